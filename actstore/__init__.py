@@ -1,0 +1,26 @@
+"""An activation-store database for interpretability research.
+
+    store = actstore.Store("demo.act")
+    X, rows = store.read("select token_id, source from edge_targets", run="reproduction", site="resid_post.0")
+
+Row i of X is the activation of row i of rows, always.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from actstore.errors import ActstoreError, BadInput, Busy, Damaged, NoRoom, NotStored
+
+if TYPE_CHECKING:
+    from actstore.store import Store
+
+__version__ = "0.1.0"
+__all__ = ["ActstoreError", "BadInput", "Busy", "Damaged", "NoRoom", "NotStored", "Store", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the store when it is first asked for, so that `actstore --help` does not wait for DuckDB and polars."""
+    if name == "Store":
+        from actstore.store import Store
+
+        return Store
+    raise AttributeError(f"module 'actstore' has no attribute {name!r}")

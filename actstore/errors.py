@@ -1,0 +1,42 @@
+"""Every error actstore raises on purpose, grouped by what the caller can do about it.
+
+ActstoreError
+├── NotStored   (also a LookupError)    ask for something else, or ingest it        exit code 1
+├── BadInput    (also a ValueError)     mend the argument, the query or the config  exit code 2
+├── Damaged     (also an OSError)       the files are not what was committed        exit code 1
+├── NoRoom      (also an OSError)       free disk space, then run the command again exit code 1
+└── Busy        (also a TimeoutError)   another writer holds the store              exit code 1
+
+Each message is one line: what was got, what exists, what to do.
+"""
+
+
+class ActstoreError(Exception):
+    """The root: catch it to catch whatever actstore refuses on purpose."""
+
+    exit_code = 1
+
+
+class NotStored(ActstoreError, LookupError):
+    """The store does not hold what was asked for."""
+
+    def __str__(self) -> str:  # a LookupError such as KeyError would print its repr
+        return str(self.args[0]) if self.args else ""
+
+
+class BadInput(ActstoreError, ValueError):
+    """An argument, a query, a configuration or a checkpoint cannot mean anything."""
+
+    exit_code = 2
+
+
+class Damaged(ActstoreError, OSError):
+    """Files of the store are missing, cut short or changed since they were committed."""
+
+
+class NoRoom(ActstoreError, OSError):
+    """The disk lacks the room for what was to be written."""
+
+
+class Busy(ActstoreError, TimeoutError):
+    """Another process holds the store's writing lease."""

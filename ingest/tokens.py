@@ -1,0 +1,238 @@
+"""Tree ↔ tokens: what a prompt looks like, what each position of it is, and each system's vocabulary.
+
+Both systems write `source →target ,` for every edge, `|` in place of the last comma, then `goal : root` and one
+`→node` a step, so a position means the same in both:
+
+    edge e   source 3e   target 3e+1   separator 3e+2 (the last edge's is the bar)
+    goal 3(n-1)   colon 3(n-1)+1   root 3(n-1)+2   path from 3n   at most 4n-1 tokens
+
+Trees are first written in the words that both share, uint8 [tree, position] of word numbers: `<PAD> , | :` are 0 to 3,
+label k is 4+2k and its arrow →k is 5+2k, whatever the number of nodes. A `Vocabulary` then maps words to the ids that
+one model was trained on. For the reproduction the two are the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+
+from actstore.errors import BadInput
+from actstore.ingest.trees import MAX_NODES, MIN_NODES, NO_NODE, Trees
+
+PAD, COMMA, BAR, COLON = 0, 1, 2, 3
+WORDS = ("<PAD>", ",", "|", ":") + tuple(word for k in range(MAX_NODES) for word in (str(k), f"→{k}"))
+ROLES = ("edge_source", "edge_target", "separator", "bar", "goal", "colon", "root", "path")
+POSITIONS_PER_TREE = 256  # token_id = tree_id * 256 + position: more than the 4n-1 positions of the largest tree
+SYSTEMS = ("reproduction", "baseline")
+
+
+def n_positions(n_nodes: int) -> int:
+    """Tokens of the longest prompt and path: 4n-1."""
+    return 4 * n_nodes - 1
+
+
+def node_word(label: np.ndarray) -> np.ndarray:
+    """Word numbers of plain labels (`7`)."""
+    return (4 + 2 * label).astype(np.uint8)
+
+
+def arrow_word(label: np.ndarray) -> np.ndarray:
+    """Word numbers of labels written as a step (`→7`)."""
+    return (5 + 2 * label).astype(np.uint8)
+
+
+def word_label(word: np.ndarray) -> np.ndarray:
+    """The label that a word names, plain or as a step; NO_NODE for punctuation and padding."""
+    return np.where(word >= 4, (word - 4) // 2, NO_NODE).astype(np.uint8)
+
+
+def is_arrow(word: np.ndarray) -> np.ndarray:
+    """Whether a word is a step, `→k`."""
+    return (word >= 4) & (word % 2 == 1)
+
+
+def encode(trees: Trees) -> np.ndarray:
+    """Write trees as words.
+
+    Returns:
+        uint8 [n_trees, 4n-1] word numbers; PAD past a tree's last step.
+    """
+    n_trees, n_edges, _ = trees.edges.shape
+    goal_at = 3 * n_edges
+    words = np.zeros((n_trees, n_positions(trees.n_nodes)), np.uint8)
+    words[:, 0:goal_at:3] = node_word(trees.edges[:, :, 0])
+    words[:, 1:goal_at:3] = arrow_word(trees.edges[:, :, 1])
+    words[:, 2:goal_at:3] = COMMA
+    words[:, goal_at - 1] = BAR
+    words[:, goal_at] = node_word(trees.goal)
+    words[:, goal_at + 1] = COLON
+    words[:, goal_at + 2] = node_word(trees.root)
+    words[:, goal_at + 3 :] = np.where(trees.path == NO_NODE, PAD, arrow_word(np.minimum(trees.path, MAX_NODES)))
+    return words
+
+
+def decode(words: np.ndarray) -> Trees:
+    """Read trees back from words; the inverse of `encode`.
+
+    Args:
+        words: uint8 [n_trees, 4n-1] word numbers.
+
+    Raises:
+        BadInput: a row is no prompt of a tree followed by a path from its root to its goal.
+    """
+    n_trees, n_words = words.shape
+    n_nodes = (n_words + 1) // 4
+    if n_words != n_positions(n_nodes) or not MIN_NODES <= n_nodes <= MAX_NODES:
+        raise BadInput(f"got {n_words} tokens a tree; a tree of n nodes has 4n-1 of them, n from {MIN_NODES} to {MAX_NODES}")
+    goal_at = 3 * (n_nodes - 1)
+    labels = word_label(words)
+    trees = Trees(
+        edges=np.stack([labels[:, 0:goal_at:3], labels[:, 1:goal_at:3]], axis=2),
+        root=labels[:, goal_at + 2],
+        goal=labels[:, goal_at],
+        path=labels[:, goal_at + 3 :],
+        depth=(words[:, goal_at + 3 :] != PAD).sum(axis=1).astype(np.uint8),
+    )
+    bad = np.any(encode(trees) != words, axis=1) | ~_is_tree_with_path(trees)
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise BadInput(
+            f"row {row} is no tree, goal and path: {' '.join(spell(words[row]))!r}; "
+            "write `source →target ,` for every edge, `|`, then `goal : root` and the steps"
+        )
+    return trees
+
+
+def _is_tree_with_path(trees: Trees) -> np.ndarray:
+    """bool [n_trees]: each label but the root has one parent, all hang on the root, and the path leads to the goal."""
+    rows = np.arange(len(trees))
+    targets = np.sort(trees.edges[:, :, 1], axis=1)
+    good = (np.diff(targets.astype(np.int16), axis=1) > 0).all(axis=1)
+    good &= (trees.node_depths() != NO_NODE).sum(axis=1) == trees.n_nodes
+    above, parents = trees.root, np.pad(trees.parents(), ((0, 0), (0, NO_NODE + 1 - MAX_NODES)), constant_values=NO_NODE)
+    for step in range(trees.n_nodes - 1):
+        node = trees.path[:, step]
+        good &= (node == NO_NODE) | (parents[rows, node] == above)
+        above = np.where(node == NO_NODE, above, node)
+    return good & (above == trees.goal) & (trees.depth > 0)
+
+
+def spell(words: np.ndarray) -> list[str]:
+    """The words of one row, padding left out: `['15', '→4', ',', …]`."""
+    return [WORDS[word] for word in words if word != PAD]
+
+
+def token_rows(trees: Trees, first_tree_id: int = 0) -> pl.DataFrame:
+    """The rows of the `tokens` table, in (tree, position) order, padding left out; columns as in schema.sql."""
+    words = encode(trees)
+    n_trees, width = words.shape
+    edge, role, step = _position_columns(trees.n_nodes)
+    kept = np.flatnonzero(words)  # PAD is word 0
+    tree, position = np.divmod(kept, width)
+    word = words.reshape(-1)[kept]
+    return pl.DataFrame(
+        {
+            "token_id": (first_tree_id + tree) * POSITIONS_PER_TREE + position,
+            "tree_id": (first_tree_id + tree).astype(np.int32),
+            "position": position.astype(np.uint8),
+            "token": _enum(word, WORDS),
+            "role": _enum(role[position], ROLES),
+            "edge": _nullable(edge[position]),
+            "node": _nullable(word_label(word)),
+            "step": _nullable(step[position]),
+        }
+    )
+
+
+def _position_columns(n_nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each of the 4n-1 positions is: its edge, role and step, each uint8 [4n-1], NO_NODE where it has none."""
+    width, goal_at = n_positions(n_nodes), 3 * (n_nodes - 1)
+    position = np.arange(width)
+    edge = np.where(position < goal_at, position // 3, NO_NODE).astype(np.uint8)
+    role = np.where(position < goal_at, position % 3, ROLES.index("path")).astype(np.uint8)
+    role[goal_at - 1 : goal_at + 3] = [ROLES.index(name) for name in ("bar", "goal", "colon", "root")]
+    step = np.where(position < 3 * n_nodes, NO_NODE, position - 3 * n_nodes).astype(np.uint8)
+    return edge, role, step
+
+
+def _enum(codes: np.ndarray, names: tuple[str, ...]) -> pl.Series:
+    return pl.Series(codes.astype(np.uint8)).cat.to(pl.Enum(names))
+
+
+def _nullable(values: np.ndarray) -> pl.Series:
+    series = pl.Series(values)
+    return series.set(series == NO_NODE, None)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of one system at one size, in the order of its token ids.
+
+    Attributes:
+        system: `reproduction` or `baseline`.
+        n_nodes: labels it has, so the largest tree it can write.
+    """
+
+    system: str
+    n_nodes: int
+
+    def __post_init__(self) -> None:
+        if self.system not in SYSTEMS:
+            raise BadInput(f"no system {self.system!r}; there are {', '.join(SYSTEMS)}")
+        if not MIN_NODES <= self.n_nodes <= MAX_NODES:
+            raise BadInput(f"got a vocabulary of {self.n_nodes} nodes; there are {MIN_NODES} to {MAX_NODES}")
+
+    def __len__(self) -> int:
+        return len(self.word_of_id)
+
+    @cached_property
+    def word_of_id(self) -> np.ndarray:
+        """uint8 [d_vocab]: the word number of each token id."""
+        labels = np.arange(self.n_nodes)
+        if self.system == "reproduction":
+            return np.arange(4 + 2 * self.n_nodes).astype(np.uint8)
+        by_length = np.array(sorted(labels, key=lambda label: len(str(label)), reverse=True))  # stable: 10…15, 0…9
+        return np.concatenate([[COMMA, COLON, BAR], arrow_word(by_length), node_word(by_length)]).astype(np.uint8)
+
+    @cached_property
+    def id_of_word(self) -> np.ndarray:
+        """int64 [256]: the token id of each word number, -1 where the vocabulary lacks the word."""
+        ids = np.full(256, -1, np.int64)
+        ids[self.word_of_id] = np.arange(len(self.word_of_id))
+        if self.system == "baseline":
+            ids[PAD] = ids[COMMA]  # the baseline pads with its separator
+        return ids
+
+    def words(self) -> list[str]:
+        """The spelling of each id, as the system's own code writes it (`→7` or `>7`)."""
+        words = [WORDS[word] for word in self.word_of_id]
+        return [word.replace("→", ">") for word in words] if self.system == "baseline" else words
+
+    def encode(self, words: np.ndarray) -> np.ndarray:
+        """int64 token ids of word numbers, any shape.
+
+        Raises:
+            BadInput: a label is too large for this vocabulary.
+        """
+        ids = self.id_of_word[words]
+        if (ids < 0).any():
+            unknown = WORDS[int(words[ids < 0].flat[0])]
+            raise BadInput(
+                f"the {self.system} vocabulary of {self.n_nodes} nodes has no {unknown!r}; "
+                f"use trees of at most {self.n_nodes} nodes (--nodes)"
+            )
+        return ids
+
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        """uint8 word numbers of token ids, any shape; the baseline's padding reads as the comma it is written with.
+
+        Raises:
+            BadInput: an id is outside the vocabulary.
+        """
+        ids = np.asarray(ids)
+        if ids.size and not (0 <= ids.min() and ids.max() < len(self)):
+            raise BadInput(f"got token ids {ids.min()} to {ids.max()}; the vocabulary has 0 to {len(self) - 1}")
+        return self.word_of_id[ids]

@@ -1,0 +1,270 @@
+"""Random binary trees with a goal, many at a time: the three distributions the models are asked about.
+
+A batch of trees is a struct of arrays, because a loop over trees in Python makes 10,000 a second and a loop over the
+nodes of all trees at once makes 100,000. Each tree consumes a fixed number of uniforms from the random generator, so
+that tree i of a seed is the same tree however many are drawn, and any range of a stream can be drawn on its own.
+
+Distributions:
+    reproduction  the uniform split: a subtree of size s gives its left child uniform 0…s-1 nodes; the goal is a
+                  uniform leaf; edges are shuffled.
+    baseline      Brinkmann et al. 2024 (arXiv 2402.11917, `generate_example_secondary_path` of their repository):
+                  a main path of length uniform 1…n-1 ends in the goal, a second path leaves the root, the rest hangs
+                  on nodes with fewer than two children; even trees list their edges backward, odd ones shuffled.
+    deep          the goal's depth is uniform over a given set, the main path has that length, the rest hangs on at
+                  random, as in the baseline without its second path; edges are shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from actstore.errors import BadInput
+
+DISTRIBUTIONS = ("reproduction", "baseline", "deep")
+MIN_NODES, MAX_NODES = 2, 64  # 64 nodes are 255 positions, so that a position and a token id both fit a byte
+NO_NODE = 255  # past the end of a path, and the root's own parent
+
+
+@dataclass(frozen=True)
+class Trees:
+    """A batch of n_trees trees, each with a goal, the path to it and an order in which its edges are listed.
+
+    Attributes:
+        edges: uint8 [n_trees, n_nodes - 1, 2], (source, target) labels in the order listed.
+        root: uint8 [n_trees], label of the root.
+        goal: uint8 [n_trees], label of the goal, a leaf.
+        path: uint8 [n_trees, n_nodes - 1], labels from the root's child to the goal, then NO_NODE.
+        depth: uint8 [n_trees], edges between root and goal, so the length of the path.
+    """
+
+    edges: np.ndarray
+    root: np.ndarray
+    goal: np.ndarray
+    path: np.ndarray
+    depth: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.root)
+
+    def __getitem__(self, which: slice | np.ndarray) -> Trees:
+        return Trees(self.edges[which], self.root[which], self.goal[which], self.path[which], self.depth[which])
+
+    @property
+    def n_nodes(self) -> int:
+        return self.edges.shape[1] + 1
+
+    def parents(self) -> np.ndarray:
+        """uint8 [n_trees, MAX_NODES]: each label's parent, NO_NODE for the root and for labels not in the tree."""
+        parents = np.full((len(self), MAX_NODES), NO_NODE, np.uint8)
+        np.put_along_axis(parents, self.edges[:, :, 1].astype(np.intp), self.edges[:, :, 0], axis=1)
+        return parents
+
+    def hashes(self) -> np.ndarray:
+        """uint64 [n_trees]: xxh3-64 of each labelled tree, whatever its goal and the order of its edges.
+
+        Two prompts over one tree hash alike, so a split by this hash never has a tree on both sides.
+        """
+        return np.fromiter((xxhash.xxh3_64_intdigest(row) for row in self.parents()), np.uint64, len(self))
+
+    def node_depths(self) -> np.ndarray:
+        """uint8 [n_trees, MAX_NODES]: edges between the root and each label, NO_NODE where the tree lacks the label."""
+        parents = self.parents().astype(np.intp)
+        rows = np.arange(len(self))[:, None]
+        depths = np.full(parents.shape, NO_NODE, np.uint8)
+        depths[rows[:, 0], self.root] = 0
+        above = np.pad(depths, ((0, 0), (0, NO_NODE + 1 - MAX_NODES)), constant_values=NO_NODE)
+        for depth in range(1, self.n_nodes):
+            reached = above[rows, parents] == depth - 1
+            if not reached.any():
+                break
+            above[:, :MAX_NODES][reached] = depth
+        return above[:, :MAX_NODES]
+
+
+def draw(
+    distribution: str,
+    seed: int,
+    start: int,
+    stop: int,
+    n_nodes: int = 16,
+    n_labels: int | None = None,
+    depths: Sequence[int] | None = None,
+) -> Trees:
+    """Trees start…stop-1 of the endless stream that a seed names; see `sample` for the other arguments.
+
+    The stream is jumped into, not run through, so a late range costs no more than an early one.
+    """
+    if seed < 0 or not 0 <= start <= stop:
+        raise BadInput(f"got seed {seed} and trees {start} to {stop}: a seed is 0 or more, and a range runs forward")
+    bits = np.random.PCG64DXSM(np.random.SeedSequence([seed, *distribution.encode()]))
+    bits.advance(start * _n_uniforms(n_nodes, n_labels or n_nodes))
+    return sample(distribution, np.random.Generator(bits), stop - start, n_nodes, n_labels, depths, first=start)
+
+
+def sample(
+    distribution: str,
+    rng: np.random.Generator,
+    n_trees: int,
+    n_nodes: int = 16,
+    n_labels: int | None = None,
+    depths: Sequence[int] | None = None,
+    first: int = 0,
+) -> Trees:
+    """Sample n_trees trees of one distribution.
+
+    Args:
+        distribution: one of DISTRIBUTIONS.
+        rng: consumed by the same number of uniforms for every tree.
+        n_trees: how many.
+        n_nodes: nodes of each tree, 2…64.
+        n_labels: labels are drawn without repetition from 0…n_labels-1; n_nodes of them unless told.
+        depths: `deep` only: the goal depths to draw from, each 1…n_nodes-1; all of them unless told.
+        first: index of the first tree, whose parity says which of the baseline's trees are listed backward.
+
+    Raises:
+        BadInput: an unknown distribution, or a size or depth that no such tree has.
+    """
+    n_labels = n_labels or n_nodes
+    _check(distribution, n_nodes, n_labels, depths)
+    u = rng.random((n_trees, _n_uniforms(n_nodes, n_labels)))
+    u_shape, u_goal, u_second, u_label, u_order = np.split(
+        u, np.cumsum([n_nodes, 1, 1, n_labels]).tolist(), axis=1
+    )
+    labels = np.argsort(u_label, axis=1, kind="stable")[:, :n_nodes].astype(np.uint8)
+    order = np.argsort(u_order, axis=1, kind="stable")
+    if distribution == "reproduction":
+        parent, goal = _uniform_split(u_shape, u_goal[:, 0])
+    else:
+        lengths = np.arange(1, n_nodes) if depths is None or distribution == "baseline" else np.asarray(sorted(depths))
+        main = lengths[_pick(u_goal[:, 0], np.full(n_trees, len(lengths)))]
+        left_over = n_nodes - 1 - main
+        second = np.zeros_like(main)
+        if distribution == "baseline":
+            second = np.where(left_over > 0, 1 + _pick(u_second[:, 0], np.maximum(left_over, 1)), 0)
+        parent, goal = _paths_and_rest(u_shape, main, second), main
+    if distribution == "baseline":
+        backward = (first + np.arange(n_trees)) % 2 == 0
+        order[backward] = _breadth_first(parent[backward], labels[backward])[:, :0:-1] - 1
+    return _label(parent, goal, labels, order)
+
+
+def _check(distribution: str, n_nodes: int, n_labels: int, depths: Sequence[int] | None) -> None:
+    if distribution not in DISTRIBUTIONS:
+        raise BadInput(f"no distribution {distribution!r}; there are {', '.join(DISTRIBUTIONS)}")
+    if not MIN_NODES <= n_nodes <= MAX_NODES:
+        raise BadInput(f"got {n_nodes} nodes; a tree has {MIN_NODES} to {MAX_NODES} (--nodes)")
+    if not n_nodes <= n_labels <= MAX_NODES:
+        raise BadInput(f"got {n_labels} labels for {n_nodes} nodes; a tree needs {n_nodes} to {MAX_NODES} labels")
+    if depths is not None and distribution != "deep":
+        raise BadInput(f"depths are the `deep` distribution's to choose; {distribution!r} draws its own")
+    if depths is not None and not (len(depths) and all(1 <= depth < n_nodes for depth in depths)):
+        raise BadInput(f"got goal depths {sorted(depths)}; {n_nodes} nodes allow 1 to {n_nodes - 1}")
+
+
+def _n_uniforms(n_nodes: int, n_labels: int) -> int:
+    """Uniforms that one tree consumes: its shape, goal, second path, labels, edge order."""
+    return n_nodes + 1 + 1 + n_labels + (n_nodes - 1)
+
+
+def _pick(u: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Turn uniforms in [0, 1) into integers uniform in 0…n-1."""
+    return (u * n).astype(np.intp)
+
+
+def _uniform_split(u_shape: np.ndarray, u_goal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shapes whose subtrees split uniformly; nodes are numbered in preorder, so a parent comes before its child.
+
+    Returns:
+        parent: intp [n_trees, n_nodes], goal: intp [n_trees], a uniform leaf.
+    """
+    n_trees, n_nodes = u_shape.shape
+    rows = np.arange(n_trees)
+    size = np.zeros((n_trees, n_nodes + 1), np.intp)  # one column more: a child that does not exist goes there
+    parent = np.zeros((n_trees, n_nodes + 1), np.intp)
+    size[:, 0] = n_nodes
+    for node in range(n_nodes):
+        left = _pick(u_shape[:, node], size[:, node])
+        right = size[:, node] - 1 - left
+        left_child = np.where(left > 0, node + 1, n_nodes)
+        right_child = np.where(right > 0, node + 1 + left, n_nodes)
+        size[rows, left_child], size[rows, right_child] = left, right
+        parent[rows, left_child] = parent[rows, right_child] = node
+    leaves = size[:, :n_nodes] == 1
+    return parent[:, :n_nodes], _pick_true(leaves, u_goal)
+
+
+def _paths_and_rest(u_shape: np.ndarray, main: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Shapes with a main path 0, 1, …, main (the goal), a second path from the root, and the rest hung on at random.
+
+    Returns:
+        parent: intp [n_trees, n_nodes], each parent numbered before its child.
+    """
+    n_trees, n_nodes = u_shape.shape
+    rows = np.arange(n_trees)
+    parent = np.zeros((n_trees, n_nodes), np.intp)
+    free = np.zeros((n_trees, n_nodes), bool)  # nodes that can take another child
+    free[:, 0] = True
+    n_children = np.zeros((n_trees, n_nodes), np.int8)
+    for node in range(1, n_nodes):
+        hung = _pick_true(free, u_shape[:, node])
+        on_a_path = node <= main + second
+        parent[:, node] = np.where(node == main + 1, np.where(on_a_path, 0, hung), np.where(on_a_path, node - 1, hung))
+        n_children[rows, parent[:, node]] += 1
+        free[:, node] = node != main
+        free[rows, parent[:, node]] = n_children[rows, parent[:, node]] < 2
+    return parent
+
+
+def _pick_true(mask: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """The column of one true cell of each row of a bool [n, m], uniform among them; 0 where a row has none."""
+    rank = _pick(u, mask.sum(axis=1))
+    return np.argmax(np.cumsum(mask, axis=1, dtype=np.int16) > rank[:, None], axis=1)
+
+
+def _breadth_first(parent: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """intp [n_trees, n_nodes]: the nodes level by level, siblings by label: networkx's topological order of a tree."""
+    n_trees, n_nodes = parent.shape
+    rows = np.arange(n_trees)
+    first_child = np.zeros((n_trees, n_nodes), np.intp)  # 0 is the root, which is no one's child
+    second_child = np.zeros((n_trees, n_nodes), np.intp)
+    for node in range(1, n_nodes):
+        above = parent[:, node]
+        other = first_child[rows, above]
+        comes_first = (other == 0) | (labels[:, node] < labels[rows, other])
+        first_child[rows, above] = np.where(comes_first, node, other)
+        second_child[rows, above] = np.where(comes_first, other, node)
+    queue = np.zeros((n_trees, n_nodes + 2), np.intp)
+    tail = np.ones(n_trees, np.intp)
+    for head in range(n_nodes):
+        for children in (first_child, second_child):
+            child = children[rows, queue[:, head]]
+            queue[rows, tail] = child
+            tail += child > 0
+    return queue[:, :n_nodes]
+
+
+def _label(parent: np.ndarray, goal: np.ndarray, labels: np.ndarray, order: np.ndarray) -> Trees:
+    """Name the numbered nodes and list the edges: edge j of a shape runs from parent[j + 1] to j + 1."""
+    n_trees, n_nodes = parent.shape
+    rows = np.arange(n_trees)
+    targets = order + 1
+    edges = np.stack([parent[rows[:, None], targets], targets], axis=2)
+    depth = np.zeros((n_trees, n_nodes), np.intp)
+    for node in range(1, n_nodes):
+        depth[:, node] = depth[rows, parent[:, node]] + 1
+    path = np.full((n_trees, n_nodes - 1), NO_NODE, np.uint8)
+    node, step = goal.copy(), depth[rows, goal] - 1
+    while (live := step >= 0).any():
+        path[rows[live], step[live]] = labels[rows[live], node[live]]
+        node, step = parent[rows, node], step - 1
+    return Trees(
+        edges=labels[rows[:, None, None], edges],
+        root=labels[:, 0].copy(),
+        goal=labels[rows, goal],
+        path=path,
+        depth=depth[rows, goal].astype(np.uint8),
+    )

@@ -1,0 +1,1 @@
+"""Named queries, and the studies made of them."""

@@ -1,0 +1,184 @@
+-- The tables of a store. `catalog.duckdb` holds them natively; each is filled from the committed parts, and a reader
+-- never writes them. Every line `name type, -- …` becomes the column's comment in the catalog.
+--
+-- A token is named by one number: token_id = tree_id * 256 + position. Where a tree lies in the arrays follows too: it is
+-- row tree_id - datasets.first_tree_id of every array of a run over that dataset.
+
+create type token_word as enum (  -- word numbers as in ingest/tokens.py; both systems' tokens, spelled the reproduction's way
+    '<PAD>', ',', '|', ':', '0', '→0', '1', '→1', '2', '→2', '3', '→3', '4', '→4', '5', '→5', '6', '→6', '7', '→7',
+    '8', '→8', '9', '→9', '10', '→10', '11', '→11', '12', '→12', '13', '→13', '14', '→14', '15', '→15', '16', '→16',
+    '17', '→17', '18', '→18', '19', '→19', '20', '→20', '21', '→21', '22', '→22', '23', '→23', '24', '→24', '25',
+    '→25', '26', '→26', '27', '→27', '28', '→28', '29', '→29', '30', '→30', '31', '→31', '32', '→32', '33', '→33',
+    '34', '→34', '35', '→35', '36', '→36', '37', '→37', '38', '→38', '39', '→39', '40', '→40', '41', '→41', '42',
+    '→42', '43', '→43', '44', '→44', '45', '→45', '46', '→46', '47', '→47', '48', '→48', '49', '→49', '50', '→50',
+    '51', '→51', '52', '→52', '53', '→53', '54', '→54', '55', '→55', '56', '→56', '57', '→57', '58', '→58', '59',
+    '→59', '60', '→60', '61', '→61', '62', '→62', '63', '→63'
+);
+
+create type token_role as enum ('edge_source', 'edge_target', 'separator', 'bar', 'goal', 'colon', 'root', 'path');
+
+create type tree_split as enum ('train', 'test');
+
+create type failure_kind as enum ('wrong_child', 'not_a_child', 'not_a_step');
+
+create table snapshot (
+    format_version integer, -- of the store's files, see store.json
+    snapshot integer, -- commits this catalog holds: the number of manifests, recorded with every result
+);
+
+create table models (
+    weights_sha256 varchar, -- of the canonical safetensors file: `sha256sum data/checkpoints/NAME.safetensors` prints it
+    model varchar, -- name it was loaded by
+    system varchar, -- 'reproduction' or 'baseline': which vocabulary, padding and loss
+    n_nodes utinyint, -- labels in the vocabulary, 2 to 64
+    n_layers utinyint, -- transformer blocks
+    n_heads utinyint, -- attention heads a block
+    d_model usmallint, -- width of the residual stream
+    d_head usmallint, -- width of a head
+    d_mlp usmallint, -- hidden width of the MLP
+    n_ctx usmallint, -- positions the model has embeddings for
+    d_vocab usmallint, -- token ids
+    n_params ubigint, -- trained numbers
+    vocabulary varchar[], -- spelling of each token id, the first is id 0
+    config varchar, -- the whole configuration, JSON
+    source varchar, -- file the weights came from
+);
+
+create table datasets (
+    dataset varchar, -- name of the set of trees
+    distribution varchar, -- 'reproduction', 'baseline' or 'deep'
+    seed bigint, -- names the endless stream of trees; the set is its first n_trees
+    n_nodes utinyint, -- nodes of each tree, 2 to 64
+    depths utinyint[], -- goal depths drawn from, NULL where the distribution draws its own
+    n_trees integer, -- trees planned; `trees` holds those committed
+    n_positions utinyint, -- tokens of the longest prompt and path, 4 * n_nodes - 1
+    first_tree_id integer, -- tree_id of the first tree
+    trees_per_shard integer, -- trees a batch, so rows a chunk of every array
+);
+
+create table trees (
+    tree_id integer, -- unique in the store
+    dataset varchar, -- datasets.dataset
+    root utinyint, -- label of the root, [0, n_nodes)
+    goal utinyint, -- label of the goal, a leaf
+    depth utinyint, -- edges from root to goal, so steps of the path, 1 to n_nodes - 1
+    height utinyint, -- edges from root to the deepest leaf
+    n_leaves utinyint, -- nodes without children
+    path utinyint[], -- labels from the root's child to the goal
+    backward boolean, -- every edge is listed after all the edges below it
+    tree_hash ubigint, -- xxh3-64 of the labelled tree, whatever its goal and edge order
+    split tree_split, -- by tree_hash, never by row: 'test' for one tree in five
+    variant_of integer, -- tree_id of the tree this one was made from, NULL for a drawn tree
+    change varchar, -- what was changed, NULL for a drawn tree
+);
+
+create table edges (
+    tree_id integer, -- trees.tree_id
+    edge utinyint, -- place in the list, 0 to n_nodes - 2
+    source utinyint, -- label of the parent, [0, n_nodes)
+    target utinyint, -- label of the child, [0, n_nodes)
+    source_depth utinyint, -- edges from the root to the source
+    on_path boolean, -- the way from root to goal takes this edge
+    step utinyint, -- which step of the path it is, 0 to depth - 1; NULL off the path
+    is_last boolean, -- listed last, so followed by the bar and not by a separator
+);
+
+create table tokens (
+    token_id bigint, -- tree_id * 256 + position, unique in the store
+    tree_id integer, -- trees.tree_id
+    position utinyint, -- place in the sequence, 0 to 4 * n_nodes - 2
+    token token_word, -- what stands there, spelled the same for both systems
+    role token_role, -- what the position is
+    edge utinyint, -- edges.edge this token writes; NULL past the bar
+    node utinyint, -- label it names, [0, n_nodes); NULL for punctuation
+    step utinyint, -- which step of the path it is, 0 to depth - 1; NULL before the path
+);
+
+create table runs (
+    run varchar, -- name of the run: one model over one dataset
+    weights_sha256 varchar, -- models.weights_sha256
+    dataset varchar, -- datasets.dataset
+    first_tree_id integer, -- tree_id of row 0 of every array of the run
+    n_trees integer, -- trees planned, rows of every array
+    device varchar, -- where it ran
+    versions varchar, -- of actstore, torch and transformer_lens, JSON
+);
+
+create table sites (
+    run varchar, -- runs.run
+    site varchar, -- as TransformerLens names it, 'blocks.0.hook_resid_post'
+    short varchar, -- the short form, 'resid_post.0'
+    kind varchar, -- 'resid' [tree, position, d_model] or 'pattern' [tree, head, query, key]
+    shape uinteger[], -- of the array
+    path varchar, -- of the Zarr array inside the store
+);
+
+create table shards (
+    run varchar, -- runs.run
+    site varchar, -- sites.site
+    batch integer, -- index of the shard along the trees
+    first_tree_id integer, -- tree_id of its first row
+    n_trees integer, -- rows it holds
+    path varchar, -- of the file inside the store
+    bytes ubigint, -- size of the file
+    xxh3_128 varchar, -- hash of the file
+);
+
+create table predictions (
+    run varchar, -- runs.run
+    token_id bigint, -- the token the model stands on: the root, or a step but the last; its activation predicts
+    tree_id integer, -- trees.tree_id
+    step utinyint, -- which step of the path is predicted, 0 to depth - 1
+    target token_word, -- the step to take
+    predicted token_word, -- the most probable token
+    p_target float, -- probability of target, [0, 1]
+    correct boolean, -- predicted = target
+);
+
+create table outcomes (
+    run varchar, -- runs.run
+    tree_id integer, -- trees.tree_id
+    teacher_forced_right boolean, -- every step right, given the right steps before it
+    greedy_path utinyint[], -- nodes stepped to when the model goes on from its own answers
+    greedy_right boolean, -- greedy_path = trees.path
+    first_wrong_step utinyint, -- of the greedy answer, 0 to depth - 1; NULL when right
+    failure failure_kind, -- what the first wrong step is; NULL when right
+);
+
+create table results (
+    study varchar, -- which study
+    recorded integer, -- number of the commit that recorded it
+    run varchar, -- runs.run
+    site varchar, -- short site name, NULL where the study reads none
+    token_role varchar, -- where it was read, NULL where the study reads none
+    label varchar, -- what was asked for
+    metric varchar, -- what value measures
+    value double, -- the answer
+    low double, -- lower end of the 95 % interval
+    high double, -- upper end of the 95 % interval
+    n bigint, -- what the value is over: rows, or trees where the metric says so
+    query varchar, -- SQL that chose the rows
+    params varchar, -- of the query and the study, JSON
+    snapshot integer, -- data version it read: snapshot.snapshot
+    seed bigint, -- of everything random
+    version varchar, -- of actstore
+);
+
+create view edge_sources as  -- one row an edge, at the token that writes its source
+select e.tree_id::bigint * 256 + 3 * e.edge as token_id, e.*, t.dataset, t.root, t.goal, t.depth, t.split
+from edges e join trees t using (tree_id);
+
+create view edge_targets as  -- one row an edge, at the token that writes its target
+select e.tree_id::bigint * 256 + 3 * e.edge + 1 as token_id, e.*, t.dataset, t.root, t.goal, t.depth, t.split
+from edges e join trees t using (tree_id);
+
+create view edge_separators as  -- one row an edge, at the separator behind it (the bar behind the last)
+select e.tree_id::bigint * 256 + 3 * e.edge + 2 as token_id, e.*, t.dataset, t.root, t.goal, t.depth, t.split
+from edges e join trees t using (tree_id);
+
+create view answer_tokens as  -- one row a step of the path, at the token that must predict it
+select
+    t.tree_id::bigint * 256 + 3 * d.n_nodes - 1 + s.step as token_id,
+    t.tree_id, s.step::utinyint as step, t.path[s.step + 1] as next_node,
+    t.dataset, t.root, t.goal, t.depth, t.split
+from trees t join datasets d using (dataset), lateral (select unnest(range(t.depth)) as step) s;

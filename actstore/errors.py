@@ -4,6 +4,7 @@ ActstoreError
 ├── NotStored   (also a LookupError)    ask for something else, or ingest it        exit code 1
 ├── BadInput    (also a ValueError)     mend the argument, the query or the config  exit code 2
 ├── Damaged     (also an OSError)       the files are not what was committed        exit code 1
+├── TooNew      (also an OSError)       install a later actstore                    exit code 1
 ├── NoRoom      (also an OSError)       free disk space, then run the command again exit code 1
 └── Busy        (also a TimeoutError)   another writer holds the store              exit code 1
 
@@ -32,6 +33,10 @@ class BadInput(ActstoreError, ValueError):
 
 class Damaged(ActstoreError, OSError):
     """Files of the store are missing, cut short or changed since they were committed."""
+
+
+class TooNew(ActstoreError, OSError):
+    """The store was made by a later version, whose format this one does not know."""
 
 
 class NoRoom(ActstoreError, OSError):

@@ -1,0 +1,145 @@
+"""The DuckDB half of a store: `catalog.duckdb`, every table native, built from the committed parts and replaced whole.
+
+Nobody holds it open for writing: a new one is made beside it (a copy of the last one plus what was committed since),
+checkpointed, fsynced and put in its place, so a reader keeps the snapshot it opened and never waits for the writer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import duckdb
+import polars as pl
+
+from actstore.errors import Damaged
+from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, manifests
+
+NAME = "catalog.duckdb"
+STORAGE_VERSION = "v1.2.0"  # what DuckDB 1.2 and later clients can open
+COLUMN = re.compile(r"^    (\w+) [^-]*, -- (.+)$")
+TABLE = re.compile(r"^create table (\w+)")
+
+
+def schema() -> str:
+    """The SQL that makes an empty catalog."""
+    return files("actstore").joinpath("schema.sql").read_text()
+
+
+def column_comments() -> dict[tuple[str, str], str]:
+    """(table, column) → what it holds, from schema.sql."""
+    comments, table = {}, ""
+    for line in schema().splitlines():
+        if begins := TABLE.match(line):
+            table = begins[1]
+        elif column := COLUMN.match(line):
+            comments[table, column[1]] = column[2]
+    return comments
+
+
+def publish(root: Path, *, from_nothing: bool = False) -> int:
+    """Bring the catalog up to the last commit.
+
+    Args:
+        root: the store.
+        from_nothing: do not trust the catalog that is there; read every part again.
+
+    Returns:
+        The snapshot's number: how many commits it holds.
+
+    Raises:
+        Damaged: a committed part is missing or unreadable.
+        NoRoom: the disk is full; the catalog that was there is unchanged.
+    """
+    temporary = root / f".{NAME}.{os.getpid()}.tmp"
+    try:
+        held = 0 if from_nothing else _copy_of_last(root, temporary)
+        new = manifests(root, after=held)
+        if new or not held:
+            temporary.touch()
+            _extend(root, temporary, new, create=not held)
+            os.chmod(temporary, 0o444)
+            _replace(temporary, root / NAME)
+        return held + len(new)
+    except duckdb.IOException as error:
+        if "space" in str(error):
+            raise NoRoom(f"no room for the catalog of {root}; free some, then go on") from error
+        raise Damaged(f"a committed part of {root} cannot be read ({_first_line(error)})") from error
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise NoRoom(f"no room for the catalog of {root}: {error.strerror}; free some, then go on") from error
+        raise
+    finally:
+        for left in (temporary, temporary.with_name(temporary.name + ".wal")):
+            left.unlink(missing_ok=True)
+
+
+def _copy_of_last(root: Path, temporary: Path) -> int:
+    """Copy the catalog that is there, and say how many commits it holds; 0, and no copy, where none can be used."""
+    if not (root / NAME).exists():
+        return 0
+    shutil.copyfile(root / NAME, temporary)
+    try:
+        with duckdb.connect(str(temporary)) as connection:
+            version, held = connection.execute("select format_version, snapshot from snapshot").fetchall()[0]
+    except (duckdb.Error, IndexError):
+        version, held = None, 0
+    if version != FORMAT_VERSION or held > len(list((root / "log").glob("*.json"))):
+        temporary.unlink()
+        return 0
+    return int(held)
+
+
+def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
+    """Insert the rows of the given commits into the catalog at path."""
+    if create:
+        path.unlink()
+    with duckdb.connect() as connection:
+        connection.execute(f"attach {_quoted(path)} as new (storage_version '{STORAGE_VERSION}')")
+        connection.execute("use new")
+        if create:
+            _create(connection)
+        connection.execute("begin")
+        parts: dict[str, list[Path]] = {}
+        for manifest in new:
+            for part in manifest.parts:
+                parts.setdefault(part.table, []).append(root / part.path)
+        for table, paths in parts.items():
+            listed = ", ".join(_quoted(path) for path in paths)
+            connection.execute(f"insert into {table} by name select * from read_parquet([{listed}])")
+        if shards := [shard for manifest in new for shard in manifest.shards]:
+            rows = pl.DataFrame([vars(shard) for shard in shards])
+            connection.register("rows", rows)
+            connection.execute("insert into shards by name select * from rows")
+        connection.execute("update snapshot set snapshot = snapshot + ?", [len(new)])
+        connection.execute("commit")
+        connection.execute("checkpoint new")
+
+
+def _create(connection: duckdb.DuckDBPyConnection) -> None:
+    connection.execute(schema())
+    for (table, column), comment in column_comments().items():
+        connection.execute(f"comment on column {table}.{column} is {_quoted(comment)}")
+    connection.execute("insert into snapshot values (?, 0)", [FORMAT_VERSION])
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Put a finished file in the place of the old one, durably."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, final)
+    fsync_folder(final.parent)
+
+
+def _quoted(text: object) -> str:
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

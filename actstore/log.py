@@ -1,0 +1,250 @@
+"""The commit: each file is published once, a manifest that names them is the commit, and a lease keeps a second writer out.
+
+A file is written to a temporary name, fsynced, `link()`ed to its own name (which fails where that name exists: the first
+writer wins) and its folder is fsynced. Last comes the manifest, published the same way, which lists every file of the
+commit with its size and xxh3-128 hash. A file that no manifest names does not exist.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from actstore.errors import Busy, Damaged, NoRoom
+
+FORMAT_VERSION = 1
+LOG, PARTS, ARRAYS, WEIGHTS, LOCK = "log", "parts", "activations.zarr", "models", ".lock"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class File:
+    """A published file: its path inside the store, its size in bytes and the xxh3-128 of its content, hexadecimal."""
+
+    path: str
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Part(File):
+    """The rows that one commit brought to one table, as Parquet."""
+
+    table: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Shard(File):
+    """One batch of trees of one site of a run."""
+
+    run: str
+    site: str
+    batch: int
+    first_tree_id: int
+    n_trees: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One commit: what it is, and every file it brought. Numbers run from 1 without a gap.
+
+    `run` and `batch` say which batch of which run it committed; a run's definition has no batch, a study's results neither.
+    """
+
+    number: int
+    kind: str
+    run: str | None = None
+    batch: int | None = None
+    parts: list[Part] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)
+    others: list[File] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[File]:
+        return [*self.parts, *self.shards, *self.others]
+
+    def to_json(self) -> bytes:
+        """The manifest's bytes; its checksum is over everything else in it, so that a flipped bit shows."""
+        body = {"format": FORMAT_VERSION, **asdict(self)}
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes, path: Path) -> Manifest:
+        try:
+            body = json.loads(content)
+            if body.pop("checksum") != _checksum(body):
+                raise ValueError("its checksum does not match")
+            del body["format"]
+            return cls(
+                **body
+                | {
+                    "parts": [Part(**part) for part in body["parts"]],
+                    "shards": [Shard(**shard) for shard in body["shards"]],
+                    "others": [File(**other) for other in body["others"]],
+                }
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"manifest {path} cannot be read ({error}); restore it from a copy of the store") from error
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+
+
+def manifests(root: Path, after: int = 0) -> list[Manifest]:
+    """The commits numbered after+1 and later, in order.
+
+    Raises:
+        Damaged: a manifest is missing between two others, or cannot be read.
+    """
+    numbers = sorted(int(path.stem) for path in (root / LOG).glob("*.json") if path.stem.isdigit())
+    if numbers != list(range(1, len(numbers) + 1)):
+        missing = sorted(set(range(1, numbers[-1] + 1)) - set(numbers))
+        raise Damaged(f"{root / LOG} lacks manifest {missing[0]} of {numbers[-1]}; restore it from a copy of the store")
+    paths = [_manifest_path(number) for number in numbers[after:]]
+    return [Manifest.from_json((root / path).read_bytes(), root / path) for path in paths]
+
+
+def _manifest_path(number: int) -> str:
+    return f"{LOG}/{number:08d}.json"
+
+
+def commit(root: Path, manifest: Manifest) -> None:
+    """Publish a manifest; when this returns, what it names is there for good."""
+    publish(root, _manifest_path(manifest.number), manifest.to_json())
+
+
+def publish(root: Path, path: str, content: bytes | memoryview) -> File:
+    """Publish one file, durably, under a name that nothing has yet.
+
+    Args:
+        root: the store.
+        path: of the file inside the store, with forward slashes.
+        content: its bytes.
+
+    Raises:
+        Damaged: the name is taken by other bytes.
+        NoRoom: the disk is full; nothing is left under the name.
+    """
+    file = File(path, len(content), xxhash.xxh3_128_hexdigest(content))
+    target = root / path
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        make_folder(target.parent)
+        _write_durably(temporary, content)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            if xxhash.xxh3_128_hexdigest(target.read_bytes()) != file.xxh3_128:
+                raise Damaged(f"{target} exists with other content; another writer is at work on this store, or the machine computed otherwise before") from None
+        finally:
+            os.unlink(temporary)
+        fsync_folder(target.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno in DISK_FULL:
+            raise NoRoom(f"no room for {target} ({len(content):,} bytes): {error.strerror}; free some, then go on") from error
+        raise
+    return file
+
+
+def _write_durably(path: Path, content: bytes | memoryview) -> None:
+    """Write a read-only file and wait until the disk has it."""
+    left = memoryview(content).cast("B")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fchmod(descriptor, 0o444)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, each entry on the disk before anything is put inside."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's entries."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lease(root: Path) -> Iterator[None]:
+    """Hold the store for writing; the kernel drops it with the process, however that ends.
+
+    Raises:
+        Busy: another process holds it; the message says which.
+    """
+    with (root / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise Busy(f"{root} is being written by {holder}; wait for it or stop it, then go on") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def sweep(root: Path, committed: list[Manifest]) -> list[str]:
+    """Remove what an interrupted writer left: files under the store's own folders that no manifest names.
+
+    Only the holder of the lease may call it, and it touches no folder that is not the store's own.
+
+    Returns:
+        The paths removed.
+    """
+    named = {file.path for manifest in committed for file in manifest.files}
+    named |= {_manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
+    removed = []
+    for path in root.glob(".*.tmp*"):  # a catalog that was never put in place
+        path.unlink()
+    for folder in (LOG, PARTS, ARRAYS, WEIGHTS):
+        for path in sorted((root / folder).rglob("*")):
+            relative = path.relative_to(root).as_posix()
+            if path.is_file() and relative not in named:
+                path.unlink()
+                removed.append(relative)
+    return removed
+
+
+def check_room(root: Path, wanted: int, what: str) -> int:
+    """Bytes free where the store is (or will be).
+
+    Raises:
+        NoRoom: fewer than `wanted` bytes are free.
+    """
+    existing = root
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < wanted:
+        raise NoRoom(f"{what} needs {wanted / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free; free some or ask for less")
+    return free

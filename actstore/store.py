@@ -1,0 +1,193 @@
+"""A store opened for reading: SQL over its tables, and activations aligned with the rows of a query.
+
+    tree → tokens → model → activations  |  store  |  SQL → X, y → study
+
+A store is a folder: Zarr arrays of activations, a DuckDB catalog of what they mean, and a log of commits that keeps the
+two in step. Opening takes one snapshot and keeps it, whatever is ingested meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from actstore import catalog
+from actstore.arrays import Layout, SiteReader
+from actstore.errors import BadInput, Damaged, NotStored, TooNew
+from actstore.log import FORMAT_VERSION, manifests
+from actstore.session import Session
+
+
+def check_format(root: Path) -> dict[str, Any]:
+    """The content of a store's store.json.
+
+    Raises:
+        NotStored: the folder is no store.
+        TooNew: a later version of actstore made it.
+        Damaged: store.json cannot be read.
+    """
+    try:
+        about = json.loads((root / "store.json").read_text())
+        version = about["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        what = "is no actstore store (it has no store.json)" if root.exists() else "does not exist"
+        raise NotStored(f"{root} {what}; make one with `actstore ingest {root} --model reproduction`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{root / 'store.json'} cannot be read ({error}); restore it from a copy of the store") from error
+    if version != FORMAT_VERSION:
+        raise TooNew(
+            f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version reads format "
+            f"{FORMAT_VERSION}: install the version that made it, or a later one"
+        )
+    return dict(about)
+
+
+class Store:
+    """A store, read-only; a context manager, though leaving it to the garbage collector harms nothing.
+
+    Args:
+        path: the store's folder.
+
+    Raises:
+        NotStored: there is no store.
+        TooNew: a later version of actstore made it.
+        Damaged: a committed file is missing or has another size than it was committed with.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.about = check_format(self.path)
+        self._session = Session(self.path / catalog.NAME)
+        self.snapshot = int(self.sql("select snapshot from snapshot").item())
+        self._check_sizes()
+        self._readers: dict[tuple[str, str], SiteReader] = {}
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, snapshot={self.snapshot}, runs={self.runs()})"
+
+    def close(self) -> None:
+        self._session.close()
+        self._readers.clear()
+
+    def _check_sizes(self) -> None:
+        for manifest in manifests(self.path)[: self.snapshot]:
+            for file in manifest.files:
+                try:
+                    found = (self.path / file.path).stat().st_size
+                except FileNotFoundError:
+                    found = -1
+                if found != file.bytes:
+                    what = "is missing" if found < 0 else f"is {found:,} bytes long, not {file.bytes:,}"
+                    raise Damaged(f"{self.path / file.path} {what}; commit {manifest.number} names it: restore it from a copy")
+
+    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+        """Run one SQL query over the store's tables (actstore/schema.sql says what each column holds).
+
+        Args:
+            query: a SELECT; `$name` stands for a parameter.
+            params: a value for each `$name`.
+
+        Returns:
+            A polars frame.
+
+        Raises:
+            BadInput: DuckDB refuses the query.
+        """
+        return self._session.sql(query, params)
+
+    def runs(self) -> list[str]:
+        """Names of the runs, in the order they were defined."""
+        return self.sql("select run from runs")["run"].to_list()
+
+    def sites(self, run: str) -> list[str]:
+        """Short names of the sites of a run, in the order of the forward pass."""
+        return self.sql("select short from sites where run = $run", {"run": self.run(run)})["short"].to_list()
+
+    def run(self, run: str | None) -> str:
+        """The run meant: the one named, or the only one there is.
+
+        Raises:
+            NotStored: there is no such run.
+            BadInput: none was named and there are several.
+        """
+        runs = self.runs()
+        if run in runs and run is not None:
+            return run
+        held = f"{self.path} holds {', '.join(runs) if runs else 'no run'}"
+        if run is not None:
+            raise NotStored(f"no run {run!r}: {held}; ingest it with `actstore ingest {self.path} --run {run} --model …`")
+        if len(runs) == 1:
+            return runs[0]
+        if not runs:
+            raise NotStored(f"{held} yet; ingest one with `actstore ingest {self.path} --model reproduction`")
+        raise BadInput(f"which run? {held}: name one (--run)")
+
+    def read(
+        self, query: str, run: str | None = None, site: str = "resid_post.0", params: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, pl.DataFrame]:
+        """Run a query that names tokens, and read their activations.
+
+        Args:
+            query: a SELECT with a column `token_id`; whatever else it yields comes back beside it.
+            run: whose activations; may be left out where the store holds one run.
+            site: `resid_post.0` or `blocks.0.hook_resid_post`.
+            params: a value for each `$name` of the query.
+
+        Returns:
+            X: float32 [n, d_model] (patterns: [n, head, key]), in the model's own units.
+            rows: the query's frame of n rows; row i of X is the activation of row i.
+
+        Raises:
+            NotStored: no such run or site, or a token has no activation there.
+            BadInput: the query is refused, or yields no integer token_id without NULLs.
+        """
+        reader = self._reader(self.run(run), site)
+        rows = self.sql(query, params)
+        return reader.gather(_token_ids(rows)), rows
+
+    def _reader(self, run: str, site: str) -> SiteReader:
+        if (run, site) not in self._readers:
+            self._readers[run, site] = self._open_site(run, site)
+        return self._readers[run, site]
+
+    def _open_site(self, run: str, site: str) -> SiteReader:
+        wanted = "from sites join runs using (run) join datasets using (dataset) where run = $run and $site in (site, short)"
+        found = self.sql(
+            f"select site, kind, shape, trees_per_shard, datasets.first_tree_id {wanted}", {"run": run, "site": site}
+        ).to_dicts()
+        if not found:
+            raise NotStored(
+                f"run {run!r} holds no site {site!r}; it holds {', '.join(self.sites(run))}: ingest it under another run name "
+                f"with `actstore ingest {self.path} --run {run}-more --sites {site} …`"
+            )
+        row = found[0]
+        layout = Layout(tuple(row["shape"]), 1 if row["kind"] == "resid" else 2, row["trees_per_shard"])
+        shards = self.sql(
+            "select batch, path from shards where run = $run and site = $site", {"run": run, "site": row["site"]}
+        ).iter_rows()
+        paths = {batch: self.path / path for batch, path in shards}
+        return SiteReader(layout, row["first_tree_id"], paths, f"{row['site']} of run {run!r}")
+
+
+def _token_ids(rows: pl.DataFrame) -> np.ndarray:
+    """int64 [n] from a query's column token_id."""
+    if "token_id" not in rows.columns:
+        raise BadInput(f"the query yields {', '.join(rows.columns)} and no token_id; select token_id to say which tokens to read")
+    ids = rows["token_id"]
+    if not ids.dtype.is_integer():
+        raise BadInput(f"the query's token_id is {ids.dtype}; it must be an integer, as in the tables")
+    if ids.null_count():
+        raise BadInput(f"{ids.null_count():,} of {len(ids):,} token_ids are NULL; add `where token_id is not null`, or join the tokens")
+    return ids.cast(pl.Int64).to_numpy()

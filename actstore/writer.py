@@ -1,0 +1,262 @@
+"""A store opened for writing: define a run, commit its batches, record a study's results, publish the catalog.
+
+One process at a time holds a store for writing. Whatever it commits is a pure function of the run's definition and the
+batch's number, so an interrupted writer that starts again finds or makes the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+import actstore
+from actstore import catalog, log
+from actstore.arrays import Layout, metadata
+from actstore.errors import BadInput
+from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest, Part, Shard
+from actstore.store import check_format
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}")  # a run's and a dataset's name is also a folder's
+GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One array of a run: its TransformerLens name, short name, kind, layout and the names of its axes."""
+
+    site: str
+    short: str
+    kind: str
+    layout: Layout
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One model over one set of trees: rows of `models`, `datasets` and `runs` as in schema.sql, and the weights.
+
+    Attributes:
+        model: a row of `models`.
+        weights: canonical safetensors bytes, whose sha256 is model["weights_sha256"].
+        dataset: a row of `datasets` but for first_tree_id, which the store gives.
+        facts: device and versions, for the row of `runs`.
+    """
+
+    run: str
+    model: Mapping[str, Any]
+    weights: bytes
+    dataset: Mapping[str, Any]
+    sites: Sequence[SitePlan]
+    facts: Mapping[str, str]
+
+
+def create(root: Path) -> None:
+    """Make an empty store, at once or not at all.
+
+    Raises:
+        BadInput: the folder holds something that is no store.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise BadInput(f"{root} exists and is no actstore store; name a new folder, or an empty one")
+    log.make_folder(root.parent)
+    under_way = root.parent / f".{root.name}.new"
+    shutil.rmtree(under_way, ignore_errors=True)
+    for folder in (log.LOG, PARTS, WEIGHTS, ARRAYS):
+        log.make_folder(under_way / folder)
+    log.publish(under_way, f"{ARRAYS}/zarr.json", GROUP)
+    catalog.publish(under_way)
+    about = {
+        "format": FORMAT_VERSION,
+        "made_by": f"actstore {actstore.__version__}",
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    log.publish(under_way, "store.json", json.dumps(about, indent=1).encode())
+    under_way.rename(root)
+    log.fsync_folder(root.parent)
+
+
+@contextmanager
+def open_writer(path: str | Path, *, make: bool = False) -> Iterator[Writer]:
+    """Hold a store for writing, and publish its catalog at the end, also after an error.
+
+    Args:
+        path: the store's folder.
+        make: make the store if there is none.
+
+    Raises:
+        Busy: another process holds it.
+        NotStored: there is no store, and none is to be made.
+    """
+    root = Path(path)
+    if make and not (root / "store.json").exists():
+        create(root)
+    check_format(root)
+    with log.lease(root):
+        writer = Writer(root)
+        try:
+            yield writer
+        finally:
+            writer.publish()
+
+
+class Writer:
+    """See `open_writer`, which makes one while it holds the lease."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._log = log.manifests(root)
+        log.sweep(root, self._log)
+        self._paths = {file.path for manifest in self._log for file in manifest.files}
+
+    def table(self, name: str) -> pl.DataFrame:
+        """All committed rows of one of the small tables (models, datasets, runs, sites)."""
+        parts = [part for manifest in self._log for part in manifest.parts if part.table == name]
+        frames = [pl.read_parquet(self.root / part.path) for part in parts]
+        return pl.concat(frames, how="vertical_relaxed") if frames else pl.DataFrame()
+
+    def batches(self, run: str) -> set[int]:
+        """The batches of a run that are committed."""
+        return {m.batch for m in self._log if m.kind == "batch" and m.run == run and m.batch is not None}
+
+    def publish(self) -> int:
+        """Bring the catalog up to the last commit, and return its snapshot number."""
+        return catalog.publish(self.root)
+
+    def define(self, plan: RunPlan) -> int:
+        """Commit a run's definition, or find that it is the one that was committed.
+
+        Returns:
+            tree_id of the first tree of the run's dataset.
+
+        Raises:
+            BadInput: the run's or dataset's name is taken by another, or is no name.
+        """
+        for name in (plan.run, plan.dataset["dataset"]):
+            if not NAME.fullmatch(name):
+                raise BadInput(f"got the name {name!r}; a run or dataset is named with letters, digits and . _ = , + -")
+        first_tree_id = self._first_tree_id(plan.dataset)
+        if self._is_defined(plan):
+            return first_tree_id
+        number = len(self._log) + 1
+        dataset = {**plan.dataset, "first_tree_id": first_tree_id}
+        run = {
+            "run": plan.run,
+            "weights_sha256": plan.model["weights_sha256"],
+            "dataset": dataset["dataset"],
+            "first_tree_id": first_tree_id,
+            "n_trees": dataset["n_trees"],
+            **plan.facts,
+        }
+        sites = [
+            {"run": plan.run, "site": s.site, "short": s.short, "kind": s.kind, "shape": s.layout.shape, "path": _array(plan.run, s)}
+            for s in plan.sites
+        ]
+        weights = plan.model["weights_sha256"]
+        parts = [
+            *self._part("models", weights[:16], pl.DataFrame([dict(plan.model)], infer_schema_length=None)),
+            *self._part("datasets", dataset["dataset"], pl.DataFrame([dataset], infer_schema_length=None)),
+            *self._part("runs", plan.run, pl.DataFrame([run])),
+            *self._part("sites", plan.run, pl.DataFrame(sites)),
+        ]
+        others = [
+            *self._file(f"{WEIGHTS}/{weights}.safetensors", plan.weights),
+            *self._file(f"{ARRAYS}/{plan.run}/zarr.json", GROUP),
+        ]
+        for site in plan.sites:
+            attributes = {"run": plan.run, "site": site.site, "weights_sha256": weights, "first_tree_id": first_tree_id}
+            others += self._file(f"{_array(plan.run, site)}/zarr.json", metadata(site.layout, site.axes, attributes))
+        self._commit(Manifest(number, "run", plan.run, None, parts, [], others))
+        return first_tree_id
+
+    def _first_tree_id(self, dataset: Mapping[str, Any]) -> int:
+        known = self.table("datasets").to_dicts()
+        for row in known:
+            if row["dataset"] == dataset["dataset"]:
+                _must_agree(f"dataset {dataset['dataset']!r}", row, dataset, "name the new set otherwise (--dataset)")
+                return int(row["first_tree_id"])
+        return max((row["first_tree_id"] + row["n_trees"] for row in known), default=0)
+
+    def _is_defined(self, plan: RunPlan) -> bool:
+        row = next((row for row in self.table("runs").to_dicts() if row["run"] == plan.run), None)
+        if row is None:
+            return False
+        sites = [site["short"] for site in self.table("sites").to_dicts() if site["run"] == plan.run]
+        wanted = {
+            "weights_sha256": plan.model["weights_sha256"],
+            "dataset": plan.dataset["dataset"],
+            "sites": ", ".join(site.short for site in plan.sites),
+        }
+        _must_agree(f"run {plan.run!r}", {**row, "sites": ", ".join(sites)}, wanted, "name the new run otherwise (--run)")
+        return True
+
+    def commit_batch(
+        self,
+        plan: RunPlan,
+        batch: int,
+        first_tree_id: int,
+        n_trees: int,
+        of_trees: Mapping[str, pl.DataFrame],
+        of_run: Mapping[str, pl.DataFrame],
+        arrays: Mapping[str, memoryview],
+    ) -> None:
+        """Commit one batch of trees of a run.
+
+        Args:
+            first_tree_id: tree_id of the batch's first tree, n_trees: how many it has.
+            of_trees: the rows of `trees`, `edges`, `tokens`; left out where another run over the set brought them.
+            of_run: the rows of `predictions`, `outcomes`.
+            arrays: packed shard of each site, by its TransformerLens name.
+        """
+        number = len(self._log) + 1
+        shards = [
+            Shard(**vars(file), run=plan.run, site=site.site, batch=batch, first_tree_id=first_tree_id, n_trees=n_trees)
+            for site in plan.sites
+            for file in self._file(f"{_array(plan.run, site)}/{site.layout.shard_name(batch)}", arrays[site.site])
+        ]
+        parts = []
+        for owner, tables in ((plan.dataset["dataset"], of_trees), (plan.run, of_run)):
+            for table, frame in tables.items():
+                parts += self._part(table, f"{owner}-{batch:06d}", frame)
+        self._commit(Manifest(number, "batch", plan.run, batch, parts, shards))
+
+    def record(self, results: pl.DataFrame) -> int:
+        """Commit a study's results (rows of `results` but for `recorded`) and return the commit's number."""
+        number = len(self._log) + 1
+        rows = results.with_columns(recorded=pl.lit(number, pl.Int32))
+        self._commit(Manifest(number, "results", parts=self._part("results", f"{number:08d}", rows)))
+        return number
+
+    def _commit(self, manifest: Manifest) -> None:
+        log.commit(self.root, manifest)
+        self._log.append(manifest)
+        self._paths |= {file.path for file in manifest.files}
+
+    def _part(self, table: str, name: str, frame: pl.DataFrame) -> list[Part]:
+        buffer = io.BytesIO()
+        frame.write_parquet(buffer, compression="zstd", statistics=False)
+        files = self._file(f"{PARTS}/{table}/{name}.parquet", buffer.getvalue())
+        return [Part(**vars(file), table=table, rows=len(frame)) for file in files]
+
+    def _file(self, path: str, content: bytes | memoryview) -> list[File]:
+        """Publish a file; an empty list where an earlier commit brought it."""
+        return [] if path in self._paths else [log.publish(self.root, path, content)]
+
+
+def _array(run: str, site: SitePlan) -> str:
+    return f"{ARRAYS}/{run}/{site.site}"
+
+
+def _must_agree(what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], advice: str) -> None:
+    for key, value in wanted.items():
+        if stored.get(key) != value:
+            raise BadInput(f"{what} is stored with {key} {stored.get(key)}, not {value}; {advice}, or ask for what is stored")

@@ -20,10 +20,10 @@ import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput
-from actstore.ingest.trees import MAX_NODES, MIN_NODES, NO_NODE, Trees
+from actstore.ingest.trees import MAX_NODES, MIN_NODES, NO_NODE, Trees, at_label, enum_series, null_where_no_node
 
 PAD, COMMA, BAR, COLON = 0, 1, 2, 3
-WORDS = ("<PAD>", ",", "|", ":") + tuple(word for k in range(MAX_NODES) for word in (str(k), f"→{k}"))
+WORDS = ("<PAD>", ",", "|", ":", *(word for k in range(MAX_NODES) for word in (str(k), f"→{k}")))
 ROLES = ("edge_source", "edge_target", "separator", "bar", "goal", "colon", "root", "path")
 POSITIONS_PER_TREE = 256  # token_id = tree_id * 256 + position: more than the 4n-1 positions of the largest tree
 SYSTEMS = ("reproduction", "baseline")
@@ -45,8 +45,8 @@ def arrow_word(label: np.ndarray) -> np.ndarray:
 
 
 def word_label(word: np.ndarray) -> np.ndarray:
-    """The label that a word names, plain or as a step; NO_NODE for punctuation and padding."""
-    return np.where(word >= 4, (word - 4) // 2, NO_NODE).astype(np.uint8)
+    """The label that a word names, plain or as a step; NO_NODE for punctuation, padding and what is no word."""
+    return np.where((word >= 4) & (word < len(WORDS)), (word - 4) // 2, NO_NODE).astype(np.uint8)
 
 
 def is_arrow(word: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ def encode(trees: Trees) -> np.ndarray:
     words[:, goal_at] = node_word(trees.goal)
     words[:, goal_at + 1] = COLON
     words[:, goal_at + 2] = node_word(trees.root)
-    words[:, goal_at + 3 :] = np.where(trees.path == NO_NODE, PAD, arrow_word(np.minimum(trees.path, MAX_NODES)))
+    words[:, goal_at + 3 :] = np.where(trees.path == NO_NODE, PAD, arrow_word(trees.path))
     return words
 
 
@@ -78,57 +78,62 @@ def decode(words: np.ndarray) -> Trees:
     """Read trees back from words; the inverse of `encode`.
 
     Args:
-        words: uint8 [n_trees, 4n-1] word numbers.
+        words: uint8 [n_trees, 4n-1] word numbers. A comma behind the root reads as padding, which is how the baseline
+            writes it.
 
     Raises:
-        BadInput: a row is no prompt of a tree followed by a path from its root to its goal.
+        BadInput: a row is no prompt of a binary tree and a leaf of it, followed by the path from its root to that leaf.
     """
-    n_trees, n_words = words.shape
-    n_nodes = (n_words + 1) // 4
-    if n_words != n_positions(n_nodes) or not MIN_NODES <= n_nodes <= MAX_NODES:
-        raise BadInput(f"got {n_words} tokens a tree; a tree of n nodes has 4n-1 of them, n from {MIN_NODES} to {MAX_NODES}")
+    n_nodes = (words.shape[-1] + 1) // 4
+    if words.ndim != 2 or words.shape[1] != n_positions(n_nodes) or not MIN_NODES <= n_nodes <= MAX_NODES:
+        raise BadInput(f"got words {list(words.shape)}; n nodes take [n_trees, 4n-1], n from {MIN_NODES} to {MAX_NODES}")
     goal_at = 3 * (n_nodes - 1)
-    labels = word_label(words)
+    labels, answer = word_label(words), words[:, goal_at + 3 :]
+    answer = np.where(answer == COMMA, PAD, answer)
     trees = Trees(
         edges=np.stack([labels[:, 0:goal_at:3], labels[:, 1:goal_at:3]], axis=2),
         root=labels[:, goal_at + 2],
         goal=labels[:, goal_at],
         path=labels[:, goal_at + 3 :],
-        depth=(words[:, goal_at + 3 :] != PAD).sum(axis=1).astype(np.uint8),
+        depth=(answer != PAD).sum(axis=1).astype(np.uint8),
     )
-    bad = np.any(encode(trees) != words, axis=1) | ~_is_tree_with_path(trees)
-    if bad.any():
-        row = int(np.argmax(bad))
+    named = np.concatenate([trees.edges.reshape(len(trees), -1), trees.root[:, None], trees.goal[:, None]], axis=1)
+    good = (named != NO_NODE).all(axis=1)
+    good &= (encode(trees) == np.concatenate([words[:, : goal_at + 3], answer], axis=1)).all(axis=1)
+    good[good] = _are_trees_with_paths(trees[good])
+    if not good.all():
+        row = int(np.argmin(good))
         raise BadInput(
-            f"row {row} is no tree, goal and path: {' '.join(spell(words[row]))!r}; "
-            "write `source →target ,` for every edge, `|`, then `goal : root` and the steps"
+            f"row {row} is no tree, goal and path: {' '.join(spell(words[row]))!r}; write `source →target ,` for every "
+            "edge of a binary tree, `|` in place of the last comma, then `goal : root` of a leaf and the steps to it"
         )
     return trees
 
 
-def _is_tree_with_path(trees: Trees) -> np.ndarray:
-    """bool [n_trees]: each label but the root has one parent, all hang on the root, and the path leads to the goal."""
-    rows = np.arange(len(trees))
-    targets = np.sort(trees.edges[:, :, 1], axis=1)
-    good = (np.diff(targets.astype(np.int16), axis=1) > 0).all(axis=1)
-    good &= (trees.node_depths() != NO_NODE).sum(axis=1) == trees.n_nodes
-    above, parents = trees.root, np.pad(trees.parents(), ((0, 0), (0, NO_NODE + 1 - MAX_NODES)), constant_values=NO_NODE)
-    for step in range(trees.n_nodes - 1):
-        node = trees.path[:, step]
-        good &= (node == NO_NODE) | (parents[rows, node] == above)
-        above = np.where(node == NO_NODE, above, node)
-    return good & (above == trees.goal) & (trees.depth > 0)
+def _are_trees_with_paths(trees: Trees) -> np.ndarray:
+    """bool [n_trees]: all hangs on the root, none has three children, and the path leads from the root to a leaf."""
+    source, path = trees.edges[:, :, 0], trees.path
+    sources = np.sort(source, axis=1)
+    good = (sources[:, 2:] != sources[:, :-2]).all(axis=1)  # no source thrice
+    good &= (trees.node_depths() != NO_NODE).sum(axis=1) == trees.n_nodes  # n reached by n-1 edges: a tree
+    live = np.arange(path.shape[1]) < trees.depth[:, None]
+    before = np.concatenate([trees.root[:, None], path[:, :-1]], axis=1)
+    parent = at_label(trees.parents(), np.where(path == NO_NODE, trees.root[:, None], path))
+    good &= np.where(live, (path != NO_NODE) & (parent == before), path == NO_NODE).all(axis=1)
+    last = np.take_along_axis(path, trees.depth[:, None].astype(np.intp) - 1, axis=1)[:, 0]
+    return good & (last == trees.goal) & (source != trees.goal[:, None]).all(axis=1)
 
 
 def spell(words: np.ndarray) -> list[str]:
-    """The words of one row, padding left out: `['15', '→4', ',', …]`."""
-    return [WORDS[word] for word in words if word != PAD]
+    """The words of one row, `['15', '→4', ',', …]`, up to its padding; a number that is no word reads `?200`."""
+    n_words = int(np.flatnonzero(words != PAD).max(initial=-1)) + 1
+    return [WORDS[word] if 0 <= word < len(WORDS) else f"?{word}" for word in words[:n_words]]
 
 
 def token_rows(trees: Trees, first_tree_id: int = 0) -> pl.DataFrame:
     """The rows of the `tokens` table, in (tree, position) order, padding left out; columns as in schema.sql."""
     words = encode(trees)
-    n_trees, width = words.shape
+    width = n_positions(trees.n_nodes)
     edge, role, step = _position_columns(trees.n_nodes)
     kept = np.flatnonzero(words)  # PAD is word 0
     tree, position = np.divmod(kept, width)
@@ -138,11 +143,11 @@ def token_rows(trees: Trees, first_tree_id: int = 0) -> pl.DataFrame:
             "token_id": (first_tree_id + tree) * POSITIONS_PER_TREE + position,
             "tree_id": (first_tree_id + tree).astype(np.int32),
             "position": position.astype(np.uint8),
-            "token": _enum(word, WORDS),
-            "role": _enum(role[position], ROLES),
-            "edge": _nullable(edge[position]),
-            "node": _nullable(word_label(word)),
-            "step": _nullable(step[position]),
+            "token": enum_series(word, WORDS),
+            "role": enum_series(role[position], ROLES),
+            "edge": null_where_no_node(edge[position]),
+            "node": null_where_no_node(word_label(word)),
+            "step": null_where_no_node(step[position]),
         }
     )
 
@@ -156,15 +161,6 @@ def _position_columns(n_nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     role[goal_at - 1 : goal_at + 3] = [ROLES.index(name) for name in ("bar", "goal", "colon", "root")]
     step = np.where(position < 3 * n_nodes, NO_NODE, position - 3 * n_nodes).astype(np.uint8)
     return edge, role, step
-
-
-def _enum(codes: np.ndarray, names: tuple[str, ...]) -> pl.Series:
-    return pl.Series(codes.astype(np.uint8)).cat.to(pl.Enum(names))
-
-
-def _nullable(values: np.ndarray) -> pl.Series:
-    series = pl.Series(values)
-    return series.set(series == NO_NODE, None)
 
 
 @dataclass(frozen=True)
@@ -219,7 +215,7 @@ class Vocabulary:
         """
         ids = self.id_of_word[words]
         if (ids < 0).any():
-            unknown = WORDS[int(words[ids < 0].flat[0])]
+            unknown = spell(words[ids < 0][:1])[0]
             raise BadInput(
                 f"the {self.system} vocabulary of {self.n_nodes} nodes has no {unknown!r}; "
                 f"use trees of at most {self.n_nodes} nodes (--nodes)"
@@ -233,6 +229,6 @@ class Vocabulary:
             BadInput: an id is outside the vocabulary.
         """
         ids = np.asarray(ids)
-        if ids.size and not (0 <= ids.min() and ids.max() < len(self)):
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
             raise BadInput(f"got token ids {ids.min()} to {ids.max()}; the vocabulary has 0 to {len(self) - 1}")
         return self.word_of_id[ids]

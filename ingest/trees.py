@@ -1,4 +1,4 @@
-"""Random binary trees with a goal, many at a time: the three distributions the models are asked about.
+"""Random binary trees with a goal, many at a time: the three distributions the models are asked about, and their rows.
 
 A batch of trees is a struct of arrays, because a loop over trees in Python makes 10,000 a second and a loop over the
 nodes of all trees at once makes 100,000. Each tree consumes a fixed number of uniforms from the random generator, so
@@ -9,7 +9,8 @@ Distributions:
                   uniform leaf; edges are shuffled.
     baseline      Brinkmann et al. 2024 (arXiv 2402.11917, `generate_example_secondary_path` of their repository):
                   a main path of length uniform 1…n-1 ends in the goal, a second path leaves the root, the rest hangs
-                  on nodes with fewer than two children; even trees list their edges backward, odd ones shuffled.
+                  on nodes with fewer than two children, never on the goal; even trees list their edges backward, odd
+                  ones shuffled. (Theirs hangs the rest on in the order of its labels; here no label tells a place.)
     deep          the goal's depth is uniform over a given set, the main path has that length, the rest hangs on at
                   random, as in the baseline without its second path; edges are shuffled.
 """
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 import xxhash
 
 from actstore.errors import BadInput
@@ -27,11 +29,13 @@ from actstore.errors import BadInput
 DISTRIBUTIONS = ("reproduction", "baseline", "deep")
 MIN_NODES, MAX_NODES = 2, 64  # 64 nodes are 255 positions, so that a position and a token id both fit a byte
 NO_NODE = 255  # past the end of a path, and the root's own parent
+SPLITS = ("train", "test")
+TREES_PER_TEST_TREE = 5  # a fifth of the trees is held out: enough to test a probe on, and most are left to fit it
 
 
 @dataclass(frozen=True)
 class Trees:
-    """A batch of n_trees trees, each with a goal, the path to it and an order in which its edges are listed.
+    """A batch of n_trees binary trees, each with a goal, the path to it and an order in which its edges are listed.
 
     Attributes:
         edges: uint8 [n_trees, n_nodes - 1, 2], (source, target) labels in the order listed.
@@ -59,9 +63,7 @@ class Trees:
 
     def parents(self) -> np.ndarray:
         """uint8 [n_trees, MAX_NODES]: each label's parent, NO_NODE for the root and for labels not in the tree."""
-        parents = np.full((len(self), MAX_NODES), NO_NODE, np.uint8)
-        np.put_along_axis(parents, self.edges[:, :, 1].astype(np.intp), self.edges[:, :, 0], axis=1)
-        return parents
+        return self._by_label(self.edges[:, :, 1], self.edges[:, :, 0], otherwise=NO_NODE)
 
     def hashes(self) -> np.ndarray:
         """uint64 [n_trees]: xxh3-64 of each labelled tree, whatever its goal and the order of its edges.
@@ -72,17 +74,30 @@ class Trees:
 
     def node_depths(self) -> np.ndarray:
         """uint8 [n_trees, MAX_NODES]: edges between the root and each label, NO_NODE where the tree lacks the label."""
-        parents = self.parents().astype(np.intp)
-        rows = np.arange(len(self))[:, None]
-        depths = np.full(parents.shape, NO_NODE, np.uint8)
-        depths[rows[:, 0], self.root] = 0
-        above = np.pad(depths, ((0, 0), (0, NO_NODE + 1 - MAX_NODES)), constant_values=NO_NODE)
-        for depth in range(1, self.n_nodes):
-            reached = above[rows, parents] == depth - 1
-            if not reached.any():
-                break
-            above[:, :MAX_NODES][reached] = depth
-        return above[:, :MAX_NODES]
+        root, parents, labels = self.root[:, None].astype(np.intp), self.parents(), np.arange(MAX_NODES)
+        above = np.where((parents == NO_NODE) | (labels == root), labels, parents)
+        depths = (above != labels).astype(np.uint8)
+        for _ in range((self.n_nodes - 2).bit_length()):  # all nodes climb at once, twice as far each round
+            depths += np.take_along_axis(depths, above, axis=1)
+            above = np.take_along_axis(above, above, axis=1)
+        return np.where(above == root, depths, NO_NODE).astype(np.uint8)
+
+    def is_backward(self) -> np.ndarray:
+        """bool [n_trees]: whether every edge is listed after all the edges below it."""
+        edge = np.arange(self.n_nodes - 1, dtype=np.uint8)
+        listed = self._by_label(self.edges[:, :, 1], edge, otherwise=NO_NODE)  # where the edge to each label stands
+        return np.all(at_label(listed, self.edges[:, :, 0]) > edge, axis=1)
+
+    def _by_label(self, labels: np.ndarray, values: np.ndarray | int, otherwise: int) -> np.ndarray:
+        """uint8 [n_trees, MAX_NODES]: the values at each tree's labels, uint8 [n_trees, n]; `otherwise` elsewhere."""
+        table = np.full((len(self), MAX_NODES), otherwise, np.uint8)
+        np.put_along_axis(table, labels.astype(np.intp), values, axis=1)
+        return table
+
+
+def at_label(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The cells of [n_trees, MAX_NODES] that each tree's labels, uint8 [n_trees, n], name: [n_trees, n]."""
+    return np.take_along_axis(table, labels.astype(np.intp), axis=1)
 
 
 def draw(
@@ -98,10 +113,12 @@ def draw(
 
     The stream is jumped into, not run through, so a late range costs no more than an early one.
     """
+    n_labels = n_nodes if n_labels is None else n_labels
+    _check(distribution, n_nodes, n_labels, depths)
     if seed < 0 or not 0 <= start <= stop:
         raise BadInput(f"got seed {seed} and trees {start} to {stop}: a seed is 0 or more, and a range runs forward")
     bits = np.random.PCG64DXSM(np.random.SeedSequence([seed, *distribution.encode()]))
-    bits.advance(start * _n_uniforms(n_nodes, n_labels or n_nodes))
+    bits.advance(start * _n_uniforms(n_nodes, n_labels))
     return sample(distribution, np.random.Generator(bits), stop - start, n_nodes, n_labels, depths, first=start)
 
 
@@ -128,18 +145,16 @@ def sample(
     Raises:
         BadInput: an unknown distribution, or a size or depth that no such tree has.
     """
-    n_labels = n_labels or n_nodes
+    n_labels = n_nodes if n_labels is None else n_labels
     _check(distribution, n_nodes, n_labels, depths)
     u = rng.random((n_trees, _n_uniforms(n_nodes, n_labels)))
-    u_shape, u_goal, u_second, u_label, u_order = np.split(
-        u, np.cumsum([n_nodes, 1, 1, n_labels]).tolist(), axis=1
-    )
+    u_shape, u_goal, u_second, u_label, u_order = np.split(u, np.cumsum([n_nodes, 1, 1, n_labels]).tolist(), axis=1)
     labels = np.argsort(u_label, axis=1, kind="stable")[:, :n_nodes].astype(np.uint8)
     order = np.argsort(u_order, axis=1, kind="stable")
     if distribution == "reproduction":
         parent, goal = _uniform_split(u_shape, u_goal[:, 0])
     else:
-        lengths = np.arange(1, n_nodes) if depths is None or distribution == "baseline" else np.asarray(sorted(depths))
+        lengths = np.arange(1, n_nodes) if depths is None else np.unique(depths)
         main = lengths[_pick(u_goal[:, 0], np.full(n_trees, len(lengths)))]
         left_over = n_nodes - 1 - main
         second = np.zeros_like(main)
@@ -257,10 +272,10 @@ def _label(parent: np.ndarray, goal: np.ndarray, labels: np.ndarray, order: np.n
     for node in range(1, n_nodes):
         depth[:, node] = depth[rows, parent[:, node]] + 1
     path = np.full((n_trees, n_nodes - 1), NO_NODE, np.uint8)
-    node, step = goal.copy(), depth[rows, goal] - 1
+    here, step = goal, depth[rows, goal] - 1
     while (live := step >= 0).any():
-        path[rows[live], step[live]] = labels[rows[live], node[live]]
-        node, step = parent[rows, node], step - 1
+        path[rows[live], step[live]] = labels[rows[live], here[live]]
+        here, step = parent[rows, here], step - 1
     return Trees(
         edges=labels[rows[:, None, None], edges],
         root=labels[:, 0].copy(),
@@ -268,3 +283,63 @@ def _label(parent: np.ndarray, goal: np.ndarray, labels: np.ndarray, order: np.n
         path=path,
         depth=depth[rows, goal].astype(np.uint8),
     )
+
+
+def tree_rows(trees: Trees, first_tree_id: int, dataset: str) -> pl.DataFrame:
+    """The rows of the `trees` table, in tree order; columns as in schema.sql. A drawn tree is a variant of none."""
+    n_trees, n_edges, _ = trees.edges.shape
+    depths, hashes = trees.node_depths(), trees.hashes()
+    height = np.where(depths == NO_NODE, 0, depths).max(axis=1)
+    sources = np.sort(trees.edges[:, :, 0], axis=1)
+    n_inner = 1 + (sources[:, 1:] != sources[:, :-1]).sum(axis=1)
+    path = pl.Series(trees.path, dtype=pl.Array(pl.UInt8, n_edges)).arr.to_list()
+    return pl.DataFrame(
+        {
+            "tree_id": np.arange(first_tree_id, first_tree_id + n_trees, dtype=np.int32),
+            "dataset": pl.repeat(dataset, n_trees, dtype=pl.String, eager=True),
+            "root": trees.root,
+            "goal": trees.goal,
+            "depth": trees.depth,
+            "height": height,
+            "n_leaves": (trees.n_nodes - n_inner).astype(np.uint8),
+            "path": path.list.head(pl.lit(pl.Series(trees.depth))),
+            "backward": trees.is_backward(),
+            "tree_hash": hashes,
+            "split": enum_series(hashes % TREES_PER_TEST_TREE == 0, SPLITS),
+            "variant_of": pl.repeat(None, n_trees, dtype=pl.Int32, eager=True),
+            "change": pl.repeat(None, n_trees, dtype=pl.String, eager=True),
+        }
+    )
+
+
+def edge_rows(trees: Trees, first_tree_id: int) -> pl.DataFrame:
+    """The rows of the `edges` table, in (tree, edge) order; columns as in schema.sql."""
+    n_trees, n_edges, _ = trees.edges.shape
+    source, target = trees.edges[:, :, 0], trees.edges[:, :, 1]
+    walked = np.where(trees.path == NO_NODE, trees.goal[:, None], trees.path)  # past its end a path stays at the goal
+    on_path = at_label(trees._by_label(walked, 1, otherwise=0), target) == 1
+    source_depth = at_label(trees.node_depths(), source)
+    edge = np.arange(n_edges, dtype=np.uint8)
+    return pl.DataFrame(
+        {
+            "tree_id": np.repeat(np.arange(first_tree_id, first_tree_id + n_trees, dtype=np.int32), n_edges),
+            "edge": np.tile(edge, n_trees),
+            "source": source.reshape(-1),
+            "target": target.reshape(-1),
+            "source_depth": source_depth.reshape(-1),
+            "on_path": on_path.reshape(-1),
+            "step": null_where_no_node(np.where(on_path, source_depth, np.uint8(NO_NODE)).reshape(-1)),
+            "is_last": np.tile(edge == n_edges - 1, n_trees),
+        }
+    )
+
+
+def enum_series(codes: np.ndarray, names: tuple[str, ...]) -> pl.Series:
+    """An Enum series of the names that codes [n], integers or booleans, count to."""
+    return pl.Series(codes.astype(np.uint8)).cat.to(pl.Enum(names))
+
+
+def null_where_no_node(values: np.ndarray) -> pl.Series:
+    """A UInt8 series of values uint8 [n], null where they are NO_NODE."""
+    series = pl.Series(values)
+    return series.set(series == NO_NODE, None)

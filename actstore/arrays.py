@@ -213,12 +213,18 @@ class SiteReader:
         try:
             mapped = np.memmap(path, np.uint8, mode="r")
         except (OSError, ValueError) as error:
-            raise Damaged(f"cannot map {path} of {self.where} ({error}); restore it from a copy of the store") from error
+            raise Damaged(
+                f"cannot map {path} of {self.where} ({error}); restore it from a copy of the store"
+            ) from error
         if len(mapped) != self.layout.shard_bytes:
-            raise Damaged(f"{path} of {self.where} is {len(mapped):,} bytes long; it was {self.layout.shard_bytes:,} when committed")
+            raise Damaged(
+                f"{path} of {self.where} is {len(mapped):,} bytes long; it was {self.layout.shard_bytes:,} when committed"
+            )
         row_bytes = 4 * self.layout.row_items
         n_windows = (self.layout.shard_bytes - row_bytes) // 4 + 1
-        return np.lib.stride_tricks.as_strided(mapped[:row_bytes].view(f"V{row_bytes}"), (n_windows,), (4,), writeable=False)
+        return np.lib.stride_tricks.as_strided(
+            mapped[:row_bytes].view(f"V{row_bytes}"), (n_windows,), (4,), writeable=False
+        )
 
     def _refuse(self, token_ids: np.ndarray, bad: np.ndarray, why: str) -> None:
         if bad.any():

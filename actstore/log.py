@@ -149,7 +149,9 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
             os.link(temporary, target)
         except FileExistsError:
             if xxhash.xxh3_128_hexdigest(target.read_bytes()) != file.xxh3_128:
-                raise Damaged(f"{target} exists with other content; another writer is at work on this store, or the machine computed otherwise before") from None
+                raise Damaged(
+                    f"{target} exists with other content; another writer is at work on this store, or the machine computed otherwise before"
+                ) from None
         finally:
             os.unlink(temporary)
         fsync_folder(target.parent)
@@ -157,7 +159,9 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if error.errno in DISK_FULL:
-            raise NoRoom(f"no room for {target} ({len(content):,} bytes): {error.strerror}; free some, then go on") from error
+            raise NoRoom(
+                f"no room for {target} ({len(content):,} bytes): {error.strerror}; free some, then go on"
+            ) from error
         raise
     return file
 
@@ -207,7 +211,9 @@ def lease(root: Path) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             raise Busy(f"{root} is being written by {holder}; wait for it or stop it, then go on") from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n")
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()}: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n"
+        )
         file.flush()
         yield
         file.truncate(0)
@@ -246,5 +252,7 @@ def check_room(root: Path, wanted: int, what: str) -> int:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < wanted:
-        raise NoRoom(f"{what} needs {wanted / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free; free some or ask for less")
+        raise NoRoom(
+            f"{what} needs {wanted / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free; free some or ask for less"
+        )
     return free

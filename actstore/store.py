@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,7 +72,9 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -90,7 +93,9 @@ class Store:
                     found = -1
                 if found != file.bytes:
                     what = "is missing" if found < 0 else f"is {found:,} bytes long, not {file.bytes:,}"
-                    raise Damaged(f"{self.path / file.path} {what}; commit {manifest.number} names it: restore it from a copy")
+                    raise Damaged(
+                        f"{self.path / file.path} {what}; commit {manifest.number} names it: restore it from a copy"
+                    )
 
     def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
         """Run one SQL query over the store's tables (actstore/schema.sql says what each column holds).
@@ -106,6 +111,10 @@ class Store:
             BadInput: DuckDB refuses the query.
         """
         return self._session.sql(query, params)
+
+    def info(self) -> pl.DataFrame:
+        """One row a run: its model, trees, sites and size, and how often its greedy answers are right."""
+        return self.sql(files("actstore").joinpath("info.sql").read_text())
 
     def runs(self) -> list[str]:
         """Names of the runs, in the order they were defined."""
@@ -127,7 +136,9 @@ class Store:
             return run
         held = f"{self.path} holds {', '.join(runs) if runs else 'no run'}"
         if run is not None:
-            raise NotStored(f"no run {run!r}: {held}; ingest it with `actstore ingest {self.path} --run {run} --model …`")
+            raise NotStored(
+                f"no run {run!r}: {held}; ingest it with `actstore ingest {self.path} --run {run} --model …`"
+            )
         if len(runs) == 1:
             return runs[0]
         if not runs:
@@ -163,7 +174,9 @@ class Store:
         return self._readers[run, site]
 
     def _open_site(self, run: str, site: str) -> SiteReader:
-        wanted = "from sites join runs using (run) join datasets using (dataset) where run = $run and $site in (site, short)"
+        wanted = (
+            "from sites join runs using (run) join datasets using (dataset) where run = $run and $site in (site, short)"
+        )
         found = self.sql(
             f"select site, kind, shape, trees_per_shard, datasets.first_tree_id {wanted}", {"run": run, "site": site}
         ).to_dicts()
@@ -184,10 +197,14 @@ class Store:
 def _token_ids(rows: pl.DataFrame) -> np.ndarray:
     """int64 [n] from a query's column token_id."""
     if "token_id" not in rows.columns:
-        raise BadInput(f"the query yields {', '.join(rows.columns)} and no token_id; select token_id to say which tokens to read")
+        raise BadInput(
+            f"the query yields {', '.join(rows.columns)} and no token_id; select token_id to say which tokens to read"
+        )
     ids = rows["token_id"]
     if not ids.dtype.is_integer():
         raise BadInput(f"the query's token_id is {ids.dtype}; it must be an integer, as in the tables")
     if ids.null_count():
-        raise BadInput(f"{ids.null_count():,} of {len(ids):,} token_ids are NULL; add `where token_id is not null`, or join the tokens")
+        raise BadInput(
+            f"{ids.null_count():,} of {len(ids):,} token_ids are NULL; add `where token_id is not null`, or join the tokens"
+        )
     return ids.cast(pl.Int64).to_numpy()

@@ -46,10 +46,14 @@ class RunPlan:
     """One model over one set of trees: rows of `models`, `datasets` and `runs` as in schema.sql, and the weights.
 
     Attributes:
+        run: its name.
         model: a row of `models`.
         weights: canonical safetensors bytes, whose sha256 is model["weights_sha256"].
         dataset: a row of `datasets` but for first_tree_id, which the store gives.
         facts: device and versions, for the row of `runs`.
+
+    Raises:
+        BadInput: the run's or the dataset's name cannot name a folder.
     """
 
     run: str
@@ -58,6 +62,11 @@ class RunPlan:
     dataset: Mapping[str, Any]
     sites: Sequence[SitePlan]
     facts: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for name in (self.run, self.dataset["dataset"]):
+            if not NAME.fullmatch(name):
+                raise BadInput(f"got the name {name!r}; a run or dataset is named with letters, digits and . _ = , + -")
 
 
 def create(root: Path) -> None:
@@ -85,6 +94,19 @@ def create(root: Path) -> None:
     log.fsync_folder(root.parent)
 
 
+def rebuild(path: str | Path) -> int:
+    """Make the catalog anew from the committed parts alone, and return how many commits it holds.
+
+    Raises:
+        Damaged: a part or a manifest is missing or unreadable.
+        Busy: another process writes to the store.
+    """
+    root = Path(path)
+    check_format(root)
+    with log.lease(root):
+        return catalog.publish(root, from_nothing=True)
+
+
 @contextmanager
 def open_writer(path: str | Path, *, make: bool = False) -> Iterator[Writer]:
     """Hold a store for writing, and publish its catalog at the end, also after an error.
@@ -109,6 +131,20 @@ def open_writer(path: str | Path, *, make: bool = False) -> Iterator[Writer]:
             writer.publish()
 
 
+def committed_batches(root: Path, run: str) -> set[int]:
+    """The batches of a run that are committed, without holding the store.
+
+    Raises:
+        NotStored: there is no store.
+    """
+    check_format(root)
+    return _batches(log.manifests(root), run)
+
+
+def _batches(committed: Sequence[Manifest], run: str) -> set[int]:
+    return {m.batch for m in committed if m.kind == "batch" and m.run == run and m.batch is not None}
+
+
 class Writer:
     """See `open_writer`, which makes one while it holds the lease."""
 
@@ -126,7 +162,7 @@ class Writer:
 
     def batches(self, run: str) -> set[int]:
         """The batches of a run that are committed."""
-        return {m.batch for m in self._log if m.kind == "batch" and m.run == run and m.batch is not None}
+        return _batches(self._log, run)
 
     def publish(self) -> int:
         """Bring the catalog up to the last commit, and return its snapshot number."""
@@ -139,11 +175,8 @@ class Writer:
             tree_id of the first tree of the run's dataset.
 
         Raises:
-            BadInput: the run's or dataset's name is taken by another, or is no name.
+            BadInput: the run's or dataset's name is taken by another.
         """
-        for name in (plan.run, plan.dataset["dataset"]):
-            if not NAME.fullmatch(name):
-                raise BadInput(f"got the name {name!r}; a run or dataset is named with letters, digits and . _ = , + -")
         first_tree_id = self._first_tree_id(plan.dataset)
         if self._is_defined(plan):
             return first_tree_id
@@ -158,7 +191,14 @@ class Writer:
             **plan.facts,
         }
         sites = [
-            {"run": plan.run, "site": s.site, "short": s.short, "kind": s.kind, "shape": s.layout.shape, "path": _array(plan.run, s)}
+            {
+                "run": plan.run,
+                "site": s.site,
+                "short": s.short,
+                "kind": s.kind,
+                "shape": s.layout.shape,
+                "path": _array(plan.run, s),
+            }
             for s in plan.sites
         ]
         weights = plan.model["weights_sha256"]
@@ -196,7 +236,9 @@ class Writer:
             "dataset": plan.dataset["dataset"],
             "sites": ", ".join(site.short for site in plan.sites),
         }
-        _must_agree(f"run {plan.run!r}", {**row, "sites": ", ".join(sites)}, wanted, "name the new run otherwise (--run)")
+        _must_agree(
+            f"run {plan.run!r}", {**row, "sites": ", ".join(sites)}, wanted, "name the new run otherwise (--run)"
+        )
         return True
 
     def commit_batch(
@@ -259,4 +301,6 @@ def _array(run: str, site: SitePlan) -> str:
 def _must_agree(what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], advice: str) -> None:
     for key, value in wanted.items():
         if stored.get(key) != value:
-            raise BadInput(f"{what} is stored with {key} {stored.get(key)}, not {value}; {advice}, or ask for what is stored")
+            raise BadInput(
+                f"{what} is stored with {key} {stored.get(key)}, not {value}; {advice}, or ask for what is stored"
+            )

@@ -1,0 +1,338 @@
+"""The command `actstore`: each command opens a store, makes one library call and prints.
+
+Heavy imports stay inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from actstore import __version__
+from actstore.errors import ActstoreError
+
+if TYPE_CHECKING:
+    from actstore.output import Output
+
+
+class Commands(click.Group):
+    """A group that turns the package's own errors, a full disk and Ctrl-C into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ActstoreError as error:
+            click.echo(f"actstore: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(
+                "actstore: stopped; what was committed is kept, and the same command goes on from there", err=True
+            )
+            ctx.exit(1)
+        except BrokenPipeError:  # `actstore sql … | head`
+            sys.stderr.close()
+            ctx.exit(1)
+        except OSError as error:
+            click.echo(f"actstore: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="actstore")
+def main() -> None:
+    """Residual streams of path-finding transformers in Zarr, what they mean in DuckDB, studies in SQL.
+
+    Example:
+
+    \b
+        actstore ingest demo.act --model reproduction --trees 2000
+        actstore sql demo.act "select role, count(*) from tokens group by all"
+        actstore study demo.act probes --plot probes.png
+    """
+
+
+def store_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Every command's first argument."""
+    return click.argument("store", type=click.Path(path_type=Path))(command)
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--csv, --json, --parquet FILE; a table without them."""
+
+    def wrapped(*args: Any, as_csv: bool, as_json: bool, parquet: str | None, **options: Any) -> Any:
+        from actstore.output import Output
+
+        if as_csv + as_json + bool(parquet) > 1:
+            raise click.UsageError("choose one of --csv, --json and --parquet")
+        return command(*args, output=Output("csv" if as_csv else "json" if as_json else "table", parquet), **options)
+
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in (
+        click.option("--parquet", metavar="FILE", help="Write the rows to a Parquet file."),
+        click.option("--json", "as_json", is_flag=True, help="Print rows as JSON."),
+        click.option("--csv", "as_csv", is_flag=True, help="Print rows as CSV."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+param_option = click.option(
+    "-p", "--param", "params", type=(str, str), multiple=True, metavar="NAME VALUE", help="Value of a $NAME."
+)
+
+
+@main.command()
+@store_argument
+@click.option("--model", required=True, help="A model's name (`actstore models list`) or a checkpoint's path.")
+@click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
+@click.option("--trees", default=10_000, show_default=True, help="How many trees.")
+@click.option("--distribution", help="reproduction, baseline or deep; the model's own unless told.")
+@click.option("--depths", help="Goal depths of `deep` trees: 1-15 or 3,5,7.")
+@click.option("--nodes", type=int, help="Nodes of each tree, 2 to 64; as many as the model has labels unless told.")
+@click.option("--seed", default=0, show_default=True, help="Names the stream of trees.")
+@click.option("--dataset", help="Name of the set of trees; made of the above unless told.")
+@click.option("--run", help="Name of the run; the model's name unless told.")
+@click.option(
+    "--sites", help="embed, resid_pre, resid_mid, resid_post, pattern, or one layer's (resid_post.0); with commas."
+)
+@click.option("--batch-size", default=128, show_default=True, help="Trees a forward pass.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+def ingest(store: Path, **options: Any) -> None:
+    """Run a model over generated trees, and store its activations and answers.
+
+    Stopped or killed, the same command goes on where the last commit was, and ends with the same bytes.
+
+    Example:
+
+    \b
+        actstore ingest demo.act --model reproduction --trees 2000
+        actstore ingest demo.act --model reproduction --run patterns --trees 500 --sites pattern,resid_post.0
+    """
+    from actstore.ingest.pipeline import prepare
+    from actstore.progress import progress
+
+    job = prepare(store, **options)
+    click.echo(job.announcement())
+    with progress(f"ingest {job.plan.run}", job.trees.n_trees, "trees") as advance:
+        job.execute(advance)
+    click.echo(f"{store}: run {job.plan.run} holds {job.trees.n_trees:,} trees; look with `actstore info {store}`")
+
+
+@main.command()
+@store_argument
+@output_options
+def info(store: Path, output: Output) -> None:
+    """What a store holds: runs, models, sets of trees, sites, sizes.
+
+    Example:
+
+    \b
+        actstore info demo.act
+    """
+    from actstore.store import Store
+
+    with Store(store) as opened:
+        output.write(opened.info())
+
+
+@main.command()
+@store_argument
+@click.argument("query")
+@param_option
+@output_options
+def sql(store: Path, query: str, params: tuple[tuple[str, str], ...], output: Output) -> None:
+    """Run SQL over a store's tables.
+
+    Example:
+
+    \b
+        actstore sql demo.act "select role, count(*) from tokens group by all"
+        actstore sql demo.act "from trees where depth = \\$d" -p d 7 --csv
+    """
+    from actstore.store import Store
+
+    with Store(store) as opened:
+        output.write(opened.sql(query, dict(params)))
+
+
+@main.command()
+@store_argument
+@click.argument("query")
+@click.option("--run", help="Whose activations; needed where the store holds several runs.")
+@click.option("--site", default="resid_post.0", show_default=True, help="Where in the network.")
+@click.option("--out", metavar="FILE", help="Write X and the rows to .npz, .safetensors or .parquet.")
+@param_option
+@output_options
+def read(
+    store: Path,
+    query: str,
+    run: str | None,
+    site: str,
+    out: str | None,
+    params: tuple[tuple[str, str], ...],
+    output: Output,
+) -> None:
+    """Read the activations of the tokens that a query names, row for row.
+
+    Example:
+
+    \b
+        actstore read demo.act "select token_id, source from edge_targets where is_last" --site resid_post.0 --out x.npz
+    """
+    import polars as pl
+
+    from actstore.output import save_activations
+    from actstore.store import Store
+
+    with Store(store) as opened:
+        X, rows = opened.read(query, run, site, dict(params))
+    if out:
+        save_activations(out, X, rows)
+        click.echo(f"{out}: X float32 {list(X.shape)} and {', '.join(rows.columns)}")
+    else:
+        output.write(rows.with_columns(pl.Series("x", X)))
+
+
+@main.command()
+@store_argument
+@click.argument("name", required=False)
+@param_option
+@output_options
+def query(store: Path, name: str | None, params: tuple[tuple[str, str], ...], output: Output) -> None:
+    """Run a named query; without a name, list them.
+
+    Example:
+
+    \b
+        actstore query demo.act
+        actstore query demo.act accuracy_by_depth -p run reproduction
+    """
+    from actstore import queries
+    from actstore.store import Store
+
+    with Store(store) as opened:
+        output.write(queries.select(opened, name, **dict(params)) if name else queries.listing())
+
+
+@main.command()
+@store_argument
+@click.argument("tree", type=int)
+def show(store: Path, tree: int) -> None:
+    """Draw a tree, its prompt, and what each model answered.
+
+    Example:
+
+    \b
+        actstore show demo.act 17
+    """
+    from rich.console import Console
+
+    from actstore.show import draw_tree
+    from actstore.store import Store
+
+    with Store(store) as opened:
+        Console(soft_wrap=True, highlight=False).print(draw_tree(opened, tree))
+
+
+@main.command()
+@store_argument
+@click.argument("name")
+@click.option("--run", help="Which run; needed where the store holds several.")
+@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf.")
+@click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
+@output_options
+def study(
+    store: Path, name: str, run: str | None, seed: int, plot: str | None, no_record: bool, output: Output
+) -> None:
+    """Run a study, print its table, record it in `results`, draw its figure.
+
+    Example:
+
+    \b
+        actstore study demo.act probes --plot probes.png
+    """
+    from actstore.progress import progress
+    from actstore.queries import study as studies
+    from actstore.store import Store
+    from actstore.writer import open_writer
+
+    with Store(store) as opened, progress(f"study {name}", 100, "%") as advance:
+        answer = studies.run(opened, name, run=run, seed=seed, progress=advance)
+    output.write(answer.table)
+    click.echo(answer.sentence, err=output.format != "table" or bool(output.parquet))
+    if plot:
+        studies.plot(answer).savefig(plot)
+        click.echo(f"figure: {plot}", err=True)
+    if not no_record:
+        with open_writer(store) as writer:
+            writer.record(answer.results)
+
+
+@main.command()
+@store_argument
+def repair(store: Path) -> None:
+    """Rebuild the catalog from the committed parts.
+
+    Example:
+
+    \b
+        actstore repair demo.act
+    """
+    from actstore.writer import rebuild
+
+    click.echo(f"{store}: catalog rebuilt from {rebuild(store):,} commits")
+
+
+@main.group()
+def models() -> None:
+    """The models that can be named.
+
+    Example:
+
+    \b
+        actstore models list
+    """
+
+
+@models.command(name="list")
+@output_options
+def models_list(output: Output) -> None:
+    """Name the models there are, and where.
+
+    Example:
+
+    \b
+        actstore models list
+    """
+    from actstore.ingest.models import listing
+
+    output.write(listing())
+
+
+@models.command(name="add")
+@click.argument("name")
+@click.argument("weights", type=click.Path(dir_okay=False))
+@click.option(
+    "--config", type=click.Path(dir_okay=False), help="The notebook's YAML; the file beside the weights unless told."
+)
+@click.option("--system", help="reproduction or baseline, where there is no YAML.")
+@click.option("--into", type=click.Path(file_okay=False, path_type=Path), default="data/checkpoints", show_default=True)
+def models_add(name: str, weights: str, config: str | None, system: str | None, into: Path) -> None:
+    """Import a checkpoint: a HookedTransformer state dict (.pt), or safetensors.
+
+    Example:
+
+    \b
+        actstore models add mine checkpoints/6L_step=220000.pt --config conf/6L.yaml
+        actstore models add baseline model.pt --system baseline
+    """
+    from actstore.ingest.models import add
+
+    model = add(name, weights, config, system, into)
+    click.echo(f"{into / name}.safetensors: {model.config.system}, weights sha256 {model.weights_sha256}")

@@ -1,0 +1,136 @@
+"""Frames and activations on their way out: a table for eyes, CSV, JSON or Parquet for programs, files for other tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from actstore.errors import BadInput
+
+ROWS_SHOWN = 60  # of a table; the other formats give every row
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where and how a command prints a frame; a table unless told otherwise."""
+
+    format: str = "table"
+    parquet: str | None = None
+
+    def write(self, frame: pl.DataFrame) -> None:
+        if self.parquet:
+            _replacing(Path(self.parquet), frame.write_parquet)
+            print(f"{len(frame):,} rows in {self.parquet}", file=sys.stderr)
+        elif self.format == "csv":
+            sys.stdout.write(_flat(frame).write_csv())
+        elif self.format == "json":
+            print(json.dumps(frame.to_dicts(), default=str, ensure_ascii=False))
+        else:
+            print_table(frame)
+
+
+def print_table(frame: pl.DataFrame) -> None:
+    """Print a frame as a table: to the width of a terminal, or as wide as it is where there is none."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name, dtype in frame.schema.items():
+        table.add_column(name, justify="right" if dtype.is_numeric() else "left", overflow="fold")
+    for row in frame.head(ROWS_SHOWN).iter_rows():
+        table.add_row(*[_cell(value) for value in row])
+    console = Console() if sys.stdout.isatty() else Console(width=10_000, color_system=None)
+    console.print(table)
+    if len(frame) > ROWS_SHOWN:
+        console.print(
+            f"… {len(frame) - ROWS_SHOWN:,} more of {len(frame):,} rows (--csv, --json and --parquet give all)"
+        )
+    elif not len(frame):
+        console.print("(no rows)")
+
+
+def _cell(value: Any) -> str:
+    from rich.markup import escape
+
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, np.ndarray, pl.Series)):
+        items = list(value)
+        shown = [_cell(item) for item in items[:16]]
+        return escape(" ".join(shown) + (f" … ({len(items)})" if len(items) > len(shown) else ""))
+    return escape(str(value))
+
+
+def _flat(frame: pl.DataFrame) -> pl.DataFrame:
+    """CSV has no lists: they become JSON text."""
+    nested = [name for name, dtype in frame.schema.items() if dtype.is_nested()]
+    return frame.with_columns(pl.col(name).map_elements(_json_list, pl.String) for name in nested)
+
+
+def _json_list(value: Any) -> str:
+    return json.dumps(list(value))
+
+
+def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
+    """Write activations and the rows they belong to into one file, whole or not at all.
+
+    Args:
+        path: ends in .npz (X and a column an array), .safetensors (X and the numeric columns; the others as JSON in the
+            metadata), or .parquet (the rows, and X as a fixed-size list column `x`).
+
+    Raises:
+        BadInput: another ending.
+    """
+    writers: Mapping[str, Callable[[Path], None]] = {
+        ".npz": lambda target: _save_npz(target, X, rows),
+        ".safetensors": lambda target: _save_safetensors(target, X, rows),
+        ".parquet": lambda target: rows.with_columns(pl.Series("x", X)).write_parquet(target),
+    }
+    suffix = Path(path).suffix
+    if suffix not in writers:
+        raise BadInput(f"got --out {path}; a file ends in {', '.join(writers)}")
+    _replacing(Path(path), writers[suffix])
+
+
+def _save_npz(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
+    columns = {name: _plain_array(column) for name, column in zip(rows.columns, rows.iter_columns(), strict=True)}
+    with target.open("wb") as file:
+        np.savez(file, **{"X": X, **columns})
+
+
+def _plain_array(column: pl.Series) -> np.ndarray:
+    """An array that loads without pickle: text as fixed-width unicode, lists as their JSON."""
+    if column.dtype.is_numeric() or column.dtype == pl.Boolean:
+        return column.to_numpy()
+    texts = [_json_list(value) if column.dtype.is_nested() else str(value) for value in column.to_list()]
+    return np.array(texts, dtype=np.str_)
+
+
+def _save_safetensors(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
+    from safetensors.numpy import save_file
+
+    numeric = [name for name, dtype in rows.schema.items() if dtype.is_numeric() or dtype == pl.Boolean]
+    others = {name: json.dumps(rows[name].to_list(), default=str) for name in rows.columns if name not in numeric}
+    tensors = {"X": X, **{name: np.ascontiguousarray(rows[name].to_numpy()) for name in numeric}}
+    save_file(tensors, target, metadata=others or None)
+
+
+def _replacing(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and move it there, so that a stopped run leaves no half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then where there is none; both on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[int], None]
+
+SECONDS_BEFORE_A_LINE = 5.0  # short work says nothing but its result
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
+    """Show how far a piece of work is.
+
+    Args:
+        what: named in front of the bar.
+        total: units in all.
+        unit: plural noun, "trees".
+
+    Yields:
+        A function to call with the units done so far.
+    """
+    if sys.stderr.isatty():
+        with _bar(what, total, unit) as advance:
+            yield advance
+    else:
+        yield _lines(what, total, unit)
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda done: bars.update(task, completed=done)
+
+
+def _lines(what: str, total: int, unit: str) -> Advance:
+    started = last = time.monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_BEFORE_A_LINE or (done == total and now - started >= SECONDS_BEFORE_A_LINE):
+            last = now
+            print(f"{what}: {done:,} of {total:,} {unit}, {now - started:.0f} s", file=sys.stderr, flush=True)
+
+    return advance

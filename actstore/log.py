@@ -149,9 +149,7 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
             os.link(temporary, target)
         except FileExistsError:
             if xxhash.xxh3_128_hexdigest(target.read_bytes()) != file.xxh3_128:
-                raise Damaged(
-                    f"{target} exists with other content; another writer is at work on this store, or the machine computed otherwise before"
-                ) from None
+                raise Damaged(f"{target} exists with other content: another writer is at work on this store") from None
         finally:
             os.unlink(temporary)
         fsync_folder(target.parent)

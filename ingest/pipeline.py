@@ -30,8 +30,6 @@ from actstore.writer import RunPlan, SitePlan, Writer, committed_batches, open_w
 
 SHARD_ROWS = 64 * 1024  # positions × trees: 32 MiB a site at d_model 128, large enough to write and map in one go
 BYTES_PER_TOKEN_ROW = 30  # in parts and catalog, tree, edge and answer rows counted in; rounded up from a real store
-    30  # in parts and catalog, with the tree, edge and answer rows that go with it; rounded up from a measured store
-)
 
 
 @dataclass(frozen=True)

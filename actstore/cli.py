@@ -262,7 +262,7 @@ def study(
     from actstore.store import Store
     from actstore.writer import open_writer
 
-    with Store(store) as opened, progress(f"study {name}", 100, "%") as advance:
+    with Store(store) as opened, progress(f"study {name}", None, "parts") as advance:
         answer = studies.run(opened, name, run=run, seed=seed, progress=advance)
     output.write(answer.table)
     click.echo(answer.sentence, err=output.format != "table" or bool(output.parquet))

@@ -7,22 +7,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Advance = Callable[[int], None]
+Advance = Callable[..., None]  # (done, total=None, what=None): units done; a total or a name where they change
 
 SECONDS_BEFORE_A_LINE = 5.0  # short work says nothing but its result
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
+def progress(what: str, total: int | None, unit: str) -> Iterator[Advance]:
     """Show how far a piece of work is.
 
     Args:
         what: named in front of the bar.
-        total: units in all.
+        total: units in all, None where the work itself will say.
         unit: plural noun, "trees".
 
     Yields:
-        A function to call with the units done so far.
+        A function to call with the units done so far (and the total, and the name of the part just done).
     """
     if sys.stderr.isatty():
         with _bar(what, total, unit) as advance:
@@ -32,7 +32,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
 
 
 @contextmanager
-def _bar(what: str, total: int, unit: str) -> Iterator[Advance]:
+def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -54,17 +54,21 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Advance]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(what, total=total)
-        yield lambda done: bars.update(task, completed=done)
+
+        def advance(done: int, total: int | None = None, part: str | None = None) -> None:
+            bars.update(task, completed=done, total=total, description=f"{what} {part}" if part else what)
+
+        yield advance
 
 
-def _lines(what: str, total: int, unit: str) -> Advance:
+def _lines(what: str, total: int | None, unit: str) -> Advance:
     started = last = time.monotonic()
 
-    def advance(done: int) -> None:
+    def advance(done: int, changed: int | None = None, part: str | None = None) -> None:
         nonlocal last
-        now = time.monotonic()
-        if now - last >= SECONDS_BEFORE_A_LINE or (done == total and now - started >= SECONDS_BEFORE_A_LINE):
+        now, of = time.monotonic(), changed or total or done
+        if now - last >= SECONDS_BEFORE_A_LINE or (done == of and now - started >= SECONDS_BEFORE_A_LINE):
             last = now
-            print(f"{what}: {done:,} of {total:,} {unit}, {now - started:.0f} s", file=sys.stderr, flush=True)
+            print(f"{what}: {done:,} of {of:,} {unit}, {now - started:.0f} s", file=sys.stderr, flush=True)
 
     return advance

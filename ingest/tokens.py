@@ -86,7 +86,9 @@ def decode(words: np.ndarray) -> Trees:
     """
     n_nodes = (words.shape[-1] + 1) // 4
     if words.ndim != 2 or words.shape[1] != n_positions(n_nodes) or not MIN_NODES <= n_nodes <= MAX_NODES:
-        raise BadInput(f"got words {list(words.shape)}; n nodes take [n_trees, 4n-1], n from {MIN_NODES} to {MAX_NODES}")
+        raise BadInput(
+            f"got words {list(words.shape)}; a tree of n nodes is 4n-1 of them, n {MIN_NODES} to {MAX_NODES}"
+        )
     goal_at = 3 * (n_nodes - 1)
     labels, answer = word_label(words), words[:, goal_at + 3 :]
     answer = np.where(answer == COMMA, PAD, answer)
@@ -97,8 +99,7 @@ def decode(words: np.ndarray) -> Trees:
         path=labels[:, goal_at + 3 :],
         depth=(answer != PAD).sum(axis=1).astype(np.uint8),
     )
-    named = np.concatenate([trees.edges.reshape(len(trees), -1), trees.root[:, None], trees.goal[:, None]], axis=1)
-    good = (named != NO_NODE).all(axis=1)
+    good = (trees.edges != NO_NODE).all(axis=(1, 2)) & (trees.goal != NO_NODE) & (trees.root != NO_NODE)
     good &= (encode(trees) == np.concatenate([words[:, : goal_at + 3], answer], axis=1)).all(axis=1)
     good[good] = _are_trees_with_paths(trees[good])
     if not good.all():

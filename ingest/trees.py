@@ -74,13 +74,15 @@ class Trees:
 
     def node_depths(self) -> np.ndarray:
         """uint8 [n_trees, MAX_NODES]: edges between the root and each label, NO_NODE where the tree lacks the label."""
-        root, parents, labels = self.root[:, None].astype(np.intp), self.parents(), np.arange(MAX_NODES)
+        n_labels = 1 + int(max(self.edges.max(initial=0), self.root.max(initial=0)))  # no more columns than are used
+        labels, root, parents = np.arange(n_labels), self.root[:, None], self.parents()[:, :n_labels]
         above = np.where((parents == NO_NODE) | (labels == root), labels, parents)
         depths = (above != labels).astype(np.uint8)
         for _ in range((self.n_nodes - 2).bit_length()):  # all nodes climb at once, twice as far each round
             depths += np.take_along_axis(depths, above, axis=1)
             above = np.take_along_axis(above, above, axis=1)
-        return np.where(above == root, depths, NO_NODE).astype(np.uint8)
+        depths[above != root] = NO_NODE
+        return np.pad(depths, ((0, 0), (0, MAX_NODES - n_labels)), constant_values=NO_NODE)
 
     def is_backward(self) -> np.ndarray:
         """bool [n_trees]: whether every edge is listed after all the edges below it."""

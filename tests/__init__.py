@@ -1,0 +1,1 @@
+"""The tests of actstore: properties of the data, and independent readers of it."""

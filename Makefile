@@ -27,7 +27,10 @@ test: lint
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@# mypy knows folders, not setuptools' package-dir: show it the package as it is installed
+	rm -rf build/types && mkdir -p build/types/actstore
+	ln -s $(CURDIR)/actstore/* $(CURDIR)/ingest $(CURDIR)/queries $(CURDIR)/data build/types/actstore
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p actstore
 
 bench: install
 	$(BIN)/python -m tests.benchmarks

@@ -148,7 +148,7 @@ class ShardBuffer:
             start = position * self.layout.chunk_bytes
             self._checksum(start, start + self.layout.chunk_bytes - CRC_BYTES)
         self._checksum(self.layout.n_positions * self.layout.chunk_bytes, self.layout.shard_bytes - CRC_BYTES)
-        return memoryview(self.bytes)
+        return self.bytes.data
 
     def _checksum(self, start: int, stop: int) -> None:
         crc = google_crc32c.value(self.bytes[start:stop])

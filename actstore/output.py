@@ -106,7 +106,7 @@ def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
 def _save_npz(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
     columns = {name: _plain_array(column) for name, column in zip(rows.columns, rows.iter_columns(), strict=True)}
     with target.open("wb") as file:
-        np.savez(file, **{"X": X, **columns})
+        np.savez(file, allow_pickle=False, **{"X": X, **columns})
 
 
 def _plain_array(column: pl.Series) -> np.ndarray:

@@ -1,0 +1,22 @@
+-- last_edge: the target token of the last edge that each prompt of a run lists, labelled with the edge's nodes.
+--
+-- grain   tree_id
+-- params  $run    which run
+--         $split  'train' or 'test'
+-- yields  tree_id   the tree
+--         token_id  where the residual stream is read
+--         source    label of the edge's parent node, [0, n_nodes)
+--         target    label of its child node, [0, n_nodes)
+--         on_path   the way from root to goal takes this edge
+--
+-- Attention is causal, so this is the only edge whose tokens can have read every other edge.
+with held as (
+    select distinct unnest(range(first_tree_id, first_tree_id + n_trees)) as tree_id
+    from shards
+    where run = $run
+)
+select tree_id, token_id, source, target, on_path
+from edge_targets
+semi join held using (tree_id)
+where is_last and split = $split
+order by tree_id

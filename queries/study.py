@@ -1,0 +1,133 @@
+"""What a study is: a named question put to one run of a store, with a table to print, results to record and a figure.
+
+A study is a module with two functions, `study(store, run, seed, progress, **options) -> Study` and
+`plot(study) -> Figure`; STUDIES says which. Modules are imported when they are asked for, since scikit-learn is slow to.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+import actstore
+from actstore.errors import NotStored
+from actstore.queries import check_names, nearest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from actstore.store import Store
+
+STUDIES = {"probes": "actstore.queries.probe"}
+
+Progress = Callable[[int, int, str], None]  # parts done, parts in all, the part that was just done
+
+RESULTS = {  # the columns of the table `results`, but for `recorded`, which the store gives
+    "study": pl.String,
+    "run": pl.String,
+    "site": pl.String,
+    "token_role": pl.String,
+    "label": pl.String,
+    "metric": pl.String,
+    "value": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "n": pl.Int64,
+    "query": pl.String,
+    "params": pl.String,
+    "snapshot": pl.Int32,
+    "seed": pl.Int64,
+    "version": pl.String,
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study returns.
+
+    Attributes:
+        name: of the study.
+        table: what is printed, a few rows.
+        results: rows of the table `results`, columns as in RESULTS.
+        sentence: the answer in one sentence.
+    """
+
+    name: str
+    table: pl.DataFrame
+    results: pl.DataFrame
+    sentence: str
+
+
+def run(
+    store: Store, name: str, run: str | None = None, seed: int = 0, progress: Progress | None = None, **options: Any
+) -> Study:
+    """Run a study; the same store, run, seed and options give the same numbers.
+
+    Args:
+        store: an open store.
+        name: one of STUDIES.
+        run: which run; may be left out where the store holds one.
+        seed: of everything random.
+        progress: called with (done, total, what) whenever a part is done.
+        options: the study's own, see its module.
+
+    Raises:
+        NotStored: there is no such study or run.
+        BadInput: the study has no such option, or the run holds too little for it.
+    """
+    module = _module(name)
+    known = [
+        option
+        for option in inspect.signature(module.study).parameters
+        if option not in ("store", "run", "seed", "progress")
+    ]
+    check_names(f"study {name!r}", options, (), known)
+    return module.study(store, store.run(run), seed, progress or _silent, **options)
+
+
+def plot(study: Study) -> Figure:
+    """Draw a study; `plot(study).savefig(FILE)` writes it, and needs no display."""
+    return _module(study.name).plot(study)
+
+
+def result_rows(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    study: str,
+    run: str,
+    query: str,
+    params: Mapping[str, Any],
+    snapshot: int,
+    seed: int,
+) -> pl.DataFrame:
+    """Rows of the table `results`, columns as in RESULTS.
+
+    Args:
+        rows: of each what is its own (site, token_role, label, metric, value, low, high, n); what is left out is NULL.
+        study, run, query, params, snapshot, seed: what they share.
+    """
+    shared: dict[str, Any] = {
+        "study": study,
+        "run": run,
+        "query": query,
+        "params": json.dumps(dict(params), sort_keys=True),
+    }
+    shared |= {"snapshot": snapshot, "seed": seed, "version": actstore.__version__}
+    return pl.DataFrame([{**row, **shared} for row in rows], schema=RESULTS)
+
+
+def _module(name: str) -> ModuleType:
+    if name not in STUDIES:
+        raise NotStored(f"no study {name!r}; there are {', '.join(STUDIES)}{nearest(name, STUDIES)}")
+    return import_module(STUDIES[name])
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """No progress was asked for."""

@@ -1,0 +1,161 @@
+"""How a model is trained: the recipe that a configuration names, and the trees that each step of it learns from.
+
+A step's trees follow from the recipe's seed and the step's number alone, so a run that was killed sees the same trees
+when it goes on, and whoever evaluates a model can tell which trees it has seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actstore.errors import BadInput
+from actstore.ingest import models
+from actstore.ingest.models import ModelConfig
+from actstore.ingest.trees import Trees, draw
+
+SHARES = ("warmup", "decay", "curriculum", "deep_share")
+SMALLEST_TREE = 4  # the curriculum's first: two leaves that differ, and paths of more than one step
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; the shares are of `steps`.
+
+    Attributes:
+        steps: of the optimizer.
+        batch_size: trees a step, each with all its leaves as goals.
+        warmup: share over which the learning rate rises to `lr`.
+        decay: share over which it falls linearly to 0, at the end.
+        curriculum: share over which trees grow to their full size.
+        deep_share: of the trees, how many are drawn from `deep`, since long paths are rare elsewhere.
+        clip: largest norm of a gradient.
+        seed: of the weights and of the trees.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 64
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup: float = 0.01
+    decay: float = 0.5
+    curriculum: float = 0.25
+    deep_share: float = 0.25
+    clip: float = 1.0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seed"):
+            least = 0 if name == "seed" else 1
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise BadInput(f"got {name} {getattr(self, name)!r}; it is a whole number, {least} or more")
+        for name in ("lr", "weight_decay", "clip", *SHARES):
+            if type(getattr(self, name)) not in (int, float):  # YAML reads 1e-3 as text
+                raise BadInput(f"got {name} {getattr(self, name)!r}; it is a number, such as 0.001")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"got {name} {getattr(self, name)!r}; it is a share, 0 to 1")
+        if not (0 < self.lr < math.inf and self.clip > 0 and self.weight_decay >= 0):
+            raise BadInput(f"got lr {self.lr}, clip {self.clip}, weight_decay {self.weight_decay}; the first two are above 0")
+        numbers = isinstance(self.betas, tuple) and all(type(beta) in (int, float) for beta in self.betas)
+        if not (numbers and len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            raise BadInput(f"got betas {self.betas!r}; they are two numbers, 0 to 1, such as [0.9, 0.99]")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], source: str) -> Recipe:
+        """Read the training's part of a configuration: the notebook's keys, and what is ours under `training`.
+
+        Raises:
+            BadInput: `training` has a key that is not a recipe's.
+        """
+        said = {"seed": mapping.get("random_seed"), "batch_size": mapping.get("batch_size")}
+        said |= {"steps": mapping.get("max_iters"), **(mapping.get("optimizer") or {}), **(mapping.get("training") or {})}
+        known = [field.name for field in fields(cls)]
+        for key in said:
+            if key not in known:
+                near = get_close_matches(key, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise BadInput(f"{source}: unknown key 'training.{key}'{hint}; there are {', '.join(known)}")
+        given = {key: value for key, value in said.items() if value is not None}
+        if isinstance(given.get("betas"), list):
+            given["betas"] = tuple(given["betas"])
+        try:
+            return cls(**given)
+        except BadInput as error:
+            raise BadInput(f"{source}: {error}") from None
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step: up over the warmup, level, and down to 0 over the decay."""
+        up = (step + 1) / max(1, self.warmup * self.steps)
+        down = (self.steps - step) / max(1, self.decay * self.steps)
+        return self.lr * min(1.0, up, down)
+
+    def n_nodes_at(self, step: int, n_nodes: int) -> int:
+        """Size of a step's trees: from SMALLEST_TREE to n_nodes over the curriculum, in equal times."""
+        smallest = min(SMALLEST_TREE, n_nodes)
+        if step >= self.curriculum * self.steps:
+            return n_nodes
+        return smallest + int((n_nodes - smallest) * step / (self.curriculum * self.steps))
+
+
+def read_config(name_or_path: str, n_nodes: int | None = None) -> tuple[str, ModelConfig, Recipe]:
+    """A configuration by its name (those shipped) or its path.
+
+    Args:
+        n_nodes: instead of the configuration's; the context then follows from it.
+
+    Returns:
+        name: of the model to be, the file's.
+
+    Raises:
+        BadInput: no such configuration, or it contradicts itself.
+    """
+    shipped = sorted((models.SHIPPED / "configs").glob("*.yaml"))
+    path = {path.stem: path for path in shipped}.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        names = ", ".join(path.stem for path in shipped)
+        raise BadInput(f"no configuration {name_or_path!r}; there are {names}, or give the path of a YAML file")
+    mapping = models.parse_yaml(models.read_text(path), str(path))
+    config, recipe = ModelConfig.from_mapping(mapping, str(path)), Recipe.from_mapping(mapping, str(path))
+    if n_nodes is not None:
+        config = replace(config, n_nodes=n_nodes, n_ctx=0)
+    n_read = 4 * config.n_nodes + (1 if config.system == "baseline" else -2)  # the baseline reads its padding too
+    if config.n_ctx < n_read:
+        raise BadInput(f"{path}: n_ctx is {config.n_ctx}, and trees of {config.n_nodes} nodes need {n_read}; leave it out")
+    return path.stem, config, recipe
+
+
+def step_trees(recipe: Recipe, config: ModelConfig, step: int) -> tuple[Trees, np.ndarray]:
+    """The trees that a step learns from, which follow from the seed and the step alone.
+
+    Returns:
+        trees: batch_size of them, sorted by the length of their packed sequence.
+        slots: intp [batch_size, n_edges], where each lists its edges; see `pack`.
+    """
+    n_nodes = recipe.n_nodes_at(step, config.n_nodes)
+    n_deep = round(recipe.deep_share * recipe.batch_size)
+    drawn = [
+        draw(name, recipe.seed, step * n, (step + 1) * n, n_nodes, config.n_nodes)
+        for name, n in ((config.system, recipe.batch_size - n_deep), ("deep", n_deep))
+    ]
+    trees = Trees(*(np.concatenate(both) for both in zip(*(vars(half).values() for half in drawn), strict=True)))
+    rng = np.random.default_rng([recipe.seed, step])
+    among = rng.random((len(trees), config.n_nodes - 2)).argsort(axis=1)[:, : n_nodes - 2]
+    slots = np.pad(np.sort(among, axis=1), ((0, 0), (0, 1)), constant_values=config.n_nodes - 2)
+    by_length = np.argsort(_packed_lengths(trees), kind="stable")
+    return trees[by_length], slots[by_length]
+
+
+def _packed_lengths(trees: Trees) -> np.ndarray:
+    """int64 [n_trees]: tokens of each tree's suffixes, less what all have in common: its leaves and their depths."""
+    depths = trees.node_depths().astype(np.int64)
+    inner = np.zeros(depths.shape, bool)
+    np.put_along_axis(inner, trees.edges[:, :, 0].astype(np.intp), True, axis=1)
+    return np.where((depths < trees.n_nodes) & ~inner, depths + 2, 0).sum(axis=1)

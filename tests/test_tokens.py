@@ -246,14 +246,17 @@ def assert_read_alike(words: np.ndarray) -> None:
         ("0 →1 , 1 →2 , 2 →3 | 3 : 0 →1 <PAD> →2", "a path with a gap"),
         ("0 →1 , 0 →2 , 2 →3 | 1 : 0 →1 <PAD> →3", "a word behind the path"),
         ("0 →1 , 0 →2 , 2 →3 | 1 : 0", "no path at all"),
+        ("0 →1 , 0 →2 , 2 →3 , 2 →4 | 1 : 0 <PAD> →0 →1 →1", "a gap before a second root"),
+        ("0 →1 , 0 →2 , 2 →3 | | : 0", "no goal and no path"),
+        ("0 →1 , 0 →2 , 2 →3 | 1 : | →1", "no root"),
         ("0 →1 , 1 →2 | 2 →3 | 3 : 0 →1 →2 →3", "two bars"),
         ("0 →1 , 1 2 , 2 →3 | 3 : 0 →1 →2 →3", "a target without its arrow"),
     ],
 )
 def test_what_is_no_tree_is_refused(spelled: str, what: str) -> None:
     row = [WORDS.index(word) for word in spelled.split()]
-    words = np.array([row + [PAD] * (15 - len(row))], np.uint8)
-    good = encode(draw("deep", 0, 0, 1, n_nodes=4))
+    words = np.array([row + [PAD] * (15 - len(row))], np.uint8)  # 4 nodes, or 5 where they fill their 19 words
+    good = encode(draw("deep", 0, 0, 1, n_nodes=4 if len(row) <= 15 else 5))
     with pytest.raises(BadInput, match="row 1 is no tree"):
         decode(np.concatenate([good, words]))
 

@@ -31,6 +31,8 @@ class Readable(Protocol):
 
     def sql(self, query: str, params: dict[str, Any] | None = None) -> pl.DataFrame: ...
 
+    def run(self, run: str | None) -> str: ...
+
 
 @dataclass(frozen=True)
 class Query:
@@ -97,11 +99,13 @@ def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
         A polars frame with the columns that the query's header says it yields.
 
     Raises:
-        NotStored: there is no such query.
+        NotStored: there is no such query, or no such run.
         BadInput: a parameter is missing or unknown, or DuckDB refuses its value.
     """
     query = load(name)
     check_names(f"query {name!r}", params, query.params, query.params)
+    if "run" in params:
+        store.run(params["run"])  # refuses a run that is not there, where SQL would just find no rows
     return store.sql(query.sql, params or None)
 
 

@@ -24,5 +24,5 @@ from tokens
 join edges using (tree_id, edge)
 join trees using (tree_id)
 semi join held using (tree_id)
-where role = $token_role
+where role = $token_role::token_role
 order by token_id

@@ -18,5 +18,5 @@ with held as (
 select tree_id, token_id, source, target, on_path
 from edge_targets
 semi join held using (tree_id)
-where is_last and split = $split
+where is_last and split = $split::tree_split
 order by tree_id

@@ -168,9 +168,11 @@ def check_enough(tokens: pl.DataFrame, n_nodes: int, run: str) -> int:
     faults = [f"no training edge has {label} {', '.join(map(str, found))}" for label, found in lacking.items() if found]
     faults += [f"{MIN_TEST_TREES} test trees are needed"] * (n_test < MIN_TEST_TREES)
     if faults:
+        todo = f"ingest a run of {ENOUGH_TREES} trees or more (--trees)"
+        if n_nodes == 2:
+            todo = "there are but two trees of 2 nodes, both for training, so ingest larger ones (--nodes)"
         raise BadInput(
-            f"run {run!r} holds {n_train} training and {n_test} test trees, too few for probes: {'; '.join(faults)}; "
-            f"ingest a run of {ENOUGH_TREES} trees or more (--trees)"
+            f"run {run!r} holds {n_train} training and {n_test} test trees, too few for probes: {'; '.join(faults)}; {todo}"
         )
     return n_test
 

@@ -1,0 +1,333 @@
+"""The study `probes`: it finds what was planted, finds chance in noise, and lets no tree stand on both sides."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy.optimize import approx_fprime
+from scipy.stats import binom
+from sklearn.linear_model import LogisticRegression
+
+from actstore.errors import BadInput, NotStored
+from actstore.ingest.trees import draw
+from actstore.queries import probe, probe_report, study
+from actstore.store import Store
+from actstore.writer import open_writer
+from tests.planted import plant
+
+N_TREES, N_NODES, D_MODEL = 150, 8, 24
+N_EDGES = N_NODES - 1
+TREES = draw("reproduction", 3, 0, N_TREES, N_NODES)
+IS_TEST = TREES.hashes() % 5 == 0  # as the schema says: one tree in five
+
+
+def planted_sites(trees, d_model=D_MODEL):
+    """Noise everywhere, and at each edge's target token: in `resid_post.0` its source, in `resid_post.1` both nodes."""
+    rng = np.random.default_rng(0)
+    n_trees, n_nodes = len(trees), trees.n_nodes
+    noise = rng.normal(size=(3, n_trees, 4 * n_nodes - 1, d_model)).astype(np.float32)
+    direction = 4 * rng.normal(size=(2, n_nodes, d_model)).astype(np.float32)
+    at_target = slice(1, 3 * (n_nodes - 1), 3)
+    noise[1, :, at_target] += direction[0, trees.edges[:, :, 0]]
+    noise[2, :, at_target] += direction[0, trees.edges[:, :, 0]] + direction[1, trees.edges[:, :, 1]]
+    pattern = np.zeros((n_trees, 1, 4 * n_nodes - 1, 4 * n_nodes - 1), np.float32)
+    return {"embed": noise[0], "pattern.0": pattern, "resid_post.0": noise[1], "resid_post.1": noise[2]}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with Store(
+        plant(tmp_path_factory.mktemp("probe") / "p.act", TREES, planted_sites(TREES), trees_per_shard=64)
+    ) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def found(store):
+    return study.run(store, "probes")
+
+
+def value(found, site, label, metric="accuracy", column="value"):
+    return found.results.filter(site=site, label=label, metric=metric)[column].item()
+
+
+def at_chance(share, n_rows, n_classes=N_NODES):
+    """Within five standard errors of one in n_classes."""
+    chance = 1 / n_classes
+    return abs(share - chance) < 5 * np.sqrt(chance * (1 - chance) / n_rows)
+
+
+def test_a_probe_finds_what_was_planted_and_only_chance_in_noise(found):
+    n = int(IS_TEST.sum()) * N_EDGES
+    assert value(found, "resid_post.0", "source") > 0.99
+    assert value(found, "resid_post.1", "source") > 0.99
+    assert value(found, "resid_post.1", "target") > 0.99
+    assert at_chance(value(found, "embed", "source"), n)
+    assert at_chance(value(found, "embed", "target"), n)
+    assert at_chance(value(found, "resid_post.0", "target"), n)
+
+
+def test_shuffled_labels_give_chance_even_where_the_answer_is_planted(found):
+    shuffled = found.results.filter(metric="shuffled_accuracy")
+    assert len(shuffled) == 6
+    assert all(at_chance(share, int(IS_TEST.sum()) * N_EDGES) for share in shuffled["value"])
+
+
+def test_the_token_role_says_where_to_read(store):
+    at_source = study.run(store, "probes", token_role="edge_source", sites=["resid_post.1"])
+    assert value(at_source, "resid_post.1", "source") < 0.5, "the source is planted at the target token alone"
+    behind = study.run(store, "probes", token_role="separator", sites=["resid_post.1"])
+    assert value(behind, "resid_post.1", "target") < 0.5
+    assert value(behind, "resid_post.1", "target", column="n") == IS_TEST.sum() * (N_EDGES - 1), (
+        "the bar is no separator"
+    )
+
+
+def test_rows_of_one_tree_leak_across_a_split_by_row_and_not_by_tree():
+    """Every row of a tree carries the tree's own vector and label: there is nothing to learn but which tree it is."""
+    rng = np.random.default_rng(1)
+    tree = np.arange(40).repeat(15)
+    X = rng.normal(size=(40, 128)).astype(np.float32)[tree]
+    y = rng.integers(4, size=40)[tree]
+    by_row = probe.fit(X, y, rng.random(len(tree)) < 0.8)
+    by_tree = probe.fit(X, y, tree < 32)
+    assert by_row.right.mean() == 1.0
+    assert by_tree.right.mean() < 0.7
+
+
+def test_the_study_splits_by_tree(tmp_path):
+    """Siblings share a vector that is their parent's in this tree alone, so a split by row would find sources."""
+    rng = np.random.default_rng(2)
+    own = rng.normal(size=(N_TREES, N_NODES, 512)).astype(np.float32)
+    vectors = rng.normal(size=(N_TREES, 4 * N_NODES - 1, 512)).astype(np.float32)
+    vectors[:, 1 : 3 * N_EDGES : 3] = own[np.arange(N_TREES)[:, None], TREES.edges[:, :, 0]]
+    with Store(plant(tmp_path / "s.act", TREES, {"embed": vectors})) as opened:
+        by_tree = value(study.run(opened, "probes"), "embed", "source")
+    X, y = vectors[:, 1 : 3 * N_EDGES : 3].reshape(-1, 512), TREES.edges[:, :, 0].reshape(-1).astype(np.int64)
+    by_row = probe.fit(X, y, rng.random(len(y)) < 0.8).right.mean()
+    assert at_chance(by_tree, int(IS_TEST.sum()) * N_EDGES)
+    assert by_row > 0.3, "the plant does leak"
+
+
+def test_references_are_those_computed_by_hand(found):
+    sources = TREES.edges[:, :, 0]
+    labels, counts = np.unique(sources[~IS_TEST], return_counts=True)
+    assert value(found, "embed", "source", "majority") == (sources[IS_TEST] == labels[counts.argmax()]).mean()
+    assert value(found, "embed", "source", "chance") == 1 / N_NODES
+    assert value(found, "embed", "source", column="n") == IS_TEST.sum() * N_EDGES
+    assert value(found, "embed", "source", "iterations", column="n") == (~IS_TEST).sum() * N_EDGES
+
+
+def test_patterns_are_not_probed_and_sites_keep_the_order_of_the_forward_pass(store, found):
+    assert found.table["site"].to_list() == ["embed", "resid_post.0", "resid_post.1"]
+    some = study.run(store, "probes", sites=["resid_post.1", "embed"])
+    assert some.table["site"].to_list() == ["embed", "resid_post.1"]
+
+
+def test_twice_the_same_numbers_and_another_seed_moves_no_accuracy(store, found):
+    again = study.run(store, "probes", seed=0)
+    other = study.run(store, "probes", seed=1)
+    assert again.results.equals(found.results)
+    assert again.sentence == found.sentence
+    accuracies = [answer.results.filter(metric="accuracy") for answer in (found, other)]
+    assert accuracies[0]["value"].equals(accuracies[1]["value"])
+    assert not accuracies[0]["low"].equals(accuracies[1]["low"])
+
+
+@pytest.mark.parametrize("n_cores", [1, 8])
+def test_the_numbers_do_not_depend_on_how_many_cores_there_are(store, found, monkeypatch, n_cores):
+    monkeypatch.setattr(probe.os, "cpu_count", lambda: n_cores)
+    assert study.run(store, "probes").results.equals(found.results)
+
+
+def test_the_interval_resamples_trees_and_not_rows():
+    """100 trees, each all right or all wrong: 100 coins and not 1,500, whose resampled sum is binomial."""
+    right = (np.arange(100) % 2 == 0).repeat(15)
+    low, high = probe.interval(right, np.arange(100).repeat(15), seed=0)
+    assert (low, high) == pytest.approx(binom.ppf([0.025, 0.975], 100, 0.5) / 100, abs=0.015)
+    low, high = probe.interval(right, np.arange(1500), seed=0)
+    assert (low, high) == pytest.approx(binom.ppf([0.025, 0.975], 1500, 0.5) / 1500, abs=0.004)
+
+
+def test_the_interval_weighs_trees_by_their_rows_wherever_they_stand():
+    """One tree of 30 rows, all right, and one of 10, all wrong, in any order: a resample is 0, 3/4 or 1."""
+    rng = np.random.default_rng(0)
+    tree = rng.permutation(np.repeat([7, 3], [30, 10]))
+    assert probe.interval(tree == 7, tree, seed=0) == (0.0, 1.0)
+    mixed = np.concatenate([tree, np.full(40, 9)])  # a third tree, half right: no resample of one tree is special
+    share = np.concatenate([tree == 7, np.arange(40) % 2 == 0])
+    low, high = probe.interval(share, mixed, seed=0)
+    assert low == 0.0
+    assert high == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_convergence_is_judged_by_the_gradient_of_the_objective(n_classes):
+    """scikit-learn's objective written out: mean log loss plus half the squared weights over C n; differentiated numerically."""
+    rng = np.random.default_rng(n_classes)
+    X, y = rng.normal(size=(40, 3)), rng.integers(n_classes, size=40)
+    fitted = LogisticRegression(C=probe.C, max_iter=2, tol=1e-9).fit(X, y)
+    assert np.array_equal(fitted.classes_, np.arange(n_classes))
+    shape = fitted.coef_.shape
+
+    def objective(flat):
+        weights, bias = flat[: -shape[0]].reshape(shape), flat[-shape[0] :]
+        logits = X @ weights.T + bias
+        if n_classes == 2:
+            logits = np.concatenate([np.zeros((40, 1)), logits], axis=1)
+        log_loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(40), y]
+        return log_loss.mean() + (weights**2).sum() / (2 * probe.C * 40)
+
+    there = np.concatenate([fitted.coef_.ravel(), fitted.intercept_])
+    expected = np.abs(approx_fprime(there, objective)).max()
+    assert expected > 1e-3, "it has not converged, so there is something to measure"
+    assert probe._largest_gradient(fitted, X, y) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_probe_that_is_stopped_is_said_to_be(store, found):
+    assert found.results.filter(metric="converged")["value"].to_list() == [1.0] * 6
+    assert "stopped" not in found.sentence
+    assert "stopped early" not in found.table.columns
+    cut = study.run(store, "probes", max_iter=2)
+    assert value(cut, "resid_post.0", "target", "converged") == 0.0
+    assert "were stopped at 2 iterations" in cut.sentence
+    assert "target" in dict(cut.table.select("site", "stopped early").rows())["resid_post.0"]
+
+
+def test_labels_are_shuffled_on_each_side_of_the_split():
+    train = np.random.default_rng(0).random(1000) < 0.8
+    order = probe._shuffle_within(train, seed=5)
+    assert np.array_equal(np.sort(order), np.arange(1000))
+    assert np.array_equal(train[order], train)
+    assert (order != np.arange(1000)).mean() > 0.95
+
+
+def test_results_are_recorded_and_read_back(tmp_path):
+    root = plant(tmp_path / "r.act", TREES, planted_sites(TREES))
+    with Store(root) as opened:
+        answer = study.run(opened, "probes", seed=4)
+        snapshot = opened.snapshot
+    with open_writer(root) as writer:
+        writer.record(answer.results)
+    with Store(root) as opened:
+        kept = opened.sql("select * exclude recorded from results")
+        assert kept.equals(answer.results)
+        first = kept.row(0, named=True)
+        X, rows = opened.read(first["query"], site="embed", params=used(first["params"]))
+    assert (first["study"], first["run"], first["seed"], first["snapshot"]) == ("probes", "planted", 4, snapshot)
+    assert X.shape == (len(rows), D_MODEL) == (N_TREES * N_EDGES, D_MODEL), "a result says what to read to get it again"
+
+
+def used(params):
+    return {name: json.loads(params)[name] for name in ("run", "token_role")}
+
+
+def test_the_table_and_the_sentence_say_what_the_results_hold(found):
+    row = found.table.row(by_predicate=pl.col("site") == "embed", named=True)
+    low, high = (100 * value(found, "embed", "target", column=end) for end in ("low", "high"))
+    assert row["target %"] == round(100 * value(found, "embed", "target"), 2)
+    assert row["target 95 %"] == f"[{low:.2f}, {high:.2f}]"
+    assert low < row["target %"] < high
+    assert f"{100 * value(found, 'embed', 'target'):.2f} % (embed)" in found.sentence
+    assert f"{IS_TEST.sum()} test trees" in found.sentence
+    assert "12.50 %" in found.sentence, "chance among 8 nodes"
+
+
+def made_up(n_nodes, token_role="edge_target", sites=("embed", "resid_post.0"), share=0.95):
+    rows = [
+        {"site": site, "token_role": token_role, "label": label, "metric": metric, "value": share, "low": share - 0.01,
+         "high": share + 0.01, "n": 100}
+        for site in sites for label in probe.LABELS for metric in ("accuracy", "shuffled_accuracy")
+    ]  # fmt: skip
+    params = {"n_nodes": n_nodes, "max_iter": 300}
+    return study.result_rows(rows, study="probes", run="r", query="q", params=params, snapshot=1, seed=0)
+
+
+def test_the_notebooks_numbers_stand_beside_what_they_can_be_compared_with():
+    table = probe_report.table(made_up(16, sites=("embed", "resid_post.3", "resid_mid.3")))
+    notebook = table.select("notebook source %", "notebook target %").rows()
+    assert notebook == [(6.64, 100.0), (94.30, 95.57), (None, None)]
+    assert probe_report.table(made_up(16, "separator"))["notebook source %"].to_list() == [6.43, 93.52]
+    for other in (made_up(8), made_up(16, "edge_source")):
+        assert not [column for column in probe_report.table(other).columns if "notebook" in column]
+
+
+def test_the_figure_shows_the_results_with_chance_and_the_notebook(tmp_path):
+    results = made_up(16)
+    figure = study.plot(study.Study("probes", pl.DataFrame(), results, ""))
+    top, whole = figure.axes
+    for axis in (top, whole):
+        drawn = [line.get_ydata() for line in axis.get_lines()]
+        assert sum(np.allclose(y, [95.0, 95.0]) for y in drawn if len(y) == 2) >= 2
+        assert any(np.allclose(y, [6.64, 99.92]) for y in drawn), "the notebook's source"
+        assert any(np.allclose(y, 6.25) for y in drawn), "chance"
+    assert [text.get_text() for text in whole.get_xticklabels()] == ["embed", "resid_post.0"]
+    assert top.get_ylim()[0] == probe_report.ZOOM
+    figure.savefig(tmp_path / "probes.png")
+    assert (tmp_path / "probes.png").read_bytes().startswith(b"\x89PNG")
+    low = study.plot(study.Study("probes", pl.DataFrame(), made_up(16, share=0.3), ""))
+    assert len(low.axes) == 1, "nothing to show at the top"
+
+
+def test_progress_names_each_site_once_it_is_done(store):
+    said = []
+    study.run(store, "probes", sites=["embed", "resid_post.1"], progress=lambda *said_now: said.append(said_now))
+    assert said == [(1, 2, "embed"), (2, 2, "resid_post.1")]
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        (["train", "train", "train"], ["3 training and 0 test trees", "2 test trees are needed"]),
+        (["train", "train", "test"], ["2 training and 1 test trees", "2 test trees are needed"]),
+        (["test", "test", "train"], ["1 training and 2 test trees", "no training edge has source"]),
+    ],
+)
+def test_too_few_trees_are_refused_with_how_many_are_enough(tmp_path, split, words):
+    few = draw("reproduction", 0, 0, 3, N_NODES)
+    path = plant(tmp_path / "few.act", few, planted_sites(few), split=split)
+    with Store(path) as opened, pytest.raises(BadInput) as error:
+        study.run(opened, "probes")
+    assert all(word in str(error.value) for word in [*words, f"{probe.ENOUGH_TREES} trees or more"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("n_nodes", [3, 4, 16, 64])
+def test_as_many_trees_as_the_message_asks_for_are_enough(n_nodes):
+    for seed in range(20):
+        trees = draw("reproduction", seed, 0, probe.ENOUGH_TREES, n_nodes)
+        is_test = trees.hashes() % 5 == 0
+        assert is_test.sum() >= probe.MIN_TEST_TREES
+        assert len(np.unique(trees.edges[~is_test, :, 0])) == n_nodes
+        assert len(np.unique(trees.edges[~is_test, :, 1])) == n_nodes
+
+
+def test_of_trees_of_two_nodes_none_is_for_testing_and_the_message_says_so(tmp_path):
+    smallest = draw("reproduction", 0, 0, 60, 2)
+    path = plant(tmp_path / "2.act", smallest, planted_sites(smallest))
+    with Store(path) as opened, pytest.raises(BadInput, match="ingest larger ones"):
+        study.run(opened, "probes")
+
+
+def test_a_run_that_was_defined_and_not_ingested_is_refused(tmp_path):
+    path = plant(tmp_path / "none.act", TREES, planted_sites(TREES), batches=[])
+    with Store(path) as opened, pytest.raises(BadInput, match="0 training and 0 test trees"):
+        study.run(opened, "probes")
+
+
+def test_unknown_sites_and_roles_are_refused_with_what_there_is(store):
+    with pytest.raises(NotStored, match=r"no site 'resid_pst.0' \(did you mean resid_post.0\?\).*embed"):
+        study.run(store, "probes", sites=["resid_pst.0"])
+    with pytest.raises(NotStored, match=r"no site 'pattern\.0' to probe"):
+        study.run(store, "probes", sites=["pattern.0"])
+    with pytest.raises(BadInput, match=r"edge_targt.*did you mean edge_target"):
+        study.run(store, "probes", token_role="edge_targt")
+
+
+def test_a_run_without_residual_sites_is_refused():
+    only_patterns = SimpleNamespace(sql=lambda *_: pl.DataFrame({"short": []}), sites=lambda _: ["pattern.0"])
+    with pytest.raises(NotStored, match=r"no residual site to probe; it holds pattern.0"):
+        probe._sites(only_patterns, "r", None)

@@ -63,7 +63,9 @@ class Recipe:
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"got {name} {getattr(self, name)!r}; it is a share, 0 to 1")
         if not (0 < self.lr < math.inf and self.clip > 0 and self.weight_decay >= 0):
-            raise BadInput(f"got lr {self.lr}, clip {self.clip}, weight_decay {self.weight_decay}; the first two are above 0")
+            raise BadInput(
+                f"got lr {self.lr}, clip {self.clip}, weight_decay {self.weight_decay}; the first two are above 0"
+            )
         numbers = isinstance(self.betas, tuple) and all(type(beta) in (int, float) for beta in self.betas)
         if not (numbers and len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
             raise BadInput(f"got betas {self.betas!r}; they are two numbers, 0 to 1, such as [0.9, 0.99]")
@@ -76,7 +78,11 @@ class Recipe:
             BadInput: `training` has a key that is not a recipe's.
         """
         said = {"seed": mapping.get("random_seed"), "batch_size": mapping.get("batch_size")}
-        said |= {"steps": mapping.get("max_iters"), **(mapping.get("optimizer") or {}), **(mapping.get("training") or {})}
+        said |= {
+            "steps": mapping.get("max_iters"),
+            **(mapping.get("optimizer") or {}),
+            **(mapping.get("training") or {}),
+        }
         known = [field.name for field in fields(cls)]
         for key in said:
             if key not in known:
@@ -128,7 +134,9 @@ def read_config(name_or_path: str, n_nodes: int | None = None) -> tuple[str, Mod
         config = replace(config, n_nodes=n_nodes, n_ctx=0)
     n_read = 4 * config.n_nodes + (1 if config.system == "baseline" else -2)  # the baseline reads its padding too
     if config.n_ctx < n_read:
-        raise BadInput(f"{path}: n_ctx is {config.n_ctx}, and trees of {config.n_nodes} nodes need {n_read}; leave it out")
+        raise BadInput(
+            f"{path}: n_ctx is {config.n_ctx}, and trees of {config.n_nodes} nodes need {n_read}; leave it out"
+        )
     return path.stem, config, recipe
 
 

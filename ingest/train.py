@@ -78,8 +78,8 @@ def train(
     """
     _check_device(device)
     name, config, recipe = read_config(name_or_config, nodes)
-    told = {key: value for key, value in {"steps": steps, "seed": seed}.items() if value is not None}
-    run = Run(Path(out), name, config, replace(recipe, **told))
+    recipe = replace(recipe, steps=recipe.steps if steps is None else steps, seed=recipe.seed if seed is None else seed)
+    run = Run(Path(out), name, config, recipe)
     with run.writing(), _threads() as pool:
         learner, rows = run.resume(device)
         _loop(run, learner, rows, pool, progress or (lambda row: None), state_every)
@@ -152,10 +152,14 @@ class Run:
             yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoRoom(f"no room in {self.out}: {error.strerror}; free some, then run it again to go on") from error
+                raise NoRoom(
+                    f"no room in {self.out}: {error.strerror}; free some, then run it again to go on"
+                ) from error
             if error.errno is None:
                 raise
-            raise BadInput(f"cannot write {error.filename or self.out}: {error.strerror}; name another folder") from error
+            raise BadInput(
+                f"cannot write {error.filename or self.out}: {error.strerror}; name another folder"
+            ) from error
 
     def mapping(self) -> Row:
         """The configuration and recipe that this run is, as the YAML holds them."""

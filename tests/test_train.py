@@ -19,12 +19,27 @@ from actstore.ingest.recipe import Recipe, read_config, step_trees
 from actstore.ingest.train import train
 from actstore.ingest.trees import draw
 
-TINY = {"d_model": 32, "d_head": 16, "n_heads": 2, "n_layers": 2, "d_mlp": 64, "act_fn": "gelu", "attention_dir": "causal"}
+TINY = {
+    "d_model": 32,
+    "d_head": 16,
+    "n_heads": 2,
+    "n_layers": 2,
+    "d_mlp": 64,
+    "act_fn": "gelu",
+    "attention_dir": "causal",
+}
 
 
 def write_config(path, system="reproduction", n_nodes=5, **more):
     optimizer = {"lr": 0.003, "weight_decay": 0.01}
-    said = {"system": system, "n_nodes": n_nodes, "model": TINY, "optimizer": optimizer, "batch_size": 16, "max_iters": 75}
+    said = {
+        "system": system,
+        "n_nodes": n_nodes,
+        "model": TINY,
+        "optimizer": optimizer,
+        "batch_size": 16,
+        "max_iters": 75,
+    }
     path.write_text(yaml.safe_dump({**said, **more}))
     return str(path)
 

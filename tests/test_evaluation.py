@@ -1,0 +1,118 @@
+"""Evaluation: planted answers counted exactly, intervals against scipy, and trees that training saw left out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from actstore.errors import BadInput
+from actstore.ingest import evaluation, models
+from actstore.ingest.evaluation import evaluate, seen_hashes, wilson
+from actstore.ingest.models import ModelConfig
+from actstore.ingest.recipe import Recipe
+from actstore.ingest.tokens import COMMA, encode
+from actstore.ingest.trees import draw
+
+N_NODES, SEED = 6, 11
+
+
+def untrained(system, n_nodes=N_NODES):
+    config = ModelConfig(system, n_nodes, n_layers=1, d_model=8, d_head=8, d_mlp=8)
+    bridge = models.build(config, 0)
+    return models.from_bytes(models.canonical(models.state(bridge, config)), config, "untrained", "test")
+
+
+def plant(monkeypatch, model, spoil):
+    """Make the model answer every tree rightly and stop, but for what `spoil(words)`, uint8 [tree, pos], changes."""
+
+    def planted(model, ids, sites, take):
+        words = model.config.vocabulary.decode(ids.numpy())
+        said = np.roll(words, -1, axis=1)
+        said[:, -1] = COMMA
+        spoil(said)
+        return torch.nn.functional.one_hot(torch.from_numpy(model.config.vocabulary.encode(said)), model.config.d_vocab)
+
+    monkeypatch.setattr(evaluation, "forward", lambda *arguments: planted(*arguments).float())
+
+
+def test_a_model_that_is_always_right_has_every_token_path_and_answer(monkeypatch):
+    model = untrained("baseline")
+    plant(monkeypatch, model, lambda said: None)
+    found = evaluate(model, n_trees=300, seed=SEED)
+    depths = np.bincount(draw("baseline", SEED, 0, 300, N_NODES).depth)
+    overall, *by_depth = found.table.rows(named=True)
+    assert (overall["depth"], overall["n_trees"], overall["n_tokens"]) == (None, 300, (depths * range(6)).sum())
+    assert [(row["depth"], row["n_trees"]) for row in by_depth] == list(enumerate(depths))[1:]
+    assert all(row[measure] == 1 for row in (overall, *by_depth) for measure in evaluation.MEASURES)
+    assert json.loads(json.dumps(found.to_dict()))["table"][0]["greedy"] == 1
+
+
+def test_one_wrong_last_step_costs_one_token_and_the_whole_path(monkeypatch):
+    model = untrained("reproduction")
+    trees = draw("reproduction", SEED, 0, 100, N_NODES)
+    deep = trees.depth >= 3
+    at = 3 * N_NODES - 2 + trees.depth.astype(int)  # what is said there is the last step
+
+    def spoil(said):
+        said[deep, at[deep]] = COMMA
+
+    plant(monkeypatch, model, spoil)
+    overall, *by_depth = evaluate(model, n_trees=100, seed=SEED).table.rows(named=True)
+    assert overall["token"] == pytest.approx(1 - deep.sum() / trees.depth.sum())
+    assert overall["whole_path"] == overall["greedy"] == pytest.approx(1 - deep.mean())
+    for row in by_depth:
+        assert row["whole_path"] == (row["depth"] < 3)
+        assert row["token"] == (1 if row["depth"] < 3 else pytest.approx(1 - 1 / row["depth"]))
+
+
+def test_the_baseline_must_stop_behind_the_goal_to_have_answered(monkeypatch):
+    for system, stopped in (("baseline", 0.0), ("reproduction", 1.0)):
+        model = untrained(system)
+        arrow = encode(draw(system, SEED, 0, 1, N_NODES))[0, 1]
+
+        def go_on(said, arrow=arrow):
+            said[:, 3 * N_NODES - 1 :][said[:, 3 * N_NODES - 1 :] <= COMMA] = arrow
+
+        plant(monkeypatch, model, go_on)
+        overall = evaluate(model, n_trees=64, seed=SEED).table.row(0, named=True)
+        assert (overall["token"], overall["whole_path"], overall["greedy"]) == (1, 1, stopped)
+
+
+def test_trees_that_training_saw_are_left_out_and_others_take_their_place(monkeypatch):
+    model = untrained("reproduction", 4)
+    recipe = Recipe(steps=3, batch_size=16)
+    seen, asked = seen_hashes(recipe, model), []
+    count = evaluation._count
+    monkeypatch.setattr(evaluation, "_count", lambda model, trees: asked.append(trees.hashes()) or count(model, trees))
+    found = evaluate(model, n_trees=200, seed=SEED, recipe=recipe)
+    hashes = np.concatenate(asked)
+    assert (len(hashes), found.n_trees) == (200, 200)
+    assert found.n_left_out > 0
+    assert not np.isin(hashes, seen).any()
+    everything = draw("reproduction", SEED, 0, 200 + found.n_left_out, 4).hashes()
+    assert np.isin(everything, seen).sum() == found.n_left_out
+
+
+def test_what_cannot_be_evaluated_is_refused():
+    model, recipe = untrained("reproduction", 2), Recipe(steps=3, batch_size=16)
+    with pytest.raises(BadInput, match="nearly all trees of 2 nodes"):
+        evaluate(model, n_trees=50, recipe=recipe)
+    with pytest.raises(BadInput, match="seed 42 is the training's own"):
+        evaluate(model, n_trees=50, recipe=recipe, seed=42)
+    with pytest.raises(BadInput, match="0 trees"):
+        evaluate(model, n_trees=0)
+    with pytest.raises(BadInput, match="vocabulary of 2 nodes"):
+        evaluate(model, n_trees=5, n_nodes=3)
+
+
+@pytest.mark.parametrize(("n_right", "n"), [(0, 5), (5, 5), (1, 3), (19_981, 20_000), (7, 1000)])
+def test_the_interval_is_wilsons(n_right, n):
+    expected = binomtest(n_right, n).proportion_ci(0.95, method="wilson")
+    assert wilson(n_right, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_shipped_model_finds_paths_it_was_never_shown(shipped):
+    found = evaluate(shipped, n_trees=128)
+    assert found.table["greedy"][0] > 0.98

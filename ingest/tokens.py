@@ -120,7 +120,7 @@ def _are_trees_with_paths(trees: Trees) -> np.ndarray:
     live = np.arange(path.shape[1]) < trees.depth[:, None]
     before = np.concatenate([trees.root[:, None], path[:, :-1]], axis=1)
     parent = at_label(trees.parents(), np.where(path == NO_NODE, trees.root[:, None], path))
-    good &= (~live | (parent == before)).all(axis=1)  # a gap before the path's end stands for the root: it has no parent
+    good &= (~live | (parent == before)).all(axis=1)  # a gap stands for the root, which has no parent
     last = np.take_along_axis(path, trees.depth[:, None].astype(np.intp) - 1, axis=1)[:, 0]
     return good & (last == trees.goal) & (source != trees.goal[:, None]).all(axis=1)
 

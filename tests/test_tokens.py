@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from actstore.errors import BadInput
 from actstore.ingest.tokens import (
-    BAR,
     COMMA,
     PAD,
     POSITIONS_PER_TREE,
@@ -203,17 +202,22 @@ def test_swapped_words_are_refused_unless_networkx_finds_another_tree_in_them(
     assert_read_alike(words)
 
 
-@given(st.integers(3, 5), st.data())
-def test_random_edges_goals_and_paths_are_read_exactly_when_networkx_finds_a_tree_in_them(
-    n_nodes: int, data: st.DataObject
+@given(st.integers(3, 6), st.booleans(), st.booleans(), st.data())
+def test_random_edges_and_goals_are_read_exactly_when_networkx_finds_a_tree_in_them(
+    n_nodes: int, downward: bool, walked: bool, data: st.DataObject
 ) -> None:
-    plain = st.integers(0, n_nodes - 1).map(lambda label: 4 + 2 * label)
-    arrow = plain.map(lambda word: word + 1)
-    edges = [word for _ in range(n_nodes - 1) for word in (data.draw(plain), data.draw(arrow), COMMA)]
-    steps = data.draw(st.lists(arrow, max_size=n_nodes - 1))
-    padding = [PAD] * (n_nodes - 1 - len(steps))
-    row = [*edges[:-1], BAR, data.draw(plain), 3, data.draw(plain), *steps, *padding]
-    assert_read_alike(np.array([row], np.uint8))
+    root, *targets = order = data.draw(st.permutations(range(n_nodes)))
+    above = [order[:place] if downward else order for place in range(1, n_nodes)]  # no circles, or circles too
+    parents = {target: data.draw(st.sampled_from(labels)) for target, labels in zip(targets, above, strict=True)}
+    goal = data.draw(st.sampled_from([label for label in order if label not in parents.values()] or order))
+    climb = [goal]
+    while walked and climb[0] in parents and len(climb) < n_nodes:
+        climb.insert(0, parents[climb[0]])
+    steps = climb[1:] if walked else data.draw(st.lists(st.integers(0, n_nodes - 1), max_size=n_nodes - 1))
+    prompt = " , ".join(f"{parents[target]} →{target}" for target in targets)
+    row = f"{prompt} | {goal} : {root} {' '.join(f'→{step}' for step in steps)}".split()
+    row += ["<PAD>"] * (n_positions(n_nodes) - len(row))
+    assert_read_alike(np.array([[WORDS.index(word) for word in row]], np.uint8))
 
 
 def assert_read_alike(words: np.ndarray) -> None:

@@ -45,6 +45,7 @@ def reference(state: dict[str, Tensor], ids: Tensor, act_fn: str = "gelu") -> di
             torch.einsum("tpm,hmd->thpd", x, B[f"attn.W_{part}"]) + B[f"attn.b_{part}"][None, :, None] for part in "QKV"
         )
         scores = torch.einsum("thqd,thkd->thqk", q, k) / math.sqrt(q.shape[-1])
+        sites[f"blocks.{layer}.attn.hook_attn_scores"] = scores
         exponents = torch.exp(scores - scores.amax(-1, keepdim=True)).masked_fill(future, 0)
         pattern = exponents / exponents.sum(-1, keepdim=True)
         sites[f"blocks.{layer}.attn.hook_pattern"] = pattern
@@ -68,11 +69,10 @@ def random_state(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     state = {}
     for name, shape in shapes(config).items():
         noise = torch.randn(shape, generator=rng)
-        fan_in = math.prod(shape[:-1]) / (config.n_heads if "attn.W_" in name and "W_O" not in name else 1)
         if name.endswith((".w", ".b")) or ".b_" in name:
             state[name] = 0.3 * noise + (1 if name.endswith(".w") else 0)
         else:
-            state[name] = noise if "embed.W" in name and "unembed" not in name else noise / math.sqrt(fan_in)
+            state[name] = noise / (1 if name in ("embed.W_E", "pos_embed.W_pos") else math.sqrt(shape[-2]))
     return state
 
 

@@ -2,7 +2,7 @@
 
 One probe a site and label: multinomial logistic regression (scikit-learn, L2 with C = 1, lbfgs, float32) on standardised
 rows, fitted on the training trees and scored on the test trees, since edges of one tree share it. Each has two references:
-chance, and the same probe fitted and scored on labels shuffled over all rows.
+chance, and the same probe fitted and scored on labels shuffled among the rows of each side of the split.
 
 Every fit runs on one BLAS thread, several fits at a time: the numbers then do not depend on how many cores there are, and
 a busy machine does not leave BLAS threads waiting for each other.

@@ -34,10 +34,7 @@ NOTEBOOK = {
 NOTEBOOK_NODES = 16
 
 ZOOM = 90.0  # percent from which the upper panel shows; whatever works at all lies there, squeezed by the whole scale
-COLOURS = {
-    "source": "#0072B2",
-    "target": "#D55E00",
-}  # Okabe and Ito's blue and vermilion, apart for the colour-blind too
+COLOURS = {"source": "#0072B2", "target": "#D55E00"}  # Okabe and Ito's, which the colour-blind tell apart too
 MARKERS = {"source": "o", "target": "s"}
 OFFSETS = {"source": -0.08, "target": 0.08}  # in sites, so that equal values do not hide each other
 

@@ -90,12 +90,12 @@ param_option = click.option(
 @store_argument
 @click.option("--model", required=True, help="A model's name (`actstore models list`) or a checkpoint's path.")
 @click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
-@click.option("--trees", default=10_000, show_default=True, help="How many trees.")
+@click.option("--trees", type=int, help="How many trees; 10,000 unless told.")
 @click.option("--distribution", help="reproduction, baseline or deep; the model's own unless told.")
 @click.option("--depths", help="Goal depths of `deep` trees: 1-15 or 3,5,7.")
 @click.option("--nodes", type=int, help="Nodes of each tree, 2 to 64; as many as the model has labels unless told.")
-@click.option("--seed", default=0, show_default=True, help="Names the stream of trees.")
-@click.option("--dataset", help="Name of the set of trees; made of the above unless told.")
+@click.option("--seed", type=int, help="Names the stream of trees; 0 unless told.")
+@click.option("--dataset", help="Name of the set of trees: a stored one, or a new one of the above.")
 @click.option("--run", help="Name of the run; the model's name unless told.")
 @click.option(
     "--sites", help="embed, resid_pre, resid_mid, resid_post, pattern, or one layer's (resid_post.0); with commas."
@@ -112,6 +112,7 @@ def ingest(store: Path, **options: Any) -> None:
     \b
         actstore ingest demo.act --model reproduction --trees 2000
         actstore ingest demo.act --model reproduction --run patterns --trees 500 --sites pattern,resid_post.0
+        actstore ingest demo.act --model mine.pt --config mine.yaml --dataset reproduction-16nodes-seed0-2000
     """
     from actstore.ingest.pipeline import prepare
     from actstore.progress import progress

@@ -26,10 +26,11 @@ from actstore.ingest.models import Model, load
 from actstore.ingest.tokens import encode, n_positions, token_rows
 from actstore.ingest.trees import Trees, draw, edge_rows, tree_rows
 from actstore.log import check_room
-from actstore.writer import RunPlan, SitePlan, Writer, committed_batches, open_writer
+from actstore.writer import RunPlan, SitePlan, Writer, committed_batches, committed_dataset, open_writer
 
 SHARD_ROWS = 64 * 1024  # positions × trees: 32 MiB a site at d_model 128, large enough to write and map in one go
-BYTES_PER_TOKEN_ROW = 30  # in parts and catalog, tree, edge and answer rows counted in; rounded up from a real store
+CATALOG_BYTES = 4_000_000  # of a small one: DuckDB gives every column blocks of its own
+BYTES_PER_TOKEN_ROW = 20  # in parts and catalog, tree, edge and answer rows counted in; rounded up from a real store
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ class Ingest:
 
     def __post_init__(self) -> None:
         config, dataset = self.model.config, self.trees.row()
+        if not self.trees.trees_per_shard:  # a set that is stored keeps its batches
+            stored = committed_dataset(self.store, dataset["dataset"]) or dataset
+            dataset["trees_per_shard"] = stored["trees_per_shard"]
         if self.trees.n_nodes > config.n_nodes:
             raise BadInput(
                 f"got trees of {self.trees.n_nodes} nodes; model {self.model.name!r} has labels for {config.n_nodes}: "
@@ -137,7 +141,8 @@ class Ingest:
             sum(site.layout.shard_bytes for site in self.plan.sites)
             + self.tokens() * BYTES_PER_TOKEN_ROW // self.n_batches
         )
-        return len(self.left()) * a_batch
+        left = len(self.left())
+        return left * a_batch + (CATALOG_BYTES if left else 0)
 
     def announcement(self) -> str:
         """What it will cost, said before it is paid."""
@@ -244,11 +249,11 @@ def prepare(
     store: Path,
     model: str,
     config: str | None = None,
-    trees: int = 10_000,
+    trees: int | None = None,
     distribution: str | None = None,
     depths: str | None = None,
     nodes: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     dataset: str | None = None,
     run: str | None = None,
     sites: str | None = None,
@@ -258,6 +263,8 @@ def prepare(
     """Turn what `actstore ingest` was given into a run to be stored; nothing is written yet.
 
     Args:
+        trees, distribution, depths, nodes, seed: what is not given comes from the stored set of that name (`dataset`),
+            else 10,000 trees of seed 0 from the model's own distribution, with as many nodes as it has labels.
         depths: goal depths of `deep` trees, `1-15` or `3,5,7`.
         sites: names with commas between, as in `site_specs`.
 
@@ -266,16 +273,20 @@ def prepare(
         NotStored: no such model.
     """
     loaded = load(model, config, device)
-    wanted = TreeSet(
-        distribution or loaded.config.system,
-        trees,
-        seed,
-        nodes or loaded.config.n_nodes,
-        _parse_depths(depths),
-        dataset,
-    )
+    defaults = {"distribution": loaded.config.system, "n_trees": 10_000, "seed": 0, "n_nodes": loaded.config.n_nodes}
+    stored = (committed_dataset(Path(store), dataset) if dataset else None) or {}
+    given = {
+        "distribution": distribution,
+        "n_trees": trees,
+        "seed": seed,
+        "n_nodes": nodes,
+        "depths": _parse_depths(depths),
+    }
+    chosen = {key: value if value is not None else stored.get(key, defaults.get(key)) for key, value in given.items()}
+    if chosen["depths"] is not None:
+        chosen["depths"] = tuple(chosen["depths"])
     names = [name.strip() for name in sites.split(",")] if sites else None
-    return Ingest(Path(store), loaded, wanted, run, names, batch_size)
+    return Ingest(Path(store), loaded, TreeSet(**chosen, name=dataset), run, names, batch_size)
 
 
 def _parse_depths(text: str | None) -> tuple[int, ...] | None:

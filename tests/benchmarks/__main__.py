@@ -1,0 +1,60 @@
+"""`make bench`: run every benchmark, print the table and keep it in README.md beside this file."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("POLARS_MAX_THREADS", "1")  # trees per second are of one core; set before polars is imported
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks import Row, generate, ingest, read
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- measured -->", "<!-- end -->"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        large = Path(folder) / "large.act"
+        sections = {
+            "Trees with their token, edge and tree rows, one core": generate.rows(),
+            "Ingest": ingest.speed(),
+            "Memory of an ingest": ingest.memory(large),
+            "Every edge-target row of one site, 20,000 trees, warm": read.edge_targets(large),
+        }
+    for title, rows in sections.items():
+        _print(title, rows)
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(before + BEGIN + "\n" + _markdown(sections) + END + rest.partition(END)[2])
+
+
+def _print(title: str, rows: list[Row]) -> None:
+    table = Table("", "measured", "goal", "", title=title, title_justify="left")
+    for row in rows:
+        table.add_row(row.what, row.figure, row.goal, _verdict(row))
+    Console().print(table)
+
+
+def _verdict(row: Row) -> str:
+    return "" if row.met is None else "met" if row.met else "NOT met"
+
+
+def _markdown(sections: dict[str, list[Row]]) -> str:
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformer_lens", "duckdb", "zarr", "polars", "numpy")
+    )
+    lines = [f"\n{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {versions}.\n"]
+    for title, rows in sections.items():
+        lines += [f"\n### {title}\n", "| | measured | goal | |", "|---|---|---|---|"]
+        lines += [f"| {row.what} | {row.figure} | {row.goal} | {_verdict(row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

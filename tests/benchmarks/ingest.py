@@ -1,0 +1,75 @@
+"""Ingest against the bare forward pass in the same batches, and its memory against the number of trees."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from actstore.ingest.models import load
+from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.ingest.tokens import encode
+from tests.benchmarks import Row, median
+
+N_TREES = 6144
+BATCH_SIZE = 128
+ROUNDS = 3
+
+CHILD = """
+import json, resource, sys
+from pathlib import Path
+from actstore.ingest.models import load
+from actstore.ingest.pipeline import Ingest, TreeSet
+store, n_trees = sys.argv[1:]
+Ingest(Path(store), load("reproduction"), TreeSet("reproduction", int(n_trees))).execute()
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+"""
+
+
+def speed() -> list[Row]:
+    """Trees per second of ingest at the default sites, over those of the bare forward pass, alternating in one run."""
+    model = load("reproduction")
+    trees = TreeSet("reproduction", N_TREES)
+    ids = torch.from_numpy(model.config.vocabulary.encode(encode(trees.slice(0, N_TREES))))
+    bare, stored = [], []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        with torch.no_grad():
+            for batch in ids.split(BATCH_SIZE):
+                model.bridge(batch)
+        bare.append(time.perf_counter() - started)
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            started = time.perf_counter()
+            Ingest(Path(folder) / "bench.act", model, trees, batch_size=BATCH_SIZE).execute()
+            stored.append(time.perf_counter() - started)
+    ratio = median(bare) / median(stored)
+    return [
+        Row("forward pass alone", f"{N_TREES / median(bare):,.0f} trees/s", ""),
+        Row("ingest, default sites", f"{N_TREES / median(stored):,.0f} trees/s", ""),
+        Row("ingest / forward pass", f"{ratio:.2f}", "≥ 0.85", ratio >= 0.85),
+    ]
+
+
+def memory(large_store: Path) -> list[Row]:
+    """Peak memory of an ingest of 2,000 trees and of 20,000, each in a process of its own; keeps the large store."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        small = _peak(Path(folder) / "small.act", 2000)
+    large = _peak(large_store, 20_000)
+    ratio = large / small
+    return [
+        Row("peak memory, 2,000 trees", f"{small / 1e6:,.0f} MB", ""),
+        Row("peak memory, 20,000 trees", f"{large / 1e6:,.0f} MB", ""),
+        Row("20,000 / 2,000", f"{ratio:.2f}", "does not grow: ≤ 1.1", ratio <= 1.1),
+    ]
+
+
+def _peak(store: Path, n_trees: int) -> int:
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD, str(store), str(n_trees)], capture_output=True, text=True, check=True
+    )
+    return int(json.loads(run.stdout))

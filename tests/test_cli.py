@@ -1,0 +1,198 @@
+"""The command line: every command has an example, bad input is one line and an exit code, nothing heavy is imported for help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import polars as pl
+import pytest
+from click.testing import CliRunner, Result
+
+from actstore.cli import main
+from tests.stores import files
+
+
+def commands(group: click.Group = main, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for name, command in group.commands.items():
+        found.append((*prefix, name))
+        if isinstance(command, click.Group):
+            found += commands(command, (*prefix, name))
+    return found
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def assert_one_line(result: Result, code: int, *words: str) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stderr.startswith("actstore: ")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize("path", [(), *commands()], ids=" ".join)
+def test_every_command_helps_with_an_example_that_names_it(path):
+    result = run(*path, "--help")
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+    assert " ".join(("actstore", *path)) in result.output.partition("Example:")[2]
+
+
+def test_every_command_on_a_store_takes_it_first():
+    for path in commands():
+        command = main
+        for name in path:
+            command = command.commands[name]
+        if path[0] != "models":
+            assert command.params[0].name == "store"
+
+
+def test_help_imports_neither_torch_nor_duckdb():
+    script = (
+        "import sys; from click.testing import CliRunner; from actstore.cli import main; "
+        "assert CliRunner().invoke(main, ['ingest', '--help']).exit_code == 0; "
+        "assert not {'torch', 'duckdb', 'polars', 'zarr', 'transformer_lens'} & set(sys.modules), sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_sql_prints_a_table_csv_json_and_parquet(demo_store, tmp_path):
+    query = "select role, count(*) as n from tokens group by all order by role"
+    expected = demo_store.sql(query)
+    table = run("sql", demo_store.path, query)
+    assert table.exit_code == 0
+    assert "edge_target" in table.output
+    assert run("sql", demo_store.path, query, "--csv").output == expected.write_csv()
+    assert json.loads(run("sql", demo_store.path, query, "--json").output) == expected.to_dicts()
+    parquet = tmp_path / "roles.parquet"
+    assert run("sql", demo_store.path, query, "--parquet", parquet).exit_code == 0
+    assert pl.read_parquet(parquet).to_dicts() == expected.to_dicts()
+
+
+def test_sql_takes_parameters_by_name(demo_store):
+    result = run("sql", demo_store.path, "select $a || $b as ab", "-p", "a", "x", "-p", "b", "y", "--csv")
+    assert result.output == "ab\nxy\n"
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "parquet"])
+def test_read_writes_activations_beside_their_rows(demo_store, tmp_path, suffix):
+    query = "select token_id, source, role_text from (select *, 'é' as role_text from edge_targets) where is_last"
+    X, rows = demo_store.read(query, site="resid_post.0")
+    out = tmp_path / f"x.{suffix}"
+    assert run("read", demo_store.path, query, "--site", "resid_post.0", "--out", out).exit_code == 0
+    if suffix == "npz":
+        with np.load(out) as saved:
+            found, ids, texts = saved["X"], saved["token_id"], saved["role_text"].tolist()
+    elif suffix == "safetensors":
+        from safetensors import safe_open
+
+        with safe_open(out, "numpy") as saved:
+            found, ids = saved.get_tensor("X"), saved.get_tensor("token_id")
+            texts = json.loads(saved.metadata()["role_text"])
+    else:
+        saved = pl.read_parquet(out)
+        found, ids, texts = saved["x"].to_numpy(), saved["token_id"].to_numpy(), saved["role_text"].to_list()
+    np.testing.assert_array_equal(found, X)
+    assert ids.tolist() == rows["token_id"].to_list()
+    assert set(texts) == {"é"}
+
+
+def test_show_draws_the_tree_its_prompt_and_the_answers(demo_store):
+    result = run("show", demo_store.path, 3)
+    assert result.exit_code == 0
+    words = demo_store.sql("select token::varchar from tokens where tree_id = 3 order by position").to_series()
+    assert " ".join(words) in result.output
+    assert "← goal" in result.output
+    greedy = demo_store.sql("select greedy_path from outcomes where tree_id = 3").item()
+    root = demo_store.sql("select root from trees where tree_id = 3").item()
+    assert " →".join(map(str, [root, *greedy])) in result.output
+
+
+def test_info_names_runs_trees_and_sites(demo_store):
+    (row,) = json.loads(run("info", demo_store.path, "--json").output)
+    assert (row["run"], row["trees"], row["planned"]) == ("reproduction", 40, 40)
+    assert row["sites"].split() == demo_store.sites("reproduction")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["sql", "STORE", "select foo from tokens"], 2, ["foo", "token"]),
+        (["sql", "STORE", "select 1 from tokenz"], 2, ["tokenz", "tokens"]),
+        (["sql", "STORE", "create table t (i int)"], 2, []),
+        (["sql", "STORE", "select $a"], 2, ["a"]),
+        (["sql", "EMPTY", "select 1"], 1, ["no actstore store", "actstore ingest"]),
+        (["sql", "MISSING", "select 1"], 1, ["does not exist", "actstore ingest"]),
+        (["read", "STORE", "select 1 as one"], 2, ["one", "token_id"]),
+        (["read", "STORE", "select null::bigint as token_id"], 2, ["NULL"]),
+        (["read", "STORE", "select 'x' as token_id"], 2, ["integer"]),
+        (["read", "STORE", "select 999999999 as token_id"], 1, ["999999999"]),
+        (["read", "STORE", "select 255::bigint as token_id"], 1, ["255"]),
+        (["read", "STORE", "select token_id from tokens", "--run", "nope"], 1, ["nope", "reproduction"]),
+        (
+            ["read", "STORE", "select token_id from tokens", "--site", "resid_post.9"],
+            1,
+            ["resid_post.9", "resid_post.5"],
+        ),
+        (["read", "STORE", "select token_id from tokens", "--out", "x.pickle"], 2, [".npz"]),
+        (["show", "STORE", "4711"], 1, ["4711", "40 trees"]),
+        (["query", "STORE", "acuracy_by_depth"], 1, ["acuracy_by_depth", "accuracy_by_depth"]),
+        (["query", "STORE", "accuracy_by_depth", "-p", "rum", "x"], 2, ["rum", "run"]),
+        (["study", "STORE", "probs"], 1, ["probs", "probes"]),
+        (["ingest", "STORE", "--model", "nope"], 1, ["nope", "reproduction"]),
+        (["ingest", "STORE", "--model", "reproduction", "--nodes", "17"], 2, ["17", "16"]),
+        (["ingest", "STORE", "--model", "reproduction", "--trees", "0"], 2, ["0"]),
+        (["ingest", "STORE", "--model", "reproduction", "--distribution", "shallow"], 2, ["shallow", "deep"]),
+        (["ingest", "STORE", "--model", "reproduction", "--sites", "resid_pots"], 2, ["resid_pots", "resid_post"]),
+        (["ingest", "STORE", "--model", "reproduction", "--depths", "1-3"], 2, ["deep"]),
+        (["ingest", "STORE", "--model", "reproduction", "--run", "../up"], 2, ["../up"]),
+        (["ingest", "STORE", "--model", "reproduction", "--trees", "41"], 2, ["reproduction", "--run"]),
+        (["ingest", "STORE", "--model", "reproduction", "--trees", "40", "--sites", "embed"], 2, ["sites", "--run"]),
+        (["ingest", "STORE", "--model", "reproduction", "--device", "abacus"], 2, ["abacus"]),
+        (["ingest", "FULL", "--model", "reproduction", "--trees", "2000000000"], 1, ["GB", "free"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_an_exit_code_and_leaves_the_store_as_it_was(
+    demo_store, tmp_path, arguments, code, words
+):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    places = {"STORE": demo_store.path, "EMPTY": empty, "MISSING": tmp_path / "missing", "FULL": tmp_path / "full.act"}
+    before = files(demo_store.path)
+    assert_one_line(run(*[places.get(argument, argument) for argument in arguments]), code, *words)
+    assert files(demo_store.path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_two_output_formats_are_a_usage_error(demo_store):
+    result = run("sql", demo_store.path, "select 1", "--csv", "--json")
+    assert result.exit_code == 2
+
+
+def test_repair_rebuilds_the_catalog(demo_store, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy.act"
+    shutil.copytree(demo_store.path, copy)
+    (copy / "catalog.duckdb").unlink()
+    assert_one_line(run("info", copy), 1, "actstore repair")
+    assert run("repair", copy).exit_code == 0
+    assert run("info", copy, "--json").output == run("info", demo_store.path, "--json").output
+
+
+def test_models_are_added_by_name_and_found_by_it(tmp_path):
+    shipped = Path(__file__).parents[1] / "data" / "checkpoints" / "reproduction.safetensors"
+    added = run("models", "add", "mine", shipped, "--into", tmp_path)
+    assert added.exit_code == 0, added.output
+    assert (tmp_path / "mine.safetensors").read_bytes() == shipped.read_bytes()
+    listed = CliRunner().invoke(main, ["models", "list", "--csv"], env={"ACTSTORE_MODELS": str(tmp_path)})
+    assert "mine" in listed.output

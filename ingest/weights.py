@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -160,7 +161,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def _unpickle(content: bytes, path: Path) -> dict[str, Tensor]:
     wanted = "expected the state dict of a HookedTransformer, as torch.save(model.state_dict(), …) writes it"
     try:
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what torch would say, the one line below says
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BadInput(f"{path} is damaged, or a pickle of code, which was not run; {wanted}") from None
     except Exception as error:  # whatever broken bytes make the unpickler stumble over

@@ -112,6 +112,7 @@ class ShardBuffer:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self.n_put = 0  # trees since the last seal
         self.bytes = np.zeros(layout.shard_bytes, np.uint8)
         self.rows = np.ndarray(  # [position, tree, *row]: the order on the disk
             (layout.n_positions, layout.trees_per_shard, *layout.row_shape),
@@ -128,19 +129,34 @@ class ShardBuffer:
 
         Args:
             activations: float32 [tree, position, d_model] or [tree, head, query, key], on any device.
+
+        Raises:
+            ValueError: they are of another shape, or more trees than the shard has room for.
         """
         import torch
 
         rows = torch.from_numpy(self.rows)[:, first_row : first_row + len(activations)]
-        rows.copy_(activations.movedim(self.layout.position_axis, 0))
+        by_position = activations.movedim(self.layout.position_axis, 0)
+        if by_position.shape != rows.shape:  # which copy_ would broadcast
+            raise ValueError(
+                f"got activations {list(activations.shape)} for row {first_row} of a shard of {list(self.layout.shard_shape)}"
+            )
+        rows.copy_(by_position)
+        self.n_put += len(activations)
 
     def seal(self, lengths: np.ndarray) -> memoryview:
         """Blank what is no token, checksum every chunk and the index, and return the shard's bytes.
 
         Args:
             lengths: intp [n_trees], tokens of each tree; rows past the last tree are blanked too.
+
+        Raises:
+            ValueError: other trees were put in than there are lengths; what stood there before would be stored as theirs.
         """
         n_trees = len(lengths)
+        if self.n_put != n_trees:
+            raise ValueError(f"got {n_trees} lengths for {self.n_put} trees of activations")
+        self.n_put = 0
         self.rows[:, n_trees:] = np.nan
         for position in range(int(lengths.min()), self.layout.n_positions):
             self.rows[position, :n_trees][lengths <= position] = np.nan

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,7 +27,7 @@ TABLE = re.compile(r"^create table (\w+)")
 
 def schema() -> str:
     """The SQL that makes an empty catalog."""
-    return files("actstore").joinpath("schema.sql").read_text()
+    return files("actstore").joinpath("schema.sql").read_text(encoding="utf-8")
 
 
 def column_comments() -> dict[tuple[str, str], str]:
@@ -40,6 +41,30 @@ def column_comments() -> dict[tuple[str, str], str]:
     return comments
 
 
+@cache
+def tables() -> dict[str, dict[str, pl.DataType]]:
+    """The columns of every table, and the polars type each is written to its parts with."""
+    with duckdb.connect() as connection:
+        connection.execute(schema())
+        names = dict.fromkeys(table for table, _ in column_comments())
+        types = {table: dict(connection.sql(f"from {table} limit 0").pl().schema) for table in names}
+        for table, columns in types.items():
+            for column in [name for name, dtype in columns.items() if dtype == pl.Categorical]:
+                found = connection.execute(f"select enum_range(any_value({column})) from {table}").fetchall()
+                columns[column] = pl.Enum(found[0][0])
+    return types
+
+
+def snapshot(root: Path) -> int:
+    """How many commits the catalog that is there holds; 0 where there is none that can be read."""
+    with duckdb.connect() as connection:
+        try:
+            connection.execute(f"attach {_quoted(root / NAME)} as there (read_only)")
+            return int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
+        except (duckdb.Error, IndexError, TypeError):
+            return 0
+
+
 def publish(root: Path, *, from_nothing: bool = False) -> int:
     """Bring the catalog up to the last commit.
 
@@ -51,23 +76,25 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
         The snapshot's number: how many commits it holds.
 
     Raises:
-        Damaged: a committed part is missing or unreadable.
+        Damaged: a committed part or manifest is missing or unreadable.
         NoRoom: the disk is full; the catalog that was there is unchanged.
     """
     temporary = root / f".{NAME}.{os.getpid()}.tmp"
     try:
         held = 0 if from_nothing else _copy_of_last(root, temporary)
-        new = manifests(root, after=held)
+        new = manifests(root, after=held, least=held)
         if new or not held:
             temporary.touch()
             _extend(root, temporary, new, create=not held)
             os.chmod(temporary, 0o444)
             _replace(temporary, root / NAME)
         return held + len(new)
-    except duckdb.IOException as error:
-        if "space" in str(error):
+    except duckdb.Error as error:
+        if any(os.strerror(reason) in str(error) for reason in DISK_FULL):
             raise NoRoom(f"no room for the catalog of {root}; free some, then go on") from error
-        raise Damaged(f"a committed part of {root} cannot be read ({_first_line(error)})") from error
+        raise Damaged(
+            f"the catalog of {root} cannot be built from its parts ({_first_line(error)}); restore them from a copy of it"
+        ) from error
     except OSError as error:
         if error.errno in DISK_FULL:
             raise NoRoom(f"no room for the catalog of {root}: {error.strerror}; free some, then go on") from error
@@ -87,7 +114,7 @@ def _copy_of_last(root: Path, temporary: Path) -> int:
             version, held = connection.execute("select format_version, snapshot from snapshot").fetchall()[0]
     except (duckdb.Error, IndexError):
         version, held = None, 0
-    if version != FORMAT_VERSION or held > len(list((root / "log").glob("*.json"))):
+    if version != FORMAT_VERSION:
         temporary.unlink()
         return 0
     return int(held)
@@ -108,12 +135,12 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
             for part in manifest.parts:
                 parts.setdefault(part.table, []).append(root / part.path)
         for table, paths in parts.items():
-            listed = ", ".join(_quoted(path) for path in paths)
-            connection.execute(f"insert into {table} by name select * from read_parquet([{listed}])")
+            listed = ", ".join(_quoted(_without_wildcards(path)) for path in paths)
+            rows = f"read_parquet([{listed}], hive_partitioning = false)"  # else a folder `seed=7` fills column seed
+            connection.execute(f"insert into {table} by name select * from {rows}")
         if shards := [shard for manifest in new for shard in manifest.shards]:
-            rows = pl.DataFrame([vars(shard) for shard in shards])
-            connection.register("rows", rows)
-            connection.execute("insert into shards by name select * from rows")
+            connection.register("new_shards", pl.DataFrame([vars(shard) for shard in shards]))
+            connection.execute("insert into shards by name select * from new_shards")
         connection.execute("update snapshot set snapshot = snapshot + ?", [len(new)])
         connection.execute("commit")
         connection.execute("checkpoint new")
@@ -135,6 +162,11 @@ def _replace(temporary: Path, final: Path) -> None:
         os.close(descriptor)
     os.replace(temporary, final)
     fsync_folder(final.parent)
+
+
+def _without_wildcards(path: Path) -> str:
+    """A path that DuckDB reads as itself, though `*`, `?` and `[` stand in it."""
+    return re.sub(r"([*?\[])", r"[\1]", str(path))
 
 
 def _quoted(text: object) -> str:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -27,6 +28,7 @@ from actstore.errors import Busy, Damaged, NoRoom
 FORMAT_VERSION = 1
 LOG, PARTS, ARRAYS, WEIGHTS, LOCK = "log", "parts", "activations.zarr", "models", ".lock"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MANIFEST = re.compile(r"\d{8,}\.json")
 
 
 @dataclass(frozen=True)
@@ -104,18 +106,50 @@ def _checksum(body: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
-def manifests(root: Path, after: int = 0) -> list[Manifest]:
+def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
     """The commits numbered after+1 and later, in order.
 
+    Args:
+        root: the store.
+        after: commits that the caller knows already.
+        least: commits that there must be, since the catalog holds them; a log cut short would else pass for a young one.
+
     Raises:
-        Damaged: a manifest is missing between two others, or cannot be read.
+        Damaged: a manifest is missing, cannot be read, or is not the one its name says.
     """
-    numbers = sorted(int(path.stem) for path in (root / LOG).glob("*.json") if path.stem.isdigit())
-    if numbers != list(range(1, len(numbers) + 1)):
-        missing = sorted(set(range(1, numbers[-1] + 1)) - set(numbers))
-        raise Damaged(f"{root / LOG} lacks manifest {missing[0]} of {numbers[-1]}; restore it from a copy of the store")
-    paths = [_manifest_path(number) for number in numbers[after:]]
-    return [Manifest.from_json((root / path).read_bytes(), root / path) for path in paths]
+    numbers = {int(path.stem) for path in (root / LOG).glob("*.json") if MANIFEST.fullmatch(path.name)}
+    last = max(numbers | {least})
+    if missing := set(range(1, last + 1)) - numbers:
+        raise Damaged(f"{root / LOG} lacks manifest {min(missing)} of {last}; restore it from a copy of the store")
+    return [_read_manifest(root / _manifest_path(number), number) for number in range(after + 1, last + 1)]
+
+
+def _read_manifest(path: Path, number: int) -> Manifest:
+    manifest = Manifest.from_json(path.read_bytes(), path)
+    if manifest.number != number:
+        raise Damaged(
+            f"manifest {path} is number {manifest.number} under another's name; restore it from a copy of the store"
+        )
+    return manifest
+
+
+def check_sizes(root: Path, committed: list[Manifest]) -> None:
+    """Look whether every committed file is there, as long as it was.
+
+    Raises:
+        Damaged: the first that is not, by name.
+    """
+    for manifest in committed:
+        for file in manifest.files:
+            try:
+                found = (root / file.path).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                found = -1
+            if found != file.bytes:
+                what = "is missing" if found < 0 else f"is {found:,} bytes long, not {file.bytes:,}"
+                raise Damaged(
+                    f"{root / file.path} {what}; commit {manifest.number} names it: restore it from a copy of the store"
+                )
 
 
 def _manifest_path(number: int) -> str:
@@ -142,11 +176,13 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
     file = File(path, len(content), xxhash.xxh3_128_hexdigest(content))
     target = root / path
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    linked = False
     try:
         make_folder(target.parent)
         _write_durably(temporary, content)
         try:
             os.link(temporary, target)
+            linked = True
         except FileExistsError:
             if xxhash.xxh3_128_hexdigest(target.read_bytes()) != file.xxh3_128:
                 raise Damaged(f"{target} exists with other content: another writer is at work on this store") from None
@@ -154,8 +190,9 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
             os.unlink(temporary)
         fsync_folder(target.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for left in (temporary, *[target] * linked):  # a name that may not outlive a power cut is no publication
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
         if error.errno in DISK_FULL:
             raise NoRoom(
                 f"no room for {target} ({len(content):,} bytes): {error.strerror}; free some, then go on"
@@ -201,7 +238,7 @@ def lease(root: Path) -> Iterator[None]:
     Raises:
         Busy: another process holds it; the message says which.
     """
-    with (root / LOCK).open("a+") as file:
+    with (root / LOCK).open("a+", encoding="utf-8", errors="backslashreplace") as file:  # arguments may be any bytes
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -209,9 +246,10 @@ def lease(root: Path) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             raise Busy(f"{root} is being written by {holder}; wait for it or stop it, then go on") from None
         file.truncate(0)
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()}: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n"
-        )
+        command = " ".join(
+            " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).split()
+        )  # one line, whatever its arguments
+        file.write(f"process {os.getpid()} on {socket.gethostname()}: {command}\n")
         file.flush()
         yield
         file.truncate(0)
@@ -220,7 +258,8 @@ def lease(root: Path) -> Iterator[None]:
 def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     """Remove what an interrupted writer left: files under the store's own folders that no manifest names.
 
-    Only the holder of the lease may call it, and it touches no folder that is not the store's own.
+    Folders that are empty then go too: one that was made and not fsynced must be made again. Only the holder of the lease
+    may call it, and it touches no folder that is not the store's own.
 
     Returns:
         The paths removed.
@@ -228,15 +267,18 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     named = {file.path for manifest in committed for file in manifest.files}
     named |= {_manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
     removed = []
-    for path in root.glob(".*.tmp*"):  # a catalog that was never put in place
+    for path in root.glob(".catalog.duckdb.*.tmp*"):  # one that was never put in place
         path.unlink()
     for folder in (LOG, PARTS, ARRAYS, WEIGHTS):
-        for path in sorted((root / folder).rglob("*")):
+        for path in sorted((root / folder).rglob("*"), reverse=True):  # what a folder holds before the folder
             relative = path.relative_to(root).as_posix()
-            if path.is_file() and relative not in named:
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # not empty
+                    path.rmdir()
+            elif relative not in named:
                 path.unlink()
                 removed.append(relative)
-    return removed
+    return sorted(removed)
 
 
 def check_room(root: Path, wanted: int, what: str) -> int:

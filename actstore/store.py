@@ -21,7 +21,7 @@ import polars as pl
 from actstore import catalog
 from actstore.arrays import Layout, SiteReader
 from actstore.errors import BadInput, Damaged, NotStored, TooNew
-from actstore.log import FORMAT_VERSION, manifests
+from actstore.log import FORMAT_VERSION, check_sizes, manifests
 from actstore.session import Session
 
 
@@ -65,9 +65,13 @@ class Store:
         self.path = Path(path)
         self.about = check_format(self.path)
         self._session = Session(self.path / catalog.NAME)
-        self.snapshot = int(self.sql("select snapshot from snapshot").item())
-        self._check_sizes()
         self._readers: dict[tuple[str, str], SiteReader] = {}
+        try:
+            self.snapshot = self._snapshot()
+            check_sizes(self.path, manifests(self.path, least=self.snapshot)[: self.snapshot])
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Store:
         return self
@@ -84,18 +88,13 @@ class Store:
         self._session.close()
         self._readers.clear()
 
-    def _check_sizes(self) -> None:
-        for manifest in manifests(self.path)[: self.snapshot]:
-            for file in manifest.files:
-                try:
-                    found = (self.path / file.path).stat().st_size
-                except FileNotFoundError:
-                    found = -1
-                if found != file.bytes:
-                    what = "is missing" if found < 0 else f"is {found:,} bytes long, not {file.bytes:,}"
-                    raise Damaged(
-                        f"{self.path / file.path} {what}; commit {manifest.number} names it: restore it from a copy"
-                    )
+    def _snapshot(self) -> int:
+        try:
+            return int(self.sql("select snapshot from snapshot").item())
+        except (BadInput, ValueError, TypeError) as error:
+            raise Damaged(
+                f"{self.path / catalog.NAME} is no catalog of a store ({error}); rebuild it with `actstore repair {self.path}`"
+            ) from error
 
     def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
         """Run one SQL query over the store's tables (actstore/schema.sql says what each column holds).
@@ -114,7 +113,7 @@ class Store:
 
     def info(self) -> pl.DataFrame:
         """One row a run: its model, trees, sites and size, and how often its greedy answers are right."""
-        return self.sql(files("actstore").joinpath("info.sql").read_text())
+        return self.sql(files("actstore").joinpath("info.sql").read_text(encoding="utf-8"))
 
     def runs(self) -> list[str]:
         """Names of the runs, in the order they were defined."""
@@ -207,4 +206,7 @@ def _token_ids(rows: pl.DataFrame) -> np.ndarray:
         raise BadInput(
             f"{ids.null_count():,} of {len(ids):,} token_ids are NULL; add `where token_id is not null`, or join the tokens"
         )
-    return ids.cast(pl.Int64).to_numpy()
+    as_stored = ids.cast(pl.Int64, strict=False)  # NULL where an id does not fit
+    if as_stored.null_count():
+        raise NotStored(f"no token has token_id {ids.filter(as_stored.is_null())[0]}; select token_id from the tables")
+    return as_stored.to_numpy()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import xxhash
 
 import actstore
 from actstore import catalog, log
@@ -65,33 +66,58 @@ class RunPlan:
 
     def __post_init__(self) -> None:
         for name in (self.run, self.dataset["dataset"]):
-            if not NAME.fullmatch(name):
+            if not NAME.fullmatch(name) or name == "zarr.json":  # which is a file where a run's folder would be
                 raise BadInput(f"got the name {name!r}; a run or dataset is named with letters, digits and . _ = , + -")
 
 
 def create(root: Path) -> None:
-    """Make an empty store, at once or not at all.
+    """Make an empty store, at once or not at all; a store that is there stays as it is.
 
     Raises:
         BadInput: the folder holds something that is no store.
+        Busy: another process is making it.
     """
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise BadInput(f"{root} exists and is no actstore store; name a new folder, or an empty one")
-    log.make_folder(root.parent)
+    if _is_store(root):
+        return
     under_way = root.parent / f".{root.name}.new"
-    shutil.rmtree(under_way, ignore_errors=True)
+    log.make_folder(under_way)
+    with log.lease(under_way):  # which moves with the folder
+        if _is_store(root):  # another process made it since
+            shutil.rmtree(under_way, ignore_errors=True)
+            return
+        for left in under_way.iterdir():  # by a process that was killed
+            if left.name != log.LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _fill(under_way)
+        under_way.rename(root)
+        log.fsync_folder(root.parent)
+
+
+def _is_store(root: Path) -> bool:
+    """Whether a store is there; refuses what can become none."""
+    if (root / "store.json").exists():
+        return True
+    if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
+        raise BadInput(f"{root} exists and is no actstore store; name a new folder, or an empty one")
+    if root.name in ("", "..") or (root.exists() and root.samefile(Path.cwd())):
+        raise BadInput(f"a store is a folder of its own and cannot be made of {str(root)!r}; name a new folder")
+    if "?" in str(root.absolute()):  # which DuckDB takes for the end of a path
+        raise BadInput(f"{root} has a `?` in its path, which DuckDB cannot open; name another folder")
+    return False
+
+
+def _fill(root: Path) -> None:
+    """Put everything into a folder that makes it a store without commits."""
     for folder in (log.LOG, PARTS, WEIGHTS, ARRAYS):
-        log.make_folder(under_way / folder)
-    log.publish(under_way, f"{ARRAYS}/zarr.json", GROUP)
-    catalog.publish(under_way)
+        log.make_folder(root / folder)
+    log.publish(root, f"{ARRAYS}/zarr.json", GROUP)
+    catalog.publish(root)
     about = {
         "format": FORMAT_VERSION,
         "made_by": f"actstore {actstore.__version__}",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    log.publish(under_way, "store.json", json.dumps(about, indent=1).encode())
-    under_way.rename(root)
-    log.fsync_folder(root.parent)
+    log.publish(root, "store.json", json.dumps(about, indent=1).encode())
 
 
 def rebuild(path: str | Path) -> int:
@@ -141,6 +167,21 @@ def committed_batches(root: Path, run: str) -> set[int]:
     return _batches(log.manifests(root), run)
 
 
+def committed_dataset(root: Path, name: str) -> dict[str, Any] | None:
+    """The row of `datasets` of that name, without holding the store; None where there is none, or no store."""
+    if not (root / "store.json").exists():
+        return None
+    check_format(root)
+    rows = _table(root, log.manifests(root), "datasets").to_dicts()
+    return next((row for row in rows if row["dataset"] == name), None)
+
+
+def _table(root: Path, committed: Sequence[Manifest], name: str) -> pl.DataFrame:
+    parts = [part for manifest in committed for part in manifest.parts if part.table == name]
+    frames = [pl.read_parquet(root / part.path) for part in parts]
+    return pl.concat(frames, how="vertical_relaxed") if frames else pl.DataFrame()
+
+
 def _batches(committed: Sequence[Manifest], run: str) -> set[int]:
     return {m.batch for m in committed if m.kind == "batch" and m.run == run and m.batch is not None}
 
@@ -150,15 +191,14 @@ class Writer:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._log = log.manifests(root)
+        self._log = log.manifests(root, least=catalog.snapshot(root))  # before anything is swept: is the log whole?
+        log.check_sizes(root, self._log)
         log.sweep(root, self._log)
-        self._paths = {file.path for manifest in self._log for file in manifest.files}
+        self._files = {file.path: file for manifest in self._log for file in manifest.files}
 
     def table(self, name: str) -> pl.DataFrame:
         """All committed rows of one of the small tables (models, datasets, runs, sites)."""
-        parts = [part for manifest in self._log for part in manifest.parts if part.table == name]
-        frames = [pl.read_parquet(self.root / part.path) for part in parts]
-        return pl.concat(frames, how="vertical_relaxed") if frames else pl.DataFrame()
+        return _table(self.root, self._log, name)
 
     def batches(self, run: str) -> set[int]:
         """The batches of a run that are committed."""
@@ -175,48 +215,39 @@ class Writer:
             tree_id of the first tree of the run's dataset.
 
         Raises:
-            BadInput: the run's or dataset's name is taken by another.
+            BadInput: the run's or dataset's name is taken by another, or its rows do not fit the tables.
         """
+        model = self._model(plan.model)
         first_tree_id = self._first_tree_id(plan.dataset)
         if self._is_defined(plan):
             return first_tree_id
-        number = len(self._log) + 1
-        dataset = {**plan.dataset, "first_tree_id": first_tree_id}
-        run = {
-            "run": plan.run,
-            "weights_sha256": plan.model["weights_sha256"],
-            "dataset": dataset["dataset"],
-            "first_tree_id": first_tree_id,
-            "n_trees": dataset["n_trees"],
-            **plan.facts,
-        }
-        sites = [
-            {
-                "run": plan.run,
-                "site": s.site,
-                "short": s.short,
-                "kind": s.kind,
-                "shape": s.layout.shape,
-                "path": _array(plan.run, s),
-            }
-            for s in plan.sites
-        ]
-        weights = plan.model["weights_sha256"]
         parts = [
-            *self._part("models", weights[:16], pl.DataFrame([dict(plan.model)], infer_schema_length=None)),
-            *self._part("datasets", dataset["dataset"], pl.DataFrame([dataset], infer_schema_length=None)),
-            *self._part("runs", plan.run, pl.DataFrame([run])),
-            *self._part("sites", plan.run, pl.DataFrame(sites)),
+            *self._part("models", model["weights_sha256"][:16], [model]),
+            *self._part("datasets", plan.dataset["dataset"], [{**plan.dataset, "first_tree_id": first_tree_id}]),
+            *self._part("runs", plan.run, [_run_row(plan, first_tree_id)]),
+            *self._part("sites", plan.run, [_site_row(plan.run, site) for site in plan.sites]),
         ]
         others = [
-            *self._file(f"{WEIGHTS}/{weights}.safetensors", plan.weights),
+            *self._file(f"{WEIGHTS}/{model['weights_sha256']}.safetensors", plan.weights),
             *self._file(f"{ARRAYS}/{plan.run}/zarr.json", GROUP),
         ]
+        of_run = {"weights_sha256": model["weights_sha256"], "first_tree_id": first_tree_id}
         for site in plan.sites:
-            attributes = {"run": plan.run, "site": site.site, "weights_sha256": weights, "first_tree_id": first_tree_id}
-            others += self._file(f"{_array(plan.run, site)}/zarr.json", metadata(site.layout, site.axes, attributes))
-        self._commit(Manifest(number, "run", plan.run, None, parts, [], others))
+            about = metadata(site.layout, site.axes, {"run": plan.run, "site": site.site, **of_run})
+            others += self._file(f"{_array(plan.run, site)}/zarr.json", about)
+        self._commit(Manifest(len(self._log) + 1, "run", plan.run, None, parts, [], others))
         return first_tree_id
+
+    def _model(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row of `models` that these weights have, the stored one if there is one, under whatever name it came."""
+        for row in self.table("models").to_dicts():
+            if row["weights_sha256"] == model["weights_sha256"]:
+                what = f"the model of weights {model['weights_sha256'][:12]}"
+                _must_agree(
+                    what, row, {"config": model.get("config")}, "use a store of its own for the new configuration"
+                )
+                return row
+        return model
 
     def _first_tree_id(self, dataset: Mapping[str, Any]) -> int:
         known = self.table("datasets").to_dicts()
@@ -258,8 +289,10 @@ class Writer:
             of_trees: the rows of `trees`, `edges`, `tokens`; left out where another run over the set brought them.
             of_run: the rows of `predictions`, `outcomes`.
             arrays: packed shard of each site, by its TransformerLens name.
+
+        Raises:
+            BadInput: the batch, or its trees by another run, is committed with other content.
         """
-        number = len(self._log) + 1
         shards = [
             Shard(**vars(file), run=plan.run, site=site.site, batch=batch, first_tree_id=first_tree_id, n_trees=n_trees)
             for site in plan.sites
@@ -269,7 +302,7 @@ class Writer:
         for owner, tables in ((plan.dataset["dataset"], of_trees), (plan.run, of_run)):
             for table, frame in tables.items():
                 parts += self._part(table, f"{owner}-{batch:06d}", frame)
-        self._commit(Manifest(number, "batch", plan.run, batch, parts, shards))
+        self._commit(Manifest(len(self._log) + 1, "batch", plan.run, batch, parts, shards))
 
     def record(self, results: pl.DataFrame) -> int:
         """Commit a study's results (rows of `results` but for `recorded`) and return the commit's number."""
@@ -281,17 +314,71 @@ class Writer:
     def _commit(self, manifest: Manifest) -> None:
         log.commit(self.root, manifest)
         self._log.append(manifest)
-        self._paths |= {file.path for file in manifest.files}
+        self._files |= {file.path: file for file in manifest.files}
 
-    def _part(self, table: str, name: str, frame: pl.DataFrame) -> list[Part]:
+    def _part(self, table: str, name: str, rows: pl.DataFrame | Sequence[Mapping[str, Any]]) -> list[Part]:
+        """Publish rows of a table; an empty list where an earlier commit brought the very same."""
+        frame = _as_stored(
+            table, rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(rows, infer_schema_length=None)
+        )
+        path = f"{PARTS}/{table}/{name}.parquet"
+        if path in self._files:
+            if not pl.read_parquet(self.root / path).equals(frame):
+                raise _otherwise(self.root / path)
+            return []
         buffer = io.BytesIO()
         frame.write_parquet(buffer, compression="zstd", statistics=False)
-        files = self._file(f"{PARTS}/{table}/{name}.parquet", buffer.getvalue())
-        return [Part(**vars(file), table=table, rows=len(frame)) for file in files]
+        file = log.publish(self.root, path, buffer.getvalue())
+        return [Part(**vars(file), table=table, rows=len(frame))]
 
     def _file(self, path: str, content: bytes | memoryview) -> list[File]:
-        """Publish a file; an empty list where an earlier commit brought it."""
-        return [] if path in self._paths else [log.publish(self.root, path, content)]
+        """Publish a file; an empty list where an earlier commit brought the very same."""
+        if path in self._files:
+            if xxhash.xxh3_128_hexdigest(content) != self._files[path].xxh3_128:
+                raise _otherwise(self.root / path)
+            return []
+        return [log.publish(self.root, path, content)]
+
+
+def _otherwise(path: Path) -> BadInput:
+    return BadInput(
+        f"{path} is committed and what is to be stored under its name now differs: it was made by another version or "
+        "from other input; name the new run and its set of trees otherwise (--run, --dataset)"
+    )
+
+
+def _as_stored(table: str, frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows with all columns of their table and its types, so that no committed part is one the catalog cannot take."""
+    types = catalog.tables()[table]
+    if unknown := [name for name in frame.columns if name not in types]:
+        raise BadInput(f"table {table} has no column {', '.join(unknown)}; it has {', '.join(types)}")
+    lacking = [pl.lit(None, dtype).alias(name) for name, dtype in types.items() if name not in frame.columns]
+    try:
+        return frame.with_columns(lacking).select(pl.col(name).cast(dtype) for name, dtype in types.items())
+    except pl.exceptions.PolarsError as error:
+        raise BadInput(f"the rows do not fit table {table}: {str(error).splitlines()[0]}") from error
+
+
+def _run_row(plan: RunPlan, first_tree_id: int) -> dict[str, Any]:
+    return {
+        "run": plan.run,
+        "weights_sha256": plan.model["weights_sha256"],
+        "dataset": plan.dataset["dataset"],
+        "first_tree_id": first_tree_id,
+        "n_trees": plan.dataset["n_trees"],
+        **plan.facts,
+    }
+
+
+def _site_row(run: str, site: SitePlan) -> dict[str, Any]:
+    return {
+        "run": run,
+        "site": site.site,
+        "short": site.short,
+        "kind": site.kind,
+        "shape": site.layout.shape,
+        "path": _array(run, site),
+    }
 
 
 def _array(run: str, site: SitePlan) -> str:

@@ -1,0 +1,305 @@
+"""The catalog: derived from the parts alone, a snapshot for its readers, and plain DuckDB to everyone else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import polars as pl
+import pytest
+
+from actstore import catalog, log
+from actstore.errors import BadInput, Damaged, NoRoom
+from actstore.ingest import tokens
+from actstore.ingest.trees import SPLITS
+from actstore.store import Store
+from actstore.writer import create, open_writer, rebuild
+from tests.stores import TABLES, Fake, catalog_rows, fake, files
+
+RESULT = pl.DataFrame({"study": ["s"], "metric": ["accuracy"], "value": [0.5], "n": [3], "snapshot": [1]})
+RUNS = (  # three models, two sets of trees of other sizes; the first draws its own depths, the last is told them
+    fake("one", "small", seed=1),
+    fake("two", "small", seed=1, weights=b"other"),
+    fake("three", "deep", n_nodes=7, seed=2, depths=[2, 4], weights=b"third", sites=("embed",)),
+)
+
+
+def write_all(root: Path, publish_after_each: bool) -> None:
+    """Three runs and two studies' results, batch by batch."""
+    with open_writer(root, make=True) as writer:
+        for run in RUNS:
+            for batch in range(run.n_batches):
+                run.write(writer, [batch])
+                if publish_after_each:
+                    assert writer.publish() == len(log.manifests(root))
+            writer.record(RESULT)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("catalog") / "s.act"
+    write_all(root, publish_after_each=True)
+    return root
+
+
+# Derived.
+
+
+def test_a_catalog_extended_step_by_step_is_the_one_built_from_nothing(root: Path, tmp_path: Path) -> None:
+    stepwise = catalog_rows(root / "catalog.duckdb")
+    copy = tmp_path / "copy.act"
+    shutil.copytree(root, copy)
+    assert rebuild(copy) == len(log.manifests(root)) == 12
+    assert catalog_rows(copy / "catalog.duckdb") == stepwise
+    (copy / "catalog.duckdb").unlink()
+    with open_writer(copy):
+        pass
+    assert catalog_rows(copy / "catalog.duckdb") == stepwise
+    write_all(tmp_path / "at once.act", publish_after_each=False)
+    assert catalog_rows(tmp_path / "at once.act" / "catalog.duckdb") == stepwise
+    assert all(stepwise.values()), "a table is empty, so nothing is tested of it"
+
+
+def test_a_catalog_holds_the_rows_that_were_committed(root: Path) -> None:
+    rows = catalog_rows(root / "catalog.duckdb")
+    n_tokens = [int(run.lengths.sum()) for run in RUNS]
+    assert len(rows["tokens"]) == n_tokens[0] + n_tokens[2]
+    assert len(rows["trees"]) == 10
+    assert len(rows["edges"]) == 5 * 3 + 5 * 6
+    assert len(rows["predictions"]) == sum(int(run.trees.depth.sum()) for run in RUNS)
+    assert len(rows["shards"]) == (2 + 2 + 1) * 2
+    assert rows["snapshot"] == [(1, 12)]
+    with Store(root) as store:
+        found = store.sql("select dataset, depths, first_tree_id from datasets").rows()
+    assert found == [("small", None, 0), ("deep", [2, 4], 5)]
+
+
+def test_a_catalog_that_is_damaged_is_built_again(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.act"
+    shutil.copytree(root, copy)
+    (copy / "catalog.duckdb").chmod(0o644)
+    (copy / "catalog.duckdb").write_bytes(b"no catalog")
+    with pytest.raises(Damaged, match=r"catalog\.duckdb cannot be opened .* rebuild it with `actstore repair"):
+        Store(copy)
+    assert rebuild(copy) == 12
+    assert catalog_rows(copy / "catalog.duckdb") == catalog_rows(root / "catalog.duckdb")
+
+
+def test_another_duckdb_file_in_the_place_of_the_catalog_is_damaged(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.act"
+    shutil.copytree(root, copy)
+    (copy / "catalog.duckdb").unlink()
+    with duckdb.connect(str(copy / "catalog.duckdb")) as connection:
+        connection.execute("create table x as select 1")
+    with pytest.raises(Damaged, match=r"catalog\.duckdb is no catalog of a store"):
+        Store(copy)
+
+
+@pytest.mark.parametrize(
+    ("folder", "other"), [("seed=77", ""), ("a*b", "acb"), ("we'ird [x]; \"ö →", "we'ird x; \"ö →")]
+)
+def test_the_folder_that_a_store_lies_in_changes_no_row(root: Path, tmp_path: Path, folder: str, other: str) -> None:
+    """DuckDB would read `seed=77` as a column of every part below it, and the parts of acb for those of a*b."""
+    copy = tmp_path / folder / "copy.act"
+    shutil.copytree(root, copy)
+    if other:
+        shutil.copytree(root / "parts", tmp_path / other / "copy.act" / "parts")
+    assert rebuild(copy) == 12
+    assert catalog_rows(copy / "catalog.duckdb") == catalog_rows(root / "catalog.duckdb")
+    with Store(copy) as store:
+        assert store.read("select token_id from tokens where tree_id < 5", run="one")[0].shape[1] == 6
+
+
+def test_a_store_is_not_made_where_duckdb_could_not_write_its_catalog(tmp_path: Path) -> None:
+    """DuckDB takes `?` for the end of a path, and would put its log elsewhere."""
+    with pytest.raises(BadInput, match=r"what\?.* has a `\?` in its path"):
+        create(tmp_path / "what?" / "s.act")
+    assert list(tmp_path.iterdir()) == []
+
+
+# A snapshot for each reader.
+
+
+def test_a_reader_keeps_the_snapshot_it_opened_and_a_later_one_sees_what_is_new(tmp_path: Path) -> None:
+    run, root, count = fake(), tmp_path / "s.act", "select count(*) from trees"
+    run.store(root, [0])
+    before = Store(root)
+    run.store(root, [1])
+    after = Store(root)
+    assert (before.sql(count).item(), after.sql(count).item(), before.sql(count).item()) == (3, 5, 3)
+    assert (before.snapshot, after.snapshot) == (2, 3)
+    assert before.read("select token_id from tokens")[0].shape[0] == run.lengths[:3].sum()
+    before.close()
+    assert after.sql(count).item() == 5
+    after.close()
+
+
+def test_a_reader_is_not_disturbed_while_a_writer_is_at_work(tmp_path: Path) -> None:
+    run, root = fake(), tmp_path / "s.act"
+    with open_writer(root, make=True) as writer:
+        run.write(writer, [0])
+        with Store(root) as store:
+            assert store.sql("select count(*) from trees").item() == 0, "committed, and not published yet"
+        writer.publish()
+        with Store(root) as store:
+            assert store.sql("select count(*) from trees").item() == 3
+
+
+def test_a_crash_before_the_new_catalog_is_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, root = fake(), tmp_path / "s.act"
+    run.store(root, [0])
+    before = files(root)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run.store(root, [1])
+    assert files(root)["catalog.duckdb"] == before["catalog.duckdb"]
+    assert not [path for path in files(root) if path.startswith(".catalog")]
+    with Store(root) as store:
+        assert store.snapshot == 2
+    with open_writer(root):
+        pass
+    with Store(root) as store:
+        assert store.snapshot == 3
+
+
+# What cannot be done.
+
+
+def test_a_committed_part_that_is_gone_is_damaged_and_named(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "a workspace" / "copy.act"  # "space" in a path is no full disk
+    shutil.copytree(root, copy)
+    part = next((copy / "parts" / "tokens").iterdir())
+    part.unlink()
+    with pytest.raises(Damaged, match=f"cannot be built from its parts .*{part.name}"):
+        rebuild(copy)
+    part.write_bytes(b"no parquet")
+    with pytest.raises(Damaged, match=f"cannot be built from its parts .*{part.name}"):
+        rebuild(copy)
+
+
+@pytest.mark.parametrize(("reason", "error"), [(errno.ENOSPC, NoRoom), (errno.EDQUOT, NoRoom), (errno.EIO, OSError)])
+def test_a_full_disk_leaves_the_catalog_as_it_was(
+    root: Path, monkeypatch: pytest.MonkeyPatch, reason: int, error: type[Exception]
+) -> None:
+    before = files(root)
+
+    def full(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(error, match=os.strerror(reason)) as caught:
+            catalog.publish(root)
+    assert isinstance(caught.value, NoRoom) == (error is NoRoom)
+    assert files(root) == before
+
+
+def test_a_catalog_that_duckdb_has_no_room_for_is_no_room(root: Path, tmp_path: Path) -> None:
+    """The kernel refuses to let DuckDB write more than 50 kB."""
+    copy = tmp_path / "copy.act"
+    shutil.copytree(root, copy)
+    before = files(copy)
+    code = """
+import resource, sys
+from actstore.errors import NoRoom
+from actstore.writer import rebuild
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    rebuild(sys.argv[1])
+except NoRoom as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(copy)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"no room for the catalog of {copy}; free some, then go on"
+    assert files(copy) == before
+
+
+# Plain DuckDB.
+
+
+def test_plain_duckdb_reads_what_the_store_reads(root: Path) -> None:
+    with Store(root) as store, duckdb.connect(str(root / "catalog.duckdb"), read_only=True) as plain:
+        for table in [*TABLES, "edge_sources", "edge_targets", "edge_separators", "answer_tokens"]:
+            query = f"select * from {table} order by all"
+            assert plain.sql(query).pl().equals(store.sql(query)), table
+
+
+def test_every_column_of_every_table_has_its_comment(root: Path) -> None:
+    with duckdb.connect(str(root / "catalog.duckdb"), read_only=True) as plain:
+        found = plain.execute(
+            "select table_name, column_name, comment from duckdb_columns() where not internal"
+        ).fetchall()
+    comments = {(table, column): comment for table, column, comment in found if table in TABLES}
+    assert {table for table, _ in comments} == set(TABLES)
+    assert [name for name, comment in comments.items() if not comment] == []
+    text = catalog.schema()
+    for (_, column), comment in comments.items():
+        assert re.search(rf"^    {column} .*, -- {re.escape(comment)}$", text, re.MULTILINE)
+    assert comments["tokens", "position"] == "place in the sequence, 0 to 4 * n_nodes - 2"
+
+
+def test_clients_of_duckdb_1_2_can_open_the_file(root: Path, tmp_path: Path) -> None:
+    create(tmp_path / "empty.act")
+    for made in (root, tmp_path / "empty.act"):
+        with duckdb.connect(str(made / "catalog.duckdb"), read_only=True) as plain:
+            tags = plain.execute("select tags from duckdb_databases() where not internal").fetchall()
+        assert tags == [({"storage_version": "v1.2.0+"},)]
+
+
+def test_words_roles_and_splits_of_the_schema_are_those_of_the_tokens(root: Path) -> None:
+    with Store(root) as store:
+        enums = store.sql(
+            "select enum_range(null::token_word) as words, enum_range(null::token_role) as roles, "
+            "enum_range(null::tree_split) as splits"
+        ).row(0)
+    assert [tuple(names) for names in enums] == [tokens.WORDS, tokens.ROLES, SPLITS]
+
+
+def test_the_types_that_parts_are_written_with_are_those_of_the_schema(root: Path) -> None:
+    types = catalog.tables()
+    assert set(types) == set(TABLES)
+    with Store(root) as store:
+        for table, columns in types.items():
+            schema = store.sql(f"from {table}").schema
+            assert list(columns) == list(schema)
+            for column, dtype in columns.items():
+                assert schema[column] == (pl.Categorical if isinstance(dtype, pl.Enum) else dtype), (table, column)
+    assert types["tokens"]["token"] == pl.Enum(tokens.WORDS)
+
+
+@pytest.mark.parametrize("n_nodes", [2, 64])
+def test_the_views_name_the_tokens_they_say(tmp_path: Path, n_nodes: int) -> None:
+    """At the largest trees too, where 3 * edge would not fit the edge's own type by much."""
+    run: Fake = fake(n_trees=3, n_nodes=n_nodes, sites=("embed",))
+    run.store(tmp_path / "s.act")
+    roles = {"edge_sources": ["edge_source"], "edge_targets": ["edge_target"], "edge_separators": ["separator", "bar"]}
+    with Store(tmp_path / "s.act") as store:
+        for view, expected in roles.items():
+            query = f"select v.*, t.role, t.edge as of_token, t.node from {view} v join tokens t using (token_id)"
+            rows = store.sql(query)
+            assert len(rows) == 3 * (n_nodes - 1)
+            assert set(rows["role"]) <= set(expected)
+            assert (rows["of_token"] == rows["edge"]).all()
+            if view != "edge_separators":
+                assert (rows["node"] == rows["source" if view == "edge_sources" else "target"]).all()
+        answers = store.sql(
+            "select a.step, a.next_node, here.role, next.node, next.step as next_step from answer_tokens a "
+            "join tokens here using (token_id) join tokens next on next.token_id = a.token_id + 1"
+        )
+    assert len(answers) == run.trees.depth.sum()
+    assert (answers["next_node"] == answers["node"]).all()
+    assert (answers["step"] == answers["next_step"]).all()
+    assert set(answers["role"]) <= {"root", "path"}

@@ -7,7 +7,8 @@ open one path in a process, and would hand an old snapshot to a new reader), and
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ LOCKED = (
     "set enable_external_access = false",
     "set disabled_filesystems = 'LocalFileSystem'",  # else COPY … (use_tmp_file false) overwrites the catalog itself
     "set lock_configuration = true",
+)
+LOOK_UP = 0.1  # seconds between looks for a Ctrl-C while a query runs
+READING = (  # all else would write, if only into memory, or change the session for the queries that follow
+    duckdb.StatementType.SELECT,  # DESCRIBE, SHOW and SUMMARIZE are of this type, too
+    duckdb.StatementType.EXPLAIN,
+    duckdb.StatementType.MULTI,  # a PIVOT that must first ask for its columns
 )
 
 
@@ -56,42 +63,79 @@ class Session:
             A polars frame of its rows; FLOAT[n] columns arrive as Array(Float32, n).
 
         Raises:
-            BadInput: DuckDB refuses the query; the message is its own first line.
+            BadInput: it is not one query, a parameter is missing or not used, or DuckDB refuses it (its own words, one line).
         """
-        cursor = self._connection.cursor()  # an open result holds its connection
         try:
-            cursor.execute("use store")  # cursors do not inherit it
-            return _interruptible(cursor, lambda: _fetch(cursor, query, params))
+            cursor = self._connection.cursor()  # an open result holds its connection
+            try:
+                cursor.execute("use store")  # cursors do not inherit it
+                _check(cursor, query, set(params or {}))
+                return _interruptible(cursor, lambda: _fetch(cursor, query, params))
+            finally:
+                with suppress(duckdb.Error):  # a query that a second Ctrl-C left running
+                    cursor.close()
         except duckdb.Error as error:
-            raise BadInput(f"the query was refused: {one_line(error)}") from error
-        finally:
-            cursor.close()
+            raise BadInput(f"the query was refused: {one_line(error)}{self._tables_if_asked(error)}") from error
+        except pl.exceptions.PolarsError as error:
+            raise BadInput(
+                f"the query yields a type that polars does not hold ({one_line(error)}); cast it, to varchar for example"
+            ) from error
+
+    def _tables_if_asked(self, error: duckdb.Error) -> str:
+        if not (isinstance(error, duckdb.CatalogException) and str(error).startswith("Catalog Error: Table with name")):
+            return ""
+        with self._connection.cursor() as cursor:
+            names = cursor.execute("select table_name from information_schema.tables where table_catalog = 'store'")
+            return f" The store has {', '.join(sorted(name for (name,) in names.fetchall()))}"
+
+
+def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> None:
+    """Refuse what is not one query, and parameters that are not the query's own."""
+    statements = cursor.extract_statements(query)
+    if len(statements) != 1:
+        raise BadInput(f"got {len(statements)} statements; ask one query at a time")
+    if statements[0].type not in READING:
+        raise BadInput(f"a store is read with SELECT, and cannot do {statements[0].type.name}")
+    if statements[0].type == duckdb.StatementType.MULTI:  # whose parameters DuckDB does not name
+        return
+    wanted = set(statements[0].named_parameters)
+    if wrong := sorted(wanted ^ given):
+        what = f"lacks a value for ${wrong[0]}" if wrong[0] in wanted else f"has no ${wrong[0]}"
+        takes = ", ".join(f"${name}" for name in sorted(wanted)) or "no parameters"
+        raise BadInput(f"the query {what}; it takes {takes}")
 
 
 def _fetch(cursor: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any] | None) -> pl.DataFrame:
-    relation = cursor.sql(query, params=dict(params) if params else None)
-    if relation is None:
-        raise BadInput("the statement returns no rows; a store is read with SELECT")
-    return relation.pl()
+    return cursor.sql(query, params=dict(params) if params else None).pl()
 
 
-def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Any) -> pl.DataFrame:
-    """Run a fetch in a thread of its own, since Ctrl-C is not delivered while DuckDB runs in the main one."""
+def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+    """Run a fetch in a thread of its own, since Ctrl-C is not delivered while DuckDB runs in the main one.
+
+    The main thread looks up every so often, since polars' handler of the signal does not wake one that waits without an
+    end; and it waits for an event, since Python 3.11 takes a thread whose join was interrupted for one that has ended.
+    """
     outcome: dict[str, Any] = {}
+    done = threading.Event()
 
     def work() -> None:
         try:
             outcome["frame"] = fetch()
         except BaseException as error:
             outcome["error"] = error
+        finally:
+            done.set()
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
-        thread.join()
+        thread.start()
+        while not done.wait(LOOK_UP):
+            pass
     except KeyboardInterrupt:
-        cursor.interrupt()
-        thread.join()
+        while thread.ident and not done.wait(
+            LOOK_UP
+        ):  # an interrupt that comes before the query has begun is forgotten
+            cursor.interrupt()
         raise
     if "error" in outcome:
         raise outcome["error"]

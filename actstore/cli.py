@@ -187,9 +187,10 @@ def read(
     """
     import polars as pl
 
-    from actstore.output import save_activations
+    from actstore.output import ACTIVATION_FILES, check_ending, save_activations
     from actstore.store import Store
 
+    check_ending(out, ACTIVATION_FILES, "--out")
     with Store(store) as opened:
         X, rows = opened.read(query, run, site, dict(params))
     if out:
@@ -258,11 +259,13 @@ def study(
     \b
         actstore study demo.act probes --plot probes.png
     """
+    from actstore.output import FIGURES, check_ending
     from actstore.progress import progress
     from actstore.queries import study as studies
     from actstore.store import Store
     from actstore.writer import open_writer
 
+    check_ending(plot, FIGURES, "--plot")
     with Store(store) as opened, progress(f"study {name}", None, "parts") as advance:
         answer = studies.run(opened, name, run=run, seed=seed, progress=advance)
     output.write(answer.table)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 ROWS_SHOWN = 60  # of a table; the other formats give every row
+ACTIVATION_FILES = (".npz", ".safetensors", ".parquet")
+FIGURES = (".png", ".svg", ".pdf")
+ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with cells cut short
 
 
 @dataclass(frozen=True)
@@ -38,24 +44,54 @@ class Output:
 
 
 def print_table(frame: pl.DataFrame) -> None:
-    """Print a frame as a table: to the width of a terminal, or as wide as it is where there is none."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+    """Print a frame as a table; where a few rows are wider than the terminal, as one block of lines a row.
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name, dtype in frame.schema.items():
-        table.add_column(name, justify="right" if dtype.is_numeric() else "left", overflow="fold")
-    for row in frame.head(ROWS_SHOWN).iter_rows():
-        table.add_row(*[_cell(value) for value in row])
+    Where there is no terminal, lines are as long as they need to be.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+
     console = Console() if sys.stdout.isatty() else Console(width=10_000, color_system=None)
-    console.print(table)
+    table = _table(frame)
+    if Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width:
+        console.print(table)
+    elif len(frame) <= ROWS_AS_BLOCKS:
+        for row in frame.iter_rows(named=True):
+            console.print(_block(row))
+            console.print()
+    else:
+        for column in table.columns:
+            column.no_wrap, column.overflow = True, "ellipsis"
+        console.print(table)
     if len(frame) > ROWS_SHOWN:
         console.print(
             f"… {len(frame) - ROWS_SHOWN:,} more of {len(frame):,} rows (--csv, --json and --parquet give all)"
         )
     elif not len(frame):
         console.print("(no rows)")
+
+
+def _table(frame: pl.DataFrame) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name, dtype in frame.schema.items():
+        table.add_column(name, justify="right" if dtype.is_numeric() else "left")
+    for row in frame.head(ROWS_SHOWN).iter_rows():
+        table.add_row(*[_cell(value) for value in row])
+    return table
+
+
+def _block(row: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    block = Table(box=None, pad_edge=False, show_header=False)
+    block.add_column(style="bold", no_wrap=True)
+    block.add_column(overflow="fold")
+    for name, value in row.items():
+        block.add_row(name, _cell(value))
+    return block
 
 
 def _cell(value: Any) -> str:
@@ -92,15 +128,23 @@ def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
     Raises:
         BadInput: another ending.
     """
+    check_ending(path, ACTIVATION_FILES, "--out")
     writers: Mapping[str, Callable[[Path], None]] = {
         ".npz": lambda target: _save_npz(target, X, rows),
         ".safetensors": lambda target: _save_safetensors(target, X, rows),
         ".parquet": lambda target: rows.with_columns(pl.Series("x", X)).write_parquet(target),
     }
-    suffix = Path(path).suffix
-    if suffix not in writers:
-        raise BadInput(f"got --out {path}; a file ends in {', '.join(writers)}")
-    _replacing(Path(path), writers[suffix])
+    _replacing(Path(path), writers[Path(path).suffix])
+
+
+def check_ending(path: str | None, endings: Sequence[str], option: str) -> None:
+    """Refuse a file whose ending says no format, before any work is done for it.
+
+    Raises:
+        BadInput: says which endings there are.
+    """
+    if path and Path(path).suffix not in endings:
+        raise BadInput(f"got {option} {path}; a file ends in {', '.join(endings)}")
 
 
 def _save_npz(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:

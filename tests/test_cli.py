@@ -147,6 +147,7 @@ def test_info_names_runs_trees_and_sites(demo_store):
         (["query", "STORE", "acuracy_by_depth"], 1, ["acuracy_by_depth", "accuracy_by_depth"]),
         (["query", "STORE", "accuracy_by_depth", "-p", "rum", "x"], 2, ["rum", "run"]),
         (["study", "STORE", "probs"], 1, ["probs", "probes"]),
+        (["study", "STORE", "probes", "--plot", "x.foo"], 2, ["x.foo", ".png"]),
         (["ingest", "STORE", "--model", "nope"], 1, ["nope", "reproduction"]),
         (["ingest", "STORE", "--model", "reproduction", "--nodes", "17"], 2, ["17", "16"]),
         (["ingest", "STORE", "--model", "reproduction", "--trees", "0"], 2, ["0"]),

@@ -1,0 +1,80 @@
+"""Lists that must agree: what the pages say and what there is."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import actstore
+from actstore import catalog, queries
+from actstore.cli import main
+from actstore.queries.study import STUDIES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_readme_names_every_command_and_no_other():
+    named = set(re.findall(r"^    actstore (\w+)", README, re.MULTILINE))
+    assert named == set(main.commands)
+
+
+def test_the_readme_names_every_table_and_view():
+    schema = catalog.schema()
+    for name in re.findall(r"^create (?:table|view) (\w+)", schema, re.MULTILINE):
+        assert f"`{name}`" in README or name == "snapshot"
+
+
+def test_the_readmes_python_runs_as_it_stands(demo_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(demo_path.parent)
+    exec(compile(code, "README.md", "exec"), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+def test_the_readmes_test_command_is_all_that_ci_calls():
+    assert "make test" in README
+    commands = [
+        line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith(("#", "set", "cd"))
+    ]
+    assert commands == ["CI=true make test"]
+
+
+def test_every_folder_of_the_package_is_installed():
+    folders = {"actstore"} | {f"actstore.{name}" for name in PROJECT["tool"]["setuptools"]["package-dir"].values()}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
+    for folder in PROJECT["tool"]["setuptools"]["package-dir"].values():
+        assert (ROOT / folder / "__init__.py").exists()
+
+
+def test_every_dependency_is_pinned_and_the_version_is_one():
+    pinned = {
+        re.split("[=@ ]", line)[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    wanted = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]]
+    assert {re.split("[>=]", name)[0].lower().replace("_", "-") for name in wanted} <= pinned
+    assert PROJECT["project"]["version"] == actstore.__version__
+    assert f"## {actstore.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_data_page_names_every_file_of_data():
+    page = (ROOT / "data" / "README.md").read_text()
+    for path in [*(ROOT / "data" / "checkpoints").iterdir(), *(ROOT / "data" / "configs").iterdir()]:
+        assert path.name in page
+
+
+def test_every_query_and_study_has_a_summary_that_the_listing_shows():
+    listed = queries.listing()
+    assert listed["query"].to_list() == queries.names()
+    assert all(listed["summary"].str.len_chars() > 20)
+    assert set(STUDIES) <= set(re.findall(r"actstore study \S+ (\w+)", README))
+
+
+def test_every_column_is_commented_with_what_it_holds():
+    commented = catalog.column_comments()
+    for table, body in re.findall(r"^create table (\w+) \((.*?)^\);", catalog.schema(), re.DOTALL | re.MULTILINE):
+        columns = [line.split()[0] for line in body.strip().splitlines()]
+        assert columns == [column for name, column in commented if name == table]

@@ -154,14 +154,11 @@ class Ingest:
             f"{len(self.specs)} sites; {self.bytes_left() / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free{resumed}"
         )
 
-    def execute(self, advance: Callable[[int], None] = lambda trees: None) -> int:
+    def execute(self, advance: Callable[[int], None] = lambda trees: None) -> None:
         """Store what is not stored yet.
 
         Args:
             advance: called with the trees done so far.
-
-        Returns:
-            The snapshot's number.
 
         Raises:
             NoRoom: the disk has less free than what is left to write; nothing was touched.
@@ -174,7 +171,6 @@ class Ingest:
             first_tree_id = writer.define(self.plan)
             done = writer.batches(self.plan.run)
             self._run_batches(writer, first_tree_id, [b for b in range(self.n_batches) if b not in done], advance)
-            return writer.publish()
 
     def _run_batches(self, writer: Writer, first_tree_id: int, left: list[int], advance: Callable[[int], None]) -> None:
         """Run the model in this thread; let the pool's one thread commit the batch before."""

@@ -16,7 +16,7 @@ from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.tokens import encode
 from tests.benchmarks import Row, median
 
-N_TREES = 6144
+N_TREES = 10_000  # what `actstore ingest` stores unless told otherwise
 BATCH_SIZE = 128
 ROUNDS = 3
 

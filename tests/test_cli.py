@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -14,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from actstore.cli import main
+from actstore.store import Store
 from tests.stores import files
 
 
@@ -197,3 +200,29 @@ def test_models_are_added_by_name_and_found_by_it(tmp_path):
     assert (tmp_path / "mine.safetensors").read_bytes() == shipped.read_bytes()
     listed = CliRunner().invoke(main, ["models", "list", "--csv"], env={"ACTSTORE_MODELS": str(tmp_path)})
     assert "mine" in listed.output
+
+
+def test_ctrl_c_keeps_what_was_committed_and_says_how_to_go_on(tmp_path):
+    store = tmp_path / "s.act"
+    command = [
+        sys.executable,
+        "-c",
+        "from actstore.cli import main; main()",
+        "ingest",
+        str(store),
+        "--model",
+        "reproduction",
+    ]
+    process = subprocess.Popen([*command, "--trees", "20000", "--sites", "embed"], stderr=subprocess.PIPE, text=True)
+    while not (store / "log" / "00000002.json").exists():  # the first batch
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("actstore: stopped;")
+    assert "Traceback" not in errors
+    (row,) = json.loads(run("info", store, "--json").output)
+    assert 0 < row["trees"] < row["planned"] == 20_000
+    X, rows = Store(store).read("select token_id from tokens where tree_id = 0", site="embed")
+    assert len(X) == len(rows) > 0

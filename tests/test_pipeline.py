@@ -253,6 +253,27 @@ def test_token_ids_are_the_same_arithmetic_in_python_and_in_sql(demo_store):
     )
 
 
+def test_trees_longer_than_the_models_context_are_refused(tmp_path):
+    model = random_model(ModelConfig("reproduction", 6, n_layers=1, d_model=8, d_head=8, d_mlp=8, n_ctx=22))
+    with pytest.raises(BadInput, match="context of 22"):
+        Ingest(tmp_path / "s.act", model, trees())
+    Ingest(tmp_path / "s.act", model, TreeSet("reproduction", 3, n_nodes=5), sites=["embed"]).execute()
+
+
+def test_a_stored_set_of_trees_is_named_and_keeps_its_seed_and_batches(tmp_path):
+    store = tmp_path / "s.act"
+    Ingest(store, small_model(), trees(10, seed=3)).execute()
+    again = pipeline.prepare(
+        store, "reproduction", dataset=trees(10, seed=3).row()["dataset"], run="other", sites="embed"
+    )
+    assert (again.trees.seed, again.trees.n_trees, again.trees.n_nodes) == (3, 10, 6)
+    assert again.plan.dataset["trees_per_shard"] == 4
+    again.execute()
+    with Store(store) as opened:
+        assert opened.sql("select count(*) from trees").item() == 10
+        assert opened.sql("select count(*) from outcomes").item() == 20
+
+
 def test_depths_are_parsed_from_ranges_and_lists():
     assert pipeline._parse_depths("1-3,7") == (1, 2, 3, 7)
     with pytest.raises(BadInput, match="range"):

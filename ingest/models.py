@@ -59,17 +59,16 @@ class Model:
 def build(config: ModelConfig, seed: int) -> TransformerBridge:
     """A freshly initialised model in train mode, on the CPU; the same seed gives the same weights."""
     sizes = {name: getattr(config, name) for name in MODEL_FIELDS}
-    with torch.random.fork_rng(devices=[]):  # making a layer draws from the caller's generator
-        return TransformerBridge.boot_native(
-            TransformerBridgeConfig(
-                **sizes,
-                d_vocab=config.d_vocab,
-                normalization_type="LN",
-                seed=seed,
-                architecture="TransformerLensNative",
-            ),
-            device="cpu",
-        )
+    return TransformerBridge.boot_native(
+        TransformerBridgeConfig(
+            **sizes,
+            d_vocab=config.d_vocab,
+            normalization_type="LN",
+            seed=seed,
+            architecture="TransformerLensNative",
+        ),
+        device="cpu",
+    )
 
 
 def from_bytes(weights: bytes, config: ModelConfig, name: str, source: str, device: str = "cpu") -> Model:

@@ -7,8 +7,10 @@ differs is the bridge's rounding. Weights are named and shaped as in a HookedTra
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,6 +24,15 @@ ACTIVATIONS = {
     "relu": lambda x: x * (x > 0),
     "silu": lambda x: x / (1 + torch.exp(-x)),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread for whoever imports this: on networks so small two wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def reference(state: dict[str, Tensor], ids: Tensor, act_fn: str = "gelu") -> dict[str, Tensor]:

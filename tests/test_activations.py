@@ -12,7 +12,7 @@ from actstore.ingest.config import ModelConfig
 from actstore.ingest.models import Model
 from actstore.ingest.tokens import encode
 from actstore.ingest.trees import draw
-from tests.reference import ACTIVATIONS, random_model, reference, weights
+from tests.reference import ACTIVATIONS, one_thread, random_model, reference, weights  # noqa: F401
 
 SMALL = [
     ModelConfig("reproduction", 7, n_layers=2, n_heads=1, d_model=24, d_head=24, d_mlp=40),

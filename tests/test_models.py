@@ -22,7 +22,7 @@ from actstore.errors import BadInput, NotStored
 from actstore.ingest.config import ACT_FNS, CONFIG_KEYS, NEEDED_KEYS
 from actstore.ingest.models import ModelConfig, add, available, build, from_bytes, listing, load, save, state
 from actstore.ingest.weights import canonical, read_state, shapes
-from tests.reference import random_model, random_state, weights
+from tests.reference import one_thread, random_model, random_state, weights  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig("reproduction", 4, n_layers=2, n_heads=2, d_model=8, d_head=6, d_mlp=12)
@@ -255,6 +255,15 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
         save(random_state(TINY, seed=2), path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
     assert path.read_bytes() == content
+
+
+def test_whoever_has_the_old_file_open_goes_on_reading_it(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save(random_state(TINY, seed=1), path)
+    with open(path, "rb") as reader:
+        save(random_state(TINY, seed=2), path)
+        assert reader.read() == canonical(random_state(TINY, seed=1))
+    assert path.read_bytes() == canonical(random_state(TINY, seed=2))
 
 
 def test_weights_that_share_memory_are_saved_like_any_others():

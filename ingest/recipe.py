@@ -18,9 +18,11 @@ import numpy as np
 from actstore.errors import BadInput
 from actstore.ingest import models
 from actstore.ingest.models import ModelConfig
+from actstore.ingest.packing import goals_of
 from actstore.ingest.trees import Trees, draw
 
-SHARES = ("warmup", "decay", "curriculum", "deep_share")
+SHARES = ("warmup", "decay", "curriculum", "shallow", "deep_share")
+SHALLOW = (2, 3, 4, 5)  # depths of the deepest goals, in equal times
 SMALLEST_TREE = 4  # the curriculum's first: two leaves that differ, and paths of more than one step
 
 
@@ -34,6 +36,9 @@ class Recipe:
         warmup: share over which the learning rate rises to `lr`.
         decay: share over which it falls linearly to 0, at the end.
         curriculum: share over which trees grow to their full size.
+        shallow: share over which every node near the root is a goal, leaf or not, the deepest in SHALLOW one after the
+            other. Which child leads to a goal two steps off is what takes a model longest to find out, and few leaves
+            ask it.
         deep_share: of the trees, how many are drawn from `deep`, since long paths are rare elsewhere.
         clip: largest norm of a gradient.
         seed: of the weights and of the trees.
@@ -47,6 +52,7 @@ class Recipe:
     warmup: float = 0.01
     decay: float = 0.5
     curriculum: float = 0.25
+    shallow: float = 0.0
     deep_share: float = 0.25
     clip: float = 1.0
     seed: int = 42
@@ -110,6 +116,11 @@ class Recipe:
             return n_nodes
         return smallest + int((n_nodes - smallest) * step / (self.curriculum * self.steps))
 
+    def deepest_at(self, step: int) -> int | None:
+        """Depth of the deepest goals of a step, or None where its goals are the leaves."""
+        share = step / (self.shallow * self.steps) if self.shallow else 1.0
+        return SHALLOW[int(share * len(SHALLOW))] if share < 1 else None
+
 
 def read_config(name_or_path: str, n_nodes: int | None = None) -> tuple[str, ModelConfig, Recipe]:
     """A configuration by its name (those shipped) or its path.
@@ -157,13 +168,10 @@ def step_trees(recipe: Recipe, config: ModelConfig, step: int) -> tuple[Trees, n
     rng = np.random.default_rng([recipe.seed, step])
     among = rng.random((len(trees), config.n_nodes - 2)).argsort(axis=1)[:, : n_nodes - 2]
     slots = np.pad(np.sort(among, axis=1), ((0, 0), (0, 1)), constant_values=config.n_nodes - 2)
-    by_length = np.argsort(_packed_lengths(trees), kind="stable")
+    by_length = np.argsort(_packed_lengths(trees, recipe.deepest_at(step)), kind="stable")
     return trees[by_length], slots[by_length]
 
 
-def _packed_lengths(trees: Trees) -> np.ndarray:
-    """int64 [n_trees]: tokens of each tree's suffixes, less what all have in common: its leaves and their depths."""
-    depths = trees.node_depths().astype(np.int64)
-    inner = np.zeros(depths.shape, bool)
-    np.put_along_axis(inner, trees.edges[:, :, 0].astype(np.intp), True, axis=1)
-    return np.where((depths < trees.n_nodes) & ~inner, depths + 2, 0).sum(axis=1)
+def _packed_lengths(trees: Trees, deepest: int | None) -> np.ndarray:
+    """int64 [n_trees]: tokens of each tree's suffixes, but for the baseline's padding."""
+    return np.where(goals_of(trees, deepest), trees.node_depths().astype(np.int64) + 2, 0).sum(axis=1)

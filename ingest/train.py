@@ -300,7 +300,8 @@ class Learner:
         trees, slots = step_trees(self.recipe, self.config, self.step)
         shares = [share for share in np.array_split(np.arange(len(trees)), N_PARTS) if len(share)]
         device = next(iter(self.params.values())).device
-        return [pack(trees[share], self.config.vocabulary, slots[share]).to(device) for share in shares]
+        vocabulary, deepest = self.config.vocabulary, self.recipe.deepest_at(self.step)
+        return [pack(trees[share], vocabulary, slots[share], deepest).to(device) for share in shares]
 
     def _gradient(self, part: Packed, n_targets: int) -> tuple[Tally, tuple[Tensor, ...]]:
         logits = forward(self.params, self.config, part, torch.bfloat16)

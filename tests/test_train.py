@@ -14,7 +14,7 @@ from actstore.errors import BadInput, NoRoom
 from actstore.ingest import models
 from actstore.ingest import train as training
 from actstore.ingest.models import ModelConfig
-from actstore.ingest.packing import forward, pack
+from actstore.ingest.packing import every_goal, forward, pack
 from actstore.ingest.recipe import Recipe, read_config, step_trees
 from actstore.ingest.train import train
 from actstore.ingest.trees import draw
@@ -46,7 +46,7 @@ def write_config(path, system="reproduction", n_nodes=5, **more):
 
 @pytest.fixture
 def tiny(tmp_path):
-    return write_config(tmp_path / "tiny.yaml")
+    return write_config(tmp_path / "tiny.yaml", training={"shallow": 0.4})
 
 
 def tiny_model(system, n_nodes, seed=0):
@@ -140,6 +140,21 @@ def test_every_goal_is_tallied_once_at_its_depth_and_only_whole_paths_count():
     assert (perfect.paths_right - spoilt.paths_right == np.eye(7)[len(leaves[2])]).all()
 
 
+def test_shallow_goals_are_all_nodes_near_the_root_each_with_its_path():
+    config, _, _ = tiny_model("reproduction", 9)
+    trees = draw("reproduction", 4, 0, 12, 9)
+    tree, goals = every_goal(trees, 2)
+    expected = []
+    for row in range(len(trees)):
+        graph = nx.DiGraph([(int(source), int(target)) for source, target in trees.edges[row]])
+        paths = nx.single_source_shortest_path(graph, int(trees.root[row]), cutoff=2)
+        expected += [(row, *path[1:]) for _, path in sorted(paths.items()) if len(path) > 1]
+    found = [(int(row), *path[: int(depth)]) for row, path, depth in zip(tree, goals.path, goals.depth, strict=True)]
+    assert found == expected
+    assert (goals.goal == [path[-1] for path in expected]).all()
+    assert int(pack(trees, config.vocabulary, deepest=2).depth.max()) == 2
+
+
 def test_the_trees_of_a_step_follow_from_its_number_and_never_come_again():
     _, config, recipe = read_config("reproduction")
     steps = [0, 700, 4000, 4001, 9999]
@@ -166,6 +181,9 @@ def test_the_learning_rate_rises_stays_and_falls_to_nothing_while_trees_grow_to_
     assert sizes == sorted(sizes)
     assert sizes[300:] == [16] * 700
     assert {recipe.n_nodes_at(step, 2) for step in range(1000)} == {2}
+    assert {recipe.deepest_at(step) for step in range(1000)} == {None}
+    shallow = Recipe(steps=1000, shallow=0.2)
+    assert [shallow.deepest_at(step) for step in (0, 49, 50, 100, 199, 200, 999)] == [2, 2, 3, 4, 5, None, None]
 
 
 class Killed(BaseException):

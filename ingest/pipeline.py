@@ -182,7 +182,7 @@ class Ingest:
             for turn, batch in enumerate(left):
                 trees = self.trees.slice(batch * per_shard, min((batch + 1) * per_shard, self.trees.n_trees))
                 into = buffers[turn % 2]
-                answers = self._run_model(trees, into, lambda n, b=batch: advance(b * per_shard + n))
+                answers = self._run_model(trees, into, batch * per_shard, advance)
                 if pending:
                     pending.result()
                     if time.monotonic() - published > self.publish_every:
@@ -195,7 +195,7 @@ class Ingest:
                 pending.result()
 
     def _run_model(
-        self, trees: Trees, into: dict[str, ShardBuffer], advance: Callable[[int], None]
+        self, trees: Trees, into: dict[str, ShardBuffer], done: int, advance: Callable[[int], None]
     ) -> predictions.Answers:
         """Fill the buffers with the activations of one batch of trees, and grade the model's answers."""
         words = encode(trees)
@@ -209,7 +209,7 @@ class Ingest:
 
             logits = forward(self.model, ids[some], self.specs, take)
             answers.append(predictions.answer(self.model, words[some], logits))
-            advance(some.stop)
+            advance(done + some.stop)
         return predictions.concatenate(answers)
 
     def _commit(
@@ -271,14 +271,16 @@ def prepare(
     loaded = load(model, config, device)
     defaults = {"distribution": loaded.config.system, "n_trees": 10_000, "seed": 0, "n_nodes": loaded.config.n_nodes}
     stored = (committed_dataset(Path(store), dataset) if dataset else None) or {}
-    given = {
+    given: dict[str, Any] = {
         "distribution": distribution,
         "n_trees": trees,
         "seed": seed,
         "n_nodes": nodes,
         "depths": _parse_depths(depths),
     }
-    chosen = {key: value if value is not None else stored.get(key, defaults.get(key)) for key, value in given.items()}
+    chosen: dict[str, Any] = {
+        key: value if value is not None else stored.get(key, defaults.get(key)) for key, value in given.items()
+    }
     if chosen["depths"] is not None:
         chosen["depths"] = tuple(chosen["depths"])
     names = [name.strip() for name in sites.split(",")] if sites else None

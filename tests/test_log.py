@@ -84,6 +84,8 @@ def test_a_failure_anywhere_leaves_nothing_and_the_next_try_goes_through(
     if isinstance(caught.value, NoRoom):
         assert "new/x (7 bytes)" in str(caught.value)
     assert files(tmp_path) == {}
+    if (call, turn) in CALLS[:3]:
+        assert folders(tmp_path) == set(), "a folder that may not be durable must be made again"
     log.publish(tmp_path, "new/x", b"content")
     assert files(tmp_path) == {"new/x": b"content"}
 
@@ -307,9 +309,12 @@ def holder(root: Path, *arguments: str | bytes) -> Iterator[subprocess.Popen[byt
 
 def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
     with holder(tmp_path, "ingest", b"caf\xe9 \xff.act", "a\nb") as process:
-        with pytest.raises(
-            Busy, match=f"is being written by process {process.pid} on .* ingest .*; wait for it"
-        ) as caught, log.lease(tmp_path):
+        with (
+            pytest.raises(
+                Busy, match=f"is being written by process {process.pid} on .* ingest .*; wait for it"
+            ) as caught,
+            log.lease(tmp_path),
+        ):
             pass
         assert "\n" not in str(caught.value)
         assert process.stdin is not None

@@ -127,9 +127,9 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
     with duckdb.connect() as connection:
         connection.execute(f"attach {_quoted(path)} as new (storage_version '{STORAGE_VERSION}')")
         connection.execute("use new")
+        connection.execute("begin")  # one transaction, comments and all: each commit is an fsync
         if create:
             _create(connection)
-        connection.execute("begin")
         parts: dict[str, list[Path]] = {}
         for manifest in new:
             for part in manifest.parts:

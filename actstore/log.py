@@ -219,7 +219,12 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        fsync_folder(folder.parent)
+        try:
+            fsync_folder(folder.parent)
+        except OSError:
+            with suppress(OSError):
+                folder.rmdir()  # else the next try would take it for durable
+            raise
 
 
 def fsync_folder(folder: Path) -> None:

@@ -132,9 +132,8 @@ def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Callable[[], pl.Dat
         while not done.wait(LOOK_UP):
             pass
     except KeyboardInterrupt:
-        while thread.ident and not done.wait(
-            LOOK_UP
-        ):  # an interrupt that comes before the query has begun is forgotten
+        # once would not do: an interrupt that comes before the query has begun is forgotten
+        while thread.ident and not done.wait(LOOK_UP):
             cursor.interrupt()
         raise
     if "error" in outcome:

@@ -293,15 +293,15 @@ class Writer:
         Raises:
             BadInput: the batch, or its trees by another run, is committed with other content.
         """
+        parts = []
+        for owner, tables in ((plan.dataset["dataset"], of_trees), (plan.run, of_run)):
+            for table, frame in tables.items():
+                parts += self._part(table, f"{owner}-{batch:06d}", frame)
         shards = [
             Shard(**vars(file), run=plan.run, site=site.site, batch=batch, first_tree_id=first_tree_id, n_trees=n_trees)
             for site in plan.sites
             for file in self._file(f"{_array(plan.run, site)}/{site.layout.shard_name(batch)}", arrays[site.site])
         ]
-        parts = []
-        for owner, tables in ((plan.dataset["dataset"], of_trees), (plan.run, of_run)):
-            for table, frame in tables.items():
-                parts += self._part(table, f"{owner}-{batch:06d}", frame)
         self._commit(Manifest(len(self._log) + 1, "batch", plan.run, batch, parts, shards))
 
     def record(self, results: pl.DataFrame) -> int:

@@ -178,7 +178,7 @@ def test_a_flipped_bit_in_a_chunk_is_found_by_a_foreign_reader(run: Fake, tmp_pa
     shard.chmod(0o644)
     shard.write_bytes(content)
     array = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}}).result()
-    with pytest.raises(ValueError, match="[Dd]igest mismatch"):
+    with pytest.raises(ValueError, match=r"[Dd]igest mismatch"):
         array.read().result()
 
 

@@ -140,6 +140,13 @@ def test_a_reader_keeps_the_snapshot_it_opened_and_a_later_one_sees_what_is_new(
     after.close()
 
 
+def test_readers_in_other_processes_do_not_lock_each_other_out(root: Path) -> None:
+    code = "import sys; from actstore.store import Store; print(Store(sys.argv[1]).snapshot)"
+    with Store(root) as store:
+        there = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
+        assert int(there.stdout) == store.snapshot == 12
+
+
 def test_a_reader_is_not_disturbed_while_a_writer_is_at_work(tmp_path: Path) -> None:
     run, root = fake(), tmp_path / "s.act"
     with open_writer(root, make=True) as writer:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,17 @@ def test_columns_of_one_name_are_told_apart(store: Store) -> None:
     assert len(set(frame.columns)) == len(frame.columns) == 13 + 7
 
 
+def test_threads_may_ask_at_the_same_time(store: Store) -> None:
+    def ask(tree: int) -> tuple[int, int]:
+        X, rows = store.read("select * from tokens where tree_id = $tree", params={"tree": tree})
+        assert (X[:, 0] == tree).all()
+        return tree, len(rows)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, list(range(5)) * 8))
+    assert answers == list(enumerate(RUN.lengths)) * 8
+
+
 # What is refused, and how it is said.
 
 
@@ -143,6 +155,9 @@ FORBIDDEN = [
     "insert into tokens select * from tokens",
     "update trees set depth = 1",
     "delete from tokens",
+    "explain analyze delete from tokens",
+    "explain analyze create table x as select 1",
+    "with gone as (delete from tokens returning *) select * from gone",
     "drop table tokens",
     "drop view edge_targets",
     "alter table tokens add column x int",

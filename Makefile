@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/actstore study $(STORE) probes --plot probes.png
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: install
 	$(BIN)/ruff check .

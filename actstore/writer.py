@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,52 +20,13 @@ import xxhash
 
 import actstore
 from actstore import catalog, log
-from actstore.arrays import Layout, metadata
+from actstore.arrays import metadata
 from actstore.errors import BadInput
 from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest, Part, Shard
+from actstore.plan import RunPlan, SitePlan  # noqa: F401 (what a writer is handed is imported from here, too)
 from actstore.store import check_format
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}")  # a run's and a dataset's name is also a folder's
 GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """One array of a run: its TransformerLens name, short name, kind, layout and the names of its axes."""
-
-    site: str
-    short: str
-    kind: str
-    layout: Layout
-    axes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """One model over one set of trees: rows of `models`, `datasets` and `runs` as in schema.sql, and the weights.
-
-    Attributes:
-        run: its name.
-        model: a row of `models`.
-        weights: canonical safetensors bytes, whose sha256 is model["weights_sha256"].
-        dataset: a row of `datasets` but for first_tree_id, which the store gives.
-        facts: device and versions, for the row of `runs`.
-
-    Raises:
-        BadInput: the run's or the dataset's name cannot name a folder.
-    """
-
-    run: str
-    model: Mapping[str, Any]
-    weights: bytes
-    dataset: Mapping[str, Any]
-    sites: Sequence[SitePlan]
-    facts: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        for name in (self.run, self.dataset["dataset"]):
-            if not NAME.fullmatch(name) or name == "zarr.json":  # which is a file where a run's folder would be
-                raise BadInput(f"got the name {name!r}; a run or dataset is named with letters, digits and . _ = , + -")
 
 
 def create(root: Path) -> None:
@@ -224,8 +183,8 @@ class Writer:
         parts = [
             *self._part("models", model["weights_sha256"][:16], [model]),
             *self._part("datasets", plan.dataset["dataset"], [{**plan.dataset, "first_tree_id": first_tree_id}]),
-            *self._part("runs", plan.run, [_run_row(plan, first_tree_id)]),
-            *self._part("sites", plan.run, [_site_row(plan.run, site) for site in plan.sites]),
+            *self._part("runs", plan.run, [plan.row(first_tree_id)]),
+            *self._part("sites", plan.run, [site.row(plan.run) for site in plan.sites]),
         ]
         others = [
             *self._file(f"{WEIGHTS}/{model['weights_sha256']}.safetensors", plan.weights),
@@ -234,7 +193,7 @@ class Writer:
         of_run = {"weights_sha256": model["weights_sha256"], "first_tree_id": first_tree_id}
         for site in plan.sites:
             about = metadata(site.layout, site.axes, {"run": plan.run, "site": site.site, **of_run})
-            others += self._file(f"{_array(plan.run, site)}/zarr.json", about)
+            others += self._file(f"{site.path(plan.run)}/zarr.json", about)
         self._commit(Manifest(len(self._log) + 1, "run", plan.run, None, parts, [], others))
         return first_tree_id
 
@@ -300,7 +259,7 @@ class Writer:
         shards = [
             Shard(**vars(file), run=plan.run, site=site.site, batch=batch, first_tree_id=first_tree_id, n_trees=n_trees)
             for site in plan.sites
-            for file in self._file(f"{_array(plan.run, site)}/{site.layout.shard_name(batch)}", arrays[site.site])
+            for file in self._file(f"{site.path(plan.run)}/{site.layout.shard_name(batch)}", arrays[site.site])
         ]
         self._commit(Manifest(len(self._log) + 1, "batch", plan.run, batch, parts, shards))
 
@@ -357,32 +316,6 @@ def _as_stored(table: str, frame: pl.DataFrame) -> pl.DataFrame:
         return frame.with_columns(lacking).select(pl.col(name).cast(dtype) for name, dtype in types.items())
     except pl.exceptions.PolarsError as error:
         raise BadInput(f"the rows do not fit table {table}: {str(error).splitlines()[0]}") from error
-
-
-def _run_row(plan: RunPlan, first_tree_id: int) -> dict[str, Any]:
-    return {
-        "run": plan.run,
-        "weights_sha256": plan.model["weights_sha256"],
-        "dataset": plan.dataset["dataset"],
-        "first_tree_id": first_tree_id,
-        "n_trees": plan.dataset["n_trees"],
-        **plan.facts,
-    }
-
-
-def _site_row(run: str, site: SitePlan) -> dict[str, Any]:
-    return {
-        "run": run,
-        "site": site.site,
-        "short": site.short,
-        "kind": site.kind,
-        "shape": site.layout.shape,
-        "path": _array(run, site),
-    }
-
-
-def _array(run: str, site: SitePlan) -> str:
-    return f"{ARRAYS}/{run}/{site.site}"
 
 
 def _must_agree(what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], advice: str) -> None:

@@ -16,7 +16,8 @@ from actstore.arrays import Layout, ShardBuffer
 from actstore.catalog import NAME as CATALOG
 from actstore.ingest.tokens import n_positions, token_rows
 from actstore.ingest.trees import Trees, draw, edge_rows, tree_rows
-from actstore.writer import RunPlan, SitePlan, Writer, open_writer
+from actstore.plan import RunPlan, SitePlan
+from actstore.writer import Writer, open_writer
 
 D_MODEL, N_HEADS = 6, 2
 TABLES = (

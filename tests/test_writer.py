@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actstore import log, writer
+from actstore import log
 from actstore.errors import ActstoreError, BadInput, Busy, Damaged, NotStored, TooNew
+from actstore.plan import NAME, RunPlan
 from actstore.store import Store
-from actstore.writer import RunPlan, Writer, committed_batches, create, open_writer, rebuild
+from actstore.writer import Writer, committed_batches, create, open_writer, rebuild
 from tests.stores import Fake, catalog_rows, committed_files, fake, files, folders
 
 SYSTEM_CALLS = ("mkdir", "open", "write", "fchmod", "fsync", "link", "unlink", "chmod", "replace", "rename")
@@ -316,7 +317,7 @@ def test_a_name_that_could_name_no_folder_is_refused(name: str) -> None:
             named(**names)
 
 
-@given(st.text() | st.from_regex(writer.NAME, fullmatch=True))
+@given(st.text() | st.from_regex(NAME, fullmatch=True))
 def test_every_name_that_is_taken_is_one_plain_folder(name: str) -> None:
     try:
         named(run=name)

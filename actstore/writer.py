@@ -89,6 +89,7 @@ def rebuild(path: str | Path) -> int:
     root = Path(path)
     check_format(root)
     with log.lease(root):
+        log.manifests(root, least=catalog.snapshot(root))  # what the old catalog knows must not be forgotten
         return catalog.publish(root, from_nothing=True)
 
 

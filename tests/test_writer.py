@@ -469,7 +469,7 @@ def test_every_committed_file_is_missed_by_name(whole: Path, tmp_path: Path) -> 
     Store(root).close()
 
 
-@pytest.mark.parametrize("opening", ["Store", "open_writer"])
+@pytest.mark.parametrize("opening", ["Store", "open_writer", "rebuild"])
 @pytest.mark.parametrize("lost", [[3], [2, 3], [1, 2, 3]])
 def test_a_log_cut_short_is_damaged_and_what_it_named_is_not_swept(
     whole: Path, tmp_path: Path, opening: str, lost: list[int]

@@ -12,6 +12,7 @@ the inner chunks, then (offset, length) of each as little-endian u64, then the c
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ class ShardBuffer:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.n_put = 0  # trees since the last seal
-        self.bytes = np.zeros(layout.shard_bytes, np.uint8)
+        self.bytes = np.frombuffer(mmap.mmap(-1, layout.shard_bytes), np.uint8)  # page-aligned, to be written directly
         self.rows = np.ndarray(  # [position, tree, *row]: the order on the disk
             (layout.n_positions, layout.trees_per_shard, *layout.row_shape),
             np.float32,

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: two threads wait for each other; pytest -n 2 has two processes
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny models: two threads wait for each other; pytest -n 2 has two processes
 
 import pytest
 from hypothesis import settings

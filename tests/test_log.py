@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import mmap
 import os
 import re
 import signal
@@ -14,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import xxhash
 from hypothesis import given, settings
@@ -407,3 +410,25 @@ def test_the_same_inputs_give_the_same_committed_bytes(tmp_path: Path) -> None:
     fake().store(tmp_path / "a.act")
     fake().store(tmp_path / "b.act")
     assert committed_files(tmp_path / "a.act") == committed_files(tmp_path / "b.act")
+
+
+@pytest.mark.parametrize("size", [log.DIRECT_FROM, log.DIRECT_FROM + 4, 3 * log.DIRECT_FROM + log.BLOCK - 1])
+@pytest.mark.parametrize("refused", [False, True])
+def test_large_content_written_past_the_page_cache_is_the_same_content(tmp_path, monkeypatch, size, refused):
+    content = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+    content[:] = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    write, direct = os.write, []
+
+    def watched(descriptor, data):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            direct.append(len(data))
+            if refused:
+                raise OSError(errno.EINVAL, "a file system that cannot")
+            data = data[: max(log.BLOCK, len(data) // 3 // log.BLOCK * log.BLOCK)]  # a short write
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", watched)
+    file = log.publish(tmp_path, "a/b", content.data)
+    assert (tmp_path / "a/b").read_bytes() == content.tobytes()
+    assert file.bytes == size
+    assert direct, "nothing went past the cache: nothing was tested"

@@ -2,9 +2,7 @@
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny models: two threads wait for each other; pytest -n 2 has two processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a tiny model wait for each other
 
 import pytest
 from hypothesis import settings

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
+
+import pytest
 
 import actstore
 from actstore import catalog, queries
@@ -58,6 +63,24 @@ def test_every_dependency_is_pinned_and_the_version_is_one():
     assert {re.split("[>=]", name)[0].lower().replace("_", "-") for name in wanted} <= pinned
     assert PROJECT["project"]["version"] == actstore.__version__
     assert f"## {actstore.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(("folders", "extra"), [(("actstore", "ingest", "queries"), ()), (("tests",), ("dev",))])
+def test_every_import_is_a_declared_dependency(folders, extra):
+    wanted = [*PROJECT["project"]["dependencies"]]
+    for name in extra:
+        wanted += PROJECT["project"]["optional-dependencies"][name]
+    declared = {re.split("[>=]", name)[0].lower().replace("_", "-") for name in wanted}
+    owners = packages_distributions()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for module in imported(ast.parse(path.read_text())) - set(sys.stdlib_module_names) - {"actstore", "tests"}:
+            assert {owner.lower().replace("_", "-") for owner in owners[module]} & declared, f"{path} imports {module}"
+
+
+def imported(tree: ast.Module) -> set[str]:
+    plain = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    other = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in plain | other}
 
 
 def test_the_data_page_names_every_file_of_data():

@@ -293,6 +293,77 @@ def repair(store: Path) -> None:
     click.echo(f"{store}: catalog rebuilt from {rebuild(store):,} commits")
 
 
+@main.command()
+@click.argument("name")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--steps", type=int, help="Optimizer steps; the configuration's unless told.")
+@click.option("--nodes", type=int, help="Nodes of each tree; the configuration's unless told.")
+@click.option("--seed", type=int, help="Of weights and trees; the configuration's unless told.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+def train(name: str, out: Path, steps: int | None, nodes: int | None, seed: int | None, device: str) -> None:
+    """Train a system (reproduction, baseline) or a YAML configuration, into the folder OUT.
+
+    Killed, the same command goes on and ends with the same weights. OUT/log.jsonl has a row every 25 steps.
+
+    Example:
+
+    \b
+        actstore train reproduction runs/mine --steps 10000
+    """
+    from actstore.ingest.recipe import read_config
+    from actstore.ingest.train import Row
+    from actstore.ingest.train import train as train_model
+    from actstore.progress import progress
+
+    total = steps or read_config(name, nodes)[2].steps
+    with progress(f"train {name}", total, "steps") as advance:
+
+        def show(row: Row) -> None:
+            right = f"tokens {row['token_accuracy']:.4f} paths {row['path_accuracy']:.4f}"
+            advance(row["step"], total, f"loss {row['loss']:.4f} {right} ({row['n_nodes']} nodes)")
+
+        weights = train_model(name, out, steps, nodes, seed, device, show)
+    click.echo(f"{weights}: trained; `actstore evaluate {weights}` grades it")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
+@click.option("--distribution", help="reproduction, baseline or deep; the model's own unless told.")
+@click.option("--trees", default=20_000, show_default=True, help="How many fresh trees.")
+@click.option(
+    "--seed", default=20_000_000, show_default=True, help="Names the stream of trees; far from those trained on."
+)
+@click.option("--nodes", type=int, help="Nodes of each tree; the model's own unless told.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@output_options
+def evaluate(
+    model: str,
+    config: str | None,
+    distribution: str | None,
+    trees: int,
+    seed: int,
+    nodes: int | None,
+    device: str,
+    output: Output,
+) -> None:
+    """Grade a model on fresh trees: tokens, whole paths and greedy answers, by goal depth, with 95 % intervals.
+
+    Example:
+
+    \b
+        actstore evaluate reproduction --trees 5000
+    """
+    from actstore.ingest.evaluation import evaluate as evaluate_model
+    from actstore.ingest.models import load
+    from actstore.progress import progress
+
+    loaded = load(model, config, device)
+    with progress(f"evaluate {loaded.name}", trees, "trees") as advance:
+        answer = evaluate_model(loaded, distribution, trees, seed, nodes, progress=advance)
+    output.write(answer.table)
+
+
 @main.group()
 def models() -> None:
     """The models that can be named.

@@ -54,7 +54,7 @@ def test_every_command_on_a_store_takes_it_first():
         command = main
         for name in path:
             command = command.commands[name]
-        if path[0] != "models":
+        if path[0] not in ("models", "train", "evaluate"):
             assert command.params[0].name == "store"
 
 
@@ -149,6 +149,10 @@ def test_info_names_runs_trees_and_sites(demo_store):
         (["show", "STORE", "4711"], 1, ["4711", "40 trees"]),
         (["query", "STORE", "acuracy_by_depth"], 1, ["acuracy_by_depth", "accuracy_by_depth"]),
         (["query", "STORE", "accuracy_by_depth", "-p", "rum", "x"], 2, ["rum", "run"]),
+        (["train", "reproductoin", "OUT"], 2, ["reproductoin"]),
+        (["train", "reproduction", "OUT", "--device", "abacus"], 2, ["abacus"]),
+        (["evaluate", "nope"], 1, ["nope", "reproduction"]),
+        (["evaluate", "reproduction", "--trees", "0"], 2, ["0"]),
         (["study", "STORE", "probs"], 1, ["probs", "probes"]),
         (["study", "STORE", "probes", "--plot", "x.foo"], 2, ["x.foo", ".png"]),
         (["ingest", "STORE", "--model", "nope"], 1, ["nope", "reproduction"]),
@@ -170,7 +174,13 @@ def test_bad_input_is_one_line_an_exit_code_and_leaves_the_store_as_it_was(
 ):
     empty = tmp_path / "empty"
     empty.mkdir()
-    places = {"STORE": demo_store.path, "EMPTY": empty, "MISSING": tmp_path / "missing", "FULL": tmp_path / "full.act"}
+    places = {
+        "STORE": demo_store.path,
+        "EMPTY": empty,
+        "MISSING": tmp_path / "missing",
+        "FULL": tmp_path / "full.act",
+        "OUT": tmp_path / "out",
+    }
     before = files(demo_store.path)
     assert_one_line(run(*[places.get(argument, argument) for argument in arguments]), code, *words)
     assert files(demo_store.path) == before

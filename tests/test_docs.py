@@ -65,7 +65,9 @@ def test_every_dependency_is_pinned_and_the_version_is_one():
     assert f"## {actstore.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize(("folders", "extra"), [(("actstore", "ingest", "queries"), ()), (("tests",), ("dev",))])
+@pytest.mark.parametrize(
+    ("folders", "extra"), [(("actstore", "ingest", "queries"), ("wandb",)), (("tests",), ("dev",))]
+)
 def test_every_import_is_a_declared_dependency(folders, extra):
     wanted = [*PROJECT["project"]["dependencies"]]
     for name in extra:

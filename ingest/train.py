@@ -9,43 +9,28 @@ What one run leaves in its folder:
     log.jsonl                       one row every LOG_EVERY steps: loss, accuracies, learning rate
     state.safetensors               what it takes to go on: weights, both moments of AdamW, the step and the recipe
 
-A step is computed in the same order of additions however many threads there are, so a run that was killed and started
-again ends with the same bytes.
+A training that was killed and started again ends with the same bytes.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-import yaml
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from actstore.errors import BadInput, NoRoom
-from actstore.ingest import models
-from actstore.ingest.models import ModelConfig
-from actstore.ingest.packing import Packed, forward, pack
-from actstore.ingest.recipe import Recipe, read_config, step_trees
+from actstore.errors import BadInput
+from actstore.ingest.checkpoints import TrainingFolder
+from actstore.ingest.learner import N_PARTS, Learner, Row, Tally
+from actstore.ingest.recipe import read_config
 
-N_PARTS = 2  # of a step, fixed, since the order of additions decides the last bits of a gradient
 LOG_EVERY = 25  # steps
 STATE_EVERY = 250  # steps, some two minutes: what a kill can cost
-KEPT = (0, 250, 500, 1000, 2000, 5000)  # checkpoints along the way, dense where most is learnt
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
-
-Row = dict[str, Any]
 
 
 def train(
@@ -79,35 +64,41 @@ def train(
     _check_device(device)
     name, config, recipe = read_config(name_or_config, nodes)
     recipe = replace(recipe, steps=recipe.steps if steps is None else steps, seed=recipe.seed if seed is None else seed)
-    run = Run(Path(out), name, config, recipe)
-    with run.writing(), _threads() as pool:
-        learner, rows = run.resume(device)
-        _loop(run, learner, rows, pool, progress or (lambda row: None), state_every)
-        return run.finish(learner)
+    folder = TrainingFolder(Path(out), name, config, recipe)
+    with folder.writing(), _threads() as pool:
+        learner, rows = folder.resume(device)
+        _loop(folder, learner, rows, pool, progress or (lambda row: None), state_every)
+        return folder.finish(learner)
 
 
 def _loop(
-    run: Run, learner: Learner, rows: list[Row], pool: Executor, progress: Callable[[Row], None], state_every: int
+    folder: TrainingFolder,
+    learner: Learner,
+    rows: list[Row],
+    pool: Executor,
+    progress: Callable[[Row], None],
+    state_every: int,
 ) -> None:
     """Step to the end; the state is saved only where the log has just been written, so that none is cut in two."""
     seconds_before, started = (rows[-1]["seconds"] if rows else 0.0), time.monotonic()
-    tally, since = Tally.empty(run.config.n_nodes), learner.step
-    run.keep(learner)
-    while learner.step < run.recipe.steps:
-        lr, n_nodes = run.recipe.lr_at(learner.step), run.recipe.n_nodes_at(learner.step, run.config.n_nodes)
+    recipe, n_nodes = folder.recipe, folder.config.n_nodes
+    tally, since = Tally.empty(n_nodes), learner.step
+    folder.keep(learner)
+    while learner.step < recipe.steps:
+        lr, size = recipe.lr_at(learner.step), recipe.n_nodes_at(learner.step, n_nodes)
         try:
             tally += learner.learn(pool)
         except FloatingPointError as error:
-            raise BadInput(f"step {learner.step}: {error}; {run.last_good()}: lower optimizer.lr") from None
-        if learner.step % LOG_EVERY == 0 or learner.step == run.recipe.steps:
-            row = tally.row(learner.step, learner.step - since, lr, n_nodes)
+            raise BadInput(f"step {learner.step}: {error}; {folder.last_good()}: lower optimizer.lr") from None
+        if learner.step % LOG_EVERY == 0 or learner.step == recipe.steps:
+            row = tally.row(learner.step, learner.step - since, lr, size)
             rows.append({**row, "seconds": round(seconds_before + time.monotonic() - started, 1)})
-            run.log(rows[-1])
+            folder.log(rows[-1])
             progress(rows[-1])
-            tally, since = Tally.empty(run.config.n_nodes), learner.step
-        if learner.step % state_every == 0 or learner.step == run.recipe.steps:
-            run.save_state(learner)
-        run.keep(learner)
+            tally, since = Tally.empty(n_nodes), learner.step
+        if learner.step % state_every == 0 or learner.step == recipe.steps:
+            folder.save_state(learner)
+        folder.keep(learner)
 
 
 def _check_device(device: str) -> None:
@@ -131,222 +122,20 @@ def _threads() -> Iterator[Executor]:
         torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class Run:
-    """The folder of one training."""
+def to_wandb(project: str, name: str | None = None) -> Callable[[Row], None]:
+    """A `progress` that sends every row of the log to Weights & Biases, which is not installed with actstore.
 
-    out: Path
-    name: str
-    config: ModelConfig
-    recipe: Recipe
+    Raises:
+        BadInput: wandb is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise BadInput("wandb is not installed; `pip install wandb`, or leave --wandb out") from None
+    run = wandb.init(project=project, name=name, resume="allow", id=name)
 
-    @property
-    def state_path(self) -> Path:
-        return self.out / "state.safetensors"
+    def send(row: Row) -> None:
+        by_depth = {f"path_accuracy/{each['depth']}": each["right"] / each["paths"] for each in row["by_depth"]}
+        run.log({key: value for key, value in row.items() if key != "by_depth"} | by_depth, step=row["step"])
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turn what the file system refuses into the package's own errors."""
-        try:
-            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoRoom(
-                    f"no room in {self.out}: {error.strerror}; free some, then run it again to go on"
-                ) from error
-            if error.errno is None:
-                raise
-            raise BadInput(
-                f"cannot write {error.filename or self.out}: {error.strerror}; name another folder"
-            ) from error
-
-    def mapping(self) -> Row:
-        """The configuration and recipe that this run is, as the YAML holds them."""
-        said = asdict(self.recipe)
-        optimizer = {key: said.pop(key) for key in ("lr", "weight_decay")} | {"betas": list(said.pop("betas"))}
-        top = {"random_seed": said.pop("seed"), "batch_size": said.pop("batch_size"), "max_iters": said.pop("steps")}
-        return {**self.config.to_mapping(), "optimizer": optimizer, **top, "training": said}
-
-    def resume(self, device: str) -> tuple[Learner, list[Row]]:
-        """The learner where the saved state left it, or a new one; and the rows of the log so far.
-
-        Raises:
-            BadInput: the folder holds a run of another configuration.
-        """
-        learner = Learner.new(self.config, self.recipe, device)
-        if not self.state_path.exists():
-            self._write_log([])
-            return learner, []
-        saved = models.read_state(self.state_path)
-        self._check_same(json.loads(bytes(saved["run"].tolist())))
-        learner.restore(saved)
-        path = self.out / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        rows = [row for row in rows if row["step"] <= learner.step]
-        self._write_log(rows)
-        return learner, rows
-
-    def _check_same(self, saved: Row) -> None:
-        mine = _flat(self.mapping())
-        for key, value in _flat(saved).items():
-            if mine.get(key) != value:
-                raise BadInput(
-                    f"{self.out} holds a training with {key} {value}, and this one has {mine.get(key)}: "
-                    "name another folder, or the configuration it was started with"
-                )
-
-    def save_state(self, learner: Learner) -> None:
-        content = json.dumps(self.mapping()).encode()
-        models.save({**learner.state(), "run": torch.tensor(list(content), dtype=torch.uint8)}, self.state_path)
-
-    def keep(self, learner: Learner) -> None:
-        """Save the weights, if this is one of the steps whose weights are kept."""
-        path = self.out / "checkpoints" / f"step-{learner.step:05d}.safetensors"
-        if learner.step in KEPT and learner.step < self.recipe.steps and not path.exists():
-            self._save_weights(learner, path)
-
-    def finish(self, learner: Learner) -> Path:
-        path = self.out / f"{self.name}.safetensors"
-        self._save_weights(learner, path)
-        return path
-
-    def _save_weights(self, learner: Learner, path: Path) -> None:
-        path.with_suffix(".yaml").write_text(yaml.safe_dump(self.mapping(), sort_keys=False))
-        models.save(learner.params, path)
-
-    def log(self, row: Row) -> None:
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def _write_log(self, rows: list[Row]) -> None:
-        (self.out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def last_good(self) -> str:
-        step = int(models.read_state(self.state_path)["step"]) if self.state_path.exists() else 0
-        return f"the last good state is step {step} in {self.out}" if step else f"nothing good is in {self.out} yet"
-
-
-def _flat(mapping: Row, prefix: str = "") -> Row:
-    """Nested keys joined by dots: {'model.d_model': 128, …}."""
-    flat: Row = {}
-    for key, value in mapping.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-@dataclass
-class Learner:
-    """The weights in HookedTransformer names, and their optimizer, between two steps."""
-
-    config: ModelConfig
-    recipe: Recipe
-    params: dict[str, Tensor]
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-
-    @classmethod
-    def new(cls, config: ModelConfig, recipe: Recipe, device: str) -> Learner:
-        initial = models.state(models.build(config, recipe.seed), config)
-        params = {name: value.to(device).requires_grad_() for name, value in initial.items()}
-        optimizer = torch.optim.AdamW(
-            params.values(), recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-        )
-        return cls(config, recipe, params, optimizer)
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that changes from step to step, by name."""
-        found = {f"weights/{name}": value for name, value in self.params.items()}
-        for name, value in self.params.items():
-            moments = self.optimizer.state.get(value)
-            for moment in MOMENTS:
-                found[f"{moment}/{name}"] = moments[moment] if moments else torch.zeros_like(value)
-        return {**found, "step": torch.tensor(self.step)}
-
-    @torch.no_grad()
-    def restore(self, saved: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        self.step = int(saved["step"])
-        for name, value in self.params.items():
-            value.copy_(saved[f"weights/{name}"])
-            moments = {moment: saved[f"{moment}/{name}"].to(value.device) for moment in MOMENTS}
-            step = torch.tensor(float(self.step), device=value.device)
-            self.optimizer.state[value] = {"step": step, **moments}
-
-    def learn(self, pool: Executor) -> Tally:
-        """Take one step.
-
-        Raises:
-            FloatingPointError: loss or gradient is not finite; the weights are left as they were.
-        """
-        parts = self.parts()
-        n_targets = sum(len(part.target) for part in parts)
-        done = list(pool.map(lambda part: self._gradient(part, n_targets), reversed(parts)))  # the longest first
-        for number, value in enumerate(self.params.values()):
-            value.grad = torch.stack([gradient[number] for _, gradient in done]).sum(0)
-        tally = sum((tally for tally, _ in done), Tally.empty(self.config.n_nodes))
-        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.recipe.clip)
-        if not (math.isfinite(tally.loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"the loss is {tally.loss} and its gradient {float(norm)}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr_at(self.step)
-        self.optimizer.step()
-        self.step += 1
-        return tally
-
-    def parts(self) -> list[Packed]:
-        """The step's trees, packed in N_PARTS parts of like length, so that little is padding."""
-        trees, slots = step_trees(self.recipe, self.config, self.step)
-        shares = [share for share in np.array_split(np.arange(len(trees)), N_PARTS) if len(share)]
-        device = next(iter(self.params.values())).device
-        vocabulary, deepest = self.config.vocabulary, self.recipe.deepest_at(self.step)
-        return [pack(trees[share], vocabulary, slots[share], deepest).to(device) for share in shares]
-
-    def _gradient(self, part: Packed, n_targets: int) -> tuple[Tally, tuple[Tensor, ...]]:
-        logits = forward(self.params, self.config, part, torch.bfloat16)
-        loss = cross_entropy(logits, part.target, reduction="sum") / n_targets
-        gradient = torch.autograd.grad(loss, list(self.params.values()))
-        return Tally.of(loss, logits.detach(), part, self.config.n_nodes), gradient
-
-
-@dataclass
-class Tally:
-    """What went right, summed: loss, tokens, and whole paths by depth (index 0 is unused)."""
-
-    loss: float
-    n_tokens: int
-    n_right: int
-    paths: np.ndarray
-    paths_right: np.ndarray
-
-    @classmethod
-    def empty(cls, n_nodes: int) -> Tally:
-        return cls(0.0, 0, 0, np.zeros(n_nodes, np.int64), np.zeros(n_nodes, np.int64))
-
-    @classmethod
-    def of(cls, loss: Tensor, logits: Tensor, part: Packed, n_nodes: int) -> Tally:
-        right = (logits.argmax(-1) == part.target).cpu().numpy()
-        depth, goal = part.depth.cpu().numpy(), part.goal.cpu().numpy()
-        whole = np.bincount(goal[~right], minlength=len(depth)) == 0
-        counts = [np.bincount(depth[which], minlength=n_nodes) for which in (np.ones_like(whole), whole)]
-        return cls(float(loss.detach()), len(right), int(right.sum()), counts[0], counts[1])
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    def row(self, step: int, n_steps: int, lr: float, n_nodes: int) -> Row:
-        """A row of the log: means since the last one."""
-        found = [depth for depth in range(len(self.paths)) if self.paths[depth]]
-        return {
-            "step": step,
-            "loss": self.loss / n_steps,
-            "lr": lr,
-            "n_nodes": n_nodes,
-            "token_accuracy": self.n_right / self.n_tokens,
-            "path_accuracy": int(self.paths_right.sum()) / int(self.paths.sum()),
-            "by_depth": [
-                {"depth": depth, "paths": int(self.paths[depth]), "right": int(self.paths_right[depth])}
-                for depth in found
-            ],
-        }
+    return send

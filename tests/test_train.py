@@ -1,6 +1,8 @@
 """Training: packed goals against each goal alone, runs that go on where they were killed, and what is refused."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import networkx as nx
 import numpy as np
@@ -10,14 +12,15 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
-from actstore.errors import BadInput, NoRoom
+from actstore.errors import BadInput, Busy, NoRoom
 from actstore.ingest import models
-from actstore.ingest import train as training
+from actstore.ingest.learner import Learner, Tally
 from actstore.ingest.models import ModelConfig
 from actstore.ingest.packing import every_goal, forward, pack
 from actstore.ingest.recipe import Recipe, read_config, step_trees
-from actstore.ingest.train import train
+from actstore.ingest.train import to_wandb, train
 from actstore.ingest.trees import draw
+from actstore.log import lease
 
 TINY = {
     "d_model": 32,
@@ -129,13 +132,13 @@ def test_every_goal_is_tallied_once_at_its_depth_and_only_whole_paths_count():
     logits = torch.nn.functional.one_hot(batch.target, config.d_vocab).float()
     leaves = [path for row in range(20) for _, _, path in prompts_of_every_leaf(trees, row)]
     depths = np.bincount([len(path) for path in leaves], minlength=7)
-    perfect = training.Tally.of(torch.tensor(0.0), logits, batch, 7)
+    perfect = Tally.of(torch.tensor(0.0), logits, batch, 7)
     assert (perfect.paths == depths).all()
     assert (perfect.paths_right == depths).all()
 
     last_of_third = int(np.flatnonzero(batch.goal == 2)[-1])
     logits[last_of_third] = logits[last_of_third].roll(1)
-    spoilt = training.Tally.of(torch.tensor(0.0), logits, batch, 7)
+    spoilt = Tally.of(torch.tensor(0.0), logits, batch, 7)
     assert spoilt.n_right == spoilt.n_tokens - 1
     assert (perfect.paths_right - spoilt.paths_right == np.eye(7)[len(leaves[2])]).all()
 
@@ -231,14 +234,14 @@ def test_training_learns_and_leaves_checkpoints_that_load(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tiny, tmp_path, monkeypatch):
-    honest = training.Learner._gradient
+    honest = Learner._gradient
 
     def spoilt(learner, part, n_targets):
         tally, gradient = honest(learner, part, n_targets)
-        return (training.Tally(float("nan"), 1, 1, tally.paths, tally.paths) if learner.step == 60 else tally), gradient
+        return (Tally(float("nan"), 1, 1, tally.paths, tally.paths) if learner.step == 60 else tally), gradient
 
     with monkeypatch.context() as patched:
-        patched.setattr(training.Learner, "_gradient", spoilt)
+        patched.setattr(Learner, "_gradient", spoilt)
         with pytest.raises(BadInput, match=r"step 60: the loss is nan.*last good state is step 50"):
             train(tiny, tmp_path / "out", state_every=25)
     good = models.read_state(tmp_path / "out" / "state.safetensors")
@@ -249,12 +252,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(ti
 
 def test_a_folder_of_another_training_is_refused_and_left_as_it_was(tiny, tmp_path):
     train(tiny, tmp_path / "out", steps=25)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def files():
+        return {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.suffix}
+
+    before = files()
+    assert len(before) == 6
     with pytest.raises(BadInput, match=r"max_iters 25, and this one has 75"):
         train(tiny, tmp_path / "out")
     with pytest.raises(BadInput, match="random_seed"):
         train(tiny, tmp_path / "out", steps=25, seed=1)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert files() == before
 
 
 @pytest.mark.parametrize(
@@ -290,6 +298,9 @@ def test_what_cannot_be_trained_on_or_written_to_is_refused_in_one_line(tiny, tm
     with pytest.raises(BadInput, match="name another folder"):
         train(tiny, tmp_path / "file" / "out")
 
+    with lease(tmp_path), pytest.raises(Busy, match="is being written by"):
+        train(tiny, tmp_path)
+
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -307,3 +318,18 @@ def test_both_shipped_configurations_and_the_notebooks_are_recipes(tmp_path):
     _, config, recipe = read_config(str(tmp_path / "conf.yaml"))
     assert (config.system, recipe.seed, recipe.lr, recipe.steps) == ("reproduction", 7, 0.002, Recipe.steps)
     assert read_config(str(tmp_path / "conf.yaml"), 9)[1].n_ctx == 40
+
+
+def test_rows_go_to_wandb_when_it_is_there_and_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInput, match="wandb is not installed"):
+        to_wandb("trees")
+    sent = []
+    run = SimpleNamespace(log=lambda row, step: sent.append((step, row)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **said: run))
+    config = write_config(tmp_path / "tiny.yaml", n_nodes=4, max_iters=2)
+    train(config, tmp_path / "out", progress=to_wandb("trees"))
+    log = pl.read_ndjson(tmp_path / "out" / "log.jsonl").row(0, named=True)
+    assert [step for step, _ in sent] == [2]
+    assert sent[0][1]["loss"] == log["loss"]
+    assert sent[0][1]["path_accuracy/1"] == log["by_depth"][0]["right"] / log["by_depth"][0]["paths"]

@@ -85,11 +85,19 @@ param_option = click.option(
     "-p", "--param", "params", type=(str, str), multiple=True, metavar="NAME VALUE", help="Value of a $NAME."
 )
 
+checkpoint_option = click.option(
+    "--checkpoint",
+    type=int,
+    metavar="STEP",
+    help="Its weights at this step of training (`actstore models list`), not the trained ones.",
+)
+
 
 @main.command()
 @store_argument
 @click.option("--model", required=True, help="A model's name (`actstore models list`) or a checkpoint's path.")
 @click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
+@checkpoint_option
 @click.option("--trees", type=int, help="How many trees; 10,000 unless told.")
 @click.option("--distribution", help="reproduction, baseline or deep; the model's own unless told.")
 @click.option("--depths", help="Goal depths of `deep` trees: 1-15 or 3,5,7.")
@@ -112,6 +120,7 @@ def ingest(store: Path, **options: Any) -> None:
     \b
         actstore ingest demo.act --model reproduction --trees 2000
         actstore ingest demo.act --model reproduction --run patterns --trees 500 --sites pattern,resid_post.0
+        actstore ingest demo.act --model reproduction --trees 2000 --checkpoint 1000
         actstore ingest demo.act --model mine.pt --config mine.yaml --dataset reproduction-16nodes-seed0-2000
     """
     from actstore.ingest.pipeline import prepare
@@ -300,35 +309,58 @@ def repair(store: Path) -> None:
 @click.option("--nodes", type=int, help="Nodes of each tree; the configuration's unless told.")
 @click.option("--seed", type=int, help="Of weights and trees; the configuration's unless told.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-def train(name: str, out: Path, steps: int | None, nodes: int | None, seed: int | None, device: str) -> None:
+@click.option(
+    "--grade", default=20_000, show_default=True, metavar="TREES", help="Fresh trees to grade it on at the end."
+)
+@click.option("--wandb", metavar="PROJECT", help="Send the log to this project of Weights & Biases too.")
+def train(
+    name: str,
+    out: Path,
+    steps: int | None,
+    nodes: int | None,
+    seed: int | None,
+    device: str,
+    grade: int,
+    wandb: str | None,
+) -> None:
     """Train a system (reproduction, baseline) or a YAML configuration, into the folder OUT.
 
-    Killed, the same command goes on and ends with the same weights. OUT/log.jsonl has a row every 25 steps.
+    Killed, the same command goes on and ends with the same weights. OUT/NAME.jsonl has a row every 25 steps, and
+    OUT/NAME.md, the model card, says how good it is.
 
     Example:
 
     \b
-        actstore train reproduction runs/mine --steps 10000
+        actstore train reproduction runs/mine
+        actstore train baseline runs/small --nodes 8 --steps 3000
     """
+    from actstore.ingest.card import write_card
     from actstore.ingest.recipe import read_config
-    from actstore.ingest.train import Row
+    from actstore.ingest.train import Row, summary, to_wandb
     from actstore.ingest.train import train as train_model
+    from actstore.output import Output
     from actstore.progress import progress
 
     total = steps or read_config(name, nodes)[2].steps
-    with progress(f"train {name}", total, "steps") as advance:
+    send = to_wandb(wandb, out) if wandb else None
+    with progress(f"train {Path(name).stem}", total, "steps") as advance:
 
         def show(row: Row) -> None:
-            right = f"tokens {row['token_accuracy']:.4f} paths {row['path_accuracy']:.4f}"
-            advance(row["step"], total, f"loss {row['loss']:.4f} {right} ({row['n_nodes']} nodes)")
+            advance(row["step"], total, summary(row))
+            if send:
+                send(row)
 
         weights = train_model(name, out, steps, nodes, seed, device, show)
-    click.echo(f"{weights}: trained; `actstore evaluate {weights}` grades it")
+    with progress(f"grade {weights.stem}", grade, "trees") as advance:
+        graded = write_card(weights, grade, device, advance)
+    Output().write(graded.table)
+    click.echo(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
 
 
 @main.command()
 @click.argument("model")
 @click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
+@checkpoint_option
 @click.option("--distribution", help="reproduction, baseline or deep; the model's own unless told.")
 @click.option("--trees", default=20_000, show_default=True, help="How many fresh trees.")
 @click.option(
@@ -345,6 +377,7 @@ def evaluate(
     seed: int,
     nodes: int | None,
     device: str,
+    checkpoint: int | None,
     output: Output,
 ) -> None:
     """Grade a model on fresh trees: tokens, whole paths and greedy answers, by goal depth, with 95 % intervals.
@@ -353,15 +386,18 @@ def evaluate(
 
     \b
         actstore evaluate reproduction --trees 5000
+        actstore evaluate reproduction --checkpoint 1000 --distribution deep --json
     """
     from actstore.ingest.evaluation import evaluate as evaluate_model
-    from actstore.ingest.models import load
+    from actstore.ingest.models import load, locate
+    from actstore.ingest.recipe import recipe_of
     from actstore.progress import progress
 
-    loaded = load(model, config, device)
+    loaded, recipe = load(model, config, device, checkpoint), recipe_of(locate(model, config)[1])
     with progress(f"evaluate {loaded.name}", trees, "trees") as advance:
-        answer = evaluate_model(loaded, distribution, trees, seed, nodes, progress=advance)
-    output.write(answer.table)
+        answer = evaluate_model(loaded, distribution, trees, seed, nodes, recipe, advance)
+    output.write(answer.table, answer.to_dict())
+    click.echo(answer.sentence(), err=True)
 
 
 @main.group()

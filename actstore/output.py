@@ -31,14 +31,15 @@ class Output:
     format: str = "table"
     parquet: str | None = None
 
-    def write(self, frame: pl.DataFrame) -> None:
+    def write(self, frame: pl.DataFrame, whole: Mapping[str, Any] | None = None) -> None:
+        """Print a frame; as JSON, `whole` in its place, where there is more to say than rows hold."""
         if self.parquet:
             _replacing(Path(self.parquet), frame.write_parquet)
             print(f"{len(frame):,} rows in {self.parquet}", file=sys.stderr)
         elif self.format == "csv":
             sys.stdout.write(_flat(frame).write_csv())
         elif self.format == "json":
-            print(json.dumps(frame.to_dicts(), default=str, ensure_ascii=False))
+            print(json.dumps(whole or frame.to_dicts(), default=str, ensure_ascii=False))
         else:
             print_table(frame)
 

@@ -69,6 +69,7 @@ def _lines(what: str, total: int | None, unit: str) -> Advance:
         now, of = time.monotonic(), changed or total or done
         if now - last >= SECONDS_BEFORE_A_LINE or (done == of and now - started >= SECONDS_BEFORE_A_LINE):
             last = now
-            print(f"{what}: {done:,} of {of:,} {unit}, {now - started:.0f} s", file=sys.stderr, flush=True)
+            said = f"{what}: {done:,} of {of:,} {unit}, {now - started:.0f} s" + (f", {part}" if part else "")
+            print(said, file=sys.stderr, flush=True)
 
     return advance

@@ -35,6 +35,14 @@ class TrainingFolder:
     def state_path(self) -> Path:
         return self.out / "state.safetensors"
 
+    @property
+    def weights_path(self) -> Path:
+        return self.out / f"{self.name}.safetensors"
+
+    @property
+    def log_path(self) -> Path:
+        return self.weights_path.with_suffix(".jsonl")
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder for writing, and turn what the file system refuses into the package's own errors.
@@ -43,7 +51,7 @@ class TrainingFolder:
             Busy: another training writes there.
         """
         try:
-            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.out / self.name).mkdir(parents=True, exist_ok=True)
             with lease(self.out):
                 yield
         except OSError as error:
@@ -70,13 +78,13 @@ class TrainingFolder:
         """
         learner = Learner.new(self.config, self.recipe, device)
         if not self.state_path.exists():
+            self._write_config()
             self._write_log([])
             return learner, []
         saved = models.read_state(self.state_path)
         self._check_same(json.loads(bytes(saved["run"].tolist())))
         learner.restore(saved)
-        path = self.out / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = self.log_path.read_text().splitlines(keepends=True) if self.log_path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         rows = [row for row in rows if row["step"] <= learner.step]
         self._write_log(rows)
@@ -96,26 +104,25 @@ class TrainingFolder:
         models.save({**learner.state(), "run": torch.tensor(list(content), dtype=torch.uint8)}, self.state_path)
 
     def keep(self, learner: Learner) -> None:
-        """Save the weights, if this is one of the steps whose weights are kept."""
-        path = self.out / "checkpoints" / f"step-{learner.step:05d}.safetensors"
+        """Save the weights, if this is one of the steps whose weights are kept; in float16, which halves them."""
+        path = models.checkpoint_path(self.weights_path, learner.step)
         if learner.step in KEPT and learner.step < self.recipe.steps and not path.exists():
-            self._save_weights(learner, path)
+            models.save({name: value.detach().half() for name, value in learner.params.items()}, path)
 
     def finish(self, learner: Learner) -> Path:
-        path = self.out / f"{self.name}.safetensors"
-        self._save_weights(learner, path)
-        return path
+        self._write_config()
+        models.save(learner.params, self.weights_path)
+        return self.weights_path
 
-    def _save_weights(self, learner: Learner, path: Path) -> None:
-        path.with_suffix(".yaml").write_text(yaml.safe_dump(self.mapping(), sort_keys=False))
-        models.save(learner.params, path)
+    def _write_config(self) -> None:
+        self.weights_path.with_suffix(".yaml").write_text(yaml.safe_dump(self.mapping(), sort_keys=False))
 
     def log(self, row: Row) -> None:
-        with open(self.out / "log.jsonl", "a") as file:
+        with self.log_path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def _write_log(self, rows: list[Row]) -> None:
-        (self.out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def last_good(self) -> str:
         step = int(models.read_state(self.state_path)["step"]) if self.state_path.exists() else 0

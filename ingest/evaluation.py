@@ -47,6 +47,14 @@ class Evaluation:
         """Plain data, for JSON; the table as a list of rows."""
         return {**vars(self), "table": self.table.to_dicts()}
 
+    def sentence(self) -> str:
+        """What was graded on what, in a line."""
+        left_out = "what its training saw is not known"
+        if self.n_left_out is not None:
+            left_out = f"{self.n_left_out:,} more, seen in training, were left out"
+        trees = f"{self.n_trees:,} {self.distribution} trees of {self.n_nodes} nodes, seed {self.seed:,}"
+        return f"{self.model} (weights {self.weights_sha256[:12]}) on {trees}; {left_out}"
+
 
 def evaluate(
     model: Model,

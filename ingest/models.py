@@ -121,29 +121,46 @@ def available() -> list[str]:
 
 
 def listing() -> pl.DataFrame:
-    """A row for each model that can be named: model, system, its sizes, and the file."""
+    """A row for each model that can be named: model, system, its sizes, the checkpoints of its training, the file."""
     found = [(name, ModelConfig.from_yaml(path.with_suffix(".yaml")), path) for name, path in _by_name().items()]
     columns = ("system", "n_nodes", "n_layers", "n_heads", "d_model", "n_ctx")
     return pl.DataFrame(
         {
             "model": [name for name, _, _ in found],
             **{column: [getattr(config, column) for _, config, _ in found] for column in columns},
+            "checkpoints": pl.Series([checkpoints(path) for _, _, path in found], dtype=pl.List(pl.UInt32)),
             "file": [str(path) for _, _, path in found],
         }
     )
 
 
-def load(model: str, config: str | None = None, device: str = "cpu") -> Model:
+def load(model: str, config: str | None = None, device: str = "cpu", checkpoint: int | None = None) -> Model:
     """A model by its name, or by the path of a checkpoint.
 
     Args:
         model: a name out of `available`, or a path to .safetensors or .pt.
         config: the YAML; the file beside the weights, of the same name, unless told.
         device: `cpu` or `cuda`.
+        checkpoint: a step of its training whose weights were kept, instead of the trained ones; the model is then
+            called NAME-stepSTEP.
+
+    Raises:
+        NotStored: no model of that name, or no such checkpoint of it.
+        BadInput: no configuration, a checkpoint that is not what it says, or no such device.
+    """
+    path, config_path = locate(model, config)
+    parsed, name = ModelConfig.from_yaml(config_path), path.stem
+    if checkpoint is not None:
+        path, name = _kept(path, checkpoint), f"{name}-step{checkpoint}"
+    return _assemble(read_state(path), parsed, name, str(path), device)
+
+
+def locate(model: str, config: str | None = None) -> tuple[Path, Path]:
+    """Where a model's weights and its YAML are; see `load`.
 
     Raises:
         NotStored: no model of that name.
-        BadInput: no configuration, a checkpoint that is not what it says, or no such device.
+        BadInput: no configuration.
     """
     path = Path(model) if Path(model).suffix in SUFFIXES or os.sep in model else _by_name().get(model)
     if path is None:
@@ -152,13 +169,35 @@ def load(model: str, config: str | None = None, device: str = "cpu") -> Model:
             f"no model {model!r}{nearest(model, known)}; {there_are(known)}: "
             "add one with `actstore models add`, or give the path of a checkpoint"
         )
-    parsed = ModelConfig.from_yaml(config or _yaml_beside(path))
-    return _assemble(read_state(path), parsed, path.stem, str(path), device)
+    return path, Path(config) if config else _yaml_beside(path)
+
+
+def checkpoint_path(weights: Path, step: int) -> Path:
+    """Where the weights of one step of a model's training are kept: mine.safetensors → mine/step-00250.safetensors."""
+    return weights.with_suffix("") / f"step-{step:05d}.safetensors"
+
+
+def checkpoints(weights: Path) -> list[int]:
+    """The steps of a model's training whose weights are kept beside it, ascending."""
+    found = weights.with_suffix("").glob("step-*.safetensors")
+    return sorted(int(path.stem.removeprefix("step-")) for path in found if path.stem.removeprefix("step-").isdigit())
+
+
+def _kept(weights: Path, step: int) -> Path:
+    path = checkpoint_path(weights, step)
+    if not path.is_file():
+        steps = ", ".join(map(str, checkpoints(weights))) or "none"
+        raise NotStored(
+            f"no checkpoint {step} of {weights.stem}; there are {steps}, and the trained weights without one"
+        )
+    return path
 
 
 def _yaml_beside(path: Path) -> Path:
     beside = path.with_suffix(".yaml")
-    if not path.is_file():
+    if not path.is_file() and not (
+        beside.is_file() and checkpoints(path)
+    ):  # a training that goes on has no weights yet
         raise BadInput(f"no checkpoint {path}; there are the models {', '.join(available()) or 'none'}")
     if not beside.is_file():
         others = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml"))) or "none"

@@ -255,6 +255,7 @@ def prepare(
     sites: str | None = None,
     batch_size: int = 128,
     device: str = "cpu",
+    checkpoint: int | None = None,
 ) -> Ingest:
     """Turn what `actstore ingest` was given into a run to be stored; nothing is written yet.
 
@@ -263,12 +264,13 @@ def prepare(
             else 10,000 trees of seed 0 from the model's own distribution, with as many nodes as it has labels.
         depths: goal depths of `deep` trees, `1-15` or `3,5,7`.
         sites: names with commas between, as in `site_specs`.
+        checkpoint: a step of the model's training, as in `models.load`.
 
     Raises:
         BadInput: an argument that means nothing, or a model that cannot take these trees.
-        NotStored: no such model.
+        NotStored: no such model or checkpoint.
     """
-    loaded = load(model, config, device)
+    loaded = load(model, config, device, checkpoint)
     defaults = {"distribution": loaded.config.system, "n_trees": 10_000, "seed": 0, "n_nodes": loaded.config.n_nodes}
     stored = (committed_dataset(Path(store), dataset) if dataset else None) or {}
     given: dict[str, Any] = {

@@ -151,6 +151,16 @@ def read_config(name_or_path: str, n_nodes: int | None = None) -> tuple[str, Mod
     return path.stem, config, recipe
 
 
+def recipe_of(path: Path) -> Recipe | None:
+    """The recipe that a trained model's YAML names, or None where it names none, as an imported one's.
+
+    Raises:
+        BadInput: no such file, or it contradicts itself.
+    """
+    mapping = models.parse_yaml(models.read_text(path), str(path))
+    return Recipe.from_mapping(mapping, str(path)) if mapping.get("training") else None
+
+
 def step_trees(recipe: Recipe, config: ModelConfig, step: int) -> tuple[Trees, np.ndarray]:
     """The trees that a step learns from, which follow from the seed and the step alone.
 

@@ -4,9 +4,10 @@
 
 What one run leaves in its folder:
 
-    NAME.safetensors, NAME.yaml     the trained weights, as `actstore models add` takes them; written last
-    checkpoints/step-00250.safetensors, .yaml    weights along the way
-    log.jsonl                       one row every LOG_EVERY steps: loss, accuracies, learning rate
+    NAME.yaml                       the model's configuration and its recipe, whole
+    NAME.jsonl                      the log, a row every LOG_EVERY steps: loss, accuracies, learning rate
+    NAME/step-00250.safetensors     weights along the way, in float16
+    NAME.safetensors                the trained weights, in float32; written last
     state.safetensors               what it takes to go on: weights, both moments of AdamW, the step and the recipe
 
 A training that was killed and started again ends with the same bytes.
@@ -23,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import xxhash
 
 from actstore.errors import BadInput
 from actstore.ingest.checkpoints import TrainingFolder
@@ -122,17 +124,34 @@ def _threads() -> Iterator[Executor]:
         torch.set_num_threads(before)
 
 
-def to_wandb(project: str, name: str | None = None) -> Callable[[Row], None]:
+def summary(row: Row) -> str:
+    """A row of the log in a line: `loss 0.0123, tokens 99.81 %, paths 99.12 %, by depth 1: 100.0 2: 99.9 …`."""
+    shares = " ".join(f"{each['depth']}: {100 * each['right'] / each['paths']:.1f}" for each in row["by_depth"])
+    right = f"tokens {100 * row['token_accuracy']:.2f} %, paths {100 * row['path_accuracy']:.2f} %"
+    return f"loss {row['loss']:.4f}, {right}, by depth {shares} ({row['n_nodes']} nodes)"
+
+
+def to_wandb(project: str, out: Path) -> Callable[[Row], None]:
     """A `progress` that sends every row of the log to Weights & Biases, which is not installed with actstore.
 
+    Args:
+        project: of Weights & Biases.
+        out: the training's folder; one that is gone on with goes on there too.
+
     Raises:
-        BadInput: wandb is not installed.
+        BadInput: wandb is not installed, or knows nobody here.
     """
     try:
         import wandb
     except ImportError:
         raise BadInput("wandb is not installed; `pip install wandb`, or leave --wandb out") from None
-    run = wandb.init(project=project, name=name, resume="allow", id=name)
+    folder = out.resolve()
+    try:
+        run = wandb.init(
+            project=project, name=folder.name, id=xxhash.xxh3_64_hexdigest(os.fsencode(folder)), resume="allow"
+        )
+    except wandb.Error as error:
+        raise BadInput(f"wandb: {' '.join(str(error).split())}; mend it, or leave --wandb out") from None
 
     def send(row: Row) -> None:
         by_depth = {f"path_accuracy/{each['depth']}": each["right"] / each["paths"] for each in row["by_depth"]}

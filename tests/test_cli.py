@@ -151,11 +151,13 @@ def test_info_names_runs_trees_and_sites(demo_store):
         (["query", "STORE", "accuracy_by_depth", "-p", "rum", "x"], 2, ["rum", "run"]),
         (["train", "reproductoin", "OUT"], 2, ["reproductoin"]),
         (["train", "reproduction", "OUT", "--device", "abacus"], 2, ["abacus"]),
+        (["evaluate", "reproduction", "--checkpoint", "3"], 1, ["checkpoint 3 of reproduction", "250"]),
         (["evaluate", "nope"], 1, ["nope", "reproduction"]),
         (["evaluate", "reproduction", "--trees", "0"], 2, ["0"]),
         (["study", "STORE", "probs"], 1, ["probs", "probes"]),
         (["study", "STORE", "probes", "--plot", "x.foo"], 2, ["x.foo", ".png"]),
         (["ingest", "STORE", "--model", "nope"], 1, ["nope", "reproduction"]),
+        (["ingest", "STORE", "--model", "reproduction", "--checkpoint", "3"], 1, ["checkpoint 3", "250"]),
         (["ingest", "STORE", "--model", "reproduction", "--nodes", "17"], 2, ["17", "16"]),
         (["ingest", "STORE", "--model", "reproduction", "--trees", "0"], 2, ["0"]),
         (["ingest", "STORE", "--model", "reproduction", "--distribution", "shallow"], 2, ["shallow", "deep"]),
@@ -210,6 +212,34 @@ def test_models_are_added_by_name_and_found_by_it(tmp_path):
     assert (tmp_path / "mine.safetensors").read_bytes() == shipped.read_bytes()
     listed = CliRunner().invoke(main, ["models", "list", "--csv"], env={"ACTSTORE_MODELS": str(tmp_path)})
     assert "mine" in listed.output
+
+
+def test_a_model_is_trained_graded_and_its_moments_stored_as_runs_over_the_same_trees(tmp_path):
+    config, out, store = tmp_path / "tiny.yaml", tmp_path / "runs" / "tiny", tmp_path / "tiny.act"
+    sizes = "d_model: 32, d_head: 16, n_layers: 2, act_fn: gelu, attention_dir: causal"
+    config.write_text(f"n_nodes: 5\nmodel: {{{sizes}}}\nbatch_size: 8\nmax_iters: 30\ntraining: {{curriculum: 0.5}}\n")
+    trained = run("train", config, out, "--grade", "50")
+    assert trained.exit_code == 0, trained.output
+    assert "tiny.md is its card" in trained.output
+    assert pl.read_ndjson(out / "tiny.jsonl")["step"].to_list() == [25, 30]
+
+    weights = out / "tiny.safetensors"
+    graded = json.loads(run("evaluate", weights, "--trees", "60", "--json").stdout)
+    assert (graded["n_trees"], graded["table"][0]["n_trees"], graded["distribution"]) == (60, 60, "reproduction")
+    assert graded["n_left_out"] > 0  # of the few trees of 5 nodes, its training saw some
+    again = run("evaluate", weights, "--trees", "60", "--checkpoint", "0")
+    assert "tiny-step0" in again.stderr
+
+    for more in ([], ["--checkpoint", "0"]):
+        stored = run("ingest", store, "--model", weights, "--trees", "20", *more)
+        assert stored.exit_code == 0, stored.output
+    with Store(store) as opened:
+        runs = opened.sql("select run, source, dataset from runs join models using (weights_sha256) order by run")
+        assert runs["run"].to_list() == ["tiny", "tiny-step0"]
+        assert runs["dataset"].n_unique() == 1
+        differ = [opened.read("select token_id from edge_targets", run=name, site="embed")[0] for name in runs["run"]]
+        assert differ[0].shape == differ[1].shape
+        assert not np.array_equal(*differ)
 
 
 def test_ctrl_c_keeps_what_was_committed_and_says_how_to_go_on(tmp_path):

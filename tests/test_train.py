@@ -1,6 +1,7 @@
 """Training: packed goals against each goal alone, runs that go on where they were killed, and what is refused."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -12,12 +13,14 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
-from actstore.errors import BadInput, Busy, NoRoom
+from actstore.errors import BadInput, Busy, NoRoom, NotStored
 from actstore.ingest import models
+from actstore.ingest.card import write_card
+from actstore.ingest.evaluation import evaluate
 from actstore.ingest.learner import Learner, Tally
 from actstore.ingest.models import ModelConfig
 from actstore.ingest.packing import every_goal, forward, pack
-from actstore.ingest.recipe import Recipe, read_config, step_trees
+from actstore.ingest.recipe import Recipe, read_config, recipe_of, step_trees
 from actstore.ingest.train import to_wandb, train
 from actstore.ingest.trees import draw
 from actstore.log import lease
@@ -203,13 +206,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_the_same_log(tiny, tmp_path)
     out = tmp_path / "killed"
     with pytest.raises(Killed):
         train(tiny, out, state_every=25, progress=kill)
-    with open(out / "log.jsonl", "a") as log:
+    with open(out / "tiny.jsonl", "a") as log:
         log.write('{"step": 7')  # a row cut short
     steps = []
     resumed = train(tiny, out, state_every=25, progress=lambda row: steps.append(row["step"]))
     assert steps == [50, 75]  # the state of step 25 was the last
     assert resumed.read_bytes() == whole.read_bytes()
-    logs = [pl.read_ndjson(run / "log.jsonl").drop("seconds") for run in (tmp_path / "whole", out)]
+    logs = [pl.read_ndjson(run / "tiny.jsonl").drop("seconds") for run in (tmp_path / "whole", out)]
     assert logs[0].equals(logs[1])
     assert logs[0]["step"].to_list() == [25, 50, 75]
     assert train(tiny, out).read_bytes() == whole.read_bytes()  # nothing is left to do
@@ -218,19 +221,40 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_the_same_log(tiny, tmp_path)
 def test_training_learns_and_leaves_checkpoints_that_load(tmp_path):
     config = write_config(tmp_path / "learns.yaml", n_nodes=4, max_iters=300)
     path = train(config, tmp_path / "out")
-    log = pl.read_ndjson(tmp_path / "out" / "log.jsonl")
+    log = pl.read_ndjson(tmp_path / "out" / "learns.jsonl")
     assert log["loss"][-1] < 0.6 * log["loss"][0]
     by_depth = log.select("step", "by_depth").explode("by_depth").unnest("by_depth")
     assert (by_depth["right"] <= by_depth["paths"]).all()
     loaded = models.load(str(path))
     assert (loaded.name, loaded.config.n_nodes) == ("learns", 4)
-    before = models.load(str(tmp_path / "out" / "checkpoints" / "step-00000.safetensors"))
-    assert before.weights == models.canonical(models.state(models.build(loaded.config, 42), loaded.config))
-    assert before.weights_sha256 != loaded.weights_sha256
-    assert sorted(kept.stem for kept in (tmp_path / "out" / "checkpoints").glob("*.safetensors")) == [
-        "step-00000",
-        "step-00250",
-    ]
+    assert models.checkpoints(path) == [0, 250]
+    before = models.load(str(path), checkpoint=0)
+    initial = models.state(models.build(loaded.config, 42), loaded.config)
+    assert before.name == "learns-step0"
+    assert before.weights == models.canonical({name: value.half() for name, value in initial.items()})
+    with pytest.raises(NotStored, match="no checkpoint 100 of learns; there are 0, 250"):
+        models.load(str(path), checkpoint=100)
+
+
+def test_a_card_says_what_was_trained_and_how_good_it_is_on_trees_never_seen(tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", n_nodes=6, max_iters=50, training={"shallow": 0.4})
+    path = train(config, tmp_path / "out")
+    graded = write_card(path, 300)
+    model, recipe = models.load(str(path)), recipe_of(path.with_suffix(".yaml"))
+    assert recipe == read_config(config)[2]
+    again = evaluate(model, n_trees=300, recipe=recipe)
+    assert graded.table.equals(again.table)
+    text = path.with_suffix(".md").read_text()
+    assert f"sha256 `{model.weights_sha256}`" in text
+    assert (
+        "800 fresh ones, 16 a step, no fixed set: 600 of the `reproduction` distribution, 200 `deep`; seed 42" in text
+    )
+    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| (all|\d+) \| \d+ \| \S+ \(", line)]
+    assert [int(row[1]) for row in rows] == graded.table["n_trees"].to_list()
+    assert [float(row[4].split()[0]) for row in rows] == [round(100 * share, 2) for share in graded.table["greedy"]]
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(model.config.to_mapping()))
+    with pytest.raises(BadInput, match="names no recipe"):
+        write_card(path, 300)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tiny, tmp_path, monkeypatch):
@@ -257,7 +281,7 @@ def test_a_folder_of_another_training_is_refused_and_left_as_it_was(tiny, tmp_pa
         return {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.suffix}
 
     before = files()
-    assert len(before) == 6
+    assert len(before) == 5
     with pytest.raises(BadInput, match=r"max_iters 25, and this one has 75"):
         train(tiny, tmp_path / "out")
     with pytest.raises(BadInput, match="random_seed"):
@@ -323,13 +347,20 @@ def test_both_shipped_configurations_and_the_notebooks_are_recipes(tmp_path):
 def test_rows_go_to_wandb_when_it_is_there_and_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(BadInput, match="wandb is not installed"):
-        to_wandb("trees")
+        to_wandb("trees", tmp_path / "out")
+
+    def nobody(**_):
+        raise ConnectionError("no API key\nconfigured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=nobody, Error=ConnectionError))
+    with pytest.raises(BadInput, match="no API key configured; mend it, or leave --wandb out"):
+        to_wandb("trees", tmp_path / "out")
     sent = []
     run = SimpleNamespace(log=lambda row, step: sent.append((step, row)))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **said: run))
     config = write_config(tmp_path / "tiny.yaml", n_nodes=4, max_iters=2)
-    train(config, tmp_path / "out", progress=to_wandb("trees"))
-    log = pl.read_ndjson(tmp_path / "out" / "log.jsonl").row(0, named=True)
+    train(config, tmp_path / "out", progress=to_wandb("trees", tmp_path / "out"))
+    log = pl.read_ndjson(tmp_path / "out" / "tiny.jsonl").row(0, named=True)
     assert [step for step, _ in sent] == [2]
     assert sent[0][1]["loss"] == log["loss"]
     assert sent[0][1]["path_accuracy/1"] == log["by_depth"][0]["right"] / log["by_depth"][0]["paths"]

@@ -65,8 +65,8 @@ class TrainingFolder:
 
     def mapping(self) -> Row:
         """The configuration and recipe that this run is, as the YAML holds them."""
-        said = asdict(self.recipe)
-        optimizer = {key: said.pop(key) for key in ("lr", "weight_decay")} | {"betas": list(said.pop("betas"))}
+        said = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.recipe).items()}
+        optimizer = {key: said.pop(key) for key in ("lr", "weight_decay")} | {"betas": said.pop("betas")}
         top = {"random_seed": said.pop("seed"), "batch_size": said.pop("batch_size"), "max_iters": said.pop("steps")}
         return {**self.config.to_mapping(), "optimizer": optimizer, **top, "training": said}
 

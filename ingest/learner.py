@@ -21,7 +21,6 @@ from actstore.ingest.models import ModelConfig
 from actstore.ingest.packing import Packed, forward, pack
 from actstore.ingest.recipe import Recipe, step_trees
 
-N_PARTS = 2  # of a step, fixed, since the order of additions decides the last bits of a gradient
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 Row = dict[str, Any]  # of the log
@@ -87,12 +86,12 @@ class Learner:
         return tally
 
     def parts(self) -> list[Packed]:
-        """The step's trees, packed in N_PARTS parts of like length, so that little is padding."""
+        """The step's trees, packed in parts of like length, so that little is padding."""
         trees, slots = step_trees(self.recipe, self.config, self.step)
-        shares = [share for share in np.array_split(np.arange(len(trees)), N_PARTS) if len(share)]
-        device = next(iter(self.params.values())).device
-        vocabulary, deepest = self.config.vocabulary, self.recipe.deepest_at(self.step)
-        return [pack(trees[share], vocabulary, slots[share], deepest).to(device) for share in shares]
+        is_goal, device = self.recipe.goals_at(self.step, trees), next(iter(self.params.values())).device
+        shares = [share for share in np.array_split(np.arange(len(trees)), self.recipe.parts) if len(share)]
+        vocabulary = self.config.vocabulary
+        return [pack(trees[share], vocabulary, slots[share], is_goal[share]).to(device) for share in shares]
 
     def _gradient(self, part: Packed, n_targets: int) -> tuple[Tally, tuple[Tensor, ...]]:
         logits = forward(self.params, self.config, part, torch.bfloat16)

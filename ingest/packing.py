@@ -60,19 +60,18 @@ class Packed:
         return Packed(*(value.to(device) for value in vars(self).values()))
 
 
-def every_goal(trees: Trees, deepest: int | None = None) -> tuple[np.ndarray, Trees]:
+def every_goal(trees: Trees, is_goal: np.ndarray | None = None) -> tuple[np.ndarray, Trees]:
     """One row for each leaf of each tree, with that leaf as its goal.
 
     Args:
-        deepest: instead of the leaves, every node but the root that is no deeper, leaf or not.
+        is_goal: bool [n_trees, MAX_NODES], the labels to make goals of; the leaves' unless told.
 
     Returns:
         tree: intp [n_goals], which of the trees; ascending, and goals by label within a tree.
         trees: the n_goals trees; edges and root are those of the tree, goal, path and depth the goal's own.
     """
     parents, depths = trees.parents(), trees.node_depths()
-    is_goal = goals_of(trees, deepest)
-    tree, node = np.nonzero(is_goal)
+    tree, node = np.nonzero(leaves(trees) if is_goal is None else is_goal)
     goal, depth = node.astype(np.uint8), depths[tree, node]
     path = np.full((len(tree), trees.n_nodes - 1), NO_NODE, np.uint8)
     for above in range(int(depth.max(initial=0))):
@@ -82,18 +81,17 @@ def every_goal(trees: Trees, deepest: int | None = None) -> tuple[np.ndarray, Tr
     return tree, Trees(trees.edges[tree], trees.root[tree], goal, path, depth)
 
 
-def goals_of(trees: Trees, deepest: int | None = None) -> np.ndarray:
-    """bool [n_trees, MAX_NODES]: which labels `every_goal` makes goals of."""
-    depths = trees.node_depths()
-    if deepest is not None:
-        return (depths > 0) & (depths <= deepest)
-    is_leaf = depths != NO_NODE
+def leaves(trees: Trees) -> np.ndarray:
+    """bool [n_trees, MAX_NODES]: which labels are leaves."""
+    is_leaf = trees.node_depths() != NO_NODE
     is_leaf[np.arange(len(trees))[:, None], trees.edges[:, :, 0]] = False
     return is_leaf
 
 
-def pack(trees: Trees, vocabulary: Vocabulary, slots: np.ndarray | None = None, deepest: int | None = None) -> Packed:
-    """Lay the trees out with every leaf as a goal, or with the goals that `deepest` says; see `every_goal`.
+def pack(
+    trees: Trees, vocabulary: Vocabulary, slots: np.ndarray | None = None, is_goal: np.ndarray | None = None
+) -> Packed:
+    """Lay the trees out with every leaf as a goal, or with the goals that `is_goal` says; see `every_goal`.
 
     Args:
         trees: of n_nodes nodes each, as many as the vocabulary's or fewer.
@@ -103,10 +101,10 @@ def pack(trees: Trees, vocabulary: Vocabulary, slots: np.ndarray | None = None, 
             positions, so what is learnt on small trees holds on large ones. The last n_nodes - 1 places unless told.
 
     The reproduction predicts the steps of each path. The baseline predicts the padding after it too: to the end of the
-    sequence (4n+2 tokens) for the tree's own goal, and the first token of it for the other leaves, where the rest would
+    sequence (4n+2 tokens) for the tree's own goal, and the first token of it for the other goals, where the rest would
     say nothing new and cost a third of the tokens.
     """
-    tree, goals = every_goal(trees, deepest)
+    tree, goals = every_goal(trees, is_goal)
     n_goals, goal_at, full_goal_at = len(tree), 3 * (trees.n_nodes - 1), 3 * (vocabulary.n_nodes - 1)
     if slots is None:
         slots = np.broadcast_to(np.arange(goal_at // 3) + (full_goal_at - goal_at) // 3, (len(trees), goal_at // 3))

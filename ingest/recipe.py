@@ -18,7 +18,7 @@ import numpy as np
 from actstore.errors import BadInput
 from actstore.ingest import models
 from actstore.ingest.models import ModelConfig
-from actstore.ingest.packing import goals_of
+from actstore.ingest.packing import leaves
 from actstore.ingest.trees import Trees, draw
 
 SHARES = ("warmup", "decay", "curriculum", "shallow", "deep_share")
@@ -40,7 +40,10 @@ class Recipe:
             other. Which child leads to a goal two steps off is what takes a model longest to find out, and few leaves
             ask it.
         deep_share: of the trees, how many are drawn from `deep`, since long paths are rare elsewhere.
+        inner_goals: least and greatest depth of the nodes that are goals though they are no leaves, once `shallow` is
+            over; None for none. Far goals are rare among leaves, and these ask the same of a model at little cost.
         clip: largest norm of a gradient.
+        parts: a step is computed in, side by side; the order of additions decides the last bits of its gradient.
         seed: of the weights and of the trees.
     """
 
@@ -54,11 +57,13 @@ class Recipe:
     curriculum: float = 0.25
     shallow: float = 0.0
     deep_share: float = 0.25
+    inner_goals: tuple[int, int] | None = None
     clip: float = 1.0
+    parts: int = 4
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seed"):
+        for name in ("steps", "batch_size", "parts", "seed"):
             least = 0 if name == "seed" else 1
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise BadInput(f"got {name} {getattr(self, name)!r}; it is a whole number, {least} or more")
@@ -75,6 +80,12 @@ class Recipe:
         numbers = isinstance(self.betas, tuple) and all(type(beta) in (int, float) for beta in self.betas)
         if not (numbers and len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
             raise BadInput(f"got betas {self.betas!r}; they are two numbers, 0 to 1, such as [0.9, 0.99]")
+        if self.inner_goals is not None and not (
+            isinstance(self.inner_goals, tuple)
+            and [type(depth) for depth in self.inner_goals] == [int, int]
+            and 0 < self.inner_goals[0] <= self.inner_goals[1]
+        ):
+            raise BadInput(f"got inner_goals {self.inner_goals!r}; they are two depths, such as [6, 11]")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str) -> Recipe:
@@ -96,8 +107,7 @@ class Recipe:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise BadInput(f"{source}: unknown key 'training.{key}'{hint}; there are {', '.join(known)}")
         given = {key: value for key, value in said.items() if value is not None}
-        if isinstance(given.get("betas"), list):
-            given["betas"] = tuple(given["betas"])
+        given |= {key: tuple(given[key]) for key in ("betas", "inner_goals") if isinstance(given.get(key), list)}
         try:
             return cls(**given)
         except BadInput as error:
@@ -117,9 +127,17 @@ class Recipe:
         return smallest + int((n_nodes - smallest) * step / (self.curriculum * self.steps))
 
     def deepest_at(self, step: int) -> int | None:
-        """Depth of the deepest goals of a step, or None where its goals are the leaves."""
+        """Depth of the deepest goals of a step, or None once `shallow` is over."""
         share = step / (self.shallow * self.steps) if self.shallow else 1.0
         return SHALLOW[int(share * len(SHALLOW))] if share < 1 else None
+
+    def goals_at(self, step: int, trees: Trees) -> np.ndarray:
+        """bool [n_trees, MAX_NODES]: which labels of a step's trees are goals."""
+        depths, deepest = trees.node_depths(), self.deepest_at(step)
+        if deepest is not None:
+            return (depths > 0) & (depths <= deepest)
+        low, high = self.inner_goals or (1, 0)
+        return leaves(trees) | (depths >= low) & (depths <= high)
 
 
 def read_config(name_or_path: str, n_nodes: int | None = None) -> tuple[str, ModelConfig, Recipe]:
@@ -178,10 +196,10 @@ def step_trees(recipe: Recipe, config: ModelConfig, step: int) -> tuple[Trees, n
     rng = np.random.default_rng([recipe.seed, step])
     among = rng.random((len(trees), config.n_nodes - 2)).argsort(axis=1)[:, : n_nodes - 2]
     slots = np.pad(np.sort(among, axis=1), ((0, 0), (0, 1)), constant_values=config.n_nodes - 2)
-    by_length = np.argsort(_packed_lengths(trees, recipe.deepest_at(step)), kind="stable")
+    by_length = np.argsort(_packed_lengths(trees, recipe.goals_at(step, trees)), kind="stable")
     return trees[by_length], slots[by_length]
 
 
-def _packed_lengths(trees: Trees, deepest: int | None) -> np.ndarray:
+def _packed_lengths(trees: Trees, is_goal: np.ndarray) -> np.ndarray:
     """int64 [n_trees]: tokens of each tree's suffixes, but for the baseline's padding."""
-    return np.where(goals_of(trees, deepest), trees.node_depths().astype(np.int64) + 2, 0).sum(axis=1)
+    return np.where(is_goal, trees.node_depths().astype(np.int64) + 2, 0).sum(axis=1)

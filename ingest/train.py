@@ -28,7 +28,7 @@ import xxhash
 
 from actstore.errors import BadInput
 from actstore.ingest.checkpoints import TrainingFolder
-from actstore.ingest.learner import N_PARTS, Learner, Row, Tally
+from actstore.ingest.learner import Learner, Row, Tally
 from actstore.ingest.recipe import read_config
 
 LOG_EVERY = 25  # steps
@@ -67,7 +67,7 @@ def train(
     name, config, recipe = read_config(name_or_config, nodes)
     recipe = replace(recipe, steps=recipe.steps if steps is None else steps, seed=recipe.seed if seed is None else seed)
     folder = TrainingFolder(Path(out), name, config, recipe)
-    with folder.writing(), _threads() as pool:
+    with folder.writing(), _threads(recipe.parts) as pool:
         learner, rows = folder.resume(device)
         _loop(folder, learner, rows, pool, progress or (lambda row: None), state_every)
         return folder.finish(learner)
@@ -112,10 +112,10 @@ def _check_device(device: str) -> None:
 
 
 @contextmanager
-def _threads() -> Iterator[Executor]:
+def _threads(most: int) -> Iterator[Executor]:
     """A pool of one-threaded workers: parts of a step side by side need no barrier after each of their operations."""
     before = torch.get_num_threads()
-    n_workers = min(N_PARTS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    n_workers = min(most, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(n_workers) as pool:

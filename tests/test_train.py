@@ -52,7 +52,7 @@ def write_config(path, system="reproduction", n_nodes=5, **more):
 
 @pytest.fixture
 def tiny(tmp_path):
-    return write_config(tmp_path / "tiny.yaml", training={"shallow": 0.4})
+    return write_config(tmp_path / "tiny.yaml", training={"shallow": 0.4, "inner_goals": [2, 3]})
 
 
 def tiny_model(system, n_nodes, seed=0):
@@ -149,7 +149,8 @@ def test_every_goal_is_tallied_once_at_its_depth_and_only_whole_paths_count():
 def test_shallow_goals_are_all_nodes_near_the_root_each_with_its_path():
     config, _, _ = tiny_model("reproduction", 9)
     trees = draw("reproduction", 4, 0, 12, 9)
-    tree, goals = every_goal(trees, 2)
+    shallow = Recipe(shallow=1.0).goals_at(0, trees)
+    tree, goals = every_goal(trees, shallow)
     expected = []
     for row in range(len(trees)):
         graph = nx.DiGraph([(int(source), int(target)) for source, target in trees.edges[row]])
@@ -158,7 +159,20 @@ def test_shallow_goals_are_all_nodes_near_the_root_each_with_its_path():
     found = [(int(row), *path[: int(depth)]) for row, path, depth in zip(tree, goals.path, goals.depth, strict=True)]
     assert found == expected
     assert (goals.goal == [path[-1] for path in expected]).all()
-    assert int(pack(trees, config.vocabulary, deepest=2).depth.max()) == 2
+    assert int(pack(trees, config.vocabulary, is_goal=shallow).depth.max()) == 2
+
+
+def test_inner_goals_are_the_far_nodes_beside_the_leaves():
+    trees = draw("baseline", 4, 0, 40, 12)
+    is_goal = Recipe(inner_goals=(3, 5)).goals_at(0, trees)
+    for row in range(len(trees)):
+        graph = nx.DiGraph([(int(source), int(target)) for source, target in trees.edges[row]])
+        depths = nx.single_source_shortest_path_length(graph, int(trees.root[row]))
+        wanted = {node for node, depth in depths.items() if graph.out_degree(node) == 0 or 3 <= depth <= 5}
+        assert set(np.flatnonzero(is_goal[row])) == wanted
+    shallow = Recipe(shallow=0.5, steps=10, inner_goals=(3, 5))
+    assert (shallow.goals_at(5, trees) == is_goal).all()
+    assert (shallow.goals_at(0, trees) <= (trees.node_depths() <= 2)).all()
 
 
 def test_the_trees_of_a_step_follow_from_its_number_and_never_come_again():
@@ -299,6 +313,9 @@ def test_a_folder_of_another_training_is_refused_and_left_as_it_was(tiny, tmp_pa
         ({"optimizer": {"lr": "1e-3"}}, "lr '1e-3'; it is a number, such as 0.001"),
         ({"optimizer": {"betas": [0.9]}}, r"betas \(0.9,\); they are two numbers"),
         ({"random_seed": -1}, "seed -1"),
+        ({"training": {"inner_goals": [6]}}, r"inner_goals \(6,\); they are two depths"),
+        ({"training": {"inner_goals": [7, 6]}}, r"inner_goals \(7, 6\)"),
+        ({"training": {"parts": 0}}, "parts 0"),
         ({"model": {**TINY, "n_ctx": 9}}, r"n_ctx is 9, and trees of 5 nodes need 18"),
     ],
 )

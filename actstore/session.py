@@ -2,26 +2,33 @@
 
 The catalog is attached read-only to a database in memory of the session's own (DuckDB shares one instance among all that
 open one path in a process, and would hand an old snapshot to a new reader), and the file system is shut off behind it.
+What the session itself adds, functions and macros, lies in the memory's database: the catalog stays any client's.
 """
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import polars as pl
+from duckdb.func import PythonUDFType
 
-from actstore.errors import BadInput, Damaged
+from actstore import errors
+from actstore.errors import ActstoreError, BadInput, Damaged
 
 LOCKED = (
     "set enable_external_access = false",
     "set disabled_filesystems = 'LocalFileSystem'",  # else COPY … (use_tmp_file false) overwrites the catalog itself
     "set lock_configuration = true",
 )
+SEARCH = "set search_path = 'store.main,memory.main'"  # of each cursor: it inherits neither this nor temporary macros
+RAISED = re.compile(r"Python exception occurred while executing the UDF: (\w+): (.*)", re.DOTALL)
 LOOK_UP = 0.1  # seconds between looks for a Ctrl-C while a query runs
 READING = (  # all else would write, if only into memory, or change the session for the queries that follow
     duckdb.StatementType.SELECT,  # DESCRIBE, SHOW and SUMMARIZE are of this type, too
@@ -46,11 +53,33 @@ class Session:
             raise Damaged(
                 f"{catalog} cannot be opened ({one_line(error)}); rebuild it with `actstore repair {catalog.parent}`"
             ) from error
+        # else functions outlive the interpreter's end, which prints what they leak
+        self._close = weakref.finalize(self, self._connection.close)
         for statement in LOCKED:
             self._connection.execute(statement)
 
     def close(self) -> None:
-        self._connection.close()
+        self._close()
+
+    def add_function(self, name: str, function: Callable[..., Any], takes: Sequence[str], gives: str) -> None:
+        """Add a SQL function over Arrow columns; DuckDB calls it from several threads, and gives NULL where one comes in.
+
+        Args:
+            name: in SQL.
+            function: pyarrow.ChunkedArrays of up to 2,048 rows → a pyarrow.Array as long.
+            takes: SQL type of each argument.
+            gives: SQL type of what it returns.
+        """
+        self._connection.create_function(name, function, list(takes), gives, type=PythonUDFType.ARROW)
+
+    def add_macro(self, signature: str, body: str) -> None:
+        """Add a macro to this session alone.
+
+        Args:
+            signature: its name and parameters, `dot(a, b)`.
+            body: an expression, or `table` and a query; it names the store's tables in full, `store.main.tokens`.
+        """
+        self._connection.execute(f"create macro memory.main.{signature} as {body}")
 
     def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
         """Run one query.
@@ -64,18 +93,21 @@ class Session:
 
         Raises:
             BadInput: it is not one query, a parameter is missing or not used, or DuckDB refuses it (its own words, one line).
+            ActstoreError: what a function of the session raised.
         """
         try:
             cursor = self._connection.cursor()  # an open result holds its connection
             try:
-                cursor.execute("use store")  # cursors do not inherit it
+                cursor.execute(SEARCH)
                 _check(cursor, query, set(params or {}))
                 return _interruptible(cursor, lambda: _fetch(cursor, query, params))
             finally:
                 with suppress(duckdb.Error):  # a query that a second Ctrl-C left running
                     cursor.close()
         except duckdb.Error as error:
-            raise BadInput(f"the query was refused: {one_line(error)}{self._tables_if_asked(error)}") from error
+            raise _raised(error) or BadInput(
+                f"the query was refused: {one_line(error)}{self._tables_if_asked(error)}"
+            ) from error
         except pl.exceptions.PolarsError as error:
             raise BadInput(
                 f"the query yields a type that polars does not hold ({one_line(error)}); cast it, to varchar for example"
@@ -87,6 +119,15 @@ class Session:
         with self._connection.cursor() as cursor:
             names = cursor.execute("select table_name from information_schema.tables where table_catalog = 'store'")
             return f" The store has {', '.join(sorted(name for (name,) in names.fetchall()))}"
+
+
+def _raised(error: duckdb.Error) -> ActstoreError | None:
+    """The package's own error that a function raised, which DuckDB passes on as text."""
+    found = RAISED.search(str(error))
+    kind = getattr(errors, found[1], None) if found else None
+    if found and isinstance(kind, type) and issubclass(kind, ActstoreError):
+        return kind(" ".join(found[2].split()))
+    return None
 
 
 def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> None:

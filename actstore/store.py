@@ -21,6 +21,7 @@ import polars as pl
 from actstore import catalog
 from actstore.arrays import Layout, SiteReader
 from actstore.errors import BadInput, Damaged, NotStored, TooNew
+from actstore.functions import add_functions
 from actstore.log import FORMAT_VERSION, check_sizes, manifests
 from actstore.session import Session
 
@@ -69,6 +70,7 @@ class Store:
         try:
             self.snapshot = self._snapshot()
             check_sizes(self.path, manifests(self.path, least=self.snapshot)[: self.snapshot])
+            add_functions(self._session, self)
         except BaseException:
             self.close()
             raise

@@ -8,13 +8,24 @@ Row i of X is the activation of row i of rows, always.
 
 from typing import TYPE_CHECKING, Any
 
-from actstore.errors import ActstoreError, BadInput, Busy, Damaged, NoRoom, NotStored, TooNew
+from actstore.errors import ActstoreError, BadInput, Busy, Damaged, LimitReached, NoRoom, NotStored, TooNew
 
 if TYPE_CHECKING:
     from actstore.store import Store
 
 __version__ = "0.1.0"
-__all__ = ["ActstoreError", "BadInput", "Busy", "Damaged", "NoRoom", "NotStored", "Store", "TooNew", "__version__"]
+__all__ = [
+    "ActstoreError",
+    "BadInput",
+    "Busy",
+    "Damaged",
+    "LimitReached",
+    "NoRoom",
+    "NotStored",
+    "Store",
+    "TooNew",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

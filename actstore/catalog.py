@@ -112,9 +112,10 @@ def _copy_of_last(root: Path, temporary: Path) -> int:
     try:
         with duckdb.connect(str(temporary)) as connection:
             version, held = connection.execute("select format_version, snapshot from snapshot").fetchall()[0]
+            columns = connection.execute("select table_name, column_name from duckdb_columns()").fetchall()
     except (duckdb.Error, IndexError):
-        version, held = None, 0
-    if version != FORMAT_VERSION:
+        version, held, columns = None, 0, []
+    if version != FORMAT_VERSION or not column_comments().keys() <= set(columns):  # a table has gained a column since
         temporary.unlink()
         return 0
     return int(held)
@@ -136,7 +137,8 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
                 parts.setdefault(part.table, []).append(root / part.path)
         for table, paths in parts.items():
             listed = ", ".join(_quoted(_without_wildcards(path)) for path in paths)
-            rows = f"read_parquet([{listed}], hive_partitioning = false)"  # else a folder `seed=7` fills column seed
+            # by name, since older parts may lack a column; else a folder `seed=7` fills column seed
+            rows = f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
             connection.execute(f"insert into {table} by name select * from {rows}")
         if shards := [shard for manifest in new for shard in manifest.shards]:
             connection.register("new_shards", pl.DataFrame([vars(shard) for shard in shards]))

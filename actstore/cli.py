@@ -154,20 +154,30 @@ def info(store: Path, output: Output) -> None:
 @store_argument
 @click.argument("query")
 @param_option
+@click.option("--timeout", type=float, metavar="SECONDS", help="Stop the query after so long.")
+@click.option("--memory", metavar="SIZE", help="Stop it when it holds more than this: 2GB, 512MB.")
 @output_options
-def sql(store: Path, query: str, params: tuple[tuple[str, str], ...], output: Output) -> None:
-    """Run SQL over a store's tables.
+def sql(
+    store: Path,
+    query: str,
+    params: tuple[tuple[str, str], ...],
+    timeout: float | None,
+    memory: str | None,
+    output: Output,
+) -> None:
+    """Run SQL over a store's tables, vectors included.
 
     Example:
 
     \b
         actstore sql demo.act "select role, count(*) from tokens group by all"
         actstore sql demo.act "from trees where depth = \\$d" -p d 7 --csv
+        actstore sql demo.act "select act(token_id, run, 'embed') as x from predictions limit 5" --timeout 10 --memory 2GB
     """
     from actstore.store import Store
 
     with Store(store) as opened:
-        output.write(opened.sql(query, dict(params)))
+        output.write(opened.sql(query, dict(params), timeout, memory))
 
 
 @main.command()

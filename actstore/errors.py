@@ -6,6 +6,7 @@ ActstoreError
 ├── Damaged     (also an OSError)       the files are not what was committed        exit code 1
 ├── TooNew      (also an OSError)       install a later actstore                    exit code 1
 ├── NoRoom      (also an OSError)       free disk space, then run the command again exit code 1
+├── LimitReached (also a RuntimeError)  raise the query's limit, or ask for less    exit code 1
 └── Busy        (also a TimeoutError)   another writer holds the store              exit code 1
 
 Each message is one line: what was got, what exists, what to do.
@@ -41,6 +42,10 @@ class TooNew(ActstoreError, OSError):
 
 class NoRoom(ActstoreError, OSError):
     """The disk lacks the room for what was to be written."""
+
+
+class LimitReached(ActstoreError, RuntimeError):
+    """A query took more time or memory than it was given, and was stopped."""
 
 
 class Busy(ActstoreError, TimeoutError):

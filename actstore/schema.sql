@@ -162,6 +162,8 @@ create table results (
     snapshot integer, -- data version it read: snapshot.snapshot
     seed bigint, -- of everything random
     version varchar, -- of actstore
+    name varchar, -- of the direction, what probe_direction() takes: run/site/token_role/label=class; NULL without one
+    direction float[], -- weights [d_model] of metric 'direction', in the activations' own units: dot(x, direction) + value is the logit
 );
 
 create view edge_sources as  -- one row an edge, at the token that writes its source

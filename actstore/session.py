@@ -7,6 +7,7 @@ What the session itself adds, functions and macros, lies in the memory's databas
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import weakref
@@ -20,9 +21,10 @@ import polars as pl
 from duckdb.func import PythonUDFType
 
 from actstore import errors
-from actstore.errors import ActstoreError, BadInput, Damaged
+from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
 
 LOCKED = (
+    "set temp_directory = ''",  # which could not be written anyway: a query that does not fit says so
     "set enable_external_access = false",
     "set disabled_filesystems = 'LocalFileSystem'",  # else COPY … (use_tmp_file false) overwrites the catalog itself
     "set lock_configuration = true",
@@ -40,26 +42,46 @@ READING = (  # all else would write, if only into memory, or change the session 
 class Session:
     """One consistent snapshot of a catalog, open for queries from any thread.
 
+    Args:
+        catalog: the file.
+        memory: bytes that DuckDB may hold; as much as it likes, 80 % of the machine's, unless told.
+
     Raises:
         Damaged: the catalog cannot be opened.
     """
 
-    def __init__(self, catalog: Path) -> None:
+    def __init__(self, catalog: Path, memory: int | None = None) -> None:
         self._connection = duckdb.connect(":memory:")
+        # also at the interpreter's end: functions that outlive it print what they leak
+        self._close = weakref.finalize(self, self._connection.close)
         try:
-            self._connection.execute("attach '{}' as store (read_only)".format(str(catalog).replace("'", "''")))
-        except duckdb.Error as error:
-            self._connection.close()
+            self._file = _attach(self._connection, catalog)
+        except (duckdb.Error, OSError) as error:
+            self.close()
             raise Damaged(
                 f"{catalog} cannot be opened ({one_line(error)}); rebuild it with `actstore repair {catalog.parent}`"
             ) from error
-        # else functions outlive the interpreter's end, which prints what they leak
-        self._close = weakref.finalize(self, self._connection.close)
+        self._close_file = weakref.finalize(self, os.close, self._file)
+        if memory is not None:
+            self._connection.execute(f"set memory_limit = '{memory}B'")
         for statement in LOCKED:
             self._connection.execute(statement)
 
     def close(self) -> None:
+        """Close the connection and the catalog's file, once."""
         self._close()
+        if hasattr(self, "_close_file"):
+            self._close_file()
+
+    def fileno(self) -> int:
+        """Descriptor of the catalog's file that this session reads, whatever stands under its name by now.
+
+        Raises:
+            BadInput: the session is closed.
+        """
+        if not self._close.alive:
+            raise BadInput("the store is closed; open it again")
+        return self._file
 
     def add_function(self, name: str, function: Callable[..., Any], takes: Sequence[str], gives: str) -> None:
         """Add a SQL function over Arrow columns; DuckDB calls it from several threads, and gives NULL where one comes in.
@@ -93,6 +115,7 @@ class Session:
 
         Raises:
             BadInput: it is not one query, a parameter is missing or not used, or DuckDB refuses it (its own words, one line).
+            LimitReached: it needs more memory than DuckDB may take.
             ActstoreError: what a function of the session raised.
         """
         try:
@@ -105,6 +128,10 @@ class Session:
                 with suppress(duckdb.Error):  # a query that a second Ctrl-C left running
                     cursor.close()
         except duckdb.Error as error:
+            if isinstance(error, duckdb.OutOfMemoryException):
+                raise LimitReached(
+                    f"the query needs more memory than there is: {one_line(error)}; ask for less"
+                ) from error
             raise _raised(error) or BadInput(
                 f"the query was refused: {one_line(error)}{self._tables_if_asked(error)}"
             ) from error
@@ -119,6 +146,21 @@ class Session:
         with self._connection.cursor() as cursor:
             names = cursor.execute("select table_name from information_schema.tables where table_catalog = 'store'")
             return f" The store has {', '.join(sorted(name for (name,) in names.fetchall()))}"
+
+
+def _attach(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:
+    """Attach a catalog as `store`, and return a descriptor of that very file, though another may take its place meanwhile."""
+    while True:
+        file = os.open(catalog, os.O_RDONLY)
+        try:
+            connection.execute("attach '{}' as store (read_only)".format(str(catalog).replace("'", "''")))
+            if os.path.samestat(os.fstat(file), os.stat(catalog)):  # no other can have been there in between
+                return file
+            connection.execute("detach store")
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
 
 
 def _raised(error: duckdb.Error) -> ActstoreError | None:

@@ -65,7 +65,7 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.about = check_format(self.path)
-        self._session = Session(self.path / catalog.NAME)
+        self._session = self._open_session()
         self._readers: dict[tuple[str, str], SiteReader] = {}
         try:
             self.snapshot = self._snapshot()
@@ -86,6 +86,9 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, snapshot={self.snapshot}, runs={self.runs()})"
 
+    def _open_session(self) -> Session:
+        return Session(self.path / catalog.NAME)
+
     def close(self) -> None:
         self._session.close()
         self._readers.clear()
@@ -98,20 +101,42 @@ class Store:
                 f"{self.path / catalog.NAME} is no catalog of a store ({error}); rebuild it with `actstore repair {self.path}`"
             ) from error
 
-    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+    def sql(
+        self,
+        query: str,
+        params: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        memory: str | int | None = None,
+    ) -> pl.DataFrame:
         """Run one SQL query over the store's tables (actstore/schema.sql says what each column holds).
+
+        Beside DuckDB's own there are the functions `act(token_id, run, site)` and `logit_lens(token_id, run, site)`, which
+        give a token's activation as FLOAT[d_model] and its logits as FLOAT[d_vocab] (FLOAT[] where the store's runs differ
+        in d_model or d_vocab), `probe_direction(name)`, `dot(a, b)`, `norm(x)`, `cosine(a, b)`, `project(x, direction)`,
+        and the table `activations(run, site)`: tokens, and their activations as `x`. Put a join, or ORDER BY with LIMIT,
+        into a subquery and `act` into the outermost SELECT: else it reads every row that they look at.
 
         Args:
             query: a SELECT; `$name` stands for a parameter.
             params: a value for each `$name`.
+            timeout: seconds after which it is stopped. With this or `memory` it runs in a process of its own, which
+                takes a second to start (not counted) and is killed at the limit, whatever it does.
+            memory: what it may hold, results included: bytes, or text such as "2GB".
 
         Returns:
             A polars frame.
 
         Raises:
             BadInput: DuckDB refuses the query.
+            NotStored: `act` or another function is asked for what is not there.
+            LimitReached: it took longer, or held more.
         """
-        return self._session.sql(query, params)
+        if timeout is None and memory is None:
+            return self._session.sql(query, params)
+        from actstore import sandbox
+
+        limits = sandbox.Limits.of(timeout, memory)
+        return sandbox.run(self.path, self._session.fileno(), query, params, limits, self.snapshot)
 
     def info(self) -> pl.DataFrame:
         """One row a run: its model, trees, sites and size, and how often its greedy answers are right."""

@@ -52,11 +52,15 @@ class Fit:
         right: bool [n_test], which test rows it gets right.
         n_iter: iterations of lbfgs.
         converged: its gradient is as small as asked for, so more iterations would change little.
+        weights: float32 [n_classes, d_model], the logit of each class by each standardised coordinate.
+        intercepts: float32 [n_classes].
     """
 
     right: np.ndarray
     n_iter: int
     converged: bool
+    weights: np.ndarray
+    intercepts: np.ndarray
 
 
 def study(
@@ -94,7 +98,8 @@ def study(
     rows: list[dict[str, Any]] = []
     for done, site in enumerate(sites, start=1):
         X, tokens = store.read(query, run=run, site=site, params=params)
-        rows += _probe_site(X, tokens, site, token_role, n_nodes, seed, max_iter)
+        about = {"run": run, "site": site, "token_role": token_role}
+        rows += _probe_site(X, tokens, about, n_nodes, seed, max_iter)
         progress(done, len(sites), site)
     used = {**params, "C": C, "tol": TOL, "max_iter": max_iter, "n_resamples": N_RESAMPLES, "n_nodes": n_nodes}
     results = result_rows(rows, study=NAME, run=run, query=query, params=used, snapshot=store.snapshot, seed=seed)
@@ -113,7 +118,11 @@ def fit(X: np.ndarray, y: np.ndarray, train: np.ndarray, max_iter: int = MAX_ITE
     probe = LogisticRegression(C=C, tol=TOL, max_iter=max_iter).fit(X[train], y[train])
     # A fit ends at the cap, or where float32 can step no further; the gradient tells both from a converged one.
     converged = _largest_gradient(probe, X[train], y[train]) <= 2 * TOL  # 2: this and the fit round differently
-    return Fit(probe.predict(X[~train]) == y[~train], int(probe.n_iter_[0]), converged)
+    weights, intercepts = probe.coef_, probe.intercept_
+    if len(weights) == 1:  # of two classes scikit-learn keeps the difference
+        weights, intercepts = np.vstack([-weights, weights]) / 2, np.concatenate([-intercepts, intercepts]) / 2
+    right = probe.predict(X[~train]) == y[~train]
+    return Fit(right, int(probe.n_iter_[0]), converged, weights, intercepts)
 
 
 def interval(right: np.ndarray, trees: np.ndarray, seed: int) -> tuple[float, float]:
@@ -189,19 +198,20 @@ def _sites(store: Store, run: str, wanted: Sequence[str] | None) -> list[str]:
 
 
 def _probe_site(
-    X: np.ndarray, tokens: pl.DataFrame, site: str, token_role: str, n_nodes: int, seed: int, max_iter: int
+    X: np.ndarray, tokens: pl.DataFrame, where: dict[str, str], n_nodes: int, seed: int, max_iter: int
 ) -> list[dict[str, Any]]:
-    """Probe one site for both labels, true and shuffled, and give the rows of `results`."""
+    """Probe one site for both labels, true and shuffled, and give the rows of `results`; `where` names run and site."""
     train = (tokens["split"] == "train").to_numpy()
     trees = tokens["tree_id"].to_numpy()[~train]
-    X = StandardScaler(copy=False).fit(X[train]).transform(X)
+    scaler = StandardScaler(copy=False).fit(X[train])
+    X = scaler.transform(X)
     order = _shuffle_within(train, seed)
     labels = {label: tokens[label].to_numpy().astype(np.int64) for label in LABELS}
     fits = _fit_all(X, [y[rows] for y in labels.values() for rows in (slice(None), order)], train, max_iter)
     rows: list[dict[str, Any]] = []
     for label, y in labels.items():
         true, shuffled = next(fits), next(fits)
-        about = {"site": site, "token_role": token_role, "label": label}
+        about = {**where, "label": label}
         for metric, made in (("accuracy", true), ("shuffled_accuracy", shuffled)):
             low, high = interval(made.right, trees, seed)
             rows.append(
@@ -215,7 +225,26 @@ def _probe_site(
             ("converged", true.converged, int(train.sum())),
         ):
             rows.append({**about, "metric": metric, "value": float(value), "n": n})
+        rows += [
+            {**about, "n": int(train.sum()), **row} for row in _directions(true, np.unique(y[train]), scaler, about)
+        ]
     return rows
+
+
+def _directions(made: Fit, classes: np.ndarray, scaler: StandardScaler, about: dict[str, str]) -> list[dict[str, Any]]:
+    """A row a class: the direction whose dot product with an activation as stored, plus `value`, is the class's logit."""
+    directions = made.weights / scaler.scale_
+    offsets = made.intercepts - directions @ scaler.mean_
+    path = "/".join(about.values())
+    return [
+        {
+            "metric": "direction",
+            "value": float(offset),
+            "name": f"{path}={label}",
+            "direction": direction.astype(np.float32).tolist(),
+        }
+        for label, direction, offset in zip(classes.tolist(), directions, offsets, strict=True)
+    ]
 
 
 def _shuffle_within(train: np.ndarray, seed: int) -> np.ndarray:

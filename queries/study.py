@@ -30,21 +30,23 @@ STUDIES = {"probes": "actstore.queries.probe"}
 Progress = Callable[[int, int, str], None]  # parts done, parts in all, the part that was just done
 
 RESULTS = {  # the columns of the table `results`, but for `recorded`, which the store gives
-    "study": pl.String,
-    "run": pl.String,
-    "site": pl.String,
-    "token_role": pl.String,
-    "label": pl.String,
-    "metric": pl.String,
-    "value": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
-    "n": pl.Int64,
-    "query": pl.String,
-    "params": pl.String,
-    "snapshot": pl.Int32,
-    "seed": pl.Int64,
-    "version": pl.String,
+    "study": pl.String(),
+    "run": pl.String(),
+    "site": pl.String(),
+    "token_role": pl.String(),
+    "label": pl.String(),
+    "metric": pl.String(),
+    "value": pl.Float64(),
+    "low": pl.Float64(),
+    "high": pl.Float64(),
+    "n": pl.Int64(),
+    "query": pl.String(),
+    "params": pl.String(),
+    "snapshot": pl.Int32(),
+    "seed": pl.Int64(),
+    "version": pl.String(),
+    "name": pl.String(),
+    "direction": pl.List(pl.Float32),
 }
 
 
@@ -110,7 +112,8 @@ def result_rows(
     """Rows of the table `results`, columns as in RESULTS.
 
     Args:
-        rows: of each what is its own (site, token_role, label, metric, value, low, high, n); what is left out is NULL.
+        rows: of each what is its own (site, token_role, label, metric, value, low, high, n, name, direction); what is
+            left out is NULL.
         study, run, query, params, snapshot, seed: what they share.
     """
     shared: dict[str, Any] = {

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,22 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from actstore.errors import Damaged, NotStored
+from actstore.errors import NotStored
+from actstore.mapped import (
+    FLOATS_FOR_THREADS,
+    POSITION_BITS,
+    POSITION_MASK,
+    POSITIONS_PER_TREE,
+    Shards,
+    copy_rows,
+    flat_rows,
+    open_file,
+)
 
 if TYPE_CHECKING:
     import torch
 
 CRC_BYTES = 4
-POSITIONS_PER_TREE = 256  # token_id = tree_id * 256 + position: more than the 255 positions of the largest tree
 
 
 @dataclass(frozen=True)
@@ -38,11 +47,17 @@ class Layout:
         shape: of the whole array, trees first.
         position_axis: the axis that chunks cut one by one: 1 for [tree, position, d_model], 2 for [tree, head, query, key].
         trees_per_shard: trees a shard and a chunk hold.
+        dtype: of the numbers stored: float32 or float16.
     """
 
     shape: tuple[int, ...]
     position_axis: int
     trees_per_shard: int
+    dtype: str = "float32"
+
+    @property
+    def item_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize
 
     @property
     def n_positions(self) -> int:
@@ -70,12 +85,16 @@ class Layout:
 
     @property
     def chunk_bytes(self) -> int:
-        """One inner chunk with its checksum; a multiple of 4, so that every row starts on a float."""
-        return 4 * self.trees_per_shard * self.row_items + CRC_BYTES
+        """One inner chunk with its checksum; a multiple of item_bytes, so that every row starts on a float."""
+        return self.item_bytes * self.trees_per_shard * self.row_items + CRC_BYTES
+
+    @property
+    def index_bytes(self) -> int:
+        return self.n_positions * 16 + CRC_BYTES
 
     @property
     def shard_bytes(self) -> int:
-        return self.n_positions * (self.chunk_bytes + 16) + CRC_BYTES
+        return self.n_positions * self.chunk_bytes + self.index_bytes
 
     def shard_name(self, batch: int) -> str:
         """Of a shard's file inside its array's folder: `c/3/0/0`."""
@@ -95,7 +114,7 @@ def metadata(layout: Layout, names: tuple[str, ...], attributes: Mapping[str, An
         store,
         shape=layout.shape,
         chunks=layout.shard_shape,
-        dtype="float32",
+        dtype=layout.dtype,
         fill_value=float("nan"),
         serializer=ShardingCodec(chunk_shape=layout.chunk_shape, codecs=[BytesCodec(endian="little"), Crc32cCodec()]),
         compressors=None,
@@ -117,9 +136,9 @@ class ShardBuffer:
         self.bytes = np.frombuffer(mmap.mmap(-1, layout.shard_bytes), np.uint8)  # page-aligned, to be written directly
         self.rows = np.ndarray(  # [position, tree, *row]: the order on the disk
             (layout.n_positions, layout.trees_per_shard, *layout.row_shape),
-            np.float32,
+            layout.dtype,
             self.bytes,
-            strides=(layout.chunk_bytes, 4 * layout.row_items, *_contiguous_strides(layout.row_shape)),
+            strides=(layout.chunk_bytes, *_contiguous_strides((1, *layout.row_shape), layout.item_bytes)),
         )
         index = np.ndarray((layout.n_positions, 2), "<u8", self.bytes, layout.n_positions * layout.chunk_bytes)
         index[:, 0] = np.arange(layout.n_positions, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
@@ -129,7 +148,7 @@ class ShardBuffer:
         """Copy a batch in, behind the first_row rows that are there.
 
         Args:
-            activations: float32 [tree, position, d_model] or [tree, head, query, key], on any device.
+            activations: float [tree, position, d_model] or [tree, head, query, key], on any device.
 
         Raises:
             ValueError: they are of another shape, or more trees than the shard has room for.
@@ -172,8 +191,8 @@ class ShardBuffer:
         self.bytes[stop : stop + CRC_BYTES] = np.frombuffer(crc.to_bytes(CRC_BYTES, "little"), np.uint8)
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(4 * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+def _contiguous_strides(shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
+    return tuple(item_bytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 class SiteReader:
@@ -184,81 +203,88 @@ class SiteReader:
         first_tree_id: tree_id of row 0 of the array.
         shards: path of the shard file of each batch that is there.
         where: run and site, for messages.
+        is_token: whether each of some token ids is a token, bool [n]; what is none is padding. Asked only about rows that
+            begin with NaN, so that an activation that is NaN can be told from padding; without it they count as padding.
+        opener: opens a shard's path, and returns its descriptor.
     """
 
-    def __init__(self, layout: Layout, first_tree_id: int, shards: Mapping[int, Path], where: str) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        first_tree_id: int,
+        shards: Mapping[int, Path],
+        where: str,
+        is_token: Callable[[np.ndarray], np.ndarray] | None = None,
+        opener: Callable[[Path], int] = open_file,
+    ) -> None:
         self.layout, self.first_tree_id, self.shards, self.where = layout, first_tree_id, dict(shards), where
-        self._mapped: dict[int, np.ndarray] = {}
+        self._is_token, self._mapped = is_token, Shards(layout, shards, where, opener)
 
-    def gather(self, token_ids: np.ndarray) -> np.ndarray:
+    def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Read the activations of the given tokens.
 
-        Each row is copied once, out of the mapped shard it lies in; ids that come sorted by tree need no sorting here.
+        Each row is copied out of the mapped shard it lies in; ids need no sorting, though sorted ones are read faster.
 
         Args:
             token_ids: int64 [n], in any order; repeats are allowed.
+            out: where to put them, of any float dtype and the shape of what is returned; its rows may lie apart
+                (`X[:, 0]`). A new float32 array without it.
 
         Returns:
-            float32 [n, d_model] (patterns: [n, head, key]), in the order of `token_ids` and in the model's own units.
+            float32 [n, d_model] (patterns: [n, head, key]), in the order of `token_ids` and in the model's own units; `out`
+            where it was given.
 
         Raises:
             NotStored: an id has no activation here (another dataset's, padding, or not yet ingested).
-            Damaged: a shard is not there or not as long as it was committed.
+            Damaged: a shard is not there or not as it was committed.
+            BadInput: a number is too large for `out`.
         """
+        layout, token_ids = self.layout, np.asarray(token_ids).astype(np.int64, casting="safe", copy=False)
+        windows, offsets = self._find(token_ids)
+        if out is None and layout.dtype == "float32" and len(offsets) * layout.row_items < FLOATS_FOR_THREADS:
+            X = windows[offsets].view(np.float32).reshape(-1, layout.row_items)
+            blank = bool(np.isnan(X[:, 0].min(initial=0)))
+        else:
+            whole = np.empty((len(token_ids), *layout.row_shape), np.float32) if out is None else out
+            X = flat_rows(whole, len(token_ids), layout)
+            blank = copy_rows(windows, offsets, X, layout.dtype)
+        if blank:
+            self._refuse_padding(token_ids, X)
+        return X.reshape(-1, *layout.row_shape) if out is None else out
+
+    def _find(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Windows and offsets, as of Shards.find; two dozen nanoseconds a row are what a row costs, so each pass counts."""
+        row = token_ids - self.first_tree_id * POSITIONS_PER_TREE
+        inside = row.min(initial=0) >= 0 and row.max(initial=0) < self.layout.shape[0] * POSITIONS_PER_TREE
+        position = row & POSITION_MASK
+        row >>= POSITION_BITS
+        found = self._mapped.find(row, position) if inside else None
+        if found is None:
+            raise self._not_stored(token_ids)
+        return found
+
+    def _not_stored(self, token_ids: np.ndarray) -> NotStored:
+        """Which of the ids are not here, and why."""
         layout = self.layout
-        row, position = np.divmod(token_ids, POSITIONS_PER_TREE)
-        row -= self.first_tree_id
-        batch, slot = np.divmod(row, layout.trees_per_shard)
-        inside = (row >= 0) & (row < layout.shape[0]) & (position < layout.n_positions)
-        self._refuse(token_ids, ~inside, "of no tree of this run")
-        self._refuse(token_ids, ~np.isin(batch, list(self.shards)), "not ingested yet")
-        X = np.empty((len(token_ids), layout.row_items), np.float32)
-        cells = X.view(f"V{4 * layout.row_items}")[:, 0]  # one cell a row: numpy copies each with one memcpy
-        offsets = position * (layout.chunk_bytes // 4) + slot * layout.row_items
-        for which, of_batch in _groups(batch):
-            cells[of_batch] = self._windows(which)[offsets[of_batch]]
-        self._refuse(token_ids, np.isnan(X[:, 0]), "padding, past its tree's last token")
-        return X.reshape(-1, *layout.row_shape)
+        row, position = (token_ids >> POSITION_BITS) - self.first_tree_id, token_ids & POSITION_MASK
+        outside = (row < 0) | (row >= layout.shape[0]) | (position >= layout.n_positions)
+        if outside.any():
+            return not_stored(self.where, token_ids, outside, "of no tree of this run")
+        missing = ~np.isin(row // layout.trees_per_shard, list(self.shards))
+        return not_stored(self.where, token_ids, missing, "not ingested yet")
 
-    def _windows(self, batch: int) -> np.ndarray:
-        """A view of a shard whose item i is the row that would start at its i-th float."""
-        if batch not in self._mapped:
-            self._mapped[batch] = self._map(self.shards[batch])
-        return self._mapped[batch]
-
-    def _map(self, path: Path) -> np.ndarray:
-        try:
-            mapped = np.memmap(path, np.uint8, mode="r")
-        except (OSError, ValueError) as error:
-            raise Damaged(
-                f"cannot map {path} of {self.where} ({error}); restore it from a copy of the store"
-            ) from error
-        if len(mapped) != self.layout.shard_bytes:
-            raise Damaged(
-                f"{path} of {self.where} is {len(mapped):,} bytes long; it was {self.layout.shard_bytes:,} when committed"
-            )
-        row_bytes = 4 * self.layout.row_items
-        n_windows = (self.layout.shard_bytes - row_bytes) // 4 + 1
-        return np.lib.stride_tricks.as_strided(
-            mapped[:row_bytes].view(f"V{row_bytes}"), (n_windows,), (4,), writeable=False
-        )
-
-    def _refuse(self, token_ids: np.ndarray, bad: np.ndarray, why: str) -> None:
-        if bad.any():
-            raise NotStored(
-                f"{self.where} has no activation for {int(bad.sum()):,} of {len(token_ids):,} token ids, the first being "
-                f"{int(token_ids[np.argmax(bad)])} ({why}); choose tokens of the run's own dataset (where dataset = …)"
-            )
+    def _refuse_padding(self, token_ids: np.ndarray, X: np.ndarray) -> None:
+        """Padding reads as NaN throughout; a row of a token may hold NaN because the model computed it."""
+        padding = np.isnan(X[:, 0])
+        if self._is_token:
+            padding[padding] = ~self._is_token(token_ids[padding])
+        if padding.any():
+            raise not_stored(self.where, token_ids, padding, "padding, past its tree's last token")
 
 
-def _groups(batch: np.ndarray) -> list[tuple[int, slice | np.ndarray]]:
-    """The places of each batch's ids: slices where the batches come in order, indices where they do not."""
-    if not len(batch):
-        return []
-    starts = np.flatnonzero(np.diff(batch, prepend=batch[0] - 1))
-    if len(starts) == len(np.unique(batch[starts])):
-        stops = [*starts[1:].tolist(), len(batch)]
-        return [(int(batch[a]), slice(a, b)) for a, b in zip(starts.tolist(), stops, strict=True)]
-    order = np.argsort(batch, kind="stable")
-    starts = np.flatnonzero(np.diff(batch[order], prepend=-1))
-    return [(int(batch[places[0]]), places) for places in np.split(order, starts[1:])]
+def not_stored(where: str, token_ids: np.ndarray, bad: np.ndarray, why: str) -> NotStored:
+    """The error that says how many of the ids are bad, and names the first."""
+    return NotStored(
+        f"{where} has no activation for {int(bad.sum()):,} of {len(token_ids):,} token ids, the first being "
+        f"{int(token_ids[np.argmax(bad)])} ({why}); choose tokens of the run's own dataset (where dataset = …)"
+    )

@@ -194,6 +194,29 @@ class Store:
         rows = self.sql(query, params)
         return reader.gather(_token_ids(rows)), rows
 
+    def scan(self, run: str | None = None, site: str = "resid_post.0") -> pl.LazyFrame:
+        """The tokens of a run as a polars LazyFrame, one row a token, in the order of token_id.
+
+        What the query does not ask for is not read: columns that it does not select, rows that a filter on any column but
+        x leaves out, and x itself where it is not selected. Filters that compare columns with each other or with values
+        are answered by DuckDB, others by polars before any activation is read. `collect(engine="streaming")` stops early
+        at a `head` behind a filter, and keeps memory flat in sinks and aggregations.
+
+        Columns: those of `tokens`; of the edge that a token writes those of `edges` (NULL behind the bar), its `step` named
+        `edge_step`, since `step` is the token's own; those of the tree, from `trees`; and `x`, Array(Float32, d_model)
+        (patterns: [head, key]). Enums are polars Enums.
+
+        Args:
+            run: whose activations; may be left out where the store holds one run.
+            site: `resid_post.0` or `blocks.0.hook_resid_post`; trees that are not ingested there have no rows.
+
+        Raises:
+            NotStored: no such run or site.
+        """
+        from actstore.scan import scan
+
+        return scan(self, run, site)
+
     def _reader(self, run: str, site: str) -> SiteReader:
         if (run, site) not in self._readers:
             self._readers[run, site] = self._open_site(run, site)

@@ -177,9 +177,13 @@ def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> No
     statements = cursor.extract_statements(query)
     if len(statements) != 1:
         raise BadInput(f"got {len(statements)} statements; ask one query at a time")
-    if statements[0].type not in READING:
-        raise BadInput(f"a store is read with SELECT, and cannot do {statements[0].type.name}")
-    if statements[0].type == duckdb.StatementType.MULTI:  # whose parameters DuckDB does not name
+    try:
+        kind = statements[0].type
+    except ValueError:  # of which the Python client knows no name
+        raise BadInput("a store is read with SELECT, and cannot do this") from None
+    if kind not in READING:
+        raise BadInput(f"a store is read with SELECT, and cannot do {kind.name}")
+    if kind == duckdb.StatementType.MULTI:  # whose parameters DuckDB does not name
         return
     wanted = set(statements[0].named_parameters)
     if wrong := sorted(wanted ^ given):

@@ -33,7 +33,8 @@ def progress(what: str, total: int | None, unit: str) -> Iterator[Advance]:
 
 @contextmanager
 def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
-    from rich.console import Console
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -42,6 +43,7 @@ def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 
     columns = (
         TextColumn("{task.description}"),
@@ -52,12 +54,15 @@ def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(what, total=total)
+    console, details = Console(stderr=True), Text(style="dim")  # below the bar, where a long line leaves it its room
+    bars = Progress(*columns, console=console)
+    task = bars.add_task(what, total=total)
 
-        def advance(done: int, total: int | None = None, part: str | None = None) -> None:
-            bars.update(task, completed=done, total=total, description=f"{what} {part}" if part else what)
+    def advance(done: int, total: int | None = None, part: str | None = None) -> None:
+        bars.update(task, completed=done, total=total)
+        details.plain = part or ""
 
+    with Live(Group(bars, details), console=console):
         yield advance
 
 

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from actstore.errors import NotStored
+from actstore.errors import Damaged, NotStored
 from actstore.mapped import (
-    FLOATS_FOR_THREADS,
     POSITION_BITS,
     POSITION_MASK,
     POSITIONS_PER_TREE,
     Shards,
     copy_rows,
     flat_rows,
+    n_threads,
     open_file,
 )
 
@@ -218,7 +218,7 @@ class SiteReader:
         opener: Callable[[Path], int] = open_file,
     ) -> None:
         self.layout, self.first_tree_id, self.shards, self.where = layout, first_tree_id, dict(shards), where
-        self._is_token, self._mapped = is_token, Shards(layout, shards, where, opener)
+        self._is_token, self.mapped = is_token, Shards(layout, shards, where, opener)
 
     def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Read the activations of the given tokens.
@@ -241,7 +241,7 @@ class SiteReader:
         """
         layout, token_ids = self.layout, np.asarray(token_ids).astype(np.int64, casting="safe", copy=False)
         windows, offsets = self._find(token_ids)
-        if out is None and layout.dtype == "float32" and len(offsets) * layout.row_items < FLOATS_FOR_THREADS:
+        if out is None and layout.dtype == "float32" and n_threads(len(offsets) * layout.row_items) == 1:
             X = windows[offsets].view(np.float32).reshape(-1, layout.row_items)
             blank = bool(np.isnan(X[:, 0].min(initial=0)))
         else:
@@ -258,20 +258,29 @@ class SiteReader:
         inside = row.min(initial=0) >= 0 and row.max(initial=0) < self.layout.shape[0] * POSITIONS_PER_TREE
         position = row & POSITION_MASK
         row >>= POSITION_BITS
-        found = self._mapped.find(row, position) if inside else None
+        found = self.mapped.find(row, position) if inside else None
         if found is None:
-            raise self._not_stored(token_ids)
+            self.places(token_ids)  # says which, and why
+            raise Damaged(
+                f"a shard of {self.where} lacks chunks that were committed; restore it from a copy of the store"
+            )
         return found
 
-    def _not_stored(self, token_ids: np.ndarray) -> NotStored:
-        """Which of the ids are not here, and why."""
+    def places(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row of the array and position of each id, int64 [n] each.
+
+        Raises:
+            NotStored: an id has none, or its batch is not ingested yet.
+        """
         layout = self.layout
         row, position = (token_ids >> POSITION_BITS) - self.first_tree_id, token_ids & POSITION_MASK
         outside = (row < 0) | (row >= layout.shape[0]) | (position >= layout.n_positions)
         if outside.any():
-            return not_stored(self.where, token_ids, outside, "of no tree of this run")
+            raise not_stored(self.where, token_ids, outside, "of no tree of this run")
         missing = ~np.isin(row // layout.trees_per_shard, list(self.shards))
-        return not_stored(self.where, token_ids, missing, "not ingested yet")
+        if missing.any():
+            raise not_stored(self.where, token_ids, missing, "not ingested yet")
+        return row, position
 
     def _refuse_padding(self, token_ids: np.ndarray, X: np.ndarray) -> None:
         """Padding reads as NaN throughout; a row of a token may hold NaN because the model computed it."""

@@ -95,15 +95,9 @@ class Shards:
                 return view.windows, offsets
         return None
 
-    def chunk_starts(self, batch: int) -> np.ndarray | None:
-        """int64 [n_positions]: the byte of its file where each chunk of a batch starts; negative where there is none.
-
-        None where the batch is not there.
-        """
-        if batch not in self.paths:
-            return None
-        chunks = self._map([batch]).maps[batch][1]
-        return np.where(chunks < 0, -1, chunks * self.layout.item_bytes)
+    def chunk_starts(self, batch: int) -> np.ndarray:
+        """int64 [n_positions]: the byte of its file where each chunk of a batch that is there starts."""
+        return self._map([batch]).maps[batch][1] * self.layout.item_bytes
 
     def _map(self, batches: list[int]) -> View:
         """What is mapped once these batches are, too; those that there are."""
@@ -207,17 +201,21 @@ def copy_rows(windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, dtype: st
                 blank |= bool(np.isnan(X[some, 0].min(initial=0)))
         return blank
 
-    n_threads = min(n_processors(), MOST_THREADS) if X.size >= FLOATS_FOR_THREADS else 1
-    per_thread = max(-(-len(X) // n_threads), 1)
+    threads_wanted = n_threads(X.size)
+    per_thread = max(-(-len(X) // threads_wanted), 1)
     try:
-        if n_threads == 1:
+        if threads_wanted == 1:
             return copy(0)
-        with ThreadPoolExecutor(n_threads) as threads:
+        with ThreadPoolExecutor(threads_wanted) as threads:
             return any(list(threads.map(copy, range(0, len(X), per_thread))))
     except FloatingPointError:
         raise BadInput(f"an activation is too large for {X.dtype}; read it as float32") from None
 
 
-def n_processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def n_threads(n_floats: int) -> int:
+    """How many threads shall copy so many numbers: no more than processors, nor than OMP_NUM_THREADS allows."""
+    if n_floats < FLOATS_FOR_THREADS:
+        return 1
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(processors, MOST_THREADS, int(allowed) if allowed.isdecimal() else MOST_THREADS))

@@ -9,21 +9,27 @@ two in step. Opening takes one snapshot and keeps it, whatever is ingested meanw
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import polars as pl
 
-from actstore import catalog
-from actstore.arrays import Layout, SiteReader
+from actstore import catalog, reading
+from actstore.arrays import SiteReader
 from actstore.errors import BadInput, Damaged, NotStored, TooNew
+from actstore.folder import Folder
 from actstore.functions import add_functions
 from actstore.log import FORMAT_VERSION, check_sizes, manifests
 from actstore.session import Session
+
+if TYPE_CHECKING:
+    import torch
+
+    from actstore.explain import Explanation
 
 
 def check_format(root: Path) -> dict[str, Any]:
@@ -65,11 +71,13 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.about = check_format(self.path)
+        self.folder = Folder(self.path)
         self._session = self._open_session()
         self._readers: dict[tuple[str, str], SiteReader] = {}
         try:
             self.snapshot = self._snapshot()
             check_sizes(self.path, manifests(self.path, least=self.snapshot)[: self.snapshot])
+            self.folder.check()  # else the session and the arrays may be of two stores
             add_functions(self._session, self)
         except BaseException:
             self.close()
@@ -92,6 +100,7 @@ class Store:
     def close(self) -> None:
         self._session.close()
         self._readers.clear()
+        self.folder.close()
 
     def _snapshot(self) -> int:
         try:
@@ -171,28 +180,83 @@ class Store:
             raise NotStored(f"{held} yet; ingest one with `actstore ingest {self.path} --model reproduction`")
         raise BadInput(f"which run? {held}: name one (--run)")
 
+    @overload
     def read(
-        self, query: str, run: str | None = None, site: str = "resid_post.0", params: Mapping[str, Any] | None = None
-    ) -> tuple[np.ndarray, pl.DataFrame]:
+        self,
+        query: str,
+        run: str | None = ...,
+        site: str | None = ...,
+        params: Mapping[str, Any] | None = ...,
+        *,
+        sites: Sequence[str] | None = ...,
+        dtype: str = ...,
+        out: Literal["numpy"] = ...,
+    ) -> tuple[np.ndarray, pl.DataFrame]: ...
+
+    @overload
+    def read(
+        self, query: str, *args: Any, out: Literal["torch"], **options: Any
+    ) -> tuple[torch.Tensor, pl.DataFrame]: ...
+
+    def read(
+        self,
+        query: str,
+        run: str | None = None,
+        site: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        sites: Sequence[str] | None = None,
+        dtype: str = "float32",
+        out: str = "numpy",
+    ) -> tuple[Any, pl.DataFrame]:
         """Run a query that names tokens, and read their activations.
 
         Args:
             query: a SELECT with a column `token_id`; whatever else it yields comes back beside it.
             run: whose activations; may be left out where the store holds one run.
-            site: `resid_post.0` or `blocks.0.hook_resid_post`.
+            site: `resid_post.0` (read where none is named) or `blocks.0.hook_resid_post`.
             params: a value for each `$name` of the query.
+            sites: several sites of one row shape, in place of `site`.
+            dtype: of X: float32, float16, float64, or bfloat16 (torch alone).
+            out: numpy or torch; a tensor shares the memory of what was read.
 
         Returns:
-            X: float32 [n, d_model] (patterns: [n, head, key]), in the model's own units.
-            rows: the query's frame of n rows; row i of X is the activation of row i.
+            X: [n, d_model] (patterns: [n, head, key]), in the model's own units; with `sites` [n, n_sites, d_model].
+            rows: the query's frame of n rows; row i of X is the activation of row i, in whatever order, repeats kept.
 
         Raises:
             NotStored: no such run or site, or a token has no activation there.
-            BadInput: the query is refused, or yields no integer token_id without NULLs.
+            BadInput: the query is refused, has two columns of one name, or yields no integer token_id without NULLs; the
+                sites' rows differ in shape; no such dtype or out; or an activation is too large for the dtype.
+            Damaged: a file is not what was committed, or another store was put in the place of this one.
         """
-        reader = self._reader(self.run(run), site)
-        rows = self.sql(query, params)
-        return reader.gather(_token_ids(rows)), rows
+        reading.check_form(dtype, out)
+        names = reading.wanted_sites(site, sites)
+        run = self.run(run)
+        readers = [self._reader(run, name) for name in names]
+        reading.same_row_shape(readers, names)
+        token_ids, rows = reading.read_ids(self, query, params)
+        return reading.read_activations(readers, token_ids, sites is None, dtype, out), rows
+
+    def explain(
+        self,
+        query: str,
+        run: str | None = None,
+        site: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        sites: Sequence[str] | None = None,
+    ) -> Explanation:
+        """What `read` with the same arguments will cost: rows, chunks, shards, bytes. The query runs; no activation is read.
+
+        Raises:
+            NotStored: no such run or site, or a token is of another set of trees or not ingested yet. That one is padding
+                only the read finds out.
+            BadInput: as `read`.
+        """
+        from actstore.explain import explain
+
+        return explain(self, query, run, reading.wanted_sites(site, sites), params)
 
     def scan(self, run: str | None = None, site: str = "resid_post.0") -> pl.LazyFrame:
         """The tokens of a run as a polars LazyFrame, one row a token, in the order of token_id.
@@ -219,44 +283,5 @@ class Store:
 
     def _reader(self, run: str, site: str) -> SiteReader:
         if (run, site) not in self._readers:
-            self._readers[run, site] = self._open_site(run, site)
+            self._readers[run, site] = reading.open_site(self, run, site)
         return self._readers[run, site]
-
-    def _open_site(self, run: str, site: str) -> SiteReader:
-        wanted = (
-            "from sites join runs using (run) join datasets using (dataset) where run = $run and $site in (site, short)"
-        )
-        found = self.sql(
-            f"select site, kind, shape, trees_per_shard, datasets.first_tree_id {wanted}", {"run": run, "site": site}
-        ).to_dicts()
-        if not found:
-            raise NotStored(
-                f"run {run!r} holds no site {site!r}; it holds {', '.join(self.sites(run))}: ingest it under another run name "
-                f"with `actstore ingest {self.path} --run {run}-more --sites {site} …`"
-            )
-        row = found[0]
-        layout = Layout(tuple(row["shape"]), 1 if row["kind"] == "resid" else 2, row["trees_per_shard"])
-        shards = self.sql(
-            "select batch, path from shards where run = $run and site = $site", {"run": run, "site": row["site"]}
-        ).iter_rows()
-        paths = {batch: self.path / path for batch, path in shards}
-        return SiteReader(layout, row["first_tree_id"], paths, f"{row['site']} of run {run!r}")
-
-
-def _token_ids(rows: pl.DataFrame) -> np.ndarray:
-    """int64 [n] from a query's column token_id."""
-    if "token_id" not in rows.columns:
-        raise BadInput(
-            f"the query yields {', '.join(rows.columns)} and no token_id; select token_id to say which tokens to read"
-        )
-    ids = rows["token_id"]
-    if not ids.dtype.is_integer():
-        raise BadInput(f"the query's token_id is {ids.dtype}; it must be an integer, as in the tables")
-    if ids.null_count():
-        raise BadInput(
-            f"{ids.null_count():,} of {len(ids):,} token_ids are NULL; add `where token_id is not null`, or join the tokens"
-        )
-    as_stored = ids.cast(pl.Int64, strict=False)  # NULL where an id does not fit
-    if as_stored.null_count():
-        raise NotStored(f"no token has token_id {ids.filter(as_stored.is_null())[0]}; select token_id from the tables")
-    return as_stored.to_numpy()

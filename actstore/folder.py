@@ -1,0 +1,48 @@
+"""A store's folder, held open: what is read from it stays its own, whatever takes its place meanwhile."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+
+from actstore.errors import Damaged
+
+
+class Folder:
+    """A folder that files are opened in by descriptor, so that a store put in its place is never read for it.
+
+    Raises:
+        OSError: there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+
+    def close(self) -> None:
+        self._close()
+        self._descriptor = -1  # the number may soon be another file's
+
+    def open(self, path: Path) -> int:
+        """The descriptor of a file inside, to be read; as os.open raises where there is none."""
+        return os.open(path.relative_to(self.path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._descriptor)
+
+    def read(self, path: Path) -> bytes:
+        """The content of a file inside; as os.open raises where there is none."""
+        with os.fdopen(self.open(path), "rb") as file:
+            return file.read()
+
+    def check(self) -> None:
+        """Look whether the folder is still what its path leads to.
+
+        Raises:
+            Damaged: it was moved or removed, or another is in its place.
+        """
+        try:
+            is_same = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise Damaged(f"{self.path} was moved or replaced since it was opened; open the store again")

@@ -1,0 +1,187 @@
+"""From a query to activations: its token ids, the sites asked for, and one X that rows of every site are copied into."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from actstore.arrays import Layout, SiteReader
+from actstore.errors import BadInput, Damaged, NotStored
+from actstore.foreign import ForeignReader, mapped_dtype
+
+if TYPE_CHECKING:
+    from actstore.store import Store
+
+SITE = "resid_post.0"  # read where none is named
+DTYPES = ("float32", "float16", "float64", "bfloat16")
+RENAMED = re.compile(r"(.+)_\d+")  # DuckDB hands a second column `a` on as `a_1`
+
+
+def wanted_sites(site: str | None, sites: Sequence[str] | None) -> list[str]:
+    """The names of the sites meant.
+
+    Raises:
+        BadInput: one and several are given, or none of several.
+    """
+    if sites is None:
+        return [SITE if site is None else site]
+    if site is not None:
+        raise BadInput(
+            f"got site {site!r} and sites {sites!r}; give site for X [n, d_model], sites for [n, n_sites, d_model]"
+        )
+    if isinstance(sites, str) or not sites:
+        raise BadInput(f"got sites {sites!r}; give a list of sites, such as ['embed', 'resid_post.0'], or site for one")
+    return list(sites)
+
+
+def check_form(dtype: str, out: str) -> None:
+    """Refuse a form of X that there is not.
+
+    Raises:
+        BadInput: says which there are.
+    """
+    if out not in ("numpy", "torch"):
+        raise BadInput(f"got out {out!r}; X comes as 'numpy' or 'torch'")
+    if dtype not in DTYPES:
+        raise BadInput(f"got dtype {dtype!r}; X comes as {', '.join(DTYPES)}")
+    if dtype == "bfloat16" and out == "numpy":
+        raise BadInput("numpy has no bfloat16; ask for out='torch', or for float16 or float32")
+
+
+def read_ids(store: Store, query: str, params: Mapping[str, Any] | None) -> tuple[np.ndarray, pl.DataFrame]:
+    """The token ids that a query yields, int64 [n], and its frame.
+
+    Raises:
+        NotStored: an id is too large for any token.
+        BadInput: the query is refused, has two columns of one name, or yields no integer token_id without NULLs.
+    """
+    rows = store.sql(query, params)
+    _refuse_twins(store, query, params, rows.columns)
+    return token_ids(rows), rows
+
+
+def token_ids(rows: pl.DataFrame) -> np.ndarray:
+    """int64 [n] from a frame's column token_id; raises as read_ids."""
+    if "token_id" not in rows.columns:
+        raise BadInput(
+            f"the query yields {', '.join(rows.columns)} and no token_id; select token_id to say which tokens to read"
+        )
+    ids = rows["token_id"]
+    if not ids.dtype.is_integer():
+        raise BadInput(f"the query's token_id is {ids.dtype}; it must be an integer, as in the tables")
+    if ids.null_count():
+        raise BadInput(
+            f"{ids.null_count():,} of {len(ids):,} token_ids are NULL; add `where token_id is not null`, or join the tokens"
+        )
+    as_stored = ids.cast(pl.Int64, strict=False)  # NULL where an id does not fit
+    if as_stored.null_count():
+        raise NotStored(f"no token has token_id {ids.filter(as_stored.is_null())[0]}; select token_id from the tables")
+    return as_stored.to_numpy()
+
+
+def _refuse_twins(store: Store, query: str, params: Mapping[str, Any] | None, columns: Sequence[str]) -> None:
+    """Two columns of one name would come back as `a` and `a_1`, and nobody could say which is which."""
+    known = {name.lower() for name in columns}
+    if not any((found := RENAMED.fullmatch(name.lower())) and found[1] in known for name in columns):
+        return
+    try:
+        described = store.sql(f"describe {query}", params)["column_name"].to_list()
+    except BadInput:  # a query that DESCRIBE does not take, such as SHOW
+        return
+    names = [name.lower() for name in described]
+    if twins := [name for place, name in enumerate(described) if name.lower() in names[:place]]:
+        raise BadInput(f"the query yields two columns named {twins[0]}; rename one (`… as other`), or leave it out")
+
+
+def read_activations(readers: Sequence[SiteReader], token_ids: np.ndarray, one_site: bool, dtype: str, out: str) -> Any:
+    """X [n, *row] of one site, or [n, n_sites, *row]; see Store.read."""
+    if one_site and dtype == "float32":
+        X = readers[0].gather(token_ids)
+        return _as_torch(X) if out == "torch" else X
+    shape = (len(token_ids), len(readers), *readers[0].layout.row_shape)
+    if dtype == "bfloat16":
+        import torch
+
+        in_torch = torch.empty(shape, dtype=torch.bfloat16)
+        for place, reader in enumerate(readers):
+            in_torch[:, place] = torch.from_numpy(reader.gather(token_ids))
+        return in_torch[:, 0] if one_site else in_torch
+    X = np.empty(shape, dtype)
+    for place, reader in enumerate(readers):
+        reader.gather(token_ids, out=X[:, place])
+    X = X[:, 0] if one_site else X
+    return _as_torch(X) if out == "torch" else X
+
+
+def _as_torch(X: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(X)
+
+
+def same_row_shape(readers: Sequence[SiteReader], sites: Sequence[str]) -> None:
+    """Refuse sites whose rows differ in shape, which no one X holds.
+
+    Raises:
+        BadInput: names the first two that differ.
+    """
+    for reader, site in zip(readers, sites, strict=True):
+        if reader.layout.row_shape != readers[0].layout.row_shape:
+            raise BadInput(
+                f"{sites[0]} has rows of {list(readers[0].layout.row_shape)} and {site} of {list(reader.layout.row_shape)}; "
+                "read sites of one shape in one call"
+            )
+
+
+def open_site(store: Store, run: str, site: str) -> SiteReader:
+    """A reader of one site of a run: of mapped shards where they lie as actstore writes them, else through zarr-python.
+
+    Raises:
+        NotStored: the run holds no such site.
+        Damaged: its metadata cannot be read.
+    """
+    wanted = (
+        "from sites join runs using (run) join datasets using (dataset) where run = $run and $site in (site, short)"
+    )
+    found = store.sql(
+        f"select site, kind, shape, path, trees_per_shard, datasets.first_tree_id {wanted}", {"run": run, "site": site}
+    ).to_dicts()
+    if not found:
+        raise NotStored(
+            f"run {run!r} holds no site {site!r}; it holds {', '.join(store.sites(run))}: ingest it under another run name "
+            f"with `actstore ingest {store.path} --run {run}-more --sites {site} …`"
+        )
+    row = found[0]
+    shards = store.sql(
+        "select batch, path from shards where run = $run and site = $site", {"run": run, "site": row["site"]}
+    ).iter_rows()
+    paths = {batch: store.path / path for batch, path in shards}
+    where, first = f"{row['site']} of run {run!r}", row["first_tree_id"]
+
+    def is_token(ids: np.ndarray) -> np.ndarray:
+        asked = {"ids": np.unique(ids).tolist()}
+        known = store.sql("select token_id from tokens where token_id in (select unnest($ids::bigint[]))", asked)
+        return np.isin(ids, known["token_id"].to_numpy())
+
+    shape, axis, per_shard = tuple(row["shape"]), 1 if row["kind"] == "resid" else 2, row["trees_per_shard"]
+    dtype = mapped_dtype(_zarr_json(store, row["path"]), Layout(shape, axis, per_shard))
+    if dtype is None:
+        array, layout = store.path / row["path"], Layout(shape, axis, per_shard)
+        return ForeignReader(array, layout, first, paths, where, is_token, store.folder.check)
+    return SiteReader(Layout(shape, axis, per_shard, dtype), first, paths, where, is_token, store.folder.open)
+
+
+def _zarr_json(store: Store, path: str) -> dict[str, Any]:
+    """An array's metadata; empty where it is of Zarr v2, whose metadata has another name."""
+    file = store.path / path / "zarr.json"
+    try:
+        return dict(json.loads(store.folder.read(file)))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise Damaged(f"{file} cannot be read ({error}); restore it from a copy of the store") from error

@@ -184,7 +184,16 @@ def sql(
 @store_argument
 @click.argument("query")
 @click.option("--run", help="Whose activations; needed where the store holds several runs.")
-@click.option("--site", default="resid_post.0", show_default=True, help="Where in the network.")
+@click.option(
+    "--site",
+    "sites",
+    multiple=True,
+    default=("resid_post.0",),
+    show_default=True,
+    help="Where in the network; several, repeated or with commas, give X [n, n_sites, d_model].",
+)
+@click.option("--dtype", default="float32", show_default=True, help="Of X: float32, float16 or float64.")
+@click.option("--explain", is_flag=True, help="Say what would be read, and read nothing.")
 @click.option("--out", metavar="FILE", help="Write X and the rows to .npz, .safetensors or .parquet.")
 @param_option
 @output_options
@@ -192,7 +201,9 @@ def read(
     store: Path,
     query: str,
     run: str | None,
-    site: str,
+    sites: tuple[str, ...],
+    dtype: str,
+    explain: bool,
     out: str | None,
     params: tuple[tuple[str, str], ...],
     output: Output,
@@ -203,6 +214,8 @@ def read(
 
     \b
         actstore read demo.act "select token_id, source from edge_targets where is_last" --site resid_post.0 --out x.npz
+        actstore read demo.act "from edge_targets" --site embed,resid_post.0,resid_post.5 --out x.safetensors
+        actstore read demo.act "from edge_targets" --explain
     """
     import polars as pl
 
@@ -210,11 +223,20 @@ def read(
     from actstore.store import Store
 
     check_ending(out, ACTIVATION_FILES, "--out")
+    names = [name.strip() for some in sites for name in some.split(",")]
+    where: dict[str, Any] = {"sites": names} if len(names) > 1 else {"site": names[0]}
     with Store(store) as opened:
-        X, rows = opened.read(query, run, site, dict(params))
+        if explain:
+            explanation = opened.explain(query, run, params=dict(params), **where)
+            if output.format == "table" and not output.parquet:
+                click.echo(str(explanation))
+            else:
+                output.write(pl.DataFrame([explanation.to_dict()]), explanation.to_dict())
+            return
+        X, rows = opened.read(query, run, params=dict(params), dtype=dtype, **where)
     if out:
         save_activations(out, X, rows)
-        click.echo(f"{out}: X float32 {list(X.shape)} and {', '.join(rows.columns)}")
+        click.echo(f"{out}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
     else:
         output.write(rows.with_columns(pl.Series("x", X)))
 

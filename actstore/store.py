@@ -195,7 +195,15 @@ class Store:
 
     @overload
     def read(
-        self, query: str, *args: Any, out: Literal["torch"], **options: Any
+        self,
+        query: str,
+        run: str | None = ...,
+        site: str | None = ...,
+        params: Mapping[str, Any] | None = ...,
+        *,
+        sites: Sequence[str] | None = ...,
+        dtype: str = ...,
+        out: Literal["torch"],
     ) -> tuple[torch.Tensor, pl.DataFrame]: ...
 
     def read(

@@ -29,6 +29,7 @@ from actstore.session import Session
 if TYPE_CHECKING:
     import torch
 
+    from actstore.batches import Batches
     from actstore.explain import Explanation
 
 
@@ -288,6 +289,75 @@ class Store:
         from actstore.scan import scan
 
         return scan(self, run, site)
+
+    def batches(
+        self,
+        query: str,
+        run: str | None = None,
+        site: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        sites: Sequence[str] | None = None,
+        batch_size: int = 4096,
+        shuffle: bool = True,
+        seed: int = 0,
+        start: int = 0,
+        drop_last: bool = False,
+        window: int = 2**18,
+    ) -> Batches:
+        """A torch IterableDataset of batches (X, columns) of a query's rows, for sets that are larger than memory.
+
+            data = store.batches("select token_id, source from edge_targets where split = 'train'")
+            for epoch in range(3):
+                data.set_epoch(epoch)
+                for X, columns in DataLoader(data, batch_size=None, num_workers=2):
+                    loss = ((probe(X) - columns["source"]) ** 2).mean()
+
+        X is a float32 tensor [b, d_model] (patterns: [b, head, key]), with `sites` [b, n_sites, d_model]. `columns` has
+        each column of the query: numbers and booleans without NULL as a tensor [b] (FLOAT[k]: [b, k]; unsigned ones of 16
+        and 32 bits as int32 and int64), any other as a list. Row i of each is of one token.
+
+        An epoch yields each row of the query once, repeats as often as the query has them. Its order follows from the
+        ids, seed and epoch, however the query orders its rows (those with one and the same id as it orders them): the
+        shards are shuffled, then all rows of each `window` rows' worth of shards. A selection that fits into one window is
+        shuffled uniformly; of a larger one a batch holds rows of the window's shards alone, so a wider window mixes better
+        and keeps more of the disk's pages in use. In memory are the query's rows, one batch, and pages of one window,
+        which the system can take back. Without shuffle the order is the query's: give it an ORDER BY.
+
+        In a DataLoader (with batch_size=None), worker w of n reads batches w, w + n, …, and they come in the same order as
+        without workers. `len()` counts the batches to come.
+
+        Args:
+            query, run, site, params, sites: as of `read`; the query runs now, on this store's snapshot, and
+                the store may be closed before the batches are read.
+            batch_size: rows; the last batch may have fewer.
+            shuffle: see above.
+            seed: of the order, from 0 on.
+            start: number of the first batch to yield in the first epoch: k yields batches k, k + 1, … of the whole run.
+            drop_last: leave out a last batch of fewer rows.
+            window: rows.
+
+        Raises:
+            NotStored: as `read`, and before the first batch.
+            BadInput: as `read`; or a number that cannot be.
+            Damaged: on iterating: a file is not what was committed, or another store was put in the place of this one.
+        """
+        from actstore.batches import Batches
+
+        return Batches(
+            self,
+            query,
+            run,
+            reading.wanted_sites(site, sites),
+            params,
+            one_site=sites is None,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            start=start,
+            drop_last=drop_last,
+            window=window,
+        )
 
     def _reader(self, run: str, site: str) -> SiteReader:
         if (run, site) not in self._readers:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import tensorstore
@@ -18,7 +20,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
 from actstore.arrays import Layout, ShardBuffer, SiteReader, metadata
-from actstore.errors import Damaged, NotStored
+from actstore.errors import BadInput, Damaged, NotStored
 from actstore.store import Store
 from tests.stores import Fake, fake
 
@@ -27,26 +29,26 @@ RESID, PATTERN = "blocks.0.hook_resid_post", "blocks.0.attn.hook_pattern"
 
 @st.composite
 def layouts(pick: st.DrawFn) -> Layout:
-    """Arrays of either kind, from one tree and one position up, the last shard full or not."""
+    """Arrays of either kind and dtype, from one tree and one position up, the last shard full or not."""
     n_trees, n_positions = pick(st.integers(1, 9)), pick(st.integers(1, 9))
-    trees_per_shard = pick(st.integers(1, 10))
+    trees_per_shard, dtype = pick(st.integers(1, 10)), pick(st.sampled_from(["float32", "float16"]))
     if pick(st.booleans()):
-        return Layout((n_trees, n_positions, pick(st.integers(1, 7))), 1, trees_per_shard)
-    return Layout((n_trees, pick(st.integers(1, 3)), n_positions, n_positions), 2, trees_per_shard)
+        return Layout((n_trees, n_positions, pick(st.integers(1, 7))), 1, trees_per_shard, dtype)
+    return Layout((n_trees, pick(st.integers(1, 3)), n_positions, n_positions), 2, trees_per_shard, dtype)
 
 
 def planted(layout: Layout, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Activations, float32 of the layout's shape, and the length of each tree, intp [n_trees]."""
+    """Activations, of the layout's shape and dtype, and the length of each tree, intp [n_trees]."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, layout.n_positions, layout.shape[0], dtype=np.intp, endpoint=True)
-    return rng.standard_normal(layout.shape, dtype=np.float32), lengths
+    return rng.standard_normal(layout.shape, dtype=np.float32).astype(layout.dtype), lengths
 
 
 def blanked(layout: Layout, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The activations with NaN wherever a tree has no token."""
     is_token = np.arange(layout.n_positions) < lengths[:, None]
     shape = [size if axis in (0, layout.position_axis) else 1 for axis, size in enumerate(layout.shape)]
-    return np.where(is_token.reshape(shape), values, np.float32(np.nan))
+    return np.where(is_token.reshape(shape), values, np.asarray(np.nan, layout.dtype))
 
 
 def pack(layout: Layout, values: np.ndarray, lengths: np.ndarray, buffer: ShardBuffer | None = None) -> list[bytes]:
@@ -71,7 +73,7 @@ def shards_of_zarr_python(layout: Layout, values: np.ndarray) -> dict[str, bytes
         MemoryStore(written),
         shape=values.shape,
         chunks=(layout.trees_per_shard, *values.shape[1:]),
-        dtype="float32",
+        dtype=layout.dtype,
         fill_value=np.nan,
         serializer=ShardingCodec(chunk_shape=tuple(inner), codecs=[BytesCodec(endian="little"), Crc32cCodec()]),
         compressors=None,
@@ -191,23 +193,136 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-@given(layouts(), st.integers(0, 10**6), st.integers(0, 2**32), st.data())
-@settings(max_examples=150)
-def test_gather_is_numpy_indexing(folder: Path, layout: Layout, first: int, seed: int, data: st.DataObject) -> None:
+def written(folder: Path, layout: Layout, first: int, seed: int) -> tuple[SiteReader, np.ndarray, np.ndarray]:
+    """A reader of planted activations; every token id, in order; and the activation of each."""
     values, lengths = planted(layout, seed)
     paths = {}
     for batch, shard in enumerate(pack(layout, values, lengths)):
         paths[batch] = folder / str(batch)
+        paths[batch].unlink(missing_ok=True)
         paths[batch].write_bytes(shard)
     tree, position = np.nonzero(np.arange(layout.n_positions) < lengths[:, None])
-    some = np.array(data.draw(st.lists(st.integers(0, len(tree) - 1), max_size=30)), np.intp)  # any order, repeats
-    token_ids = (first + tree[some]).astype(np.int64) * 256 + position[some]
-    reader = SiteReader(layout, first, paths, "a site")
-    X = reader.gather(token_ids)
+    by_position = np.moveaxis(values, layout.position_axis, 1)
+    return SiteReader(layout, first, paths, "a site"), (first + tree) * 256 + position, by_position[tree, position]
+
+
+@given(layouts(), st.integers(0, 10**6), st.integers(0, 2**32), st.data())
+@settings(max_examples=150)
+def test_gather_is_numpy_indexing(folder: Path, layout: Layout, first: int, seed: int, data: st.DataObject) -> None:
+    reader, every, expected = written(folder, layout, first, seed)
+    some = np.array(data.draw(st.lists(st.integers(0, len(every) - 1), max_size=30)), np.intp)  # any order, repeats
+    X = reader.gather(every[some])
     assert X.dtype == np.float32
-    np.testing.assert_array_equal(X, np.moveaxis(values, layout.position_axis, 1)[tree[some], position[some]])
-    every = (first + tree) * 256 + position  # sorted, as the tables have them: the way that copies slices
-    np.testing.assert_array_equal(reader.gather(every), np.moveaxis(values, layout.position_axis, 1)[tree, position])
+    np.testing.assert_array_equal(X, expected[some])
+    np.testing.assert_array_equal(reader.gather(every), expected)
+
+
+@given(layouts(), st.integers(0, 2**32), st.sampled_from(["float16", "float32", "float64"]), st.booleans(), st.data())
+@settings(max_examples=50)
+def test_gather_into_a_slice_casts_and_touches_nothing_else(
+    folder: Path, layout: Layout, seed: int, dtype: str, by_threads: bool, data: st.DataObject
+) -> None:
+    reader, every, expected = written(folder, layout, 3, seed)
+    some = np.array(data.draw(st.lists(st.integers(0, len(every) - 1), max_size=30)), np.intp)
+    whole = np.full((len(some), 3, *layout.row_shape), 7, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("actstore.mapped.ROWS_AT_ONCE", 4)
+        if by_threads:
+            patch.setattr("actstore.mapped.FLOATS_FOR_THREADS", 0)
+            patch.setattr("actstore.mapped.MOST_THREADS", 3)
+            patch.setenv("OMP_NUM_THREADS", "3")
+            patch.setattr("os.sched_getaffinity", lambda process: range(3), raising=False)
+        out = whole[:, 1]
+        assert reader.gather(every[some], out=out) is out
+        np.testing.assert_array_equal(reader.gather(every[some]), expected[some])
+    np.testing.assert_array_equal(whole[:, 1], expected[some].astype(dtype))
+    assert (whole[:, [0, 2]] == 7).all()
+
+
+@pytest.mark.parametrize(
+    "out", [np.empty((2, 5), np.float32), np.empty((1, 6), np.float32), np.empty((2, 6), np.int64), np.empty((6, 2)).T]
+)
+def test_an_out_that_rows_do_not_fit_is_refused(reader: SiteReader, out: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="out"):
+        reader.gather(np.array([FIRST * 256, FIRST * 256]), out=out)
+
+
+def test_ids_of_a_type_that_does_not_fit_are_refused_and_not_cut_down(reader: SiteReader) -> None:
+    np.testing.assert_array_equal(
+        reader.gather(np.array([FIRST * 256], np.int32)), reader.gather(np.array([FIRST * 256]))
+    )
+    for wrong in (np.array([FIRST * 256 + 0.5]), np.array([2**63], np.uint64)):
+        with pytest.raises(TypeError, match="int64"):
+            reader.gather(wrong)
+
+
+def test_a_number_too_large_for_float16_is_refused_and_not_read_as_infinity(folder: Path) -> None:
+    layout = Layout((1, 2, 3), 1, 1)
+    values = np.array([[[1, 2, 3], [4, 70_000, np.inf]]], np.float32)
+    (folder / "large").write_bytes(pack(layout, values, np.array([2]))[0])
+    reader = SiteReader(layout, 0, {0: folder / "large"}, "a site")
+    np.testing.assert_array_equal(reader.gather(np.array([0, 1])), values[0])
+    reader.gather(np.array([0]), out=np.empty((1, 3), np.float16))
+    with pytest.raises(BadInput, match="too large for float16; read it as float32"):
+        reader.gather(np.array([0, 1]), out=np.empty((2, 3), np.float16))
+
+
+def test_nan_that_the_model_computed_is_read_and_padding_is_refused(folder: Path) -> None:
+    layout = Layout((1, 3, 2), 1, 1)
+    (folder / "nan").write_bytes(pack(layout, np.full((1, 3, 2), np.nan, np.float32), np.array([2]))[0])
+    asked = []
+
+    def is_token(ids: np.ndarray) -> np.ndarray:
+        asked.append(ids.tolist())
+        return ids < 2
+
+    reader = SiteReader(layout, 0, {0: folder / "nan"}, "a site", is_token)
+    assert np.isnan(reader.gather(np.array([1, 0]))).all()
+    with pytest.raises(NotStored, match=r"1 of 2 token ids, the first being 2 \(padding"):
+        reader.gather(np.array([1, 2]))
+    assert asked == [[1, 0], [1, 2]]
+
+
+def test_chunks_in_another_order_are_found_by_the_shards_index(folder: Path) -> None:
+    """Any Zarr writer may put a shard's chunks as it likes."""
+    layout = Layout((4, 5, 3), 1, 4)
+    values, lengths = planted(layout, 0)[0], np.full(4, 5)
+    (shard,) = pack(layout, values, lengths)
+    size = layout.chunk_bytes
+    chunks = [shard[place * size : (place + 1) * size] for place in range(5)]
+    index = np.array([[(4 - place) * size, size] for place in range(5)], "<u8").tobytes()
+    crc = google_crc32c.value(index).to_bytes(4, "little")
+    (folder / "reversed").write_bytes(b"".join(reversed(chunks)) + index + crc)
+    reader = SiteReader(layout, 0, {0: folder / "reversed"}, "a site")
+    ids = np.arange(4)[:, None] * 256 + np.arange(5)
+    np.testing.assert_array_equal(reader.gather(ids.reshape(-1)).reshape(values.shape), values)
+
+
+@pytest.mark.parametrize("what", ["flipped", "beyond", "absent"])
+def test_a_shard_whose_index_is_not_its_own_is_damaged_and_named(folder: Path, what: str) -> None:
+    layout = Layout((4, 5, 3), 1, 4)
+    shard = bytearray(pack(layout, planted(layout, 0)[0], np.full(4, 5))[0])
+    start = len(shard) - layout.index_bytes
+    if what == "flipped":
+        shard[start + 3] ^= 1
+    else:
+        shard[start : start + 8] = (2**64 - 1 if what == "absent" else 2**40).to_bytes(8, "little")
+        shard[-4:] = google_crc32c.value(bytes(shard[start:-4])).to_bytes(4, "little")
+    (folder / what).write_bytes(shard)
+    with pytest.raises(Damaged, match="lacks chunks" if what == "absent" else f"index of {folder / what}"):
+        SiteReader(layout, 0, {0: folder / what}, "a site").gather(np.array([0]))
+
+
+def test_readers_in_many_threads_map_shards_while_others_copy(run: Fake, root: Path) -> None:
+    layout = run.plan.sites[0].layout
+    paths = {b: root / "activations.zarr" / "r" / RESID / layout.shard_name(b) for b in COMMITTED}
+    stored = run.as_stored(RESID, COMMITTED)
+    for _ in range(20):
+        reader = SiteReader(layout, 0, paths, "the site")
+        trees = [0, 6, 1, 7, 2] * 4
+        with ThreadPoolExecutor(8) as threads:
+            rows = list(threads.map(lambda tree, reader=reader: reader.gather(np.array([tree * 256 + 4]))[0], trees))
+        np.testing.assert_array_equal(rows, stored[trees, 4])
 
 
 FIRST = 7  # tree_id of the first tree: none below is this run's

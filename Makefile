@@ -32,8 +32,12 @@ lint: install
 	ln -s $(CURDIR)/actstore/* $(CURDIR)/ingest $(CURDIR)/queries $(CURDIR)/data build/types/actstore
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p actstore
 
-bench: install
+bench: .venv/bench
 	$(BIN)/python -m tests.benchmarks
+
+.venv/bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -34,6 +34,7 @@ MACROS = {  # `{vector}` is array where widths agree and list where they do not
     "dot(a, b)": "{vector}_inner_product(a, b)",
     "norm(x)": "sqrt({vector}_inner_product(x, x))",
     "cosine(a, b)": "{vector}_cosine_similarity(a, b)",
+    "distance(a, b)": "{vector}_distance(a, b)",
     "project(x, direction)": "{vector}_inner_product(x, direction) / sqrt({vector}_inner_product(direction, direction))",
     "activations(run, site)": """table
         select tokens.*, act(tokens.token_id, run, site) as x
@@ -103,7 +104,7 @@ class _Vectors:
 
     def __init__(self, store: Callable[[], Store | None], d_model: int | None, d_vocab: int | None) -> None:
         self._opened, self._d_model, self._d_vocab = store, d_model, d_vocab
-        self._readers: dict[tuple[str, str], SiteReader] = {}
+        self._checked: set[tuple[str, str]] = set()  # and not the readers, which hold the store
         self._unembeddings: dict[str, Unembedding] = {}
         self._directions: dict[str, np.ndarray] = {}
 
@@ -137,15 +138,16 @@ class _Vectors:
         return store
 
     def _reader(self, run: str, site: str) -> SiteReader:
-        if (run, site) not in self._readers:
-            reader = self._store._reader(self._store.run(run), site)
+        store = self._store
+        reader = store._reader(run if (run, site) in self._checked else store.run(run), site)
+        if (run, site) not in self._checked:
             if len(reader.layout.row_shape) != 1:
                 raise BadInput(
                     f"site {site!r} of run {run!r} is an attention pattern, no vector of d_model numbers; read it with "
                     "Store.read (`actstore read`), or ask for a residual site (from sites where kind = 'resid')"
                 )
-            self._readers[run, site] = reader
-        return self._readers[run, site]
+            self._checked.add((run, site))
+        return reader
 
     def _batches(self, run: str, site: str) -> list[dict[str, int]]:
         self._reader(run, site)  # says what there is where there is no such run or site
@@ -179,6 +181,8 @@ def _by_group(
         width: d of every vector, for a fixed-size list; None for a list.
         first, others: columns of text, the names.
     """
+    if not len(first):  # every row had a NULL
+        return pa.array([], pa.list_(pa.float32(), width or -1))
     groups = list(_groups(first, *others))
     vectors = [_arrow(read(rows, *names), width) for names, rows in groups]
     if len(vectors) == 1:
@@ -233,8 +237,13 @@ def _read_direction(store: Store, name: str) -> np.ndarray:
     """float32 [d_model]: the direction last recorded under a name.
 
     Raises:
-        NotStored: there is none of that name.
+        NotStored: there is none of that name, or the catalog is from before there were any.
     """
+    if "direction" not in store.sql("from results limit 0").columns:
+        raise NotStored(
+            f"no probe direction {name!r}: an older version made this store's catalog; bring it up to date with "
+            f"`actstore repair {store.path}`, then record some with `actstore study {store.path} probes`"
+        )
     known = "from results where direction is not null"
     found = store.sql(f"select direction {known} and name = $name order by recorded desc limit 1", {"name": name})
     if len(found):

@@ -122,9 +122,10 @@ class Store:
 
         Beside DuckDB's own there are the functions `act(token_id, run, site)` and `logit_lens(token_id, run, site)`, which
         give a token's activation as FLOAT[d_model] and its logits as FLOAT[d_vocab] (FLOAT[] where the store's runs differ
-        in d_model or d_vocab), `probe_direction(name)`, `dot(a, b)`, `norm(x)`, `cosine(a, b)`, `project(x, direction)`,
-        and the table `activations(run, site)`: tokens, and their activations as `x`. Put a join, or ORDER BY with LIMIT,
-        into a subquery and `act` into the outermost SELECT: else it reads every row that they look at.
+        in d_model or d_vocab), `probe_direction(name)`, `dot(a, b)`, `norm(x)`, `distance(a, b)`, `cosine(a, b)`,
+        `project(x, direction)` (the signed length of x along it), and the table `activations(run, site)`: tokens, and their
+        activations as `x`. Put a join, or ORDER BY with LIMIT, into a subquery and `act` into the outermost SELECT: else
+        it reads every row that they look at.
 
         Args:
             query: a SELECT; `$name` stands for a parameter.

@@ -18,7 +18,7 @@ PROMPTS = (
     "3 →0 , 3 →1 , 1 →2 | 2 : 3 →1 →2",  # the last edge is on the path
     "2 →0 , 2 →1 , 0 →3 | 1 : 2 →1",
 )
-PARAMS = {"run": "tiny", "split": "train", "token_role": "edge_target"}
+PARAMS = {"run": "tiny", "split": "train", "token_role": "edge_target", "site": "resid_post.0", "token_id": 0, "n": 5}
 
 
 def tree_rows_of(prompts):

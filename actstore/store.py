@@ -8,7 +8,6 @@ two in step. Opening takes one snapshot and keeps it, whatever is ingested meanw
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -21,9 +20,9 @@ import polars as pl
 from actstore import catalog, reading
 from actstore.arrays import SiteReader
 from actstore.errors import BadInput, Damaged, NotStored, TooNew
-from actstore.folder import Folder
+from actstore.folder import Folder, check_format
 from actstore.functions import add_functions
-from actstore.log import FORMAT_VERSION, check_sizes, manifests
+from actstore.log import check_sizes, manifests
 from actstore.session import Session
 
 if TYPE_CHECKING:
@@ -31,30 +30,6 @@ if TYPE_CHECKING:
 
     from actstore.batches import Batches
     from actstore.explain import Explanation
-
-
-def check_format(root: Path) -> dict[str, Any]:
-    """The content of a store's store.json.
-
-    Raises:
-        NotStored: the folder is no store.
-        TooNew: a later version of actstore made it.
-        Damaged: store.json cannot be read.
-    """
-    try:
-        about = json.loads((root / "store.json").read_text())
-        version = about["format"]
-    except (FileNotFoundError, NotADirectoryError):
-        what = "is no actstore store (it has no store.json)" if root.exists() else "does not exist"
-        raise NotStored(f"{root} {what}; make one with `actstore ingest {root} --model reproduction`") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{root / 'store.json'} cannot be read ({error}); restore it from a copy of the store") from error
-    if version != FORMAT_VERSION:
-        raise TooNew(
-            f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version reads format "
-            f"{FORMAT_VERSION}: install the version that made it, or a later one"
-        )
-    return dict(about)
 
 
 class Store:
@@ -322,8 +297,8 @@ class Store:
         ids, seed and epoch, however the query orders its rows (those with one and the same id as it orders them): the
         shards are shuffled, then all rows of each `window` rows' worth of shards. A selection that fits into one window is
         shuffled uniformly; of a larger one a batch holds rows of the window's shards alone, so a wider window mixes better
-        and keeps more of the disk's pages in use. In memory are the query's rows, one batch, and pages of one window,
-        which the system can take back. Without shuffle the order is the query's: give it an ORDER BY.
+        and keeps more of the disk's pages in use. In memory are the query's rows, one batch, and pages of a window
+        or two, which the system can take back. Without shuffle the order is the query's: give it an ORDER BY.
 
         In a DataLoader (with batch_size=None), worker w of n reads batches w, w + n, …, and they come in the same order as
         without workers. `len()` counts the batches to come.

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
-from actstore.errors import Damaged
+from actstore.errors import Damaged, NotStored, TooNew
+from actstore.log import FORMAT_VERSION
+
+
+def check_format(root: Path) -> dict[str, Any]:
+    """The content of a store's store.json.
+
+    Raises:
+        NotStored: the folder is no store.
+        TooNew: a later version of actstore made it.
+        Damaged: store.json cannot be read.
+    """
+    try:
+        about = json.loads((root / "store.json").read_text())
+        version = about["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        what = "is no actstore store (it has no store.json)" if root.exists() else "does not exist"
+        raise NotStored(f"{root} {what}; make one with `actstore ingest {root} --model reproduction`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{root / 'store.json'} cannot be read ({error}); restore it from a copy of the store") from error
+    if version != FORMAT_VERSION:
+        raise TooNew(
+            f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version reads format "
+            f"{FORMAT_VERSION}: install the version that made it, or a later one"
+        )
+    return dict(about)
 
 
 class Folder:

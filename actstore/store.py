@@ -19,7 +19,7 @@ import polars as pl
 
 from actstore import catalog, reading
 from actstore.arrays import SiteReader
-from actstore.errors import BadInput, Damaged, NotStored, TooNew
+from actstore.errors import BadInput, Damaged, NotStored
 from actstore.folder import Folder, check_format
 from actstore.functions import add_functions
 from actstore.log import check_sizes, manifests

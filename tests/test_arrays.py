@@ -368,6 +368,21 @@ def test_padding_is_refused_by_name(run: Fake, reader: SiteReader) -> None:
     assert run.lengths.min() < 23
 
 
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_padding_is_refused_into_a_slice_too_whichever_thread_meets_it(
+    run: Fake, reader: SiteReader, n_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actstore.mapped.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("actstore.mapped.n_threads", lambda n_floats: n_threads)
+    tree = int(run.lengths[:3].argmin())
+    padding = (FIRST + tree) * 256 + int(run.lengths[tree])
+    for place in range(9):
+        ids = np.full(9, FIRST * 256)
+        ids[place] = padding
+        with pytest.raises(NotStored, match=rf"1 of 9 token ids, the first being {padding} \(padding"):
+            reader.gather(ids, out=np.empty((9, 2, 6), np.float32)[:, 1])
+
+
 def test_nothing_asked_for_is_an_empty_matrix(reader: SiteReader) -> None:
     assert reader.gather(np.array([], np.int64)).shape == (0, 6)
 

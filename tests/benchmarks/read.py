@@ -36,8 +36,6 @@ LAST_EDGES = f"""
         select tree_id from trees join outcomes using (tree_id) join predictions using (run, tree_id)
         where depth >= {DEEP} group by tree_id, greedy_right order by greedy_right, min(p_target) limit {N_LAST_EDGES})
     order by token_id"""
-
-
 SHARDS = "select shards.path from shards join sites using (run, site) where short = $site"
 
 
@@ -47,9 +45,9 @@ class Selection:
 
     Attributes:
         name: in the table.
-        query: SQL that yields their token_id, in order.
+        query: SQL that yields their token_id.
         predicate: the same for a scan; None where a scan cannot say it.
-        ids: int64 [n] token ids.
+        ids: int64 [n] token ids, ascending.
         rows: int64 [n] where they lie in the raw file.
     """
 
@@ -104,8 +102,9 @@ def _selections(store: Store, every: np.ndarray) -> list[Selection]:
     }
     selections = []
     for name, (query, predicate) in chosen.items():
-        ids = store.sql(query)["token_id"].to_numpy()
-        assert (np.diff(ids) > 0).all(), f"{name}: the peers need sorted rows"
+        ids = np.sort(
+            store.sql(query)["token_id"].to_numpy()
+        )  # the peers need them sorted; a join may not yield them so
         selections.append(Selection(name, query, predicate, ids, np.searchsorted(every, ids)))
     return selections
 
@@ -173,7 +172,7 @@ def _ours(store: Store, selection: Selection, mapped: np.ndarray) -> dict[str, A
         "limit": Action(lambda: np.take(mapped, selection.rows, axis=0), lambda X: X),
         "gather": Action(lambda: reader.gather(selection.ids), lambda X: X),
         "DuckDB": Action(lambda: plain.sql(query).pl()),
-        "read": Action(lambda: store.read(query, site=SITE), lambda both: both[0]),
+        "read": Action(lambda: store.read(query, site=SITE), _in_order),
         "act": Action(lambda: store.sql(act), _x),
     }
     if selection.predicate is not None:
@@ -183,7 +182,14 @@ def _ours(store: Store, selection: Selection, mapped: np.ndarray) -> dict[str, A
 
 
 def _x(frame: pl.DataFrame) -> np.ndarray:
-    return frame["x"].to_numpy()
+    return _in_order((frame["x"].to_numpy(), frame))
+
+
+def _in_order(read: tuple[np.ndarray, pl.DataFrame]) -> np.ndarray:
+    """The rows by token_id, which is the limit's order: DuckDB's threads may yield those of a join in another."""
+    X, rows = read
+    ids = rows["token_id"].to_numpy()
+    return X if (ids[1:] > ids[:-1]).all() else X[np.argsort(ids)]
 
 
 def _gather_row(selection: Selection, seconds: dict[str, list[float]]) -> Row:
@@ -227,9 +233,9 @@ def _peer_row(name: str, ratios: list[float]) -> Row:
 
 def _several_sites(store: Store, selection: Selection) -> Row:
     query, sites = selection.query, store.sites(store.run(None))
-    X = np.stack([store.read(query, site=site)[0] for site in sites], axis=1)
+    X = np.stack([_in_order(store.read(query, site=site)) for site in sites], axis=1)
     actions = {
-        "one call": Action(lambda: store.read(query, sites=sites), lambda both: both[0]),
+        "one call": Action(lambda: store.read(query, sites=sites), _in_order),
         "one by one": Action(lambda: [store.read(query, site=site) for site in sites]),
     }
     seconds = alternate(actions, X)

@@ -146,6 +146,7 @@ ENUMS = {"token": ["→3", ",", "|", "63", "<PAD>"], "role": ["edge_target", "ba
 TEXTS = ("dataset", "change")
 OTHERS = ("path", "x")
 NUMBERS = st.one_of(
+    st.integers(0, 6),
     st.integers(-2, 20),
     st.sampled_from([127, 128, 255, 256, 257, 300, 1025, -1, -(2**31), 2**31, 2**63 - 1, -(2**63), 2**64 - 1]),
     st.sampled_from([2.5, 3.0, -0.5, 255.5, 256.0, float("nan"), float("inf"), float("-inf")]),
@@ -273,7 +274,7 @@ def coerced(lazy: pl.LazyFrame, predicate: pl.Expr, monkeypatch: pytest.MonkeyPa
         pl.col("on_path") == pl.col("is_last"),
         pl.col("step").is_not_null(),
         pl.col("step").eq_missing(None),
-        pl.col("depth").is_between(1, 3, closed="left"),
+        *[pl.col("position").is_between(1, 3, closed=closed) for closed in ("both", "left", "right", "none")],
         pl.col("node").is_in([1, 300, None]),
         pl.col("token_id").is_in(pl.Series([5, 7])),
         pl.when(pl.col("on_path")).then(pl.col("step") == 1).otherwise(False),
@@ -281,10 +282,11 @@ def coerced(lazy: pl.LazyFrame, predicate: pl.Expr, monkeypatch: pytest.MonkeyPa
     ],
     ids=str,
 )  # fmt: skip
-def test_these_reach_the_database(lazy, predicate, monkeypatch):
+def test_these_reach_the_database(lazy, whole, predicate, monkeypatch):
     pushed = coerced(lazy, predicate, monkeypatch)
     assert len(pushed.where) == 1
     assert not pushed.rest
+    assert lazy.filter(predicate).collect().equals(whole.filter(predicate))
 
 
 @pytest.mark.parametrize(

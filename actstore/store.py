@@ -50,6 +50,7 @@ class Store:
         self.folder = Folder(self.path)
         self._session = self._open_session()
         self._readers: dict[tuple[str, str], SiteReader] = {}
+        self._runs: list[str] | None = None
         try:
             self.snapshot = self._snapshot()
             check_sizes(self.path, manifests(self.path, least=self.snapshot)[: self.snapshot])
@@ -130,7 +131,9 @@ class Store:
 
     def runs(self) -> list[str]:
         """Names of the runs, in the order they were defined."""
-        return self.sql("select run from runs")["run"].to_list()
+        if self._runs is None:  # a snapshot's runs stay as they are
+            self._runs = self.sql("select run from runs")["run"].to_list()
+        return list(self._runs)
 
     def sites(self, run: str) -> list[str]:
         """Short names of the sites of a run, in the order of the forward pass."""

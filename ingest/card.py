@@ -70,13 +70,14 @@ def card(config: ModelConfig, recipe: Recipe, rows: list[Row], graded: Evaluatio
     yield "| | |"
     yield "|---|---|"
     yield f"| system | {config.system} |"
-    yield (
-        f"| model | {config.n_layers} layers, {config.n_heads} heads, d_model {config.d_model}, d_head {config.d_head}, "
-        f"d_mlp {config.d_mlp}, {config.act_fn}, n_ctx {config.n_ctx}, d_vocab {config.d_vocab} |"
-    )
+    heads = f"{config.n_heads} head{'s' * (config.n_heads > 1)} a layer"
+    widths = f"d_model {config.d_model}, d_head {config.d_head}, d_mlp {config.d_mlp}"
+    sizes = f"{config.n_layers} layers, {heads}, {widths}, {config.act_fn}"
+    yield f"| model | {sizes}, n_ctx {config.n_ctx}, d_vocab {config.d_vocab} |"
     yield f"| weights | sha256 `{graded.weights_sha256}` |"
     yield f"| trees | {n_trees:,} fresh ones, {recipe.batch_size} a step, no fixed set: {sources}; seed {recipe.seed} |"
-    yield f"| goals | every leaf of a tree, packed in one sequence; loss on {loss} |"
+    far = "and every node at depth {} to {} ".format(*recipe.inner_goals) if recipe.inner_goals else ""
+    yield f"| goals | every leaf of a tree {far}in one packed sequence; loss on {loss} |"
     yield (
         f"| curriculum | trees grow from 4 nodes to {config.n_nodes} over the first {recipe.curriculum * recipe.steps:,.0f} steps; "
         f"over the first {recipe.shallow * recipe.steps:,.0f} the goals are all nodes near the root |"

@@ -1,0 +1,66 @@
+"""The models that ship: their files agree with one another, and each does the task as its card says."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from actstore.ingest import models
+from actstore.ingest.checkpoints import KEPT
+from actstore.ingest.evaluation import evaluate
+from actstore.ingest.recipe import read_config, recipe_of
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINTS = ROOT / "data" / "checkpoints"
+NAMES = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
+
+
+def accuracy(name: str) -> pl.DataFrame:
+    """The card's table: depth ('all', '1', …), trees, and the share of greedy answers right, in %."""
+    rows = re.findall(r"^\| (all|\d+) \| ([\d,]+) \| (.*) \|$", (CHECKPOINTS / f"{name}.md").read_text(), re.MULTILINE)
+    greedy = [float(measures.split(" | ")[2].split()[0]) for _, _, measures in rows if measures.count("(") == 3]
+    trees = [int(count.replace(",", "")) for _, count, measures in rows if measures.count("(") == 3]
+    depths = [depth for depth, _, measures in rows if measures.count("(") == 3]
+    return pl.DataFrame({"depth": depths, "trees": trees, "greedy": greedy})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_model_is_what_its_card_its_configuration_and_its_log_say(name):
+    weights = CHECKPOINTS / f"{name}.safetensors"
+    assert f"sha256 `{hashlib.sha256(weights.read_bytes()).hexdigest()}`" in weights.with_suffix(".md").read_text()
+    _, config, recipe = read_config(name)
+    assert models.ModelConfig.from_yaml(weights.with_suffix(".yaml")) == config
+    assert recipe_of(weights.with_suffix(".yaml")) == recipe
+    log = pl.read_ndjson(weights.with_suffix(".jsonl"))
+    assert log["step"][-1] == recipe.steps
+    assert log["step"].is_sorted()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_model_answers_as_often_as_its_card_says(name):
+    stated = accuracy(name).row(by_predicate=pl.col("depth") == "all", named=True)
+    assert stated["trees"] == 20_000
+    found = evaluate(models.load(name), n_trees=256, seed=7_000_000).table.row(0, named=True)
+    low, high = found["greedy_low"], found["greedy_high"]
+    assert low - 0.01 <= stated["greedy"] / 100 <= high + 0.01
+
+
+def test_the_reproductions_moments_lead_from_its_start_to_its_end():
+    weights = CHECKPOINTS / "reproduction.safetensors"
+    assert models.checkpoints(weights) == list(KEPT)
+    config = models.ModelConfig.from_yaml(weights.with_suffix(".yaml"))
+    start = models.load("reproduction", checkpoint=0).bridge.state_dict()
+    fresh = models.build(config, recipe_of(weights.with_suffix(".yaml")).seed).state_dict()
+    for name, value in start.items():
+        torch.testing.assert_close(value, fresh[name].half().float())
+    steps = [evaluate(models.load("reproduction", checkpoint=step), n_trees=128).table["token"][0] for step in KEPT]
+    assert np.argmax(steps) == len(steps) - 1
+    assert steps[0] < 0.2
+    assert steps[-1] > 0.95
+    assert sum(path.stat().st_size for path in CHECKPOINTS.rglob("*") if path.is_file()) < 40_000_000

@@ -30,6 +30,11 @@ LOCKED = (
     "set lock_configuration = true",
 )
 SEARCH = "set search_path = 'store.main,memory.main'"  # of each cursor: it inherits neither this nor temporary macros
+READ_ONLY = "begin transaction read only"  # of each cursor: the memory's database is no place to write, either
+LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and no interrupt stops it then
+EXPLAIN = re.compile(  # what stands before the statement that is explained, as DuckDB hands it on: without a comment
+    r"explain\b\s*(?:analyze\b\s*)?(?:\(\s*(?:analyze|format)\b[^()]*\)\s*)?", re.IGNORECASE
+)
 RAISED = re.compile(r"Python exception occurred while executing the UDF: (\w+): (.*)", re.DOTALL)
 LOOK_UP = 0.1  # seconds between looks for a Ctrl-C while a query runs
 READING = (  # all else would write, if only into memory, or change the session for the queries that follow
@@ -114,15 +119,21 @@ class Session:
             A polars frame of its rows; FLOAT[n] columns arrive as Array(Float32, n).
 
         Raises:
-            BadInput: it is not one query, a parameter is missing or not used, or DuckDB refuses it (its own words, one line).
+            BadInput: it is not one query, is longer than a million characters, a parameter is missing or not used, or DuckDB
+                refuses it (its own words, one line).
             LimitReached: it needs more memory than DuckDB may take.
             ActstoreError: what a function of the session raised.
         """
+        if len(query) > LONGEST:
+            raise BadInput(
+                f"got a query of {len(query):,} characters; the longest is {LONGEST:,}: hand lists over as params, "
+                "`where tree_id in (select unnest($ids))`"
+            )
         try:
             cursor = self._connection.cursor()  # an open result holds its connection
             try:
                 cursor.execute(SEARCH)
-                _check(cursor, query, set(params or {}))
+                cursor.execute(READ_ONLY)
                 return _interruptible(cursor, lambda: _fetch(cursor, query, params))
             finally:
                 with suppress(duckdb.Error):  # a query that a second Ctrl-C left running
@@ -183,6 +194,10 @@ def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> No
         raise BadInput("a store is read with SELECT, and cannot do this") from None
     if kind not in READING:
         raise BadInput(f"a store is read with SELECT, and cannot do {kind.name}")
+    if kind != duckdb.StatementType.SELECT and not _selects(cursor, _explained(statements[0].query)):
+        raise BadInput(
+            "a store is read with SELECT, and nothing else can be explained or pivoted; got another statement"
+        )
     if kind == duckdb.StatementType.MULTI:  # whose parameters DuckDB does not name
         return
     wanted = set(statements[0].named_parameters)
@@ -192,7 +207,25 @@ def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> No
         raise BadInput(f"the query {what}; it takes {takes}")
 
 
+def _explained(query: str) -> str:
+    """What a query explains, or the query where it is no EXPLAIN."""
+    found = EXPLAIN.match(query)
+    return query[found.end() :] if found else query
+
+
+def _selects(cursor: duckdb.DuckDBPyConnection, query: str) -> bool:
+    """Whether a query that was in an EXPLAIN, or is a PIVOT of several steps, is a SELECT when it stands alone."""
+    try:
+        statements = cursor.extract_statements(query)
+        if len(statements) == 1 and statements[0].type == duckdb.StatementType.MULTI:  # COPY of a PIVOT is one, too
+            return len(cursor.extract_statements(f"from (\n{query}\n)")) == 1
+        return len(statements) == 1 and statements[0].type == duckdb.StatementType.SELECT
+    except (duckdb.Error, ValueError):  # ValueError: of a type that the Python client knows no name of
+        return False
+
+
 def _fetch(cursor: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any] | None) -> pl.DataFrame:
+    _check(cursor, query, set(params or {}))
     return cursor.sql(query, params=dict(params) if params else None).pl()
 
 

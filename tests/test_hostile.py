@@ -78,7 +78,26 @@ WRITES = [
     "create type mood as enum ('a')",
     "create index i on tokens (token_id)",
     "create trigger t after insert on tokens for each row select 1",
+    "explain analyze create table memory.main.x as select 1",
+    "explain analyze create temp table tokens as select 1",
+    "explain analyze create view memory.main.v as select 1",
+    "explain analyze create schema memory.s",
+    "explain analyze create type memory.main.mood as enum ('a')",
+    "explain analyze create sequence memory.main.s",
+    "explain analyze insert into memory.main.t values (1)",
+    "explain (analyze) create table memory.main.x as select 1",
+    "explain (analyze, format json) create table memory.main.x as select 1",
+    "explain /* it */ analyze create table memory.main.x as select 1",
+    "/* it */ explain analyze -- it\n create table memory.main.x as select 1",
+    "explain create table memory.main.x as select 1",
+    "create table memory.main.x as pivot edges on source using count(*)",
+    "explain analyze create table memory.main.x as pivot edges on source using count(*)",
+    "set variable x = (select count(*) from (pivot edges on source using count(*)))",
     # functions and macros
+    "explain analyze create macro memory.main.enum_code(x) as 0::utinyint",
+    "explain analyze create or replace macro memory.main.dot(a, b) as 0",
+    "explain analyze create temp macro cosine(a, b) as 0",
+    "explain analyze drop macro memory.main.dot",
     "create function act(a, b, c) as 1",
     "create or replace macro memory.main.dot(a, b) as 0",
     "create or replace temp macro cosine(a, b) as 0",
@@ -158,6 +177,7 @@ READS = [
     "create secret s (type s3, key_id 'a')",
     "create persistent secret s (type http)",
     "drop secret s",
+    "explain analyze create secret s (type http)",
 ]
 
 SETTINGS = [
@@ -185,6 +205,12 @@ SETTINGS = [
     "vacuum",
     "analyze",
     "prepare p as select 1",
+    "explain analyze load json",
+    "explain analyze checkpoint",
+    "explain analyze set threads = 1",
+    "explain analyze pragma threads = 1",
+    "explain analyze commit",
+    "explain analyze call pragma_version()",
     "execute p",
     "deallocate p",
     "begin transaction",
@@ -255,6 +281,15 @@ HARMLESS = [  # they answer, and touch nothing
     "select * from truncate_duckdb_logs()",
     "select write_log('x')",  # into memory, and logging is off
     "explain analyze select * from tokens",
+    "explain (format json) select 1",
+    "explain (analyze, format json) (select 1)",
+    "explain /* it */ ((select 1) union (select 2)) -- and no more",
+    "explain with t as (select 1) from t",
+    "explain values (1)",
+    "explain summarize tokens",
+    "explain pivot edges on source using count(*)",
+    "explain analyze pivot edges on source using count(*)",
+    "with p as (pivot edges on source using count(*)) from p -- all",
     "with recursive n(i) as (select 1 union all select i + 1 from n where i < 1000) select max(i) from n",
     "select length(repeat('x', 10000000))",
 ]
@@ -292,9 +327,23 @@ def settings(store: Store) -> list[tuple[object, ...]]:
     return store.sql("select name, value from duckdb_settings() order by name").rows()
 
 
+def definitions(store: Store) -> list[tuple[object, ...]]:
+    """All that the session has beside the catalog's tables: its macros, and whatever a query might have made."""
+    return store.sql("""
+        select database_name, function_name as name, macro_definition as made_by from duckdb_functions() where not internal
+        union all select database_name, table_name, sql from duckdb_tables()
+        union all select database_name, view_name, sql from duckdb_views() where not internal
+        union all select database_name, sequence_name, sql from duckdb_sequences()
+        union all select database_name, schema_name, sql from duckdb_schemas() where not internal
+        union all select database_name, type_name, labels::varchar from duckdb_types() where not internal
+        union all select null, name, type from duckdb_secrets()
+        order by all
+    """).rows()
+
+
 @pytest.fixture(scope="module")
-def before(place: Path, store: Store) -> tuple[dict[str, bytes], list[tuple[object, ...]]]:
-    return files(place), settings(store)
+def before(place: Path, store: Store) -> tuple[object, ...]:
+    return files(place), settings(store), definitions(store)
 
 
 def test_there_are_a_hundred_and_more() -> None:
@@ -322,7 +371,7 @@ def test_it_answers_and_leaves_no_trace(place: Path, store: Store, before: tuple
 
 
 def unharmed(place: Path, store: Store, before: tuple[object, ...]) -> None:
-    assert (files(place), settings(store)) == before
+    assert (files(place), settings(store), definitions(store)) == before
     assert store.sql("select count(*) from tokens").item() == RUN.lengths.sum()
     assert store.sql("select database_name from duckdb_databases() where not internal order by 1")[
         "database_name"

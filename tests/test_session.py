@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +111,22 @@ def test_parameters_and_statements_are_counted(
     store: Store, query: str, params: dict[str, object] | None, said: str
 ) -> None:
     assert refusal(store, query, params) == said
+
+
+def test_a_query_longer_than_any_is_refused(store: Store) -> None:
+    """500,000 brackets take DuckDB's parser seconds, in which no Ctrl-C stops it."""
+    said = refusal(store, f"select {'(' * 500_000}1{')' * 500_000}")
+    assert said.startswith("got a query of 1,000,008 characters; the longest is 1,000,000: hand lists over as params")
+    assert store.sql(f"select length('{'x' * 999_000}')").item() == 999_000
+
+
+def test_a_query_is_parsed_where_ctrl_c_is_heard(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python hears it in the main thread alone, and there only between two steps of its own."""
+    threads, check = [], session._check
+    monkeypatch.setattr(session, "_check", lambda *given: threads.append(threading.current_thread()) or check(*given))
+    assert store.sql("select 1").item() == 1
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 def test_an_unknown_column_is_answered_with_those_there_are(store: Store) -> None:

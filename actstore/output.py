@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,7 @@ class Output:
         elif self.format == "csv":
             sys.stdout.write(_flat(frame).write_csv())
         elif self.format == "json":
-            print(json.dumps(whole or frame.to_dicts(), default=str, ensure_ascii=False))
+            print(_json(whole or frame.to_dicts()))
         else:
             print_table(frame)
 
@@ -110,21 +111,47 @@ def _cell(value: Any) -> str:
 
 
 def _flat(frame: pl.DataFrame) -> pl.DataFrame:
-    """CSV has no lists: they become JSON text."""
-    nested = [name for name, dtype in frame.schema.items() if dtype.is_nested()]
-    return frame.with_columns(pl.col(name).map_elements(_json_list, pl.String) for name in nested)
+    """CSV has neither lists nor bytes: they become JSON and hexadecimal text."""
+    return frame.with_columns(
+        _as_json(column) if column.dtype.is_nested() else column.bin.encode("hex")
+        for column in frame.iter_columns()
+        if column.dtype.is_nested() or column.dtype == pl.Binary
+    )
 
 
-def _json_list(value: Any) -> str:
-    return json.dumps(list(value))
+def _as_json(column: pl.Series) -> pl.Series:
+    """Each value's JSON; NULL stays NULL."""
+    texts = [None if value is None else _json(value) for value in column.to_list()]
+    return pl.Series(column.name, texts, pl.String)
+
+
+def _json(value: Any) -> str:
+    """JSON text: NaN and the infinities, which JSON lacks, are null, bytes hexadecimal, whatever else it lacks is text."""
+    try:
+        return json.dumps(value, default=_json_scalar, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError):  # a float that is not finite, or a MAP's key that is no text
+        return json.dumps(_in_json(value), default=_json_scalar, ensure_ascii=False, allow_nan=False)
+
+
+def _json_scalar(value: Any) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _in_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else _json_scalar(key): _in_json(item) for key, item in value.items()}
+    return [_in_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
     """Write activations and the rows they belong to into one file, whole or not at all.
 
     Args:
-        path: ends in .npz (X and a column an array), .safetensors (X and the numeric columns; the others as JSON in the
-            metadata), or .parquet (the rows, and X as a fixed-size list column `x`).
+        path: ends in .npz (X and a column an array; booleans with NULLs, dates and the like as text, lists and structs as JSON
+            text), .safetensors (X and the columns of numbers, and of booleans without NULLs; the others as JSON in the
+            metadata; of both, DECIMAL and HUGEINT as float64), or .parquet (the rows, and X as a fixed-size list column `x`).
 
     Raises:
         BadInput: another ending.
@@ -155,20 +182,31 @@ def _save_npz(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
 
 
 def _plain_array(column: pl.Series) -> np.ndarray:
-    """An array that loads without pickle: text as fixed-width unicode, lists as their JSON."""
-    if column.dtype.is_numeric() or column.dtype == pl.Boolean:
-        return column.to_numpy()
-    texts = [_json_list(value) if column.dtype.is_nested() else str(value) for value in column.to_list()]
-    return np.array(texts, dtype=np.str_)
+    """An array that loads without pickle: text as fixed-width unicode (NULL as None), lists as their JSON."""
+    if (numbers := _numbers(column)) is not None:
+        return numbers
+    plain = _flat(column.to_frame()).to_series()
+    return np.array([str(value) for value in plain.to_list()], dtype=np.str_)
+
+
+def _numbers(column: pl.Series) -> np.ndarray | None:
+    """A column as an array of numbers or booleans; None where no such array holds it."""
+    dtype = column.dtype
+    if dtype == pl.Boolean:
+        return None if column.null_count() else column.to_numpy()
+    if not dtype.is_numeric():
+        return None
+    no_array = dtype.is_decimal() or dtype in (pl.Int128, pl.UInt128)  # of these, numpy makes objects
+    return column.cast(pl.Float64).to_numpy() if no_array else column.to_numpy()
 
 
 def _save_safetensors(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
     from safetensors.numpy import save_file
 
-    numeric = [name for name, dtype in rows.schema.items() if dtype.is_numeric() or dtype == pl.Boolean]
-    others = {name: json.dumps(rows[name].to_list(), default=str) for name in rows.columns if name not in numeric}
-    tensors = {"X": X, **{name: np.ascontiguousarray(rows[name].to_numpy()) for name in numeric}}
-    save_file(tensors, target, metadata=others or None)
+    arrays = {name: _numbers(rows[name]) for name in rows.columns}
+    tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+    others = {name: _json(rows[name].to_list()) for name, array in arrays.items() if array is None}
+    save_file({"X": X, **tensors}, target, metadata=others or None)
 
 
 def _replacing(path: Path, write: Callable[[Path], object]) -> None:

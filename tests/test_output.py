@@ -1,0 +1,155 @@
+"""What leaves the store: any column in CSV, JSON and activation files, and the words beside it on a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actstore.cli import main
+from actstore.output import Output, save_activations
+from actstore.session import Session
+from actstore.store import Store
+from tests.stores import fake
+
+X = np.arange(6, dtype=np.float32).reshape(2, 3)
+# a SQL value, and what JSON says of it
+NESTED = [
+    ("[[1, 2], [3]]", [[1, 2], [3]]),
+    ("[1, null]", [1, None]),
+    ("{'a': 1, 'b': ['é']}", {"a": 1, "b": ["é"]}),
+    ("[date '2020-01-31']", ["2020-01-31"]),
+    ("[[time '10:00'], null]", [["10:00:00"], None]),
+    ("[1.50::decimal(5, 2)]", ["1.50"]),
+    ("['ab'::blob]", ["6162"]),
+    ("[[1.5, 2], [3, 4]]::float[2][2]", [[1.5, 2.0], [3.0, 4.0]]),
+    ("['nan'::float, 'inf', 1]", [None, None, 1.0]),
+    ("{'x': '-inf'::double}", {"x": None}),
+    ("map {date '2020-01-31': 1}", {"2020-01-31": 1}),
+]
+# a SQL value, how .npz holds it beside a NULL, and how .safetensors does (an array, or JSON in the metadata)
+PLAIN = [
+    ("true", ["True", "None"], "[true, null]"),
+    ("1.25::decimal(5, 2)", [1.25, math.nan], [1.25, math.nan]),
+    ("7::hugeint", [7.0, math.nan], [7.0, math.nan]),
+    ("7::uhugeint", [7.0, math.nan], [7.0, math.nan]),
+    ("3::smallint", [3.0, math.nan], [3.0, math.nan]),
+    ("'ab'::blob", ["6162", "None"], '["6162", null]'),
+    ("[[1], null]", ["[[1], null]", "None"], "[[[1], null], null]"),
+    ("{'a': [date '2020-01-31']}", ['{"a": ["2020-01-31"]}', "None"], '[{"a": ["2020-01-31"]}, null]'),
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("output") / "some.act"
+    fake(sites=("embed", "pattern.0")).store(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def session(root: Path) -> Session:
+    return Session(root / "catalog.duckdb")
+
+
+def beside_null(session: Session, value: str) -> pl.DataFrame:
+    return session.sql(f"select case when i = 0 then {value} end as c from range(2) r(i) order by i")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def strict_json(text: str) -> object:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# Nested columns and bytes, in CSV and JSON.
+
+
+@pytest.mark.parametrize(("value", "expected"), NESTED, ids=[value for value, _ in NESTED])
+def test_a_nested_column_is_json_in_csv_and_in_json(session, capsys, value, expected):
+    frame = beside_null(session, value)
+    Output("csv").write(frame)
+    (header, (cell,), empty) = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert (header, empty) == (["c"], [])
+    assert strict_json(cell) == expected
+    Output("json").write(frame)
+    assert strict_json(capsys.readouterr().out) == [{"c": expected}, {"c": None}]
+
+
+def test_bytes_are_hexadecimal(session, capsys):
+    frame = beside_null(session, "'\\x00a\\xff'::blob")
+    Output("csv").write(frame)
+    assert capsys.readouterr().out == "c\n0061ff\n\n"
+    Output("json").write(frame)
+    assert json.loads(capsys.readouterr().out) == [{"c": "0061ff"}, {"c": None}]
+
+
+@given(values=st.lists(st.lists(st.floats() | st.none()) | st.none(), min_size=1), plain=st.floats() | st.none())
+def test_json_keeps_every_finite_number_and_says_null_for_the_others(values, plain):
+    def known(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    frame = pl.DataFrame({"c": values, "d": [plain] * len(values)}, schema={"c": pl.List(pl.Float64), "d": pl.Float64})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", out := io.StringIO())
+        Output("json").write(frame)
+    expected = [{"c": v if v is None else [known(x) for x in v], "d": known(plain)} for v in values]
+    assert strict_json(out.getvalue()) == expected
+
+
+# Columns beside activations.
+
+
+@pytest.mark.parametrize(("value", "npz", "safetensors"), PLAIN, ids=[value for value, _, _ in PLAIN])
+def test_every_type_of_column_is_saved_and_loads_without_pickle(session, tmp_path, value, npz, safetensors):
+    from safetensors import safe_open
+
+    rows = beside_null(session, value)
+    save_activations(str(tmp_path / "x.npz"), X, rows)
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as saved:
+        assert sorted(saved.files) == ["X", "c"]
+        np.testing.assert_array_equal(saved["X"], X)
+        np.testing.assert_array_equal(saved["c"], npz)
+    save_activations(str(tmp_path / "x.safetensors"), X, rows)
+    with safe_open(tmp_path / "x.safetensors", "numpy") as saved:
+        np.testing.assert_array_equal(saved.get_tensor("X"), X)
+        if isinstance(safetensors, str):
+            assert strict_json(saved.metadata()["c"]) == json.loads(safetensors)
+        else:
+            np.testing.assert_array_equal(saved.get_tensor("c"), safetensors)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_booleans_without_null_stay_booleans(session, tmp_path, suffix):
+    from safetensors.numpy import load_file
+
+    save_activations(out := str(tmp_path / f"x.{suffix}"), X, session.sql("select i = 0 as c from range(2) r(i)"))
+    c = (np.load(out) if suffix == "npz" else load_file(out))["c"]
+    assert c.dtype == bool
+    assert c.tolist() == [True, False]
+
+
+def test_read_prints_attention_patterns_as_csv(root):
+    query = "select token_id from tokens where position > 0 order by token_id limit 3"
+    result = run("read", root, query, "--site", "pattern.0", "--csv")
+    assert result.exit_code == 0, result.output
+    with Store(root) as store:
+        patterns, rows = store.read(query, site="pattern.0")
+    printed = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert [int(row["token_id"]) for row in printed] == rows["token_id"].to_list()
+    found = np.array([strict_json(row["x"]) for row in printed], dtype=object).astype(np.float32)
+    np.testing.assert_array_equal(found, patterns)

@@ -8,7 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from actstore.errors import Damaged, NotStored, TooNew
+from actstore.errors import BadInput, Damaged, NotStored, TooNew
 from actstore.log import FORMAT_VERSION
 
 
@@ -51,6 +51,17 @@ class Folder:
     def close(self) -> None:
         self._close()
         self._descriptor = -1  # the number may soon be another file's
+
+    def identity(self) -> tuple[int, int]:
+        """Device and inode, by which another process can tell whether it has the same folder.
+
+        Raises:
+            BadInput: the folder is closed.
+        """
+        if not self._close.alive:
+            raise BadInput("the store is closed; open it again")
+        about = os.fstat(self._descriptor)
+        return about.st_dev, about.st_ino
 
     def open(self, path: Path) -> int:
         """The descriptor of a file inside, to be read; as os.open raises where there is none."""

@@ -31,7 +31,8 @@ from typing import IO, Any
 import polars as pl
 
 from actstore import errors
-from actstore.errors import ActstoreError, BadInput, LimitReached
+from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
+from actstore.folder import Folder
 from actstore.session import Session
 from actstore.store import Store
 
@@ -81,12 +82,12 @@ def _bytes(memory: str | int) -> int:
 
 
 def run(
-    path: Path, catalog: int, query: str, params: Mapping[str, Any] | None, limits: Limits, snapshot: int
+    folder: Folder, catalog: int, query: str, params: Mapping[str, Any] | None, limits: Limits, snapshot: int
 ) -> pl.DataFrame:
     """Run one query of a store in a process of its own.
 
     Args:
-        path: the store's folder.
+        folder: the store's; the process refuses another in its place.
         catalog: descriptor of the catalog's file, so that the process reads the same snapshot though a new one is there.
         query, params: as Store.sql takes them.
         limits: what it may take.
@@ -94,8 +95,16 @@ def run(
 
     Raises:
         LimitReached: it took longer or more; its process is gone.
+        BadInput: a parameter cannot be handed on.
+        Damaged: the folder was moved or replaced since it was opened.
         ActstoreError: what Store.sql would have raised.
     """
+    folder.check()
+    request = (folder.path, folder.identity(), catalog, query, params, limits, snapshot)
+    try:
+        pickled = pickle.dumps(request)
+    except Exception as error:  # whatever a value's own class raises
+        raise _unsendable(error) from error
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "actstore.sandbox"],
@@ -109,7 +118,7 @@ def run(
         try:
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it died: what follows says so
-                pickle.dump((path, catalog, query, params, limits, snapshot), process.stdin)
+                process.stdin.write(pickled)
                 process.stdin.flush()
             answer = _wait(process, limits)
         finally:
@@ -137,8 +146,9 @@ def _wait(process: subprocess.Popen[bytes], limits: Limits) -> bytes:
     started = time.monotonic()
     if not select.select([process.stdout], [], [], START)[0]:
         raise LimitReached(f"the query's process did not start in {START:g} s; try again when the machine is less busy")
-    if os.read(process.stdout.fileno(), 1) != READY:
-        return b""
+    first = os.read(process.stdout.fileno(), 1)
+    if first != READY:  # it found an error before it began, or died
+        return first + process.stdout.read()
     started, before, answer = time.monotonic(), _resident(process.pid), bytearray()
     while True:
         if limits.timeout is not None and time.monotonic() - started > limits.timeout:
@@ -189,13 +199,15 @@ def _of_status(pid: int | str, what: str) -> int:
 
 
 class _Inherited(Store):
-    """A store on a catalog file that another process has open."""
+    """A store on a catalog file, and in the very folder, that another process has open."""
 
-    def __init__(self, path: Path, catalog: int, memory: int | None) -> None:
-        self._inherited, self._memory = Path(f"/dev/fd/{catalog}"), memory
+    def __init__(self, path: Path, identity: tuple[int, int], catalog: int, memory: int | None) -> None:
+        self._identity, self._inherited, self._memory = identity, Path(f"/dev/fd/{catalog}"), memory
         super().__init__(path)
 
     def _open_session(self) -> Session:
+        if self.folder.identity() != self._identity:
+            raise Damaged(f"{self.path} was moved or replaced since it was opened; open the store again")
         return Session(self._inherited, self._memory)
 
 
@@ -203,28 +215,50 @@ def main() -> None:
     """The process: one request in, one answer out."""
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever else prints does not mix with the answer
-    path, catalog, query, params, limits, snapshot = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    memory = None
     try:
-        with _Inherited(path, catalog, limits.memory) as store:
+        path, identity, catalog, query, params, limits, snapshot = _receive()
+        memory = limits.memory
+        with _Inherited(path, identity, catalog, memory) as store:
             if store.snapshot != snapshot:
-                raise BadInput(f"{path} is another store by now; open it again")
-            if limits.memory is not None:
-                _limit_allocations(limits.memory)
+                raise Damaged(f"{path} is another store by now; open it again")
+            if memory is not None:
+                _limit_allocations(memory)
             out.write(READY)
             frame = store.sql(query, params)
         out.write(ROWS)
         frame.write_ipc_stream(out)
     except (ActstoreError, MemoryError) as error:
-        out.write(ERROR + json.dumps(_as_sent(error, limits)).encode())
+        out.write(ERROR + json.dumps(_as_sent(error, memory)).encode())
     out.close()
     os._exit(0)  # nothing is left to tidy, and threads of the query might still run
 
 
-def _as_sent(error: ActstoreError | MemoryError, limits: Limits) -> tuple[str, str]:
+def _receive() -> Any:
+    try:
+        request = pickle.load(sys.stdin.buffer)
+    except MemoryError:
+        raise
+    except Exception as error:  # a class that only the parent knows, or whatever a value's own raises
+        raise _unsendable(error) from error
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return request
+
+
+def _unsendable(error: Exception) -> BadInput:
+    why = " ".join(f"{type(error).__name__}: {error}".split())
+    return BadInput(
+        f"a parameter cannot be handed to the process of a query with limits ({why}); give numbers, text, dates, or lists "
+        "and dicts of them"
+    )
+
+
+def _as_sent(error: ActstoreError | MemoryError, memory: int | None) -> tuple[str, str]:
     lacks = isinstance(error, (LimitReached, MemoryError)) or OUT_OF_MEMORY.search(str(error))
-    if limits.memory is not None and lacks:
-        error = _too_much(limits.memory)
+    if memory is not None and lacks:
+        error = _too_much(memory)
+    elif isinstance(error, MemoryError):
+        error = LimitReached("the query needs more memory than there is; ask for less")
     return type(error).__name__, str(error)
 
 

@@ -123,7 +123,7 @@ class Store:
         from actstore import sandbox
 
         limits = sandbox.Limits.of(timeout, memory)
-        return sandbox.run(self.path, self._session.fileno(), query, params, limits, self.snapshot)
+        return sandbox.run(self.folder, self._session.fileno(), query, params, limits, self.snapshot)
 
     def info(self) -> pl.DataFrame:
         """One row a run: its model, trees, sites and size, and how often its greedy answers are right."""

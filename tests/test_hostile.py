@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
-from actstore.errors import ActstoreError, BadInput, LimitReached
+from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
 from actstore.sandbox import Limits
 from actstore.store import Store
 from tests.stores import fake, files
@@ -453,6 +454,54 @@ def test_limits_read_the_snapshot_that_is_open(tmp_path: Path) -> None:
         assert store.sql("select run from runs", timeout=60)["run"].to_list() == ["r"]
     with Store(tmp_path / "s.act") as store:
         assert store.sql("select run from runs", timeout=60)["run"].to_list() == ["r", "two"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_limits_never_read_another_store_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """As many commits, the same run and the same ids; `at_once`: it is put there when the process begins."""
+    ours, other = tmp_path / "s.act", tmp_path / "other.act"
+    fake().store(ours)
+    fake(seed=1).store(other)
+    with Store(ours) as store:
+        ours.rename(tmp_path / "gone.act")
+        other.rename(ours)
+        if at_once:
+            monkeypatch.setattr(store.folder, "check", lambda: None)
+        with pytest.raises(Damaged, match=r"s\.act was moved or replaced since it was opened; open the store again"):
+            store.sql("select act(token_id, 'r', 'resid_post.0') as x from tokens", timeout=60)
+
+
+def test_an_error_before_the_query_begins_is_told(tmp_path: Path) -> None:
+    fake().store(tmp_path / "s.act")
+    with Store(tmp_path / "s.act") as store:
+        shard = max((tmp_path / "s.act").rglob("c/0/*/*"), key=lambda path: path.is_file())
+        shard.unlink()
+        with pytest.raises(Damaged, match="c/0/0"):
+            store.sql("select 1", timeout=60)
+
+
+class Made:
+    """A value that is made, where it arrives, by calling what it is told."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize("value", [lambda: 1, Made(int, "one"), threading.Lock()])
+def test_a_parameter_that_no_other_process_takes_is_refused(store: Store, value: object) -> None:
+    with pytest.raises(BadInput, match=r"a parameter cannot be handed to the process .*give numbers, text") as caught:
+        store.sql("select $x", {"x": value}, timeout=60)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_memory_is_told_whatever_the_limits(store: Store) -> None:
+    with pytest.raises(LimitReached, match="needs more memory than there is; ask for less"):
+        store.sql("select $x", {"x": Made(bytes, 1 << 62)}, timeout=60)
 
 
 @pytest.mark.parametrize(

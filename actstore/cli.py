@@ -17,6 +17,7 @@ from actstore.errors import ActstoreError
 
 if TYPE_CHECKING:
     from actstore.output import Output
+    from actstore.store import Store
 
 
 class Commands(click.Group):
@@ -84,6 +85,13 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 param_option = click.option(
     "-p", "--param", "params", type=(str, str), multiple=True, metavar="NAME VALUE", help="Value of a $NAME."
 )
+
+
+def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--timeout and --memory of the query."""
+    command = click.option("--memory", metavar="SIZE", help="Stop it when it holds more than this: 2GB, 512MB.")(command)
+    return click.option("--timeout", type=float, metavar="SECONDS", help="Stop the query after so long.")(command)
+
 
 checkpoint_option = click.option(
     "--checkpoint",
@@ -154,8 +162,7 @@ def info(store: Path, output: Output) -> None:
 @store_argument
 @click.argument("query")
 @param_option
-@click.option("--timeout", type=float, metavar="SECONDS", help="Stop the query after so long.")
-@click.option("--memory", metavar="SIZE", help="Stop it when it holds more than this: 2GB, 512MB.")
+@limit_options
 @output_options
 def sql(
     store: Path,
@@ -196,6 +203,7 @@ def sql(
 @click.option("--explain", is_flag=True, help="Say what would be read, and read nothing.")
 @click.option("--out", metavar="FILE", help="Write X and the rows to .npz, .safetensors or .parquet.")
 @param_option
+@limit_options
 @output_options
 def read(
     store: Path,
@@ -206,6 +214,8 @@ def read(
     explain: bool,
     out: str | None,
     params: tuple[tuple[str, str], ...],
+    timeout: float | None,
+    memory: str | None,
     output: Output,
 ) -> None:
     """Read the activations of the tokens that a query names, row for row.
@@ -219,12 +229,13 @@ def read(
     """
     import polars as pl
 
-    from actstore.output import ACTIVATION_FILES, check_ending, save_activations
+    from actstore.output import ACTIVATION_FILES, check_columns, check_ending, save_activations
     from actstore.store import Store
 
     check_ending(out, ACTIVATION_FILES, "--out")
     names = [name.strip() for some in sites for name in some.split(",")]
     where: dict[str, Any] = {"sites": names} if len(names) > 1 else {"site": names[0]}
+    where |= {"timeout": timeout, "memory": memory}
     with Store(store) as opened:
         if explain:
             explanation = opened.explain(query, run, params=dict(params), **where)
@@ -233,7 +244,9 @@ def read(
             else:
                 output.write(pl.DataFrame([explanation.to_dict()]), explanation.to_dict())
             return
+        check_columns(_columns(opened, query, dict(params)), out)
         X, rows = opened.read(query, run, params=dict(params), dtype=dtype, **where)
+    check_columns(rows.columns, out)
     if out:
         save_activations(out, X, rows)
         click.echo(f"{out}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
@@ -241,12 +254,28 @@ def read(
         output.write(rows.with_columns(pl.Series("x", X)))
 
 
+def _columns(opened: Store, query: str, params: dict[str, str], *limits: Any) -> list[str]:
+    """The names that a query will yield; none where DESCRIBE does not take it, and then they are looked at afterwards."""
+    try:
+        return opened.sql(f"describe {query}", params, *limits)["column_name"].to_list()
+    except ActstoreError:  # what is wrong with the query itself, the read says
+        return []
+
+
 @main.command()
 @store_argument
 @click.argument("name", required=False)
 @param_option
+@limit_options
 @output_options
-def query(store: Path, name: str | None, params: tuple[tuple[str, str], ...], output: Output) -> None:
+def query(
+    store: Path,
+    name: str | None,
+    params: tuple[tuple[str, str], ...],
+    timeout: float | None,
+    memory: str | None,
+    output: Output,
+) -> None:
     """Run a named query; without a name, list them.
 
     Example:
@@ -256,10 +285,11 @@ def query(store: Path, name: str | None, params: tuple[tuple[str, str], ...], ou
         actstore query demo.act accuracy_by_depth -p run reproduction
     """
     from actstore import queries
+    from actstore.sandbox import Limited
     from actstore.store import Store
 
     with Store(store) as opened:
-        output.write(queries.select(opened, name, **dict(params)) if name else queries.listing())
+        output.write(queries.select(Limited(opened, timeout, memory), name, **dict(params)) if name else queries.listing())
 
 
 @main.command()

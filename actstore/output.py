@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ROWS_SHOWN = 60  # of a table; the other formats give every row
 ACTIVATION_FILES = (".npz", ".safetensors", ".parquet")
 FIGURES = (".png", ".svg", ".pdf")
+ARGUMENTS = ("file", "allow_pickle")  # np.savez takes arrays by keyword beside its own
 ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with cells cut short
 
 
@@ -154,9 +155,10 @@ def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
             metadata; of both, DECIMAL and HUGEINT as float64), or .parquet (the rows, and X as a fixed-size list column `x`).
 
     Raises:
-        BadInput: another ending.
+        BadInput: another ending, or a column whose name the file needs for itself.
     """
     check_ending(path, ACTIVATION_FILES, "--out")
+    check_columns(rows.columns, path)
     writers: Mapping[str, Callable[[Path], None]] = {
         ".npz": lambda target: _save_npz(target, X, rows),
         ".safetensors": lambda target: _save_safetensors(target, X, rows),
@@ -173,6 +175,32 @@ def check_ending(path: str | None, endings: Sequence[str], option: str) -> None:
     """
     if path and Path(path).suffix not in endings:
         raise BadInput(f"got {option} {path}; a file ends in {', '.join(endings)}")
+
+
+def check_columns(columns: Sequence[str], path: str | None) -> None:
+    """Refuse a query's column that has no place beside the activations, which the activations would replace or it them.
+
+    Args:
+        columns: the query's.
+        path: the file to write, as of save_activations; None where rows are printed with a column `x`.
+
+    Raises:
+        BadInput: names the column.
+    """
+    suffix = Path(path).suffix if path else ".parquet"
+    for name in columns:
+        if suffix == ".parquet":
+            taken = name.lower() == "x"  # as DuckDB reads it, which knows no case
+        elif suffix == ".npz":
+            taken = name in ("X", *ARGUMENTS) or name.endswith(".npy")  # numpy takes `X.npy` for X
+        else:
+            taken = name in ("X", "__metadata__")
+        if taken:
+            what = f"{suffix} file" if path else "printed row"
+            raise BadInput(
+                f"the query yields a column {name}, a name that the {what} has another use for beside the activations; "
+                f"rename it (`{name} as other`), or leave it out"
+            )
 
 
 def _save_npz(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actstore.cli import main
+from actstore.errors import BadInput
 from actstore.output import Output, save_activations
 from actstore.session import Session
 from actstore.store import Store
@@ -153,3 +154,45 @@ def test_read_prints_attention_patterns_as_csv(root):
     assert [int(row["token_id"]) for row in printed] == rows["token_id"].to_list()
     found = np.array([strict_json(row["x"]) for row in printed], dtype=object).astype(np.float32)
     np.testing.assert_array_equal(found, patterns)
+
+
+TAKEN = [
+    *[("npz", name) for name in ("X", "file", "allow_pickle", "X.npy")],
+    *[("safetensors", name) for name in ("X", "__metadata__")],
+    *[("parquet", name) for name in ("x", "X")],
+    *[(None, name) for name in ("x", "X")],
+]
+
+
+@pytest.mark.parametrize("query", ["select token_id, 1 as {} from tokens", ";select token_id, 1 as {} from tokens"])
+@pytest.mark.parametrize(("suffix", "name"), TAKEN)
+def test_a_column_that_the_activations_need_is_refused_and_nothing_written(root, tmp_path, suffix, name, query):
+    out = ["--out", tmp_path / f"x.{suffix}"] if suffix else ["--csv"]
+    result = run("read", root, query.format(f'"{name}"'), "--site", "embed", *out)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"actstore: the query yields a column {name}, ")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_taken_name_is_refused_before_any_activation_is_read(root, monkeypatch):
+    monkeypatch.setattr(Store, "read", lambda *args, **options: pytest.fail("it was read"))
+    assert run("read", root, "select token_id, 1 as x from tokens", "--csv").exit_code == 2
+
+
+@pytest.mark.parametrize(("suffix", "name"), [taken for taken in TAKEN if taken[0]])
+def test_a_name_is_refused_in_python_as_on_the_command_line(tmp_path, suffix, name):
+    with pytest.raises(BadInput, match="rename it"):
+        save_activations(str(tmp_path / f"x.{suffix}"), X, pl.DataFrame({name: [1, 2]}))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "name"), [("npz", "x"), ("safetensors", "x"), ("safetensors", "file"), ("npz", "a b")]
+)
+def test_a_name_that_is_free_is_kept(tmp_path, suffix, name):
+    from safetensors.numpy import load_file
+
+    save_activations(out := str(tmp_path / f"x.{suffix}"), X, pl.DataFrame({name: [1, 2]}))
+    saved = np.load(out) if suffix == "npz" else load_file(out)
+    np.testing.assert_array_equal(saved["X"], X)
+    assert saved[name].tolist() == [1, 2]

@@ -70,12 +70,18 @@ class Cost:
 
 
 def explain(
-    store: Store, query: str, run: str | None, sites: Sequence[str], params: Mapping[str, Any] | None
+    store: Store,
+    query: str,
+    run: str | None,
+    sites: Sequence[str],
+    params: Mapping[str, Any] | None,
+    timeout: float | None,
+    memory: str | int | None,
 ) -> Explanation:
     """See Store.explain."""
     name = store.run(run)
     readers = [store._reader(name, site) for site in sites]
-    token_ids, _ = read_ids(store, query, params)
+    token_ids, _ = read_ids(store, query, params, timeout, memory)
     tokens = np.unique(token_ids)
     of_sites = [cost(reader, tokens) for reader in readers]
     totals = {field: sum(getattr(one, field) for one in of_sites) for field in Cost.__dataclass_fields__}

@@ -53,15 +53,22 @@ def check_form(dtype: str, out: str) -> None:
         raise BadInput("numpy has no bfloat16; ask for out='torch', or for float16 or float32")
 
 
-def read_ids(store: Store, query: str, params: Mapping[str, Any] | None) -> tuple[np.ndarray, pl.DataFrame]:
-    """The token ids that a query yields, int64 [n], and its frame.
+def read_ids(
+    store: Store,
+    query: str,
+    params: Mapping[str, Any] | None,
+    timeout: float | None = None,
+    memory: str | int | None = None,
+) -> tuple[np.ndarray, pl.DataFrame]:
+    """The token ids that a query yields, int64 [n], and its frame; limits as of Store.sql.
 
     Raises:
         NotStored: an id is too large for any token.
         BadInput: the query is refused, has two columns of one name, or yields no integer token_id without NULLs.
+        LimitReached: it took longer, or held more.
     """
-    rows = store.sql(query, params)
-    _refuse_twins(store, query, params, rows.columns)
+    rows = store.sql(query, params, timeout, memory)
+    _refuse_twins(store, query, params, rows.columns, timeout, memory)
     return token_ids(rows), rows
 
 
@@ -84,15 +91,26 @@ def token_ids(rows: pl.DataFrame) -> np.ndarray:
     return as_stored.to_numpy()
 
 
-def _refuse_twins(store: Store, query: str, params: Mapping[str, Any] | None, columns: Sequence[str]) -> None:
+def _refuse_twins(
+    store: Store,
+    query: str,
+    params: Mapping[str, Any] | None,
+    columns: Sequence[str],
+    timeout: float | None,
+    memory: str | int | None,
+) -> None:
     """Two columns of one name would come back as `a` and `a_1`, and nobody could say which is which."""
     known = {name.lower() for name in columns}
     if not any((found := RENAMED.fullmatch(name.lower())) and found[1] in known for name in columns):
         return
     try:
-        described = store.sql(f"describe {query}", params)["column_name"].to_list()
-    except BadInput:  # a query that DESCRIBE does not take, such as SHOW
-        return
+        described = store.sql(f"describe {store._session.statement(query)}", params, timeout, memory)[
+            "column_name"
+        ].to_list()
+    except BadInput as error:  # a query that DESCRIBE does not take, such as SHOW
+        raise BadInput(
+            f"the query yields {', '.join(columns)}, where a name may be of a second column; write it as SELECT, or rename"
+        ) from error
     names = [name.lower() for name in described]
     if twins := [name for place, name in enumerate(described) if name.lower() in names[:place]]:
         raise BadInput(f"the query yields two columns named {twins[0]}; rename one (`… as other`), or leave it out")
@@ -109,7 +127,10 @@ def read_activations(readers: Sequence[SiteReader], token_ids: np.ndarray, one_s
 
         in_torch = torch.empty(shape, dtype=torch.bfloat16)
         for place, reader in enumerate(readers):
-            in_torch[:, place] = torch.from_numpy(reader.gather(token_ids))
+            in_torch[:, place] = whole = torch.from_numpy(reader.gather(token_ids))
+            infinite = in_torch[:, place].isinf()
+            if infinite.any() and whole[infinite].isfinite().any():
+                raise BadInput("an activation is too large for bfloat16; read it as float32")
         return in_torch[:, 0] if one_site else in_torch
     X = np.empty(shape, dtype)
     for place, reader in enumerate(readers):

@@ -81,6 +81,17 @@ def _bytes(memory: str | int) -> int:
     return size
 
 
+class Limited:
+    """A store whose every query has limits, for what asks a store by itself, such as a named query."""
+
+    def __init__(self, store: Store, timeout: float | None, memory: str | int | None) -> None:
+        self.run, self._store, self._limits = store.run, store, (timeout, memory)
+
+    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+        """As Store.sql."""
+        return self._store.sql(query, params, *self._limits)
+
+
 def run(
     folder: Folder, catalog: int, query: str, params: Mapping[str, Any] | None, limits: Limits, snapshot: int
 ) -> pl.DataFrame:

@@ -151,6 +151,11 @@ class Session:
                 f"the query yields a type that polars does not hold ({one_line(error)}); cast it, to varchar for example"
             ) from error
 
+    def statement(self, query: str) -> str:
+        """The one statement of a query that `sql` takes, without what DuckDB skips in front of it, such as `;`."""
+        with self._connection.cursor() as cursor:
+            return str(cursor.extract_statements(query)[0].query)
+
     def _tables_if_asked(self, error: duckdb.Error) -> str:
         if not (isinstance(error, duckdb.CatalogException) and str(error).startswith("Catalog Error: Table with name")):
             return ""

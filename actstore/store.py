@@ -169,6 +169,8 @@ class Store:
         params: Mapping[str, Any] | None = ...,
         *,
         sites: Sequence[str] | None = ...,
+        timeout: float | None = ...,
+        memory: str | int | None = ...,
         dtype: str = ...,
         out: Literal["numpy"] = ...,
     ) -> tuple[np.ndarray, pl.DataFrame]: ...
@@ -182,6 +184,8 @@ class Store:
         params: Mapping[str, Any] | None = ...,
         *,
         sites: Sequence[str] | None = ...,
+        timeout: float | None = ...,
+        memory: str | int | None = ...,
         dtype: str = ...,
         out: Literal["torch"],
     ) -> tuple[torch.Tensor, pl.DataFrame]: ...
@@ -194,6 +198,8 @@ class Store:
         params: Mapping[str, Any] | None = None,
         *,
         sites: Sequence[str] | None = None,
+        timeout: float | None = None,
+        memory: str | int | None = None,
         dtype: str = "float32",
         out: str = "numpy",
     ) -> tuple[Any, pl.DataFrame]:
@@ -205,6 +211,7 @@ class Store:
             site: `resid_post.0` (read where none is named) or `blocks.0.hook_resid_post`.
             params: a value for each `$name` of the query.
             sites: several sites of one row shape, in place of `site`.
+            timeout, memory: limits of the query, as of `sql`; reading the activations has none.
             dtype: of X: float32, float16, float64, or bfloat16 (torch alone).
             out: numpy or torch; a tensor shares the memory of what was read.
 
@@ -216,6 +223,7 @@ class Store:
             NotStored: no such run or site, or a token has no activation there.
             BadInput: the query is refused, has two columns of one name, or yields no integer token_id without NULLs; the
                 sites' rows differ in shape; no such dtype or out; or an activation is too large for the dtype.
+            LimitReached: the query took longer, or held more.
             Damaged: a file is not what was committed, or another store was put in the place of this one.
         """
         reading.check_form(dtype, out)
@@ -223,7 +231,7 @@ class Store:
         run = self.run(run)
         readers = [self._reader(run, name) for name in names]
         reading.same_row_shape(readers, names)
-        token_ids, rows = reading.read_ids(self, query, params)
+        token_ids, rows = reading.read_ids(self, query, params, timeout, memory)
         return reading.read_activations(readers, token_ids, sites is None, dtype, out), rows
 
     def explain(
@@ -234,17 +242,19 @@ class Store:
         params: Mapping[str, Any] | None = None,
         *,
         sites: Sequence[str] | None = None,
+        timeout: float | None = None,
+        memory: str | int | None = None,
     ) -> Explanation:
         """What `read` with the same arguments will cost: rows, chunks, shards, bytes. The query runs; no activation is read.
 
         Raises:
             NotStored: no such run or site, or a token is of another set of trees or not ingested yet. That one is padding
                 only the read finds out.
-            BadInput: as `read`.
+            BadInput, LimitReached: as `read`.
         """
         from actstore.explain import explain
 
-        return explain(self, query, run, reading.wanted_sites(site, sites), params)
+        return explain(self, query, run, reading.wanted_sites(site, sites), params, timeout, memory)
 
     def scan(self, run: str | None = None, site: str = "resid_post.0") -> pl.LazyFrame:
         """The tokens of a run as a polars LazyFrame, one row a token, in the order of token_id.
@@ -283,6 +293,8 @@ class Store:
         start: int = 0,
         drop_last: bool = False,
         window: int = 2**18,
+        timeout: float | None = None,
+        memory: str | int | None = None,
     ) -> Batches:
         """A torch IterableDataset of batches (X, columns) of a query's rows, for sets that are larger than memory.
 
@@ -307,7 +319,7 @@ class Store:
         without workers. `len()` counts the batches to come.
 
         Args:
-            query, run, site, params, sites: as of `read`; the query runs now, on this store's snapshot, and
+            query, run, site, params, sites, timeout, memory: as of `read`; the query runs now, on this store's snapshot, and
                 the store may be closed before the batches are read.
             batch_size: rows; the last batch may have fewer.
             shuffle: see above.
@@ -318,6 +330,7 @@ class Store:
 
         Raises:
             NotStored: as `read`, and before the first batch.
+            LimitReached: as `read`.
             BadInput: as `read`; or a number that cannot be.
             Damaged: on iterating: a file is not what was committed, or another store was put in the place of this one.
         """
@@ -336,6 +349,8 @@ class Store:
             start=start,
             drop_last=drop_last,
             window=window,
+            timeout=timeout,
+            memory=memory,
         )
 
     def _reader(self, run: str, site: str) -> SiteReader:

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
-from actstore.sandbox import Limits
+from actstore.sandbox import Limited, Limits
 from actstore.store import Store
 from tests.stores import fake, files
 
@@ -446,6 +446,26 @@ def test_an_error_is_the_same_with_limits(store: Store, query: str) -> None:
     assert str(limited.value) == str(plain.value)
 
 
+READS_OF_A_STORE: dict[str, Callable[..., Any]] = {
+    "read": lambda store, query, **limits: store.read(query, **limits)[0].tolist(),
+    "explain": lambda store, query, **limits: store.explain(query, **limits),
+    "batches": lambda store, query, **limits: next(iter(store.batches(query, **limits)))[0].tolist(),
+    "a named query": lambda store, query, **limits: (
+        Limited(store, **{"timeout": None, "memory": None, **limits}).sql(query).rows()
+    ),
+}
+
+
+@pytest.mark.parametrize("read", READS_OF_A_STORE.values(), ids=READS_OF_A_STORE)
+def test_whatever_takes_a_query_takes_its_limits(store: Store, read: Callable[..., Any]) -> None:
+    query = "select token_id, role from tokens where tree_id = 4 order by token_id"
+    assert read(store, query, timeout=60, memory="1GB") == read(store, query)
+    with pytest.raises(LimitReached, match=r"took longer than its limit of 0\.2 s"):
+        read(store, f"select ({ENDLESS})::bigint as token_id", timeout=0.2)
+    with pytest.raises(LimitReached, match="needed more than its limit of 50 MB"):
+        read(store, "select length(repeat('x', 3_000_000_000)) as token_id", memory="50MB", timeout=60)
+
+
 def test_limits_read_the_snapshot_that_is_open(tmp_path: Path) -> None:
     one, two = fake(), fake(run="two", dataset="e", seed=1)
     one.store(tmp_path / "s.act")
@@ -546,7 +566,16 @@ def test_the_command_takes_limits(place: Path) -> None:
     stopped = runner.invoke(main, ["sql", root, ENDLESS, "--timeout", "0.2"])
     assert (stopped.exit_code, stopped.stdout) == (1, "")
     assert stopped.stderr.startswith("actstore: the query took longer than its limit of 0.2 s")
-    assert runner.invoke(main, ["sql", root, "select 1", "--memory", "lots"]).exit_code == 2
+    for command in (["sql", root, "select 1"], ["read", root, "from tokens"], ["query", root, "accuracy_by_depth"]):
+        some = ["-p", "run", "r"] if command[0] == "query" else []
+        refused = runner.invoke(main, [*command, *some, "--memory", "lots"])
+        assert (refused.exit_code, refused.stderr[:28]) == (2, "actstore: got memory 'lots';")
+    read = ["read", root, f"select ({ENDLESS}) as token_id", "--timeout", "0.2"]
+    for how in ([], ["--explain"]):
+        assert "longer than its limit of 0.2 s" in runner.invoke(main, [*read, *how]).stderr
+    asked = ["query", root, "accuracy_by_depth", "-p", "run", "r", "--csv"]
+    within = runner.invoke(main, [*asked, "--timeout", "60", "--memory", "1GB"])
+    assert (within.exit_code, within.stdout) == (0, runner.invoke(main, asked).stdout)
 
 
 INTERRUPTED = """

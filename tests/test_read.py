@@ -156,6 +156,9 @@ def test_an_unknown_one_of_several_sites_is_named(store: Store) -> None:
         "from tokens a join edge_targets b on a.token_id = b.token_id",
         "with t as (from tokens) select t.*, t.edge from t where position < $most",
         "select token_id, edge as a_1, node as a, step as a from tokens",
+        ";select token_id, edge, node as edge from tokens",
+        " -- a question\n; /* ; */ ;; select token_id, edge, node as edge from tokens;",
+        "select token_id, 1 as edge, 2 as edge from (pivot (from tokens) on role using count(*) group by token_id)",
     ],
 )
 def test_two_columns_of_one_name_are_refused_by_name(store: Store, query: str) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from actstore.output import Output
     from actstore.store import Store
 
+GO_ON = ("ingest", "train")  # commands that, when stopped, have done part of their work for good
+
 
 class Commands(click.Group):
     """A group that turns the package's own errors, a full disk and Ctrl-C into one line and an exit code."""
@@ -30,9 +32,8 @@ class Commands(click.Group):
             click.echo(f"actstore: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo(
-                "actstore: stopped; what was committed is kept, and the same command goes on from there", err=True
-            )
+            goes_on = "; what was committed is kept, and the same command goes on from there"
+            click.echo(f"actstore: stopped{goes_on if ctx.invoked_subcommand in GO_ON else ''}", err=True)
             ctx.exit(1)
         except BrokenPipeError:  # `actstore sql … | head`
             sys.stderr.close()
@@ -83,13 +84,21 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 param_option = click.option(
-    "-p", "--param", "params", type=(str, str), multiple=True, metavar="NAME VALUE", help="Value of a $NAME."
+    "-p",
+    "--param",
+    "params",
+    type=(str, str),
+    multiple=True,
+    metavar="NAME VALUE",
+    help="Value of a $NAME, as text; cast it where a number is meant (`$NAME::int`).",
 )
 
 
 def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--timeout and --memory of the query."""
-    command = click.option("--memory", metavar="SIZE", help="Stop it when it holds more than this: 2GB, 512MB.")(command)
+    command = click.option("--memory", metavar="SIZE", help="Stop it when it holds more than this: 2GB, 512MB.")(
+        command
+    )
     return click.option("--timeout", type=float, metavar="SECONDS", help="Stop the query after so long.")(command)
 
 
@@ -178,13 +187,15 @@ def sql(
 
     \b
         actstore sql demo.act "select role, count(*) from tokens group by all"
-        actstore sql demo.act "from trees where depth = \\$d" -p d 7 --csv
+        actstore sql demo.act "from trees where depth = \\$d::int" -p d 7 --csv
         actstore sql demo.act "select act(token_id, run, 'embed') as x from predictions limit 5" --timeout 10 --memory 2GB
     """
+    from actstore.progress import waiting
     from actstore.store import Store
 
-    with Store(store) as opened:
-        output.write(opened.sql(query, dict(params), timeout, memory))
+    with Store(store) as opened, waiting("sql"):
+        rows = opened.sql(query, dict(params), timeout, memory)
+    output.write(rows)
 
 
 @main.command()
@@ -230,6 +241,7 @@ def read(
     import polars as pl
 
     from actstore.output import ACTIVATION_FILES, check_columns, check_ending, save_activations
+    from actstore.progress import waiting
     from actstore.store import Store
 
     check_ending(out, ACTIVATION_FILES, "--out")
@@ -238,14 +250,16 @@ def read(
     where |= {"timeout": timeout, "memory": memory}
     with Store(store) as opened:
         if explain:
-            explanation = opened.explain(query, run, params=dict(params), **where)
+            with waiting("explain"):
+                explanation = opened.explain(query, run, params=dict(params), **where)
             if output.format == "table" and not output.parquet:
                 click.echo(str(explanation))
             else:
                 output.write(pl.DataFrame([explanation.to_dict()]), explanation.to_dict())
             return
-        check_columns(_columns(opened, query, dict(params)), out)
-        X, rows = opened.read(query, run, params=dict(params), dtype=dtype, **where)
+        with waiting("read"):
+            check_columns(_columns(opened, query, dict(params), timeout, memory), out)
+            X, rows = opened.read(query, run, params=dict(params), dtype=dtype, **where)
     check_columns(rows.columns, out)
     if out:
         save_activations(out, X, rows)
@@ -285,11 +299,13 @@ def query(
         actstore query demo.act accuracy_by_depth -p run reproduction
     """
     from actstore import queries
+    from actstore.progress import waiting
     from actstore.sandbox import Limited
     from actstore.store import Store
 
-    with Store(store) as opened:
-        output.write(queries.select(Limited(opened, timeout, memory), name, **dict(params)) if name else queries.listing())
+    with Store(store) as opened, waiting("query"):
+        rows = queries.select(Limited(opened, timeout, memory), name, **dict(params)) if name else queries.listing()
+    output.write(rows)
 
 
 @main.command()

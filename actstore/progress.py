@@ -1,15 +1,21 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then where there is none; both on stderr."""
+"""Progress of long work: a bar or a spinner on a terminal, a plain line now and then where there is none; all on stderr."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.live import Live
 
 Advance = Callable[..., None]  # (done, total=None, what=None): units done; a total or a name where they change
 
-SECONDS_BEFORE_A_LINE = 5.0  # short work says nothing but its result
+SECONDS_BEFORE_A_BAR = 2.0  # short work says nothing but its result
+SECONDS_BEFORE_A_LINE = 5.0
 
 
 @contextmanager
@@ -62,8 +68,65 @@ def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
         bars.update(task, completed=done, total=total)
         details.plain = part or ""
 
-    with Live(Group(bars, details), console=console):
+    with _shown_late(Live(Group(bars, details), console=console)):
         yield advance
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show for how long a piece of work that cannot say how far it is has been running.
+
+    Args:
+        what: named beside the spinner, or in the lines: the first after five seconds, each later one after twice the time.
+    """
+    with _spinner(what) if sys.stderr.isatty() else _waiting_lines(what):
+        yield
+
+
+@contextmanager
+def _spinner(what: str) -> Iterator[None]:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    bars = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console)
+    bars.add_task(what, total=None)
+    with _shown_late(Live(bars, console=console, transient=True)):
+        yield
+
+
+@contextmanager
+def _shown_late(live: Live) -> Iterator[None]:
+    """Show something from the third second on, so that short work flashes nothing."""
+    timer = threading.Timer(SECONDS_BEFORE_A_BAR, live.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        live.stop()
+
+
+@contextmanager
+def _waiting_lines(what: str) -> Iterator[None]:
+    started, done = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        wait_until = SECONDS_BEFORE_A_LINE
+        while not done.wait(started + wait_until - time.monotonic()):
+            print(f"{what}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            wait_until *= 2
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _lines(what: str, total: int | None, unit: str) -> Advance:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +21,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actstore import progress
 from actstore.cli import main
 from actstore.errors import BadInput
 from actstore.output import Output, save_activations
@@ -196,3 +203,130 @@ def test_a_name_that_is_free_is_kept(tmp_path, suffix, name):
     saved = np.load(out) if suffix == "npz" else load_file(out)
     np.testing.assert_array_equal(saved["X"], X)
     assert saved[name].tolist() == [1, 2]
+
+
+def test_what_no_bfloat16_holds_is_refused_and_what_rounds_down_is_not(tmp_path):
+    import torch
+
+    largest = torch.finfo(torch.bfloat16).max
+    rounds_down, rounds_up = np.float32(largest * 1.001), np.float32(3.4e38)
+    for value, fits in [(rounds_down, True), (np.float32(np.inf), True), (rounds_up, False), (-rounds_up, False)]:
+        planted = fake(sites=("embed",))
+        planted.activations["hook_embed"][:, :, 3] = value
+        planted.store(tmp_path / f"{value}.act")
+        with Store(tmp_path / f"{value}.act") as store:
+            read = functools.partial(store.read, "from tokens", site="embed", dtype="bfloat16", out="torch")
+            if fits:
+                expected = torch.tensor(value).to(torch.bfloat16)
+                assert (read()[0][:, 3] == expected).all()
+            else:
+                with pytest.raises(BadInput, match="too large for bfloat16"):
+                    read()
+
+
+# What is said while a command runs, and when it is stopped.
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["sql", "select 1"], ["read", "from tokens"], ["read", "from tokens", "--explain"], ["query", "last_edge"]],
+)
+def test_ctrl_c_in_a_query_promises_nothing_about_going_on(root, monkeypatch, command):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "sql", stopped)
+    monkeypatch.setattr(Store, "_snapshot", lambda store: 0)
+    result = run(command[0], root, *command[1:])
+    assert (result.exit_code, result.stderr) == (1, "actstore: stopped\n")
+
+
+def test_ctrl_c_in_what_commits_as_it_goes_says_how_to_go_on(tmp_path, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("actstore.ingest.pipeline.prepare", stopped)
+    result = run("ingest", tmp_path / "s.act", "--model", "reproduction")
+    assert result.exit_code == 1
+    assert "what was committed is kept, and the same command goes on from there" in result.stderr
+
+
+def test_a_parameter_is_text_which_a_cast_makes_a_number(root):
+    printed = [
+        run("sql", root, f"select typeof({of}) as t", "-p", "d", "7", "--csv").stdout for of in ("$d", "$d::int")
+    ]
+    assert printed == ["t\nVARCHAR\n", "t\nINTEGER\n"]
+    assert "as text" in " ".join(run("sql", "--help").output.split())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_LINE", 0.05)
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_BAR", 0.05)
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for another thread."""
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+@pytest.mark.parametrize("shown", [lambda: progress.waiting("sql"), lambda: progress.progress("ingest", 3, "trees")])
+def test_short_work_shows_nothing(monkeypatch, stream, shown):
+    monkeypatch.setattr("sys.stderr", said := stream())
+    with shown():
+        pass
+    assert said.getvalue() == ""
+
+
+def test_long_waiting_is_said_in_plain_lines_ever_further_apart(monkeypatch, quick):
+    monkeypatch.setattr("sys.stderr", said := io.StringIO())
+    started = time.monotonic()
+    with progress.waiting("sql"):
+        until(lambda: said.getvalue().count("\n") >= 3)
+    assert time.monotonic() - started >= 0.05 * 4  # at 1, 2 and 4 times
+    lines = said.getvalue().splitlines()
+    assert all(re.fullmatch(r"sql: \d+ s", line) for line in lines)
+
+
+def test_long_waiting_spins_on_a_terminal_with_the_time_and_leaves_nothing_on_stdout(monkeypatch, quick):
+    monkeypatch.setattr("sys.stderr", said := Terminal())
+    monkeypatch.setattr("sys.stdout", out := io.StringIO())
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.waiting("sql"):
+        until(lambda: "0:00:00" in said.getvalue())
+    assert re.search(r"sql\S* \S*0:00:0\d", said.getvalue())
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["sql", "select 1 as a"], "sql"),
+        (["query"], "query"),
+        (["read", "from tokens", "--site", "embed"], "read"),
+        (["read", "from tokens", "--site", "embed", "--explain"], "explain"),
+    ],
+)
+def test_every_query_command_says_that_it_waits_and_prints_its_rows_after(root, monkeypatch, command, named):
+    waited = []
+
+    @contextmanager
+    def waiting(what):
+        waited.append((what, sys.stdout.tell()))
+        yield
+        waited.append(("done", sys.stdout.tell()))
+
+    monkeypatch.setattr(progress, "waiting", waiting)
+    result = run(command[0], root, *command[1:])
+    assert result.exit_code == 0, result.output
+    assert waited == [(named, 0), ("done", 0)]
+    assert result.stdout

@@ -8,7 +8,6 @@ training goes on at it, and each of several workers knows which are its own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 Batch = tuple[torch.Tensor, dict[str, Any]]
-WINDOW = 2**18  # rows: at d_model 128, 128 MiB of each site
 SIGNED: dict[Any, Any] = {pl.UInt16: pl.Int32, pl.UInt32: pl.Int64}  # torch can hardly compute with these
 TENSORS = (pl.Boolean, pl.UInt8, pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt64, pl.Float32, pl.Float64)
 
@@ -70,7 +68,7 @@ class Batches(IterableDataset):
         _refuse_what_is_not_there(store, readers, ids)
         self._ids, self._columns = ids, {name: _column(rows[name]) for name in rows.columns}
         self._sites, self._one_site = [_Site.of(reader) for reader in readers], one_site
-        self._path, self._identity = store.path.absolute(), _identity(store.path)
+        self._path, self._identity = store.path.absolute(), store.folder.identity()
         store.folder.check()
         self._order = _Shuffled(ids, self._sites[0], seed, window) if shuffle else _AsAsked(len(ids), window)
         self._batch_size, self.n_rows = batch_size, len(ids)
@@ -129,11 +127,11 @@ class Batches(IterableDataset):
             Damaged: another is in its place.
         """
         try:
-            folder, identity = Folder(self._path), _identity(self._path)
+            folder = Folder(self._path)
         except OSError as error:
             raise Damaged(f"{self._path} cannot be opened ({error}); make the batches again") from error
         folder.check()
-        if identity != self._identity:
+        if folder.identity() != self._identity:
             raise Damaged(f"{self._path} was replaced since these batches were made; make them again")
         return folder
 
@@ -305,8 +303,3 @@ def _check_counts(**counts: tuple[Any, int]) -> None:
     for name, (count, least) in counts.items():
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < least:
             raise BadInput(f"got {name} {count!r}; give a whole number from {least} on")
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    about = os.stat(path)
-    return about.st_dev, about.st_ino

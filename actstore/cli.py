@@ -260,11 +260,11 @@ def read(
         with waiting("read"):
             check_columns(_columns(opened, query, dict(params), timeout, memory), out)
             X, rows = opened.read(query, run, params=dict(params), dtype=dtype, **where)
-    check_columns(rows.columns, out)
     if out:
         save_activations(out, X, rows)
         click.echo(f"{out}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
     else:
+        check_columns(rows.columns, None)
         output.write(rows.with_columns(pl.Series("x", X)))
 
 

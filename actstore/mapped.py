@@ -19,6 +19,7 @@ import google_crc32c
 import numpy as np
 
 from actstore.errors import BadInput, Damaged
+from actstore.machine import n_processors
 
 if TYPE_CHECKING:
     from actstore.arrays import Layout
@@ -216,6 +217,5 @@ def n_threads(n_floats: int) -> int:
     """How many threads shall copy so many numbers: no more than processors, nor than OMP_NUM_THREADS allows."""
     if n_floats < FLOATS_FOR_THREADS:
         return 1
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(processors, MOST_THREADS, int(allowed) if allowed.isdecimal() else MOST_THREADS))
+    return max(1, min(n_processors(), MOST_THREADS, int(allowed) if allowed.isdecimal() else MOST_THREADS))

@@ -6,7 +6,6 @@ weights, YAML, log → evaluation on trees never seen → NAME.md
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from actstore.ingest.evaluation import MEASURES, Evaluation, evaluate
 from actstore.ingest.learner import Row
 from actstore.ingest.models import ModelConfig
 from actstore.ingest.recipe import Recipe, recipe_of
+from actstore.machine import n_processors
 
 LEARNT = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the training at which a card shows the log
 
@@ -123,8 +123,7 @@ def _share(row: Row, measure: str) -> str:
 
 def machine(device: str) -> str:
     """The machine that this runs on, in words: its processor or GPU, the cores there are to use, and torch."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = f"{cores} cores of {_processor()}"
+    found = f"{n_processors()} cores of {_processor()}"
     if device.startswith("cuda"):
         found = f"{torch.cuda.get_device_name(device)}, {found}"
     return f"{found}; torch {version('torch')}"

@@ -30,6 +30,7 @@ from actstore.errors import BadInput
 from actstore.ingest.checkpoints import TrainingFolder
 from actstore.ingest.learner import Learner, Row, Tally
 from actstore.ingest.recipe import read_config
+from actstore.machine import n_processors
 
 LOG_EVERY = 25  # steps
 STATE_EVERY = 250  # steps, some two minutes: what a kill can cost
@@ -115,10 +116,9 @@ def _check_device(device: str) -> None:
 def _threads(most: int) -> Iterator[Executor]:
     """A pool of one-threaded workers: parts of a step side by side need no barrier after each of their operations."""
     before = torch.get_num_threads()
-    n_workers = min(most, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(n_workers) as pool:
+        with ThreadPoolExecutor(min(most, n_processors())) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)

@@ -54,6 +54,8 @@ create table datasets (
     n_positions utinyint, -- tokens of the longest prompt and path, 4 * n_nodes - 1
     first_tree_id integer, -- tree_id of the first tree
     trees_per_shard integer, -- trees a batch, so rows a chunk of every array
+    variant_of varchar, -- set whose tree i tree i of this one was made from, NULL for a drawn set
+    change varchar, -- what was changed in each tree: 'swap_last' or 'swap_inner', NULL for a drawn set
 );
 
 create table trees (
@@ -100,6 +102,7 @@ create table runs (
     dataset varchar, -- datasets.dataset
     first_tree_id integer, -- tree_id of row 0 of every array of the run
     n_trees integer, -- trees planned, rows of every array
+    prompt varchar, -- what the model is given: 'task' (tree, goal, root, path) or 'tree' (the edges up to the bar alone)
     device varchar, -- where it ran
     versions varchar, -- of actstore, torch and transformer_lens, JSON
 );
@@ -143,6 +146,16 @@ create table outcomes (
     greedy_right boolean, -- greedy_path = trees.path
     first_wrong_step utinyint, -- of the greedy answer, 0 to depth - 1; NULL when right
     failure failure_kind, -- what the first wrong step is; NULL when right
+);
+
+create table generations (
+    run varchar, -- runs.run, one whose prompt is 'tree'
+    tree_id integer, -- trees.tree_id
+    sample utinyint, -- 0 for the greedy continuation; 1 and on are drawn from the model's own distribution
+    position utinyint, -- place in the sequence, from the one behind the bar, 3 * n_nodes - 3
+    token token_word, -- what the model said there, spelled the same for both systems
+    p float, -- probability it gave to that token, [0, 1]
+    p_best float, -- probability of its likeliest token, [0, 1]
 );
 
 create table results (

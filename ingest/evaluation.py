@@ -16,10 +16,10 @@ from actstore.ingest.predictions import answer
 from actstore.ingest.recipe import Recipe, step_trees
 from actstore.ingest.tokens import PAD, encode, is_arrow
 from actstore.ingest.trees import Trees, draw
+from actstore.statistics import wilson
 
 SEED = 20_000_000  # far from the seeds that people train with
 BATCH = 128  # trees a forward pass, the quickest on a CPU
-Z_95 = 1.959964  # of the normal distribution, two-sided
 MEASURES = ("token", "whole_path", "greedy")
 
 
@@ -167,13 +167,3 @@ def _row(depth: int | None, counts: np.ndarray) -> dict[str, float | int | None]
         low, high = wilson(n_right, n)
         row |= {measure: n_right / n, f"{measure}_low": low, f"{measure}_high": high}
     return row
-
-
-def wilson(n_right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share: it stays within 0 and 1, and has a width even where all are right.
-
-    It takes the n for independent, which trees are and the tokens of one tree are not.
-    """
-    share, z2 = n_right / n, Z_95**2
-    centre, half = share + z2 / (2 * n), Z_95 * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))

@@ -28,6 +28,7 @@ from actstore.errors import BadInput, NotStored
 from actstore.queries import load, nearest
 from actstore.queries.probe_report import LABELS, TOKEN_ROLES, draw, sentence, table
 from actstore.queries.study import Progress, Study, result_rows
+from actstore.statistics import N_RESAMPLES, share_over_trees
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +40,6 @@ NAME, QUERY = "probes", "edge_tokens"
 C = 1.0  # weight of the data against the L2 penalty, scikit-learn's default
 TOL = 1e-4  # largest gradient of a converged fit, scikit-learn's default
 MAX_ITER = 300  # a fit that finds its answer takes some 10 iterations, one that finds nothing some 100
-N_RESAMPLES = 1000  # of the bootstrap; 25 of them lie beyond each end of a 95 % interval
 MIN_TEST_TREES = 2  # one tree resampled is always itself, so it gives no interval
 ENOUGH_TREES = 60  # every label is a source in half of all trees at least, and one tree in five is for testing
 
@@ -125,31 +125,6 @@ def fit(X: np.ndarray, y: np.ndarray, train: np.ndarray, max_iter: int = MAX_ITE
     return Fit(right, int(probe.n_iter_[0]), converged, weights, intercepts)
 
 
-def interval(right: np.ndarray, trees: np.ndarray, seed: int) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a share of rows, over trees: rows of one tree come and go together.
-
-    Where no tree errs it has no width, which says no more than that: n trees without one bound the share of trees that
-    err by some 3/n.
-
-    Args:
-        right: bool [n] rows.
-        trees: int [n], the tree of each row.
-        seed: of the resamples; two probes over the same trees get the same ones, so they can be compared.
-
-    Returns:
-        Its ends, in [0, 1].
-    """
-    _, tree = np.unique(trees, return_inverse=True)
-    n_right, n_rows = np.bincount(tree, weights=right), np.bincount(tree)
-    rng = np.random.default_rng(seed)
-    shares = []
-    for _ in range(0, N_RESAMPLES, 100):  # 100 at a time: n_trees × 1,000 indices at once would be large
-        drawn = rng.integers(len(n_rows), size=(100, len(n_rows)))
-        shares.append(n_right[drawn].sum(axis=1) / n_rows[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(shares), (0.025, 0.975))
-    return float(low), float(high)
-
-
 def check_role(token_role: str) -> None:
     """Refuse a token_role that no edge has."""
     if token_role not in TOKEN_ROLES:
@@ -213,7 +188,7 @@ def _probe_site(
         true, shuffled = next(fits), next(fits)
         about = {**where, "label": label}
         for metric, made in (("accuracy", true), ("shuffled_accuracy", shuffled)):
-            low, high = interval(made.right, trees, seed)
+            low, high = share_over_trees(made.right, trees, seed)
             rows.append(
                 {**about, "metric": metric, "value": made.right.mean(), "low": low, "high": high, "n": len(trees)}
             )

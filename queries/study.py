@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
     from actstore.store import Store
 
-STUDIES = {"probes": "actstore.queries.probe"}
+STUDIES = {
+    "probes": "actstore.queries.probe",
+    "depth": "actstore.queries.depth",
+    "last-edge": "actstore.queries.last_edge",
+    "swap": "actstore.queries.swap",
+    "dreams": "actstore.queries.dreams",
+    "attention": "actstore.queries.attention",
+    "compare": "actstore.queries.compare",
+}
 
 Progress = Callable[[int, int, str], None]  # parts done, parts in all, the part that was just done
 

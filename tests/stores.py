@@ -22,7 +22,7 @@ from actstore.writer import Writer, open_writer
 D_MODEL, N_HEADS = 6, 2
 TABLES = (
     *("models", "datasets", "trees", "edges", "tokens", "runs", "sites"),
-    *("shards", "predictions", "outcomes", "results", "snapshot"),
+    *("shards", "predictions", "outcomes", "generations", "results", "snapshot"),
 )
 
 

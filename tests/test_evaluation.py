@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 
 from actstore.errors import BadInput
 from actstore.ingest import evaluation, models
-from actstore.ingest.evaluation import evaluate, seen_hashes, wilson
+from actstore.ingest.evaluation import evaluate, seen_hashes
 from actstore.ingest.models import ModelConfig
 from actstore.ingest.recipe import Recipe
 from actstore.ingest.tokens import COMMA, encode
@@ -105,12 +104,6 @@ def test_what_cannot_be_evaluated_is_refused():
         evaluate(model, n_trees=0)
     with pytest.raises(BadInput, match="vocabulary of 2 nodes"):
         evaluate(model, n_trees=5, n_nodes=3)
-
-
-@pytest.mark.parametrize(("n_right", "n"), [(0, 5), (5, 5), (1, 3), (19_981, 20_000), (7, 1000)])
-def test_the_interval_is_wilsons(n_right, n):
-    expected = binomtest(n_right, n).proportion_ci(0.95, method="wilson")
-    assert wilson(n_right, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_the_shipped_model_finds_paths_it_was_never_shown(shipped):

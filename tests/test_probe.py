@@ -7,7 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy.optimize import approx_fprime
-from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
 
 from actstore.errors import BadInput, NotStored
@@ -140,27 +139,6 @@ def test_twice_the_same_numbers_and_another_seed_moves_no_accuracy(store, found)
 def test_the_numbers_do_not_depend_on_how_many_cores_there_are(store, found, monkeypatch, n_cores):
     monkeypatch.setattr(probe.os, "cpu_count", lambda: n_cores)
     assert study.run(store, "probes").results.equals(found.results)
-
-
-def test_the_interval_resamples_trees_and_not_rows():
-    """100 trees, each all right or all wrong: 100 coins and not 1,500, whose resampled sum is binomial."""
-    right = (np.arange(100) % 2 == 0).repeat(15)
-    low, high = probe.interval(right, np.arange(100).repeat(15), seed=0)
-    assert (low, high) == pytest.approx(binom.ppf([0.025, 0.975], 100, 0.5) / 100, abs=0.015)
-    low, high = probe.interval(right, np.arange(1500), seed=0)
-    assert (low, high) == pytest.approx(binom.ppf([0.025, 0.975], 1500, 0.5) / 1500, abs=0.004)
-
-
-def test_the_interval_weighs_trees_by_their_rows_wherever_they_stand():
-    """One tree of 30 rows, all right, and one of 10, all wrong, in any order: a resample is 0, 3/4 or 1."""
-    rng = np.random.default_rng(0)
-    tree = rng.permutation(np.repeat([7, 3], [30, 10]))
-    assert probe.interval(tree == 7, tree, seed=0) == (0.0, 1.0)
-    mixed = np.concatenate([tree, np.full(40, 9)])  # a third tree, half right: no resample of one tree is special
-    share = np.concatenate([tree == 7, np.arange(40) % 2 == 0])
-    low, high = probe.interval(share, mixed, seed=0)
-    assert low == 0.0
-    assert high == 1.0
 
 
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")

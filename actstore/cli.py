@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from actstore import __version__
-from actstore.errors import ActstoreError
+from actstore.errors import ActstoreError, NotStored
 
 if TYPE_CHECKING:
     from actstore.output import Output
@@ -331,20 +331,35 @@ def show(store: Path, tree: int) -> None:
 @main.command()
 @store_argument
 @click.argument("name")
-@click.option("--run", help="Which run; needed where the store holds several.")
+@click.option("--run", help="Which run; every one that was given whole tasks unless told.")
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
-@click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf.")
+@click.option(
+    "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="One of the study's own."
+)
+@click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; of several runs FILE-RUN.")
 @click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
 @output_options
 def study(
-    store: Path, name: str, run: str | None, seed: int, plot: str | None, no_record: bool, output: Output
+    store: Path,
+    name: str,
+    run: str | None,
+    seed: int,
+    options: tuple[tuple[str, str], ...],
+    plot: str | None,
+    no_record: bool,
+    output: Output,
 ) -> None:
     """Run a study, print its table, record it in `results`, draw its figure.
+
+    The studies are probes, depth, last-edge, swap, dreams, attention and compare; one that needs what the store lacks says
+    which `actstore ingest` adds it.
 
     Example:
 
     \b
         actstore study demo.act probes --plot probes.png
+        actstore study demo.act probes --run reproduction -o token_role separator -o labels source,goal
+        actstore study demo.act depth --json
     """
     from actstore.output import FIGURES, check_ending
     from actstore.progress import progress
@@ -353,16 +368,31 @@ def study(
     from actstore.writer import open_writer
 
     check_ending(plot, FIGURES, "--plot")
-    with Store(store) as opened, progress(f"study {name}", None, "parts") as advance:
-        answer = studies.run(opened, name, run=run, seed=seed, progress=advance)
-    output.write(answer.table)
-    click.echo(answer.sentence, err=output.format != "table" or bool(output.parquet))
-    if plot:
-        studies.plot(answer).savefig(plot)
-        click.echo(f"figure: {plot}", err=True)
+    chosen = {key: int(value) if value.isdecimal() else value for key, value in options}
+    answers, lacking = [], []
+    with Store(store) as opened:
+        for one in [opened.run(run)] if run else studies.task_runs(opened, name):
+            with progress(f"study {name} {one}", None, "parts") as advance:
+                try:
+                    answers.append(studies.run(opened, name, run=one, seed=seed, progress=advance, **chosen))
+                except NotStored as error:  # another run may have what this one lacks
+                    lacking.append(error)
+    for error in lacking if answers else []:
+        click.echo(f"actstore: {error}", err=True)
+    if not answers:
+        raise lacking[0]
+    output.write(studies.tables(answers))
+    for answer in answers:
+        click.echo(answer.sentence, err=output.format != "table" or bool(output.parquet))
+        if plot:
+            one = answer.results["run"][0]
+            file = Path(plot) if len(answers) == 1 else Path(plot).with_stem(f"{Path(plot).stem}-{one}")
+            studies.plot(answer).savefig(file)
+            click.echo(f"figure: {file}", err=True)
     if not no_record:
         with open_writer(store) as writer:
-            writer.record(answer.results)
+            for answer in answers:
+                writer.record(answer.results)
 
 
 @main.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -34,6 +34,10 @@ STUDIES = {
     "attention": "actstore.queries.attention",
     "compare": "actstore.queries.compare",
 }
+
+TASK_RUNS = """
+select run from runs join datasets using (dataset) where coalesce(prompt, 'task') = 'task' and variant_of is null
+"""
 
 Progress = Callable[[int, int, str], None]  # parts done, parts in all, the part that was just done
 
@@ -100,6 +104,31 @@ def run(
     ]
     check_names(f"study {name!r}", options, (), known)
     return module.study(store, store.run(run), seed, progress or _silent, **options)
+
+
+def task_runs(store: Store, study: str) -> list[str]:
+    """The runs that a study is asked of where none is named: those given whole tasks over drawn trees.
+
+    `compare` is asked once, of the first run against the others.
+
+    Raises:
+        NotStored: there is no such study, or no such run.
+    """
+    _module(study)
+    found = store.sql(TASK_RUNS)["run"].to_list()
+    if not found:
+        raise NotStored(
+            f"{store.path} holds no run over drawn trees; ingest one with `actstore ingest {store.path} --model reproduction`"
+        )
+    return found[:1] if study == "compare" else found
+
+
+def tables(answers: Sequence[Study]) -> pl.DataFrame:
+    """The tables of several runs as one, with a column `run` before; of one run its own."""
+    if len(answers) == 1:
+        return answers[0].table
+    named = [answer.table.select(pl.lit(answer.results["run"][0]).alias("run"), pl.all()) for answer in answers]
+    return pl.concat(named, how="diagonal_relaxed")
 
 
 def plot(study: Study) -> Figure:

@@ -123,8 +123,19 @@ checkpoint_option = click.option(
 @click.option("--dataset", help="Name of the set of trees: a stored one, or a new one of the above.")
 @click.option("--run", help="Name of the run; the model's name unless told.")
 @click.option(
-    "--sites", help="embed, resid_pre, resid_mid, resid_post, pattern, or one layer's (resid_post.0); with commas."
+    "--sites",
+    help="embed, resid_pre, resid_mid, resid_post, pattern, or one layer's (resid_post.0); with commas; or none.",
 )
+@click.option(
+    "--variant", help="swap_last or swap_inner: an edge of each path of the stored set --dataset trades places."
+)
+@click.option(
+    "--prompt",
+    default="task",
+    show_default=True,
+    help="tree: give the edges alone, and store what the model goes on with.",
+)
+@click.option("--samples", type=int, help="Of --prompt tree: continuations drawn beside the greedy one; 1 unless told.")
 @click.option("--batch-size", default=128, show_default=True, help="Trees a forward pass.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 def ingest(store: Path, **options: Any) -> None:
@@ -139,6 +150,8 @@ def ingest(store: Path, **options: Any) -> None:
         actstore ingest demo.act --model reproduction --run patterns --trees 500 --sites pattern,resid_post.0
         actstore ingest demo.act --model reproduction --trees 2000 --checkpoint 1000
         actstore ingest demo.act --model mine.pt --config mine.yaml --dataset reproduction-16nodes-seed0-2000
+        actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --variant swap_last
+        actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --prompt tree
     """
     from actstore.ingest.pipeline import prepare
     from actstore.progress import progress

@@ -49,7 +49,7 @@ class RunPlan:
         model: a row of `models`.
         weights: canonical safetensors bytes, whose sha256 is model["weights_sha256"].
         dataset: a row of `datasets` but for first_tree_id, which the store gives.
-        facts: device and versions, for the row of `runs`.
+        facts: device, versions, prompt and samples, for the row of `runs`.
 
     Raises:
         BadInput: the run's or the dataset's name cannot name a folder.
@@ -60,7 +60,7 @@ class RunPlan:
     weights: bytes
     dataset: Mapping[str, Any]
     sites: Sequence[SitePlan]
-    facts: Mapping[str, str]
+    facts: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         for name in (self.run, self.dataset["dataset"]):

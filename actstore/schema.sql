@@ -71,7 +71,7 @@ create table trees (
     tree_hash ubigint, -- xxh3-64 of the labelled tree, whatever its goal and edge order
     split tree_split, -- by tree_hash, never by row: 'test' for one tree in five
     variant_of integer, -- tree_id of the tree this one was made from, NULL for a drawn tree
-    change varchar, -- what was changed, NULL for a drawn tree
+    change varchar, -- what was changed, 'edge 3 <-> edge 14'; NULL for a drawn tree, or where nothing could be
 );
 
 create table edges (
@@ -103,6 +103,7 @@ create table runs (
     first_tree_id integer, -- tree_id of row 0 of every array of the run
     n_trees integer, -- trees planned, rows of every array
     prompt varchar, -- what the model is given: 'task' (tree, goal, root, path) or 'tree' (the edges up to the bar alone)
+    samples utinyint, -- continuations of each tree that were drawn beside the greedy one; NULL for whole tasks
     device varchar, -- where it ran
     versions varchar, -- of actstore, torch and transformer_lens, JSON
 );

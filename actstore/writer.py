@@ -139,7 +139,7 @@ def committed_dataset(root: Path, name: str) -> dict[str, Any] | None:
 def _table(root: Path, committed: Sequence[Manifest], name: str) -> pl.DataFrame:
     parts = [part for manifest in committed for part in manifest.parts if part.table == name]
     frames = [pl.read_parquet(root / part.path) for part in parts]
-    return pl.concat(frames, how="vertical_relaxed") if frames else pl.DataFrame()
+    return pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame()
 
 
 def _batches(committed: Sequence[Manifest], run: str) -> set[int]:
@@ -226,10 +226,11 @@ class Writer:
             "weights_sha256": plan.model["weights_sha256"],
             "dataset": plan.dataset["dataset"],
             "sites": ", ".join(site.short for site in plan.sites),
+            "prompt": plan.facts.get("prompt", "task"),
+            "samples": plan.facts.get("samples"),
         }
-        _must_agree(
-            f"run {plan.run!r}", {**row, "sites": ", ".join(sites)}, wanted, "name the new run otherwise (--run)"
-        )
+        stored = {**row, "sites": ", ".join(sites), "prompt": row.get("prompt") or "task"}
+        _must_agree(f"run {plan.run!r}", stored, wanted, "name the new run otherwise (--run)")
         return True
 
     def commit_batch(

@@ -10,24 +10,29 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 
 from actstore.arrays import Layout, ShardBuffer
 from actstore.errors import BadInput, NotStored
-from actstore.ingest import predictions
+from actstore.ingest import generations, predictions
 from actstore.ingest.activations import SiteSpec, forward, site_specs
+from actstore.ingest.generations import Generator
 from actstore.ingest.models import Model, load
 from actstore.ingest.tokens import encode, n_positions, token_rows
 from actstore.ingest.trees import Trees, draw, edge_rows, tree_rows
+from actstore.ingest.variants import vary
 from actstore.log import check_room
 from actstore.writer import RunPlan, SitePlan, Writer, committed_batches, committed_dataset, open_writer
 
+PROMPTS = ("task", "tree")
+DREAMS = "dreams"  # what a run of continuations is named by
 SHARD_ROWS = 64 * 1024  # positions × trees: 32 MiB a site at d_model 128, large enough to write and map in one go
 CATALOG_BYTES = 4_000_000  # of a small one: DuckDB gives every column blocks of its own
 BYTES_PER_TOKEN_ROW = 20  # in parts and catalog, tree, edge and answer rows counted in; rounded up from a real store
@@ -35,7 +40,11 @@ BYTES_PER_TOKEN_ROW = 20  # in parts and catalog, tree, edge and answer rows cou
 
 @dataclass(frozen=True)
 class TreeSet:
-    """A set of trees to run over: the first n_trees of a seed's stream."""
+    """A set of trees to run over: the first n_trees of a seed's stream.
+
+    Attributes:
+        variant_of: the stored set whose tree i tree i of this one is made from, by `change`; see variants.py.
+    """
 
     distribution: str
     n_trees: int
@@ -44,6 +53,8 @@ class TreeSet:
     depths: tuple[int, ...] | None = None
     name: str | None = None
     trees_per_shard: int | None = None
+    variant_of: str | None = None
+    change: str | None = None
 
     def __post_init__(self) -> None:
         if self.n_trees < 1:
@@ -51,7 +62,26 @@ class TreeSet:
         draw(self.distribution, self.seed, 0, 0, self.n_nodes, depths=self.depths)  # refuses what no tree can be
 
     def slice(self, start: int, stop: int) -> Trees:
-        return draw(self.distribution, self.seed, start, stop, self.n_nodes, depths=self.depths)
+        return self._slice(start, stop)[0]
+
+    def _slice(self, start: int, stop: int) -> tuple[Trees, list[str | None]]:
+        """Trees, and what was changed in each."""
+        drawn = draw(self.distribution, self.seed, start, stop, self.n_nodes, depths=self.depths)
+        return vary(drawn, self.change, self.seed, start) if self.change else (drawn, [None] * len(drawn))
+
+    def rows(self, start: int, stop: int, first_tree_id: int, originals: int | None) -> dict[str, pl.DataFrame]:
+        """The rows of `trees`, `edges` and `tokens` of trees start…stop-1.
+
+        Args:
+            first_tree_id: of the set's first tree.
+            originals: of a variant set: tree_id of the first tree that it was made from.
+        """
+        trees, changes = self._slice(start, stop)
+        first, frame = first_tree_id + start, tree_rows(trees, first_tree_id + start, str(self.row()["dataset"]))
+        if originals is not None:
+            ids = np.arange(originals + start, originals + stop, dtype=np.int32)
+            frame = frame.with_columns(variant_of=ids, change=pl.Series(changes, dtype=pl.String))
+        return {"trees": frame, "edges": edge_rows(trees, first), "tokens": token_rows(trees, first)}
 
     def row(self) -> dict[str, Any]:
         """The row of `datasets`, but for first_tree_id."""
@@ -67,6 +97,8 @@ class TreeSet:
             "n_trees": self.n_trees,
             "n_positions": n_positions(self.n_nodes),
             "trees_per_shard": self.trees_per_shard or min(self.n_trees, fitting),
+            "variant_of": self.variant_of,
+            "change": self.change,
         }
 
 
@@ -75,7 +107,10 @@ class Ingest:
     """One run to be stored: one model over one set of trees, at the sites asked for.
 
     Attributes:
+        sites: as in `site_specs`; an empty list for none, the answers alone.
         batch_size: trees a forward pass; 64 to 128 are the quickest on a CPU.
+        prompt: what the model is given: `task`, or `tree`, the edges alone, from which it goes on by itself.
+        samples: of `tree`: continuations that are drawn beside the greedy one.
         publish_every: seconds between new catalogs for the readers, while batches are committed.
     """
 
@@ -86,11 +121,21 @@ class Ingest:
     sites: Sequence[str] | None = None
     batch_size: int = 128
     publish_every: float = 30.0
+    prompt: str = "task"
+    samples: int | None = None
     specs: list[SiteSpec] = field(init=False)
+    generator: Generator | None = field(init=False, default=None)
     plan: RunPlan = field(init=False)
 
     def __post_init__(self) -> None:
         config, dataset = self.model.config, self.trees.row()
+        if self.prompt not in PROMPTS:
+            raise BadInput(f"got --prompt {self.prompt}; there are {', '.join(PROMPTS)}")
+        if self.prompt == "tree":  # whose activations are those of the whole task, up to the bar
+            self.sites, self.samples = [], 1 if self.samples is None else self.samples
+            self.generator = Generator(self.model, self.samples, self.trees.seed)
+        elif self.samples is not None:
+            raise BadInput("--samples is of continuations that a model makes up; ask for them with --prompt tree")
         if not self.trees.trees_per_shard:  # a set that is stored keeps its batches
             stored = committed_dataset(self.store, dataset["dataset"]) or dataset
             dataset["trees_per_shard"] = stored["trees_per_shard"]
@@ -104,14 +149,20 @@ class Ingest:
                 f"trees of {self.trees.n_nodes} nodes take {dataset['n_positions']} tokens; model {self.model.name!r} has a "
                 f"context of {config.n_ctx}: use fewer --nodes"
             )
-        self.specs = site_specs(self.sites, config)
+        self.specs = [] if self.sites is not None and not len(self.sites) else site_specs(self.sites, config)
         self.plan = RunPlan(
-            run=self.run or self.model.name,
+            run=self.run
+            or "-".join([self.model.name, *filter(None, [self.trees.change, DREAMS * (self.prompt == "tree")])]),
             model=_model_row(self.model),
             weights=self.model.weights,
             dataset=dataset,
             sites=[_site_plan(spec, config, dataset) for spec in self.specs],
-            facts={"device": str(self.device), "versions": json.dumps(_versions())},
+            facts={
+                "device": str(self.device),
+                "versions": json.dumps(_versions()),
+                "prompt": self.prompt,
+                "samples": self.samples,
+            },
         )
 
     @property
@@ -168,11 +219,27 @@ class Ingest:
         """
         check_room(self.store, self.bytes_left(), f"run {self.plan.run!r}")
         with open_writer(self.store, make=True) as writer:
+            originals = self._originals(writer)
             first_tree_id = writer.define(self.plan)
             done = writer.batches(self.plan.run)
-            self._run_batches(writer, first_tree_id, [b for b in range(self.n_batches) if b not in done], advance)
+            left = [batch for batch in range(self.n_batches) if batch not in done]
+            self._run_batches(writer, first_tree_id, originals, left, advance)
 
-    def _run_batches(self, writer: Writer, first_tree_id: int, left: list[int], advance: Callable[[int], None]) -> None:
+    def _originals(self, writer: Writer) -> int | None:
+        """tree_id of the first tree that a variant set was made from; None for a drawn set."""
+        if not self.trees.variant_of:
+            return None
+        known = {row["dataset"]: row["first_tree_id"] for row in writer.table("datasets").to_dicts()}
+        return int(known[self.trees.variant_of])
+
+    def _run_batches(
+        self,
+        writer: Writer,
+        first_tree_id: int,
+        originals: int | None,
+        left: list[int],
+        advance: Callable[[int], None],
+    ) -> None:
         """Run the model in this thread; let the pool's one thread commit the batch before."""
         per_shard = int(self.plan.dataset["trees_per_shard"])
         buffers = [{site.site: ShardBuffer(site.layout) for site in self.plan.sites} for _ in left[:2]]
@@ -180,63 +247,79 @@ class Ingest:
         with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool:
             pending: Future[None] | None = None
             for turn, batch in enumerate(left):
-                trees = self.trees.slice(batch * per_shard, min((batch + 1) * per_shard, self.trees.n_trees))
+                start, stop = batch * per_shard, min((batch + 1) * per_shard, self.trees.n_trees)
                 into = buffers[turn % 2]
-                answers = self._run_model(trees, into, batch * per_shard, advance)
+                of_run = self._run_model(self.trees.slice(start, stop), into, start, first_tree_id, advance)
                 if pending:
                     pending.result()
                     if time.monotonic() - published > self.publish_every:
                         writer.publish()
                         published = time.monotonic()
-                pending = pool.submit(
-                    self._commit, writer, batch, first_tree_id + batch * per_shard, trees, answers, into
-                )
+                pending = pool.submit(self._commit, writer, batch, first_tree_id, originals, of_run, into)
             if pending:
                 pending.result()
 
     def _run_model(
-        self, trees: Trees, into: dict[str, ShardBuffer], done: int, advance: Callable[[int], None]
-    ) -> predictions.Answers:
-        """Fill the buffers with the activations of one batch of trees, and grade the model's answers."""
+        self,
+        trees: Trees,
+        into: dict[str, ShardBuffer],
+        first: int,
+        first_tree_id: int,
+        advance: Callable[[int], None],
+    ) -> dict[str, pl.DataFrame]:
+        """Fill the buffers with the activations of one batch of trees.
+
+        Args:
+            first: number in the set of the batch's first tree.
+            first_tree_id: of the set.
+
+        Returns:
+            What the model answered: the rows of `predictions` and `outcomes`, or of `generations`.
+        """
         words = encode(trees)
         ids = torch.from_numpy(self.model.config.vocabulary.encode(words)).to(self.device)
-        answers = []
+        answers, said = [], []
         for start in range(0, len(trees), self.batch_size):
             some = slice(start, min(start + self.batch_size, len(trees)))
 
-            def take(spec: SiteSpec, activations: torch.Tensor, first: int = start) -> None:
-                into[spec.name].put(first, activations)
+            def take(spec: SiteSpec, activations: torch.Tensor, at: int = start) -> None:
+                into[spec.name].put(at, activations)
 
-            logits = forward(self.model, ids[some], self.specs, take)
-            answers.append(predictions.answer(self.model, words[some], logits))
-            advance(done + some.stop)
-        return predictions.concatenate(answers)
+            if self.generator:
+                said.append(self.generator.go_on(words[some], first + start))
+            else:
+                logits = forward(self.model, ids[some], self.specs, take)
+                answers.append(predictions.answer(self.model, words[some], logits))
+            advance(first + some.stop)
+        run, first_tree_id = self.plan.run, first_tree_id + first
+        if self.generator:
+            return {"generations": generations.generation_rows(generations.concatenate(said), run, first_tree_id)}
+        graded = predictions.concatenate(answers)
+        return {
+            "predictions": predictions.prediction_rows(graded, run, first_tree_id),
+            "outcomes": predictions.outcome_rows(graded, run, first_tree_id),
+        }
 
     def _commit(
         self,
         writer: Writer,
         batch: int,
         first_tree_id: int,
-        trees: Trees,
-        answers: predictions.Answers,
+        originals: int | None,
+        of_run: dict[str, pl.DataFrame],
         buffers: dict[str, ShardBuffer],
     ) -> None:
-        lengths = (3 * trees.n_nodes + trees.depth).astype(np.intp)
-        dataset = self.plan.dataset["dataset"]
+        per_shard = int(self.plan.dataset["trees_per_shard"])
+        start, stop = batch * per_shard, min((batch + 1) * per_shard, self.trees.n_trees)
+        of_trees = self.trees.rows(start, stop, first_tree_id, originals)
+        lengths = (3 * self.trees.n_nodes + of_trees["trees"]["depth"].to_numpy()).astype(np.intp)
         writer.commit_batch(
             self.plan,
             batch,
-            first_tree_id,
-            len(trees),
-            of_trees={
-                "trees": tree_rows(trees, first_tree_id, dataset),
-                "edges": edge_rows(trees, first_tree_id),
-                "tokens": token_rows(trees, first_tree_id),
-            },
-            of_run={
-                "predictions": predictions.prediction_rows(answers, self.plan.run, first_tree_id),
-                "outcomes": predictions.outcome_rows(answers, self.plan.run, first_tree_id),
-            },
+            first_tree_id + start,
+            stop - start,
+            of_trees=of_trees,
+            of_run=of_run,
             arrays={site: buffer.seal(lengths) for site, buffer in buffers.items()},
         )
 
@@ -256,6 +339,9 @@ def prepare(
     batch_size: int = 128,
     device: str = "cpu",
     checkpoint: int | None = None,
+    variant: str | None = None,
+    prompt: str = "task",
+    samples: int | None = None,
 ) -> Ingest:
     """Turn what `actstore ingest` was given into a run to be stored; nothing is written yet.
 
@@ -263,8 +349,10 @@ def prepare(
         trees, distribution, depths, nodes, seed: what is not given comes from the stored set of that name (`dataset`),
             else 10,000 trees of seed 0 from the model's own distribution, with as many nodes as it has labels.
         depths: goal depths of `deep` trees, `1-15` or `3,5,7`.
-        sites: names with commas between, as in `site_specs`.
+        sites: names with commas between, as in `site_specs`, or `none`.
         checkpoint: a step of the model's training, as in `models.load`.
+        variant: one of variants.CHANGES, made from the stored set `dataset`.
+        prompt, samples: as of Ingest.
 
     Raises:
         BadInput: an argument that means nothing, or a model that cannot take these trees.
@@ -285,8 +373,30 @@ def prepare(
     }
     if chosen["depths"] is not None:
         chosen["depths"] = tuple(chosen["depths"])
-    names = [name.strip() for name in sites.split(",")] if sites else None
-    return Ingest(Path(store), loaded, TreeSet(**chosen, name=dataset), run, names, batch_size)
+    origin = {key: stored.get(key) for key in ("variant_of", "change")}
+    chosen_set = TreeSet(**chosen, name=dataset, trees_per_shard=stored.get("trees_per_shard"), **origin)
+    if variant:
+        chosen_set = _variant(Path(store), chosen_set, variant, bool(stored))
+    names = [name.strip() for name in sites.split(",") if name.strip() != "none"] if sites else None
+    return Ingest(Path(store), loaded, chosen_set, run, names, batch_size, prompt=prompt, samples=samples)
+
+
+def _variant(store: Path, original: TreeSet, change: str, is_stored: bool) -> TreeSet:
+    """The set that a stored one is changed into.
+
+    Raises:
+        BadInput: the set is not stored, is itself a variant, or there is no such change.
+    """
+    if not is_stored or original.name is None:
+        named = f"no set {original.name!r} is stored" if original.name else "no set was named"
+        raise BadInput(
+            f"--variant {change} is made from a stored set of trees, and {named} (--dataset); `actstore sql {store} "
+            '"select dataset from datasets"` names those there are'
+        )
+    if original.variant_of:
+        raise BadInput(f"{original.name} is a variant of {original.variant_of} already; name the drawn set (--dataset)")
+    vary(original.slice(0, 0), change, original.seed, 0)  # refuses what is no change
+    return replace(original, name=f"{original.name}-{change}", variant_of=original.name, change=change)
 
 
 def _parse_depths(text: str | None) -> tuple[int, ...] | None:

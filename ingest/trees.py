@@ -90,6 +90,11 @@ class Trees:
         listed = self._by_label(self.edges[:, :, 1], edge, otherwise=NO_NODE)  # where the edge to each label stands
         return np.all(at_label(listed, self.edges[:, :, 0]) > edge, axis=1)
 
+    def edges_on_path(self) -> np.ndarray:
+        """bool [n_trees, n_nodes - 1]: whether the way from root to goal takes each edge listed."""
+        walked = np.where(self.path == NO_NODE, self.goal[:, None], self.path)  # past its end a path stays at the goal
+        return np.asarray(at_label(self._by_label(walked, 1, otherwise=0), self.edges[:, :, 1]) == 1)
+
     def _by_label(self, labels: np.ndarray, values: np.ndarray | int, otherwise: int) -> np.ndarray:
         """uint8 [n_trees, MAX_NODES]: the values at each tree's labels, uint8 [n_trees, n]; `otherwise` elsewhere."""
         table = np.full((len(self), MAX_NODES), otherwise, np.uint8)
@@ -318,8 +323,7 @@ def edge_rows(trees: Trees, first_tree_id: int) -> pl.DataFrame:
     """The rows of the `edges` table, in (tree, edge) order; columns as in schema.sql."""
     n_trees, n_edges, _ = trees.edges.shape
     source, target = trees.edges[:, :, 0], trees.edges[:, :, 1]
-    walked = np.where(trees.path == NO_NODE, trees.goal[:, None], trees.path)  # past its end a path stays at the goal
-    on_path = at_label(trees._by_label(walked, 1, otherwise=0), target) == 1
+    on_path = trees.edges_on_path()
     source_depth = at_label(trees.node_depths(), source)
     edge = np.arange(n_edges, dtype=np.uint8)
     return pl.DataFrame(

@@ -113,3 +113,45 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], n_trees: int, seed:
         found.append(statistic(counts.astype(np.float64)))
     low, high = np.nanquantile(np.concatenate(found), (0.025, 0.975))
     return float(low), float(high)
+
+
+def stratified_difference(
+    values: np.ndarray, exposed: np.ndarray, strata: np.ndarray, trees: np.ndarray, seed: int
+) -> tuple[float, float, float]:
+    """How much larger values are where exposed than where not, within strata alike, and its 95 % interval over trees.
+
+    Strata are weighed as Mantel and Haenszel do, n1 n0 / (n1 + n0), so one without both kinds says nothing.
+
+    Args:
+        values: bool or float [n] rows.
+        exposed: bool [n].
+        strata: int [n], what is held equal.
+        trees: int [n], the tree of each row.
+        seed: of the resamples.
+
+    Returns:
+        The difference and its interval; NaN where no stratum has both kinds.
+    """
+    _, tree = np.unique(trees, return_inverse=True)
+    _, stratum = np.unique(strata, return_inverse=True)
+    n_trees, n_cells = tree.max(initial=-1) + 1, 2 * (stratum.max(initial=-1) + 1)
+    cell = tree * n_cells + 2 * stratum + exposed
+    sums = np.bincount(cell, weights=values, minlength=n_trees * n_cells).reshape(n_trees, n_cells)
+    rows = np.bincount(cell, minlength=n_trees * n_cells).reshape(n_trees, n_cells).astype(np.float64)
+
+    def difference(counts: np.ndarray) -> np.ndarray:
+        total, n = (counts @ sums).reshape(len(counts), -1, 2), (counts @ rows).reshape(len(counts), -1, 2)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            within = total[:, :, 1] / n[:, :, 1] - total[:, :, 0] / n[:, :, 0]
+            weight = n.prod(axis=2) / n.sum(axis=2)
+            return np.asarray(np.where(weight > 0, within * weight, 0).sum(axis=1) / np.nansum(weight, axis=1))
+
+    if not (rows.sum(axis=0).reshape(-1, 2) > 0).all(axis=1).any():
+        return float("nan"), float("nan"), float("nan")
+    low, high = bootstrap(difference, n_trees, seed)
+    return float(difference(np.ones((1, n_trees)))[0]), low, high
+
+
+def total_variation(counts: np.ndarray, others: np.ndarray) -> float:
+    """Half the sum of the differences of two distributions, each given as counts or shares [k]: 0 alike, 1 disjoint."""
+    return float(np.abs(counts / max(counts.sum(), 1e-300) - others / max(others.sum(), 1e-300)).sum() / 2)

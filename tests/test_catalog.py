@@ -63,7 +63,10 @@ def test_a_catalog_extended_step_by_step_is_the_one_built_from_nothing(root: Pat
     assert catalog_rows(copy / "catalog.duckdb") == stepwise
     write_all(tmp_path / "at once.act", publish_after_each=False)
     assert catalog_rows(tmp_path / "at once.act" / "catalog.duckdb") == stepwise
-    assert all(stepwise.values()), "a table is empty, so nothing is tested of it"
+    empty = [table for table, rows in stepwise.items() if not rows]
+    assert empty == ["generations"], (
+        "a table is empty, so nothing is tested of it"
+    )  # test_generations.py fills that one
 
 
 def test_a_catalog_holds_the_rows_that_were_committed(root: Path) -> None:

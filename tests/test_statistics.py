@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from actstore.statistics import newcombe, paired, share_over_trees, wilson
+from actstore.statistics import (
+    newcombe,
+    paired,
+    share_over_trees,
+    stratified_difference,
+    total_variation,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("n_right", "n"), [(0, 5), (5, 5), (1, 3), (19_981, 20_000), (7, 1000)])
@@ -66,3 +73,31 @@ def test_a_paired_interval_is_narrower_than_one_of_independent_trees():
     _, low, high = paired(before, after)
     wide = newcombe(int(after.sum()), 1000, int(before.sum()), 1000)
     assert high - low < 0.5 * (wide[1] - wide[0])
+
+
+def test_strata_undo_what_only_depth_does():
+    """Deep trees fail and are exposed more often; within a depth exposure does nothing."""
+    rng = np.random.default_rng(0)
+    deep = rng.random(4000) < 0.5
+    exposed = rng.random(4000) < np.where(deep, 0.8, 0.2)
+    right = rng.random(4000) < np.where(deep, 0.6, 0.95)
+    crude = right[exposed].mean() - right[~exposed].mean()
+    difference, low, high = stratified_difference(right, exposed, deep, np.arange(4000), 0)
+    assert crude < -0.15
+    assert low < 0 < high
+    assert abs(difference) < 0.04
+
+
+def test_a_difference_within_strata_is_the_weighted_one_by_hand():
+    values = np.array([1, 0, 1, 1, 0, 0, 1.0])
+    exposed = np.array([1, 1, 0, 1, 0, 0, 1], bool)
+    strata = np.array([0, 0, 0, 1, 1, 1, 2])
+    # stratum 0: 1/2 - 1, weight 2/3; stratum 1: 1 - 0, weight 2/3; stratum 2 has one kind
+    assert stratified_difference(values, exposed, strata, np.arange(7), 0)[0] == pytest.approx(0.25)
+    assert np.isnan(stratified_difference(values, exposed, np.arange(7), np.arange(7), 0)).all()
+
+
+def test_total_variation_of_what_is_alike_and_what_is_disjoint():
+    assert total_variation(np.array([1, 2, 1]), np.array([2, 4, 2])) == 0
+    assert total_variation(np.array([1, 0]), np.array([0, 3])) == 1
+    assert total_variation(np.array([3, 1]), np.array([1, 1])) == pytest.approx(0.25)

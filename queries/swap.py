@@ -1,0 +1,254 @@
+"""The study `swap`: the same tree twice, the edges listed in another order, and what that does to the answer.
+
+Three kinds of pairs (see ingest/variants.py): an edge of the path moves to the last place of the list; the path's
+edge that was last moves inward; and, the control, an edge of the path trades places with another and the last one
+stays. What moving to the last place does beyond moving at all is the difference of the first and the control, on the
+same trees.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from actstore.errors import NotStored
+from actstore.queries.last_edge import interval
+from actstore.queries.panels import panels, points
+from actstore.queries.study import Progress, Study, result_rows
+from actstore.statistics import paired, share_over_trees
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from actstore.store import Store
+
+NAME = "swap"
+KINDS = {
+    "to_last": "an edge of the path becomes the last",
+    "from_last": "the path's last edge moves inward",
+    "inner": "control: moves, but not to the end",
+}
+CHANGES = ("swap_last", "swap_inner")
+COMPANIONS = """
+select change, varied.run as run
+from runs as base
+join datasets on datasets.variant_of = base.dataset
+join runs as varied on varied.dataset = datasets.dataset and varied.weights_sha256 = base.weights_sha256
+where base.run = $run and coalesce(varied.prompt, 'task') = 'task'
+order by varied.rowid
+"""
+PAIRS = """
+-- one row a pair: the base run on a tree, and the same model on its variant
+with pairs as (
+    select
+        tree_id,
+        variant_of,
+        depth,
+        regexp_extract(change, 'edge (\\d+) <-> edge (\\d+)', 1)::int as moved_from,
+        regexp_extract(change, 'edge (\\d+) <-> edge (\\d+)', 2)::int as moved_to
+    from trees
+    where variant_of is not null and change is not null and dataset = (from runs select dataset where run = $variant)
+)
+select
+    pairs.variant_of as tree_id,
+    pairs.depth,
+    moved_from,
+    moved_to,
+    edges.step,
+    edges.is_last as was_last,
+    before.greedy_right as right_before,
+    after.greedy_right as right_after,
+    said_before.p_target as p_before,
+    said_after.p_target as p_after
+from pairs
+join edges on edges.tree_id = pairs.variant_of and edges.edge = moved_from
+join outcomes as before on before.run = $run and before.tree_id = pairs.variant_of
+join outcomes as after on after.run = $variant and after.tree_id = pairs.tree_id
+join predictions as said_before
+    on said_before.run = $run and said_before.tree_id = pairs.variant_of and said_before.step = edges.step
+join predictions as said_after
+    on said_after.run = $variant and said_after.tree_id = pairs.tree_id and said_after.step = edges.step
+order by pairs.variant_of
+"""
+
+
+def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
+    """Compare a run's answers with those to its trees' variants.
+
+    Args:
+        store: an open store.
+        run: one over drawn trees; the same model's runs over both variants of them are found by its weights.
+        seed: of the bootstrap.
+        progress: called when the pairs of a variant are read.
+
+    Raises:
+        NotStored: a variant is missing; says which ingest command adds it.
+    """
+    found = companions(store, run)
+    pairs = {}
+    for done, change in enumerate(CHANGES, start=1):
+        pairs[change] = store.sql(PAIRS, {"run": run, "variant": found[change]})
+        progress(done, len(CHANGES), change)
+    if not any(len(some) for some in pairs.values()):
+        raise NotStored(
+            f"no tree of run {run!r} has a variant that was answered; let its ingest go on, or ingest more trees"
+        )
+    last = pairs["swap_last"]
+    kinds = {
+        "to_last": last.filter(~pl.col("was_last")),
+        "from_last": last.filter("was_last"),
+        "inner": pairs["swap_inner"],
+    }
+    rows = [row for kind, some in kinds.items() for row in _changes(kind, some, seed)]
+    rows += _beyond_the_control(kinds["to_last"], kinds["inner"], seed)
+    params = {"run": run, "variants": found}
+    results = result_rows(rows, study=NAME, run=run, query=PAIRS, params=params, snapshot=store.snapshot, seed=seed)
+    return Study(NAME, table(results), results, sentence(results))
+
+
+def companions(store: Store, run: str) -> dict[str, str]:
+    """The run over each variant, by change.
+
+    Raises:
+        NotStored: one is missing.
+    """
+    found = {row["change"]: row["run"] for row in store.sql(COMPANIONS, {"run": run}).reverse().iter_rows(named=True)}
+    about = store.sql(
+        "select model, dataset, coalesce(variant_of, '') as variant_of from runs join models using (weights_sha256) "
+        "join datasets using (dataset) where run = $run",
+        {"run": run},
+    ).row(0, named=True)
+    if about["variant_of"]:
+        raise NotStored(
+            f"run {run!r} is over variants itself; name the run over the drawn trees, {about['variant_of']!r}"
+        )
+    if lacking := [change for change in CHANGES if change not in found]:
+        commands = " and ".join(
+            f"`actstore ingest {store.path} --model {about['model']} --dataset {about['dataset']} --variant {change} --sites none`"
+            for change in lacking
+        )
+        raise NotStored(
+            f"no run of the model of {run!r} over its trees' variants {', '.join(lacking)}; {commands} adds it"
+        )
+    return found
+
+
+def _changes(kind: str, pairs: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
+    """Before, after and change of one kind of pairs, all of them and by depth."""
+    rows = []
+    for depth in (None, *sorted(pairs["depth"].unique().to_list())):
+        some = pairs if depth is None else pairs.filter(depth=depth)
+        if not len(some):
+            continue
+        before, after = some["right_before"].to_numpy(), some["right_after"].to_numpy()
+        label, n = kind if depth is None else f"{kind}, depth {depth}", len(some)
+        change, low, high = paired(before, after)
+        p_before, p_after = some["p_before"].to_numpy().astype(float), some["p_after"].to_numpy().astype(float)
+        p_low, p_high = share_over_trees(p_after - p_before, some["tree_id"].to_numpy(), seed)
+        rows += [
+            {"label": label, "metric": "right_before", "value": float(before.mean()), "n": n},
+            {"label": label, "metric": "right_after", "value": float(after.mean()), "n": n},
+            {"label": label, "metric": "change", "value": change, "low": low, "high": high, "n": n},
+            {"label": label, "metric": "p_before", "value": float(p_before.mean()), "n": n},
+            {
+                "label": label,
+                "metric": "p_change",
+                "value": float((p_after - p_before).mean()),
+                "low": p_low,
+                "high": p_high,
+                "n": n,
+            },
+        ]
+    return rows
+
+
+def _beyond_the_control(to_last: pl.DataFrame, inner: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
+    """How much more moving to the end changes than moving elsewhere, on the trees that have both variants."""
+    both = to_last.join(inner, on="tree_id", suffix="_inner")
+    if not len(both):
+        return []
+    rows = []
+    for metric, column in (("change_beyond_control", "right"), ("p_change_beyond_control", "p")):
+        change, control = (
+            both[f"{column}_after{which}"].cast(pl.Float64) - both[f"{column}_before{which}"].cast(pl.Float64)
+            for which in ("", "_inner")
+        )
+        beyond = (change - control).to_numpy()
+        low, high = share_over_trees(beyond, both["tree_id"].to_numpy(), seed)
+        rows.append(
+            {
+                "label": "to_last",
+                "metric": metric,
+                "value": float(beyond.mean()),
+                "low": low,
+                "high": high,
+                "n": len(both),
+            }
+        )
+    return rows
+
+
+def table(results: pl.DataFrame) -> pl.DataFrame:
+    """One row a kind of pairs; percent and percentage points."""
+    rows = []
+    for kind, name in KINDS.items():
+        some = {row["metric"]: row for row in results.filter(label=kind).iter_rows(named=True)}
+        if some:
+            rows.append(
+                {
+                    "pairs": name,
+                    "n": some["change"]["n"],
+                    "right before %": round(100 * some["right_before"]["value"], 2),
+                    "right after %": round(100 * some["right_after"]["value"], 2),
+                    "change, points": interval(some["change"]),
+                    "change of p, points": interval(some["p_change"]),
+                }
+            )
+    return pl.DataFrame(rows)
+
+
+def sentence(results: pl.DataFrame) -> str:
+    """Does performance drop when an edge of the path comes to be last?"""
+    found = {row["metric"]: row for row in results.filter(label="to_last").iter_rows(named=True)}
+    run = results["run"][0]
+    if "change" not in found:
+        return f"No path of run {run!r} could be led through the last edge, so nothing is decided."
+    change, p = found["change"], found["p_change"]
+    if change["high"] < 0:
+        answer = "performance drops"
+    elif change["low"] > 0:
+        answer = "performance rises"
+    else:
+        answer = f"no drop can be told from chance, and one of more than {-100 * change['low']:.2f} points is ruled out"
+    control = results.filter(label="inner", metric="change")
+    beside = f", where a move elsewhere changes it by {interval(control.row(0, named=True))}" if len(control) else ""
+    beyond = ""
+    if more := found.get("p_change_beyond_control"):
+        beyond = f", {interval(more)} beyond what a move elsewhere does to the same {more['n']:,} trees"
+    return (
+        f"When an edge of its path is moved to the end of the list, {answer}: the whole path of run {run!r} is right "
+        f"{interval(change)} points more often (n = {change['n']:,} pairs){beside}; the probability of the step that takes it "
+        f"changes by {interval(p)} points{beyond}."
+    )
+
+
+def plot(study: Study) -> Figure:
+    """The change by goal depth, of accuracy and of the probability of the moved edge's step, three kinds of pairs."""
+    figure, axes = panels(2)
+    names = {"change": "whole path right", "p_change": "probability of the moved edge's step"}
+    for axis, (metric, name) in zip(axes, names.items(), strict=True):
+        for turn, (kind, kind_name) in enumerate(KINDS.items()):
+            rows = study.results.filter(
+                pl.col("label").str.starts_with(f"{kind}, depth") & (pl.col("metric") == metric)
+            )
+            x = [int(label.split()[-1]) for label in rows["label"]]
+            points(axis, x, *(100 * rows[c] for c in ("value", "low", "high")), kind_name, turn, line=False)  # type: ignore[arg-type]
+        axis.axhline(0, color="0.45", linewidth=1)
+        axis.set_xlabel("depth of the goal")
+        axis.set_ylabel(f"change of {name} (points)")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        f"The same trees, two edges swapped, run {study.results['run'][0]}; bars are 95 % intervals", fontsize=10
+    )
+    return figure

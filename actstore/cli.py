@@ -343,6 +343,34 @@ def show(store: Path, tree: int) -> None:
 
 @main.command()
 @store_argument
+@click.argument("tree", type=int)
+@click.option("--run", help="Whose; needed where the store holds several.")
+@click.option("--layer", type=int, help="One layer; all of them unless told.")
+@click.option("--head", default=0, show_default=True, help="Of a figure; a page has them all.")
+@click.option(
+    "--out", metavar="FILE", required=True, help="A figure (.png, .svg, .pdf), or a page for a browser (.html)."
+)
+def attention(store: Path, tree: int, run: str | None, layer: int | None, head: int, out: str) -> None:
+    """Draw the attention patterns of one tree, with its tokens.
+
+    Example:
+
+    \b
+        actstore attention demo.act 17 --run patterns --layer 0 --out tree17.png
+        actstore attention demo.act 17 --run patterns --out tree17.html
+    """
+    from actstore.output import check_ending
+    from actstore.queries.attention_page import ENDINGS, save
+    from actstore.store import Store
+
+    check_ending(out, ENDINGS, "--out")
+    with Store(store) as opened:
+        save(opened, opened.run(run), tree, out, layer, head)
+    click.echo(out)
+
+
+@main.command()
+@store_argument
 @click.argument("name")
 @click.option("--run", help="Which run; every one that was given whole tasks unless told.")
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")

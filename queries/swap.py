@@ -236,7 +236,7 @@ def sentence(results: pl.DataFrame) -> str:
 def plot(study: Study) -> Figure:
     """The change by goal depth, of accuracy and of the probability of the moved edge's step, three kinds of pairs."""
     figure, axes = panels(2)
-    names = {"change": "whole path right", "p_change": "probability of the moved edge's step"}
+    names = {"change": "accuracy, whole path", "p_change": "p of the moved edge's step"}
     for axis, (metric, name) in zip(axes, names.items(), strict=True):
         for turn, (kind, kind_name) in enumerate(KINDS.items()):
             rows = study.results.filter(

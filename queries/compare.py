@@ -1,0 +1,321 @@
+"""The study `compare`: two models on the same trees: who fails where, do their layers hold the same, do probes carry over?
+
+Similarity is linear CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) of the residual stream at the
+edges' target tokens, test trees alone; its control pairs each row with another's. A probe for the edge's source is
+fitted on one model's training trees and scored on the other's test trees, as it is, and behind the best linear map
+from the other's activations to its own (least squares, training trees), which says whether what it reads is there in
+another basis; the control fits the map to shuffled rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from scipy.stats import binomtest
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from actstore.errors import BadInput, NotStored
+from actstore.queries import load
+from actstore.queries.panels import GREY, panels, points
+from actstore.queries.study import Progress, Study, result_rows
+from actstore.statistics import bootstrap, paired, share_over_trees
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from actstore.store import Store
+
+NAME, QUERY = "compare", "edge_tokens"
+MAX_TREES = 2000  # whose activations are compared: intervals of a point, and the heat map of all layers in seconds
+MAX_ITER = 300  # of a probe's fit; one that finds its answer takes some 10
+LEAST = 10  # test trees
+OTHERS = """
+select other.run as run from runs as base
+join runs as other on other.dataset = base.dataset and other.weights_sha256 <> base.weights_sha256
+where base.run = $run and coalesce(other.prompt, 'task') = 'task'
+order by other.rowid
+"""
+BOTH = """
+-- one row a tree that both runs answered
+select trees.tree_id, depth, mine.greedy_right as right, theirs.greedy_right as other_right
+from trees
+join outcomes as mine on mine.run = $run and mine.tree_id = trees.tree_id
+join outcomes as theirs on theirs.run = $other and theirs.tree_id = trees.tree_id
+order by trees.tree_id
+"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both runs' activations of the same tokens at one site.
+
+    Attributes:
+        mine, theirs: float32 [n, d_model].
+        tokens: their rows, as the query yields them.
+    """
+
+    mine: np.ndarray
+    theirs: np.ndarray
+    tokens: pl.DataFrame
+
+
+def study(
+    store: Store, run: str, seed: int, progress: Progress, other: str | None = None, max_trees: int = MAX_TREES
+) -> Study:
+    """Compare two runs over the same trees.
+
+    Args:
+        store: an open store.
+        run: one of them.
+        seed: of the bootstrap and the shuffles.
+        progress: called when a site is done.
+        other: the other; the first run of another model over the same trees unless told.
+        max_trees: trees whose activations are compared, the first of the set.
+
+    Raises:
+        NotStored: no such other run; says which ingest command adds one.
+        BadInput: `other` is over other trees, or there are too few.
+    """
+    other = _other(store, run, other)
+    rows = _failures(store.sql(BOTH, {"run": run, "other": other}), other)
+    sites = [site for site in _vectors(store, run) if site in _vectors(store, other)]
+    read = f"from ({load(QUERY).sql.rstrip()}) where tree_id < (select min(tree_id) + $max_trees from trees where dataset = $d)"
+    dataset = store.sql("select dataset from runs where run = $run", {"run": run}).item()
+    params = {"run": run, "token_role": "edge_target", "max_trees": max_trees, "d": dataset}
+    held: dict[str, Pair] = {}
+    for done, site in enumerate(sites, start=1):
+        pair = _read(store, run, other, site, read, params)
+        rows += _transfer(pair, site, seed)
+        test = (pair.tokens["split"] == "test").to_numpy()
+        held[site] = Pair(pair.mine[test], pair.theirs[test], pair.tokens.filter(test))
+        progress(done, len(sites) + 1, site)
+    rows += _similarities(held, seed)
+    progress(len(sites) + 1, len(sites) + 1, "similarity")
+    used = {**params, "other": other}
+    results = result_rows(
+        rows, study=NAME, run=run, query=f"{BOTH};\n{read}", params=used, snapshot=store.snapshot, seed=seed
+    )
+    return Study(NAME, table(results), results, sentence(results, other))
+
+
+def _other(store: Store, run: str, other: str | None) -> str:
+    found = store.sql(OTHERS, {"run": run})["run"].to_list()
+    if other is not None:
+        if store.run(other) not in found:
+            raise BadInput(
+                f"runs {run!r} and {other!r} are not two models over the same trees; beside {run!r} there are: "
+                f"{', '.join(found) if found else 'none'}"
+            )
+        return other
+    if not found:
+        dataset = store.sql("select dataset from runs where run = $run", {"run": run}).item()
+        raise NotStored(
+            f"no other model ran over the trees of {run!r}; `actstore ingest {store.path} --model baseline --dataset {dataset}` "
+            "adds one"
+        )
+    return str(found[0])
+
+
+def _vectors(store: Store, run: str) -> list[str]:
+    return store.sql("select short from sites where run = $run and kind = 'resid' order by rowid", {"run": run})[
+        "short"
+    ].to_list()
+
+
+def _read(store: Store, run: str, other: str, site: str, query: str, params: dict[str, Any]) -> Pair:
+    mine, tokens = store.read(query, run, site, params)
+    theirs, again = store.read(query, other, site, params)
+    n_test = tokens.filter(split="test")["tree_id"].n_unique()
+    if n_test < LEAST:
+        raise BadInput(
+            f"runs {run!r} and {other!r} share {n_test} test trees; {LEAST} are needed: ingest about {10 * LEAST} trees or more"
+        )
+    if not again["token_id"].equals(tokens["token_id"]):
+        raise BadInput(f"run {other!r} does not hold all trees of {run!r} yet; let its ingest go on")
+    return Pair(mine, theirs, tokens)
+
+
+def _failures(both: pl.DataFrame, other: str) -> list[dict[str, Any]]:
+    """Who fails where: the four outcomes, and McNemar's exact test, over all trees and by depth."""
+    rows: list[dict[str, Any]] = []
+    for depth in (None, *sorted(both["depth"].unique().to_list())):
+        some = both if depth is None else both.filter(depth=depth)
+        mine, theirs = some["right"].to_numpy(), some["other_right"].to_numpy()
+        label, n = "all" if depth is None else f"depth {depth}", len(some)
+        lost, won = int((mine & ~theirs).sum()), int((~mine & theirs).sum())
+        change, low, high = paired(mine, theirs)
+        counts = {"both_right": int((mine & theirs).sum()), "only_run": lost, "only_other": won}
+        counts["both_wrong"] = n - sum(counts.values())
+        rows += [{"label": label, "metric": metric, "value": float(count), "n": n} for metric, count in counts.items()]
+        rows.append({"label": label, "metric": "other_less_run", "value": change, "low": low, "high": high, "n": n})
+        p = binomtest(lost, lost + won).pvalue if lost + won else 1.0
+        rows.append({"label": label, "metric": "mcnemar_p", "value": float(p), "n": n})
+    return rows
+
+
+def _transfer(pair: Pair, site: str, seed: int) -> list[dict[str, Any]]:
+    """Probes for an edge's source, fitted on one model and scored on the other, both ways."""
+    train = (pair.tokens["split"] == "train").to_numpy()
+    y, trees = pair.tokens["source"].to_numpy(), pair.tokens["tree_id"].to_numpy()[~train]
+    rows = []
+    for direction, fitted, scored in (
+        ("run to other", pair.mine, pair.theirs),
+        ("other to run", pair.theirs, pair.mine),
+    ):
+        ours, its = StandardScaler().fit(fitted[train]), StandardScaler().fit(scored[train])
+        X, Z = ours.transform(fitted), its.transform(scored)
+        probe = LogisticRegression(max_iter=MAX_ITER).fit(X[train], y[train])
+        shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(train))
+        for metric, at in (
+            ("own", X),
+            ("as_it_is", Z),
+            ("mapped", LinearRegression().fit(Z[train], X[train]).predict(Z)),
+            ("mapped_shuffled", LinearRegression().fit(Z[train], X[shuffled]).predict(Z)),
+        ):
+            right = probe.predict(at[~train]) == y[~train]
+            low, high = share_over_trees(right, trees, seed)
+            rows.append(
+                {
+                    "site": site,
+                    "token_role": "edge_target",
+                    "label": f"source, {direction}",
+                    "metric": metric,
+                    "value": float(right.mean()),
+                    "low": low,
+                    "high": high,
+                    "n": len(right),
+                }
+            )
+    return rows
+
+
+def _similarities(held: dict[str, Pair], seed: int) -> list[dict[str, Any]]:
+    """CKA of every pair of sites, with intervals and the shuffled control where they are the same site."""
+    rows: list[dict[str, Any]] = []
+    order = np.random.default_rng(seed).permutation
+    for site, mine in held.items():
+        n, trees = len(mine.mine), mine.tokens["tree_id"].to_numpy()
+        for other_site, theirs in held.items():
+            row = {"site": site, "token_role": "edge_target", "label": other_site, "metric": "cka", "n": n}
+            row["value"] = cka(mine.mine, theirs.theirs)
+            if site == other_site:
+                row["low"], row["high"] = cka_interval(mine.mine, theirs.theirs, trees, seed)
+                value = cka(mine.mine, theirs.theirs[order(n)])
+                rows.append({**row, "metric": "cka_shuffled", "value": value, "low": None, "high": None})
+            rows.append(row)
+    return rows
+
+
+def cka(X: np.ndarray, Z: np.ndarray) -> float:
+    """Linear CKA of two float [n, d] and [n, e]: 1 where one is a rotation and scaling of the other; near d / n by chance."""
+    X, Z = X - X.mean(axis=0, dtype=np.float64), Z - Z.mean(axis=0, dtype=np.float64)
+    shared = np.square(X.T @ Z).sum()
+    own = np.linalg.norm(X.T @ X) * np.linalg.norm(Z.T @ Z)
+    return float(shared / own) if own else 0.0
+
+
+def cka_interval(X: np.ndarray, Z: np.ndarray, trees: np.ndarray, seed: int) -> tuple[float, float]:
+    """Its 95 % bootstrap interval over trees. Each tree's sums of products are formed once; a resample adds them up anew."""
+    order = np.argsort(trees, kind="stable")
+    starts = np.flatnonzero(np.diff(trees[order], prepend=-1))
+    X, Z = (values - values.mean(axis=0, dtype=np.float64) for values in (X[order], Z[order]))
+    n = np.diff(starts, append=len(X)).astype(np.float64)
+    sums = [np.add.reduceat(values, starts) for values in (X, Z)]
+    n_trees = len(starts)
+
+    def products(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+        by_tree = [a.T @ b for a, b in zip(np.split(A, starts[1:]), np.split(B, starts[1:]), strict=True)]
+        return np.stack(by_tree).reshape(n_trees, -1)
+
+    shared, own, others = products(X, Z), products(X, X), products(Z, Z)
+
+    def resampled(counts: np.ndarray) -> np.ndarray:
+        total = (counts @ n)[:, None]
+        (x, z) = (counts @ of / total for of in sums)
+        sizes = [
+            np.linalg.norm(counts @ of - total * (a[:, :, None] * b[:, None, :]).reshape(len(counts), -1), axis=1)
+            for of, a, b in ((shared, x, z), (own, x, x), (others, z, z))
+        ]
+        return np.asarray(sizes[0] ** 2 / (sizes[1] * sizes[2]))
+
+    return bootstrap(resampled, n_trees, seed)
+
+
+PROBED = {
+    "own": "own trees",
+    "as_it_is": "other, as it is",
+    "mapped": "other, mapped",
+    "mapped_shuffled": "map of shuffled rows",
+}
+
+
+def table(results: pl.DataFrame) -> pl.DataFrame:
+    """One row a site: CKA and probe transfer; percent for the probes."""
+    rows = []
+    for site in results.drop_nulls("site")["site"].unique(maintain_order=True):
+        some = results.filter(site=site)
+        same = some.filter(metric="cka", label=site).row(0, named=True)
+        row: dict[str, Any] = {"site": site, "CKA": round(same["value"], 3)}
+        row["95 %"] = f"[{same['low']:.3f}, {same['high']:.3f}]"
+        row["CKA, rows shuffled"] = round(some.filter(metric="cka_shuffled")["value"].item(), 3)
+        probes = some.filter(label="source, run to other")
+        for metric, name in PROBED.items():
+            row[f"source probe: {name} %"] = round(100 * probes.filter(metric=metric)["value"].item(), 2)
+        rows.append(row)
+    return pl.DataFrame(rows)
+
+
+def sentence(results: pl.DataFrame, other: str) -> str:
+    """Who is right more often, and whether the two hold the same in the same places."""
+    run = results["run"][0]
+    found = {row["metric"]: row for row in results.filter(label="all").iter_rows(named=True)}
+    less = found["other_less_run"]
+    answer = (
+        f"Of {less['n']:,} trees {int(found['both_right']['value']):,} are right by both {run!r} and {other!r}, "
+        f"{int(found['only_run']['value']):,} by the first alone, {int(found['only_other']['value']):,} by the second alone, "
+        f"{int(found['both_wrong']['value']):,} by neither; the second is right {100 * less['value']:+.2f} points "
+        f"({100 * less['low']:+.2f} to {100 * less['high']:+.2f}) more often (McNemar's p = {found['mcnemar_p']['value']:.2g})"
+    )
+    same = results.filter((pl.col("metric") == "cka") & (pl.col("label") == pl.col("site")))
+    if not len(same):
+        return f"{answer}; they share no residual site, so their layers are not compared."
+    most, least = same.sort("value")[-1].row(0, named=True), same.sort("value")[0].row(0, named=True)
+    raw = results.filter(label="source, run to other")
+    as_it_is, mapped = (100 * raw.filter(metric=metric)["value"].max() for metric in ("as_it_is", "mapped"))
+    return (
+        f"{answer}. At the edges' target tokens their layers are most alike at {most['site']} (CKA {most['value']:.3f}) "
+        f"and least at {least['site']} ({least['value']:.3f}); a probe for the source carries over as it is with at most "
+        f"{as_it_is:.2f} %, behind a linear map with up to {mapped:.2f} %."
+    )
+
+
+def plot(study: Study) -> Figure:
+    """CKA of every pair of sites, and the transfer of probes by site."""
+    results = study.results
+    sites = results.drop_nulls("site")["site"].unique(maintain_order=True).to_list()
+    figure, (left, right) = panels(2, width=6.2, height=5)
+    grid = [[results.filter(site=site, label=of, metric="cka")["value"].item() for of in sites] for site in sites]
+    left.grid(False)
+    shown = left.imshow(grid, cmap="viridis", vmin=0, vmax=1, origin="lower")
+    for axis, ticks in ((left, left.set_yticks), (left, left.set_xticks), (right, right.set_xticks)):
+        ticks(range(len(sites)), sites, rotation=60 if ticks != left.set_yticks else 0, fontsize=8)
+        axis.tick_params(length=2)
+    other = str(results["params"].str.json_path_match("$.other")[0])
+    left.set_ylabel(f"sites of {results['run'][0]}")
+    left.set_xlabel(f"sites of {other}")
+    left.set_title("linear CKA at edges' target tokens", fontsize=10)
+    figure.colorbar(shown, ax=left, shrink=0.8)
+    for turn, metric in enumerate(("own", "as_it_is", "mapped")):
+        rows = results.filter(metric=metric, label="source, run to other")
+        points(right, list(range(len(rows))), *(100 * rows[c] for c in ("value", "low", "high")), PROBED[metric], turn)  # type: ignore[arg-type]
+    rows = results.filter(metric="mapped_shuffled", label="source, run to other")
+    right.plot(range(len(rows)), 100 * rows["value"].to_numpy(), "x", color=GREY, label="map of shuffled rows")
+    right.set_ylim(-2, 104)
+    right.set_ylabel("edge's source read right (%)")
+    right.set_title(f"probe fitted on {results['run'][0]}, scored on", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    return figure

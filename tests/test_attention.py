@@ -1,0 +1,150 @@
+"""The study `attention` on patterns that are planted, and its drawings."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from actstore.errors import BadInput, NotStored
+from actstore.ingest.trees import draw
+from actstore.queries import study
+from actstore.queries.attention_page import draw_patterns, page, save
+from actstore.store import Store
+from tests.planted import plant
+
+N, WIDTH = 60, 23  # trees of 6 nodes, positions
+TREES = draw("deep", 0, 0, N, 6)
+
+
+def even():
+    """float32 [tree, 1, query, key]: every token looks at all up to itself alike."""
+    pattern = np.tril(np.ones((WIDTH, WIDTH), np.float32)) / np.arange(1, WIDTH + 1, dtype=np.float32)[:, None]
+    return np.broadcast_to(pattern, (N, 1, WIDTH, WIDTH)).copy()
+
+
+def looking():
+    """Targets of all edges but the last give 3/4 to their source and the rest to themselves; the last edge's gives 1/4."""
+    pattern = even()
+    for edge in range(5):
+        share = 0.25 if edge == 4 else 0.75
+        pattern[:, 0, 3 * edge + 1] = 0
+        pattern[:, 0, 3 * edge + 1, 3 * edge] = share
+        pattern[:, 0, 3 * edge + 1, 3 * edge + 1] = 1 - share
+    for tree in range(N):  # the root and the path look at the edge to take next, half at its source, half at its target
+        targets = TREES.edges[tree, :, 1].tolist()
+        for step, node in enumerate(TREES.path[tree][: TREES.depth[tree]].tolist()):
+            edge = targets.index(node)
+            pattern[tree, 0, 17 + step] = 0
+            pattern[tree, 0, 17 + step, 3 * edge : 3 * edge + 2] = 0.5
+    return pattern
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = plant(
+        tmp_path_factory.mktemp("attention") / "s.act",
+        TREES,
+        {"pattern.0": looking(), "pattern.1": even()},
+        trees_per_shard=25,
+    )
+    with Store(path) as opened:
+        yield opened
+
+
+def value(answer, **where):
+    found = answer.results.filter(**where)
+    assert len(found) == 1
+    return found["value"].item()
+
+
+def test_planted_shares_come_out_exactly(store):
+    answer = study.run(store, "attention")
+    at = {"site": "pattern.0", "token_role": "edge_target"}
+    assert value(answer, **at, metric="own source", label="others") == 0.75
+    assert value(answer, **at, metric="own source", label="last") == 0.25
+    assert value(answer, **at, metric="itself", label="others") == 0.25
+    assert value(answer, **at, metric="before", label="others") == pytest.approx(0, abs=1e-6)
+    assert value(answer, **at, metric="own source", label="last less the one before") == pytest.approx(
+        (0.25 - 1 / 14) - (0.75 - 1 / 11)
+    )
+    for kind in ("others", "last"):
+        assert value(answer, site="pattern.0", token_role="path", metric="next edge", label=kind) == 1
+    assert "less (-48.052" in answer.sentence
+    assert "75.00 %" in answer.sentence
+
+
+def test_even_attention_is_chance(store):
+    answer = study.run(store, "attention")
+    for role, metric in (
+        ("edge_target", "own source"),
+        ("separator", "own edge"),
+        ("bar", "own edge"),
+        ("path", "next edge"),
+    ):
+        for kind in ("others", "last"):
+            found = answer.results.filter(site="pattern.1", token_role=role, label=kind)
+            if len(found):
+                first, chance = (found.filter(metric=name)["value"].item() for name in (metric, "even"))
+                assert first == pytest.approx(chance, rel=1e-5)
+    for role in ("edge_target", "bar"):
+        found = answer.results.filter(site="pattern.1", token_role=role, label="last less the one before")
+        assert found["value"].item() == pytest.approx(0, abs=1e-6)
+    mean = np.mean([1 / (3 * edge + 2) for edge in range(4)])
+    assert value(answer, site="pattern.1", token_role="edge_target", metric="even", label="others") == pytest.approx(
+        mean
+    )
+
+
+def test_it_says_so_where_nothing_is_looked_at_more_than_by_chance(tmp_path):
+    with Store(plant(tmp_path / "s.act", TREES, {"pattern.0": even()})) as opened:
+        assert "so no more than chance" in study.run(opened, "attention").sentence
+
+
+def test_all_that_a_token_looks_at_sums_to_one(store):
+    results = study.run(store, "attention").results
+    for where, some in results.filter(label="others").group_by("site", "token_role"):
+        parts = [row["value"] for row in some.iter_rows(named=True) if row["metric"] != "even"]
+        assert sum(parts) == pytest.approx(1, abs=1e-5), where
+
+
+def test_a_run_without_patterns_says_what_adds_them(demo_store):
+    with pytest.raises(NotStored, match="--run reproduction-patterns --sites pattern"):
+        study.run(demo_store, "attention")
+
+
+def test_the_study_gives_the_same_again_and_a_figure(store):
+    first, again = study.run(store, "attention", seed=3), study.run(store, "attention", seed=3)
+    assert first.results.equals(again.results)
+    assert len(study.plot(first).axes) == 3
+
+
+def test_the_page_holds_the_patterns_as_stored_and_needs_nothing_else(store):
+    text = page(store, "planted", 7)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    X, rows = store.read(
+        "select token_id, token from tokens where tree_id = 7 order by position", "planted", "pattern.0"
+    )
+    assert data["tokens"] == rows["token"].to_list()
+    for query, weights in enumerate(data["patterns"]["pattern.0, head 0"]):
+        np.testing.assert_allclose(weights, X[query, 0, : query + 1], atol=1e-4)
+    assert not re.search(r"https?://|@import|<link|src=", text)
+
+
+def test_a_figure_shows_every_token_on_both_axes(store, tmp_path):
+    n = 18 + int(TREES.depth[7])
+    axis = draw_patterns(store, "planted", 7, layer=0).axes[0]
+    assert [len(axis.get_xticklabels()), len(axis.get_yticklabels())] == [n, n]
+    save(store, "planted", 7, str(tmp_path / "all.png"))
+    save(store, "planted", 7, str(tmp_path / "all.html"))
+    assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "all.html").read_text().startswith("<!doctype html>")
+
+
+def test_what_is_not_there_is_named(store):
+    with pytest.raises(NotStored, match="no tree 999"):
+        page(store, "planted", 999)
+    with pytest.raises(NotStored, match=r"no pattern.5; it holds pattern.0, pattern.1"):
+        draw_patterns(store, "planted", 7, layer=5)
+    with pytest.raises(BadInput, match="got head 3; there are 1"):
+        draw_patterns(store, "planted", 7, head=3)

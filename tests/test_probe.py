@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
+import xxhash
 from scipy.optimize import approx_fprime
 from sklearn.linear_model import LogisticRegression
 
+from actstore import queries
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.trees import draw
 from actstore.queries import probe, probe_report, study
@@ -218,7 +220,7 @@ def made_up(n_nodes, token_role="edge_target", sites=("embed", "resid_post.0"), 
     rows = [
         {"site": site, "token_role": token_role, "label": label, "metric": metric, "value": share, "low": share - 0.01,
          "high": share + 0.01, "n": 100}
-        for site in sites for label in probe.LABELS for metric in ("accuracy", "shuffled_accuracy")
+        for site in sites for label in probe_report.PAIR for metric in ("accuracy", "shuffled_accuracy", "selectivity", "converged")
     ]  # fmt: skip
     params = {"n_nodes": n_nodes, "max_iter": 300}
     return study.result_rows(rows, study="probes", run="r", query="q", params=params, snapshot=1, seed=0)
@@ -306,6 +308,114 @@ def test_unknown_sites_and_roles_are_refused_with_what_there_is(store):
 
 
 def test_a_run_without_residual_sites_is_refused():
-    only_patterns = SimpleNamespace(sql=lambda *_: pl.DataFrame({"short": []}), sites=lambda _: ["pattern.0"])
+    only_patterns = SimpleNamespace(
+        sql=lambda *_: pl.DataFrame({"short": []}), sites=lambda _: ["pattern.0"], path="s.act"
+    )
     with pytest.raises(NotStored, match=r"no residual site to probe; it holds pattern.0"):
         probe._sites(only_patterns, "r", None)
+
+
+# Other tokens, other labels, other protocols.
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Noise, and in `resid_post.0`: at the source token of the next edge this edge's target, and at the root and each step of
+    the path the node to go to next; at a target token whether its edge is on the path."""
+    rng = np.random.default_rng(9)
+    width = 4 * N_NODES - 1
+    noise = rng.normal(size=(N_TREES, width, D_MODEL)).astype(np.float32)
+    directions = 4 * rng.normal(size=(3, N_NODES, D_MODEL)).astype(np.float32)
+    planted = noise.copy()
+    planted[:, 3 : 3 * N_EDGES : 3] += directions[0, TREES.edges[:, :-1, 1]]
+    planted[:, 1 : 3 * N_EDGES : 3] += directions[1, TREES.edges_on_path().astype(int)]
+    for tree in range(N_TREES):
+        for step in range(TREES.depth[tree]):
+            planted[tree, 3 * N_NODES - 1 + step] += directions[2, TREES.path[tree, step]]
+    path = plant(tmp_path_factory.mktemp("elsewhere") / "p.act", TREES, {"embed": noise, "resid_post.0": planted})
+    with Store(path) as opened:
+        yield opened
+
+
+def test_each_label_is_found_at_the_token_it_was_planted_at_and_nowhere_else(elsewhere):
+    answer = study.run(elsewhere, "probes", token_role="all", labels="source,target,on_path,next_node")
+    read = {
+        (row["token_role"], row["label"])
+        for row in answer.results.filter(metric="selectivity", site="resid_post.0").to_dicts()
+        if row["value"] > 0.2
+    }
+    assert {("next_source", "target"), ("edge_target", "on_path"), ("path", "next_node")} <= read
+    assert not [where for where in read if where[1] == "source"]
+    assert ("edge_target", "target") not in read
+    nothing = answer.results.filter(metric="selectivity", site="embed")
+    assert all(row["low"] < 0.06 for row in nothing.to_dicts())
+    assert set(answer.table["token"]) == set(probe.TOKEN_ROLES)
+    assert study.plot(answer).axes
+
+
+def test_the_path_is_asked_for_the_node_to_go_to(elsewhere):
+    answer = study.run(elsewhere, "probes", token_role="path", sites="resid_post.0")
+    assert value(answer, "resid_post.0", "next_node") > 0.95
+    assert value(answer, "resid_post.0", "next_node", column="n") == int(TREES.depth[IS_TEST].sum())
+
+
+def test_as_many_random_directions_read_less_than_the_probes_own(found):
+    assert value(found, "resid_post.1", "source", "random_directions_accuracy") < value(found, "resid_post.1", "source")
+    assert at_chance(value(found, "embed", "source", "random_directions_accuracy"), int(IS_TEST.sum()) * N_EDGES)
+
+
+def test_selectivity_is_what_shuffled_labels_leave(found):
+    for site in ("embed", "resid_post.1"):
+        expected = value(found, site, "source") - value(found, site, "source", "shuffled_accuracy")
+        assert value(found, site, "source", "selectivity") == pytest.approx(expected)
+    assert (
+        value(found, "embed", "source", "selectivity", "low")
+        < 0
+        < value(found, "embed", "source", "selectivity", "high")
+    )
+
+
+def test_noise_alone_is_said_to_tell_nothing(tmp_path):
+    noise = np.random.default_rng(3).normal(size=(N_TREES, 4 * N_NODES - 1, D_MODEL)).astype(np.float32)
+    with Store(plant(tmp_path / "s.act", TREES, {"embed": noise})) as opened:
+        assert "nothing is read anywhere" in study.run(opened, "probes").sentence
+
+
+def test_whitened_rows_have_no_correlation_and_drop_what_is_no_dimension():
+    rng = np.random.default_rng(0)
+    X = (rng.normal(size=(500, 4)) @ rng.normal(size=(4, 7)) + 3).astype(np.float32)
+    whiten = probe.Whitening.of(X)
+    Z = whiten(X)
+    assert Z.shape == (500, 4)
+    np.testing.assert_allclose(np.cov(Z.T), np.eye(4), atol=1e-3)
+
+
+def test_the_notebooks_protocol_leaks_what_a_split_by_tree_does_not(tmp_path):
+    """Each tree has a vector and a goal of its own, on all its rows: known rows tell unknown ones of the same tree."""
+    rng = np.random.default_rng(1)
+    own = 3 * rng.normal(size=(N_TREES, 1, 300)).astype(np.float32)
+    with Store(plant(tmp_path / "s.act", TREES, {"embed": np.repeat(own, 4 * N_NODES - 1, axis=1)})) as opened:
+        answer = study.run(opened, "probes", labels="goal", protocol="notebook")
+    by_row, by_tree = (value(answer, "embed", "goal", f"notebook_{name}") for name in ("accuracy", "by_tree"))
+    assert by_row > 0.9
+    assert at_chance(by_tree, int(IS_TEST.sum()) * (N_EDGES - 1) / 6)
+    assert at_chance(value(answer, "embed", "goal"), int(IS_TEST.sum()) * N_EDGES / 7)
+    assert "split by tree that changes by -" in answer.sentence
+
+
+def test_a_result_names_its_data_by_a_hash_of_ids_labels_and_split(store, found):
+    tokens = store.sql(queries.load("probe_tokens").sql, {"run": "planted", "token_role": "edge_target"})
+    digest = xxhash.xxh3_128()
+    for column in ("token_id", "source", "target"):
+        digest.update(np.array(tokens[column].to_list(), np.int64).tobytes())
+    digest.update(np.array([split == "train" for split in tokens["split"]]).tobytes())
+    assert json.loads(found.results["params"][0])["data_xxh3"] == {"edge_target": digest.hexdigest()}
+
+
+def test_what_no_probe_can_be_asked_is_refused(store):
+    with pytest.raises(BadInput, match=r"no label 'sourc'.*did you mean source"):
+        study.run(store, "probes", labels="sourc")
+    with pytest.raises(BadInput, match="none of the labels asked for is one of path; there are goal, next_node"):
+        study.run(store, "probes", token_role="path", labels="source")
+    with pytest.raises(BadInput, match="there are ours, notebook"):
+        study.run(store, "probes", protocol="theirs")

@@ -6,6 +6,7 @@ checkpointed, fsynced and put in its place, so a reader keeps the snapshot it op
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import duckdb
 import polars as pl
+import xxhash
 
 from actstore.errors import Damaged
 from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, manifests
 
 NAME = "catalog.duckdb"
+HASHES = "catalog.json"  # what its bytes hash to
 STORAGE_VERSION = "v1.2.0"  # what DuckDB 1.2 and later clients can open
 COLUMN = re.compile(r"^    (\w+) [^-]*, -- (.+)$")
 TABLE = re.compile(r"^create table (\w+)")
@@ -59,7 +62,7 @@ def snapshot(root: Path) -> int:
     """How many commits the catalog that is there holds; 0 where there is none that can be read."""
     with duckdb.connect() as connection:
         try:
-            connection.execute(f"attach {_quoted(root / NAME)} as there (read_only)")
+            connection.execute(f"attach {quoted(root / NAME)} as there (read_only)")
             return int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
         except (duckdb.Error, IndexError, TypeError):
             return 0
@@ -87,6 +90,7 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
             temporary.touch()
             _extend(root, temporary, new, create=not held)
             os.chmod(temporary, 0o444)
+            _note_hash(root, temporary)
             _replace(temporary, root / NAME)
         return held + len(new)
     except duckdb.Error as error:
@@ -102,6 +106,28 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
     finally:
         for left in (temporary, temporary.with_name(temporary.name + ".wal")):
             left.unlink(missing_ok=True)
+
+
+def build(root: Path, path: Path, committed: list[Manifest]) -> None:
+    """Build a catalog of these commits at a path where there is nothing yet."""
+    path.touch()
+    _extend(root, path, committed, create=True)
+
+
+def noted_hashes(root: Path) -> list[str]:
+    """xxh3-128 of the catalogs that were last put in place; two of them, since noting one and putting it there are two steps."""
+    try:
+        return [str(of) for of in json.loads((root / HASHES).read_bytes())["xxh3_128"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _note_hash(root: Path, new: Path) -> None:
+    """Note the hash of a catalog before it is put in place, beside that of the one there."""
+    hashes = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in (new, root / NAME) if path.exists()]
+    temporary = root / f".{HASHES}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps({"xxh3_128": hashes}))
+    _replace(temporary, root / HASHES)
 
 
 def _copy_of_last(root: Path, temporary: Path) -> int:
@@ -126,7 +152,7 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
     if create:
         path.unlink()
     with duckdb.connect() as connection:
-        connection.execute(f"attach {_quoted(path)} as new (storage_version '{STORAGE_VERSION}')")
+        connection.execute(f"attach {quoted(path)} as new (storage_version '{STORAGE_VERSION}')")
         connection.execute("use new")
         connection.execute("begin")  # one transaction, comments and all: each commit is an fsync
         if create:
@@ -136,7 +162,7 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
             for part in manifest.parts:
                 parts.setdefault(part.table, []).append(root / part.path)
         for table, paths in parts.items():
-            listed = ", ".join(_quoted(_without_wildcards(path)) for path in paths)
+            listed = ", ".join(quoted(_without_wildcards(path)) for path in paths)
             # by name, since older parts may lack a column; else a folder `seed=7` fills column seed
             rows = f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
             connection.execute(f"insert into {table} by name select * from {rows}")
@@ -151,7 +177,7 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
 def _create(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute(schema())
     for (table, column), comment in column_comments().items():
-        connection.execute(f"comment on column {table}.{column} is {_quoted(comment)}")
+        connection.execute(f"comment on column {table}.{column} is {quoted(comment)}")
     connection.execute("insert into snapshot values (?, 0)", [FORMAT_VERSION])
 
 
@@ -171,7 +197,8 @@ def _without_wildcards(path: Path) -> str:
     return re.sub(r"([*?\[])", r"[\1]", str(path))
 
 
-def _quoted(text: object) -> str:
+def quoted(text: object) -> str:
+    """A text, or a path, as SQL writes it."""
     return "'" + str(text).replace("'", "''") + "'"
 
 

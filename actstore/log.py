@@ -125,10 +125,16 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
     last = max(numbers | {least})
     if missing := set(range(1, last + 1)) - numbers:
         raise Damaged(f"{root / LOG} lacks manifest {min(missing)} of {last}; restore it from a copy of the store")
-    return [_read_manifest(root / _manifest_path(number), number) for number in range(after + 1, last + 1)]
+    return [read_manifest(root / manifest_path(number), number) for number in range(after + 1, last + 1)]
 
 
-def _read_manifest(path: Path, number: int) -> Manifest:
+def read_manifest(path: Path, number: int) -> Manifest:
+    """One commit.
+
+    Raises:
+        Damaged: it cannot be read, or is another's.
+        FileNotFoundError: it is not there.
+    """
     manifest = Manifest.from_json(path.read_bytes(), path)
     if manifest.number != number:
         raise Damaged(
@@ -156,13 +162,14 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
                 )
 
 
-def _manifest_path(number: int) -> str:
+def manifest_path(number: int) -> str:
+    """Of a commit's manifest, inside the store."""
     return f"{LOG}/{number:08d}.json"
 
 
 def commit(root: Path, manifest: Manifest) -> None:
     """Publish a manifest; when this returns, what it names is there for good."""
-    publish(root, _manifest_path(manifest.number), manifest.to_json())
+    publish(root, manifest_path(manifest.number), manifest.to_json())
 
 
 def publish(root: Path, path: str, content: bytes | memoryview) -> File:
@@ -183,7 +190,7 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
     linked = False
     try:
         make_folder(target.parent)
-        _write_durably(temporary, content)
+        write_durably(temporary, content)
         try:
             os.link(temporary, target)
             linked = True
@@ -205,7 +212,7 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
     return file
 
 
-def _write_durably(path: Path, content: bytes | memoryview) -> None:
+def write_durably(path: Path, content: bytes | memoryview) -> None:
     """Write a read-only file and wait until the disk has it."""
     left = memoryview(content).cast("B")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -298,7 +305,7 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
         The paths removed.
     """
     named = {file.path for manifest in committed for file in manifest.files}
-    named |= {_manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
+    named |= {manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
     removed = []
     for path in root.glob(".catalog.duckdb.*.tmp*"):  # one that was never put in place
         path.unlink()

@@ -105,7 +105,7 @@ create table runs (
     prompt varchar, -- what the model is given: 'task' (tree, goal, root, path) or 'tree' (the edges up to the bar alone)
     samples utinyint, -- continuations of each tree that were drawn beside the greedy one; NULL for whole tasks
     device varchar, -- where it ran
-    versions varchar, -- of actstore, torch and transformer_lens, JSON
+    versions varchar, -- of actstore, torch and transformer_lens, and batch_size, trees a forward pass; JSON
 );
 
 create table sites (

@@ -132,11 +132,12 @@ def committed_dataset(root: Path, name: str) -> dict[str, Any] | None:
     if not (root / "store.json").exists():
         return None
     check_format(root)
-    rows = _table(root, log.manifests(root), "datasets").to_dicts()
+    rows = table(root, log.manifests(root), "datasets").to_dicts()
     return next((row for row in rows if row["dataset"] == name), None)
 
 
-def _table(root: Path, committed: Sequence[Manifest], name: str) -> pl.DataFrame:
+def table(root: Path, committed: Sequence[Manifest], name: str) -> pl.DataFrame:
+    """All rows that these commits brought to one of the small tables."""
     parts = [part for manifest in committed for part in manifest.parts if part.table == name]
     frames = [pl.read_parquet(root / part.path) for part in parts]
     return pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame()
@@ -158,7 +159,7 @@ class Writer:
 
     def table(self, name: str) -> pl.DataFrame:
         """All committed rows of one of the small tables (models, datasets, runs, sites)."""
-        return _table(self.root, self._log, name)
+        return table(self.root, self._log, name)
 
     def batches(self, run: str) -> set[int]:
         """The batches of a run that are committed."""
@@ -287,9 +288,7 @@ class Writer:
             if not pl.read_parquet(self.root / path).equals(frame):
                 raise _otherwise(self.root / path)
             return []
-        buffer = io.BytesIO()
-        frame.write_parquet(buffer, compression="zstd", statistics=False)
-        file = log.publish(self.root, path, buffer.getvalue())
+        file = log.publish(self.root, path, as_parquet(table, frame))
         return [Part(**vars(file), table=table, rows=len(frame))]
 
     def _file(self, path: str, content: bytes | memoryview) -> list[File]:
@@ -299,6 +298,13 @@ class Writer:
                 raise _otherwise(self.root / path)
             return []
         return [log.publish(self.root, path, content)]
+
+
+def as_parquet(table: str, rows: pl.DataFrame) -> bytes:
+    """The bytes of a part: all columns of its table."""
+    buffer = io.BytesIO()
+    _as_stored(table, rows).write_parquet(buffer, compression="zstd", statistics=False)
+    return buffer.getvalue()
 
 
 def _otherwise(path: Path) -> BadInput:

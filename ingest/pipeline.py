@@ -159,7 +159,7 @@ class Ingest:
             sites=[_site_plan(spec, config, dataset) for spec in self.specs],
             facts={
                 "device": str(self.device),
-                "versions": json.dumps(_versions()),
+                "versions": json.dumps({**_versions(), "batch_size": self.batch_size}),
                 "prompt": self.prompt,
                 "samples": self.samples,
             },
@@ -440,5 +440,5 @@ def _model_row(model: Model) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, str | int]:
     return {name: version(name) for name in ("actstore", "torch", "transformer_lens")}

@@ -98,7 +98,7 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
 PROTOCOL = {
     "notebook_accuracy": "its protocol here",
     "notebook_by_tree": "split by tree",
-    "notebook_50_epochs": "50 epochs",
+    "notebook_20_epochs": "20 epochs",
 }
 
 
@@ -137,12 +137,12 @@ def sentence(results: pl.DataFrame, n_test_trees: int) -> str:
     if len(own):
         leak, more = (
             100 * (results.filter(metric=metric)["value"].to_numpy() - other["value"].to_numpy()).mean()
-            for metric, other in (("notebook_by_tree", own), ("notebook_50_epochs", own))
+            for metric, other in (("notebook_by_tree", own), ("notebook_20_epochs", own))
         )
         ours = 100 * (accuracy["value"].to_numpy() - own["value"].to_numpy()).mean()
         answer += (
             f" By the notebook's protocol the same probes read {-ours:+.2f} points on average; split by tree that changes by "
-            f"{leak:+.2f}, after 50 epochs by {more:+.2f}."
+            f"{leak:+.2f}, after 20 epochs by {more:+.2f}."
         )
     stopped = results.filter(metric="converged", value=0.0)
     if len(stopped):

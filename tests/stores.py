@@ -13,6 +13,7 @@ import polars as pl
 import torch
 
 from actstore.arrays import Layout, ShardBuffer
+from actstore.catalog import HASHES
 from actstore.catalog import NAME as CATALOG
 from actstore.ingest.tokens import n_positions, token_rows
 from actstore.ingest.trees import Trees, draw, edge_rows, tree_rows
@@ -183,7 +184,7 @@ def folders(root: Path) -> set[str]:
 
 def committed_files(root: Path) -> dict[str, bytes]:
     """Every file that follows from the inputs alone: not the catalog, whose bytes are DuckDB's, nor the date in store.json."""
-    return {path: content for path, content in files(root).items() if path not in (CATALOG, "store.json")}
+    return {path: content for path, content in files(root).items() if path not in (CATALOG, HASHES, "store.json")}
 
 
 def catalog_rows(path: Path) -> dict[str, list[tuple[object, ...]]]:

@@ -1,0 +1,192 @@
+"""Mend a store: what is damaged is made again, and put in its place only if it has exactly the bytes that were committed.
+
+Rows come out of the catalog, if that is whole; activations, and rows where it is not, from the run's own weights over its own
+trees; the catalog from the parts. A manifest cannot be made again: it is what says how all else must be.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import polars as pl
+import xxhash
+
+from actstore import catalog, log
+from actstore.errors import Damaged
+from actstore.folder import check_format
+from actstore.log import ARRAYS, File, Manifest, Part
+from actstore.verify import Finding, read_manifests, verify
+from actstore.writer import GROUP, as_parquet
+
+Recompute = Callable[
+    [Path, list[Manifest], str, int | None], dict[str, bytes]
+]  # root, commits, run, batch → path → bytes
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done.
+
+    Attributes:
+        mended: paths that are again as they were committed.
+        left: what could not be mended, and why.
+        snapshot: commits that the catalog holds.
+    """
+
+    mended: list[str]
+    left: list[Finding]
+    snapshot: int
+
+
+def repair(path: str | Path, recompute: Recompute, advance: Callable[[int], None] = lambda done: None) -> Repair:
+    """Verify a store, mend what is damaged, and build its catalog anew.
+
+    Args:
+        path: the store.
+        recompute: makes a batch's files again (or, of batch None, a run's definition's); see ingest/recompute.py.
+        advance: called with the bytes read so far, while it looks for damage.
+
+    Raises:
+        NotStored, TooNew: there is no store, or a later version made it.
+        Busy: another process writes to it.
+        Damaged: its manifests are not whole, so nothing says how the rest must be.
+    """
+    root = Path(path)
+    check_format(root)
+    with log.lease(root):
+        report = verify(root, advance=advance)
+        manifests, broken = read_manifests(root)
+        if broken:
+            raise Damaged(
+                f"{root / broken[0].path}: {broken[0].what}; it cannot be made again: restore it from a copy of the store"
+            )
+        whole_catalog = not any(finding.kind == "catalog" for finding in report.damage)
+        mended, left = [], []
+        for manifest in manifests:
+            of_this = [finding for finding in report.damage if finding.path in {file.path for file in manifest.files}]
+            if of_this:
+                done, not_done = _mend(root, manifests, manifest, of_this, whole_catalog, recompute)
+                mended, left = mended + done, left + not_done
+        mended += _zarr_group(root)
+        if not any(finding.kind == "part" for finding in left):
+            catalog.publish(root, from_nothing=True)
+            mended += [catalog.NAME] * (not whole_catalog)
+        return Repair(mended, left, len(manifests))
+
+
+def _mend(
+    root: Path,
+    manifests: list[Manifest],
+    manifest: Manifest,
+    damage: list[Finding],
+    whole_catalog: bool,
+    recompute: Recompute,
+) -> tuple[list[str], list[Finding]]:
+    """Mend the damaged files of one commit."""
+    files = {file.path: file for file in manifest.files}
+    made: dict[str, bytes] = {}
+    for finding in damage:
+        file = files[finding.path]
+        if isinstance(file, Part) and whole_catalog:
+            made[file.path] = _from_catalog(root, manifest, file)
+        elif file.path == f"{ARRAYS}/{manifest.run}/zarr.json":
+            made[file.path] = GROUP
+    why = ""
+    if any(not _is(made.get(finding.path), files[finding.path]) for finding in damage):
+        try:
+            made |= recompute(root, manifests, str(manifest.run), manifest.batch) if manifest.run else {}
+        except (Damaged, OSError, LookupError, ValueError) as error:
+            why = f"; it could not be computed again: {error}"
+    done, left = [], []
+    for finding in damage:
+        content = made.get(finding.path)
+        if content is not None and _is(content, files[finding.path]):
+            put(root / finding.path, content)
+            done.append(finding.path)
+        else:
+            if content is not None and not why:
+                why = "; what is computed here differs: it was made by other versions or on another machine (see runs)"
+            left.append(Finding(**{**vars(finding), "what": f"{finding.what}{why}"}))
+    return done, left
+
+
+def _is(content: bytes | None, file: File) -> bool:
+    return content is not None and xxhash.xxh3_128_hexdigest(content) == file.xxh3_128
+
+
+def _from_catalog(root: Path, manifest: Manifest, part: Part) -> bytes:
+    """A part's bytes out of the rows that the catalog holds of it."""
+    with duckdb.connect() as connection:
+        connection.execute(f"attach {catalog.quoted(root / catalog.NAME)} as there (read_only)")
+        where, values = _rows_of(manifest, part)
+        rows = connection.sql(f"from there.{part.table} {where}", params=values).pl()
+    return as_parquet(part.table, rows.head(part.rows))
+
+
+def _rows_of(manifest: Manifest, part: Part) -> tuple[str, list[object]]:
+    """Which rows of its table a part brought."""
+    if part.table == "results":
+        return "where recorded = ?", [manifest.number]
+    name = Path(part.path).stem
+    if manifest.kind == "run":
+        columns = {"models": "weights_sha256", "datasets": "dataset", "runs": "run", "sites": "run"}
+        column = columns[part.table]
+        return f"where starts_with({column}, ?)" if column == "weights_sha256" else f"where {column} = ?", [name]
+    shard = manifest.shards[0] if manifest.shards else None
+    owner = name.rpartition("-")[0]
+    if part.table == "trees" or shard is None:
+        batch = int(name.rpartition("-")[2])
+        ids = (
+            "select first_tree_id + trees_per_shard * ? as first, first_tree_id + trees_per_shard * (?::int + 1) - 1 as last "
+            f"from there.datasets where dataset = {_dataset_of(part)}"
+        )
+        bounds = f"tree_id between (select first from ({ids})) and (select last from ({ids}))"
+        run = " and run = ?" if part.table in ("predictions", "outcomes", "generations") else ""
+        return f"where {bounds}{run}", [batch, batch, owner, batch, batch, owner, *([owner] if run else [])]
+    of_run = part.table in ("predictions", "outcomes", "generations")
+    last = shard.first_tree_id + shard.n_trees - 1
+    run = " and run = ?" if of_run else ""
+    return f"where tree_id between ? and ?{run}", [shard.first_tree_id, last, *([owner] if of_run else [])]
+
+
+def _dataset_of(part: Part) -> str:
+    """SQL for the set of trees that a part is of: a run's own, or the one it is named by."""
+    of_run = part.table in ("predictions", "outcomes", "generations")
+    return "(select dataset from there.runs where run = ?)" if of_run else "?"
+
+
+def _zarr_group(root: Path) -> list[str]:
+    """The group that all arrays are in, which no manifest names."""
+    path = f"{ARRAYS}/zarr.json"
+    try:
+        if (root / path).read_bytes() == GROUP:
+            return []
+    except OSError:
+        pass
+    put(root / path, GROUP)
+    return [path]
+
+
+def put(path: Path, content: bytes) -> None:
+    """Put a file in the place of a damaged one, durably, whole or not at all."""
+    log.make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        log.write_durably(temporary, content)
+        os.replace(temporary, path)
+        log.fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def table(done: Repair) -> pl.DataFrame:
+    """A row a file: path, and `mended` or why it was left."""
+    rows = [{"path": path, "result": "mended"} for path in done.mended]
+    return pl.DataFrame(
+        rows + [{"path": of.path, "result": of.what} for of in done.left],
+        schema={"path": pl.String, "result": pl.String},
+    )

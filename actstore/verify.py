@@ -1,0 +1,271 @@
+"""Is a store what was committed? Every file is read and held against the hash that its manifest names.
+
+The catalog has no manifest, since it is derived: it is held against the hash noted when it was put in place, and row for row
+against one built anew from the parts.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import google_crc32c
+import polars as pl
+import xxhash
+
+from actstore import catalog, log
+from actstore.errors import ActstoreError, Damaged, TooNew
+from actstore.folder import check_format
+from actstore.log import ARRAYS, File, Manifest, Part, Shard
+from actstore.machine import n_processors
+
+BLOCK = (
+    8 << 20
+)  # bytes read at a time: enough to keep a disk busy, and few enough to stay in the processor's own memory
+COLUMNS = ("path", "kind", "what", "run", "site", "batch", "trees")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it was committed.
+
+    Attributes:
+        path: inside the store.
+        kind: `shard`, `part`, `weights`, `metadata`, `manifest`, `catalog`, `store.json` or `stray` (which harms nothing).
+        what: is wrong with it.
+        run, site, batch: whose it is, where it is of one.
+        trees: `first to last` tree_id, of a shard or of a batch's part.
+    """
+
+    path: str
+    kind: str
+    what: str
+    run: str | None = None
+    site: str | None = None
+    batch: int | None = None
+    trees: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found: nothing but strays in a store that is whole."""
+
+    findings: list[Finding]
+    n_files: int
+    n_bytes: int
+
+    @property
+    def damage(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.kind != "stray"]
+
+    def table(self) -> pl.DataFrame:
+        """A row a finding; columns as in COLUMNS."""
+        return pl.DataFrame([asdict(finding) for finding in self.findings], schema=_SCHEMA)
+
+
+_SCHEMA = {name: pl.Int64() if name == "batch" else pl.String() for name in COLUMNS}
+
+
+def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None] = lambda done: None) -> Report:
+    """Look for damage.
+
+    Args:
+        path: the store.
+        quick: look at sizes and the shards' own index checksums alone.
+        advance: called with the bytes read so far.
+
+    Raises:
+        NotStored: there is no store.
+        TooNew: a later version of actstore made it.
+    """
+    root = Path(path)
+    findings: list[Finding] = []
+    try:
+        check_format(root)
+    except TooNew:
+        raise
+    except Damaged as error:
+        findings.append(Finding("store.json", "store.json", str(error)))
+    manifests, broken = read_manifests(root)
+    findings += broken
+    jobs = [(manifest, file) for manifest in manifests for file in manifest.files]
+    findings += _files(root, jobs, quick, advance)
+    whole = not broken and not any(finding.kind == "part" for finding in findings)
+    findings += _catalog(root, manifests if whole else None, quick)
+    findings += _strays(root, manifests)
+    return Report(findings, len(jobs), sum(file.bytes for _, file in jobs))
+
+
+def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
+    """The manifests that can be read, and what is wrong with the others."""
+    found, broken = [], []
+    numbers = {int(path.stem) for path in (root / log.LOG).glob("*.json") if log.MANIFEST.fullmatch(path.name)}
+    for number in range(1, max(numbers | {catalog.snapshot(root)}, default=0) + 1):
+        path = root / log.manifest_path(number)
+        try:
+            found.append(log.read_manifest(path, number))
+        except (ActstoreError, OSError) as error:
+            what = "is missing" if isinstance(error, FileNotFoundError) else str(error)
+            broken.append(Finding(log.manifest_path(number), "manifest", what))
+    return found, broken
+
+
+def _files(
+    root: Path, jobs: list[tuple[Manifest, File]], quick: bool, advance: Callable[[int], None]
+) -> Iterator[Finding]:
+    """Hash every file, several at a time: the hash lets go of the interpreter, and is faster than one disk read."""
+    positions = _positions(root) if quick else {}
+    done = 0
+    with ThreadPoolExecutor(n_processors()) as pool:
+        for (manifest, file), what in zip(
+            jobs, pool.map(lambda job: _wrong_with(root, job[1], quick, positions), jobs), strict=True
+        ):
+            done += file.bytes
+            advance(done)
+            if what:
+                yield _finding(manifest, file, what)
+
+
+def _finding(manifest: Manifest, file: File, what: str) -> Finding:
+    trees = None
+    of_batch = next(iter(manifest.shards), None)
+    if isinstance(file, Shard) or (isinstance(file, Part) and of_batch):
+        shard = file if isinstance(file, Shard) else of_batch
+        assert shard is not None
+        trees = f"{shard.first_tree_id} to {shard.first_tree_id + shard.n_trees - 1}"
+    kind = "shard" if isinstance(file, Shard) else "part" if isinstance(file, Part) else "metadata"
+    kind = "weights" if file.path.startswith(log.WEIGHTS) else kind
+    site = file.site if isinstance(file, Shard) else None
+    return Finding(file.path, kind, what, manifest.run, site, manifest.batch, trees)
+
+
+def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, str], int]) -> str:
+    """What is wrong with a committed file; nothing where it is whole."""
+    try:
+        with (root / file.path).open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size != file.bytes:
+                return f"is {size:,} bytes long, not {file.bytes:,}"
+            if quick:
+                whole = not isinstance(file, Shard) or _index_is_whole(opened.fileno(), file, positions)
+                return "" if whole else "its index is not what was committed"
+            if hash_of(opened.fileno()) != file.xxh3_128:
+                return "its content is not what was committed"
+    except OSError as error:
+        return (
+            "is missing" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else error.strerror or str(error)
+        )
+    return ""
+
+
+def hash_of(descriptor: int) -> str:
+    """xxh3-128, hexadecimal, of a file from its start; what the page cache does not hold is read ahead."""
+    digest, block = xxhash.xxh3_128(), mmap.mmap(-1, BLOCK)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    view, offset = memoryview(block), 0
+    while n := os.preadv(descriptor, [view], offset):
+        digest.update(view[:n])
+        offset += n
+    return digest.hexdigest()
+
+
+def _positions(root: Path) -> dict[tuple[str, str], int]:
+    """Chunks in a shard of each (run, site), out of the arrays' own metadata."""
+    found = {}
+    for path in (root / ARRAYS).glob("*/*/zarr.json"):
+        try:
+            about = json.loads(path.read_bytes())
+            outer = about["chunk_grid"]["configuration"]["chunk_shape"]
+            inner = about["codecs"][0]["configuration"]["chunk_shape"]
+        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            continue  # which its own finding says
+        n = 1
+        for large, small in zip(outer, inner, strict=False):
+            n *= -(-large // small)
+        found[path.parent.parent.name, path.parent.name] = n
+    return found
+
+
+def _index_is_whole(descriptor: int, shard: Shard, positions: dict[tuple[str, str], int]) -> bool:
+    n = positions.get((shard.run, shard.site))
+    if n is None:
+        return True
+    size = 16 * n + 4
+    index = os.pread(descriptor, size, shard.bytes - size)
+    return google_crc32c.value(index[:-4]).to_bytes(4, "little") == index[-4:]
+
+
+def _catalog(root: Path, manifests: list[Manifest] | None, quick: bool) -> Iterator[Finding]:
+    """What is wrong with the catalog.
+
+    Args:
+        manifests: all of them, where they and their parts are whole; else rows are not compared.
+    """
+    path = root / catalog.NAME
+    if not path.exists():
+        yield Finding(catalog.NAME, "catalog", "is missing")
+        return
+    if quick:
+        return
+    with path.open("rb") as opened:
+        if hash_of(opened.fileno()) not in catalog.noted_hashes(root):
+            yield Finding(catalog.NAME, "catalog", "its content is not what was put in place")
+            return
+    if manifests is not None:
+        yield from _rows_that_differ(root, manifests)
+
+
+def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[Finding]:
+    """Build a catalog from the parts, of as many commits as the one there holds, and compare every row of every table."""
+    held = catalog.snapshot(root)
+    with tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder:
+        anew = Path(folder) / "anew.duckdb"
+        catalog.build(root, anew, manifests[:held])
+        with duckdb.connect() as connection:
+            for name, path in (("there", root / catalog.NAME), ("anew", anew)):
+                connection.execute(f"attach {catalog.quoted(path)} as {name} (read_only)")
+            there = {row[0] for row in connection.execute(TABLES).fetchall()}
+            for table in catalog.tables():
+                if table not in there:  # an older version made the catalog
+                    continue
+                columns = ", ".join(row[0] for row in connection.execute(f"describe there.{table}").fetchall())
+                for one, other, what in (("there", "anew", "the parts lack"), ("anew", "there", "it lacks")):
+                    query = f"select {columns} from {one}.{table} except all select {columns} from {other}.{table}"
+                    n = connection.execute(f"select count(*) from ({query})").fetchall()[0][0]
+                    if n:
+                        yield Finding(catalog.NAME, "catalog", f"{what} {n:,} rows of table {table}")
+
+
+TABLES = "select table_name from duckdb_tables() where database_name = 'there'"
+
+
+def _strays(root: Path, manifests: list[Manifest]) -> Iterator[Finding]:
+    """Files that no manifest names: left by a stopped writer, and removed by the next."""
+    named = {file.path for manifest in manifests for file in manifest.files} | {f"{ARRAYS}/zarr.json"}
+    for folder in (log.PARTS, ARRAYS, log.WEIGHTS):
+        for path in sorted((root / folder).rglob("*")):
+            relative = path.relative_to(root).as_posix()
+            if not path.is_dir() and relative not in named:
+                yield Finding(relative, "stray", "no commit names it; the next writer removes it")
+
+
+def raise_if_damaged(report: Report, path: str | Path) -> None:
+    """Refuse a store that is not whole.
+
+    Raises:
+        Damaged: says how much is wrong, and what to do.
+    """
+    if report.damage:
+        first: Any = report.damage[0]
+        raise Damaged(
+            f"{path} is damaged: {len(report.damage)} of {report.n_files:,} files, the first {first.path} ({first.what}); "
+            f"mend it with `actstore repair {path}`"
+        )

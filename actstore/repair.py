@@ -86,36 +86,43 @@ def _mend(
     whole_catalog: bool,
     recompute: Recompute,
 ) -> tuple[list[str], list[Finding]]:
-    """Mend the damaged files of one commit."""
+    """Mend the damaged files of one commit: rows out of the catalog first, since what is computed rests on them."""
     files = {file.path: file for file in manifest.files}
-    made: dict[str, bytes] = {}
-    for finding in damage:
-        file = files[finding.path]
-        if isinstance(file, Part) and whole_catalog:
-            made[file.path] = _from_catalog(root, manifest, file)
-        elif file.path == f"{ARRAYS}/{manifest.run}/zarr.json":
-            made[file.path] = GROUP
-    why = ""
-    if any(not _is(made.get(finding.path), files[finding.path]) for finding in damage):
-        try:
-            made |= recompute(root, manifests, str(manifest.run), manifest.batch) if manifest.run else {}
-        except (Damaged, OSError, LookupError, ValueError) as error:
-            why = f"; it could not be computed again: {error}"
     done, left = [], []
     for finding in damage:
+        file, content = files[finding.path], None
+        if isinstance(file, Part) and whole_catalog:
+            content = _from_catalog(root, manifest, file)
+        elif file.path == f"{ARRAYS}/{manifest.run}/zarr.json":
+            content = GROUP
+        if content is not None and _is(content, file):
+            put(root / finding.path, content)
+            done.append(finding.path)
+        else:
+            left.append(finding)
+    if not left or manifest.run is None:
+        return done, left
+    made, why = dict[str, bytes](), ""
+    try:
+        made = recompute(root, manifests, manifest.run, manifest.batch)
+    except (Damaged, OSError, LookupError, ValueError, pl.exceptions.PolarsError) as error:
+        why = f"it could not be computed again: {str(error).splitlines()[0]}"
+    still = []
+    for finding in left:
         content = made.get(finding.path)
         if content is not None and _is(content, files[finding.path]):
             put(root / finding.path, content)
             done.append(finding.path)
         else:
-            if content is not None and not why:
-                why = "; what is computed here differs: it was made by other versions or on another machine (see runs)"
-            left.append(Finding(**{**vars(finding), "what": f"{finding.what}{why}"}))
-    return done, left
+            reason = (
+                why or "what is computed here differs: it was made by other versions or on another machine (see runs)"
+            )
+            still.append(Finding(**{**vars(finding), "what": f"{finding.what}; {reason}"}))
+    return done, still
 
 
-def _is(content: bytes | None, file: File) -> bool:
-    return content is not None and xxhash.xxh3_128_hexdigest(content) == file.xxh3_128
+def _is(content: bytes, file: File) -> bool:
+    return xxhash.xxh3_128_hexdigest(content) == file.xxh3_128
 
 
 def _from_catalog(root: Path, manifest: Manifest, part: Part) -> bytes:
@@ -186,7 +193,5 @@ def put(path: Path, content: bytes) -> None:
 def table(done: Repair) -> pl.DataFrame:
     """A row a file: path, and `mended` or why it was left."""
     rows = [{"path": path, "result": "mended"} for path in done.mended]
-    return pl.DataFrame(
-        rows + [{"path": of.path, "result": of.what} for of in done.left],
-        schema={"path": pl.String, "result": pl.String},
-    )
+    rows += [{"path": of.path, "result": of.what} for of in done.left]
+    return pl.DataFrame(rows, schema={"path": pl.String, "result": pl.String})

@@ -184,9 +184,8 @@ def _compare_run(
     store: Store, job: Ingest, first_tree_id: int, n_trees: int, seed: int, originals: int | None
 ) -> list[Difference]:
     run, answers = job.plan.run, "generations" if job.generator else "outcomes"
-    held = store.sql(f"select distinct tree_id from {answers} where run = $run order by tree_id", {"run": run})[
-        "tree_id"
-    ].to_numpy()
+    answered = store.sql(f"select distinct tree_id from {answers} where run = $run order by tree_id", {"run": run})
+    held = answered["tree_id"].to_numpy()
     if not len(held):
         return []
     chosen = np.sort(np.random.default_rng(seed).choice(held, min(n_trees, len(held)), replace=False)) - first_tree_id
@@ -247,9 +246,8 @@ def _activations(store: Store, job: Ingest, trees: Trees, tree_ids: np.ndarray) 
         ours = np.concatenate(computed[site.site])
         ours = ours[tree, position] if site.kind == "resid" else np.moveaxis(ours, 2, 1)[tree, position]
         held, _ = store.read("select unnest($ids)::bigint as token_id", run, site.short, {"ids": token_ids.tolist()})
-        apart = np.abs(np.nan_to_num(held, nan=np.inf) - ours).reshape(len(ours), -1).max(axis=1) / max(
-            float(np.abs(ours).max()), 1e-30
-        )
+        apart = np.abs(np.nan_to_num(held, nan=np.inf) - ours).reshape(len(ours), -1).max(axis=1)
+        apart = apart / max(float(np.abs(ours).max()), 1e-30)
         worst = int(apart.argmax())
         where = f"token {token_ids[worst]}"
         found.append(Difference(run, site.short, float(apart[worst]), TOLERANCE, len(ours), where))

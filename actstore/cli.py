@@ -438,6 +438,36 @@ def study(
 
 @main.command()
 @store_argument
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--run", "runs", multiple=True, help="Which; every run over drawn trees unless told.")
+@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
+def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: bool) -> None:
+    """Run every study, and write one page of them all, OUT/index.html, that needs nothing beside itself.
+
+    A study that needs what the store lacks stands there with the `actstore ingest` that adds it.
+
+    Example:
+
+    \b
+        actstore report demo.act report/
+    """
+    from actstore.progress import progress
+    from actstore.queries.report import report as make
+    from actstore.store import Store
+    from actstore.writer import open_writer
+
+    with Store(store) as opened, progress("report", None, "studies") as advance:
+        page, answers = make(opened, out, runs or None, seed, advance)
+    if not no_record:
+        with open_writer(store) as writer:
+            for answer in answers:
+                writer.record(answer.results)
+    click.echo(f"{page}: {len(answers)} answers")
+
+
+@main.command()
+@store_argument
 @click.option("--quick", is_flag=True, help="Look at sizes and index checksums alone.")
 @click.option("--recompute", type=int, metavar="N", help="Run N random trees of each run anew, and compare.")
 @click.option("--seed", default=0, show_default=True, help="Of the random trees.")

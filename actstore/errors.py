@@ -5,6 +5,7 @@ ActstoreError
 ├── BadInput    (also a ValueError)     mend the argument, the query or the config  exit code 2
 ├── Damaged     (also an OSError)       the files are not what was committed        exit code 1
 ├── TooNew      (also an OSError)       install a later actstore                    exit code 1
+├── TooOld      (also an OSError)       bring it up to date: `actstore repair`      exit code 1
 ├── NoRoom      (also an OSError)       free disk space, then run the command again exit code 1
 ├── LimitReached (also a RuntimeError)  raise the query's limit, or ask for less    exit code 1
 └── Busy        (also a TimeoutError)   another writer holds the store              exit code 1
@@ -38,6 +39,10 @@ class Damaged(ActstoreError, OSError):
 
 class TooNew(ActstoreError, OSError):
     """The store was made by a later version, whose format this one does not know."""
+
+
+class TooOld(ActstoreError, OSError):
+    """The store was made by an earlier version; `actstore repair` brings it up to date, and loses nothing."""
 
 
 class NoRoom(ActstoreError, OSError):

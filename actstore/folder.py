@@ -8,16 +8,20 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from actstore.errors import BadInput, Damaged, NotStored, TooNew
+from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld
 from actstore.log import FORMAT_VERSION
 
 
-def check_format(root: Path) -> dict[str, Any]:
+def check_format(root: Path, older: bool = False) -> dict[str, Any]:
     """The content of a store's store.json.
+
+    Args:
+        older: whether an earlier version's store will do.
 
     Raises:
         NotStored: the folder is no store.
         TooNew: a later version of actstore made it.
+        TooOld: an earlier one did.
         Damaged: store.json cannot be read.
     """
     try:
@@ -28,7 +32,14 @@ def check_format(root: Path) -> dict[str, Any]:
         raise NotStored(f"{root} {what}; make one with `actstore ingest {root} --model reproduction`") from None
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{root / 'store.json'} cannot be read ({error}); restore it from a copy of the store") from error
-    if version != FORMAT_VERSION:
+    if not isinstance(version, int) or version < 1:
+        raise Damaged(f"{root / 'store.json'} names no format ({version!r}); restore it from a copy of the store")
+    if version < FORMAT_VERSION and not older:
+        raise TooOld(
+            f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version reads format "
+            f"{FORMAT_VERSION}: bring it up to date with `actstore repair {root}`, which keeps all that it holds"
+        )
+    if version > FORMAT_VERSION:
         raise TooNew(
             f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version reads format "
             f"{FORMAT_VERSION}: install the version that made it, or a later one"

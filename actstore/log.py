@@ -27,7 +27,7 @@ import xxhash
 
 from actstore.errors import Busy, Damaged, NoRoom
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no variants, prompts and generations, and did not note its catalog's hash
 LOG, PARTS, ARRAYS, WEIGHTS, LOCK = "log", "parts", "activations.zarr", "models", ".lock"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DIRECT_FROM = 1 << 20  # bytes; below, a copy through the page cache costs nothing

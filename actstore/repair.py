@@ -1,11 +1,14 @@
 """Mend a store: what is damaged is made again, and put in its place only if it has exactly the bytes that were committed.
 
+A store of an earlier version is brought up to date on the way: its catalog is built with today's tables from its own parts.
+
 Rows come out of the catalog, if that is whole; activations, and rows where it is not, from the run's own weights over its own
 trees; the catalog from the parts. A manifest cannot be made again: it is what says how all else must be.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,7 +59,7 @@ def repair(path: str | Path, recompute: Recompute, advance: Callable[[int], None
         Damaged: its manifests are not whole, so nothing says how the rest must be.
     """
     root = Path(path)
-    check_format(root)
+    about = check_format(root, older=True)
     with log.lease(root):
         report = verify(root, advance=advance)
         manifests, broken = read_manifests(root)
@@ -75,6 +78,9 @@ def repair(path: str | Path, recompute: Recompute, advance: Callable[[int], None
         if not any(finding.kind == "part" for finding in left):
             catalog.publish(root, from_nothing=True)
             mended += [catalog.NAME] * (not whole_catalog)
+            if about["format"] < log.FORMAT_VERSION:
+                put(root / "store.json", json.dumps({**about, "format": log.FORMAT_VERSION}, indent=1).encode())
+                mended.append("store.json")
         return Repair(mended, left, len(manifests))
 
 

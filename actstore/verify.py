@@ -88,8 +88,9 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
     """
     root = Path(path)
     findings: list[Finding] = []
+    is_older = False
     try:
-        check_format(root)
+        is_older = check_format(root, older=True)["format"] < log.FORMAT_VERSION
     except TooNew:
         raise
     except Damaged as error:
@@ -99,7 +100,7 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
     jobs = [(manifest, file) for manifest in manifests for file in manifest.files]
     findings += _files(root, jobs, quick, advance)
     whole = not broken and not any(finding.kind == "part" for finding in findings)
-    findings += _catalog(root, manifests if whole else None, quick)
+    findings += _catalog(root, manifests if whole else None, quick, is_older)
     findings += _strays(root, manifests)
     return Report(findings, len(jobs), sum(file.bytes for _, file in jobs))
 
@@ -203,10 +204,11 @@ def _index_is_whole(descriptor: int, shard: Shard, positions: dict[tuple[str, st
     return google_crc32c.value(index[:-4]).to_bytes(4, "little") == index[-4:]
 
 
-def _catalog(root: Path, manifests: list[Manifest] | None, quick: bool) -> Iterator[Finding]:
+def _catalog(root: Path, manifests: list[Manifest] | None, quick: bool, is_older: bool) -> Iterator[Finding]:
     """What is wrong with the catalog.
 
     Args:
+        is_older: an earlier version made the store, which noted no hash.
         manifests: all of them, where they and their parts are whole; else rows are not compared.
     """
     path = root / catalog.NAME
@@ -215,8 +217,9 @@ def _catalog(root: Path, manifests: list[Manifest] | None, quick: bool) -> Itera
         return
     if quick:
         return
+    noted = catalog.noted_hashes(root)
     with path.open("rb") as opened:
-        if hash_of(opened.fileno()) not in catalog.noted_hashes(root):
+        if hash_of(opened.fileno()) not in noted and not (is_older and not noted):
             yield Finding(catalog.NAME, "catalog", "its content is not what was put in place")
             return
     if manifests is not None:

@@ -2,8 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STORE ?= demo.act
+FULL ?= full.act
+SITES := embed,resid_post,pattern
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo full test lint torture bench clean
 
 install: .venv/installed
 
@@ -21,6 +23,20 @@ demo: install
 	$(BIN)/actstore show $(STORE) 1
 	$(BIN)/actstore study $(STORE) probes --plot probes.png
 
+# what data/README.md tells of: both models on the same 20,000 trees, their variants and continuations, and the probes' own set
+full: install
+	$(BIN)/actstore ingest $(FULL) --model reproduction --trees 20000 --seed 7 --distribution reproduction --dataset trees --sites $(SITES)
+	$(BIN)/actstore ingest $(FULL) --model baseline --dataset trees --sites $(SITES)
+	$(BIN)/actstore ingest $(FULL) --model reproduction --run reproduction-deep --trees 6400 --seed 8 --distribution deep --dataset deep \
+	    --sites embed,resid_mid,resid_post
+	$(BIN)/actstore ingest $(FULL) --model baseline --run baseline-deep --dataset deep --sites embed,resid_mid,resid_post
+	set -e; for model in reproduction baseline; do \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --dataset trees --variant swap_last --sites none; \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --dataset trees --variant swap_inner --sites none; \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --dataset trees --prompt tree; \
+	done
+	$(BIN)/actstore report $(FULL) report --run reproduction --run baseline
+
 test: lint
 	$(BIN)/python -m pytest -n 2
 
@@ -31,6 +47,11 @@ lint: install
 	rm -rf build/types && mkdir -p build/types/actstore
 	ln -s $(CURDIR)/actstore/* $(CURDIR)/ingest $(CURDIR)/queries $(CURDIR)/data build/types/actstore
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p actstore
+
+torture: install
+	$(BIN)/python -m tests.torture.kills 200
+	$(BIN)/python -m tests.torture.readers
+	$(BIN)/python -m tests.torture.flips 1000
 
 bench: .venv/bench
 	$(BIN)/python -m tests.benchmarks

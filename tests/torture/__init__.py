@@ -1,0 +1,1 @@
+"""What `make torture` does to stores: kills at random moments, flipped bits, readers beside a writer."""

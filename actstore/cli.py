@@ -515,7 +515,8 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
 def repair(store: Path, output: Output) -> None:
     """Mend what is damaged, to the bytes that were committed, and build the catalog anew.
 
-    A store of an earlier version is brought up to date. Rows come from the catalog or from the definition of the trees, activations from the run's own weights.
+    A store of an earlier version is brought up to date. Rows come from the catalog or from the definition of the trees,
+    activations from the run's own weights.
 
     Example:
 

@@ -93,7 +93,11 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
             _note_hash(root, temporary)
             _replace(temporary, root / NAME)
         return held + len(new)
-    except duckdb.Error as error:
+    except (duckdb.Error, RuntimeError) as error:
+        if "interrupted" in str(error).lower():  # DuckDB's own words for Ctrl-C
+            raise KeyboardInterrupt from error
+        if not isinstance(error, duckdb.Error):
+            raise
         if any(os.strerror(reason) in str(error) for reason in DISK_FULL):
             raise NoRoom(f"no room for the catalog of {root}; free some, then go on") from error
         raise Damaged(

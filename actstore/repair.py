@@ -67,6 +67,7 @@ def repair(path: str | Path, recompute: Recompute, advance: Callable[[int], None
             raise Damaged(
                 f"{root / broken[0].path}: {broken[0].what}; it cannot be made again: restore it from a copy of the store"
             )
+        log.sweep(root, manifests)  # what an interrupted repair left
         whole_catalog = not any(finding.kind == "catalog" for finding in report.damage)
         mended, left = [], []
         for manifest in manifests:

@@ -94,6 +94,9 @@ class Recipe:
         Raises:
             BadInput: `training` has a key that is not a recipe's.
         """
+        for section in ("optimizer", "training"):
+            if not isinstance(mapping.get(section) or {}, Mapping):
+                raise BadInput(f"{source}: {section} is {mapping[section]!r}; it is a mapping, such as `lr: 0.001`")
         said = {"seed": mapping.get("random_seed"), "batch_size": mapping.get("batch_size")}
         said |= {
             "steps": mapping.get("max_iters"),

@@ -27,7 +27,7 @@ from tests.test_pipeline import small_model
 
 ROOT = Path(__file__).parents[1]
 OFTEN = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-SELDOM = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SELDOM = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 YAML = (ROOT / "data" / "configs" / "reproduction.yaml").read_text()
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just([]), st.just({}))
 NESTED = st.recursive(
@@ -125,7 +125,7 @@ def test_no_pickle_is_loaded_from_any_file():
         if path.name == "sandbox.py":
             text = text.replace("pickle.load(sys.stdin.buffer)", "")
         assert not re.search(
-            r"pickle\.loads?\(|allow_pickle=True|joblib|yaml\.(unsafe_)?load\(|\beval\(|\bexec\(", text
+            r"pickle\.loads?\(|allow_pickle=True|joblib|yaml\.(unsafe_)?load\(|(?<![.\w])eval\(|(?<![.\w])exec\(", text
         ), path
         for call in re.findall(r"torch\.load\([^\n]*", text):
             assert "weights_only=True" in call, path

@@ -32,7 +32,7 @@ def test_twenty_kills_leave_no_difference(seed):
 
 
 def test_readers_beside_a_writer_see_one_snapshot_each():
-    assert "each of one snapshot" in run("readers", "--trees", "160", "--readers", "8")
+    assert "each of one snapshot" in run("readers", "--trees", "80", "--readers", "8")
 
 
 def test_flipped_bits_are_found_and_mended():

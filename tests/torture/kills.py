@@ -25,7 +25,7 @@ N_TREES, PER_SHARD = 60, 3
 RECIPE = """
 system: reproduction
 n_nodes: 5
-model: {d_model: 16, d_head: 16, n_heads: 1, n_layers: 1, d_mlp: 16}
+model: {d_model: 16, d_head: 16, n_heads: 1, n_layers: 1, d_mlp: 16, act_fn: gelu, attention_dir: causal}
 batch_size: 4
 max_iters: 120
 """

@@ -101,7 +101,7 @@ def test_every_query_and_study_has_a_summary_that_the_listing_shows():
     listed = queries.listing()
     assert listed["query"].to_list() == queries.names()
     assert all(listed["summary"].str.len_chars() > 20)
-    assert set(STUDIES) <= set(re.findall(r"actstore study \S+ (\w+)", README))
+    assert set(STUDIES) <= set(re.findall(r"actstore study \S+ ([\w-]+)", README))
 
 
 def test_every_column_is_commented_with_what_it_holds():

@@ -16,7 +16,7 @@ os.environ.setdefault("POLARS_MAX_THREADS", "1")  # trees per second are of one 
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import Row, generate, ingest
+from tests.benchmarks import Row, generate, ingest, probes, trust
 
 README = Path(__file__).with_name("README.md")
 VERSIONS = (
@@ -26,7 +26,13 @@ VERSIONS = (
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 
 
+SECTIONS = {"trust": ("What trust costs", trust.rows), "probes": ("The notebook's grid of probes", probes.rows)}
+
+
 def main() -> None:
+    if sys.argv[1:]:  # these sections alone, in the place of their last figures
+        _replace({SECTIONS[name][0]: SECTIONS[name][1]() for name in sys.argv[1:]})
+        return
     with tempfile.TemporaryDirectory(dir=".") as folder:
         large = Path(folder) / "large.act"
         sections = {
@@ -34,6 +40,8 @@ def main() -> None:
             "Ingest": ingest.speed(),
             "Memory of an ingest": ingest.memory(large),
             **_reads(large),
+            "What trust costs": trust.rows(),
+            "The notebook's grid of probes": probes.rows(),
         }
     for title, rows in sections.items():
         _print(title, rows)
@@ -47,6 +55,27 @@ def _reads(store: Path) -> dict[str, list[Row]]:
     threads = {name: value for name, value in os.environ.items() if name != "POLARS_MAX_THREADS"}
     subprocess.run([sys.executable, "-m", "tests.benchmarks.read", store, "--json", rows], env=threads, check=True)
     return {title: [Row(**row) for row in section] for title, section in json.loads(rows.read_text()).items()}
+
+
+def _replace(sections: dict[str, list[Row]]) -> None:
+    """Put the figures of some sections in the place of the ones in README.md, or behind them all."""
+    text = README.read_text()
+    for title, rows in sections.items():
+        _print(title, rows)
+        section = "\n".join(_section(title, rows)) + "\n"
+        before, found, rest = text.partition(f"\n### {title}\n")
+        if not found:
+            before, _, rest = text.partition(END)
+            text = before + section + END + rest
+            continue
+        ends = [at for at in (rest.find("\n### "), rest.find(END)) if at >= 0]
+        text = before + section + rest[min(ends) :]
+    README.write_text(text)
+
+
+def _section(title: str, rows: list[Row]) -> list[str]:
+    lines = [f"\n### {title}\n", "| | measured | goal | |", "|---|---|---|---|"]
+    return lines + [f"| {row.what} | {row.figure} | {row.goal} | {_verdict(row)} |" for row in rows]
 
 
 def _print(title: str, rows: list[Row]) -> None:
@@ -64,8 +93,7 @@ def _markdown(sections: dict[str, list[Row]]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     lines = [f"\n{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {versions}.\n"]
     for title, rows in sections.items():
-        lines += [f"\n### {title}\n", "| | measured | goal | |", "|---|---|---|---|"]
-        lines += [f"| {row.what} | {row.figure} | {row.goal} | {_verdict(row)} |" for row in rows]
+        lines += _section(title, rows)
     return "\n".join(lines) + "\n"
 
 

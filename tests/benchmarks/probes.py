@@ -1,0 +1,58 @@
+"""The notebook's grid of probes, over a store, against the notebook's way: the model run again for each site and token."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from actstore.ingest.models import load
+from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.ingest.tokens import encode
+from actstore.queries import load as load_query
+from actstore.queries import study
+from actstore.store import Store
+from tests.benchmarks import Row
+
+N_TREES, ROLES = 6400, ("edge_target", "separator", "next_source")  # 100 batches of 64, and its three tokens
+QUERY = load_query("probe_tokens").sql
+BATCH_SIZE, BATCHES = 64, 10  # of 100, timed for one site and token, and multiplied
+
+
+def rows() -> list[Row]:
+    """The whole grid, 7 sites × 3 tokens × 2 labels, reads, fits and controls included; and how long the activations alone take."""
+    model = load("reproduction")
+    trees = TreeSet("deep", N_TREES, seed=1)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        Ingest(Path(folder) / "grid.act", model, trees).execute()
+        with Store(Path(folder) / "grid.act") as store:
+            n_sites = len(store.sites(store.runs()[0]))
+            started = time.perf_counter()
+            study.run(store, "probes", token_role=ROLES)
+            grid = time.perf_counter() - started
+            started = time.perf_counter()
+            for role in ROLES:
+                for site in store.sites(store.runs()[0]):
+                    store.read(QUERY, site=site, params={"run": store.runs()[0], "token_role": role})
+            reads = time.perf_counter() - started
+    ids = torch.from_numpy(model.config.vocabulary.encode(encode(trees.slice(0, BATCH_SIZE * BATCHES))))
+    started = time.perf_counter()
+    with torch.no_grad():
+        for batch in ids.split(BATCH_SIZE):
+            _, cache = model.bridge.run_with_cache(batch)
+            cache["blocks.0.hook_resid_post"][:, 1:42:3].reshape(-1, model.config.d_model)
+    again = (time.perf_counter() - started) * (N_TREES // BATCH_SIZE // BATCHES) * n_sites * len(ROLES)
+    return [
+        Row(
+            f"the grid, {n_sites} sites × {len(ROLES)} tokens × 2 labels, {N_TREES:,} trees",
+            f"{grid:.0f} s",
+            "≤ 180 s",
+            grid <= 180,
+        ),
+        Row("of these, reading", f"{reads:.2f} s", ""),
+        Row("the model run again for each site and token, 10 of 100 batches timed", f"{again:.0f} s", ""),
+        Row("the model run again / reading", f"{again / reads:,.0f}", ""),
+        Row("(the model run again + the same fits) / the grid", f"{(again + grid - reads) / grid:.1f}", ""),
+    ]

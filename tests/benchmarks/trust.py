@@ -28,9 +28,9 @@ def rows() -> list[Row]:
         for round_ in range(ROUNDS):
             with_.append(_timed(lambda at=round_: Ingest(Path(folder) / f"with{at}.act", model, trees).execute()))  # type: ignore[misc]
             with (
-                mock.patch.object(ShardBuffer, "_checksum", lambda *at: None),
-                mock.patch.object(log.xxhash, "xxh3_128_hexdigest", lambda content: "0" * 32),
-                mock.patch.object(os, "fsync", lambda descriptor: None),
+                mock.patch.object(ShardBuffer, "_checksum"),
+                mock.patch.object(log.xxhash, "xxh3_128_hexdigest", return_value="0" * 32),
+                mock.patch.object(os, "fsync"),
             ):
                 bare = Ingest(Path(folder) / f"without{round_}.act", model, trees)
                 without.append(_timed(bare.execute))

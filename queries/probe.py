@@ -47,6 +47,7 @@ C = 1.0  # weight of the data against the L2 penalty, scikit-learn's default
 TOL = 1e-4  # largest gradient of a converged fit, scikit-learn's default
 MAX_ITER = 300  # a fit takes some 10 iterations
 SMALLEST_VARIANCE = 1e-7  # of the largest: what is below is float32's rounding, and whitening would blow it up
+ROUNDING = 1e-6  # of the largest number: what float32 makes of a mean of equal rows
 MIN_TEST_TREES = 2  # one tree resampled is always itself, so it gives no interval
 ENOUGH_TREES = 60  # every label is a source in half of all trees at least, and one tree in five is for testing
 
@@ -309,9 +310,15 @@ class Whitening:
 
     @classmethod
     def of(cls, X: np.ndarray) -> Whitening:
-        """Of float32 [n, d_model]; d is smaller where rows lie in fewer dimensions."""
+        """Of float32 [n, d_model]; d is smaller where rows lie in fewer dimensions.
+
+        Rows that are all the same (a separator's embedding) have one coordinate, which is 0.
+        """
         mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
-        found = PCA(svd_solver="covariance_eigh").fit(X - mean)  # which takes off the mean only after squaring
+        centred = X - mean
+        if np.abs(centred).max(initial=0) <= ROUNDING * np.abs(X).max(initial=0):
+            return cls(mean, np.zeros((X.shape[1], 1), np.float32))
+        found = PCA(svd_solver="covariance_eigh").fit(centred)  # which takes off the mean only after squaring
         variance = found.explained_variance_
         kept = variance > SMALLEST_VARIANCE * variance[0]
         axes = found.components_[kept].T / np.sqrt(variance[kept])
@@ -361,7 +368,7 @@ def _fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, m
         ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool,
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)  # Fit.converged says it, for each probe
-        return iter(list(pool.map(lambda job: fit(*job, train, max_iter), jobs)))
+        return iter(list(pool.map(lambda job: fit(job[0], job[1], train, max_iter), jobs)))
 
 
 def _largest_gradient(probe: LogisticRegression, X: np.ndarray, y: np.ndarray) -> float:

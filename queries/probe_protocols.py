@@ -79,7 +79,7 @@ def _linear_layer(X: np.ndarray, y: np.ndarray, X_test: np.ndarray, epochs: int,
         for batch in torch.randperm(len(rows), generator=generator).split(BATCH_SIZE):
             loss = torch.nn.functional.cross_entropy(rows[batch] @ weight.T + bias, labels[batch])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     with torch.no_grad():
         said = torch.from_numpy(np.ascontiguousarray(X_test)) @ weight.T + bias

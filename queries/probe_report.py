@@ -127,7 +127,7 @@ def sentence(results: pl.DataFrame, n_test_trees: int) -> str:
     """The answer: where each label is read worst and best, beside what tells nothing; and which fits were cut short."""
     accuracy = results.filter(metric="accuracy")
     parts = [_of_role(results.filter(token_role=role)) for role in results["token_role"].unique(maintain_order=True)]
-    answer = "; ".join(parts) + f" ({accuracy['n'].max():,} rows of {n_test_trees:,} test trees)."
+    answer = "; ".join(parts) + f" ({int(accuracy['n'].to_numpy().max()):,} rows of {n_test_trees:,} test trees)."
     nothing = accuracy.join(
         results.filter(metric="shuffled_accuracy"), on=["site", "token_role", "label"], suffix="_shuffled"
     ).filter(pl.col("low") <= pl.col("high_shuffled"))

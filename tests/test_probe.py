@@ -390,6 +390,19 @@ def test_whitened_rows_have_no_correlation_and_drop_what_is_no_dimension():
     np.testing.assert_allclose(np.cov(Z.T), np.eye(4), atol=1e-3)
 
 
+def test_rows_that_are_all_the_same_tell_no_more_than_the_most_frequent_label(tmp_path):
+    """As a separator's embedding is: the same vector wherever it stands."""
+    same = np.broadcast_to(
+        np.float32(1) / np.arange(3, D_MODEL + 3, dtype=np.float32), (N_TREES, 4 * N_NODES - 1, D_MODEL)
+    )
+    with Store(plant(tmp_path / "s.act", TREES, {"embed": same})) as opened:
+        answer = study.run(opened, "probes", token_role="separator", protocol="notebook")
+    for label in ("source", "target"):
+        assert value(answer, "embed", label) == value(answer, "embed", label, "majority")
+        assert value(answer, "embed", label, "converged") == 1
+    assert "nothing is read anywhere" in answer.sentence
+
+
 def test_the_notebooks_protocol_leaks_what_a_split_by_tree_does_not(tmp_path):
     """Each tree has a vector and a goal of its own, on all its rows: known rows tell unknown ones of the same tree."""
     rng = np.random.default_rng(1)

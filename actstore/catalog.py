@@ -18,6 +18,7 @@ import duckdb
 import polars as pl
 import xxhash
 
+from actstore import checked
 from actstore.errors import Damaged
 from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, manifests
 
@@ -119,18 +120,27 @@ def build(root: Path, path: Path, committed: list[Manifest]) -> None:
 
 
 def noted_hashes(root: Path) -> list[str]:
-    """xxh3-128 of the catalogs that were last put in place; two of them, since noting one and putting it there are two steps."""
+    """xxh3-128 of the catalogs that were last put in place; two of them, since noting one and putting it there are two steps.
+
+    Raises:
+        Damaged: the note is not what was written.
+        FileNotFoundError: there is none; stores of format 1 have none.
+    """
+    content = (root / HASHES).read_bytes()
     try:
-        return [str(of) for of in json.loads((root / HASHES).read_bytes())["xxh3_128"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        noted = json.loads(content)
+        if noted.keys() != {"xxh3_128"} and not checked.is_whole(content):  # development versions wrote no checksum
+            raise ValueError("its checksum does not match")
+        return [str(of) for of in noted["xxh3_128"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{root / HASHES} cannot be read ({error}); mend it with `actstore repair {root}`") from error
 
 
 def _note_hash(root: Path, new: Path) -> None:
     """Note the hash of a catalog before it is put in place, beside that of the one there."""
     hashes = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in (new, root / NAME) if path.exists()]
     temporary = root / f".{HASHES}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps({"xxh3_128": hashes}))
+    temporary.write_bytes(checked.to_json({"xxh3_128": hashes}))
     _replace(temporary, root / HASHES)
 
 
@@ -139,6 +149,9 @@ def _copy_of_last(root: Path, temporary: Path) -> int:
     if not (root / NAME).exists():
         return 0
     shutil.copyfile(root / NAME, temporary)
+    if not _is_noted(root, temporary):  # damage must not be carried on into the next one
+        temporary.unlink()
+        return 0
     try:
         with duckdb.connect(str(temporary)) as connection:
             version, held = connection.execute("select format_version, snapshot from snapshot").fetchall()[0]
@@ -149,6 +162,13 @@ def _copy_of_last(root: Path, temporary: Path) -> int:
         temporary.unlink()
         return 0
     return int(held)
+
+
+def _is_noted(root: Path, path: Path) -> bool:
+    try:
+        return xxhash.xxh3_128_hexdigest(path.read_bytes()) in noted_hashes(root)
+    except (FileNotFoundError, Damaged):
+        return False
 
 
 def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:

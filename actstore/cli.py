@@ -418,8 +418,8 @@ def study(
                     answers.append(studies.run(opened, name, run=one, seed=seed, progress=advance, **chosen))
                 except NotStored as error:  # another run may have what this one lacks
                     lacking.append(error)
-    for error in lacking if answers else []:
-        click.echo(f"actstore: {error}", err=True)
+    for lack in lacking if answers else []:
+        click.echo(f"actstore: {lack}", err=True)
     if not answers:
         raise lacking[0]
     output.write(studies.tables(answers))

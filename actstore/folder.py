@@ -8,8 +8,12 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from actstore import checked
 from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld
 from actstore.log import FORMAT_VERSION
+
+WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # what store.json holds where a development version made it
+MEND = "mend it with `actstore repair"
 
 
 def check_format(root: Path, older: bool = False) -> dict[str, Any]:
@@ -25,15 +29,23 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
         Damaged: store.json cannot be read.
     """
     try:
-        about = json.loads((root / "store.json").read_text())
+        content = (root / "store.json").read_bytes()
+        about = json.loads(content)
         version = about["format"]
     except (FileNotFoundError, NotADirectoryError):
         what = "is no actstore store (it has no store.json)" if root.exists() else "does not exist"
         raise NotStored(f"{root} {what}; make one with `actstore ingest {root} --model reproduction`") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{root / 'store.json'} cannot be read ({error}); restore it from a copy of the store") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(
+            f"{root / 'store.json'} cannot be read ({error}); {MEND} {root}`, or restore it from a copy"
+        ) from error
     if not isinstance(version, int) or version < 1:
-        raise Damaged(f"{root / 'store.json'} names no format ({version!r}); restore it from a copy of the store")
+        raise Damaged(f"{root / 'store.json'} names no format ({version!r}); {MEND} {root}`, or restore it from a copy")
+    if not about.keys() <= WITHOUT_CHECKSUM and not checked.is_whole(content):
+        raise Damaged(
+            f"{root / 'store.json'} is not what was written (its checksum does not match); {MEND} {root}`, or restore it from "
+            "a copy"
+        )
     if version < FORMAT_VERSION and not older:
         raise TooOld(
             f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version reads format "

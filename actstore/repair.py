@@ -69,7 +69,8 @@ def repair(path: str | Path, recompute: Recompute, advance: Callable[[int], None
             )
         log.sweep(root, manifests)  # what an interrupted repair left
         whole_catalog = not any(finding.kind == "catalog" for finding in report.damage)
-        mended, left = [], []
+        mended: list[str] = []
+        left: list[Finding] = []
         for manifest in manifests:
             of_this = [finding for finding in report.damage if finding.path in {file.path for file in manifest.files}]
             if of_this:

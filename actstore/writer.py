@@ -19,7 +19,7 @@ import polars as pl
 import xxhash
 
 import actstore
-from actstore import catalog, log
+from actstore import catalog, checked, log
 from actstore.arrays import metadata
 from actstore.errors import BadInput
 from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest, Part, Shard
@@ -76,7 +76,7 @@ def _fill(root: Path) -> None:
         "made_by": f"actstore {actstore.__version__}",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    log.publish(root, "store.json", json.dumps(about, indent=1).encode())
+    log.publish(root, "store.json", checked.to_json(about))
 
 
 def rebuild(path: str | Path) -> int:

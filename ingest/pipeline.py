@@ -373,8 +373,8 @@ def prepare(
     }
     if chosen["depths"] is not None:
         chosen["depths"] = tuple(chosen["depths"])
-    origin = {key: stored.get(key) for key in ("variant_of", "change")}
-    chosen_set = TreeSet(**chosen, name=dataset, trees_per_shard=stored.get("trees_per_shard"), **origin)
+    chosen |= {key: stored.get(key) for key in ("trees_per_shard", "variant_of", "change")}
+    chosen_set = TreeSet(**chosen, name=dataset)
     if variant:
         chosen_set = _variant(Path(store), chosen_set, variant, bool(stored))
     names = [name.strip() for name in sites.split(",") if name.strip() != "none"] if sites else None

@@ -167,7 +167,7 @@ def _last_against_its_neighbour(
     Both beyond even attention, which a later token spreads over more.
     """
     rows = []
-    last_edge = tokens["e"].max()
+    last_edge = int(tokens["e"].to_numpy().max())
     for role, other in (("edge_target", "edge_target"), ("bar", "separator")):
         ours = ((tokens["role"] == role) & (tokens["e"] == last_edge)).to_numpy()
         theirs = ((tokens["role"] == other) & (tokens["e"] == last_edge - 1)).to_numpy()
@@ -269,7 +269,7 @@ def plot(study: Study) -> Figure:
         for turn, (role, kind, name) in enumerate(series):
             rows = study.results.filter(token_role=role, metric=FIRST[role], label=kind).drop_nulls("value")
             x = list(range(len(rows)))
-            points(axis, x, *(100 * rows[c] for c in ("value", "low", "high")), name, turn)  # type: ignore[arg-type]
+            points(axis, x, rows, name, turn)
         chance = study.results.filter(token_role=series[0][0], metric="even", label=series[0][1]).drop_nulls("value")
         axis.plot(range(len(chance)), 100 * chance["value"].to_numpy(), "--", color=GREY, label="even attention")
         axis.set_xticks(range(len(chance)), chance["site"].to_list(), rotation=30)

@@ -285,7 +285,7 @@ def sentence(results: pl.DataFrame, other: str) -> str:
         return f"{answer}; they share no residual site, so their layers are not compared."
     most, least = same.sort("value")[-1].row(0, named=True), same.sort("value")[0].row(0, named=True)
     raw = results.filter(label="source, run to other")
-    as_it_is, mapped = (100 * raw.filter(metric=metric)["value"].max() for metric in ("as_it_is", "mapped"))
+    as_it_is, mapped = (100 * raw.filter(metric=metric)["value"].to_numpy().max() for metric in ("as_it_is", "mapped"))
     return (
         f"{answer}. At the edges' target tokens their layers are most alike at {most['site']} (CKA {most['value']:.3f}) "
         f"and least at {least['site']} ({least['value']:.3f}); a probe for the source carries over as it is with at most "
@@ -311,7 +311,7 @@ def plot(study: Study) -> Figure:
     figure.colorbar(shown, ax=left, shrink=0.8)
     for turn, metric in enumerate(("own", "as_it_is", "mapped")):
         rows = results.filter(metric=metric, label="source, run to other")
-        points(right, list(range(len(rows))), *(100 * rows[c] for c in ("value", "low", "high")), PROBED[metric], turn)  # type: ignore[arg-type]
+        points(right, list(range(len(rows))), rows, PROBED[metric], turn)
     rows = results.filter(metric="mapped_shuffled", label="source, run to other")
     right.plot(range(len(rows)), 100 * rows["value"].to_numpy(), "x", color=GREY, label="map of shuffled rows")
     right.set_ylim(-2, 104)

@@ -124,7 +124,7 @@ def plot(study: Study) -> Figure:
     for turn, (measure, name) in enumerate(MEASURES.items()):
         rows = by_depth.filter(metric=measure)
         x = [int(label.split()[1]) for label in rows["label"]]
-        points(axis, x, *(100 * rows[column] for column in ("value", "low", "high")), name, turn)  # type: ignore[arg-type]
+        points(axis, x, rows, name, turn)
     axis.set_xlabel("depth of the goal (steps of the path)")
     axis.set_ylabel("right (%)")
     axis.set_title(f"Accuracy by goal depth, run {study.results['run'][0]}; bars are 95 % intervals", fontsize=10)

@@ -12,7 +12,7 @@ leaf of each tree is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,8 @@ class Dreams:
     place: np.ndarray
     given_depth: np.ndarray
     given_place: np.ndarray
-    leaf_depths: list[list[int]]
-    leaf_places: list[list[int]]
+    leaf_depths: Sequence[list[int]]
+    leaf_places: Sequence[list[int]]
 
     @property
     def has_goal(self) -> np.ndarray:
@@ -128,9 +128,10 @@ def grade(frame: pl.DataFrame) -> Dreams:
     """Grade rows of DREAMS, one by one."""
     graded = [_grade_one(**row) for row in frame.drop("tree_id", "sample").iter_rows(named=True)]
     columns = list(zip(*graded, strict=True))
-    return Dreams(
-        *(np.array(column, bool) for column in columns[:5]), *map(np.array, columns[5:9]), *map(list, columns[9:])
-    )
+    arrays: list[Any] = [np.array(column, bool) for column in columns[:5]] + [
+        np.array(column) for column in columns[5:9]
+    ]
+    return Dreams(*arrays, *columns[9:])
 
 
 def _grade_one(
@@ -315,7 +316,7 @@ def plot(study: Study) -> Figure:
         for turn, kind in enumerate(study.results["label"].unique(maintain_order=True)):
             rows = study.results.filter((pl.col("label") == kind) & pl.col("metric").str.contains(f"^{what} \\d+$"))
             x = [int(metric.split()[1]) for metric in rows["metric"]]
-            points(axis, x, *(100 * rows[c] for c in ("value", "low", "high")), f"dreamed, {kind}", turn)  # type: ignore[arg-type]
+            points(axis, x, rows, f"dreamed, {kind}", turn)
         first = study.results["label"][0]
         for name, style, shown in (("as_given", "--", "given goals"), ("even_leaves", ":", "leaves drawn evenly")):
             rows = study.results.filter(

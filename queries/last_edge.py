@@ -159,7 +159,7 @@ def plot(study: Study) -> Figure:
     for axis, label in zip(axes, ("step", "p_target"), strict=True):
         rows = study.results.filter((pl.col("label") == label) & pl.col("metric").str.starts_with("place"))
         x = [int(metric.split()[1]) for metric in rows["metric"]]
-        points(axis, x, *(100 * rows[column] for column in ("value", "low", "high")), NAMES[label])  # type: ignore[arg-type]
+        points(axis, x, rows, NAMES[label])
         axis.axvline(max(x), color=GREY, linestyle="--", linewidth=1)
         axis.set_xlabel("place in the list of the edge that the step takes (dashed: the last)")
         axis.set_ylabel(f"{NAMES[label]} (%)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -26,16 +27,25 @@ def panels(n: int, width: float = 5.2, height: float = 4.0) -> tuple[Figure, lis
 def points(
     axis: Axes,
     x: Sequence[float],
-    value: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
+    rows: pl.DataFrame,
     name: str,
     turn: int = 0,
     line: bool = True,
+    scale: float = 100.0,
 ) -> None:
-    """Points with bars from low to high; `turn` gives their colour, marker and a shift, so that equal ones are both seen."""
-    middle = np.asarray(value, float)
-    bars = np.clip([middle - np.asarray(low, float), np.asarray(high, float) - middle], 0, None)
+    """Points with their intervals.
+
+    Args:
+        x: where, one a row.
+        rows: columns `value`, `low` and `high`; a missing end has no bar.
+        name: in the legend.
+        turn: gives colour, marker and a shift, so that equal ones are both seen.
+        line: joins them.
+        scale: percent unless told.
+    """
+    value, low, high = (scale * rows[column].cast(pl.Float64).to_numpy() for column in ("value", "low", "high"))
+    bars = np.clip(np.nan_to_num([value - low, high - value]), 0, None)
     style = f"{'-' if line else ''}{MARKERS[turn % len(MARKERS)]}"
+    colour = COLOURS[turn % len(COLOURS)]
     shifted = np.asarray(x, float) + 0.09 * turn
-    axis.errorbar(shifted, middle, bars, fmt=style, color=COLOURS[turn % 5], capsize=3, markersize=4, label=name)
+    axis.errorbar(shifted, value, bars, fmt=style, color=colour, capsize=3, markersize=4, label=name)

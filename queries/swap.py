@@ -243,7 +243,7 @@ def plot(study: Study) -> Figure:
                 pl.col("label").str.starts_with(f"{kind}, depth") & (pl.col("metric") == metric)
             )
             x = [int(label.split()[-1]) for label in rows["label"]]
-            points(axis, x, *(100 * rows[c] for c in ("value", "low", "high")), kind_name, turn, line=False)  # type: ignore[arg-type]
+            points(axis, x, rows, kind_name, turn, line=False)
         axis.axhline(0, color="0.45", linewidth=1)
         axis.set_xlabel("depth of the goal")
         axis.set_ylabel(f"change of {name} (points)")

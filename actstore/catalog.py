@@ -109,7 +109,7 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
             raise NoRoom(f"no room for the catalog of {root}: {error.strerror}; free some, then go on") from error
         raise
     finally:
-        for left in (temporary, temporary.with_name(temporary.name + ".wal")):
+        for left in (temporary, temporary.with_name(temporary.name + ".wal"), _note_under_way(root)):
             left.unlink(missing_ok=True)
 
 
@@ -139,9 +139,13 @@ def noted_hashes(root: Path) -> list[str]:
 def _note_hash(root: Path, new: Path) -> None:
     """Note the hash of a catalog before it is put in place, beside that of the one there."""
     hashes = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in (new, root / NAME) if path.exists()]
-    temporary = root / f".{HASHES}.{os.getpid()}.tmp"
+    temporary = _note_under_way(root)
     temporary.write_bytes(checked.to_json({"xxh3_128": hashes}))
     _replace(temporary, root / HASHES)
+
+
+def _note_under_way(root: Path) -> Path:
+    return root / f".{HASHES}.{os.getpid()}.tmp"
 
 
 def _copy_of_last(root: Path, temporary: Path) -> int:

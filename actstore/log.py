@@ -307,7 +307,7 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     named = {file.path for manifest in committed for file in manifest.files}
     named |= {manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
     removed = []
-    for path in root.glob(".catalog.duckdb.*.tmp*"):  # one that was never put in place
+    for path in root.glob(".catalog.*.tmp*"):  # one that was never put in place
         path.unlink()
     for folder in (LOG, PARTS, ARRAYS, WEIGHTS):
         for path in sorted((root / folder).rglob("*"), reverse=True):  # what a folder holds before the folder

@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,14 +23,14 @@ import polars as pl
 import xxhash
 
 from actstore import catalog, log
-from actstore.errors import ActstoreError, Damaged, TooNew
+from actstore.errors import Damaged, NoRoom, NotStored, TooNew
 from actstore.folder import check_format
 from actstore.log import ARRAYS, File, Manifest, Part, Shard
 from actstore.machine import n_processors
+from actstore.writer import GROUP
 
-BLOCK = (
-    8 << 20
-)  # bytes read at a time: enough to keep a disk busy, and few enough to stay in the processor's own memory
+BLOCK = 1 << 20  # bytes read at a time: few enough to be hashed while they are in the processor's own memory
+AHEAD = 32 << 20  # bytes asked of the disk beforehand
 COLUMNS = ("path", "kind", "what", "run", "site", "batch", "trees")
 
 
@@ -99,9 +100,10 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
     findings += broken
     jobs = [(manifest, file) for manifest in manifests for file in manifest.files]
     findings += _files(root, jobs, quick, advance)
+    findings += _group(root)
     whole = not broken and not any(finding.kind == "part" for finding in findings)
     findings += _catalog(root, manifests if whole else None, quick, is_older)
-    findings += _strays(root, manifests)
+    findings += _strays(root, manifests, broken)
     return Report(findings, len(jobs), sum(file.bytes for _, file in jobs))
 
 
@@ -112,11 +114,21 @@ def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
     for number in range(1, max(numbers | {catalog.snapshot(root)}, default=0) + 1):
         path = root / log.manifest_path(number)
         try:
-            found.append(log.read_manifest(path, number))
-        except (ActstoreError, OSError) as error:
-            what = "is missing" if isinstance(error, FileNotFoundError) else str(error)
-            broken.append(Finding(log.manifest_path(number), "manifest", what))
+            found.append(_manifest(path, number))
+        except Damaged as error:
+            broken.append(Finding(log.manifest_path(number), "manifest", str(error)))
+        except OSError as error:
+            broken.append(Finding(log.manifest_path(number), "manifest", _said(error)))
     return found, broken
+
+
+def _manifest(path: Path, number: int) -> Manifest:
+    """One commit, which names no file outside the store: repair is going to write where it says."""
+    manifest = log.read_manifest(path, number)
+    for file in manifest.files:
+        if file.path.startswith("/") or not {"", ".", ".."}.isdisjoint(file.path.split("/")):
+            raise Damaged(f"it names {file.path!r}, which is no path inside the store")
+    return manifest
 
 
 def _files(
@@ -133,6 +145,21 @@ def _files(
             advance(done)
             if what:
                 yield _finding(manifest, file, what)
+
+
+def _group(root: Path) -> Iterator[Finding]:
+    """What is wrong with the group that all arrays are in, which no manifest names."""
+    path = f"{ARRAYS}/zarr.json"
+    try:
+        if (root / path).read_bytes() != GROUP:
+            yield Finding(path, "metadata", "its content is not what was put in place")
+    except OSError as error:
+        yield Finding(path, "metadata", _said(error))
+
+
+def _said(error: OSError) -> str:
+    is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return "is missing" if is_missing else error.strerror or str(error)
 
 
 def _finding(manifest: Manifest, file: File, what: str) -> Finding:
@@ -161,21 +188,34 @@ def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, 
             if hash_of(opened.fileno()) != file.xxh3_128:
                 return "its content is not what was committed"
     except OSError as error:
-        return (
-            "is missing" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else error.strerror or str(error)
-        )
+        return _said(error)
     return ""
+
+
+_of_thread = threading.local()
 
 
 def hash_of(descriptor: int) -> str:
     """xxh3-128, hexadecimal, of a file from its start; what the page cache does not hold is read ahead."""
-    digest, block = xxhash.xxh3_128(), mmap.mmap(-1, BLOCK)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    view, offset = memoryview(block), 0
-    while n := os.preadv(descriptor, [view], offset):
-        digest.update(view[:n])
+    digest, block, offset = xxhash.xxh3_128(), _block(), 0
+    while n := os.preadv(descriptor, [block], offset):
+        if offset % AHEAD == 0:
+            _read_ahead(descriptor, offset + n)
+        digest.update(block[:n])
         offset += n
     return digest.hexdigest()
+
+
+def _block() -> memoryview:
+    """Memory of the thread's own, to read into: new memory for each file would take longer than to hash it."""
+    if not hasattr(_of_thread, "block"):
+        _of_thread.block = memoryview(mmap.mmap(-1, BLOCK))
+    return _of_thread.block
+
+
+def _read_ahead(descriptor: int, offset: int) -> None:
+    if advise := getattr(os, "posix_fadvise", None):  # Linux has it
+        advise(descriptor, offset, AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 def _positions(root: Path) -> dict[tuple[str, str], int]:
@@ -211,50 +251,89 @@ def _catalog(root: Path, manifests: list[Manifest] | None, quick: bool, is_older
         is_older: an earlier version made the store, which noted no hash.
         manifests: all of them, where they and their parts are whole; else rows are not compared.
     """
-    path = root / catalog.NAME
-    if not path.exists():
+    if not (root / catalog.NAME).exists():
         yield Finding(catalog.NAME, "catalog", "is missing")
         return
     if quick:
         return
-    noted = catalog.noted_hashes(root)
-    with path.open("rb") as opened:
-        if hash_of(opened.fileno()) not in noted and not (is_older and not noted):
-            yield Finding(catalog.NAME, "catalog", "its content is not what was put in place")
+    try:
+        is_noted = _is_noted(root)
+    except FileNotFoundError:
+        if not is_older:
+            yield Finding(catalog.HASHES, "catalog", "is missing")
             return
-    if manifests is not None:
+        is_noted = True
+    except Damaged as error:
+        yield Finding(catalog.HASHES, "catalog", str(error))
+        return
+    if not is_noted:
+        yield Finding(catalog.NAME, "catalog", "its content is not what was put in place")
+    elif manifests is not None:
         yield from _rows_that_differ(root, manifests)
 
 
+def _is_noted(root: Path) -> bool:
+    """Whether the catalog has a hash that was noted; one that a writer puts in its place meanwhile is looked at, too."""
+    path = root / catalog.NAME
+    while True:
+        with path.open("rb") as opened:
+            found = hash_of(opened.fileno())
+            if found in catalog.noted_hashes(root):  # read behind it: a hash is noted before its catalog is there
+                return True
+            if os.path.samestat(os.fstat(opened.fileno()), path.stat()):
+                return False
+
+
 def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[Finding]:
-    """Build a catalog from the parts, of as many commits as the one there holds, and compare every row of every table."""
-    held = catalog.snapshot(root)
-    with tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder:
+    """Build a catalog from the parts, of as many commits as the one there holds, and compare every row of every table.
+
+    Raises:
+        NoRoom: there is none for it where temporary files go.
+    """
+    with tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder, duckdb.connect() as connection:
+        connection.execute(f"set temp_directory = {catalog.quoted(folder)}")
+        connection.execute(f"attach {catalog.quoted(root / catalog.NAME)} as there (read_only)")  # and keep that one
+        held = connection.execute("select snapshot from there.snapshot").fetchall()[0][0]
         anew = Path(folder) / "anew.duckdb"
-        catalog.build(root, anew, manifests[:held])
-        with duckdb.connect() as connection:
-            for name, path in (("there", root / catalog.NAME), ("anew", anew)):
-                connection.execute(f"attach {catalog.quoted(path)} as {name} (read_only)")
-            there = {row[0] for row in connection.execute(TABLES).fetchall()}
-            for table in catalog.tables():
-                if table not in there:  # an older version made the catalog
-                    continue
-                names = [row[0] for row in connection.execute(f"describe there.{table}").fetchall()]
-                columns = ", ".join(name for name in names if name != "format_version")  # an older catalog's is its own
-                for one, other, what in (("there", "anew", "the parts lack"), ("anew", "there", "it lacks")):
-                    query = f"select {columns} from {one}.{table} except all select {columns} from {other}.{table}"
-                    n = connection.execute(f"select count(*) from ({query})").fetchall()[0][0]
-                    if n:
-                        yield Finding(catalog.NAME, "catalog", f"{what} {n:,} rows of table {table}")
+        try:
+            catalog.build(root, anew, manifests[:held] if held <= len(manifests) else log.manifests(root)[:held])
+        except (duckdb.Error, OSError) as error:
+            if any(os.strerror(reason) in str(error) for reason in log.DISK_FULL):
+                raise NoRoom(f"no room in {folder} to build a catalog to compare with; set TMPDIR to a roomier disk") from error
+            raise
+        connection.execute(f"attach {catalog.quoted(anew)} as anew (read_only)")
+        there = {row[0] for row in connection.execute(TABLES).fetchall()}
+        for table in [table for table in catalog.tables() if table in there]:  # an older catalog lacks some
+            names = [row[0] for row in connection.execute(f"describe there.{table}").fetchall()]
+            columns = ", ".join(name for name in names if name != "format_version")  # an older catalog's is its own
+            for what in _differences(connection, table, columns):
+                yield Finding(catalog.NAME, "catalog", what)
 
 
 TABLES = "select table_name from duckdb_tables() where database_name = 'there'"
 
 
-def _strays(root: Path, manifests: list[Manifest]) -> Iterator[Finding]:
+def _differences(connection: duckdb.DuckDBPyConnection, table: str, columns: str) -> Iterator[str]:
+    """How many rows of a table are in one of the two catalogs alone.
+
+    A sum over hashes of the rows, which needs no memory, says whether there are any; then they are counted.
+    """
+    digest = f"select count(*), sum(hash({columns})::uhugeint), bit_xor(hash(1, {columns})) from"
+    one, other = (connection.execute(f"{digest} {where}.{table}").fetchall() for where in ("there", "anew"))
+    if one == other:
+        return
+    for left, right, what in (("there", "anew", "the parts lack"), ("anew", "there", "it lacks")):
+        query = f"select {columns} from {left}.{table} except all select {columns} from {right}.{table}"
+        n = connection.execute(f"select count(*) from ({query})").fetchall()[0][0]
+        if n:
+            yield f"{what} {n:,} rows of table {table}"
+
+
+def _strays(root: Path, manifests: list[Manifest], broken: list[Finding]) -> Iterator[Finding]:
     """Files that no manifest names: left by a stopped writer, and removed by the next."""
     named = {file.path for manifest in manifests for file in manifest.files} | {f"{ARRAYS}/zarr.json"}
-    for folder in (log.PARTS, ARRAYS, log.WEIGHTS):
+    named |= {log.manifest_path(manifest.number) for manifest in manifests} | {finding.path for finding in broken}
+    for folder in (log.LOG, log.PARTS, ARRAYS, log.WEIGHTS):
         for path in sorted((root / folder).rglob("*")):
             relative = path.relative_to(root).as_posix()
             if not path.is_dir() and relative not in named:

@@ -7,30 +7,24 @@ against one built anew from the parts.
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import google_crc32c
 import polars as pl
-import xxhash
 
-from actstore import catalog, log
-from actstore.errors import Damaged, NoRoom, NotStored, TooNew
+from actstore import catalog, catalog_check, log
+from actstore.errors import Damaged, TooNew
 from actstore.folder import check_format
+from actstore.hashing import hash_of
 from actstore.log import ARRAYS, File, Manifest, Part, Shard
 from actstore.machine import n_processors
 from actstore.writer import GROUP
 
-BLOCK = 1 << 20  # bytes read at a time: few enough to be hashed while they are in the processor's own memory
-AHEAD = 32 << 20  # bytes asked of the disk beforehand
 COLUMNS = ("path", "kind", "what", "run", "site", "batch", "trees")
 
 
@@ -102,7 +96,11 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
     findings += _files(root, jobs, quick, advance)
     findings += _group(root)
     whole = not broken and not any(finding.kind == "part" for finding in findings)
-    findings += _catalog(root, manifests if whole else None, quick, is_older)
+    if not quick:
+        found = catalog_check.wrong_with(root, manifests if whole else None, is_older)
+        findings += [Finding(path, "catalog", what) for path, what in found]
+    elif not (root / catalog.NAME).exists():
+        findings.append(Finding(catalog.NAME, "catalog", "is missing"))
     findings += _strays(root, manifests, broken)
     return Report(findings, len(jobs), sum(file.bytes for _, file in jobs))
 
@@ -192,32 +190,6 @@ def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, 
     return ""
 
 
-_of_thread = threading.local()
-
-
-def hash_of(descriptor: int) -> str:
-    """xxh3-128, hexadecimal, of a file from its start; what the page cache does not hold is read ahead."""
-    digest, block, offset = xxhash.xxh3_128(), _block(), 0
-    while n := os.preadv(descriptor, [block], offset):
-        if offset % AHEAD == 0:
-            _read_ahead(descriptor, offset + n)
-        digest.update(block[:n])
-        offset += n
-    return digest.hexdigest()
-
-
-def _block() -> memoryview:
-    """Memory of the thread's own, to read into: new memory for each file would take longer than to hash it."""
-    if not hasattr(_of_thread, "block"):
-        _of_thread.block = memoryview(mmap.mmap(-1, BLOCK))
-    return _of_thread.block
-
-
-def _read_ahead(descriptor: int, offset: int) -> None:
-    if advise := getattr(os, "posix_fadvise", None):  # Linux has it
-        advise(descriptor, offset, AHEAD, os.POSIX_FADV_WILLNEED)
-
-
 def _positions(root: Path) -> dict[tuple[str, str], int]:
     """Chunks in a shard of each (run, site), out of the arrays' own metadata."""
     found = {}
@@ -242,91 +214,6 @@ def _index_is_whole(descriptor: int, shard: Shard, positions: dict[tuple[str, st
     size = 16 * n + 4
     index = os.pread(descriptor, size, shard.bytes - size)
     return google_crc32c.value(index[:-4]).to_bytes(4, "little") == index[-4:]
-
-
-def _catalog(root: Path, manifests: list[Manifest] | None, quick: bool, is_older: bool) -> Iterator[Finding]:
-    """What is wrong with the catalog.
-
-    Args:
-        is_older: an earlier version made the store, which noted no hash.
-        manifests: all of them, where they and their parts are whole; else rows are not compared.
-    """
-    if not (root / catalog.NAME).exists():
-        yield Finding(catalog.NAME, "catalog", "is missing")
-        return
-    if quick:
-        return
-    try:
-        is_noted = _is_noted(root)
-    except FileNotFoundError:
-        if not is_older:
-            yield Finding(catalog.HASHES, "catalog", "is missing")
-            return
-        is_noted = True
-    except Damaged as error:
-        yield Finding(catalog.HASHES, "catalog", str(error))
-        return
-    if not is_noted:
-        yield Finding(catalog.NAME, "catalog", "its content is not what was put in place")
-    elif manifests is not None:
-        yield from _rows_that_differ(root, manifests)
-
-
-def _is_noted(root: Path) -> bool:
-    """Whether the catalog has a hash that was noted; one that a writer puts in its place meanwhile is looked at, too."""
-    path = root / catalog.NAME
-    while True:
-        with path.open("rb") as opened:
-            found = hash_of(opened.fileno())
-            if found in catalog.noted_hashes(root):  # read behind it: a hash is noted before its catalog is there
-                return True
-            if os.path.samestat(os.fstat(opened.fileno()), path.stat()):
-                return False
-
-
-def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[Finding]:
-    """Build a catalog from the parts, of as many commits as the one there holds, and compare every row of every table.
-
-    Raises:
-        NoRoom: there is none for it where temporary files go.
-    """
-    with tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder, duckdb.connect() as connection:
-        connection.execute(f"set temp_directory = {catalog.quoted(folder)}")
-        connection.execute(f"attach {catalog.quoted(root / catalog.NAME)} as there (read_only)")  # and keep that one
-        held = connection.execute("select snapshot from there.snapshot").fetchall()[0][0]
-        anew = Path(folder) / "anew.duckdb"
-        try:
-            catalog.build(root, anew, manifests[:held] if held <= len(manifests) else log.manifests(root)[:held])
-        except (duckdb.Error, OSError) as error:
-            if any(os.strerror(reason) in str(error) for reason in log.DISK_FULL):
-                raise NoRoom(f"no room in {folder} to build a catalog to compare with; set TMPDIR to a roomier disk") from error
-            raise
-        connection.execute(f"attach {catalog.quoted(anew)} as anew (read_only)")
-        there = {row[0] for row in connection.execute(TABLES).fetchall()}
-        for table in [table for table in catalog.tables() if table in there]:  # an older catalog lacks some
-            names = [row[0] for row in connection.execute(f"describe there.{table}").fetchall()]
-            columns = ", ".join(name for name in names if name != "format_version")  # an older catalog's is its own
-            for what in _differences(connection, table, columns):
-                yield Finding(catalog.NAME, "catalog", what)
-
-
-TABLES = "select table_name from duckdb_tables() where database_name = 'there'"
-
-
-def _differences(connection: duckdb.DuckDBPyConnection, table: str, columns: str) -> Iterator[str]:
-    """How many rows of a table are in one of the two catalogs alone.
-
-    A sum over hashes of the rows, which needs no memory, says whether there are any; then they are counted.
-    """
-    digest = f"select count(*), sum(hash({columns})::uhugeint), bit_xor(hash(1, {columns})) from"
-    one, other = (connection.execute(f"{digest} {where}.{table}").fetchall() for where in ("there", "anew"))
-    if one == other:
-        return
-    for left, right, what in (("there", "anew", "the parts lack"), ("anew", "there", "it lacks")):
-        query = f"select {columns} from {left}.{table} except all select {columns} from {right}.{table}"
-        n = connection.execute(f"select count(*) from ({query})").fetchall()[0][0]
-        if n:
-            yield f"{what} {n:,} rows of table {table}"
 
 
 def _strays(root: Path, manifests: list[Manifest], broken: list[Finding]) -> Iterator[Finding]:

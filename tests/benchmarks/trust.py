@@ -11,9 +11,10 @@ from unittest import mock
 
 from actstore import log
 from actstore.arrays import ShardBuffer
+from actstore.hashing import BLOCK
 from actstore.ingest.models import load
 from actstore.ingest.pipeline import Ingest, TreeSet
-from actstore.verify import BLOCK, verify
+from actstore.verify import verify
 from tests.benchmarks import Row, median
 
 N_TREES = 4000

@@ -52,6 +52,7 @@ torture: install
 	$(BIN)/python -m tests.torture.kills 200
 	$(BIN)/python -m tests.torture.readers
 	$(BIN)/python -m tests.torture.flips 1000
+	$(BIN)/python -m tests.torture.power 40
 
 bench: .venv/bench
 	$(BIN)/python -m tests.benchmarks

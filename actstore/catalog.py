@@ -113,12 +113,6 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
             left.unlink(missing_ok=True)
 
 
-def build(root: Path, path: Path, committed: list[Manifest]) -> None:
-    """Build a catalog of these commits at a path where there is nothing yet."""
-    path.touch()
-    _extend(root, path, committed, create=True)
-
-
 def noted_hashes(root: Path) -> list[str]:
     """xxh3-128 of the catalogs that were last put in place; two of them, since noting one and putting it there are two steps.
 
@@ -190,16 +184,20 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
             for part in manifest.parts:
                 parts.setdefault(part.table, []).append(root / part.path)
         for table, paths in parts.items():
-            listed = ", ".join(quoted(_without_wildcards(path)) for path in paths)
-            # by name, since older parts may lack a column; else a folder `seed=7` fills column seed
-            rows = f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
-            connection.execute(f"insert into {table} by name select * from {rows}")
+            connection.execute(f"insert into {table} by name from {rows_of(paths)}")
         if shards := [shard for manifest in new for shard in manifest.shards]:
             connection.register("new_shards", pl.DataFrame([vars(shard) for shard in shards]))
             connection.execute("insert into shards by name select * from new_shards")
         connection.execute("update snapshot set snapshot = snapshot + ?", [len(new)])
         connection.execute("commit")
         connection.execute("checkpoint new")
+
+
+def rows_of(parts: list[Path]) -> str:
+    """SQL for the rows of some parts of one table."""
+    listed = ", ".join(quoted(_without_wildcards(path)) for path in parts)
+    # by name, since older parts may lack a column; else a folder `seed=7` fills column seed
+    return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
 
 
 def _create(connection: duckdb.DuckDBPyConnection) -> None:

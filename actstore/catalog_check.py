@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
+import polars as pl
 
 from actstore import catalog, log
-from actstore.errors import Damaged, NoRoom
+from actstore.errors import Damaged
 from actstore.hashing import hash_of
 from actstore.log import Manifest
 
@@ -23,9 +24,6 @@ def wrong_with(root: Path, manifests: list[Manifest] | None, is_older: bool) -> 
     Args:
         manifests: all of them, where they and their parts are whole; else rows are not compared.
         is_older: an earlier version made the store, which noted no hash.
-
-    Raises:
-        NoRoom: there is none, where temporary files go, for a catalog to compare with.
     """
     if not (root / catalog.NAME).exists():
         yield catalog.NAME, "is missing"
@@ -59,43 +57,47 @@ def _is_noted(root: Path) -> bool:
 
 
 def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
-    """Build a catalog from the parts, of as many commits as the one there holds, and compare every row of every table."""
+    """Compare every row of every table with those of the parts, of as many commits as the catalog holds."""
     with tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder, duckdb.connect() as connection:
-        connection.execute(f"set temp_directory = {catalog.quoted(folder)}")
+        connection.execute(f"set temp_directory = {catalog.quoted(folder)}")  # else it would be where one happens to be
         connection.execute(f"attach {catalog.quoted(root / catalog.NAME)} as there (read_only)")  # and keep that one
         held = int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
-        committed = manifests if held <= len(manifests) else log.manifests(root)  # a writer went on meanwhile
-        anew = Path(folder) / "anew.duckdb"
-        _build(root, anew, committed[:held])
-        connection.execute(f"attach {catalog.quoted(anew)} as anew (read_only)")
+        committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
+        shards = [vars(shard) for manifest in committed for shard in manifest.shards]
+        types = {name: dtype for name, dtype in catalog.tables()["shards"].items()}
+        connection.register("shards_committed", pl.DataFrame(shards, schema_overrides=types))
         there = {row[0] for row in connection.execute(TABLES).fetchall()}
-        for table in [table for table in catalog.tables() if table in there]:  # an older catalog lacks some
-            names = [row[0] for row in connection.execute(f"describe there.{table}").fetchall()]
-            columns = ", ".join(name for name in names if name != "format_version")  # an older catalog's is its own
-            yield from _differences(connection, table, columns)
+        for table in [table for table in catalog.tables() if table in there and table != "snapshot"]:
+            yield from _differences(connection, table, _committed_rows(root, connection, table, committed))
 
 
-def _build(root: Path, anew: Path, committed: list[Manifest]) -> None:
-    try:
-        catalog.build(root, anew, committed)
-    except (duckdb.Error, OSError) as error:
-        if any(os.strerror(reason) in str(error) for reason in log.DISK_FULL):
-            what = f"no room in {anew.parent} for a catalog to compare with; set TMPDIR to a roomier disk"
-            raise NoRoom(what) from error
-        raise
+def _committed_rows(root: Path, connection: duckdb.DuckDBPyConnection, table: str, committed: list[Manifest]) -> str:
+    """SQL for the rows of a table as the parts hold them, with the catalog's columns and types."""
+    parts = [root / part.path for manifest in committed for part in manifest.parts if part.table == table]
+    if table == "shards":
+        source = "shards_committed"
+    elif parts:
+        source = catalog.rows_of(parts)
+    else:
+        return f"(from there.{table} limit 0)"
+    held = {row[0] for row in connection.execute(f"describe from {source}").fetchall()}
+    columns = connection.execute(f"describe there.{table}").fetchall()
+    selected = ", ".join(f"{name if name in held else 'null'}::{dtype} as {name}" for name, dtype, *_ in columns)
+    return f"(select {selected} from {source})"
 
 
-def _differences(connection: duckdb.DuckDBPyConnection, table: str, columns: str) -> Iterator[str]:
-    """How many rows of a table are in one of the two catalogs alone.
+def _differences(connection: duckdb.DuckDBPyConnection, table: str, committed: str) -> Iterator[str]:
+    """How many rows of a table are in one of the two alone.
 
     A sum over hashes of the rows, which needs no memory, says whether there are any; then they are counted.
     """
+    columns = ", ".join(row[0] for row in connection.execute(f"describe there.{table}").fetchall())
     digest = f"select count(*), sum(hash({columns})::uhugeint), bit_xor(hash(1, {columns})) from"
-    one, other = (connection.execute(f"{digest} {where}.{table}").fetchall() for where in ("there", "anew"))
+    held = f"there.{table}"
+    one, other = (connection.execute(f"{digest} {rows}").fetchall() for rows in (held, committed))
     if one == other:
         return
-    for left, right, what in (("there", "anew", "the parts lack"), ("anew", "there", "it lacks")):
-        query = f"select {columns} from {left}.{table} except all select {columns} from {right}.{table}"
-        n = connection.execute(f"select count(*) from ({query})").fetchall()[0][0]
+    for left, right, what in ((held, committed, "the parts lack"), (committed, held, "it lacks")):
+        n = connection.execute(f"select count(*) from (from {left} except all from {right})").fetchall()[0][0]
         if n:
             yield f"{what} {n:,} rows of table {table}"

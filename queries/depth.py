@@ -104,6 +104,8 @@ def sentence(results: pl.DataFrame) -> str:
     if len(common) < 2:
         return f"{answer}; fewer than two depths have {ENOUGH} trees, so nothing is said of a fall with depth."
     worst, first = common.sort("value", maintain_order=True).row(0, named=True), common.row(0, named=True)
+    if worst["label"] == first["label"]:
+        return f"{answer}; of the depths with {ENOUGH} trees or more none is worse than {first['label']}."
     low, high = newcombe(_right(worst), worst["n"], _right(first), first["n"])
     fall = "which is a fall" if high < 0 else "which is no fall that can be told from chance"
     return (

@@ -161,7 +161,7 @@ def plot(study: Study) -> Figure:
         x = [int(metric.split()[1]) for metric in rows["metric"]]
         points(axis, x, rows, NAMES[label])
         axis.axvline(max(x), color=GREY, linestyle="--", linewidth=1)
-        axis.set_xlabel("place in the list of the edge that the step takes (dashed: the last)")
+        axis.set_xlabel("place of the step's edge in the list (dashed: the last)")
         axis.set_ylabel(f"{NAMES[label]} (%)")
     figure.suptitle(f"Does the last edge matter? Run {study.results['run'][0]}; bars are 95 % intervals", fontsize=10)
     return figure

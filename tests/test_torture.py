@@ -37,3 +37,10 @@ def test_readers_beside_a_writer_see_one_snapshot_each():
 
 def test_flipped_bits_are_found_and_mended():
     assert "all found, all mended" in run("flips", "6", "--seed", "3")
+
+
+def test_a_power_cut_loses_no_commit_that_was_reported():
+    said = run("power", "2", "--seed", "2")
+    if said.startswith("skipped"):
+        pytest.skip(said.strip())
+    assert said.rstrip().endswith("0 lost")

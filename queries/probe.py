@@ -19,7 +19,7 @@ import xxhash
 
 from actstore.errors import BadInput, NotStored
 from actstore.queries import load, nearest
-from actstore.queries.probe_fit import C, MAX_ITER, TOL, Fit, Whitening, fit_all, random_directions, shuffle_within
+from actstore.queries.probe_fit import MAX_ITER, TOL, C, Fit, Whitening, fit_all, random_directions, shuffle_within
 from actstore.queries.probe_report import LABELS, NODE_LABELS, TOKEN_ROLES, draw, sentence, table
 from actstore.queries.study import Progress, Study, result_rows
 from actstore.statistics import N_RESAMPLES, share_over_trees

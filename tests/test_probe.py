@@ -1,5 +1,6 @@
 """The study `probes`: it finds what was planted, finds chance in noise, and lets no tree stand on both sides."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -216,13 +217,13 @@ def test_the_table_and_the_sentence_say_what_the_results_hold(found):
     assert "12.50 %" in found.sentence, "chance among 8 nodes"
 
 
-def made_up(n_nodes, token_role="edge_target", sites=("embed", "resid_post.0"), share=0.95):
+def made_up(n_nodes, token_role="edge_target", sites=("embed", "resid_post.0"), share=0.95, system="reproduction"):
     rows = [
         {"site": site, "token_role": token_role, "label": label, "metric": metric, "value": share, "low": share - 0.01,
          "high": share + 0.01, "n": 100}
         for site in sites for label in probe_report.PAIR for metric in ("accuracy", "shuffled_accuracy", "selectivity", "converged")
     ]  # fmt: skip
-    params = {"n_nodes": n_nodes, "max_iter": 300}
+    params = {"n_nodes": n_nodes, "max_iter": 300, "system": system}
     return study.result_rows(rows, study="probes", run="r", query="q", params=params, snapshot=1, seed=0)
 
 
@@ -231,8 +232,33 @@ def test_the_notebooks_numbers_stand_beside_what_they_can_be_compared_with():
     notebook = table.select("notebook source %", "notebook target %").rows()
     assert notebook == [(6.64, 100.0), (94.30, 95.57), (None, None)]
     assert probe_report.table(made_up(16, "separator"))["notebook source %"].to_list() == [6.43, 93.52]
-    for other in (made_up(8), made_up(16, "edge_source")):
+    for other in (made_up(8), made_up(16, "edge_source"), made_up(16, system="baseline")):
         assert not [column for column in probe_report.table(other).columns if "notebook" in column]
+
+
+def test_of_several_tokens_each_has_the_notebooks_numbers_that_it_has():
+    several = pl.concat([made_up(16, role) for role in ("separator", "edge_source", "edge_target")])
+    rows = probe_report.table(several).rows(named=True)
+    assert [(row["token"], row["label"]) for row in rows[::2]] == [
+        (role, label) for role in ("edge_target", "edge_source", "separator") for label in probe_report.PAIR
+    ]
+    numbers = [row["notebook %"] for row in rows]
+    assert numbers == [6.64, 99.92, 100.0, 100.0, None, None, None, None, 6.43, 93.52, 6.25, 93.35]
+
+
+def test_nothing_is_said_to_be_read_only_where_no_selectivity_is_above_what_so_many_probes_reach_by_chance():
+    def found(*selectivity):
+        rows = [
+            {"metric": "selectivity", "value": value, "low": value - 0.0196, "high": value + 0.0196}
+            for value in selectivity
+        ]
+        return study.result_rows(rows, study="probes", run="r", query="q", params={}, snapshot=1, seed=0)
+
+    # standard error 0.01, so 1.96 of them are the limit of one probe, and 3.02 that of 20: 0.05 / 20 lies beyond, both sides
+    assert probe_report.nothing_read(found(0.019))
+    assert not probe_report.nothing_read(found(0.020))
+    assert probe_report.nothing_read(found(*[0.0] * 19, 0.030))
+    assert not probe_report.nothing_read(found(*[0.0] * 19, 0.031))
 
 
 def test_the_figure_shows_the_results_with_chance_and_the_notebook(tmp_path):
@@ -403,19 +429,6 @@ def test_rows_that_are_all_the_same_tell_no_more_than_the_most_frequent_label(tm
     assert "nothing is read anywhere" in answer.sentence
 
 
-def test_the_notebooks_protocol_leaks_what_a_split_by_tree_does_not(tmp_path):
-    """Each tree has a vector and a goal of its own, on all its rows: known rows tell unknown ones of the same tree."""
-    rng = np.random.default_rng(1)
-    own = 3 * rng.normal(size=(N_TREES, 1, 300)).astype(np.float32)
-    with Store(plant(tmp_path / "s.act", TREES, {"embed": np.repeat(own, 4 * N_NODES - 1, axis=1)})) as opened:
-        answer = study.run(opened, "probes", labels="goal", protocol="notebook")
-    by_row, by_tree = (value(answer, "embed", "goal", f"notebook_{name}") for name in ("accuracy", "by_tree"))
-    assert by_row > 0.9
-    assert at_chance(by_tree, int(IS_TEST.sum()) * (N_EDGES - 1) / 6)
-    assert at_chance(value(answer, "embed", "goal"), int(IS_TEST.sum()) * N_EDGES / 7)
-    assert "split by tree that changes by -" in answer.sentence
-
-
 def test_a_result_names_its_data_by_a_hash_of_ids_labels_and_split(store, found):
     tokens = store.sql(queries.load("probe_tokens").sql, {"run": "planted", "token_role": "edge_target"})
     digest = xxhash.xxh3_128()
@@ -423,6 +436,32 @@ def test_a_result_names_its_data_by_a_hash_of_ids_labels_and_split(store, found)
         digest.update(np.array(tokens[column].to_list(), np.int64).tobytes())
     digest.update(np.array([split == "train" for split in tokens["split"]]).tobytes())
     assert json.loads(found.results["params"][0])["data_xxh3"] == digest.hexdigest()
+
+
+def test_each_result_of_several_tokens_says_what_to_read_to_get_it_again(store):
+    answer = study.run(store, "probes", token_role="edge_source,separator", sites="embed")
+    for role in ("edge_source", "separator"):
+        first = answer.results.filter(token_role=role, metric="accuracy").row(0, named=True)
+        _, rows = store.read(first["query"], site="embed", params=used(first["params"]))
+        assert first["n"] == len(rows.filter(split="test"))
+    assert (
+        f"linear probes read its source at {100 * first['value']:.2f} % at every site"
+        in answer.sentence.split("From")[2]
+    )
+
+
+def test_a_result_names_its_trees_by_a_hash_and_its_models_weights(store, found):
+    params = json.loads(found.results["params"][0])
+    digest = xxhash.xxh3_128(np.array(TREES.hashes(), np.uint64).tobytes())
+    digest.update(np.array(TREES.goal, np.uint8).tobytes())
+    assert params["trees_xxh3"] == digest.hexdigest()
+    assert params["weights_sha256"] == hashlib.sha256(b"planted").hexdigest()
+
+
+def test_of_several_tokens_those_without_the_label_are_left_out(elsewhere):
+    answer = study.run(elsewhere, "probes", token_role="edge_target,path", labels="next_node", sites="embed")
+    assert answer.results["token_role"].unique().to_list() == ["path"]
+    assert answer.results["label"].unique().to_list() == ["next_node"]
 
 
 def test_what_no_probe_can_be_asked_is_refused(store):

@@ -64,7 +64,7 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         held = int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]
-        types = {name: dtype for name, dtype in catalog.tables()["shards"].items()}
+        types = dict(catalog.tables()["shards"])
         connection.register("shards_committed", pl.DataFrame(shards, schema_overrides=types))
         there = {row[0] for row in connection.execute(TABLES).fetchall()}
         for table in [table for table in catalog.tables() if table in there and table != "snapshot"]:
@@ -92,7 +92,8 @@ def _differences(connection: duckdb.DuckDBPyConnection, table: str, committed: s
     A sum over hashes of the rows, which needs no memory, says whether there are any; then they are counted.
     """
     columns = ", ".join(row[0] for row in connection.execute(f"describe there.{table}").fetchall())
-    digest = f"select count(*), sum(hash({columns})::uhugeint), bit_xor(hash(1, {columns})) from"
+    row = f"hash({columns})"
+    digest = f"select count(*), sum(({row} >> 1)::bigint), bit_xor({row}) from"  # integers, so in any order the same
     held = f"there.{table}"
     one, other = (connection.execute(f"{digest} {rows}").fetchall() for rows in (held, committed))
     if one == other:

@@ -469,7 +469,9 @@ def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: 
 @main.command()
 @store_argument
 @click.option("--quick", is_flag=True, help="Look at sizes and index checksums alone.")
-@click.option("--recompute", type=int, metavar="N", help="Run N random trees of each run anew, and compare.")
+@click.option(
+    "--recompute", type=click.IntRange(1), metavar="N", help="Run N random trees of each run anew, and compare."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the random trees.")
 @output_options
 def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: Output) -> None:
@@ -487,7 +489,6 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
         actstore verify demo.act --recompute 20
     """
     from actstore import verify as verifying
-    from actstore.log import manifests
     from actstore.progress import progress
 
     total = sum(file.bytes for manifest in verifying.read_manifests(store)[0] for file in manifest.files)
@@ -500,9 +501,8 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
     )
     verifying.raise_if_damaged(report, store)
     if recompute is not None:
-        from actstore.ingest import recompute as computing
+        from actstore.ingest import recheck as computing
 
-        manifests(store)
         with progress("recompute", None, "runs") as advance:
             found = computing.compare(store, recompute, seed, advance)
         output.write(computing.table(found))

@@ -3,22 +3,23 @@
 A store of an earlier version is brought up to date on the way: its catalog is built with today's tables from its own parts.
 
 Rows come out of the catalog, if that is whole; activations, and rows where it is not, from the run's own weights over its own
-trees; the catalog from the parts. A manifest cannot be made again: it is what says how all else must be.
+trees; the catalog from the parts. A manifest, and store.json, say how all else must be and cannot be made again; but a single
+bit of theirs that flipped is found by their checksums, and flipped back.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import duckdb
 import polars as pl
 import xxhash
 
-from actstore import catalog, log
+from actstore import catalog, checked, log
 from actstore.errors import Damaged
 from actstore.folder import check_format
 from actstore.log import ARRAYS, File, Manifest, Part
@@ -59,8 +60,10 @@ def repair(path: str | Path, recompute: Recompute, advance: Callable[[int], None
         Damaged: its manifests are not whole, so nothing says how the rest must be.
     """
     root = Path(path)
-    about = check_format(root, older=True)
+    _refuse_what_is_no_store(root)
     with log.lease(root):
+        mended = _flip_back(root)
+        about = check_format(root, older=True)
         report = verify(root, advance=advance)
         manifests, broken = read_manifests(root)
         if broken:
@@ -68,22 +71,53 @@ def repair(path: str | Path, recompute: Recompute, advance: Callable[[int], None
                 f"{root / broken[0].path}: {broken[0].what}; it cannot be made again: restore it from a copy of the store"
             )
         log.sweep(root, manifests)  # what an interrupted repair left
-        whole_catalog = not any(finding.kind == "catalog" for finding in report.damage)
-        mended: list[str] = []
+        of_catalog = [finding.path for finding in report.damage if finding.kind == "catalog"]
+        damaged = {finding.path: finding for finding in report.damage}
         left: list[Finding] = []
         for manifest in manifests:
-            of_this = [finding for finding in report.damage if finding.path in {file.path for file in manifest.files}]
+            of_this = [damaged[file.path] for file in manifest.files if file.path in damaged]
             if of_this:
-                done, not_done = _mend(root, manifests, manifest, of_this, whole_catalog, recompute)
+                done, not_done = _mend(root, manifests, manifest, of_this, damaged.keys(), not of_catalog, recompute)
+                damaged = {path: finding for path, finding in damaged.items() if path not in done}
                 mended, left = mended + done, left + not_done
         mended += _zarr_group(root)
         if not any(finding.kind == "part" for finding in left):
             catalog.publish(root, from_nothing=True)
-            mended += [catalog.NAME] * (not whole_catalog)
+            mended += dict.fromkeys(of_catalog)
             if about["format"] < log.FORMAT_VERSION:
-                put(root / "store.json", json.dumps({**about, "format": log.FORMAT_VERSION}, indent=1).encode())
+                about = {key: value for key, value in about.items() if key != checked.CHECKSUM}
+                put(root / "store.json", checked.to_json({**about, "format": log.FORMAT_VERSION}))
                 mended.append("store.json")
         return Repair(mended, left, len(manifests))
+
+
+def _refuse_what_is_no_store(root: Path) -> None:
+    with suppress(Damaged):
+        check_format(root, older=True)
+
+
+def _flip_back(root: Path) -> list[str]:
+    """Mend what carries its own checksum, where one bit of it flipped."""
+    mended = []
+    _, broken = read_manifests(root)
+    names = [finding.path for finding in broken]
+    try:
+        check_format(root, older=True)
+    except Damaged:
+        names.append("store.json")
+    for name in names:
+        try:
+            content = checked.flipped_back((root / name).read_bytes())
+        except OSError:
+            continue
+        if content is not None:
+            put(root / name, content)
+            mended.append(name)
+    return mended
+
+
+def _without(manifest: Manifest, damaged: Collection[str]) -> Manifest:
+    return replace(manifest, parts=[part for part in manifest.parts if part.path not in damaged])
 
 
 def _mend(
@@ -91,6 +125,7 @@ def _mend(
     manifests: list[Manifest],
     manifest: Manifest,
     damage: list[Finding],
+    damaged: Collection[str],
     whole_catalog: bool,
     recompute: Recompute,
 ) -> tuple[list[str], list[Finding]]:
@@ -108,12 +143,16 @@ def _mend(
             done.append(finding.path)
         else:
             left.append(finding)
-    if not left or manifest.run is None:
+    if not left:
         return done, left
     made, why = dict[str, bytes](), ""
     try:
-        made = recompute(root, manifests, manifest.run, manifest.batch)
-    except (Damaged, OSError, LookupError, ValueError, pl.exceptions.PolarsError) as error:
+        if manifest.run is None:
+            raise Damaged("a study's results come out of the catalog, which is damaged, too; restore one from a copy")
+        still_damaged = set(damaged) - set(done)  # nothing that is computed may rest on them
+        sound = [_without(one, still_damaged) for one in manifests]
+        made = recompute(root, sound, manifest.run, manifest.batch)
+    except (Damaged, OSError, LookupError, ValueError) as error:
         why = f"it could not be computed again: {str(error).splitlines()[0]}"
     still = []
     for finding in left:

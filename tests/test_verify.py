@@ -12,7 +12,7 @@ import pytest
 from actstore import catalog, log
 from actstore.cli import main
 from actstore.errors import Damaged
-from actstore.ingest import recompute
+from actstore.ingest import recheck
 from actstore.ingest.models import Model
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.recompute import files_of
@@ -231,10 +231,21 @@ def test_what_is_computed_otherwise_is_not_put_in_place(store):
     assert (store / name).read_bytes() == held
 
 
-def test_a_damaged_manifest_is_not_guessed_at(store):
-    damage(store / log.manifest_path(2), flip(30))
+@pytest.mark.parametrize("change", [shorten, lambda content: content.__init__(content[:20] + b"~~" + content[22:])])
+def test_a_manifest_of_which_more_than_a_bit_is_damaged_is_not_guessed_at(store, change):
+    damage(store / log.manifest_path(2), change)
     with pytest.raises(Damaged, match="restore it from a copy"):
         repair(store, files_of)
+
+
+@pytest.mark.parametrize("name", [log.manifest_path(2), "store.json", catalog.HASHES])
+def test_a_bit_of_a_file_that_nothing_else_describes_is_flipped_back(store, name):
+    before, rng = files(store), np.random.default_rng(3)
+    for _ in range(8):
+        damage(store / name, flip(int(rng.integers(len(before[name]))), int(rng.integers(8))))
+        assert [finding.path for finding in verify(store).damage] == [name]
+        assert repair(store, files_of).mended == [name]
+        assert without_catalog(store) == {k: v for k, v in before.items() if not k.startswith("catalog.")}
 
 
 def test_the_commands_say_what_is_wrong_and_mend_it(store):
@@ -257,16 +268,16 @@ def test_the_commands_say_what_is_wrong_and_mend_it(store):
 
 
 def differing(root, n=12):
-    return {(of.run, of.what) for of in recompute.compare(root, n) if not of.agrees}
+    return {(of.run, of.what) for of in recheck.compare(root, n) if not of.agrees}
 
 
 def test_a_store_of_what_its_weights_give_agrees(whole):
-    found = recompute.compare(whole, 12)
+    found = recheck.compare(whole, 12)
     assert all(of.agrees for of in found)
     assert {of.what for of in found if of.run == "small"} == {
-        *("vocabulary", "trees", "edges", "tokens", "embed", "pattern.0", "resid_post.1", "predictions"),
+        *("vocabulary", "trees", "edges", "tokens", "embed", "pattern.0", "resid_post.1", "predictions", "outcomes"),
     }
-    assert "generations" in {of.what for of in found}
+    assert {"generations", "probabilities"} <= {of.what for of in found}
 
 
 def planted(root, monkeypatch, change):

@@ -2,8 +2,9 @@
 
 Three kinds of pairs (see ingest/variants.py): an edge of the path moves to the last place of the list; the path's
 edge that was last moves inward; and, the control, an edge of the path trades places with another and the last one
-stays. What moving to the last place does beyond moving at all is the difference of the first and the control, on the
-same trees.
+stays. The first two together are every tree twice, its path once through the last edge and once not: that is what the
+answer rests on. What moving to the last place does beyond moving at all is the difference of the first and the
+control, on the same trees.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+from scipy.stats import binomtest
 
 from actstore.errors import NotStored
 from actstore.queries.last_edge import interval
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "swap"
 KINDS = {
+    "through": "both ways: through the last edge, less not",
     "to_last": "an edge of the path becomes the last",
     "from_last": "the path's last edge moves inward",
     "inner": "control: moves, but not to the end",
@@ -96,11 +99,13 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
         )
     last = pairs["swap_last"]
     kinds = {
+        "through": through_less_not(last),
         "to_last": last.filter(~pl.col("was_last")),
         "from_last": last.filter("was_last"),
         "inner": pairs["swap_inner"],
     }
     rows = [row for kind, some in kinds.items() for row in _changes(kind, some, seed)]
+    rows += _tally(kinds["through"])
     rows += _beyond_the_control(kinds["to_last"], kinds["inner"], seed)
     params = {"run": run, "variants": found}
     results = result_rows(rows, study=NAME, run=run, query=PAIRS, params=params, snapshot=store.snapshot, seed=seed)
@@ -132,6 +137,27 @@ def companions(store: Store, run: str) -> dict[str, str]:
             f"no run of the model of {run!r} over its trees' variants {', '.join(lacking)}; {commands} adds it"
         )
     return found
+
+
+def through_less_not(pairs: pl.DataFrame) -> pl.DataFrame:
+    """The pairs of swap_last, turned so that before is the path that avoids the last edge, and after the one through it."""
+    turned = [
+        pl.when("was_last").then(f"{what}_{other}").otherwise(f"{what}_{which}").alias(f"{what}_{which}")
+        for what in ("right", "p")
+        for which, other in (("before", "after"), ("after", "before"))
+    ]
+    return pairs.with_columns(turned)
+
+
+def _tally(pairs: pl.DataFrame) -> list[dict[str, Any]]:
+    """Trees that are right one way only, and the exact test (McNemar's) that it is as often one as the other."""
+    if not len(pairs):
+        return []
+    lost = int((pairs["right_before"] & ~pairs["right_after"]).sum())
+    won = int((~pairs["right_before"] & pairs["right_after"]).sum())
+    p = float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    found = {"right_only_without": lost, "right_only_through": won, "mcnemar_p": p}
+    return [{"label": "through", "metric": metric, "value": value, "n": len(pairs)} for metric, value in found.items()]
 
 
 def _changes(kind: str, pairs: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
@@ -209,27 +235,36 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
 
 
 def sentence(results: pl.DataFrame) -> str:
-    """Does performance drop when an edge of the path comes to be last?"""
-    found = {row["metric"]: row for row in results.filter(label="to_last").iter_rows(named=True)}
+    """Does performance drop where the path runs through the last edge?"""
     run = results["run"][0]
-    if "change" not in found:
-        return f"No path of run {run!r} could be led through the last edge, so nothing is decided."
-    change, p = found["change"], found["p_change"]
+    found = {kind: {row["metric"]: row for row in results.filter(label=kind).iter_rows(named=True)} for kind in KINDS}
+    both = found["through"]
+    if "change" not in both:
+        return f"No path of run {run!r} could be led through the last edge or off it, so nothing is decided."
+    change = both["change"]
     if change["high"] < 0:
         answer = "performance drops"
     elif change["low"] > 0:
         answer = "performance rises"
     else:
         answer = f"no drop can be told from chance, and one of more than {-100 * change['low']:.2f} points is ruled out"
-    control = results.filter(label="inner", metric="change")
-    beside = f", where a move elsewhere changes it by {interval(control.row(0, named=True))}" if len(control) else ""
+    moves = {"to_last": "moved to the end", "from_last": "moved inward", "inner": "moved elsewhere (the control)"}
+    apart = [
+        f"{interval(found[kind]['change'])} where an edge of the path is {name} (n = {found[kind]['change']['n']:,})"
+        for kind, name in moves.items()
+        if found[kind]
+    ]
     beyond = ""
-    if more := found.get("p_change_beyond_control"):
-        beyond = f", {interval(more)} beyond what a move elsewhere does to the same {more['n']:,} trees"
+    if more := found["to_last"].get("p_change_beyond_control"):
+        beyond = (
+            f"; moved to the end, {interval(more)} beyond what a move elsewhere does to the same {more['n']:,} trees"
+        )
     return (
-        f"When an edge of its path is moved to the end of the list, {answer}: the whole path of run {run!r} is right "
-        f"{interval(change)} points more often (n = {change['n']:,} pairs){beside}; the probability of the step that takes it "
-        f"changes by {interval(p)} points{beyond}."
+        f"The same trees with the path led through the edge listed last, and not: {answer}. The share of whole paths that "
+        f"run {run!r} gets right changes by {interval(change)} points (n = {change['n']:,} pairs; "
+        f"{both['right_only_without']['value']:.0f} right only without it, {both['right_only_through']['value']:.0f} only "
+        f"through it, exact p = {both['mcnemar_p']['value']:.3f}): {', '.join(apart)}. The probability of the step that takes "
+        f"the edge changes by {interval(both['p_change'])} points{beyond}."
     )
 
 

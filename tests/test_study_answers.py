@@ -3,12 +3,16 @@
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.pipeline import TreeSet
-from actstore.queries import dreams as dreams_module
-from actstore.queries import study
+from actstore.ingest.trees import draw
+from actstore.queries import study, swap
+from actstore.queries.continuations import Goal, Tree, Walk, grade_goal, grade_walk
+from actstore.queries.dreams import _share
+from actstore.statistics import wilson
 from actstore.store import Store
 from tests.answering import Answering, Dreaming, last_step, noise
 from tests.test_pipeline import small_model
@@ -30,6 +34,12 @@ def fails_when_deep(trees, first):
     return ~(deep & (u < 0.5)), np.full(deep.shape, 0.8)
 
 
+def restless(trees, first):
+    """Each step right or wrong by chance, drawn anew for every order of the edges."""
+    u = np.random.default_rng(int(trees.edges[:, -1].sum())).random((len(trees), trees.n_nodes - 1))
+    return u < 0.9, 0.5 + u / 4
+
+
 def without_variants(root, says, trees=TREES):
     Answering(root, MODEL, trees, sites=[], says=says).execute()
     return root
@@ -46,7 +56,7 @@ def with_variants(root, says):
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
     root = tmp_path_factory.mktemp("answers")
-    says = {"blind": ignores_the_last_edge, "noise": noise, "deep": fails_when_deep}
+    says = {"blind": ignores_the_last_edge, "noise": noise, "deep": fails_when_deep, "restless": restless}
     return {name: with_variants(root / f"{name}.act", how) for name, how in says.items()}
 
 
@@ -115,6 +125,10 @@ def test_a_swap_catches_a_model_that_ignores_the_last_edge(stores):
     answer = ask(stores["blind"], "swap")
     assert value(answer, "to_last", "change")["value"] == -1
     assert value(answer, "from_last", "change")["value"] == 1
+    both = value(answer, "through", "change")
+    n_pairs = sum(value(answer, kind, "change")["n"] for kind in ("to_last", "from_last"))
+    assert (both["value"], both["n"], value(answer, "through", "right_only_through")["value"]) == (-1, n_pairs, 0)
+    assert value(answer, "through", "p_change")["value"] == pytest.approx(-0.8, abs=1e-6)
     assert value(answer, "inner", "p_change")["value"] == 0
     assert value(answer, "to_last", "p_change_beyond_control")["value"] == pytest.approx(-0.8, abs=1e-6)
     assert "performance drops" in answer.sentence
@@ -126,11 +140,22 @@ def test_a_swap_catches_a_model_that_ignores_the_last_edge(stores):
     assert n_changed <= n_last["n"].item()
 
 
-@pytest.mark.parametrize("name", ["noise", "deep"])
+def test_both_ways_of_a_swap_together_are_counted_as_by_hand():
+    columns = ["was_last", "right_before", "right_after", "p_before", "p_after"]
+    rows = [(False, True, False, 0.9, 0.2), (True, True, False, 0.8, 0.3), (True, False, True, 0.1, 0.7)]
+    pairs = swap.through_less_not(pl.DataFrame(rows, schema=columns, orient="row"))
+    assert pairs["right_before"].to_list() == [True, False, True]
+    assert pairs["right_after"].to_list() == [False, True, False]
+    assert pairs["p_before"].to_list() == [0.9, 0.3, 0.7]
+    tally = {row["metric"]: row["value"] for row in swap._tally(pairs)}
+    assert tally == {"right_only_without": 2, "right_only_through": 1, "mcnemar_p": pytest.approx(1)}
+
+
+@pytest.mark.parametrize("name", ["noise", "deep", "restless"])
 def test_a_swap_finds_nothing_where_the_order_does_nothing(stores, name):
     answer = ask(stores[name], "swap")
     assert "no drop can be told from chance" in answer.sentence
-    for kind in ("to_last", "inner"):
+    for kind in ("through", "to_last", "inner"):
         found = value(answer, kind, "change")
         assert found["low"] <= 0 <= found["high"]
 
@@ -173,13 +198,71 @@ def leaves_of(trees, tree):
 
 
 def copies_its_training(trees, first):
-    """A goal drawn anew as training draws one: here, uniform among the leaves of depth 2 and more where there are any."""
+    """The goal that training would give with this very tree."""
     return [dream_of(trees, tree, int(trees.goal[tree])) for tree in range(len(trees))]
+
+
+def shape(trees, tree):
+    """The tree without its labels and the order of its edges, as nested tuples."""
+    children = {}
+    for source, target in trees.edges[tree].tolist():
+        children.setdefault(source, []).append(target)
+
+    def below(node):
+        return tuple(sorted(map(below, children.get(node, []))))
+
+    return below(int(trees.root[tree]))
+
+
+def draws_as_training(trees, first):
+    """A goal of a depth drawn anew as the baseline's training draws it: of the goal of another tree of the same shape."""
+    others, depths = draw("baseline", 99, 0, 6000, trees.n_nodes), {}
+    for other in range(len(others)):
+        depths.setdefault(shape(others, other), []).append(int(others.depth[other]))
+    rng, dreams = np.random.default_rng(first), []
+    for tree in range(len(trees)):
+        parent = {int(t): int(s) for s, t in trees.edges[tree]}
+        depth = rng.choice(depths[shape(trees, tree)])
+        goal = rng.choice([leaf for leaf in leaves_of(trees, tree) if len(way(parent, leaf)) == depth])
+        dreams.append(dream_of(trees, tree, int(goal)))
+    return dreams
 
 
 def even_leaves(trees, first):
     rng = np.random.default_rng(first)
     return [dream_of(trees, tree, int(rng.choice(leaves_of(trees, tree)))) for tree in range(len(trees))]
+
+
+def even_nodes(trees, first):
+    rng = np.random.default_rng(first)
+    return [dream_of(trees, tree, int(rng.integers(trees.n_nodes))) for tree in range(len(trees))]
+
+
+def first_listed_leaf(trees, first):
+    """Always the leaf that the list names first."""
+    goals = [next(int(t) for t in trees.edges[tree, :, 1] if t in leaves_of(trees, tree)) for tree in range(len(trees))]
+    return [dream_of(trees, tree, goal) for tree, goal in enumerate(goals)]
+
+
+def walks_without_a_goal(trees, first):
+    """Steps to label 0, as the reproduction does, and from there to the first child until a leaf."""
+    dreams = []
+    for tree in range(len(trees)):
+        children = {int(s): int(t) for s, t in trees.edges[tree, ::-1]}
+        said = [0]
+        while said[-1] in children:
+            said.append(children[said[-1]])
+        dreams.append([f"→{step}" for step in said])
+    return dreams
+
+
+def steps_at_random(trees, first):
+    rng = np.random.default_rng(first)
+    return [[f"→{step}" for step in rng.integers(trees.n_nodes, size=8)] for _ in range(len(trees))]
+
+
+def stops(trees, first):
+    return [[","]] * len(trees)
 
 
 def rambles(trees, first):
@@ -188,26 +271,55 @@ def rambles(trees, first):
     return [list(rng.choice(words, 8)) for _ in range(len(trees))]
 
 
-def dreaming(root, dreams, distribution="deep"):
+def dreaming(root, dreams, distribution="deep", system="reproduction"):
     trees = TreeSet(distribution, 1500, seed=2, n_nodes=6, depths=(1, 4) if distribution == "deep" else None, name="d")
-    Answering(root, MODEL, trees, sites=[], says=noise).execute()
-    Dreaming(root, MODEL, trees, prompt="tree", samples=0, dreams=dreams).execute()
+    Answering(root, small_model(system), trees, sites=[], says=noise).execute()
+    Dreaming(root, small_model(system), trees, prompt="tree", samples=0, dreams=dreams).execute()
     return root
 
 
-def test_a_model_that_copies_the_goals_of_its_training_is_reported_as_such(tmp_path):
-    answer = ask(dreaming(tmp_path / "s.act", copies_its_training), "dreams")
+@pytest.mark.parametrize("dreams", [copies_its_training, draws_as_training])
+def test_a_model_that_copies_the_goals_of_its_training_is_reported_as_such(tmp_path, dreams):
+    answer = ask(dreaming(tmp_path / "s.act", dreams, "baseline", "baseline"), "dreams")
     assert value(answer, "greedy", "well_formed")["value"] == 1
     assert value(answer, "greedy", "way_found")["value"] == 1
+    assert "as the goals of its training distribution, and not as leaves drawn evenly" in answer.sentence
+
+
+def test_the_goals_of_trees_that_training_did_not_draw_are_not_called_its_own(tmp_path):
+    answer = ask(dreaming(tmp_path / "s.act", copies_its_training), "dreams")
     assert value(answer, "greedy", "depth_distance_as_given")["value"] == 0
-    assert "as goals given in training, and not as leaves drawn evenly" in answer.sentence
+    assert "as the goals of these `deep` trees, and not as leaves drawn evenly" in answer.sentence
 
 
 def test_a_model_that_takes_any_leaf_is_not_said_to_copy(tmp_path):
     answer = ask(dreaming(tmp_path / "s.act", even_leaves), "dreams")
-    assert "as leaves drawn evenly, and not as goals given in training" in answer.sentence
+    assert "as leaves drawn evenly, and not as the goals of these `deep` trees" in answer.sentence
     assert value(answer, "greedy", "leaf")["value"] == 1
-    assert study.plot(answer).axes
+    assert value(answer, "greedy", "leaf_beyond_even")["low"] > 0
+    assert value(answer, "greedy", "place_p_even_list")["value"] > 0.01
+    assert len(study.plot(answer).axes) == 3
+
+
+def test_a_model_that_takes_any_node_has_as_many_leaves_as_there_are(tmp_path):
+    answer = ask(dreaming(tmp_path / "s.act", even_nodes), "dreams")
+    beyond, shares = value(answer, "greedy", "leaf_beyond_even"), value(answer, "greedy", "leaf_if_even")
+    assert beyond["low"] < 0 < beyond["high"]
+    with Store(tmp_path / "s.act") as store:
+        assert shares["value"] == pytest.approx(
+            store.sql("select avg(n_leaves) / 6 as share from trees")["share"].item()
+        )
+    assert value(answer, "greedy", "not_root")["value"] == pytest.approx(5 / 6, abs=0.04)
+
+
+def test_a_model_that_takes_what_the_list_names_first_is_caught(tmp_path):
+    answer = ask(dreaming(tmp_path / "s.act", first_listed_leaf), "dreams")
+    assert (
+        value(answer, "greedy", "place_p_even_list")["value"]
+        == value(answer, "greedy", "place_p_as_given")["value"]
+        == 0.001
+    )
+    assert value(answer, "greedy", "place 0")["low"] > 0.2 > value(answer, "greedy", "place 4")["high"]
 
 
 def test_where_goals_are_even_among_leaves_neither_is_told_apart(tmp_path):
@@ -220,26 +332,74 @@ def test_noise_dreams_nothing_and_finds_no_way(tmp_path):
     formed = value(answer, "greedy", "well_formed")
     chance = 6 / 15 * 1 / 15 * 6 / 15  # a label, the colon, a label
     assert formed["low"] < chance < formed["high"]
-    assert "nothing is said of where the goals are from" in answer.sentence
+    assert "nothing is said of where goals are from" in answer.sentence
     assert value(answer, "greedy", "first_step")["value"] == pytest.approx(6 / 15, abs=0.05)
+    assert value(answer, "greedy", "stopped")["value"] == pytest.approx(1 / 15, abs=0.03)
+
+
+def test_a_walk_that_follows_the_tree_is_told_from_one_that_does_not(tmp_path):
+    walker = ask(dreaming(tmp_path / "walks.act", walks_without_a_goal), "dreams")
+    assert value(walker, "greedy", "first_word →0")["value"] == value(walker, "greedy", "to_leaf")["value"] == 1
+    assert value(walker, "greedy", "to_leaf_elsewhere")["high"] < 0.6
+    assert "the next follow edges down to a leaf in 100.00 %" in walker.sentence
+    assert ", more than the" in walker.sentence
+    random = ask(dreaming(tmp_path / "random.act", steps_at_random), "dreams")
+    assert "not to be told from the" in random.sentence
+    for answer in (walker, random):
+        assert "fewer than" not in answer.sentence
+        assert len(study.plot(answer).axes) == 1
+
+
+def test_a_model_that_stops_is_said_to(tmp_path):
+    answer = ask(dreaming(tmp_path / "s.act", stops, system="baseline"), "dreams")
+    assert "goal in 0.00 %" in answer.sentence
+    assert "; it stops at once in 100.00 % (99.74 to 100.00)." in answer.sentence
+
+
+def test_continuations_of_one_tree_do_not_pass_for_independent():
+    hits, trees = np.repeat(np.arange(40) % 2 == 0, 9), np.repeat(np.arange(40), 9)
+    several, one = _share("m", hits, trees, seed=0), _share("m", hits[::9], trees[::9], seed=0)
+    assert several["high"] - several["low"] == pytest.approx(one["high"] - one["low"], rel=0.2)
+    all_of_them = _share("m", np.ones(360, bool), trees, seed=0)
+    assert all_of_them["low"] == wilson(40, 40)[0]
+
+
+SMALL = Tree(sources=[0, 1, 1, 0], targets=[1, 3, 2, 4], root=0)
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("said", "goal"),
     [
-        ("3 : 0 →1 →3", (True, True, True, True)),
-        ("3 : 0 →1 →2", (True, True, True, False)),  # another way
-        ("3 : 0 →1", (True, True, True, False)),  # half of it
-        ("1 : 0 →1", (True, True, False, True)),  # no leaf
-        ("0 : 0", (True, True, False, False)),  # the root, to which there is no way
-        ("3 : 1 →1 →3", (True, False, True, True)),  # not the root
-        ("→3 : 0 →1 →3", (False, False, False, False)),
-        ("9 : 0 →1", (False, False, False, False)),  # no node of the tree
-        ("3 :", (False, False, False, False)),
+        ("3 : 0 →1 →3", Goal(True, True, True, True, 2, 1)),
+        ("3 : 0 →1 →2", Goal(True, True, True, False, 2, 1)),  # another way
+        ("3 : 0 →1", Goal(True, True, True, False, 2, 1)),  # half of it
+        ("1 : 0 →1", Goal(True, True, False, True, 1, 0)),  # no leaf
+        ("0 : 0", Goal(True, True, False, False, 0, -1)),  # the root, to which there is no way
+        ("3 : 1 →1 →3", Goal(True, False, True, True, 2, 1)),  # not the root
+        ("→3 : 0 →1 →3", Goal()),
+        ("9 : 0 →1", Goal()),  # no node of the tree
+        ("3 :", Goal()),
     ],
 )
-def test_a_continuation_is_graded_as_by_hand(said, expected):
-    graded = dreams_module._grade_one(said.split(), [0, 1, 1, 0], [1, 3, 2, 4], 0, 3, 2)
-    assert graded[:4] == expected
-    assert graded[5:7] == ((2, 1) if expected[0] and said[0] == "3" else graded[5:7])
-    assert (graded[9], graded[10]) == ([2, 2, 1], [2, 1, 3])
+def test_a_goal_is_graded_as_by_hand(said, goal):
+    assert grade_goal(said.split(), SMALL) == goal
+    assert (SMALL.leaves, [SMALL.way(leaf) for leaf in SMALL.leaves]) == ([2, 3, 4], [[1, 2], [1, 3], [4]])
+
+
+@pytest.mark.parametrize(
+    ("said", "walk"),
+    [
+        ("→1 →3", Walk(True, True, True)),
+        ("→1 →3 →0 →4", Walk(True, True, True)),  # what stands behind the leaf is not asked
+        ("→1 →4", Walk(True, True, False)),  # no edge
+        ("→1", Walk(True, True, False)),  # not at a leaf
+        ("→1 ,", Walk(True, True, False)),
+        ("→0 →1 →2", Walk(False, True, True)),  # the root itself
+        ("→4 →0", Walk(True, False, False)),  # a leaf
+        ("→3", Walk(False, False, False)),
+        ("3 : 0 →1 →3", Walk()),
+        (",", Walk()),
+    ],
+)
+def test_a_walk_is_graded_as_by_hand(said, walk):
+    assert grade_walk(said.split(), SMALL) == walk

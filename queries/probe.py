@@ -69,12 +69,14 @@ def study(
         protocol: `ours`, or `notebook`: the notebook's own beside ours, see probe_protocols.py.
 
     Raises:
-        BadInput: no such token, label or protocol; none of the labels at these tokens; or too few trees: a label is
+        BadInput: no such token, label, protocol or max_iter; none of the labels at these tokens; or too few trees: a label is
             missing in training, or there are no test trees.
         NotStored: a site that the run does not hold.
     """
     if protocol not in PROTOCOLS:
         raise BadInput(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+    if not isinstance(max_iter, int) or max_iter < 1:
+        raise BadInput(f"got max_iter {max_iter!r}; it is a number of iterations, 1 or more ({MAX_ITER} unless told)")
     asked = _asked(token_role, labels)
     sites = _sites(store, run, sites)
     query, about = load(QUERY).sql, store.sql(RUN, {"run": run}).row(0, named=True)
@@ -128,14 +130,27 @@ def _has(role: str, label: str) -> bool:
 
 
 def _chosen(wanted: str | Sequence[str], known: Iterable[str], what: str) -> list[str]:
-    """Names given with commas between or as a list, or `all`, each known."""
-    names = [name.strip() for name in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
+    """Names as `_names` takes them, or `all`, each known and once, in the order of what is known.
+
+    Raises:
+        BadInput: one is not known, or there is none.
+    """
+    names = _names(wanted)
     if names == ["all"]:
         return list(known)
-    for name in names:
+    for name in names or [""]:
         if name not in known:
             raise BadInput(f"no {what} {name!r}; there are {', '.join(known)}, and all{nearest(name, known)}")
     return [name for name in known if name in names]
+
+
+def _names(wanted: str | Sequence[str]) -> list[str]:
+    """Names given with commas between, or as a list; a number, which the command line makes of digits, is a name."""
+    return (
+        [str(name) for name in wanted]
+        if isinstance(wanted, list | tuple)
+        else [n.strip() for n in str(wanted).split(",")]
+    )
 
 
 def data_hash(tokens: pl.DataFrame, labels: Sequence[str]) -> str:
@@ -189,8 +204,8 @@ def _sites(store: Store, run: str, wanted: str | Sequence[str] | None) -> list[s
     """Short names of the residual sites to probe, in the order of the forward pass."""
     vectors = store.sql("select short from sites where run = $run and kind = 'resid'", {"run": run})["short"].to_list()
     held = [site for site in store.sites(run) if site in vectors]  # patterns are no vectors of the residual stream
-    names = [name.strip() for name in wanted.split(",")] if isinstance(wanted, str) else wanted
-    unknown = [site for site in names or [] if site not in held]
+    names = held if wanted is None else _names(wanted) or [""]
+    unknown = [site for site in names if site not in held]
     if unknown or not held:
         what = f"no site {unknown[0]!r}{nearest(unknown[0], held)}" if unknown else "no residual site"
         there = ", ".join(store.sites(run)) or "none"
@@ -198,7 +213,7 @@ def _sites(store: Store, run: str, wanted: str | Sequence[str] | None) -> list[s
             f"run {run!r} has {what} to probe; it holds {there}: `actstore ingest {store.path} --run NAME --sites "
             "embed,resid_mid,resid_post …` stores a run that has them"
         )
-    return [site for site in held if names is None or site in names]
+    return [site for site in held if site in names]
 
 
 def _probe_site(

@@ -471,3 +471,14 @@ def test_what_no_probe_can_be_asked_is_refused(store):
         study.run(store, "probes", token_role="path", labels="source")
     with pytest.raises(BadInput, match="there are ours, notebook"):
         study.run(store, "probes", protocol="theirs")
+    with pytest.raises(BadInput, match="no token_role ''; there are edge_target"):
+        study.run(store, "probes", token_role=[])
+    with pytest.raises(BadInput, match="no label '3'"):
+        study.run(store, "probes", labels=3)  # what the command line makes of digits
+    with pytest.raises(NotStored, match="no site '5'"):
+        study.run(store, "probes", sites=5)
+    with pytest.raises(NotStored, match="no site ''"):
+        study.run(store, "probes", sites=[])
+    for max_iter in (0, "many"):
+        with pytest.raises(BadInput, match=f"got max_iter {max_iter!r}"):
+            study.run(store, "probes", max_iter=max_iter)

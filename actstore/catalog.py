@@ -132,7 +132,8 @@ def noted_hashes(root: Path) -> list[str]:
 
 def _note_hash(root: Path, new: Path) -> None:
     """Note the hash of a catalog before it is put in place, beside that of the one there."""
-    hashes = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in (new, root / NAME) if path.exists()]
+    both = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in (new, root / NAME) if path.exists()]
+    hashes = list(dict.fromkeys(both))
     temporary = _note_under_way(root)
     temporary.write_bytes(checked.to_json({"xxh3_128": hashes}))
     _replace(temporary, root / HASHES)

@@ -140,7 +140,7 @@ def test_an_unknown_table_is_answered_with_those_there_are(store: Store) -> None
     said = refusal(store, "select * from activations")
     assert "activations does not exist" in said
     assert said.endswith(
-        " The store has answer_tokens, datasets, edge_separators, edge_sources, edge_targets, edges, models, outcomes, "
+        " The store has answer_tokens, datasets, edge_separators, edge_sources, edge_targets, edges, generations, models, outcomes, "
         "predictions, results, runs, shards, sites, snapshot, tokens, trees"
     )
 

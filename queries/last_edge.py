@@ -140,7 +140,9 @@ def verdict(row: dict[str, Any], what: str) -> str:
         return f"{what}: yes, it drops"
     if row["low"] > 0:
         return f"{what}: no, it rises"
-    return f"{what}: no drop that can be told from chance, and none of more than {max(0.0, -100 * row['low']):.2f} points"
+    return (
+        f"{what}: no drop that can be told from chance, and none of more than {max(0.0, -100 * row['low']):.2f} points"
+    )
 
 
 def sentence(results: pl.DataFrame) -> str:

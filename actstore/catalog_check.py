@@ -65,7 +65,7 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]
         types = dict(catalog.tables()["shards"])
-        connection.register("shards_committed", pl.DataFrame(shards, schema_overrides=types))
+        connection.register("shards_committed", pl.DataFrame(shards, schema=types))
         there = {row[0] for row in connection.execute(TABLES).fetchall()}
         for table in [table for table in catalog.tables() if table in there and table != "snapshot"]:
             yield from _differences(connection, table, _committed_rows(root, connection, table, committed))

@@ -501,12 +501,12 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
     )
     verifying.raise_if_damaged(report, store)
     if recompute is not None:
-        from actstore.ingest import recheck as computing
+        from actstore.ingest import differences, recheck
 
         with progress("recompute", None, "runs") as advance:
-            found = computing.compare(store, recompute, seed, advance)
-        output.write(computing.table(found))
-        computing.raise_if_apart(found, store)
+            found = recheck.compare(store, recompute, seed, advance)
+        output.write(differences.table(found))
+        differences.raise_if_apart(found, store)
 
 
 @main.command()

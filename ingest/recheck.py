@@ -16,8 +16,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from actstore.errors import Damaged
 from actstore.ingest.activations import forward
+from actstore.ingest.differences import Difference
 from actstore.ingest.generations import generation_rows
 from actstore.ingest.pipeline import Ingest
 from actstore.ingest.predictions import answer, concatenate, outcome_rows, prediction_rows
@@ -34,31 +34,6 @@ P_TOLERANCE = 1e-3  # of a probability
 TIE = 1e-4  # two words whose probabilities are so close may change places: rounding moves a probability by 1e-6
 DRAWN_OTHERWISE = 0.05  # of continuations: where a draw falls on the border of two words, rounding decides for one
 AT_ONCE = 64  # trees a forward pass
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where what is stored and what is computed do not agree; all is well where `worst` is within `tolerance`.
-
-    Attributes:
-        run: whose.
-        what: a site, a table, `vocabulary`, or `probabilities` of continuations.
-        worst: largest difference, of the site's largest number or of a probability; or the share of rows that differ.
-        tolerance: how large it may be.
-        n: rows compared.
-        first: where it is worst, in words.
-    """
-
-    run: str
-    what: str
-    worst: float
-    tolerance: float
-    n: int
-    first: str
-
-    @property
-    def agrees(self) -> bool:
-        return self.worst <= self.tolerance
 
 
 def compare(
@@ -291,39 +266,12 @@ def _generations(store: Store, job: Ingest, chosen: np.ndarray, first_tree_id: i
     ]
     otherwise = 1.0 if len(both[0]) != len(both[1]) else 1 - float(np.mean(same))
     first = f"tree {joined['tree_id'][same.index(False)]}" if not all(same) else ""
-    apart = joined.filter(pl.Series(same)).select(*of, "p", "p_held", "p_best", "p_best_held").explode(pl.exclude(of))
-    worst = [(apart[name] - apart[f"{name}_held"]).abs().max() or 0.0 for name in ("p", "p_best")]
+    agreeing = joined.filter(pl.Series(same))
+    apart = 0.0
+    for name in ("p", "p_best"):
+        ps, held_ps = (agreeing[of_column].explode().to_numpy() for of_column in (name, f"{name}_held"))
+        apart = max(apart, float(np.abs(ps - held_ps).max(initial=0.0)))
     return [
         Difference(run, "generations", otherwise, DRAWN_OTHERWISE, len(joined), first),
-        Difference(run, "probabilities", float(max(worst)), P_TOLERANCE, len(apart), "of a continuation"),  # type: ignore[arg-type, type-var]
+        Difference(run, "probabilities", apart, P_TOLERANCE, len(agreeing), "of a continuation"),
     ]
-
-
-def table(found: list[Difference]) -> pl.DataFrame:
-    """A row a comparison."""
-    return pl.DataFrame(
-        {
-            "run": [of.run for of in found],
-            "what": [of.what for of in found],
-            "agrees": [of.agrees for of in found],
-            "worst": [of.worst for of in found],
-            "tolerance": [of.tolerance for of in found],
-            "n": [of.n for of in found],
-            "where": ["" if of.agrees else of.first for of in found],
-        }
-    )
-
-
-def raise_if_apart(found: list[Difference], path: str | Path) -> None:
-    """Refuse a store that is not what its own weights and trees give.
-
-    Raises:
-        Damaged: says what differs first.
-    """
-    apart = [of for of in found if not of.agrees]
-    if apart:
-        first = apart[0]
-        raise Damaged(
-            f"{path} is not what its weights and trees give: {len(apart)} of {len(found)} comparisons differ, the first "
-            f"{first.what} of run {first.run!r} by {first.worst:.3g} ({first.first}); ingest it anew, into another store"
-        )

@@ -14,8 +14,8 @@ from actstore import log
 from actstore.ingest.recompute import files_of
 from actstore.repair import repair
 from actstore.verify import verify
+from tests.damaged import make
 from tests.stores import committed_files
-from tests.test_verify import make
 from tests.torture.kills import flip
 
 

@@ -1,0 +1,136 @@
+"""What is damaged is made again, to the same bytes, or left and said to be."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from actstore import catalog, log
+from actstore.cli import main
+from actstore.errors import Damaged
+from actstore.ingest.recompute import files_of
+from actstore.repair import repair
+from actstore.verify import verify
+from tests.damaged import committed, damage, flip, make, shorten
+from tests.stores import files
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("verify") / "s.act")
+
+
+@pytest.fixture
+def store(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "s.act")
+    return tmp_path / "s.act"
+
+
+def kinds(root):
+    """One file of each kind that can be made again."""
+    return [
+        "activations.zarr/small/blocks.1.hook_resid_post/c/1/0/0",
+        "activations.zarr/small/blocks.0.attn.hook_pattern/c/2/0/0/0",
+        "activations.zarr/small/hook_embed/zarr.json",
+        "activations.zarr/small/zarr.json",
+        *(f"parts/{table}/d-swap_last-000001.parquet" for table in ("trees", "edges", "tokens")),
+        *(f"parts/{table}/small-000002.parquet" for table in ("predictions", "outcomes")),
+        "parts/outcomes/small-swap_last-000000.parquet",
+        "parts/generations/small-dreams-000000.parquet",
+        "parts/runs/small.parquet",
+        "parts/sites/small.parquet",
+        "parts/datasets/d-swap_last.parquet",
+        next(file.path for file in committed(root) if file.path.startswith("parts/models/")),
+        next(file.path for file in committed(root) if file.path.startswith("parts/results/")),
+    ]
+
+
+def without_catalog(root):
+    return {path: content for path, content in files(root).items() if not path.startswith("catalog.")}
+
+
+def test_each_kind_of_file_is_made_again_to_the_same_bytes(store):
+    before, names = without_catalog(store), kinds(store)
+    for name in names:
+        damage(store / name, flip(len(before[name]) // 2))
+    done = repair(store, files_of)
+    assert set(done.mended) == set(names)
+    assert done.left == []
+    assert without_catalog(store) == before
+    assert verify(store).findings == []
+
+
+def test_rows_are_computed_anew_where_the_catalog_is_gone_too(store):
+    before = without_catalog(store)
+    names = [f"parts/{table}/small-000001.parquet" for table in ("predictions", "outcomes")] + [
+        "parts/tokens/d-000001.parquet"
+    ]
+    for name in [*names, catalog.NAME]:
+        damage(store / name, flip(50))
+    done = repair(store, files_of)
+    assert set(done.mended) == {*names, catalog.NAME}
+    assert without_catalog(store) == before
+
+
+def test_a_file_that_is_gone_or_cut_short_comes_back(store):
+    before = without_catalog(store)
+    shutil.rmtree(store / "activations.zarr/small/hook_embed")
+    damage(store / "parts/edges/d-000000.parquet", shorten)
+    (store / "activations.zarr/zarr.json").unlink()
+    (store / catalog.NAME).unlink()
+    repair(store, files_of)
+    assert without_catalog(store) == before
+
+
+def test_weights_that_no_model_has_are_left_and_said_to_be(store):
+    name = next(path for path in files(store) if path.startswith("models/"))
+    before = files(store)[name]
+    damage(store / name, flip(5))
+    done = repair(store, files_of)
+    assert [finding.path for finding in done.left] == [name]
+    assert "no model 'small' has them" in done.left[0].what
+    assert (store / name).read_bytes() != before
+
+
+def test_what_is_computed_otherwise_is_not_put_in_place(store):
+    name = "activations.zarr/small/hook_embed/c/0/0/0"
+    damage(store / name, flip(9))
+    held = (store / name).read_bytes()
+    done = repair(store, lambda *asked: {name: b"something else"})
+    assert [finding.path for finding in done.left] == [name]
+    assert "other versions or on another machine" in done.left[0].what
+    assert (store / name).read_bytes() == held
+
+
+@pytest.mark.parametrize("change", [shorten, lambda content: content.__init__(content[:20] + b"~~" + content[22:])])
+def test_a_manifest_of_which_more_than_a_bit_is_damaged_is_not_guessed_at(store, change):
+    damage(store / log.manifest_path(2), change)
+    with pytest.raises(Damaged, match="restore it from a copy"):
+        repair(store, files_of)
+
+
+@pytest.mark.parametrize("name", [log.manifest_path(2), "store.json", catalog.HASHES])
+def test_a_bit_of_a_file_that_nothing_else_describes_is_flipped_back(store, name):
+    before, rng = files(store), np.random.default_rng(3)
+    for _ in range(8):
+        damage(store / name, flip(int(rng.integers(len(before[name]))), int(rng.integers(8))))
+        assert [finding.path for finding in verify(store).damage] == [name]
+        assert repair(store, files_of).mended == [name]
+        assert without_catalog(store) == {k: v for k, v in before.items() if not k.startswith("catalog.")}
+
+
+def test_the_commands_say_what_is_wrong_and_mend_it(store):
+    from click.testing import CliRunner
+
+    name = "activations.zarr/small/hook_embed/c/1/0/0"
+    damage(store / name, flip(77))
+    found = CliRunner().invoke(main, ["verify", str(store), "--json"])
+    assert found.exit_code == 1
+    assert json.loads(found.stdout)[0]["path"] == name
+    assert "mend it with `actstore repair" in found.stderr
+    mended = CliRunner().invoke(main, ["repair", str(store)])
+    assert mended.exit_code == 0
+    assert "1 files mended" in mended.stdout
+    assert CliRunner().invoke(main, ["verify", str(store)]).exit_code == 0
+    assert CliRunner().invoke(main, ["verify", str(store), "--quick"]).exit_code == 0

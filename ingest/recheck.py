@@ -243,9 +243,9 @@ def _is_greedy(job: Ingest, words: np.ndarray, held: dict[str, Any]) -> bool:
     is_best = bool((p[at, steps] >= p[at].max(axis=1) - TIE).all())
     differs = np.flatnonzero(given[first_step : first_step + depth] != target[:depth])
     first = int(differs[0]) if len(differs) else None
-    return (
-        is_best and len(said) <= depth and held["first_wrong_step"] == first and held["greedy_right"] == (first is None)
-    )
+    follows = (first is None, first is None, first, first is None)
+    held_so = (held["greedy_right"], held["teacher_forced_right"], held["first_wrong_step"], held["failure"] is None)
+    return is_best and len(said) <= depth and held_so == follows
 
 
 def _generations(store: Store, job: Ingest, chosen: np.ndarray, first_tree_id: int) -> list[Difference]:

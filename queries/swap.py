@@ -33,6 +33,7 @@ KINDS = {
     "inner": "control: moves, but not to the end",
 }
 CHANGES = ("swap_last", "swap_inner")
+LEAST_DRAWN = 100  # pairs of a depth; the intervals of fewer would dwarf all others in the figure
 COMPANIONS = """
 select change, varied.run as run
 from runs as base
@@ -269,13 +270,15 @@ def sentence(results: pl.DataFrame) -> str:
 
 
 def plot(study: Study) -> Figure:
-    """The change by goal depth, of accuracy and of the probability of the moved edge's step, three kinds of pairs."""
+    """The change by goal depth, of accuracy and of the probability of the moved edge's step, by kind of pairs."""
     figure, axes = panels(2)
     names = {"change": "accuracy, whole path", "p_change": "p of the moved edge's step"}
     for axis, (metric, name) in zip(axes, names.items(), strict=True):
         for turn, (kind, kind_name) in enumerate(KINDS.items()):
             rows = study.results.filter(
-                pl.col("label").str.starts_with(f"{kind}, depth") & (pl.col("metric") == metric)
+                pl.col("label").str.starts_with(f"{kind}, depth")
+                & (pl.col("metric") == metric)
+                & (pl.col("n") >= min(LEAST_DRAWN, study.results["n"].max()))  # type: ignore[type-var]
             )
             x = [int(label.split()[-1]) for label in rows["label"]]
             points(axis, x, rows, kind_name, turn, line=False)

@@ -1,0 +1,182 @@
+"""A store whose checksums are right and whose content is wrong: caught when its trees are run anew."""
+
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+
+from actstore.cli import main
+from actstore.ingest import recheck
+from actstore.ingest.models import Model
+from actstore.ingest.pipeline import Ingest
+from actstore.ingest.tokens import PAD, encode, word_label
+from actstore.verify import verify
+from actstore.writer import Writer
+from tests.damaged import TREES, make
+from tests.test_pipeline import small_model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("verify") / "s.act")
+
+
+@pytest.fixture
+def store(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "s.act")
+    return tmp_path / "s.act"
+
+
+def differing(root, n=12):
+    return {(of.run, of.what) for of in recheck.compare(root, n) if not of.agrees}
+
+
+def test_a_store_of_what_its_weights_give_agrees(whole):
+    found = recheck.compare(whole, 12)
+    assert all(of.agrees for of in found)
+    assert {of.what for of in found if of.run == "small"} == {
+        *("vocabulary", "trees", "edges", "tokens", "embed", "pattern.0", "resid_post.1", "predictions", "outcomes"),
+    }
+    assert {"generations", "probabilities"} <= {of.what for of in found}
+
+
+def planted(root, monkeypatch, change):
+    """A store whose activations are what `change` makes of a batch's, and all its checksums right."""
+    from actstore.arrays import ShardBuffer
+
+    seal = ShardBuffer.seal
+
+    def changed(self, lengths):
+        if len(self.rows.shape) == 3:
+            change(self.rows)
+        return seal(self, lengths)
+
+    monkeypatch.setattr(ShardBuffer, "seal", changed)
+    Ingest(root, small_model(), TREES, sites=["embed", "resid_post.1"]).execute()
+    monkeypatch.undo()
+    assert verify(root).findings == []
+    return root
+
+
+def test_shuffled_rows_are_caught(tmp_path, monkeypatch):
+    def shuffle(rows):
+        rows[:, :8] = rows[:, :8][:, ::-1].copy()
+
+    assert ("small", "resid_post.1") in differing(planted(tmp_path / "s.act", monkeypatch, shuffle))
+
+
+def test_a_shifted_position_is_caught(tmp_path, monkeypatch):
+    def shift(rows):
+        rows[1:] = rows[:-1].copy()
+
+    assert ("small", "resid_post.1") in differing(planted(tmp_path / "s.act", monkeypatch, shift))
+
+
+def test_a_small_error_in_one_number_in_a_hundred_is_caught(tmp_path, monkeypatch):
+    def nudge(rows):
+        rows[..., 0] += 0.01 * np.abs(rows).max()
+
+    assert ("small", "embed") in differing(planted(tmp_path / "s.act", monkeypatch, nudge))
+
+
+def test_other_weights_than_those_written_down_are_caught(tmp_path):
+    ours, theirs = small_model(seed=1), small_model(seed=2)
+    liar = Model("small", theirs.config, theirs.bridge, ours.weights, ours.weights_sha256, "small")
+    Ingest(tmp_path / "s.act", liar, TREES, sites=["embed", "resid_post.1"]).execute()
+    assert verify(tmp_path / "s.act").findings == []
+    assert {("small", "embed"), ("small", "resid_post.1"), ("small", "predictions")} <= differing(tmp_path / "s.act")
+
+
+def test_another_vocabulary_is_caught(tmp_path, monkeypatch):
+    from actstore.ingest.tokens import Vocabulary
+
+    words = Vocabulary.words
+    monkeypatch.setattr(Vocabulary, "words", lambda self: words(self)[::-1])
+    Ingest(tmp_path / "s.act", small_model(), TREES, sites=["embed"]).execute()
+    monkeypatch.undo()
+    assert differing(tmp_path / "s.act") == {("small", "vocabulary")}
+
+
+def test_rows_that_belong_to_another_tree_are_caught(tmp_path, monkeypatch):
+    from actstore.ingest import pipeline
+
+    rows = pipeline.token_rows
+    monkeypatch.setattr(pipeline, "token_rows", lambda trees, first: rows(trees[::-1], first))
+    Ingest(tmp_path / "s.act", small_model(), TREES, sites=["embed"]).execute()
+    monkeypatch.undo()
+    assert ("small", "tokens") in differing(tmp_path / "s.act")
+
+
+def test_the_command_refuses_what_its_weights_do_not_give(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    def shift(rows):
+        rows[1:] = rows[:-1].copy()
+
+    root = planted(tmp_path / "s.act", monkeypatch, shift)
+    found = CliRunner().invoke(main, ["verify", str(root), "--recompute", "5"])
+    assert found.exit_code == 1
+    assert "not what its weights and trees give" in found.stderr
+
+
+def changed_rows(root, monkeypatch, table, change, **options):
+    """A store of which one table's rows are what `change` makes of them, and all its checksums right."""
+    part = Writer._part
+    monkeypatch.setattr(
+        Writer, "_part", lambda self, name, at, rows: part(self, name, at, change(rows) if name == table else rows)
+    )
+    Ingest(root, small_model(), TREES, sites=None if options else ["embed"], **options).execute()
+    monkeypatch.undo()
+    assert verify(root).findings == []
+    return root
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        *(("predictions", column) for column in ("p_target", "predicted", "target", "correct")),
+        *(
+            ("outcomes", column)
+            for column in ("greedy_path", "greedy_right", "first_wrong_step", "teacher_forced_right")
+        ),
+    ],
+)
+def test_answers_of_another_tree_are_caught(tmp_path, monkeypatch, table, column):
+    def shift(frame):
+        if frame[column].dtype == pl.Boolean:
+            return frame.with_columns(~pl.col(column))
+        if column == "first_wrong_step":  # 0 of nearly every tree, since the model is untrained
+            return frame.with_columns(pl.col(column) + 1)
+        return frame.with_columns(pl.concat([frame[column].tail(1), frame[column].head(-1)]))
+
+    assert differing(changed_rows(tmp_path / "s.act", monkeypatch, table, shift)) == {("small", table)}
+
+
+@pytest.mark.parametrize(("column", "what"), [("token", "generations"), ("p", "probabilities")])
+def test_continuations_of_another_tree_are_caught(tmp_path, monkeypatch, column, what):
+    def shift(frame):
+        return frame.with_columns(pl.concat([frame[column].tail(1), frame[column].head(-1)]))
+
+    root = changed_rows(tmp_path / "s.act", monkeypatch, "generations", shift, prompt="tree")
+    assert ("small-dreams", what) in differing(root)
+
+
+def test_a_tie_is_no_difference():
+    """Two words as likely as one another: the model that says either stores an answer that agrees."""
+    model = small_model()
+    job, words = Ingest("unused.act", model, TREES, sites=[]), encode(TREES.slice(0, 12))
+    right = [{"greedy_path": word_label(said[said != PAD]).tolist(), **RIGHT} for said in words[:, 3 * TREES.n_nodes :]]
+    assert not any(recheck._is_greedy(job, words[i], held) for i, held in enumerate(right)), (
+        "an untrained model is right"
+    )
+    weights = dict(model.bridge.named_parameters())
+    weights["head._original_component.weight"].data.zero_()  # every word is as likely as any other
+    for i, held in enumerate(right):
+        assert recheck._is_greedy(job, words[i], held)
+        assert not recheck._is_greedy(job, words[i], {**held, "greedy_right": False}), (
+            "which does not follow from its path"
+        )
+
+
+RIGHT = {"greedy_right": True, "teacher_forced_right": True, "first_wrong_step": None, "failure": None}

@@ -271,8 +271,32 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@dataclass(frozen=True)
+class Lease:
+    """The right to write to a store, while `lease` lasts."""
+
+    root: Path
+    descriptor: int
+
+    def check(self) -> None:
+        """Look whether the store is still where it was; what is written elsewhere would belong to no store.
+
+        Raises:
+            Damaged: it was moved or removed, or another is in its place.
+        """
+        try:
+            is_same = os.path.samestat(os.stat(self.root / LOCK), os.fstat(self.descriptor))
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise Damaged(
+                f"{self.root} was moved, removed or replaced while it was written; put it back, then run the same command: "
+                "what was committed is in it, and it goes on from there"
+            )
+
+
 @contextmanager
-def lease(root: Path) -> Iterator[None]:
+def lease(root: Path) -> Iterator[Lease]:
     """Hold the store for writing; the kernel drops it with the process, however that ends.
 
     Raises:
@@ -285,14 +309,20 @@ def lease(root: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise Busy(f"{root} is being written by {holder}; wait for it or stop it, then go on") from None
-        file.truncate(0)
-        command = " ".join(
-            " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).split()
-        )  # one line, whatever its arguments
-        file.write(f"process {os.getpid()} on {socket.gethostname()}: {command}\n")
-        file.flush()
-        yield
-        file.truncate(0)
+        with suppress(OSError):  # a disk may have no room for who holds it, and the lease holds all the same
+            _sign(file.fileno())
+        yield Lease(root, file.fileno())
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), 0)
+
+
+def _sign(descriptor: int) -> None:
+    """Write into the lease's file who holds it, on one line, whatever the process's arguments."""
+    command = " ".join(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).split())
+    os.ftruncate(descriptor, 0)
+    os.write(
+        descriptor, f"process {os.getpid()} on {socket.gethostname()}: {command}\n".encode(errors="backslashreplace")
+    )
 
 
 def sweep(root: Path, committed: list[Manifest]) -> list[str]:

@@ -4,8 +4,9 @@ DuckDB stops a query between two vectors of rows, and counts what its own operat
 can run for minutes or hold gigabytes in between (`repeat('x', 2^33)`, a list of 10^10 numbers, a regular expression), so a
 query with a limit runs in a fresh process, `python -m actstore.sandbox`, on the very catalog file that its store has open.
 
-The request goes in pickled; out come a byte when the query is about to begin, then a byte that says what follows: the rows
-as an Arrow IPC stream, or an error as JSON. When the parent goes, the standard input ends, and the process with it.
+The request goes in as a line of JSON (see parameters.py); out come a byte when the query is about to begin, then a byte
+that says what follows: the rows as an Arrow IPC stream, or an error as JSON. When the parent goes, the standard input ends,
+and the process with it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import re
 import select
 import subprocess
@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +33,7 @@ import polars as pl
 from actstore import errors
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
 from actstore.folder import Folder
+from actstore.parameters import from_json, to_json
 from actstore.session import Session
 from actstore.store import Store
 
@@ -111,11 +112,15 @@ def run(
         ActstoreError: what Store.sql would have raised.
     """
     folder.check()
-    request = (folder.path, folder.identity(), catalog, query, params, limits, snapshot)
-    try:
-        pickled = pickle.dumps(request)
-    except Exception as error:  # whatever a value's own class raises
-        raise _unsendable(error) from error
+    request = {
+        "path": os.fspath(folder.path),
+        "identity": folder.identity(),
+        "catalog": catalog,
+        "query": query,
+        "params": to_json(params),
+        "limits": asdict(limits),
+        "snapshot": snapshot,
+    }
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "actstore.sandbox"],
@@ -129,7 +134,7 @@ def run(
         try:
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it died: what follows says so
-                process.stdin.write(pickled)
+                process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
             answer = _wait(process, limits)
         finally:
@@ -228,15 +233,16 @@ def main() -> None:
     os.dup2(2, 1)  # whatever else prints does not mix with the answer
     memory = None
     try:
-        path, identity, catalog, query, params, limits, snapshot = _receive()
-        memory = limits.memory
-        with _Inherited(path, identity, catalog, memory) as store:
-            if store.snapshot != snapshot:
+        asked = _receive()
+        path, memory = Path(asked["path"]), asked["limits"]["memory"]
+        params = from_json(asked["params"])
+        with _Inherited(path, tuple(asked["identity"]), asked["catalog"], memory) as store:
+            if store.snapshot != asked["snapshot"]:
                 raise Damaged(f"{path} is another store by now; open it again")
             if memory is not None:
                 _limit_allocations(memory)
             out.write(READY)
-            frame = store.sql(query, params)
+            frame = store.sql(asked["query"], params)
         out.write(ROWS)
         frame.write_ipc_stream(out)
     except (ActstoreError, MemoryError) as error:
@@ -246,22 +252,9 @@ def main() -> None:
 
 
 def _receive() -> Any:
-    try:
-        request = pickle.load(sys.stdin.buffer)
-    except MemoryError:
-        raise
-    except Exception as error:  # a class that only the parent knows, or whatever a value's own raises
-        raise _unsendable(error) from error
+    request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     return request
-
-
-def _unsendable(error: Exception) -> BadInput:
-    why = " ".join(f"{type(error).__name__}: {error}".split())
-    return BadInput(
-        f"a parameter cannot be handed to the process of a query with limits ({why}); give numbers, text, dates, or lists "
-        "and dicts of them"
-    )
 
 
 def _as_sent(error: ActstoreError | MemoryError, memory: int | None) -> tuple[str, str]:

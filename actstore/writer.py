@@ -109,8 +109,8 @@ def open_writer(path: str | Path, *, make: bool = False) -> Iterator[Writer]:
     if make and not (root / "store.json").exists():
         create(root)
     check_format(root)
-    with log.lease(root):
-        writer = Writer(root)
+    with log.lease(root) as lease:
+        writer = Writer(root, lease)
         try:
             yield writer
         finally:
@@ -150,8 +150,8 @@ def _batches(committed: Sequence[Manifest], run: str) -> set[int]:
 class Writer:
     """See `open_writer`, which makes one while it holds the lease."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, lease: log.Lease) -> None:
+        self.root, self._lease = root, lease
         self._log = log.manifests(root, least=catalog.snapshot(root))  # before anything is swept: is the log whole?
         log.check_sizes(root, self._log)
         log.sweep(root, self._log)
@@ -167,6 +167,7 @@ class Writer:
 
     def publish(self) -> int:
         """Bring the catalog up to the last commit, and return its snapshot number."""
+        self._lease.check()
         return catalog.publish(self.root)
 
     def define(self, plan: RunPlan) -> int:
@@ -274,6 +275,7 @@ class Writer:
         return number
 
     def _commit(self, manifest: Manifest) -> None:
+        self._lease.check()
         log.commit(self.root, manifest)
         self._log.append(manifest)
         self._files |= {file.path: file for file in manifest.files}
@@ -288,6 +290,7 @@ class Writer:
             if not pl.read_parquet(self.root / path).equals(frame):
                 raise _otherwise(self.root / path)
             return []
+        self._lease.check()
         file = log.publish(self.root, path, as_parquet(table, frame))
         return [Part(**vars(file), table=table, rows=len(frame))]
 
@@ -297,6 +300,7 @@ class Writer:
             if xxhash.xxh3_128_hexdigest(content) != self._files[path].xxh3_128:
                 raise _otherwise(self.root / path)
             return []
+        self._lease.check()
         return [log.publish(self.root, path, content)]
 
 

@@ -118,12 +118,9 @@ def test_a_checkpoint_runs_nobodys_code(tmp_path, save):
     assert not (tmp_path / "owned").exists()
 
 
-def test_no_pickle_is_loaded_from_any_file():
-    """A query with limits gets its parameters pickled, from its own parent's pipe: nothing that anybody else wrote."""
+def test_no_pickle_is_loaded_anywhere():
     for path in [*ROOT.glob("actstore/*.py"), *ROOT.glob("ingest/*.py"), *ROOT.glob("queries/*.py")]:
         text = path.read_text()
-        if path.name == "sandbox.py":
-            text = text.replace("pickle.load(sys.stdin.buffer)", "")
         assert not re.search(
             r"pickle\.loads?\(|allow_pickle=True|joblib|yaml\.(unsafe_)?load\(|(?<![.\w])eval\(|(?<![.\w])exec\(", text
         ), path

@@ -51,6 +51,7 @@ lint: install
 torture: install
 	$(BIN)/python -m tests.torture.kills 200
 	$(BIN)/python -m tests.torture.readers
+	$(BIN)/python -m tests.torture.faults
 	$(BIN)/python -m tests.torture.flips 1000
 	$(BIN)/python -m tests.torture.power 40
 

@@ -6,6 +6,7 @@ checkpointed, fsynced and put in its place, so a reader keeps the snapshot it op
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import xxhash
 
 from actstore import checked
 from actstore.errors import Damaged
-from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, manifests
+from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, manifests, say_where
 
 NAME = "catalog.duckdb"
 HASHES = "catalog.json"  # what its bytes hash to
@@ -101,12 +102,16 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
             raise
         if any(os.strerror(reason) in str(error) for reason in DISK_FULL):
             raise NoRoom(f"no room for the catalog of {root}; free some, then go on") from error
+        for reason in (errno.EIO, errno.EROFS):  # of a disk; the parts are as they were
+            if os.strerror(reason) in str(error):
+                raise OSError(reason, os.strerror(reason), str(root / NAME)) from error
         raise Damaged(
             f"the catalog of {root} cannot be built from its parts ({_first_line(error)}); restore them from a copy of it"
         ) from error
     except OSError as error:
         if error.errno in DISK_FULL:
             raise NoRoom(f"no room for the catalog of {root}: {error.strerror}; free some, then go on") from error
+        say_where(error, root / NAME)
         raise
     finally:
         for left in (temporary, temporary.with_name(temporary.name + ".wal"), _note_under_way(root)):

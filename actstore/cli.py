@@ -32,15 +32,21 @@ class Commands(click.Group):
             click.echo(f"actstore: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            goes_on = "; what was committed is kept, and the same command goes on from there"
-            click.echo(f"actstore: stopped{goes_on if ctx.invoked_subcommand in GO_ON else ''}", err=True)
+            click.echo(f"actstore: stopped{_goes_on(ctx)}", err=True)
             ctx.exit(1)
         except BrokenPipeError:  # `actstore sql … | head`
             sys.stderr.close()
             ctx.exit(1)
         except OSError as error:
-            click.echo(f"actstore: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+            click.echo(
+                f"actstore: {error.filename or 'the system'}: {error.strerror or error}{_goes_on(ctx)}", err=True
+            )
             ctx.exit(1)
+
+
+def _goes_on(ctx: click.Context) -> str:
+    kept = "; what was committed is kept, and the same command goes on from there"
+    return kept if ctx.invoked_subcommand in GO_ON else ""
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -208,8 +208,15 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
             raise NoRoom(
                 f"no room for {target} ({len(content):,} bytes): {error.strerror}; free some, then go on"
             ) from error
+        say_where(error, target)
         raise
     return file
+
+
+def say_where(error: OSError, path: Path) -> None:
+    """Name the path that a system's error is about; calls on a descriptor know none."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def write_durably(path: Path, content: bytes | memoryview) -> None:

@@ -276,6 +276,7 @@ class Writer:
 
     def _commit(self, manifest: Manifest) -> None:
         self._lease.check()
+        log.check_sizes(self.root, [manifest])  # a second writer that ignores the lease may have swept them
         log.commit(self.root, manifest)
         self._log.append(manifest)
         self._files |= {file.path: file for file in manifest.files}

@@ -39,6 +39,13 @@ def test_flipped_bits_are_found_and_mended():
     assert "all found, all mended" in run("flips", "6", "--seed", "3")
 
 
+def test_a_disk_that_fails_at_any_call_leaves_a_known_state():
+    said = run("faults", "--share", "0.012", "--seed", "5")
+    if said.startswith("skipped"):
+        pytest.skip(said.strip())
+    assert "each left a known state, and went on to the same bytes" in said
+
+
 def test_a_power_cut_loses_no_commit_that_was_reported():
     said = run("power", "2", "--seed", "2")
     if said.startswith("skipped"):

@@ -25,7 +25,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from actstore.errors import ActstoreError, NoRoom
+from actstore.errors import NoRoom
 from tests.torture.kills import same_store
 from tests.torture.template import STOPPED, check, fork, wait
 
@@ -137,8 +137,8 @@ class Disk:
 
 def _kind(error: Exception, fault: int) -> str:
     expected = FAULTS[fault][1]
-    known = isinstance(error, (ActstoreError, OSError))
-    return "expected" if expected and known and isinstance(error, expected) else "unexpected"
+    says_where = isinstance(error, NoRoom) or (isinstance(error, OSError) and error.filename)
+    return "expected" if expected and isinstance(error, expected) and says_where else "unexpected"
 
 
 def run(share: float, seed: int) -> None:

@@ -1,0 +1,184 @@
+"""A disk that is full, read-only or gone, and a writer that should be: an error that says so, and no committed byte lost."""
+
+import errno
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager, nullcontext
+
+import polars as pl
+import pytest
+
+from actstore import log
+from actstore.errors import Busy, Damaged, NoRoom
+from actstore.store import Store
+from actstore.verify import verify
+from actstore.writer import open_writer
+from tests.stores import committed_files, fake, files
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole") / "s.act"
+    fake().store(root)
+    return committed_files(root)
+
+
+def mount(*options):
+    return subprocess.run(["mount", *map(str, options)], capture_output=True, check=False)
+
+
+@contextmanager
+def disk(folder, size):
+    """A tmpfs of so many bytes; skips where none can be mounted."""
+    folder.mkdir()
+    if os.geteuid() or mount("-t", "tmpfs", "-o", f"size={size}", "none", folder).returncode:
+        pytest.skip("only root can mount a tmpfs, and not everywhere")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("size", ["64k", "300k", "1m", "2m", "2500k"])
+def test_a_disk_that_is_full_loses_nothing_and_goes_on_when_there_is_room(tmp_path, whole, size):
+    with disk(tmp_path / "disk", size) as folder:
+        root = folder / "s.act"
+        with pytest.raises(NoRoom, match=f"no room for .*{folder}.*free some, then go on"):
+            fake().store(root)
+        if (root / "store.json").exists():
+            with Store(root) as store:
+                assert store.snapshot <= len(log.manifests(root))
+            assert verify(root).damage == []
+        assert mount("-o", "remount,size=64m", folder).returncode == 0
+        fake().store(root)
+        assert committed_files(root) == whole
+        assert verify(root).findings == []
+
+
+def test_a_read_only_disk_is_read_and_not_written(tmp_path, whole):
+    with disk(tmp_path / "disk", "64m") as folder:
+        root = folder / "s.act"
+        fake().store(root, [0])
+        before = files(root)
+        assert mount("-o", "remount,ro", folder).returncode == 0
+        with pytest.raises(OSError, match="Read-only file system") as caught:
+            fake().store(root)
+        assert caught.value.errno == errno.EROFS
+        assert str(root) in str(caught.value.filename)
+        with Store(root) as store:
+            assert len(store.sql("from trees")) == 3
+        assert verify(root).findings == []
+        assert files(root) == before
+        assert mount("-o", "remount,rw", folder).returncode == 0
+        fake().store(root)
+        assert committed_files(root) == whole
+
+
+def moved(root):
+    root.rename(root.with_name("elsewhere.act"))
+
+
+def replaced(root):
+    moved(root)
+    fake(run="other").store(root)
+
+
+@pytest.mark.parametrize("vanish", [shutil.rmtree, moved, replaced])
+def test_a_store_that_vanishes_while_it_is_written_is_told_and_nothing_is_written_in_its_place(tmp_path, whole, vanish):
+    root, run, there = tmp_path / "s.act", fake(), {}
+
+    def write():
+        with open_writer(root, make=True) as writer:
+            first = writer.define(run.plan)
+            run.commit(writer, first, 0)
+            vanish(root)
+            there.update(files(root))
+            run.commit(writer, first, 1)
+
+    with pytest.raises(Damaged, match=r"s\.act was moved, removed or replaced while it was written; put it back"):
+        write()
+    assert files(root) == there
+    if vanish is not shutil.rmtree:
+        shutil.rmtree(root, ignore_errors=True)
+        root.with_name("elsewhere.act").rename(root)
+    run.store(root)
+    assert committed_files(root) == whole
+
+
+@pytest.fixture
+def zombie(tmp_path, monkeypatch):
+    """A writer that opened a store of one batch, and went on after another had taken its place; the lease is ignored."""
+    root, run = tmp_path / "s.act", fake()
+    run.store(root, [0])
+    with monkeypatch.context() as patch:
+        patch.setattr(log.fcntl, "flock", lambda *lock: None)
+        with open_writer(root) as writer:
+            run.store(root)
+            fake(run="q", weights=b"others").store(root)
+            yield writer
+
+
+def results():
+    return pl.DataFrame({"study": ["depth"], "run": ["r"], "value": [1.0]})
+
+
+DENIED = pytest.raises(Damaged, match="exists with other content: another writer is at work on this store")
+
+
+@pytest.mark.parametrize(
+    ("act", "ends"),
+    [
+        (lambda writer: fake().commit(writer, 0, 1), nullcontext()),
+        (lambda writer: fake(seed=7).commit(writer, 0, 1), DENIED),
+        (lambda writer: fake(run="z", weights=b"other weights").write(writer), DENIED),
+        (lambda writer: writer.record(results()), DENIED),
+        (lambda writer: writer.publish(), nullcontext()),
+    ],
+    ids=["the same batch", "the same batch otherwise", "another run", "results", "the catalog"],
+)
+def test_a_zombie_that_ignores_the_lease_changes_no_committed_byte(zombie, act, ends):
+    before = committed_files(zombie.root)
+    with ends:
+        act(zombie)
+    after = committed_files(zombie.root)
+    assert {path: after.get(path) for path in before} == before
+    fake().store(zombie.root)  # the next writer
+    assert verify(zombie.root).findings == []
+    with Store(zombie.root) as store:
+        assert store.runs() == ["r", "q"]
+        assert len(store.sql("from trees")) == 5
+
+
+def test_what_a_second_writer_swept_away_is_not_committed(tmp_path, monkeypatch):
+    root, run = tmp_path / "s.act", fake()
+    run.store(root, [0])
+    commit = log.commit
+
+    def swept(at, manifest):
+        raise AssertionError("it was committed")
+
+    with open_writer(root) as writer:
+        publish = log.publish
+
+        def publish_and_lose(at, path, content):
+            file = publish(at, path, content)
+            if "/c/" in path:
+                log.sweep(root, log.manifests(root))
+            return file
+
+        monkeypatch.setattr(log, "publish", publish_and_lose)
+        monkeypatch.setattr(log, "commit", swept)
+        with pytest.raises(Damaged, match="is missing"):
+            run.commit(writer, 0, 1)
+        monkeypatch.setattr(log, "publish", publish)
+        monkeypatch.setattr(log, "commit", commit)
+    run.store(root)
+    assert verify(root).findings == []
+
+
+def test_of_two_writers_at_once_one_is_told_who_the_other_is(tmp_path):
+    root = tmp_path / "s.act"
+    with open_writer(root, make=True), pytest.raises(Busy, match=f"written by process {os.getpid()} on "):
+        fake().store(root)
+    fake().store(root)

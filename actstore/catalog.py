@@ -102,9 +102,11 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
             raise
         if any(os.strerror(reason) in str(error) for reason in DISK_FULL):
             raise NoRoom(f"no room for the catalog of {root}; free some, then go on") from error
-        for reason in (errno.EIO, errno.EROFS):  # of a disk; the parts are as they were
+        for reason in (errno.EIO, errno.EROFS):  # the disk's, not the parts'
             if os.strerror(reason) in str(error):
                 raise OSError(reason, os.strerror(reason), str(root / NAME)) from error
+        if isinstance(error, duckdb.FatalException):  # "fsync failed!"
+            raise OSError(errno.EIO, _first_line(error), str(root / NAME)) from error
         raise Damaged(
             f"the catalog of {root} cannot be built from its parts ({_first_line(error)}); restore them from a copy of it"
         ) from error

@@ -219,6 +219,22 @@ def say_where(error: OSError, path: Path) -> None:
         error.filename = str(path)
 
 
+@contextmanager
+def needing_room(path: Path) -> Iterator[None]:
+    """Turn the system's error of a full disk into the package's.
+
+    Raises:
+        NoRoom: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise NoRoom(f"no room for {error.filename or path}: {error.strerror}; free some, then go on") from error
+        say_where(error, path)
+        raise
+
+
 def write_durably(path: Path, content: bytes | memoryview) -> None:
     """Write a read-only file and wait until the disk has it."""
     left = memoryview(content).cast("B")

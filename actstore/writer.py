@@ -35,11 +35,17 @@ def create(root: Path) -> None:
     Raises:
         BadInput: the folder holds something that is no store.
         Busy: another process is making it.
+        NoRoom: the disk is full.
     """
     if _is_store(root):
         return
     under_way = root.parent / f".{root.name}.new"
-    log.make_folder(under_way)
+    with log.needing_room(root):
+        log.make_folder(under_way)
+        _make(root, under_way)
+
+
+def _make(root: Path, under_way: Path) -> None:
     with log.lease(under_way):  # which moves with the folder
         if _is_store(root):  # another process made it since
             shutil.rmtree(under_way, ignore_errors=True)
@@ -104,12 +110,13 @@ def open_writer(path: str | Path, *, make: bool = False) -> Iterator[Writer]:
     Raises:
         Busy: another process holds it.
         NotStored: there is no store, and none is to be made.
+        NoRoom: the disk is full.
     """
     root = Path(path)
     if make and not (root / "store.json").exists():
         create(root)
     check_format(root)
-    with log.lease(root) as lease:
+    with log.needing_room(root), log.lease(root) as lease:
         writer = Writer(root, lease)
         try:
             yield writer

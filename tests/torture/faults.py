@@ -78,16 +78,18 @@ def look(root: Path) -> None:
 
 
 class Disk:
-    """The folder `root`, and the shim that lets it fail."""
+    """The folder that a store is made in, and the shim that lets it fail."""
 
     def __init__(self, folder: Path, shim: ctypes.CDLL) -> None:
-        self.root, self.whole, self._said, self._shim = folder / "s.act", folder / "whole.act", folder / "said", shim
+        self.folder, self.whole, self._said, self._shim = folder / "disk", folder / "whole.act", folder / "said", shim
+        self.folder.mkdir()
+        self.root = self.folder / "s.act"
 
     def attempt(self, turn: int, fault: int) -> tuple[int, str]:
         """Store the run while the turn-th call meets a fault. Returns the exit code, and the error that it ended in."""
 
         def work() -> None:
-            self._shim.fault_arm(os.fsencode(self.root.parent / "s.act"), turn, fault)
+            self._shim.fault_arm(os.fsencode(self.folder) + b"/", turn, fault)
             try:
                 store(self.root)
             except Exception as error:
@@ -112,8 +114,8 @@ class Disk:
 
     def meet(self, turn: int, fault: int) -> str:
         """One fault, and what comes after it. Returns what was said."""
-        shutil.rmtree(self.root, ignore_errors=True)
-        shutil.rmtree(self.root.with_name(".s.act.new"), ignore_errors=True)
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
         name, expected = FAULTS[fault]
         where = f"call {turn} meets {name}"
         code, said = self.attempt(turn, fault)
@@ -130,6 +132,7 @@ class Disk:
             look(self.root)
             store(self.root)
             same_store(self.root, self.whole)
+            assert os.listdir(self.folder) == ["s.act"]
         except BaseException:
             print(where, flush=True)
             raise

@@ -22,7 +22,7 @@ from actstore.log import Manifest
 from actstore.plan import NAME
 from actstore.store import Store
 from actstore.verify import verify
-from tests.stores import fake
+from tests.stores import TABLES, fake
 from tests.test_pipeline import small_model
 
 ROOT = Path(__file__).parents[1]
@@ -199,6 +199,26 @@ def test_a_catalog_that_is_cut_short_is_damage(whole, tmp_path, cut):
     with pytest.raises(Damaged, match="actstore repair"):
         Store(root)
     assert [finding.kind for finding in verify(root).damage] == ["catalog"]
+
+
+@SELDOM
+@given(st.data())
+def test_a_catalog_that_was_changed_anywhere_is_refused_or_read_right(whole, tmp_path, data):
+    root = copy_of(whole, tmp_path)
+    content = (root / catalog.NAME).read_bytes()
+    bad = data.draw(mutated(content))
+    replace(root / catalog.NAME, bad)
+
+    def read():
+        with Store(root) as store:
+            return [store.sql(f"from {table}") for table in TABLES]
+
+    found = ends_well(read)
+    if found is not None:
+        with Store(whole) as store:
+            assert all(rows.equals(store.sql(f"from {table}")) for rows, table in zip(found, TABLES, strict=True))
+    if bad != content:
+        assert [finding.kind for finding in verify(root).damage] == ["catalog"]
 
 
 @given(st.text(max_size=12))

@@ -105,7 +105,7 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
         for reason in (errno.EIO, errno.EROFS):  # the disk's, not the parts'
             if os.strerror(reason) in str(error):
                 raise OSError(reason, os.strerror(reason), str(root / NAME)) from error
-        if isinstance(error, duckdb.FatalException):  # "fsync failed!"
+        if isinstance(error, duckdb.FatalException) or "fsync failed" in str(error):
             raise OSError(errno.EIO, _first_line(error), str(root / NAME)) from error
         raise Damaged(
             f"the catalog of {root} cannot be built from its parts ({_first_line(error)}); restore them from a copy of it"

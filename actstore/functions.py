@@ -46,8 +46,8 @@ MACROS = {  # `{vector}` is array where widths agree and list where they do not
 }
 
 
-def add_functions(session: Session, store: Store) -> None:
-    """Give a session the functions and macros of this module, over the runs of its store.
+def add_functions(session: Session, store: Store) -> Vectors:
+    """Give a session the functions and macros of this module, over the runs of its store, and return what they read with.
 
     Args:
         session: the store's own, on the same snapshot.
@@ -56,7 +56,7 @@ def add_functions(session: Session, store: Store) -> None:
     d_models = store.sql("select distinct shape[3] as d from sites where kind = 'resid'")["d"].to_list()
     d_vocabs = store.sql("select distinct d_vocab as d from runs join models using (weights_sha256)")["d"].to_list()
     d_model, d_vocab = _shared(d_models), _shared(d_vocabs)
-    vectors = _Vectors(weakref.ref(store), d_model, d_vocab)
+    vectors = Vectors(weakref.ref(store), d_model, d_vocab)
     text, token = ["VARCHAR"], ["BIGINT", "VARCHAR", "VARCHAR"]
     batches = "STRUCT(first_tree_id INTEGER, n_trees INTEGER)[]"
     session.add_function("act", vectors.act, token, f"FLOAT[{d_model or ''}]")
@@ -65,6 +65,7 @@ def add_functions(session: Session, store: Store) -> None:
     session.add_function("batches_of", vectors.batches_of, text * 2, batches)
     for macro, body in MACROS.items():
         session.add_macro(macro, body.format(vector="array" if d_model else "list"))
+    return vectors
 
 
 def _shared(widths: Sequence[int | None]) -> int | None:
@@ -96,32 +97,32 @@ class Unembedding:
         return logits
 
 
-class _Vectors:
+class Vectors:
     """The functions, as DuckDB calls them: Arrow columns of up to 2,048 rows in, one Arrow array out.
 
     What they need of the store is looked up once: a query of a million rows calls them 500 times.
     """
 
     def __init__(self, store: Callable[[], Store | None], d_model: int | None, d_vocab: int | None) -> None:
-        self._opened, self._d_model, self._d_vocab = store, d_model, d_vocab
+        self._opened, self.d_model, self._d_vocab = store, d_model, d_vocab
         self._checked: set[tuple[str, str]] = set()  # and not the readers, which hold the store
         self._unembeddings: dict[str, Unembedding] = {}
         self._directions: dict[str, np.ndarray] = {}
 
     def act(self, token_ids: pa.ChunkedArray, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
         ids = token_ids.to_numpy()
-        return _by_group(lambda rows, *where: self._reader(*where).gather(ids[rows]), self._d_model, run, site)
+        return _by_group(lambda rows, *where: self.reader(*where).gather(ids[rows]), self.d_model, run, site)
 
     def logit_lens(self, token_ids: pa.ChunkedArray, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
         ids = token_ids.to_numpy()
 
         def logits(rows: np.ndarray, run: str, site: str) -> np.ndarray:
-            return self._unembedding(run).logits(self._reader(run, site).gather(ids[rows]))
+            return self._unembedding(run).logits(self.reader(run, site).gather(ids[rows]))
 
         return _by_group(logits, self._d_vocab, run, site)
 
     def probe_direction(self, name: pa.ChunkedArray) -> pa.Array:
-        return _by_group(lambda rows, name: np.tile(self._direction(name), (len(rows), 1)), self._d_model, name)
+        return _by_group(lambda rows, name: np.tile(self._direction(name), (len(rows), 1)), self.d_model, name)
 
     def batches_of(self, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
         """The trees of a site that are there: a list of (first tree_id, number of trees)."""
@@ -137,7 +138,13 @@ class _Vectors:
             raise BadInput("the store is closed; open it again")
         return store
 
-    def _reader(self, run: str, site: str) -> SiteReader:
+    def reader(self, run: str, site: str) -> SiteReader:
+        """Of a residual site.
+
+        Raises:
+            NotStored: there is no such run or site.
+            BadInput: it is a pattern, or the store is closed.
+        """
         store = self._store
         reader = store._reader(run if (run, site) in self._checked else store.run(run), site)
         if (run, site) not in self._checked:
@@ -150,7 +157,7 @@ class _Vectors:
         return reader
 
     def _batches(self, run: str, site: str) -> list[dict[str, int]]:
-        self._reader(run, site)  # says what there is where there is no such run or site
+        self.reader(run, site)  # says what there is where there is no such run or site
         held = self._store.sql(
             "select shards.first_tree_id, shards.n_trees from shards join sites using (run, site) "
             "where run = $run and $site in (site, short)",

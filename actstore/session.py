@@ -129,6 +129,8 @@ class Session:
                 f"got a query of {len(query):,} characters; the longest is {LONGEST:,}: hand lists over as params, "
                 "`where tree_id in (select unnest($ids))`"
             )
+        if not _is_unicode(query):
+            raise BadInput("the query holds half of a character (a lone surrogate); write it in Unicode")
         try:
             cursor = self._connection.cursor()  # an open result holds its connection
             try:
@@ -156,12 +158,30 @@ class Session:
         with self._connection.cursor() as cursor:
             return str(cursor.extract_statements(query)[0].query)
 
+    def parse(self, query: str) -> str:
+        """What DuckDB's parser makes of a query, as JSON: `error`, and where there is none `statements`."""
+        if len(query) > LONGEST or not _is_unicode(query):
+            return '{"error": true}'
+        try:
+            with self._connection.cursor() as cursor:
+                return str(cursor.execute("select json_serialize_sql(?)", [query]).fetchall()[0][0])
+        except duckdb.Error:
+            return '{"error": true}'
+
     def _tables_if_asked(self, error: duckdb.Error) -> str:
         if not (isinstance(error, duckdb.CatalogException) and str(error).startswith("Catalog Error: Table with name")):
             return ""
         with self._connection.cursor() as cursor:
             names = cursor.execute("select table_name from information_schema.tables where table_catalog = 'store'")
             return f" The store has {', '.join(sorted(name for (name,) in names.fetchall()))}"
+
+
+def _is_unicode(query: str) -> bool:
+    try:
+        query.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _attach(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:

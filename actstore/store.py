@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import polars as pl
 
-from actstore import catalog, reading
+from actstore import catalog, outermost, reading
 from actstore.arrays import SiteReader
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.folder import Folder, check_format
-from actstore.functions import add_functions
+from actstore.functions import Vectors, add_functions
 from actstore.log import check_sizes, manifests
 from actstore.session import Session
 
@@ -51,11 +51,12 @@ class Store:
         self._session = self._open_session()
         self._readers: dict[tuple[str, str], SiteReader] = {}
         self._runs: list[str] | None = None
+        self._vectors: Vectors | None = None
         try:
             self.snapshot = self._snapshot()
             check_sizes(self.path, manifests(self.path, least=self.snapshot)[: self.snapshot])
             self.folder.check()  # else the session and the arrays may be of two stores
-            add_functions(self._session, self)
+            self._vectors = add_functions(self._session, self)
         except BaseException:
             self.close()
             raise
@@ -100,8 +101,8 @@ class Store:
         give a token's activation as FLOAT[d_model] and its logits as FLOAT[d_vocab] (FLOAT[] where the store's runs differ
         in d_model or d_vocab), `probe_direction(name)`, `dot(a, b)`, `norm(x)`, `distance(a, b)`, `cosine(a, b)`,
         `project(x, direction)` (the signed length of x along it), and the table `activations(run, site)`: tokens, and their
-        activations as `x`. Put a join, or ORDER BY with LIMIT, into a subquery and `act` into the outermost SELECT: else
-        it reads every row that they look at.
+        activations as `x`. In the outermost SELECT, under a name of its own (`act(token_id, 'run', 'site') as x`), `act` is
+        read for the rows that come out; elsewhere for every row that a join, a filter or an ORDER BY looks at.
 
         Args:
             query: a SELECT; `$name` stands for a parameter.
@@ -119,7 +120,7 @@ class Store:
             LimitReached: it took longer, or held more.
         """
         if timeout is None and memory is None:
-            return self._session.sql(query, params)
+            return outermost.sql(self._session, self._vectors, query, params)
         from actstore import sandbox
 
         limits = sandbox.Limits.of(timeout, memory)

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import polars as pl
@@ -31,6 +31,7 @@ LOCKED = (
 )
 SEARCH = "set search_path = 'store.main,memory.main'"  # of each cursor: it inherits neither this nor temporary macros
 READ_ONLY = "begin transaction read only"  # of each cursor: the memory's database is no place to write, either
+T = TypeVar("T")
 LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and no interrupt stops it then
 EXPLAIN = re.compile(  # what stands before the statement that is explained, as DuckDB hands it on: without a comment
     r"explain\b\s*(?:analyze\b\s*)?(?:\(\s*(?:analyze|format)\b[^()]*\)\s*)?", re.IGNORECASE
@@ -134,8 +135,6 @@ class Session:
         try:
             cursor = self._connection.cursor()  # an open result holds its connection
             try:
-                cursor.execute(SEARCH)
-                cursor.execute(READ_ONLY)
                 return _interruptible(cursor, lambda: _fetch(cursor, query, params))
             finally:
                 with suppress(duckdb.Error):  # a query that a second Ctrl-C left running
@@ -164,7 +163,8 @@ class Session:
             return '{"error": true}'
         try:
             with self._connection.cursor() as cursor:
-                return str(cursor.execute("select json_serialize_sql(?)", [query]).fetchall()[0][0])
+                parsing = "select json_serialize_sql(?)"
+                return _interruptible(cursor, lambda: str(cursor.execute(parsing, [query]).fetchall()[0][0]))
         except duckdb.Error:
             return '{"error": true}'
 
@@ -250,11 +250,13 @@ def _selects(cursor: duckdb.DuckDBPyConnection, query: str) -> bool:
 
 
 def _fetch(cursor: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any] | None) -> pl.DataFrame:
+    cursor.execute(SEARCH)
+    cursor.execute(READ_ONLY)
     _check(cursor, query, set(params or {}))
     return cursor.sql(query, params=dict(params) if params else None).pl()
 
 
-def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Callable[[], T]) -> T:
     """Run a fetch in a thread of its own, since Ctrl-C is not delivered while DuckDB runs in the main one.
 
     The main thread looks up every so often, since polars' handler of the signal does not wake one that waits without an

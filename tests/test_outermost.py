@@ -80,7 +80,10 @@ def test_what_something_rests_on_is_left(store, query):
     assert store.sql(query).equals(plain(store, query))
 
 
-@pytest.mark.parametrize("items", ["{} as x, 1 as X", "1 as x, {} as X", "*, {} as tree_id", "{} as TREE_ID, *", "*, {} as tree_id_1, 1 as tree_id"])
+@pytest.mark.parametrize(
+    "items",
+    ["{} as x, 1 as X", "1 as x, {} as X", "*, {} as tree_id", "{} as TREE_ID, *", "*, {} as tree_id_1, 1 as tree_id"],
+)
 def test_a_second_column_of_the_name_is_not_taken_for_it(store, items):
     query = f"select {items.format(EMBED)} from {OURS} order by tokens.token_id"
     assert store.sql(query).equals(plain(store, query))

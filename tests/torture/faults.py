@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 from actstore.errors import NoRoom
+from actstore.progress import progress
 from tests.torture.kills import same_store
 from tests.torture.template import STOPPED, check, fork, wait
 
@@ -153,12 +154,14 @@ def run(share: float, seed: int) -> None:
         todo = [(turn, fault) for turn in range(1, n_calls + 1) for fault in FAULTS]
         chosen = rng.sample(todo, max(1, round(share * len(todo))))
         failures = 0
-        for turn, fault in sorted(chosen):
-            try:
-                said[disk.meet(turn, fault)] += 1
-            except (AssertionError, SystemExit) as error:
-                print(error, flush=True)
-                failures += 1
+        with progress("faults", len(chosen), "faults") as advance:
+            for done, (turn, fault) in enumerate(sorted(chosen), start=1):
+                try:
+                    said[disk.meet(turn, fault)] += 1
+                except (AssertionError, SystemExit) as error:
+                    print(error, flush=True)
+                    failures += 1
+                advance(done)
     for text, n in said.most_common():
         print(f"{n:5} {text or 'done, killed or stopped'}")
     if failures:

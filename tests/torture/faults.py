@@ -146,7 +146,10 @@ def _kind(error: Exception, fault: int) -> str:
 
 
 def run(share: float, seed: int) -> None:
-    """In a process that has the shim loaded."""
+    """In a process that has the shim loaded, and all that its children need."""
+    import actstore.verify  # noqa: F401
+    import tests.stores  # noqa: F401
+
     rng, said = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         disk = Disk(Path(folder), ctypes.CDLL(os.environ["LD_PRELOAD"]))

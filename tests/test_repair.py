@@ -12,19 +12,8 @@ from actstore.errors import Damaged
 from actstore.ingest.recompute import files_of
 from actstore.repair import repair
 from actstore.verify import verify
-from tests.damaged import committed, damage, flip, make, shorten
+from tests.damaged import committed, damage, flip, shorten
 from tests.stores import files
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("verify") / "s.act")
-
-
-@pytest.fixture
-def store(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "s.act")
-    return tmp_path / "s.act"
 
 
 def kinds(root):
@@ -114,7 +103,10 @@ def test_a_manifest_of_which_more_than_a_bit_is_damaged_is_not_guessed_at(store,
 def test_a_bit_of_a_file_that_nothing_else_describes_is_flipped_back(store, name):
     before, rng = files(store), np.random.default_rng(3)
     for _ in range(8):
-        damage(store / name, flip(int(rng.integers(len(before[name]))), int(rng.integers(8))))
+        size = (
+            (store / name).stat().st_size
+        )  # a catalog built anew to the same bytes is noted once, so the note is shorter
+        damage(store / name, flip(int(rng.integers(size)), int(rng.integers(8))))
         assert [finding.path for finding in verify(store).damage] == [name]
         assert repair(store, files_of).mended == [name]
         assert without_catalog(store) == {k: v for k, v in before.items() if not k.startswith("catalog.")}

@@ -130,11 +130,7 @@ def _left(node: Node, calls: list[Node], params: dict[str, Any]) -> dict[str, An
     """The parameters without those that the calls alone took."""
     of_calls = [found["identifier"] for call in calls for found in _nodes(call, "PARAMETER")]
     everywhere = [found["identifier"] for found in _nodes(node, "PARAMETER")]
-    return {
-        name: value
-        for name, value in params.items()
-        if everywhere.count(name) > of_calls.count(name) or name not in of_calls
-    }
+    return {name: value for name, value in params.items() if everywhere.count(name) > of_calls.count(name)}
 
 
 def _nodes(tree: Any, kind: str) -> Iterator[Node]:

@@ -1,6 +1,7 @@
 """What all tests share: hypothesis without deadlines (the same examples each time on a build server), and a small store."""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a tiny model wait for each other
 
@@ -36,3 +37,18 @@ def demo_store(demo_path):
 
     with Store(demo_path) as store:
         yield store
+
+
+@pytest.fixture(scope="session")
+def damageable(tmp_path_factory):
+    """A small store with everything in it that can be damaged; not to be changed."""
+    from tests.damaged import make
+
+    return make(tmp_path_factory.mktemp("damageable") / "s.act")
+
+
+@pytest.fixture
+def store(damageable, tmp_path):
+    """A copy of it, to be damaged."""
+    shutil.copytree(damageable, tmp_path / "s.act")
+    return tmp_path / "s.act"

@@ -1,7 +1,5 @@
 """A store whose checksums are right and whose content is wrong: caught when its trees are run anew."""
 
-import shutil
-
 import numpy as np
 import polars as pl
 import pytest
@@ -13,27 +11,16 @@ from actstore.ingest.pipeline import Ingest
 from actstore.ingest.tokens import PAD, encode, word_label
 from actstore.verify import verify
 from actstore.writer import Writer
-from tests.damaged import TREES, make
+from tests.damaged import TREES
 from tests.test_pipeline import small_model
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("verify") / "s.act")
-
-
-@pytest.fixture
-def store(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "s.act")
-    return tmp_path / "s.act"
 
 
 def differing(root, n=12):
     return {(of.run, of.what) for of in recheck.compare(root, n) if not of.agrees}
 
 
-def test_a_store_of_what_its_weights_give_agrees(whole):
-    found = recheck.compare(whole, 12)
+def test_a_store_of_what_its_weights_give_agrees(damageable):
+    found = recheck.compare(damageable, 12)
     assert all(of.agrees for of in found)
     assert {of.what for of in found if of.run == "small"} == {
         *("vocabulary", "trees", "edges", "tokens", "embed", "pattern.0", "resid_post.1", "predictions", "outcomes"),

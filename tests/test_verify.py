@@ -2,35 +2,22 @@
 
 import json
 import os
-import shutil
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from actstore import catalog, catalog_check, log
 from actstore.ingest.pipeline import Ingest
 from actstore.verify import verify
-from tests.damaged import TREES, committed, damage, flip, make, shorten
+from tests.damaged import TREES, committed, damage, flip, shorten
 from tests.test_pipeline import small_model
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("verify") / "s.act")
-
-
-@pytest.fixture
-def store(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "s.act")
-    return tmp_path / "s.act"
-
-
-def test_a_store_that_is_whole_has_nothing_wrong(whole):
-    report = verify(whole)
+def test_a_store_that_is_whole_has_nothing_wrong(damageable):
+    report = verify(damageable)
     assert report.findings == []
-    assert report.n_files == len(committed(whole))
-    assert report.n_bytes == sum(os.path.getsize(whole / file.path) for file in committed(whole))
+    assert report.n_files == len(committed(damageable))
+    assert report.n_bytes == sum(os.path.getsize(damageable / file.path) for file in committed(damageable))
 
 
 def test_a_flipped_bit_in_any_file_is_found_and_named(store):

@@ -28,11 +28,28 @@ HASHES = "catalog.json"  # what its bytes hash to
 STORAGE_VERSION = "v1.2.0"  # what DuckDB 1.2 and later clients can open
 COLUMN = re.compile(r"^    (\w+) [^-]*, -- (.+)$")
 TABLE = re.compile(r"^create table (\w+)")
+DERIVED = {"tokens": "dataset"}  # the column of a table that no part holds; see source
+UNSIGNED: dict[
+    str, dict[str, pl.DataType]
+] = {  # what parts hold unsigned, beside every smallint, which they hold as uint8
+    "models": {
+        **dict.fromkeys(("d_model", "d_head", "d_mlp", "n_ctx", "d_vocab"), pl.UInt16()),
+        "n_params": pl.UInt64(),
+    },
+    "sites": {"shape": pl.List(pl.UInt32())},
+}
 
 
 def schema() -> str:
     """The SQL that makes an empty catalog."""
     return files("actstore").joinpath("schema.sql").read_text(encoding="utf-8")
+
+
+def view(name: str) -> str:
+    """The SELECT of one of the views, from schema.sql."""
+    found = re.search(rf"^create view {name} as  -- [^\n]*\n(.*?);$", schema(), re.MULTILINE | re.DOTALL)
+    assert found
+    return found[1]
 
 
 def column_comments() -> dict[tuple[str, str], str]:
@@ -48,15 +65,24 @@ def column_comments() -> dict[tuple[str, str], str]:
 
 @cache
 def tables() -> dict[str, dict[str, pl.DataType]]:
-    """The columns of every table, and the polars type each is written to its parts with."""
+    """The columns of every table, and the polars type each is written to its parts with.
+
+    The catalog's numbers are signed. Parts hold the small ones unsigned, as the first format did, so that a row has the
+    same bytes in every format; they lack the columns that the catalog derives.
+    """
     with duckdb.connect() as connection:
         connection.execute(schema())
         names = dict.fromkeys(table for table, _ in column_comments())
         types = {table: dict(connection.sql(f"from {table} limit 0").pl().schema) for table in names}
         for table, columns in types.items():
-            for column in [name for name, dtype in columns.items() if dtype == pl.Categorical]:
-                found = connection.execute(f"select enum_range(any_value({column})) from {table}").fetchall()
-                columns[column] = pl.Enum(found[0][0])
+            columns.pop(DERIVED.get(table, ""), None)
+            for column, dtype in columns.items():
+                if dtype == pl.Categorical:
+                    found = connection.execute(f"select enum_range(any_value({column})) from {table}").fetchall()
+                    columns[column] = pl.Enum(found[0][0])
+                elif dtype in (pl.Int16, pl.List(pl.Int16)):
+                    columns[column] = pl.UInt8() if dtype == pl.Int16 else pl.List(pl.UInt8())
+            columns.update(UNSIGNED.get(table, {}))
     return types
 
 
@@ -192,7 +218,7 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
             for part in manifest.parts:
                 parts.setdefault(part.table, []).append(root / part.path)
         for table, paths in parts.items():
-            connection.execute(f"insert into {table} by name from {rows_of(paths)}")
+            connection.execute(f"insert into {table} by name from {source(connection, table, paths, 'new.datasets')}")
         if shards := [shard for manifest in new for shard in manifest.shards]:
             connection.register("new_shards", pl.DataFrame([vars(shard) for shard in shards]))
             connection.execute("insert into shards by name select * from new_shards")
@@ -206,6 +232,20 @@ def rows_of(parts: list[Path]) -> str:
     listed = ", ".join(quoted(_without_wildcards(path)) for path in parts)
     # by name, since older parts may lack a column; else a folder `seed=7` fills column seed
     return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
+
+
+def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path], datasets: str) -> str:
+    """SQL for the rows of some parts of one table, with the columns that the catalog derives.
+
+    Args:
+        connection: of the catalog that holds the sets of trees.
+        datasets: name of that table, in full.
+    """
+    if table != "tokens":
+        return rows_of(parts)
+    sets = connection.execute(f"select dataset, first_tree_id + n_trees from {datasets} order by first_tree_id")
+    cases = " ".join(f"when tree_id < {stop} then {quoted(name)}" for name, stop in sets.fetchall())
+    return f"(select *, {f'case {cases} end' if cases else 'null'} as dataset from {rows_of(parts)})"
 
 
 def _create(connection: duckdb.DuckDBPyConnection) -> None:

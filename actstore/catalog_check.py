@@ -77,7 +77,7 @@ def _committed_rows(root: Path, connection: duckdb.DuckDBPyConnection, table: st
     if table == "shards":
         source = "shards_committed"
     elif parts:
-        source = catalog.rows_of(parts)
+        source = catalog.source(connection, table, parts, "there.datasets")
     else:
         return f"(from there.{table} limit 0)"
     held = {row[0] for row in connection.execute(f"describe from {source}").fetchall()}

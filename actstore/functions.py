@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actstore import catalog
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.log import WEIGHTS
 
@@ -63,6 +65,10 @@ def add_functions(session: Session, store: Store) -> Vectors:
     session.add_function("logit_lens", vectors.logit_lens, token, f"FLOAT[{d_vocab or ''}]")
     session.add_function("probe_direction", vectors.probe_direction, text, f"FLOAT[{d_model or ''}]")
     session.add_function("batches_of", vectors.batches_of, text * 2, batches)
+    if not store.sql("select 1 from duckdb_views() where view_name = 'latest_results'").height:  # an older catalog
+        with suppress(BadInput):  # one from before results had names
+            store.sql("select name, direction from results limit 0")
+            session.add_view("main.latest_results", catalog.view("latest_results"))
     for macro, body in MACROS.items():
         session.add_macro(macro, body.format(vector="array" if d_model else "list"))
     return vectors
@@ -251,7 +257,7 @@ def _read_direction(store: Store, name: str) -> np.ndarray:
             f"no probe direction {name!r}: an older version made this store's catalog; bring it up to date with "
             f"`actstore repair {store.path}`, then record some with `actstore study {store.path} probes`"
         )
-    known = "from results where direction is not null"
+    known = "from latest_results where direction is not null"
     found = store.sql(f"select direction {known} and name = $name order by recorded desc limit 1", {"name": name})
     if len(found):
         return np.array(found["direction"][0], np.float32)
@@ -263,5 +269,5 @@ def _read_direction(store: Store, name: str) -> np.ndarray:
     close = get_close_matches(name, names, n=3) or names[:3]
     raise NotStored(
         f"no probe direction {name!r}; the nearest of {len(names)} is {', '.join(close)} "
-        "(select name from results where direction is not null)"
+        "(select name from latest_results where direction is not null)"
     )

@@ -11,7 +11,7 @@ with
         select run, count(*) as n_trees, avg(greedy_right::int) as right from outcomes group by run
     ),
     counted as (
-        select dataset, count(*) as n_tokens from tokens join trees using (tree_id) group by dataset
+        select trees.dataset, count(*) as n_tokens from tokens join trees using (tree_id) group by trees.dataset
     )
 select
     run,

@@ -178,6 +178,7 @@ def _from_catalog(root: Path, manifest: Manifest, part: Part) -> bytes:
         connection.execute(f"attach {catalog.quoted(root / catalog.NAME)} as there (read_only)")
         where, values = _rows_of(manifest, part)
         rows = connection.sql(f"from there.{part.table} {where}", params=values).pl()
+    rows = rows.drop(catalog.DERIVED.get(part.table, ""), strict=False)
     return as_parquet(part.table, rows.head(part.rows))
 
 

@@ -1,5 +1,6 @@
 -- The tables of a store. `catalog.duckdb` holds them natively; each is filled from the committed parts, and a reader
--- never writes them. Every line `name type, -- …` becomes the column's comment in the catalog.
+-- never writes them. Every line `name type, -- …` becomes the column's comment in the catalog. Numbers are signed here, so
+-- that they can be subtracted (`depth - 2`); the parts hold the small ones unsigned.
 --
 -- A token is named by one number: token_id = tree_id * 256 + position. Where a tree lies in the arrays follows too: it is
 -- row tree_id - datasets.first_tree_id of every array of a run over that dataset.
@@ -30,15 +31,15 @@ create table models (
     weights_sha256 varchar, -- of the canonical safetensors file: `sha256sum data/checkpoints/NAME.safetensors` prints it
     model varchar, -- name it was loaded by
     system varchar, -- 'reproduction' or 'baseline': which vocabulary, padding and loss
-    n_nodes utinyint, -- labels in the vocabulary, 2 to 64
-    n_layers utinyint, -- transformer blocks
-    n_heads utinyint, -- attention heads a block
-    d_model usmallint, -- width of the residual stream
-    d_head usmallint, -- width of a head
-    d_mlp usmallint, -- hidden width of the MLP
-    n_ctx usmallint, -- positions the model has embeddings for
-    d_vocab usmallint, -- token ids
-    n_params ubigint, -- trained numbers
+    n_nodes smallint, -- labels in the vocabulary, 2 to 64
+    n_layers smallint, -- transformer blocks
+    n_heads smallint, -- attention heads a block
+    d_model integer, -- width of the residual stream
+    d_head integer, -- width of a head
+    d_mlp integer, -- hidden width of the MLP
+    n_ctx integer, -- positions the model has embeddings for
+    d_vocab integer, -- token ids
+    n_params bigint, -- trained numbers
     vocabulary varchar[], -- spelling of each token id, the first is id 0
     config varchar, -- the whole configuration, JSON
     source varchar, -- file the weights came from
@@ -48,10 +49,10 @@ create table datasets (
     dataset varchar, -- name of the set of trees
     distribution varchar, -- 'reproduction', 'baseline' or 'deep'
     seed bigint, -- names the endless stream of trees; the set is its first n_trees
-    n_nodes utinyint, -- nodes of each tree, 2 to 64
-    depths utinyint[], -- goal depths drawn from, NULL where the distribution draws its own
+    n_nodes smallint, -- nodes of each tree, 2 to 64
+    depths smallint[], -- goal depths drawn from, NULL where the distribution draws its own
     n_trees integer, -- trees planned; `trees` holds those committed
-    n_positions utinyint, -- tokens of the longest prompt and path, 4 * n_nodes - 1
+    n_positions smallint, -- tokens of the longest prompt and path, 4 * n_nodes - 1
     first_tree_id integer, -- tree_id of the first tree
     trees_per_shard integer, -- trees a batch, so rows a chunk of every array
     variant_of varchar, -- set whose tree i tree i of this one was made from, NULL for a drawn set
@@ -61,12 +62,12 @@ create table datasets (
 create table trees (
     tree_id integer, -- unique in the store
     dataset varchar, -- datasets.dataset
-    root utinyint, -- label of the root, [0, n_nodes)
-    goal utinyint, -- label of the goal, a leaf
-    depth utinyint, -- edges from root to goal, so steps of the path, 1 to n_nodes - 1
-    height utinyint, -- edges from root to the deepest leaf
-    n_leaves utinyint, -- nodes without children
-    path utinyint[], -- labels from the root's child to the goal
+    root smallint, -- label of the root, [0, n_nodes)
+    goal smallint, -- label of the goal, a leaf
+    depth smallint, -- edges from root to goal, so steps of the path, 1 to n_nodes - 1
+    height smallint, -- edges from root to the deepest leaf
+    n_leaves smallint, -- nodes without children
+    path smallint[], -- labels from the root's child to the goal
     backward boolean, -- every edge is listed after all the edges below it
     tree_hash ubigint, -- xxh3-64 of the labelled tree, whatever its goal and edge order
     split tree_split, -- by tree_hash, never by row: 'test' for one tree in five
@@ -76,24 +77,25 @@ create table trees (
 
 create table edges (
     tree_id integer, -- trees.tree_id
-    edge utinyint, -- place in the list, 0 to n_nodes - 2
-    source utinyint, -- label of the parent, [0, n_nodes)
-    target utinyint, -- label of the child, [0, n_nodes)
-    source_depth utinyint, -- edges from the root to the source
+    edge smallint, -- place in the list, 0 to n_nodes - 2
+    source smallint, -- label of the parent, [0, n_nodes)
+    target smallint, -- label of the child, [0, n_nodes)
+    source_depth smallint, -- edges from the root to the source
     on_path boolean, -- the way from root to goal takes this edge
-    step utinyint, -- which step of the path it is, 0 to depth - 1; NULL off the path
+    step smallint, -- which step of the path it is, 0 to depth - 1; NULL off the path
     is_last boolean, -- listed last, so followed by the bar and not by a separator
 );
 
 create table tokens (
     token_id bigint, -- tree_id * 256 + position, unique in the store
     tree_id integer, -- trees.tree_id
-    position utinyint, -- place in the sequence, 0 to 4 * n_nodes - 2
+    position smallint, -- place in the sequence, 0 to 4 * n_nodes - 2
     token token_word, -- what stands there, spelled the same for both systems
     role token_role, -- what the position is
-    edge utinyint, -- edges.edge this token writes; NULL past the bar
-    node utinyint, -- label it names, [0, n_nodes); NULL for punctuation
-    step utinyint, -- which step of the path it is, 0 to depth - 1; NULL before the path
+    edge smallint, -- edges.edge this token writes; NULL past the bar
+    node smallint, -- label it names, [0, n_nodes); NULL for punctuation
+    step smallint, -- which step of the path it is, 0 to depth - 1; NULL before the path
+    dataset varchar, -- trees.dataset, which the tree_id tells; of the catalog alone, the parts have no such column
 );
 
 create table runs (
@@ -103,7 +105,7 @@ create table runs (
     first_tree_id integer, -- tree_id of row 0 of every array of the run
     n_trees integer, -- trees planned, rows of every array
     prompt varchar, -- what the model is given: 'task' (tree, goal, root, path) or 'tree' (the edges up to the bar alone)
-    samples utinyint, -- continuations of each tree that were drawn beside the greedy one; NULL for whole tasks
+    samples smallint, -- continuations of each tree that were drawn beside the greedy one; NULL for whole tasks
     device varchar, -- where it ran
     versions varchar, -- of actstore, torch and transformer_lens, and batch_size, trees a forward pass; JSON
 );
@@ -113,7 +115,7 @@ create table sites (
     site varchar, -- as TransformerLens names it, 'blocks.0.hook_resid_post'
     short varchar, -- the short form, 'resid_post.0'
     kind varchar, -- 'resid' [tree, position, d_model] or 'pattern' [tree, head, query, key]
-    shape uinteger[], -- of the array
+    shape bigint[], -- of the array
     path varchar, -- of the Zarr array inside the store
 );
 
@@ -124,7 +126,7 @@ create table shards (
     first_tree_id integer, -- tree_id of its first row
     n_trees integer, -- rows it holds
     path varchar, -- of the file inside the store
-    bytes ubigint, -- size of the file
+    bytes bigint, -- size of the file
     xxh3_128 varchar, -- hash of the file
 );
 
@@ -132,7 +134,7 @@ create table predictions (
     run varchar, -- runs.run
     token_id bigint, -- the token the model stands on: the root, or a step but the last; its activation predicts
     tree_id integer, -- trees.tree_id
-    step utinyint, -- which step of the path is predicted, 0 to depth - 1
+    step smallint, -- which step of the path is predicted, 0 to depth - 1
     target token_word, -- the step to take
     predicted token_word, -- the most probable token
     p_target float, -- probability of target, [0, 1]
@@ -143,17 +145,17 @@ create table outcomes (
     run varchar, -- runs.run
     tree_id integer, -- trees.tree_id
     teacher_forced_right boolean, -- every step right, given the right steps before it
-    greedy_path utinyint[], -- nodes stepped to when the model goes on from its own answers
+    greedy_path smallint[], -- nodes stepped to when the model goes on from its own answers
     greedy_right boolean, -- greedy_path = trees.path
-    first_wrong_step utinyint, -- of the greedy answer, 0 to depth - 1; NULL when right
+    first_wrong_step smallint, -- of the greedy answer, 0 to depth - 1; NULL when right
     failure failure_kind, -- what the first wrong step is; NULL when right
 );
 
 create table generations (
     run varchar, -- runs.run, one whose prompt is 'tree'
     tree_id integer, -- trees.tree_id
-    sample utinyint, -- 0 for the greedy continuation; 1 and on are drawn from the model's own distribution
-    position utinyint, -- place in the sequence, from the one behind the bar, 3 * n_nodes - 3
+    sample smallint, -- 0 for the greedy continuation; 1 and on are drawn from the model's own distribution
+    position smallint, -- place in the sequence, from the one behind the bar, 3 * n_nodes - 3
     token token_word, -- what the model said there, spelled the same for both systems
     p float, -- probability it gave to that token, [0, 1]
     p_best float, -- probability of its likeliest token, [0, 1]
@@ -195,6 +197,12 @@ from edges e join trees t using (tree_id);
 create view answer_tokens as  -- one row a step of the path, at the token that must predict it
 select
     t.tree_id::bigint * 256 + 3 * d.n_nodes - 1 + s.step as token_id,
-    t.tree_id, s.step::utinyint as step, t.path[s.step + 1] as next_node,
+    t.tree_id, s.step::smallint as step, t.path[s.step + 1] as next_node,
     t.dataset, t.root, t.goal, t.depth, t.split
 from trees t join datasets d using (dataset), lateral (select unnest(range(t.depth)) as step) s;
+
+create view latest_results as  -- of each number that a study recorded, the rows of the last time it did
+select * from results
+qualify rank() over (
+    partition by study, run, site, token_role, label, metric, name, params order by recorded desc
+) = 1;

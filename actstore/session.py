@@ -109,6 +109,17 @@ class Session:
         """
         self._connection.execute(f"create macro memory.main.{signature} as {body}")
 
+    def add_view(self, name: str, query: str) -> None:
+        """Add a view to this session alone.
+
+        Args:
+            name: with its schema, `main.latest_results`.
+            query: a SELECT over the store's tables.
+        """
+        with self._connection.cursor() as cursor:
+            cursor.execute(SEARCH)
+            cursor.execute(f"create view memory.{name} as {query}")
+
     def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
         """Run one query.
 

@@ -10,6 +10,5 @@
 -- Padding is no token: it has no row and no activation.
 select dataset, role, count(*) as n_tokens, count(distinct tree_id) as n_trees
 from tokens
-join trees using (tree_id)
 group by dataset, role
 order by dataset, role

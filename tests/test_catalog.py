@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import duckdb
@@ -19,9 +20,13 @@ from actstore.errors import BadInput, Damaged, NoRoom
 from actstore.ingest import tokens
 from actstore.ingest.trees import SPLITS
 from actstore.store import Store
-from actstore.writer import create, open_writer, rebuild
+from actstore.writer import as_parquet, create, open_writer, rebuild
 from tests.stores import TABLES, Fake, catalog_rows, fake, files
 
+SIGNED = {
+    **{"UInt8": pl.Int16, "UInt16": pl.Int32, "UInt64": pl.Int64},
+    **{"List(UInt8)": pl.List(pl.Int16), "List(UInt32)": pl.List(pl.Int64)},
+}
 RESULT = pl.DataFrame({"study": ["s"], "metric": ["accuracy"], "value": [0.5], "n": [3], "snapshot": [1]})
 RUNS = (  # three models, two sets of trees of other sizes; the first draws its own depths, the last is told them
     fake("one", "small", seed=1),
@@ -278,16 +283,70 @@ def test_words_roles_and_splits_of_the_schema_are_those_of_the_tokens(root: Path
     assert [tuple(names) for names in enums] == [tokens.WORDS, tokens.ROLES, SPLITS]
 
 
-def test_the_types_that_parts_are_written_with_are_those_of_the_schema(root: Path) -> None:
+def test_parts_have_the_columns_of_the_catalog_and_hold_small_numbers_unsigned(root: Path) -> None:
     types = catalog.tables()
     assert set(types) == set(TABLES)
     with Store(root) as store:
         for table, columns in types.items():
             schema = store.sql(f"from {table}").schema
-            assert list(columns) == list(schema)
+            assert [*columns] == [name for name in schema if name != catalog.DERIVED.get(table)]
             for column, dtype in columns.items():
-                assert schema[column] == (pl.Categorical if isinstance(dtype, pl.Enum) else dtype), (table, column)
+                signed = pl.Categorical if isinstance(dtype, pl.Enum) else SIGNED.get(str(dtype), dtype)
+                assert schema[column] == (pl.UInt64 if column == "tree_hash" else signed), (table, column)
     assert types["tokens"]["token"] == pl.Enum(tokens.WORDS)
+    for part in root.glob("parts/*/*.parquet"):
+        assert pl.read_parquet_schema(part) == types[part.parent.name], part
+
+
+def test_parts_have_the_types_of_every_format_before(tmp_path: Path) -> None:
+    """A part's bytes follow from its rows, and repair makes an old store's parts again."""
+    with tarfile.open(Path(__file__).parent / "fixtures" / "format-2.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    seen = set()
+    for part in tmp_path.glob("s.act/parts/*/*.parquet"):
+        types = catalog.tables()[part.parent.name]
+        assert pl.read_parquet_schema(part) == types, part
+        assert as_parquet(part.parent.name, pl.read_parquet(part)) == part.read_bytes(), part
+        seen.add(part.parent.name)
+    assert seen >= {"models", "datasets", "trees", "edges", "tokens", "runs", "sites", "predictions", "outcomes"}
+
+
+def test_no_number_of_the_catalog_overflows_where_it_is_subtracted(root: Path) -> None:
+    with Store(root) as store:
+        unsigned = store.sql(
+            "select table_name, column_name from duckdb_columns() where not internal and data_type like 'U%INT%'"
+        )
+        assert unsigned.rows() == [("trees", "tree_hash")], "a hash is no quantity"
+        assert store.sql("select min(depth - 20) as d, min(path[1] - 200) as p from trees").row(0) < (0, 0)
+        assert store.sql("select min(edge - position) as e, min(step - position) as s from tokens").row(0) < (0, 0)
+        assert store.sql("select min(step - 20) as s from answer_tokens").item() < 0
+
+
+def test_a_token_knows_its_set_of_trees(root: Path) -> None:
+    with Store(root) as store:
+        query = "select count(*) as n, count(distinct a.dataset) as sets from tokens a join trees b using (tree_id)"
+        n, sets = store.sql(query + " where a.dataset = b.dataset").row(0)
+        assert (n, sets) == (store.sql("select count(*) from tokens").item(), 2)
+
+
+def test_a_number_recorded_again_is_in_latest_results_once(tmp_path: Path) -> None:
+    root, run = tmp_path / "s.act", fake()
+    run.store(root)
+    about = {"study": "s", "metric": "accuracy", "n": 3, "snapshot": 1}
+    kinds = [{"label": "a"}, {"label": "b"}, {"label": "a", "params": "{}"}, {"label": "a", "run": "r"}]
+    with open_writer(root) as writer:
+        for value in (0.1, 0.2):
+            writer.record(pl.DataFrame([{**about, **kind, "value": value} for kind in kinds]))
+        writer.record(pl.DataFrame([{**about, **kinds[0], "value": 0.3}]))
+    with Store(root) as store:
+        assert store.sql("select count(*) from results").item() == 9
+        found = store.sql("select label, params, run, value from latest_results order by all")
+        assert found.rows() == [
+            ("a", "{}", None, 0.2),
+            ("a", None, "r", 0.2),
+            ("a", None, None, 0.3),
+            ("b", None, None, 0.2),
+        ]
 
 
 @pytest.mark.parametrize("n_nodes", [2, 64])

@@ -8,9 +8,11 @@ import json
 import tarfile
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 
+from actstore.catalog import NAME as CATALOG
 from actstore.errors import Damaged, TooNew, TooOld
 from actstore.ingest.recompute import files_of
 from actstore.log import FORMAT_VERSION
@@ -83,3 +85,16 @@ def test_a_format_that_is_none_is_damage(tmp_path, version):
     (root / "store.json").write_text(json.dumps({"format": version}))
     with pytest.raises(Damaged, match="names no format"):
         Store(root)
+
+
+def test_a_catalog_without_latest_results_gets_the_view_while_it_is_read(tmp_path):
+    """As formats 1 and 2 have it; the file is DuckDB's, and the store only reads it."""
+    root = unpack(max(FORMATS), tmp_path)
+    repair(root, files_of)
+    (root / CATALOG).chmod(0o644)
+    with duckdb.connect(str(root / CATALOG)) as connection:
+        connection.execute("drop view if exists latest_results")
+    with Store(root) as store:
+        latest, every = (store.sql(f"from {name} order by all") for name in ("latest_results", "results"))
+        assert latest.equals(every)
+        assert latest.height

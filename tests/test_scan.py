@@ -73,7 +73,7 @@ def joined(store: Store, fake: Fake, first_tree_id: int, site: str = "blocks.0.h
     mine = pl.col("tree_id").is_between(first_tree_id, first_tree_id + len(fake.trees) - 1)
     frame = tables["tokens"].filter(mine).sort("token_id")
     frame = frame.join(tables["edges"].rename({"step": "edge_step"}), on=["tree_id", "edge"], how="left")
-    frame = frame.join(tables["trees"], on="tree_id", how="left").sort("token_id")
+    frame = frame.join(tables["trees"].drop("dataset"), on="tree_id", how="left").sort("token_id")
     spelled = {"token": "token_word", "role": "token_role", "split": "tree_split"}
     for name, kind in spelled.items():
         values = store.sql(f"select unnest(enum_range(null::{kind}))").to_series()
@@ -258,7 +258,8 @@ def coerced(lazy: pl.LazyFrame, predicate: pl.Expr, monkeypatch: pytest.MonkeyPa
     "predicate",
     [
         pl.col("position") > 200,
-        pl.col("position") == 300,  # no UInt8
+        pl.col("position") == 300,
+        pl.col("position") == 40_000,  # no Int16
         pl.col("node") != -1,
         pl.col("node") <= pl.col("tree_id"),
         pl.col("edge") == pl.col("variant_of"),

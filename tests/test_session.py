@@ -140,8 +140,8 @@ def test_an_unknown_table_is_answered_with_those_there_are(store: Store) -> None
     said = refusal(store, "select * from activations")
     assert "activations does not exist" in said
     assert said.endswith(
-        " The store has answer_tokens, datasets, edge_separators, edge_sources, edge_targets, edges, generations, models, "
-        "outcomes, predictions, results, runs, shards, sites, snapshot, tokens, trees"
+        " The store has answer_tokens, datasets, edge_separators, edge_sources, edge_targets, edges, generations, "
+        "latest_results, models, outcomes, predictions, results, runs, shards, sites, snapshot, tokens, trees"
     )
 
 

@@ -285,7 +285,7 @@ def test_two_runs_over_one_set_share_its_trees_and_another_set_has_others(tmp_pa
         assert store.sql("select model from models").rows() == [("one",), ("two",)], "three has the weights of one"
         for run, first in ((one, 0), (two, 0), (three, 5)):
             X, rows = store.read(
-                "select token_id, tree_id, position from tokens join trees using (tree_id) where dataset = $d",
+                "select token_id, tree_id, position from tokens where dataset = $d",
                 run=run.plan.run,
                 params={"d": run.plan.dataset["dataset"]},
             )

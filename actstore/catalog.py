@@ -11,6 +11,9 @@ import json
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +24,7 @@ import xxhash
 
 from actstore import checked
 from actstore.errors import Damaged
-from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, manifests, say_where
+from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, log_hash, manifests, say_where
 
 NAME = "catalog.duckdb"
 HASHES = "catalog.json"  # what its bytes hash to
@@ -112,15 +115,42 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
     """
     temporary = root / f".{NAME}.{os.getpid()}.tmp"
     try:
-        held = 0 if from_nothing else _copy_of_last(root, temporary)
-        new = manifests(root, after=held, least=held)
-        if new or not held:
-            temporary.touch()
-            _extend(root, temporary, new, create=not held)
-            os.chmod(temporary, 0o444)
-            _note_hash(root, temporary)
-            _replace(temporary, root / NAME)
-        return held + len(new)
+        with _building(root):
+            held = 0 if from_nothing else _copy_of_last(root, temporary)
+            new = manifests(root, after=held, least=held)
+            if new or not held:
+                temporary.touch()
+                _extend(root, temporary, new, create=not held)
+                os.chmod(temporary, 0o444)
+                _note_hash(root, temporary)
+                _replace(temporary, root / NAME)
+            return held + len(new)
+    finally:
+        for left in (temporary, temporary.with_name(temporary.name + ".wal"), _note_under_way(root)):
+            left.unlink(missing_ok=True)
+
+
+@contextmanager
+def of_older(root: Path) -> Iterator[Path]:
+    """Today's catalog of a store of an earlier version, which stays as it is: built from its parts, in a folder that is
+    removed at the end.
+
+    Raises:
+        Damaged: a committed part or manifest is missing or unreadable.
+        NoRoom: the disk of temporary files is full.
+    """
+    with tempfile.TemporaryDirectory(prefix="actstore-catalog-") as folder:
+        built = Path(folder) / NAME
+        with _building(root):
+            _extend(root, built, manifests(root, least=snapshot(root)), create=True)
+        yield built
+
+
+@contextmanager
+def _building(root: Path) -> Iterator[None]:
+    """Turn what DuckDB and the system say while a catalog is built into the package's errors."""
+    try:
+        yield
     except (duckdb.Error, RuntimeError) as error:
         if "interrupted" in str(error).lower():  # DuckDB's own words for Ctrl-C
             raise KeyboardInterrupt from error
@@ -141,9 +171,6 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
             raise NoRoom(f"no room for the catalog of {root}: {error.strerror}; free some, then go on") from error
         say_where(error, root / NAME)
         raise
-    finally:
-        for left in (temporary, temporary.with_name(temporary.name + ".wal"), _note_under_way(root)):
-            left.unlink(missing_ok=True)
 
 
 def noted_hashes(root: Path) -> list[str]:
@@ -206,7 +233,7 @@ def _is_noted(root: Path, path: Path) -> bool:
 def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
     """Insert the rows of the given commits into the catalog at path."""
     if create:
-        path.unlink()
+        path.unlink(missing_ok=True)
     with duckdb.connect() as connection:
         connection.execute(f"attach {quoted(path)} as new (storage_version '{STORAGE_VERSION}')")
         connection.execute("use new")
@@ -222,7 +249,9 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
         if shards := [shard for manifest in new for shard in manifest.shards]:
             connection.register("new_shards", pl.DataFrame([vars(shard) for shard in shards]))
             connection.execute("insert into shards by name select * from new_shards")
-        connection.execute("update snapshot set snapshot = snapshot + ?", [len(new)])
+        before = connection.execute("select log_xxh3_128 from snapshot").fetchall()[0][0]
+        now = "update snapshot set snapshot = snapshot + ?, log_xxh3_128 = ?"
+        connection.execute(now, [len(new), log_hash(new, before)])
         connection.execute("commit")
         connection.execute("checkpoint new")
 
@@ -252,7 +281,7 @@ def _create(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute(schema())
     for (table, column), comment in column_comments().items():
         connection.execute(f"comment on column {table}.{column} is {quoted(comment)}")
-    connection.execute("insert into snapshot values (?, 0)", [FORMAT_VERSION])
+    connection.execute("insert into snapshot values (?, 0, '')", [FORMAT_VERSION])
 
 
 def _replace(temporary: Path, final: Path) -> None:

@@ -48,8 +48,9 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
         )
     if version < FORMAT_VERSION and not older:
         raise TooOld(
-            f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version reads format "
-            f"{FORMAT_VERSION}: bring it up to date with `actstore repair {root}`, which keeps all that it holds"
+            f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version "
+            f"reads it as it is, and writes format {FORMAT_VERSION} alone: bring it up to date with `actstore repair "
+            f"{root}`, which keeps all that it holds"
         )
     if version > FORMAT_VERSION:
         raise TooNew(

@@ -16,9 +16,9 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ import xxhash
 
 from actstore.errors import Busy, Damaged, NoRoom
 
-FORMAT_VERSION = 2  # 1 had no variants, prompts and generations, and did not note its catalog's hash
+FORMAT_VERSION = 3  # 1 had no variants, prompts, generations and hash of its catalog; 2 did not chain its manifests
+CHAINED_FROM = 3  # the format from which on a manifest names the one before it
 LOG, PARTS, ARRAYS, WEIGHTS, LOCK = "log", "parts", "activations.zarr", "models", ".lock"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DIRECT_FROM = 1 << 20  # bytes; below, a copy through the page cache costs nothing
@@ -68,6 +69,9 @@ class Manifest:
     """One commit: what it is, and every file it brought. Numbers run from 1 without a gap.
 
     `run` and `batch` say which batch of which run it committed; a run's definition has no batch, a study's results neither.
+    `previous` is the xxh3-128 of the manifest before it, so that an edit of a past one shows; the first has none, and those
+    of formats 1 and 2 have none either. `xxh3_128` is that of its own bytes, once they are written or read; it is no part
+    of them.
     """
 
     number: int
@@ -77,6 +81,9 @@ class Manifest:
     parts: list[Part] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     others: list[File] = field(default_factory=list)
+    previous: str | None = None
+    format: int = FORMAT_VERSION
+    xxh3_128: str = field(default="", compare=False)
 
     @property
     def files(self) -> list[File]:
@@ -84,7 +91,10 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest's bytes; its checksum is over everything else in it, so that a flipped bit shows."""
-        body = {"format": FORMAT_VERSION, **asdict(self)}
+        body = {"format": self.format, **asdict(self)}
+        del body["xxh3_128"]
+        if self.format < CHAINED_FROM:
+            del body["previous"]
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
 
     @classmethod
@@ -93,14 +103,16 @@ class Manifest:
             body = json.loads(content)
             if body.pop("checksum") != _checksum(body):
                 raise ValueError("its checksum does not match")
-            del body["format"]
+            if not isinstance(body["format"], int):
+                raise ValueError("it names no format")
             return cls(
                 **body
                 | {
                     "parts": [Part(**part) for part in body["parts"]],
                     "shards": [Shard(**shard) for shard in body["shards"]],
                     "others": [File(**other) for other in body["others"]],
-                }
+                },
+                xxh3_128=xxhash.xxh3_128_hexdigest(content),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"manifest {path} cannot be read ({error}); restore it from a copy of the store") from error
@@ -119,13 +131,52 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
         least: commits that there must be, since the catalog holds them; a log cut short would else pass for a young one.
 
     Raises:
-        Damaged: a manifest is missing, cannot be read, or is not the one its name says.
+        Damaged: a manifest is missing, cannot be read, is not the one its name says, or not the one that the next was
+            written after.
     """
     numbers = {int(path.stem) for path in (root / LOG).glob("*.json") if MANIFEST.fullmatch(path.name)}
     last = max(numbers | {least})
     if missing := set(range(1, last + 1)) - numbers:
         raise Damaged(f"{root / LOG} lacks manifest {min(missing)} of {last}; restore it from a copy of the store")
-    return [read_manifest(root / manifest_path(number), number) for number in range(after + 1, last + 1)]
+    found: list[Manifest] = []
+    before = read_manifest(root / manifest_path(after), after) if after else None
+    for number in range(after + 1, last + 1):
+        manifest = read_manifest(root / manifest_path(number), number)
+        if what := breaks_chain(before, manifest):
+            raise Damaged(f"{root / LOG}: {what}; restore it from a copy of the store")
+        found.append(manifest)
+        before = manifest
+    return found
+
+
+def breaks_chain(before: Manifest | None, manifest: Manifest) -> str:
+    """What is wrong with the way from a manifest to the next one; nothing where they follow each other.
+
+    Args:
+        before: the one numbered one less; None for the first.
+    """
+    is_chained = manifest.format >= CHAINED_FROM
+    if before is None:
+        return (
+            "" if manifest.previous is None else f"manifest {manifest.number} was written after one that is not there"
+        )
+    if not is_chained and before.format < CHAINED_FROM:
+        return ""
+    if manifest.previous == before.xxh3_128 and is_chained:
+        return ""
+    return f"manifest {before.number} is not the one that manifest {manifest.number} was written after"
+
+
+def log_hash(committed: Iterable[Manifest], before: str = "") -> str:
+    """The hash of a log: it changes with any byte of any manifest.
+
+    Args:
+        committed: manifests, in order.
+        before: the hash of those that come before them; empty where there are none.
+    """
+    for manifest in committed:
+        before = xxhash.xxh3_128_hexdigest((before + manifest.xxh3_128).encode())
+    return before
 
 
 def read_manifest(path: Path, number: int) -> Manifest:
@@ -167,9 +218,20 @@ def manifest_path(number: int) -> str:
     return f"{LOG}/{number:08d}.json"
 
 
-def commit(root: Path, manifest: Manifest) -> None:
-    """Publish a manifest; when this returns, what it names is there for good."""
-    publish(root, manifest_path(manifest.number), manifest.to_json())
+def commit(root: Path, manifest: Manifest, before: Manifest | None = None) -> Manifest:
+    """Publish a manifest; when this returns, what it names is there for good.
+
+    Args:
+        root: the store.
+        manifest: the commit.
+        before: the last one of the log; None where there is none.
+
+    Returns:
+        The manifest as it was published, chained to the one before it.
+    """
+    chained = replace(manifest, previous=before.xxh3_128 if before else None)
+    file = publish(root, manifest_path(manifest.number), chained.to_json())
+    return replace(chained, xxh3_128=file.xxh3_128)
 
 
 def publish(root: Path, path: str, content: bytes | memoryview) -> File:

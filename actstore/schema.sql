@@ -25,6 +25,7 @@ create type failure_kind as enum ('wrong_child', 'not_a_child', 'not_a_step');
 create table snapshot (
     format_version integer, -- of the store's files, see store.json
     snapshot integer, -- commits this catalog holds: the number of manifests, recorded with every result
+    log_xxh3_128 varchar, -- hash of these manifests, see README
 );
 
 create table models (

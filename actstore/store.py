@@ -22,7 +22,7 @@ from actstore.arrays import SiteReader
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.folder import Folder, check_format
 from actstore.functions import Vectors, add_functions
-from actstore.log import check_sizes, manifests
+from actstore.log import FORMAT_VERSION, check_sizes, log_hash, manifests
 from actstore.session import Session
 
 if TYPE_CHECKING:
@@ -41,20 +41,27 @@ class Store:
     Raises:
         NotStored: there is no store.
         TooNew: a later version of actstore made it.
-        Damaged: a committed file is missing or has another size than it was committed with.
+        Damaged: a committed file is missing or has another size than it was committed with, or a manifest is not the one
+            that the next manifest, or the catalog, was written after.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.about = check_format(self.path)
+        self.about = check_format(self.path, older=True)
         self.folder = Folder(self.path)
         self._session = self._open_session()
         self._readers: dict[tuple[str, str], SiteReader] = {}
         self._runs: list[str] | None = None
         self._vectors: Vectors | None = None
         try:
-            self.snapshot = self._snapshot()
-            check_sizes(self.path, manifests(self.path, least=self.snapshot)[: self.snapshot])
+            self.snapshot, hash_of_log = self._snapshot()
+            committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
+            if log_hash(committed) != hash_of_log:
+                raise Damaged(
+                    f"the manifests of {self.path} are not those that its catalog was built from; see `actstore verify "
+                    f"{self.path}`"
+                )
+            check_sizes(self.path, committed)
             self.folder.check()  # else the session and the arrays may be of two stores
             self._vectors = add_functions(self._session, self)
         except BaseException:
@@ -73,16 +80,20 @@ class Store:
         return f"Store({str(self.path)!r}, snapshot={self.snapshot}, runs={self.runs()})"
 
     def _open_session(self) -> Session:
-        return Session(self.path / catalog.NAME)
+        if self.about["format"] == FORMAT_VERSION:
+            return Session(self.path / catalog.NAME)
+        with catalog.of_older(self.path) as built:  # its own catalog lacks tables and columns of today
+            return Session(built)
 
     def close(self) -> None:
         self._session.close()
         self._readers.clear()
         self.folder.close()
 
-    def _snapshot(self) -> int:
+    def _snapshot(self) -> tuple[int, str]:
         try:
-            return int(self.sql("select snapshot from snapshot").item())
+            ((number, hash_of_log),) = self.sql("select snapshot, log_xxh3_128 from snapshot").rows()
+            return int(number), str(hash_of_log)
         except (BadInput, ValueError, TypeError) as error:
             raise Damaged(
                 f"{self.path / catalog.NAME} is no catalog of a store ({error}); rebuild it with `actstore repair {self.path}`"

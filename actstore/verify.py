@@ -115,12 +115,17 @@ def _catalog(root: Path, manifests: list[Manifest] | None, is_older: bool, quick
 
 def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
     """The manifests that can be read, and what is wrong with the others."""
-    found, broken = [], []
+    found: list[Manifest] = []
+    broken: list[Finding] = []
     numbers = {int(path.stem) for path in (root / log.LOG).glob("*.json") if log.MANIFEST.fullmatch(path.name)}
     for number in range(1, max(numbers | {catalog.snapshot(root)}, default=0) + 1):
         path = root / log.manifest_path(number)
         try:
-            found.append(_manifest(path, number))
+            manifest = _manifest(path, number)
+            before = found[-1] if found and found[-1].number == number - 1 else None
+            if (before or number == 1) and (what := log.breaks_chain(before, manifest)):
+                broken.append(Finding(log.manifest_path(max(number - 1, 1)), "manifest", what))
+            found.append(manifest)
         except Damaged as error:
             broken.append(Finding(log.manifest_path(number), "manifest", str(error)))
         except OSError as error:

@@ -284,8 +284,7 @@ class Writer:
     def _commit(self, manifest: Manifest) -> None:
         self._lease.check()
         log.check_sizes(self.root, [manifest])  # a second writer that ignores the lease may have swept them
-        log.commit(self.root, manifest)
-        self._log.append(manifest)
+        self._log.append(log.commit(self.root, manifest, self._log[-1] if self._log else None))
         self._files |= {file.path: file for file in manifest.files}
 
     def _part(self, table: str, name: str, rows: pl.DataFrame | Sequence[Mapping[str, Any]]) -> list[Part]:

@@ -82,7 +82,7 @@ def test_a_catalog_holds_the_rows_that_were_committed(root: Path) -> None:
     assert len(rows["edges"]) == 5 * 3 + 5 * 6
     assert len(rows["predictions"]) == sum(int(run.trees.depth.sum()) for run in RUNS)
     assert len(rows["shards"]) == (2 + 2 + 1) * 2
-    assert rows["snapshot"] == [(log.FORMAT_VERSION, 12)]
+    assert rows["snapshot"] == [(log.FORMAT_VERSION, 12, log.log_hash(log.manifests(root)))]
     with Store(root) as store:
         found = store.sql("select dataset, depths, first_tree_id from datasets").rows()
     assert found == [("small", None, 0), ("deep", [2, 4], 5)]

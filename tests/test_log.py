@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,7 @@ a_manifest = st.builds(
     parts=st.lists(a_part, max_size=3),
     shards=st.lists(a_shard, max_size=3),
     others=st.lists(a_file, max_size=3),
+    previous=st.none() | names,
 )
 
 
@@ -251,8 +253,10 @@ def test_a_manifest_of_other_fields_is_damaged_though_its_checksum_is_right(wron
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A log of four commits."""
+    committed: list[Manifest] = []
     for number in range(1, 5):
-        log.commit(tmp_path, Manifest(number, "batch", "r", number))
+        before = committed[-1] if committed else None
+        committed.append(log.commit(tmp_path, Manifest(number, "batch", "r", number), before))
     return tmp_path
 
 
@@ -262,6 +266,43 @@ def test_manifests_come_in_order_from_any_number_on(root: Path) -> None:
     assert [manifest.number for manifest in log.manifests(root)] == [1, 2, 3, 4]
     assert [manifest.number for manifest in log.manifests(root, after=2)] == [3, 4]
     assert log.manifests(root, after=4) == []
+
+
+def test_a_manifest_names_the_one_before_it(root: Path) -> None:
+    first, second, third, fourth = log.manifests(root)
+    assert first.previous is None
+    for before, manifest in ((first, second), (second, third), (third, fourth)):
+        assert manifest.previous == xxhash.xxh3_128_hexdigest((root / log.manifest_path(before.number)).read_bytes())
+
+
+@pytest.mark.parametrize("edited", [1, 2, 3])
+def test_an_edit_of_a_past_manifest_shows_though_its_checksum_is_right(root: Path, edited: int) -> None:
+    path = root / log.manifest_path(edited)
+    manifest = replace(log.read_manifest(path, edited), run="another")
+    path.unlink()
+    path.write_bytes(manifest.to_json())
+    for after in range(edited + 1):
+        with pytest.raises(
+            Damaged, match=f"manifest {edited} is not the one that manifest {edited + 1} was written after"
+        ):
+            log.manifests(root, after=after)
+
+
+@pytest.mark.parametrize("change", [{"previous": None}, {"previous": None, "format": 2}])
+def test_a_chain_that_was_cut_shows(root: Path, change: dict[str, Any]) -> None:
+    path = root / log.manifest_path(3)
+    cut = replace(log.read_manifest(path, 3), **change)
+    path.unlink()
+    path.write_bytes(cut.to_json())
+    with pytest.raises(Damaged, match="manifest 2 is not the one that manifest 3 was written after"):
+        log.manifests(root)
+
+
+def test_the_hash_of_a_log_follows_from_every_manifest_and_can_be_gone_on_with(root: Path) -> None:
+    committed = log.manifests(root)
+    assert log.log_hash(committed[2:], log.log_hash(committed[:2])) == log.log_hash(committed)
+    assert len({log.log_hash(committed[:n]) for n in range(5)}) == 5
+    assert log.log_hash([replace(committed[0], xxh3_128="0"), *committed[1:]]) != log.log_hash(committed)
 
 
 @pytest.mark.parametrize("gone", [1, 2, 3])

@@ -385,7 +385,7 @@ def test_what_a_killed_maker_left_is_not_taken_over(tmp_path: Path) -> None:
     assert set(files(tmp_path)) == {
         f"s.act/{name}" for name in ("store.json", "catalog.duckdb", "catalog.json", "activations.zarr/zarr.json")
     }
-    assert json.loads((root / "store.json").read_text())["format"] == 2
+    assert json.loads((root / "store.json").read_text())["format"] == log.FORMAT_VERSION
 
 
 def test_two_that_make_the_same_store_do_not_mix(tmp_path: Path) -> None:
@@ -423,9 +423,9 @@ OPENINGS: dict[str, Callable[[Path], object]] = {
     [
         (None, NotStored, r"is no actstore store \(it has no store.json\); make one with"),
         (
-            '{"format": 3, "made_by": "actstore 9.1"}',
+            '{"format": 4, "made_by": "actstore 9.1"}',
             TooNew,
-            r"has format 3, made by actstore 9.1; this version reads format 2",
+            r"has format 4, made by actstore 9.1; this version reads format 3",
         ),
         ("", Damaged, "store.json cannot be read"),
         ("[]", Damaged, "store.json cannot be read"),
@@ -486,7 +486,7 @@ def test_a_log_cut_short_is_damaged_and_what_it_named_is_not_swept(
 
 def test_store_json_says_the_format_and_who_made_it(whole: Path) -> None:
     about = json.loads((whole / "store.json").read_text())
-    assert about["format"] == 2
+    assert about["format"] == log.FORMAT_VERSION
     assert about["made_by"].startswith("actstore ")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", about["made_at"])
 

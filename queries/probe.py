@@ -3,14 +3,21 @@
 One probe a site, token and label: multinomial logistic regression (scikit-learn, L2 with C = 1, lbfgs, float32) on
 whitened rows, fitted on the training trees and scored on the test trees, since rows of one tree share it. See probe_fit.py.
 
-Each has its controls: chance; the most frequent label; the same probe on labels shuffled among the rows of each side
-of the split, which taken off the accuracy gives its selectivity; and the same probe given as many random directions
-as there are classes. No row is left out of a fit, a control's neither.
+Each has what it is held against. Baselines, which guess from the tree alone (see baselines.py): the most frequent label is one,
+and the highest taken off the accuracy gives `above_baseline`, what the network has added. The same probe on labels shuffled
+among the rows of each side of the split, which taken off gives `above_shuffled`. The same probe on Hewitt and Liang's control
+task (see probe_fit.control_labels), which taken off gives its `selectivity`. And the same probe given as many random
+directions as there are classes. No row is left out of a fit, a control's neither.
+
+Intervals are over the test trees. The fitted probes are held fixed, and so are the trees they were fitted to; the model is one,
+of one training and seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +25,18 @@ import polars as pl
 import xxhash
 
 from actstore.errors import BadInput, NotStored
-from actstore.queries import load, nearest
-from actstore.queries.probe_fit import MAX_ITER, TOL, C, Fit, Whitening, fit_all, random_directions, shuffle_within
+from actstore.queries import baselines, load, nearest
+from actstore.queries.probe_fit import (
+    MAX_ITER,
+    TOL,
+    C,
+    Fit,
+    Whitening,
+    control_labels,
+    fit_all,
+    random_directions,
+    shuffle_within,
+)
 from actstore.queries.probe_report import LABELS, NODE_LABELS, TOKEN_ROLES, draw, sentence, table
 from actstore.queries.study import Progress, Study, result_rows
 from actstore.statistics import N_RESAMPLES, share_over_trees
@@ -37,8 +54,33 @@ from runs join datasets using (dataset) join models using (weights_sha256) where
 TREES = "select tree_hash, goal from trees join runs using (dataset) where run = $run order by trees.tree_id"
 
 PROTOCOLS = ("ours", "notebook")
+BY = "place"
 MIN_TEST_TREES = 2  # one tree resampled is always itself, so it gives no interval
 ENOUGH_TREES = 60  # every label is a source in half of all trees at least, and one tree in five is for testing
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One kind of token and what is asked of it.
+
+    Attributes:
+        tokens: the n rows of `probe_tokens`, without their activations.
+        train: bool [n], rows of training trees.
+        labels: int64 [n] by label.
+        guessed: by label and baseline, float64 [n_test]: how likely a guess from the tree alone is right.
+        n_nodes: of each tree.
+    """
+
+    tokens: pl.DataFrame
+    train: np.ndarray
+    labels: dict[str, np.ndarray]
+    guessed: dict[str, dict[str, np.ndarray]]
+    n_nodes: int
+
+    @property
+    def test_trees(self) -> np.ndarray:
+        """int64 [n_test], the tree of each test row."""
+        return self.tokens["tree_id"].to_numpy()[~self.train]
 
 
 def study(
@@ -51,6 +93,8 @@ def study(
     sites: str | Sequence[str] | None = None,
     max_iter: int = MAX_ITER,
     protocol: str = "ours",
+    by: str | None = None,
+    baseline: str | Path | None = None,
 ) -> Study:
     """Probe sites of a run.
 
@@ -59,7 +103,8 @@ def study(
     Args:
         store: an open store.
         run: which run.
-        seed: of the bootstrap, the shuffled labels and the random directions; the fits themselves are deterministic.
+        seed: of the bootstrap, the shuffled labels, the control task's labels and the random directions; the fits
+            themselves are deterministic.
         progress: called with (sites done, sites in all, the site just done).
         token_role: where to read: names of TOKEN_ROLES, with commas, or `all`.
         labels: what to ask for: names of LABELS, with commas, or `all`; source and target unless told (at `path`:
@@ -67,32 +112,43 @@ def study(
         sites: short site names; every residual site of the run unless told.
         max_iter: iterations of lbfgs after which a fit is stopped, and said to have been.
         protocol: `ours`, or `notebook`: the notebook's own beside ours, see probe_protocols.py.
+        by: `place`: the accuracy at each place in the list of edges, too, see probe_places.py.
+        baseline: the path of an .sql file, a baseline of one's own beside the stored ones, see baselines.py.
 
     Raises:
-        BadInput: no such token, label, protocol or max_iter; none of the labels at these tokens; or too few trees: a label is
-            missing in training, or there are no test trees.
+        BadInput: no such token, label, protocol, max_iter or by; none of the labels at these tokens; a baseline that is none, or
+            that guesses nothing of what is asked; or too few trees: a label is missing in training, or there are no test trees.
         NotStored: a site that the run does not hold.
     """
     if protocol not in PROTOCOLS:
         raise BadInput(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
     if not isinstance(max_iter, int) or max_iter < 1:
         raise BadInput(f"got max_iter {max_iter!r}; it is a number of iterations, 1 or more ({MAX_ITER} unless told)")
+    if by not in (None, BY):
+        raise BadInput(f"got by {by!r}; probes are told by {BY}")
     asked = _asked(token_role, labels)
     sites = _sites(store, run, sites)
+    guessers = baselines.stored()
+    if baseline is not None:
+        guessers.append(baselines.from_file(store, baseline, {"run": run, "token_role": next(iter(asked))}))
     query, about = load(QUERY).sql, store.sql(RUN, {"run": run}).row(0, named=True)
     shared = {"run": run, **about, "trees_xxh3": _trees_hash(store, run), "protocol": protocol}
-    shared |= {"C": C, "tol": TOL, "max_iter": max_iter, "n_resamples": N_RESAMPLES}
-    recorded, n_test_trees, done = [], 0, 0
+    shared |= {"C": C, "tol": TOL, "max_iter": max_iter, "n_resamples": N_RESAMPLES, "by": by}
+    shared |= {"baseline": guessers[-1].sql, "baseline_name": guessers[-1].name} if baseline is not None else {}
+    recorded, n_test_trees, done, own_is_used = [], 0, 0, baseline is None
     for role, its_labels in asked.items():
         used = {"run": run, "token_role": role}
         tokens = store.sql(query, used)
         n_test_trees = check_enough(tokens, about["n_nodes"], run, its_labels)
         params = {**shared, **used, "labels": its_labels, "data_xxh3": data_hash(tokens, its_labels)}
+        guessed = baselines.scores(store, guessers, its_labels, query, used)
+        own_is_used |= any(guessers[-1].name in names for names in guessed.values())
         rows: list[dict[str, Any]] = []
         for site in sites:
             X, tokens = store.read(query, run=run, site=site, params=used)
             at = {"run": run, "site": site, "token_role": role}
-            rows += _probe_site(X, tokens, its_labels, at, about["n_nodes"], seed, max_iter)
+            its = _of_tokens(tokens, its_labels, guessed, about["n_nodes"])
+            rows += _probe_site(X, its, at, seed, max_iter, by)
             if protocol == "notebook":
                 from actstore.queries.probe_protocols import notebook_rows
 
@@ -101,6 +157,11 @@ def study(
             progress(done, len(sites) * len(asked), site if len(asked) == 1 else f"{role} {site}")
         recorded.append(
             result_rows(rows, study=NAME, run=run, query=query, params=params, snapshot=store.snapshot, seed=seed)
+        )
+    if not own_is_used:
+        raise BadInput(
+            f"the baseline {str(baseline)!r} guesses the {LABELS[guessers[-1].label]} of none of the tokens that were asked "
+            f"({', '.join(asked)})"
         )
     results = pl.concat(recorded)
     return Study(NAME, table(results), results, sentence(results, n_test_trees))
@@ -216,63 +277,67 @@ def _sites(store: Store, run: str, wanted: str | Sequence[str] | None) -> list[s
     return [site for site in held if site in names]
 
 
+def _of_tokens(
+    tokens: pl.DataFrame, labels: Sequence[str], guessed: dict[str, dict[str, np.ndarray]], n_nodes: int
+) -> Asked:
+    ys = {label: tokens[label].to_numpy().astype(np.int64) for label in labels}
+    return Asked(tokens, (tokens["split"] == "train").to_numpy(), ys, guessed, n_nodes)
+
+
 def _probe_site(
-    X: np.ndarray,
-    tokens: pl.DataFrame,
-    labels: Sequence[str],
-    where: dict[str, str],
-    n_nodes: int,
-    seed: int,
-    max_iter: int,
+    X: np.ndarray, asked: Asked, where: dict[str, str], seed: int, max_iter: int, by: str | None
 ) -> list[dict[str, Any]]:
     """Probe one site for each label, with its controls, and give the rows of `results`; `where` names run and site."""
-    train = (tokens["split"] == "train").to_numpy()
+    train = asked.train
     whiten = Whitening.of(X[train])
-    X = whiten(X)
+    whitened = whiten(X)
     order = shuffle_within(train, seed)
-    ys = {label: tokens[label].to_numpy().astype(np.int64) for label in labels}
-    jobs = [job for y in ys.values() for job in ((X, y), (X, y[order]), (random_directions(X, y[train], seed), y))]
+    words, positions = asked.tokens["token"].to_numpy(), asked.tokens["position"].to_numpy()
+    controls = {label: control_labels(words, positions, y, train, seed) for label, y in asked.labels.items()}
+    jobs: list[tuple[np.ndarray, np.ndarray]] = []
+    for label, y in asked.labels.items():
+        jobs += [(whitened, y), (whitened, y[order]), (whitened, controls[label])]
+        jobs.append((random_directions(whitened, y[train], seed), y))
     fits = iter(fit_all(jobs, train, max_iter))
     rows: list[dict[str, Any]] = []
-    for label, y in ys.items():
+    for label, y in asked.labels.items():
         about = {**where, "label": label}
-        true, shuffled, random = next(fits), next(fits), next(fits)
-        rows += _scores(true, shuffled, random, y, train, tokens["tree_id"].to_numpy()[~train], about, n_nodes, seed)
-        directions = _directions(true, np.unique(y[train]), whiten, about)
+        made = dict(zip(("accuracy", *CONTROLS), fits, strict=False))
+        rows += _scores(made, asked, about, seed)
+        directions = _directions(made["accuracy"], np.unique(y[train]), whiten, about)
         rows += [{**about, "n": int(train.sum()), **row} for row in directions]
+        if by == BY:
+            from actstore.queries.probe_places import place_rows
+
+            rows += place_rows(X, made["accuracy"].right, asked, about, seed, max_iter)
     return rows
 
 
-def _scores(
-    true: Fit,
-    shuffled: Fit,
-    random: Fit,
-    y: np.ndarray,
-    train: np.ndarray,
-    trees: np.ndarray,
-    about: dict[str, str],
-    n_nodes: int,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """Accuracy and selectivity with their intervals over `trees`, those of the test rows; and the controls."""
+CONTROLS = ("shuffled_accuracy", "control_accuracy", "random_directions_accuracy")
+
+
+def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int) -> list[dict[str, Any]]:
+    """The accuracy, the controls' and the baselines', and what the accuracy is above them, with intervals over test trees."""
+    label, trees, train = about["label"], asked.test_trees, asked.train
+    y, accuracy = asked.labels[label], made["accuracy"].right.astype(np.float64)
+    guessed = baselines.with_majority(asked.guessed[label], y[train], y[~train])
+    measured = {name: fit.right for name, fit in made.items()} | guessed
+    measured |= {
+        "above_baseline": accuracy - baselines.highest(guessed),
+        "above_shuffled": accuracy - made["shuffled_accuracy"].right,
+        "selectivity": accuracy - made["control_accuracy"].right,
+    }
     rows = []
-    for metric, right in (
-        ("accuracy", true.right),
-        ("shuffled_accuracy", shuffled.right),
-        ("random_directions_accuracy", random.right),
-        ("selectivity", true.right.astype(np.float64) - shuffled.right),
-    ):
-        low, high = share_over_trees(right, trees, seed)
+    for metric, values in measured.items():
+        low, high = share_over_trees(values, trees, seed)
         rows.append(
-            {**about, "metric": metric, "value": float(right.mean()), "low": low, "high": high, "n": len(trees)}
+            {**about, "metric": metric, "value": float(values.mean()), "low": low, "high": high, "n": len(trees)}
         )
-    n_classes = n_nodes if about["label"] in NODE_LABELS else len(np.unique(y[train]))
-    most_frequent = np.bincount(y[train]).argmax()
+    n_classes = asked.n_nodes if label in NODE_LABELS else len(np.unique(y[train]))
     for metric, value, n in (
         ("chance", 1 / n_classes, len(trees)),
-        ("majority", (y[~train] == most_frequent).mean(), len(trees)),
-        ("iterations", true.n_iter, int(train.sum())),
-        ("converged", true.converged, int(train.sum())),
+        ("iterations", made["accuracy"].n_iter, int(train.sum())),
+        ("converged", made["accuracy"].converged, int(train.sum())),
     ):
         rows.append({**about, "metric": metric, "value": float(value), "n": n})
     return rows

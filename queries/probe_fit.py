@@ -86,6 +86,8 @@ def fit(X: np.ndarray, y: np.ndarray, train: np.ndarray, max_iter: int = MAX_ITE
         train: bool [n]; the rows of one tree must all be on one side.
         max_iter: iterations of lbfgs.
     """
+    if (y[train] == y[train][0]).all():  # scikit-learn refuses a single class
+        return Fit(y[~train] == y[train][0], 0, True, np.zeros((1, X.shape[1]), np.float32), np.zeros(1, np.float32))
     probe = LogisticRegression(C=C, tol=TOL, max_iter=max_iter).fit(X[train], y[train])
     # A fit ends at the cap, or where float32 can step no further; the gradient tells both from a converged one.
     converged = largest_gradient(probe, X[train], y[train]) <= 2 * TOL  # 2: this and the fit round differently
@@ -130,3 +132,22 @@ def shuffle_within(train: np.ndarray, seed: int) -> np.ndarray:
     for side in (train, ~train):
         order[side] = rng.permutation(order[side])
     return order
+
+
+def control_labels(words: np.ndarray, positions: np.ndarray, y: np.ndarray, train: np.ndarray, seed: int) -> np.ndarray:
+    """int64 [n]: the labels of Hewitt and Liang's control task (https://arxiv.org/abs/1909.03368).
+
+    Each type of token gets one label, drawn from the distribution of the training labels, and keeps it wherever it
+    stands. A type is what the network is given at a token: its word and its position. So the labels mean nothing, and a
+    probe gets them right only as far as it can tell types apart and keep a list of their labels.
+
+    Args:
+        words, positions: [n], of each row's token.
+        y: int64 [n], the labels whose distribution they have.
+        train: bool [n].
+        seed: of the draw.
+    """
+    _, word = np.unique(words, return_inverse=True)
+    _, kind = np.unique(np.stack([word, positions.astype(np.intp)]), axis=1, return_inverse=True)
+    drawn = np.random.default_rng(seed).choice(y[train], size=kind.max() + 1)
+    return np.asarray(drawn[kind])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import norm
@@ -27,6 +28,8 @@ LABELS = {  # what may be asked for: name, in words
 }
 NODE_LABELS = ("source", "target", "goal", "next_node")  # their classes are the nodes
 PAIR = ["source", "target"]
+BASELINE, MAJORITY = "baseline_", "majority"  # metrics of what guesses from the tree alone
+PLACE, AT = "place_", ", edge "  # before a metric at one place in the list; between a label and its place
 TOKEN_ROLES = {  # where it may be read: name, in words
     "edge_target": "target token of an edge",
     "edge_source": "source token of an edge",
@@ -74,9 +77,12 @@ def labels_in(results: pl.DataFrame) -> list[str]:
 def table(results: pl.DataFrame) -> pl.DataFrame:
     """What is printed, percent: one row a site where an edge's two nodes were asked for at one kind of token, else one a probe.
 
-    The notebook's columns are there where it has numbers for this token, those of its protocol where that was asked for,
+    One row a probe and place where they were told by place. Beside each accuracy stands the highest baseline, with its name. The
+    notebook's columns are there where it has numbers for this token, those of its protocol where that was asked for,
     `stopped early` where a probe was.
     """
+    if len(by_place(results)):
+        return _one_row_a_place(by_place(results))
     if labels_in(results) != PAIR or results["token_role"].n_unique() > 1:
         return _one_row_a_probe(results)
     notebook = notebook_numbers(results, results["token_role"][0])
@@ -87,6 +93,9 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
         for label in PAIR:
             found = of_site.filter(label=label, metric="accuracy").row(0, named=True)
             row[f"{label} %"], row[f"{label} 95 %"] = _percent(found)
+            value, name = best_baseline(of_site.filter(label=label))
+            row[f"{label}, best baseline"] = f"{value:.2f} {name}"
+            row |= _own_baseline(of_site.filter(label=label), f"{label}, ")
         for label, by_site in notebook.items():
             row[f"notebook {label} %"] = by_site.get(str(site))
         for metric, name in PROTOCOL.items():
@@ -98,6 +107,33 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
             row["stopped early"] = ", ".join(stopped.filter(site=site)["label"])
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def by_place(results: pl.DataFrame) -> pl.DataFrame:
+    """The rows that are of one place in the list, their metrics without `place_`, with the columns `asked` (label) and `edge`."""
+    rows = results.filter(pl.col("metric").str.starts_with(PLACE))
+    label, edge = pl.col("label").str.split(AT).list.get(0), pl.col("label").str.split(AT).list.get(1).cast(pl.Int64)
+    return rows.with_columns(asked=label, edge=edge, metric=pl.col("metric").str.strip_prefix(PLACE))
+
+
+def best_baseline(found: pl.DataFrame) -> tuple[float, str]:
+    """The highest of the baselines among one probe's rows, percent, and its name."""
+    metric = pl.col("metric")
+    guesses = found.filter(metric.str.starts_with(BASELINE) | (metric == MAJORITY))
+    best = guesses.sort("value", descending=True, maintain_order=True).row(0, named=True)
+    return 100 * best["value"], "most_frequent" if best["metric"] == MAJORITY else best["metric"].removeprefix(BASELINE)
+
+
+def _own_baseline(found: pl.DataFrame, before: str = "") -> dict[str, float]:
+    """Where a baseline of the caller's own was given: its column, percent, beside the highest; of one probe's rows."""
+    name = str(_params(found).get("baseline_name"))
+    own = found.filter(metric=name)["value"]
+    return {f"{before}{name.removeprefix(BASELINE)} %": round(100 * own.item(), 2)} if len(own) else {}
+
+
+def _points(found: dict[str, Any]) -> str:
+    """A difference and its interval, for the table."""
+    return f"{100 * found['value']:+.2f} [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
 
 
 PROTOCOL = {
@@ -112,22 +148,26 @@ def _percent(found: dict[str, Any]) -> tuple[float, str]:
     return round(100 * found["value"], 2), f"[{100 * found['low']:.2f}, {100 * found['high']:.2f}]"
 
 
-def _one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
+def _in_order(results: pl.DataFrame, *keys: str) -> list[tuple[tuple[Any, ...], pl.DataFrame]]:
+    """The rows of each token_role, label and what else is named, in the order of TOKEN_ROLES and LABELS."""
     order = {name: place for place, name in enumerate((*TOKEN_ROLES, *LABELS))}
-    probes = results.filter(pl.col("metric") != "direction").partition_by(
-        "token_role", "label", "site", as_dict=True, maintain_order=True
-    )
+    groups = results.filter(pl.col("metric") != "direction").partition_by(*keys, as_dict=True, maintain_order=True)
+    return sorted(groups.items(), key=lambda item: [order[name] for name in item[0][:2]])
+
+
+def _one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
     rows = []
-    for (role, label, site), some in sorted(probes.items(), key=lambda item: [order[name] for name in item[0][:2]]):
+    for (role, label, site), some in _in_order(results, "token_role", "label", "site"):
         found = {row["metric"]: row for row in some.iter_rows(named=True)}
         row = {"token": role, "label": label, "site": site}
         row["accuracy %"], row["95 %"] = _percent(found["accuracy"])
-        row["selectivity, points"] = round(100 * found["selectivity"]["value"], 2)
-        for metric, name in (
-            ("random_directions_accuracy", "random directions"),
-            ("majority", "most frequent"),
-            *PROTOCOL.items(),
-        ):
+        value, row["best baseline"] = best_baseline(some)
+        row |= {"baseline %": round(value, 2), "above it, points": _points(found["above_baseline"])} | _own_baseline(
+            some
+        )
+        for metric, name in (("above_shuffled", "above shuffled labels"), ("selectivity", "selectivity")):
+            row[f"{name}, points"] = round(100 * found[metric]["value"], 2)
+        for metric, name in (("random_directions_accuracy", "random directions"), *PROTOCOL.items()):
             if metric in found:
                 row[f"{name} %"] = round(100 * found[metric]["value"], 2)
         numbers = notebook_numbers(some, role)
@@ -139,8 +179,26 @@ def _one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
+def _one_row_a_place(places: pl.DataFrame) -> pl.DataFrame:
+    rows = []
+    for (role, label, site, edge), some in _in_order(places, "token_role", "asked", "site", "edge"):
+        found = {row["metric"]: row for row in some.iter_rows(named=True)}
+        row = {"token": role, "label": label, "site": site, "edge": edge, "n": found["accuracy"]["n"]}
+        row["accuracy %"], row["95 %"] = _percent(found["accuracy"])
+        row["own probe %"], row["own 95 %"] = _percent(found["own_accuracy"])
+        value, row["best baseline"] = best_baseline(some)
+        row |= {"baseline %": round(value, 2), "above it, points": _points(found["above_baseline"])}
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+CAVEAT = (
+    "Intervals are over test trees: the fitted probes are held fixed, and the model is one, of one training and seed."
+)
+
+
 def sentence(results: pl.DataFrame, n_test_trees: int) -> str:
-    """The answer: where each label is read worst and best, beside what tells nothing; and which fits were cut short."""
+    """The answer: where each label is read worst and best, and where above the tree's own baselines; which fits were cut short."""
     accuracy = results.filter(metric="accuracy")
     answer = " ".join(
         _of_role(results.filter(token_role=role), n_test_trees)
@@ -156,12 +214,12 @@ def sentence(results: pl.DataFrame, n_test_trees: int) -> str:
             f" Of {len(accuracy)} probes {len(stopped)} were stopped at {_params(results)['max_iter']:,} iterations, before "
             "they converged, and may be too low (see the table): raise max_iter."
         )
-    return answer
+    return f"{answer} {CAVEAT}"
 
 
 def nothing_read(results: pl.DataFrame) -> bool:
-    """No probe's selectivity is above 0, at the 5 % level for all of them together (Bonferroni)."""
-    found = results.filter(metric="selectivity")
+    """No probe is above its shuffled labels, at the 5 % level for all of them together (Bonferroni)."""
+    found = results.filter(metric="above_shuffled")
     error = (found["high"] - found["low"]).to_numpy() / (2 * Z_95)
     return bool((found["value"].to_numpy() <= norm.isf(0.025 / len(found)) * error).all())
 
@@ -180,15 +238,46 @@ def _difference(results: pl.DataFrame) -> str:
 
 def _of_role(results: pl.DataFrame, n_test_trees: int) -> str:
     first, accuracy = results.row(0, named=True), results.filter(metric="accuracy")
-    found = " and ".join(
-        f"its {LABELS[label]} at {_range(accuracy.filter(label=label))}" for label in labels_in(results)
-    )
+    found = ", and ".join(_of_label(results.filter(label=label), LABELS[label]) for label in labels_in(results))
     chance = " / ".join(f"{100 * value:.2f}" for value in results.filter(metric="chance")["value"].unique().sort())
     shuffled = 100 * results.filter(metric="shuffled_accuracy")["value"].to_numpy()
     n_rows = int(accuracy["n"].to_numpy().max())
-    return (
+    answer = (
         f"From the {TOKEN_ROLES[first['token_role']]} in run {first['run']!r}, linear probes read {found}; chance is {chance} %, "
         f"shuffled labels give {shuffled.min():.2f} to {shuffled.max():.2f} % ({n_rows:,} rows of {n_test_trees:,} test trees)."
+    )
+    places = by_place(results)
+    asked = places["asked"].unique(maintain_order=True)
+    return " ".join([answer, *(_of_places(places.filter(asked=label), accuracy) for label in asked)])
+
+
+def _of_label(found: pl.DataFrame, what: str) -> str:
+    """Where one label is read worst and best, and how far above what the tree alone gives; no more is claimed."""
+    above = found.filter(metric="above_baseline")
+    most = above.sort("value", descending=True, maintain_order=True).row(0, named=True)
+    value, name = best_baseline(found.filter(site=most["site"]))
+    n_above = sum(low > 0 for low in above["low"])
+    claim = "which none is above"
+    if n_above:
+        interval = " to ".join(f"{100 * most[end]:+.2f}" for end in ("low", "high"))
+        claim = (
+            f"above which are {n_above} of {len(above)} sites, by {100 * most['value']:+.2f} points ({interval}) at "
+            f"{most['site']}"
+        )
+    return f"its {what} at {_range(found.filter(metric='accuracy'))}, where the tree alone gives {value:.2f} % ({name}), {claim}"
+
+
+def _of_places(places: pl.DataFrame, accuracy: pl.DataFrame) -> str:
+    """The site that reads a label best, place by place."""
+    label = places["asked"][0]
+    ranked = accuracy.filter(label=label).sort("value", descending=True, maintain_order=True)
+    here = places.filter(site=ranked["site"][0])
+    shares = here.filter(metric="accuracy").sort("value", maintain_order=True)
+    (least, most), above = (shares.row(i, named=True) for i in (0, -1)), here.filter(metric="above_baseline")
+    return (
+        f"By place in the list its {LABELS[label]} at {ranked['site'][0]} runs from {100 * least['value']:.2f} % (edge "
+        f"{least['edge']}) to {100 * most['value']:.2f} % (edge {most['edge']}), above what the tree alone gives there at "
+        f"{sum(low > 0 for low in above['low'])} of {len(above)} places."
     )
 
 
@@ -201,11 +290,13 @@ def _range(accuracy: pl.DataFrame) -> str:
 
 
 def draw(results: pl.DataFrame) -> Figure:
-    """Draw the results of one run: one column a kind of token, two panels where anything is above 90 %.
+    """Draw the results of one run: one column a kind of token, two panels where anything is above 90 %; or place by place.
 
     Args:
         results: columns as in the table `results`; sites in the order of the forward pass.
     """
+    if len(by_place(results)):
+        return _draw_places(by_place(results))
     accuracy = results.filter(metric="accuracy")
     roles = results["token_role"].unique(maintain_order=True).to_list()
     zoomed = bool((100 * accuracy["value"] > ZOOM).any())
@@ -218,7 +309,7 @@ def draw(results: pl.DataFrame) -> Figure:
         axes[0, 0].set_ylabel(f"the same, from {ZOOM:.0f} %")
     first = accuracy.row(0, named=True)
     figure.suptitle(
-        f"Linear probes, run {first['run']}, on trees that were not in training; bars are 95 % intervals over trees",
+        f"Linear probes, run {first['run']}, on trees not in training; bars are 95 % intervals over trees, fits held fixed",
         fontsize=10,
     )
     handles, names = axes[-1, 0].get_legend_handles_labels()
@@ -259,6 +350,9 @@ def _panel(axis: Axes, results: pl.DataFrame) -> None:
         bars = np.clip([value - low, high - value], 0, None)
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         axis.errorbar(x, value, bars, fmt=f"-{marker}", color=colour, capsize=3, markersize=5, label=LABELS[label])
+        guessed = best_baseline(results.filter(label=label, site=sites[0]))[0]
+        alone = {} if place else {"label": "from the tree alone (the highest)"}
+        axis.axhline(guessed, color=colour, linestyle=":", linewidth=1, **alone)
         numbers = notebook.get(label, {})
         there = [i for i, site in enumerate(sites) if site in numbers]
         if there:
@@ -281,3 +375,38 @@ def _sites(results: pl.DataFrame) -> list[str]:
 
 def _params(results: pl.DataFrame) -> dict[str, Any]:
     return dict(json.loads(results["params"][0]))
+
+
+def _draw_places(places: pl.DataFrame) -> Figure:
+    """One panel a kind of token and label: accuracy over the place in the list, a line a site, the highest baseline beside."""
+    panels = _in_order(places, "token_role", "asked")
+    figure = Figure(figsize=(6 * min(len(panels), 3), 4.2 * -(-len(panels) // 3)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3), squeeze=False, sharey=True).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, ((role, label), some) in zip(axes, panels, strict=False):
+        sites = _sites(some)
+        for place, site in enumerate(sites):
+            rows = some.filter(site=site, metric="accuracy").sort("edge")
+            value, low, high = (100 * rows[column].to_numpy() for column in ("value", "low", "high"))
+            bars = np.clip([value - low, high - value], 0, None)
+            colour = colormaps["viridis"](0.9 * place / max(1, len(sites) - 1))
+            x = rows["edge"].to_numpy() + 0.3 * (place / max(1, len(sites) - 1) - 0.5)
+            axis.errorbar(x, value, bars, fmt="-o", color=colour, markersize=3, linewidth=1, label=site)
+        first = some.filter(site=sites[0])
+        edges = first["edge"].unique().sort().to_list()
+        drawn = [best_baseline(first.filter(edge=edge))[0] for edge in edges]
+        axis.plot(edges, drawn, "--x", color=GREY, linewidth=1, label="the tree alone (the highest)")
+        axis.set_title(f"{TOKEN_ROLES[role]}: {LABELS[label]}", fontsize=10)
+        axis.set_xlabel("place in the list of edges")
+        axis.set_ylim(-2, 104)
+        axis.grid(axis="y", color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("accuracy on test trees (%)")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    run = places["run"][0]
+    figure.suptitle(
+        f"Linear probes by place, run {run}; bars are 95 % intervals over trees, fits held fixed", fontsize=10
+    )
+    return figure

@@ -12,6 +12,8 @@
 --         on_path     1 where the way from root to goal takes that edge, 0 where it does not
 --         edge_depth  edges between the root and the edge's source
 --         next_node   the node that the next step goes to, of 'path' alone
+--         token       what stands where the residual stream is read
+--         position    its place in the sequence
 --         is_last     the edge is listed last
 --         depth       of the goal, edges from the root
 --         split       'train' or 'test', the same for all tokens of a tree
@@ -57,10 +59,13 @@ select
     on_path::utinyint as on_path,
     source_depth as edge_depth,
     next_node,
+    token,
+    position,
     is_last,
     depth,
     split
 from asked
+join (select token_id, token, position from tokens) using (token_id)
 join edges using (tree_id, edge)
 join trees using (tree_id)
 semi join held using (tree_id)

@@ -215,13 +215,23 @@ def test_the_table_and_the_sentence_say_what_the_results_hold(found):
     assert f"{100 * value(found, 'embed', 'target'):.2f} % (embed)" in found.sentence
     assert f"{IS_TEST.sum()} test trees" in found.sentence
     assert "12.50 %" in found.sentence, "chance among 8 nodes"
+    assert probe_report.CAVEAT in found.sentence, "which errors the intervals do not know of"
 
 
 def made_up(n_nodes, token_role="edge_target", sites=("embed", "resid_post.0"), share=0.95, system="reproduction"):
+    metrics = (
+        "accuracy",
+        "shuffled_accuracy",
+        "above_shuffled",
+        "control_accuracy",
+        "selectivity",
+        "majority",
+        "above_baseline",
+    )
     rows = [
         {"site": site, "token_role": token_role, "label": label, "metric": metric, "value": share, "low": share - 0.01,
          "high": share + 0.01, "n": 100}
-        for site in sites for label in probe_report.PAIR for metric in ("accuracy", "shuffled_accuracy", "selectivity", "converged")
+        for site in sites for label in probe_report.PAIR for metric in (*metrics, "converged")
     ]  # fmt: skip
     params = {"n_nodes": n_nodes, "max_iter": 300, "system": system}
     return study.result_rows(rows, study="probes", run="r", query="q", params=params, snapshot=1, seed=0)
@@ -246,11 +256,11 @@ def test_of_several_tokens_each_has_the_notebooks_numbers_that_it_has():
     assert numbers == [6.64, 99.92, 100.0, 100.0, None, None, None, None, 6.43, 93.52, 6.25, 93.35]
 
 
-def test_nothing_is_said_to_be_read_only_where_no_selectivity_is_above_what_so_many_probes_reach_by_chance():
-    def found(*selectivity):
+def test_nothing_is_said_to_be_read_only_where_no_probe_is_above_what_so_many_probes_reach_by_chance():
+    def found(*above):
         rows = [
-            {"metric": "selectivity", "value": value, "low": value - 0.0196, "high": value + 0.0196}
-            for value in selectivity
+            {"metric": "above_shuffled", "value": value, "low": value - 0.0196, "high": value + 0.0196}
+            for value in above
         ]
         return study.result_rows(rows, study="probes", run="r", query="q", params={}, snapshot=1, seed=0)
 
@@ -367,13 +377,13 @@ def test_each_label_is_found_at_the_token_it_was_planted_at_and_nowhere_else(els
     answer = study.run(elsewhere, "probes", token_role="all", labels="source,target,on_path,next_node")
     read = {
         (row["token_role"], row["label"])
-        for row in answer.results.filter(metric="selectivity", site="resid_post.0").to_dicts()
+        for row in answer.results.filter(metric="above_shuffled", site="resid_post.0").to_dicts()
         if row["value"] > 0.2
     }
     assert {("next_source", "target"), ("edge_target", "on_path"), ("path", "next_node")} <= read
     assert not [where for where in read if where[1] == "source"]
     assert ("edge_target", "target") not in read
-    nothing = answer.results.filter(metric="selectivity", site="embed")
+    nothing = answer.results.filter(metric="above_shuffled", site="embed")
     assert all(row["low"] < 0.06 for row in nothing.to_dicts())
     assert set(answer.table["token"]) == set(probe.TOKEN_ROLES)
     assert study.plot(answer).axes
@@ -390,15 +400,79 @@ def test_as_many_random_directions_read_less_than_the_probes_own(found):
     assert at_chance(value(found, "embed", "source", "random_directions_accuracy"), int(IS_TEST.sum()) * N_EDGES)
 
 
-def test_selectivity_is_what_shuffled_labels_leave(found):
+def test_what_a_probe_is_above_is_what_its_control_leaves(found):
     for site in ("embed", "resid_post.1"):
-        expected = value(found, site, "source") - value(found, site, "source", "shuffled_accuracy")
-        assert value(found, site, "source", "selectivity") == pytest.approx(expected)
-    assert (
-        value(found, "embed", "source", "selectivity", "low")
-        < 0
-        < value(found, "embed", "source", "selectivity", "high")
+        for metric, control in (("above_shuffled", "shuffled_accuracy"), ("selectivity", "control_accuracy")):
+            expected = value(found, site, "source") - value(found, site, "source", control)
+            assert value(found, site, "source", metric) == pytest.approx(expected)
+    low, high = (value(found, "embed", "source", "above_shuffled", end) for end in ("low", "high"))
+    assert low < 0 < high
+
+
+# Hewitt and Liang's control task.
+
+
+def words_and_positions(n_trees=400, n_words=12, n_positions=12):
+    rng = np.random.default_rng(6)
+    shape = (n_trees, 10)
+    return rng.integers(n_words, size=shape).ravel(), rng.integers(n_positions, size=shape).ravel()
+
+
+def test_the_control_tasks_labels_are_of_types_alone_and_as_frequent_as_the_labels():
+    words, positions = words_and_positions()
+    y = np.random.default_rng(1).choice(4, p=(0.7, 0.1, 0.1, 0.1), size=len(words))
+    train = np.arange(len(words)) < 3000
+    labels = probe_fit.control_labels(words, positions, y, train, seed=0)
+    by_type = {}
+    for word, position, label in zip(words, positions, labels, strict=True):
+        by_type.setdefault((word, position), set()).add(label)
+    assert len(by_type) == 144
+    assert all(len(given) == 1 for given in by_type.values()), "a type has one label wherever it stands, test trees too"
+    drawn = [given.pop() for given in by_type.values()]
+    assert np.mean([label == 0 for label in drawn]) == pytest.approx(0.7, abs=0.13)
+    assert len({by_type_label for (word, _), by_type_label in zip(by_type, drawn, strict=True) if word == 3}) > 1, (
+        "the position is part of the type"
     )
+    assert not np.array_equal(labels, probe_fit.control_labels(words, positions, y, train, seed=1))
+
+
+def test_a_probe_that_can_memorise_has_low_selectivity_and_a_planted_direction_has_high():
+    words, positions = words_and_positions()
+    rng = np.random.default_rng(7)
+    train, label_of = np.arange(len(words)) < 3000, rng.integers(4, size=(12, 12))
+    kinds = np.eye(144, dtype=np.float32)[12 * words + positions]  # a direction for each type: any list can be kept
+    memorised, noise = label_of[words, positions], rng.normal(size=(len(words), 20)).astype(np.float32)
+    meant = rng.integers(4, size=len(words))  # a label that no type tells
+    planted = noise + 5 * np.eye(20, dtype=np.float32)[meant]
+    selectivity = {}
+    for name, X, y in (("memorised", kinds, memorised), ("planted", planted, meant)):
+        control = probe_fit.control_labels(words, positions, y, train, seed=0)
+        own, other = probe_fit.fit_all([(X, y), (X, control)], train)
+        assert own.right.mean() > 0.98
+        selectivity[name] = own.right.mean() - other.right.mean()
+    assert selectivity["memorised"] < 0.05
+    assert selectivity["planted"] > 0.6
+
+
+def test_a_control_whose_types_all_have_one_label_is_fitted_too():
+    made = probe_fit.fit(np.eye(4, dtype=np.float32), np.full(4, 3), np.array([True, True, False, False]))
+    assert made.right.tolist() == [True, True]
+    assert made.converged
+    assert (made.weights.shape, made.intercepts.shape) == ((1, 4), (1,))
+
+
+def test_selectivity_tells_planted_directions_from_what_stands_at_the_token(tmp_path):
+    """`embed` keeps each word and position in a direction of its own; `resid_post.0` the edge's source in noise."""
+    types = np.zeros((N_TREES, 4 * N_NODES - 1, N_NODES * N_EDGES), np.float32)
+    tree, edge = np.ogrid[:N_TREES, :N_EDGES]
+    types[tree, 3 * edge + 1, TREES.edges[:, :, 1] * N_EDGES + edge] = 1
+    sites = {"embed": types, "resid_post.0": planted_sites(TREES, types.shape[2])["resid_post.0"]}
+    with Store(plant(tmp_path / "s.act", TREES, sites)) as opened:
+        answer = study.run(opened, "probes")
+    assert value(answer, "embed", "target") > 0.99
+    assert value(answer, "embed", "target", "control_accuracy") > 0.9
+    assert value(answer, "embed", "target", "selectivity") < 0.1
+    assert value(answer, "resid_post.0", "source", "selectivity") > 0.5
 
 
 def test_noise_alone_is_said_to_tell_nothing(tmp_path):

@@ -1,0 +1,51 @@
+-- baseline_depth_above: guesses the depth of an edge from how far up the edges listed so far lead from it.
+--
+-- grain   token_id
+-- params  $run         which run
+--         $token_role  'edge_source', 'edge_target', 'separator' or 'next_source'
+-- yields  token_id    where a probe reads
+--         edge_depth  the guess: the commonest among training edges of the same place that lead as far up
+--         p           its probability, 1
+--
+-- Uses the edges up to this one, of which the target may be missing: none of them shows the whole way to the root before the last.
+with recursive of_run as (
+    select tree_id
+    from trees
+    join runs using (dataset)
+    where run = $run
+),
+chains as (  -- each edge with each edge above it: how many steps up, and the place of the latest on the way
+    select tree_id, edge, edge as above, source as top, 0 as steps, edge as latest
+    from edges
+    semi join of_run using (tree_id)
+    union all
+    select chains.tree_id, chains.edge, edges.edge, edges.source, steps + 1, greatest(latest, edges.edge)
+    from chains
+    join edges on edges.tree_id = chains.tree_id and edges.target = chains.top
+),
+asked as (
+    select edges.tree_id::bigint * 256 + 3 * edge + case $token_role when 'edge_source' then 0 when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end as token_id, edges.tree_id, edge, source_depth, split
+    from edges
+    join trees using (tree_id)
+    join runs using (dataset)
+    where run = $run
+    and $token_role in ('edge_source', 'edge_target', 'separator', 'next_source')
+    and not (is_last and $token_role in ('separator', 'next_source'))
+),
+known as (
+    select token_id, edge, any_value(source_depth) as source_depth, any_value(split) as split, max(steps) as n_above
+    from asked
+    join chains using (tree_id, edge)
+    where latest <= edge
+    group by token_id, edge
+),
+commonest as (
+    select edge, n_above, mode(source_depth order by source_depth) as edge_depth
+    from known
+    where split = 'train'
+    group by all
+)
+select token_id, edge_depth, 1.0::double as p
+from known
+join commonest using (edge, n_above)
+order by token_id

@@ -1,0 +1,25 @@
+-- baseline_source_listed: guesses the source of an edge from the sources listed up to it, each as likely as it is listed often.
+--
+-- grain   token_id, source
+-- params  $run         which run
+--         $token_role  'edge_source', 'edge_target', 'separator' or 'next_source'
+-- yields  token_id  where a probe reads
+--         source    a guess, a label
+--         p         its probability, [0, 1]
+--
+-- Uses the words of the edges up to the one asked about, itself included, without their order: a bag of words. So it is right at
+-- edge 0, where there is one, and once in e + 1 at edge e, unless a source has two edges.
+with asked as (
+    select edges.tree_id::bigint * 256 + 3 * edge + case $token_role when 'edge_source' then 0 when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end as token_id, edges.tree_id, edge
+    from edges
+    join trees using (tree_id)
+    join runs using (dataset)
+    where run = $run
+    and $token_role in ('edge_source', 'edge_target', 'separator', 'next_source')
+    and not (is_last and $token_role in ('separator', 'next_source'))
+)
+select token_id, listed.source, count(*) / (any_value(asked.edge) + 1.0) as p
+from asked
+join edges as listed on listed.tree_id = asked.tree_id and listed.edge <= asked.edge
+group by token_id, listed.source
+order by token_id, listed.source

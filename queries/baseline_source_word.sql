@@ -1,0 +1,16 @@
+-- baseline_source_word: guesses the source of an edge at the token that writes it, from the token's own word.
+--
+-- grain   token_id, source
+-- params  $run         which run
+--         $token_role  'edge_source'; no row of another
+-- yields  token_id  where a probe reads
+--         source    the guess, a label
+--         p         its probability, 1
+--
+-- Uses the token alone. What stands there needs no network to be read: a probe that finds it has found the embedding.
+select edges.tree_id::bigint * 256 + 3 * edge as token_id, source, 1.0::double as p
+from edges
+join trees using (tree_id)
+join runs using (dataset)
+where run = $run and $token_role = 'edge_source'
+order by token_id

@@ -1,0 +1,24 @@
+-- baseline_target_listed: guesses the target of an edge from the targets listed up to it, each as likely.
+--
+-- grain   token_id, target
+-- params  $run         which run
+--         $token_role  'edge_target', 'separator' or 'next_source'; no row of another
+-- yields  token_id  where a probe reads
+--         target    a guess, a label
+--         p         its probability, [0, 1]
+--
+-- Uses the words of the edges up to the one asked about, itself included, without their order: a bag of words. A node is a target
+-- once, so it is right once in e + 1 at edge e.
+with asked as (
+    select edges.tree_id::bigint * 256 + 3 * edge + case $token_role when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end as token_id, edges.tree_id, edge
+    from edges
+    join trees using (tree_id)
+    join runs using (dataset)
+    where run = $run
+    and $token_role in ('edge_target', 'separator', 'next_source')
+    and not (is_last and $token_role in ('separator', 'next_source'))
+)
+select token_id, listed.target, 1 / (asked.edge + 1.0) as p
+from asked
+join edges as listed on listed.tree_id = asked.tree_id and listed.edge <= asked.edge
+order by token_id, listed.target

@@ -1,0 +1,16 @@
+-- baseline_target_word: guesses the target of an edge at the token that writes it, from the token's own word.
+--
+-- grain   token_id, target
+-- params  $run         which run
+--         $token_role  'edge_target'; no row of another
+-- yields  token_id  where a probe reads
+--         target    the guess, a label
+--         p         its probability, 1
+--
+-- Uses the token alone. What stands there needs no network to be read: a probe that finds it has found the embedding.
+select edges.tree_id::bigint * 256 + 3 * edge + 1 as token_id, target, 1.0::double as p
+from edges
+join trees using (tree_id)
+join runs using (dataset)
+where run = $run and $token_role = 'edge_target'
+order by token_id

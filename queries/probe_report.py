@@ -351,8 +351,8 @@ def _panel(axis: Axes, results: pl.DataFrame) -> None:
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         axis.errorbar(x, value, bars, fmt=f"-{marker}", color=colour, capsize=3, markersize=5, label=LABELS[label])
         guessed = best_baseline(results.filter(label=label, site=sites[0]))[0]
-        alone = {} if place else {"label": "from the tree alone (the highest)"}
-        axis.axhline(guessed, color=colour, linestyle=":", linewidth=1, **alone)
+        alone = "_nolegend_" if place else "from the tree alone (the highest)"  # one entry for all labels
+        axis.axhline(guessed, color=colour, linestyle=":", linewidth=1, label=alone)
         numbers = notebook.get(label, {})
         there = [i for i, site in enumerate(sites) if site in numbers]
         if there:

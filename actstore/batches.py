@@ -24,6 +24,7 @@ from actstore.arrays import Layout, SiteReader, not_stored
 from actstore.errors import BadInput, Damaged
 from actstore.folder import Folder
 from actstore.foreign import ForeignReader
+from actstore.machine import limit_reached
 from actstore.mapped import POSITION_BITS, POSITION_MASK
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ class Batches(IterableDataset):
         try:
             folder = Folder(self._path)
         except OSError as error:
-            raise Damaged(f"{self._path} cannot be opened ({error}); make the batches again") from error
+            raise limit_reached(error, f"cannot open {self._path}") or Damaged(
+                f"{self._path} cannot be opened ({error}); make the batches again"
+            ) from error
         folder.check()
         if folder.identity() != self._identity:
             raise Damaged(f"{self._path} was replaced since these batches were made; make them again")

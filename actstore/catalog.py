@@ -25,6 +25,7 @@ import xxhash
 from actstore import checked
 from actstore.errors import Damaged
 from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, log_hash, manifests, say_where
+from actstore.machine import limit_reached
 
 NAME = "catalog.duckdb"
 HASHES = "catalog.json"  # what its bytes hash to
@@ -95,7 +96,9 @@ def snapshot(root: Path) -> int:
         try:
             connection.execute(f"attach {quoted(root / NAME)} as there (read_only)")
             return int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
-        except (duckdb.Error, IndexError, TypeError):
+        except (duckdb.Error, IndexError, TypeError) as error:
+            if reached := limit_reached(error, f"cannot open {root / NAME}"):
+                raise reached from error
             return 0
 
 
@@ -163,7 +166,7 @@ def _building(root: Path) -> Iterator[None]:
                 raise OSError(reason, os.strerror(reason), str(root / NAME)) from error
         if isinstance(error, duckdb.FatalException) or "fsync failed" in str(error):
             raise OSError(errno.EIO, _first_line(error), str(root / NAME)) from error
-        raise Damaged(
+        raise limit_reached(error, f"cannot build the catalog of {root}") or Damaged(
             f"the catalog of {root} cannot be built from its parts ({_first_line(error)}); restore them from a copy of it"
         ) from error
     except OSError as error:

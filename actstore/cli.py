@@ -14,6 +14,7 @@ import click
 
 from actstore import __version__
 from actstore.errors import ActstoreError, NotStored
+from actstore.machine import limit_reached, raise_descriptors
 
 if TYPE_CHECKING:
     from actstore.output import Output
@@ -38,9 +39,9 @@ class Commands(click.Group):
             sys.stderr.close()
             ctx.exit(1)
         except OSError as error:
-            click.echo(
-                f"actstore: {error.filename or 'the system'}: {error.strerror or error}{_goes_on(ctx)}", err=True
-            )
+            where = error.filename or "the system"
+            said = limit_reached(error, where) or f"{where}: {error.strerror or error}"
+            click.echo(f"actstore: {said}{_goes_on(ctx)}", err=True)
             ctx.exit(1)
 
 
@@ -61,6 +62,7 @@ def main() -> None:
         actstore sql demo.act "select role, count(*) from tokens group by all"
         actstore study demo.act probes --plot probes.png
     """
+    raise_descriptors()
 
 
 def store_argument(command: Callable[..., Any]) -> Callable[..., Any]:

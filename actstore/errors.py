@@ -7,7 +7,7 @@ ActstoreError
 ├── TooNew      (also an OSError)       install a later actstore                    exit code 1
 ├── TooOld      (also an OSError)       bring it up to date: `actstore repair`      exit code 1
 ├── NoRoom      (also an OSError)       free disk space, then run the command again exit code 1
-├── LimitReached (also a RuntimeError)  raise the query's limit, or ask for less    exit code 1
+├── LimitReached (also a RuntimeError)  raise the limit, or ask for less            exit code 1
 └── Busy        (also a TimeoutError)   another writer holds the store              exit code 1
 
 Each message is one line: what was got, what exists, what to do.
@@ -50,7 +50,7 @@ class NoRoom(ActstoreError, OSError):
 
 
 class LimitReached(ActstoreError, RuntimeError):
-    """A query took more time or memory than it was given, and was stopped."""
+    """A query took more time or memory than it was given, or the system allows no more open files, maps or memory."""
 
 
 class Busy(ActstoreError, TimeoutError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import weakref
 from pathlib import Path
 from typing import Any
 
 from actstore import checked
 from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld
 from actstore.log import FORMAT_VERSION
+from actstore.machine import check_process, finalize_here, within_limits
 
 WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # what store.json holds where a development version made it
 MEND = "mend it with `actstore repair"
@@ -29,7 +29,8 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
         Damaged: store.json cannot be read.
     """
     try:
-        content = (root / "store.json").read_bytes()
+        with within_limits(f"cannot read {root / 'store.json'}"):
+            content = (root / "store.json").read_bytes()
         about = json.loads(content)
         version = about["format"]
     except (FileNotFoundError, NotADirectoryError):
@@ -70,7 +71,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._process = os.getpid()
+        self._close = finalize_here(self, os.close, self._descriptor)
 
     def close(self) -> None:
         self._close()
@@ -80,15 +82,21 @@ class Folder:
         """Device and inode, by which another process can tell whether it has the same folder.
 
         Raises:
-            BadInput: the folder is closed.
+            BadInput: the folder is closed, or this process was forked since it was opened.
         """
+        check_process(self._process)
         if not self._close.alive:
             raise BadInput("the store is closed; open it again")
         about = os.fstat(self._descriptor)
         return about.st_dev, about.st_ino
 
     def open(self, path: Path) -> int:
-        """The descriptor of a file inside, to be read; as os.open raises where there is none."""
+        """The descriptor of a file inside, to be read; as os.open raises where there is none.
+
+        Raises:
+            BadInput: this process was forked since the folder was opened.
+        """
+        check_process(self._process)
         return os.open(path.relative_to(self.path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._descriptor)
 
     def read(self, path: Path) -> bytes:
@@ -101,7 +109,9 @@ class Folder:
 
         Raises:
             Damaged: it was moved or removed, or another is in its place.
+            BadInput: this process was forked since it was opened.
         """
+        check_process(self._process)
         try:
             is_same = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
         except OSError:

@@ -16,6 +16,7 @@ import numpy as np
 
 from actstore.arrays import Layout, SiteReader, not_stored
 from actstore.errors import BadInput, Damaged, NotStored
+from actstore.machine import limit_reached
 from actstore.mapped import flat_rows
 
 
@@ -89,7 +90,7 @@ class ForeignReader(SiteReader):
         try:
             array = zarr.open_array(str(self.path), mode="r")
         except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
-            raise Damaged(
+            raise limit_reached(error, f"cannot open {self.path} of {self.where}") or Damaged(
                 f"{self.path} of {self.where} cannot be opened ({_one_line(error)}); restore it from a copy of the store"
             ) from error
         self._check()
@@ -174,7 +175,7 @@ class ForeignReader(SiteReader):
         except NotStored:
             raise
         except (ValueError, OSError, KeyError, RuntimeError) as error:
-            raise Damaged(
+            raise limit_reached(error, f"cannot read a chunk of {self.path} of {self.where}") or Damaged(
                 f"a chunk of {self.path} of {self.where} cannot be read ({_one_line(error)}); restore it from a copy"
             ) from error
         return block.reshape(*block.shape[:2], -1)

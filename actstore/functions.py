@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from actstore import catalog
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.log import WEIGHTS
+from actstore.machine import limit_reached
 
 if TYPE_CHECKING:
     from actstore.arrays import SiteReader
@@ -242,7 +243,9 @@ def _read_unembedding(store: Store, weights_sha256: str) -> Unembedding:
         parts = [held[name] for name in ("ln_final.w", "ln_final.b", "unembed.W_U", "unembed.b_U")]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         what = error.strerror if isinstance(error, OSError) else error
-        raise Damaged(f"the weights {path} cannot be read ({what}); restore them from a copy of the store") from error
+        raise limit_reached(error, f"cannot read the weights {path}") or Damaged(
+            f"the weights {path} cannot be read ({what}); restore them from a copy of the store"
+        ) from error
     return Unembedding(*(part.astype(np.float32) for part in parts))
 
 

@@ -27,7 +27,8 @@ def hash_of(descriptor: int) -> str:
 def _block() -> memoryview:
     """Memory of the thread's own, to read into: new memory for each file would take longer than to hash it."""
     if not hasattr(_of_thread, "block"):
-        _of_thread.block = memoryview(mmap.mmap(-1, BLOCK))
+        # private: a forked process hashes at the same time, and would otherwise read into the very same memory
+        _of_thread.block = memoryview(mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE))
     return _of_thread.block
 
 

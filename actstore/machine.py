@@ -1,10 +1,120 @@
-"""What this process may use of the machine it runs on."""
+"""What this process may use of the machine it runs on, what to do where that is too little, and whether it is still itself."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from actstore.errors import BadInput, LimitReached
+
+MAPS = Path("/proc/sys/vm/max_map_count")
+LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what the system refuses with, where nothing is wrong with a file
 
 
 def n_processors() -> int:
     """Processors that this process may run on, where the system says; else those that there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def raise_descriptors() -> None:
+    """Let this process open as many files as its hard limit allows; only the process's owner should call it."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # a system whose own limit is lower than what it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def limit_reached(error: Exception, doing: str) -> LimitReached | None:
+    """The package's error where a limit of the system was reached, which is no damage to a store.
+
+    Args:
+        error: an OSError, or another library's error that quotes the system's words, as DuckDB's do.
+        doing: what could not be done, for the message: "cannot map s.act/…".
+
+    Returns:
+        None where the error is of another kind.
+    """
+    reason = error.errno if isinstance(error, OSError) and error.errno else _quoted(error)
+    return LimitReached(f"{doing}: {_advice(reason)}") if reason in LIMITS else None
+
+
+@contextmanager
+def within_limits(doing: str) -> Iterator[None]:
+    """Say what ran out where the system refuses an open file or memory.
+
+    Raises:
+        LimitReached: in place of such an OSError; see `limit_reached`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if reached := limit_reached(error, doing):
+            raise reached from error
+        raise
+
+
+def _quoted(error: Exception) -> int | None:
+    return next((reason for reason in LIMITS if os.strerror(reason) in str(error)), None)
+
+
+def _advice(reason: int) -> str:
+    if reason == errno.EMFILE:
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (
+            f"this process has {most:,} files open, and may have no more: close some, or start it with a higher limit "
+            f"(`ulimit -n {4 * most}`)"
+        )
+    if reason == errno.ENFILE:
+        return "the machine has as many files open as it allows: close some, or allow more (`sysctl fs.file-max`)"
+    most, there = _maps()
+    if most and there > 0.99 * most:
+        return (
+            f"this process has {there:,} maps of memory and may have {most:,}: read fewer batches or sites with one open "
+            f"store, or allow more (`sysctl -w vm.max_map_count={4 * most}`)"
+        )
+    return "the system has no more memory for it: ask for less, or allow this process more (`ulimit -v unlimited`)"
+
+
+def check_process(opened_in: int) -> None:
+    """Refuse to go on in a process that was forked from one that had opened a store.
+
+    Args:
+        opened_in: id of the process that opened it.
+
+    Raises:
+        BadInput: this is another process.
+    """
+    if os.getpid() != opened_in:
+        raise BadInput(
+            f"process {opened_in} opened a store, and this process ({os.getpid()}) was forked from it: the threads of "
+            "DuckDB and polars do not survive a fork; open the store in a process that is started anew "
+            "(`multiprocessing.get_context('spawn')`), or read `Store.batches` in a DataLoader"
+        )
+
+
+def finalize_here(owner: object, close: Callable[..., object], *args: Any) -> weakref.finalize[Any, Any]:
+    """As weakref.finalize, but in a process forked since then `close` is not called, and what it holds is never freed."""
+    return weakref.finalize(owner, _close_in, os.getpid(), close, args)
+
+
+def _close_in(opened_in: int, close: Callable[..., object], args: tuple[Any, ...]) -> None:
+    if os.getpid() == opened_in:
+        close(*args)
+    else:  # freeing a connection waits for its threads, which are not in this process: a segmentation fault
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(close))
+
+
+def _maps() -> tuple[int, int]:
+    """How many stretches of memory a process may map, and how many this one does; 0 where the system does not say."""
+    with suppress(OSError, ValueError):
+        return int(MAPS.read_text()), Path("/proc/self/maps").read_bytes().count(b"\n")
+    return 0, 0

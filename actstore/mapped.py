@@ -4,22 +4,29 @@ numpy copies rows of one array by one call, and each call costs; a selection has
 are seen through one view whose item i is the row that would start i numbers behind the first map. What lies between the
 maps is never touched: an offset into the view comes only from a shard's own index of chunks, which is checked when the
 shard is mapped.
+
+A mapped shard holds no descriptor, so a store may have more shards than a process may have files open; each takes one of
+the maps that the system allows a process (65,530 by default). Whoever cuts a shard short while it is mapped kills every
+process that then reads it, by SIGBUS: committed files are read-only, and actstore itself never shortens one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import google_crc32c
 import numpy as np
 
-from actstore.errors import BadInput, Damaged
-from actstore.machine import n_processors
+from actstore.errors import ActstoreError, BadInput, Damaged
+from actstore.machine import limit_reached, n_processors
 
 if TYPE_CHECKING:
     from actstore.arrays import Layout
@@ -36,6 +43,33 @@ NO_CHUNK = 2**64 - 1  # in a shard's index: this chunk was never written
 def open_file(path: Path) -> int:
     """A file's descriptor, for reading."""
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return libc
+
+
+class _Map:
+    """A file in memory, read-only, until no array is left that shows it.
+
+    Python's own mmap keeps a duplicate of the descriptor as long (`trackfd=False` is of Python 3.13).
+
+    Raises:
+        OSError: the system maps no more, or not this file.
+    """
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        address = _libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.__array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, True), "version": 3}
+        # not at the interpreter's end, when a thread may still read; the system unmaps what is left
+        weakref.finalize(self, _libc().munmap, address, size).atexit = False
 
 
 class View(NamedTuple):
@@ -83,6 +117,7 @@ class Shards:
 
         Raises:
             Damaged: a shard cannot be mapped, or is not as long as it was committed, or its index is not its own.
+            LimitReached: the system allows this process no more open files, maps or memory.
         """
         layout, key = self.layout, row // self.layout.trees_per_shard
         key <<= POSITION_BITS
@@ -139,14 +174,14 @@ class Shards:
                     raise Damaged(
                         f"{path} of {self.where} is {size:,} bytes long; it was {self.layout.shard_bytes:,} when committed"
                     )
-                mapped = np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)
+                mapped = np.asarray(_Map(descriptor, size))
                 index = os.pread(descriptor, self.layout.index_bytes, size - self.layout.index_bytes)
             finally:
                 os.close(descriptor)
-        except (Damaged, MemoryError):
+        except (ActstoreError, MemoryError):
             raise
         except (OSError, ValueError) as error:
-            raise Damaged(
+            raise limit_reached(error, f"cannot map {path} of {self.where}") or Damaged(
                 f"cannot map {path} of {self.where} ({error}); restore it from a copy of the store"
             ) from error
         return mapped, self._chunks(index, path)

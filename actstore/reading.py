@@ -13,6 +13,7 @@ import polars as pl
 from actstore.arrays import Layout, SiteReader
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.foreign import ForeignReader, mapped_dtype
+from actstore.machine import limit_reached
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -205,4 +206,6 @@ def _zarr_json(store: Store, path: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
-        raise Damaged(f"{file} cannot be read ({error}); restore it from a copy of the store") from error
+        raise limit_reached(error, f"cannot read {file}") or Damaged(
+            f"{file} cannot be read ({error}); restore it from a copy of the store"
+        ) from error

@@ -33,6 +33,7 @@ import polars as pl
 from actstore import errors
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
 from actstore.folder import Folder
+from actstore.machine import within_limits
 from actstore.parameters import from_json, to_json
 from actstore.session import Session
 from actstore.store import Store
@@ -121,7 +122,7 @@ def run(
         "limits": asdict(limits),
         "snapshot": snapshot,
     }
-    with tempfile.TemporaryFile() as complaints:
+    with within_limits("cannot start the query's process"), tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "actstore.sandbox"],
             stdin=subprocess.PIPE,
@@ -159,8 +160,9 @@ def _wait(process: subprocess.Popen[bytes], limits: Limits) -> bytes:
         LimitReached: it took more than it may.
     """
     assert process.stdout is not None
-    started = time.monotonic()
-    if not select.select([process.stdout], [], [], START)[0]:
+    output = select.poll()  # select() takes no descriptor above 1,023
+    output.register(process.stdout, select.POLLIN)
+    if not output.poll(1e3 * START):
         raise LimitReached(f"the query's process did not start in {START:g} s; try again when the machine is less busy")
     first = os.read(process.stdout.fileno(), 1)
     if first != READY:  # it found an error before it began, or died
@@ -174,7 +176,7 @@ def _wait(process: subprocess.Popen[bytes], limits: Limits) -> bytes:
             )
         if limits.memory is not None and _resident(process.pid) - before > limits.memory:
             raise _too_much(limits.memory)
-        if select.select([process.stdout], [], [], LOOK_UP)[0]:
+        if output.poll(1e3 * LOOK_UP):
             more = os.read(process.stdout.fileno(), 1 << 20)
             if not more:
                 process.wait()

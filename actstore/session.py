@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import re
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from duckdb.func import PythonUDFType
 
 from actstore import errors
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
+from actstore.machine import check_process, finalize_here, limit_reached
 
 LOCKED = (
     "set temp_directory = ''",  # which could not be written anyway: a query that does not fit says so
@@ -54,30 +55,45 @@ class Session:
 
     Raises:
         Damaged: the catalog cannot be opened.
+        LimitReached: this process may have no more files open.
+        BadInput: this process was forked from one that had opened a session.
     """
 
     def __init__(self, catalog: Path, memory: int | None = None) -> None:
-        self._connection = duckdb.connect(":memory:")
-        # also at the interpreter's end: functions that outlive it print what they leak
-        self._close = weakref.finalize(self, self._connection.close)
+        self._process = os.getpid()
+        check_process(_first_process())
         try:
+            os.close(os.open(catalog, os.O_RDONLY))  # DuckDB 2.0 aborts a process that may open no file more
+            self._connection = duckdb.connect(":memory:")
+            # also at the interpreter's end: functions that outlive it print what they leak
+            self._close = finalize_here(self, self._connection.close)
             self._file = _attach(self._connection, catalog)
+            self._close_file = finalize_here(self, os.close, self._file)
         except (duckdb.Error, OSError) as error:
             self.close()
-            raise Damaged(
+            raise limit_reached(error, f"cannot open {catalog}") or Damaged(
                 f"{catalog} cannot be opened ({one_line(error)}); rebuild it with `actstore repair {catalog.parent}`"
             ) from error
-        self._close_file = weakref.finalize(self, os.close, self._file)
         if memory is not None:
             self._connection.execute(f"set memory_limit = '{memory}B'")
         for statement in LOCKED:
             self._connection.execute(statement)
 
     def close(self) -> None:
-        """Close the connection and the catalog's file, once."""
-        self._close()
-        if hasattr(self, "_close_file"):
-            self._close_file()
+        """Close the connection and the catalog's file, once; in a process forked since it was opened, nothing."""
+        for close in ("_close", "_close_file"):
+            if hasattr(self, close):
+                getattr(self, close)()
+
+    def check(self) -> None:
+        """Look whether the session is open, in this process.
+
+        Raises:
+            BadInput: it is closed, or this process was forked since it was opened.
+        """
+        check_process(self._process)
+        if not self._close.alive:
+            raise BadInput("the store is closed; open it again")
 
     def fileno(self) -> int:
         """Descriptor of the catalog's file that this session reads, whatever stands under its name by now.
@@ -85,8 +101,7 @@ class Session:
         Raises:
             BadInput: the session is closed.
         """
-        if not self._close.alive:
-            raise BadInput("the store is closed; open it again")
+        self.check()
         return self._file
 
     def add_function(self, name: str, function: Callable[..., Any], takes: Sequence[str], gives: str) -> None:
@@ -131,11 +146,12 @@ class Session:
             A polars frame of its rows; FLOAT[n] columns arrive as Array(Float32, n).
 
         Raises:
-            BadInput: it is not one query, is longer than a million characters, a parameter is missing or not used, or DuckDB
-                refuses it (its own words, one line).
+            BadInput: it is not one query, is longer than a million characters, a parameter is missing or not used, DuckDB
+                refuses it (its own words, one line), or the session is closed or of another process.
             LimitReached: it needs more memory than DuckDB may take.
             ActstoreError: what a function of the session raised.
         """
+        self.check()
         if len(query) > LONGEST:
             raise BadInput(
                 f"got a query of {len(query):,} characters; the longest is {LONGEST:,}: hand lists over as params, "
@@ -165,11 +181,13 @@ class Session:
 
     def statement(self, query: str) -> str:
         """The one statement of a query that `sql` takes, without what DuckDB skips in front of it, such as `;`."""
+        self.check()
         with self._connection.cursor() as cursor:
             return str(cursor.extract_statements(query)[0].query)
 
     def parse(self, query: str) -> str:
         """What DuckDB's parser makes of a query, as JSON: `error`, and where there is none `statements`."""
+        self.check()
         if len(query) > LONGEST or not _is_unicode(query):
             return '{"error": true}'
         try:
@@ -185,6 +203,12 @@ class Session:
         with self._connection.cursor() as cursor:
             names = cursor.execute("select table_name from information_schema.tables where table_catalog = 'store'")
             return f" The store has {', '.join(sorted(name for (name,) in names.fetchall()))}"
+
+
+@cache
+def _first_process() -> int:
+    """The process that opened the first session; another was forked from it, where whatever asks polars would wait for ever."""
+    return os.getpid()
 
 
 def _is_unicode(query: str) -> bool:

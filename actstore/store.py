@@ -23,6 +23,7 @@ from actstore.errors import BadInput, Damaged, NotStored
 from actstore.folder import Folder, check_format
 from actstore.functions import Vectors, add_functions
 from actstore.log import FORMAT_VERSION, check_sizes, log_hash, manifests
+from actstore.machine import within_limits
 from actstore.session import Session
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 class Store:
     """A store, read-only; a context manager, though leaving it to the garbage collector harms nothing.
 
+    A process that is forked afterwards (as multiprocessing does on Linux by default) can use neither this store nor another:
+    every use refuses, and closing does nothing. Open the store in a process that is started anew; `batches` alone may be
+    read in forked DataLoader workers.
+
     Args:
         path: the store's folder.
 
@@ -43,16 +48,22 @@ class Store:
         TooNew: a later version of actstore made it.
         Damaged: a committed file is missing or has another size than it was committed with, or a manifest is not the one
             that the next manifest, or the catalog, was written after.
+        LimitReached: the system allows this process no more open files or memory.
+        BadInput: this process was forked from one that had opened a store.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.about = check_format(self.path, older=True)
-        self.folder = Folder(self.path)
-        self._session = self._open_session()
         self._readers: dict[tuple[str, str], SiteReader] = {}
         self._runs: list[str] | None = None
         self._vectors: Vectors | None = None
+        with within_limits(f"cannot open {self.path}"):
+            self._open()
+
+    def _open(self) -> None:
+        self.about = check_format(self.path, older=True)
+        self.folder = Folder(self.path)
+        self._session = self._open_session()
         try:
             self.snapshot, hash_of_log = self._snapshot()
             committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
@@ -86,6 +97,7 @@ class Store:
             return Session(built)
 
     def close(self) -> None:
+        """Close it; in a process forked since it was opened, nothing."""
         self._session.close()
         self._readers.clear()
         self.folder.close()
@@ -156,8 +168,9 @@ class Store:
 
         Raises:
             NotStored: there is no such run.
-            BadInput: none was named and there are several.
+            BadInput: none was named and there are several; or the store is closed, or of another process.
         """
+        self._session.check()
         runs = self.runs()
         if run in runs and run is not None:
             return run
@@ -237,6 +250,8 @@ class Store:
                 sites' rows differ in shape; no such dtype or out; or an activation is too large for the dtype.
             LimitReached: the query took longer, or held more.
             Damaged: a file is not what was committed, or another store was put in the place of this one.
+
+        A shard that is cut short while it is mapped kills the process that reads it (SIGBUS): no error can be raised.
         """
         reading.check_form(dtype, out)
         names = reading.wanted_sites(site, sites)
@@ -366,6 +381,7 @@ class Store:
         )
 
     def _reader(self, run: str, site: str) -> SiteReader:
+        self._session.check()
         if (run, site) not in self._readers:
             self._readers[run, site] = reading.open_site(self, run, site)
         return self._readers[run, site]

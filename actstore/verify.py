@@ -22,7 +22,7 @@ from actstore.errors import Damaged, TooNew
 from actstore.folder import check_format
 from actstore.hashing import hash_of
 from actstore.log import ARRAYS, File, Manifest, Part, Shard
-from actstore.machine import n_processors
+from actstore.machine import limit_reached, n_processors
 from actstore.writer import GROUP
 
 COLUMNS = ("path", "kind", "what", "run", "site", "batch", "trees")
@@ -169,6 +169,13 @@ def _group(root: Path) -> Iterator[Finding]:
 
 
 def _said(error: OSError) -> str:
+    """What is wrong with a file that the system refuses to read.
+
+    Raises:
+        LimitReached: nothing; the process may have no more files open.
+    """
+    if reached := limit_reached(error, "cannot verify every file"):
+        raise reached from error
     is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
     return "is missing" if is_missing else error.strerror or str(error)
 

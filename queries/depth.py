@@ -15,7 +15,7 @@ from actstore.errors import NotStored
 from actstore.queries import load
 from actstore.queries.panels import panels, points
 from actstore.queries.study import Progress, Study, result_rows
-from actstore.statistics import newcombe, share_over_trees, wilson
+from actstore.statistics import difference, share_over_trees, wilson
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,7 +106,7 @@ def sentence(results: pl.DataFrame) -> str:
     worst, first = common.sort("value", maintain_order=True).row(0, named=True), common.row(0, named=True)
     if worst["label"] == first["label"]:
         return f"{answer}; of the depths with {ENOUGH} trees or more none is worse than {first['label']}."
-    low, high = newcombe(_right(worst), worst["n"], _right(first), first["n"])
+    _, low, high = difference(_right(worst), worst["n"], _right(first), first["n"])
     fall = "which is a fall" if high < 0 else "which is no fall that can be told from chance"
     return (
         f"{answer}; of the depths with {ENOUGH} trees or more, worst at {worst['label']}: {100 * worst['value']:.2f} % "

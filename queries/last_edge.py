@@ -18,7 +18,7 @@ from actstore.queries import load
 from actstore.queries.depth import outcomes
 from actstore.queries.panels import GREY, panels, points
 from actstore.queries.study import Progress, Study, result_rows
-from actstore.statistics import newcombe, share_over_trees, stratified_difference
+from actstore.statistics import difference, share_over_trees, stratified_difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,13 +65,13 @@ def _paths(trees: pl.DataFrame, last: np.ndarray, seed: int) -> list[dict[str, A
     """Whole paths left to the model: both kinds, their difference, and that at equal depth."""
     right, depth, ids = trees["greedy"].to_numpy(), trees["depth"].to_numpy(), trees["tree_id"].to_numpy()
     n, n_right = (last.sum(), (~last).sum()), (right[last].sum(), right[~last].sum())
-    low, high = newcombe(int(n_right[0]), int(n[0]), int(n_right[1]), int(n[1]))
+    _, low, high = difference(int(n_right[0]), int(n[0]), int(n_right[1]), int(n[1]))
     rows = [
         _row("path", "last", n_right[0] / n[0], n=n[0]),
         _row("path", "others", n_right[1] / n[1], n=n[1]),
         _row("path", "difference", n_right[0] / n[0] - n_right[1] / n[1], low, high, len(trees)),
     ]
-    found = stratified_difference(right, last, depth, ids, seed)
+    found = stratified_difference(right, last, depth, ids)
     return [*rows, _row("path", "difference_at_equal_depth", *found, len(trees))]
 
 
@@ -86,7 +86,7 @@ def _steps(steps: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
             rows.append(
                 _row(label, kind, values[which].mean(), *share_over_trees(values[which], ids[which], seed), which.sum())
             )
-        found = stratified_difference(values, last, strata, ids, seed)
+        found = stratified_difference(values, last, strata, ids)
         rows.append(_row(label, "difference_at_equal_depth", *found, len(steps)))
         for place in sorted(steps["edge"].unique().to_list()):
             here = (steps["edge"] == place).to_numpy()

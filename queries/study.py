@@ -1,5 +1,6 @@
 """What a study is: a named question put to one run of a store, with a table to print, results to record and a figure.
 
+What a study decides, it tests, and its tests are adjusted for each other (Holm): the sentence claims what is left standing.
 A study is a module with two functions, `study(store, run, seed, progress, **options) -> Study` and
 `plot(study) -> Figure`; STUDIES says which. Modules are imported when they are asked for, since scikit-learn is slow to.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import polars as pl
 import actstore
 from actstore.errors import NotStored
 from actstore.queries import check_names, nearest
+from actstore.statistics import holm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,6 +64,47 @@ RESULTS = {  # the columns of the table `results`, but for `recorded`, which the
 }
 
 
+LEVEL = 0.05  # of an adjusted p; below, something was found
+
+
+@dataclass(frozen=True)
+class Test:
+    """One comparison that a study tests.
+
+    Attributes:
+        label: names it, with site and token_role, among the study's own; its rows of `results` carry the three.
+        estimate: what is found: a difference, or how far from an explanation.
+        p: that it is none, for this comparison alone; p_holm: adjusted for all that the study tests.
+        n: what it is over.
+        low, high: ends of the 95 % interval, for this comparison alone; None where there is none.
+        what: the comparison in words; the label by default.
+        points: the estimate is a share, and shown in percentage points.
+    """
+
+    __test__ = False  # for pytest, which collects classes of this name
+
+    label: str
+    estimate: float
+    p: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    what: str = ""
+    site: str | None = None
+    token_role: str | None = None
+    points: bool = True
+    p_holm: float = float("nan")
+
+    @property
+    def key(self) -> tuple[str | None, str | None, str]:
+        return self.site, self.token_role, self.label
+
+    @property
+    def found(self) -> bool:
+        """Holm leaves it standing."""
+        return self.p_holm < LEVEL
+
+
 @dataclass(frozen=True)
 class Study:
     """What a study returns.
@@ -71,12 +114,14 @@ class Study:
         table: what is printed, a few rows.
         results: rows of the table `results`, columns as in RESULTS.
         sentence: the answer in one sentence.
+        tests: all that was tested, adjusted for each other.
     """
 
     name: str
     table: pl.DataFrame
     results: pl.DataFrame
     sentence: str
+    tests: tuple[Test, ...] = ()
 
 
 def run(
@@ -134,6 +179,38 @@ def tables(answers: Sequence[Study]) -> pl.DataFrame:
 def plot(study: Study) -> Figure:
     """Draw a study; `plot(study).savefig(FILE)` writes it, and needs no display."""
     return _module(study.name).plot(study)
+
+
+def adjusted(tests: Iterable[Test]) -> tuple[Test, ...]:
+    """The tests of a study, each with its p_holm."""
+    tests = list(tests)
+    return tuple(replace(test, p_holm=p) for test, p in zip(tests, holm([test.p for test in tests]), strict=True))
+
+
+def test_rows(tests: Iterable[Test]) -> list[dict[str, Any]]:
+    """Two rows of `results` a test, but for what `result_rows` shares out: metrics p and p_holm."""
+    return [
+        {
+            "site": test.site,
+            "token_role": test.token_role,
+            "label": test.label,
+            "metric": metric,
+            "value": p,
+            "n": test.n,
+        }
+        for test in tests
+        for metric, p in (("p", test.p), ("p_holm", test.p_holm))
+    ]
+
+
+def adjustment(tests: Sequence[Test]) -> str:
+    """`of 6 comparisons, Holm`: what every sentence says of the p that it gives."""
+    return f"of {len(tests)} comparison{'s' * (len(tests) != 1)}, Holm"
+
+
+def p_shown(p: float) -> str:
+    """`p = 0.012`, `p < 0.001`."""
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def result_rows(

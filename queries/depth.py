@@ -1,21 +1,23 @@
 """The study `depth`: how accuracy falls with the depth of the goal, step by step, whole path, and left to itself.
 
-Steps and whole paths are teacher-forced: each step is predicted behind the right ones. One row a tree gives Wilson's
-interval; the steps of one tree hang together, so theirs is bootstrapped over trees.
+Steps and whole paths are teacher-forced: each step is predicted after the right ones. The steps of one tree hang together,
+so their interval is over trees. Each depth is tested against all others together, left to itself (Fisher's exact test).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from scipy.stats import fisher_exact
 
 from actstore.errors import NotStored
 from actstore.queries import load
 from actstore.queries.panels import panels, points
-from actstore.queries.study import Progress, Study, result_rows
-from actstore.statistics import difference, share_over_trees, wilson
+from actstore.queries.study import Progress, Study, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
+from actstore.statistics import difference, over_trees, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 NAME, QUERY = "depth", "tree_outcomes"
 MEASURES = {"step": "steps", "whole_path": "whole path", "greedy": "left to itself"}
-ENOUGH = 100  # trees of a depth, before it can be named the worst: a share of fewer is known to no better than 4 points
 
 
 def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
@@ -33,7 +34,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
     Args:
         store: an open store.
         run: one that was given whole tasks.
-        seed: of the bootstrap.
+        seed: recorded with the results; nothing here is random.
         progress: called once, at the end.
 
     Raises:
@@ -45,10 +46,12 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
     rows = []
     for depth in (None, *sorted(trees["depth"].unique().to_list())):
         some = trees if depth is None else trees.filter(depth=depth)
-        rows += _graded(some, "all" if depth is None else f"depth {depth}", seed)
+        rows += _graded(some, "all" if depth is None else f"depth {depth}")
+    tests = against_the_others(trees)
+    rows += [_less_others(test) for test in tests] + test_rows(tests)
     results = result_rows(rows, study=NAME, run=run, query=query, params=params, snapshot=store.snapshot, seed=seed)
     progress(1, 1, "depths")
-    return Study(NAME, table(results), results, sentence(results))
+    return Study(NAME, table(results), results, sentence(results, tests), tests)
 
 
 def outcomes(store: Store, query: str, run: str) -> pl.DataFrame:
@@ -66,21 +69,41 @@ def outcomes(store: Store, query: str, run: str) -> pl.DataFrame:
     return trees
 
 
-def _graded(trees: pl.DataFrame, label: str, seed: int) -> list[dict[str, Any]]:
+def against_the_others(trees: pl.DataFrame) -> tuple[Test, ...]:
+    """Whether the paths of each depth are found as often as those of all others together; none where there is one depth."""
+    right, depth = trees["greedy"].to_numpy(), trees["depth"].to_numpy()
+    tests = []
+    for one in np.unique(depth).tolist():
+        mine, others = right[depth == one], right[depth != one]
+        if not len(others):
+            return ()
+        counts = int(mine.sum()), len(mine), int(others.sum()), len(others)
+        less, low, high = difference(*counts)
+        p = fisher_exact([[counts[0], counts[1] - counts[0]], [counts[2], counts[3] - counts[2]]]).pvalue
+        what = f"depth {one} less all others"
+        tests.append(Test(f"depth {one}", less, float(p), len(mine), low, high, what))
+    return adjusted(tests)
+
+
+def _less_others(test: Test) -> dict[str, Any]:
+    found = {"label": test.label, "metric": "greedy_less_others", "value": test.estimate, "low": test.low}
+    return {**found, "high": test.high, "n": test.n}
+
+
+def _graded(trees: pl.DataFrame, label: str) -> list[dict[str, Any]]:
     right, n_steps = trees["steps_right"].to_numpy(), trees["n_steps"].to_numpy()
-    steps = np.repeat([True, False], [right.sum(), (n_steps - right).sum()])
-    of = np.concatenate([np.repeat(np.arange(len(trees)), right), np.repeat(np.arange(len(trees)), n_steps - right)])
-    low, high = share_over_trees(steps, of, seed)
-    rows = [{"metric": "step", "value": float(steps.mean()), "low": low, "high": high, "n": len(steps)}]
+    low, high = over_trees(right / n_steps, np.arange(len(trees)), n_steps)
+    step = float(right.sum() / n_steps.sum())
+    rows = [{"metric": "step", "value": step, "low": low, "high": high, "n": int(n_steps.sum())}]
     for measure in ("whole_path", "greedy"):
         n_right = int(trees[measure].sum())
-        low, high = wilson(n_right, len(trees))
+        low, high = share(n_right, len(trees))
         rows.append({"metric": measure, "value": n_right / len(trees), "low": low, "high": high, "n": len(trees)})
     return [{"label": label, **row} for row in rows]
 
 
 def table(results: pl.DataFrame) -> pl.DataFrame:
-    """One row a depth, percent."""
+    """One row a depth, percent; p, by Holm, that it is no other than all others together."""
     rows = []
     for (label,), some in results.group_by("label", maintain_order=True):
         row: dict[str, Any] = {"goal": label, "trees": some.filter(metric="greedy")["n"].item()}
@@ -88,35 +111,36 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
             found = some.filter(metric=measure).row(0, named=True)
             row[f"{name} %"] = round(100 * found["value"], 2)
             row[f"{name} 95 %"] = f"[{100 * found['low']:.2f}, {100 * found['high']:.2f}]"
+        p = some.filter(metric="p_holm")["value"]
+        row["against the others, Holm"] = p_shown(p.item()) if len(p) else ""
         rows.append(row)
     return pl.DataFrame(rows)
 
 
-def sentence(results: pl.DataFrame) -> str:
-    """Overall, the worst depth that enough trees have, and whether it is worse than the shallowest such."""
-    greedy = results.filter(metric="greedy")
-    whole = greedy.row(0, named=True)
+def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
+    """Overall, and at which depths it is worse than at all others."""
+    whole = results.filter(metric="greedy").row(0, named=True)
     answer = (
         f"Run {whole['run']!r} finds {100 * whole['value']:.2f} % of the paths "
         f"({100 * whole['low']:.2f} to {100 * whole['high']:.2f}, n = {whole['n']:,}) when left to itself"
     )
-    common = greedy[1:].filter(pl.col("n") >= ENOUGH)
-    if len(common) < 2:
-        return f"{answer}; fewer than two depths have {ENOUGH} trees, so nothing is said of a fall with depth."
-    worst, first = common.sort("value", maintain_order=True).row(0, named=True), common.row(0, named=True)
-    if worst["label"] == first["label"]:
-        return f"{answer}; of the depths with {ENOUGH} trees or more none is worse than {first['label']}."
-    _, low, high = difference(_right(worst), worst["n"], _right(first), first["n"])
-    fall = "which is a fall" if high < 0 else "which is no fall that can be told from chance"
+    if not tests:
+        return f"{answer}; all goals have one depth, so nothing is said of a fall with depth."
+    fallen = [test for test in tests if test.found and test.estimate < 0]
+    if not fallen:
+        return f"{answer}; at no depth is it worse than at the others beyond chance ({adjustment(tests)})."
+    worst = min(fallen, key=lambda test: test.estimate)
+    there = results.filter(label=worst.label, metric="greedy")["value"].item()
     return (
-        f"{answer}; of the depths with {ENOUGH} trees or more, worst at {worst['label']}: {100 * worst['value']:.2f} % "
-        f"(n = {worst['n']:,}), {100 * (worst['value'] - first['value']):+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}) "
-        f"from {first['label']}, {fall}."
+        f"{answer}; it is worse than at all other depths together at {_listed(fallen)} ({adjustment(tests)}), most at "
+        f"{worst.label}: {100 * there:.2f} % (n = {worst.n:,}), {shown(worst)} points, {p_shown(worst.p_holm)}."
     )
 
 
-def _right(row: dict[str, Any]) -> int:
-    return round(row["value"] * row["n"])
+def _listed(tests: Sequence[Test]) -> str:
+    """`depth 3`, `depths 3, 4 and 5`."""
+    names = [test.label.split()[1] for test in tests]
+    return f"depth {names[0]}" if len(names) == 1 else f"depths {', '.join(names[:-1])} and {names[-1]}"
 
 
 def plot(study: Study) -> Figure:

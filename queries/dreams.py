@@ -11,7 +11,8 @@ drawn as the trees' own goals were (the training distribution, where the trees a
 practised others beside, see the model's card), that they are drawn evenly among each tree's leaves, and, for places,
 evenly along the list. Each is tested by the total variation between histograms and what it is under the explanation:
 for the first the dreamed and the given goal of a tree are swapped at random, for the others a leaf of each tree, or a
-place, is drawn. These tests take one goal a tree.
+place, is drawn. These tests take one goal a tree. That steps follow the tree more than another tree is tested by sign flips
+of each tree's difference.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import polars as pl
 
 from actstore.errors import NotStored
 from actstore.queries.continuations import CONTINUATIONS, Continuations, grade
-from actstore.queries.dreams_report import LEAST, LEVEL, draw, sentence, table
-from actstore.queries.study import Progress, Study, result_rows
-from actstore.statistics import share_over_trees, total_variation, wilson
+from actstore.queries.dreams_report import EXPLANATIONS, LEAST, WALK, draw, sentence, table
+from actstore.queries.study import LEVEL, Progress, Study, Test, adjusted, result_rows, test_rows
+from actstore.statistics import change_over_trees, over_trees, share, sign_flip, total_variation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,14 +68,19 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
             f"{about['model']} --dataset {about['dataset']} --prompt tree` adds them"
         )
     rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
     frame = store.sql(CONTINUATIONS, {"dreams": found[0]})
     kinds = {"greedy": frame.filter(sample=0), "drawn": frame.filter(pl.col("sample") > 0)}
     for done, (kind, some) in enumerate(kinds.items(), start=1):
         if len(some):
-            rows += [{"label": kind, **row} for row in _rows(grade(some), seed)]
+            found, tested = _rows(grade(some), kind, seed)
+            rows += [{"label": kind, **row} for row in found]
+            tests += tested
         progress(done, len(kinds), kind)
     if not rows:
         raise NotStored(f"run {found[0]!r} has no continuation yet; let its ingest go on")
+    held = adjusted(tests)
+    rows += test_rows(held)
     params = {"run": run, "dreams": found[0], "n_draws": N_DRAWS, "level": LEVEL}
     results = result_rows(
         rows, study=NAME, run=run, query=CONTINUATIONS, params=params, snapshot=store.snapshot, seed=seed
@@ -83,57 +89,77 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
     given = (
         "the goals of its training distribution" if at_home else f"the goals of these `{about['distribution']}` trees"
     )
-    return Study(NAME, table(results), results, sentence(results, given))
+    return Study(NAME, table(results, held), results, sentence(results, held, given), held)
 
 
-def _rows(said: Continuations, seed: int) -> list[dict[str, Any]]:
-    """Rows of `results`, but for the label, of one kind of continuations."""
+def _rows(said: Continuations, kind: str, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Rows of `results`, but for the label, of one kind of continuations; and what is tested of them."""
 
-    def share(metric: str, hits: np.ndarray, among: np.ndarray) -> dict[str, Any]:
-        return _share(metric, hits[among], said.tree[among], seed)
+    def among(metric: str, hits: np.ndarray, among: np.ndarray) -> dict[str, Any]:
+        return _share(metric, hits[among], said.tree[among])
 
     everyone = np.ones(len(said.tree), bool)
     words, counts = np.unique(said.first_word, return_counts=True)
     commonest = str(words[counts.argmax()])
     rows = [
-        share("well_formed", said.formed, everyone),
-        share("stopped", said.stopped, everyone),
-        share("first_step", said.stepped, everyone),
-        share(f"first_word {commonest}", said.first_word == commonest, everyone),
-        share("from_root", said.from_root, said.stepped),
-        share("from_root_elsewhere", said.other_from_root, said.stepped),
-        share("to_leaf", said.to_leaf, said.inside),
-        share("to_leaf_elsewhere", said.other_to_leaf, said.other_inside),
-        share("root_right", said.root_right, said.formed),
-        share("leaf", said.leaf, said.formed),
-        share("not_root", said.depth > 0, said.formed),
-        share("way_found", said.way_found, said.root_right),
+        among("well_formed", said.formed, everyone),
+        among("stopped", said.stopped, everyone),
+        among("first_step", said.stepped, everyone),
+        among(f"first_word {commonest}", said.first_word == commonest, everyone),
+        among("from_root", said.from_root, said.stepped),
+        among("from_root_elsewhere", said.other_from_root, said.stepped),
+        among("to_leaf", said.to_leaf, said.inside),
+        among("to_leaf_elsewhere", said.other_to_leaf, said.other_inside),
+        among("root_right", said.root_right, said.formed),
+        among("leaf", said.leaf, said.formed),
+        among("not_root", said.depth > 0, said.formed),
+        among("way_found", said.way_found, said.root_right),
     ]
     if n := int(said.formed.sum()):
         even, beyond = said.leaf_share[said.formed], (said.leaf - said.leaf_share)[said.formed]
-        low, high = share_over_trees(beyond, said.tree[said.formed], seed)
+        low, high = change_over_trees(beyond, said.tree[said.formed])
         rows.append({"metric": "leaf_if_even", "value": float(even.mean()), "n": n})
         rows.append({"metric": "leaf_beyond_even", "value": float(beyond.mean()), "low": low, "high": high, "n": n})
-    return rows + _origin_rows(said, seed)
+    origins, tests = _origins(said, kind, seed)
+    return [*rows, *origins], [*_walks(said, kind, seed), *tests]
 
 
-def _share(metric: str, hits: np.ndarray, trees: np.ndarray, seed: int) -> dict[str, Any]:
-    """A share with its interval: Wilson's; over trees where a tree has several and they differ."""
-    n, n_trees, n_hits = len(hits), len(np.unique(trees)), int(hits.sum())
-    share = n_hits / n if n else None
-    if n > n_trees and 0 < n_hits < n:
-        low, high = share_over_trees(hits, trees, seed)
-    else:  # all or none: as if each tree had one
-        low, high = wilson(n_trees if n_hits == n else 0, n_trees) if n > n_trees else wilson(n_hits, n)
-    return {"metric": metric, "value": share, "low": low, "high": high, "n": n}
+def _share(metric: str, hits: np.ndarray, trees: np.ndarray) -> dict[str, Any]:
+    """A share with its interval over trees."""
+    value = float(hits.mean()) if len(hits) else None
+    low, high = over_trees(hits, trees)
+    return {"metric": metric, "value": value, "low": low, "high": high, "n": len(hits)}
 
 
-def _origin_rows(said: Continuations, seed: int) -> list[dict[str, Any]]:
-    """Where leaf goals are from, by depth and by place in the list."""
+def _walks(said: Continuations, kind: str, seed: int) -> list[Test]:
+    """Whether steps follow their own tree more than another, where they begin inside of both."""
+    both = said.inside & said.other_inside
+    if not both.any():
+        return []
+    names, tree = np.unique(said.tree[both], return_inverse=True)
+    more = said.to_leaf[both].astype(np.float64) - said.other_to_leaf[both]
+    by_tree = np.bincount(tree, weights=more) / np.bincount(tree)
+    low, high = change_over_trees(by_tree, names)
+    p = sign_flip(by_tree, seed)
+    return [
+        Test(
+            f"{kind}, {WALK}",
+            float(by_tree.mean()),
+            p,
+            len(names),
+            low,
+            high,
+            f"{kind}: down its own tree, less another",
+        )
+    ]
+
+
+def _origins(said: Continuations, kind: str, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Where leaf goals are from, by depth and by place in the list: rows, and a test of each explanation."""
     chosen = said.leaf_goal
     if chosen.sum() < LEAST:
-        return []
-    rows = []
+        return [], []
+    rows: list[dict[str, Any]] = []
     for what, dreamed, given, of_leaves in (
         ("depth", said.depth, said.given_depth, said.leaf_depths),
         ("place", said.place, said.given_place, said.leaf_places),
@@ -141,7 +167,19 @@ def _origin_rows(said: Continuations, seed: int) -> list[dict[str, Any]]:
         leaves = [of for of, kept in zip(of_leaves, chosen.tolist(), strict=True) if kept]
         places = said.n_edges if what == "place" else None
         rows += _explained(what, dreamed[chosen], given[chosen], leaves, places, seed)
-    return rows
+    found, n = {row["metric"]: row["value"] for row in rows}, int(chosen.sum())
+    tests = [
+        Test(
+            f"{kind}, {name}",
+            found[name.replace("_p_", "_distance_")],
+            found[name],
+            n,
+            what=f"{kind}: {what}, total variation",
+            points=False,
+        )
+        for name, what in EXPLANATIONS.items()
+    ]
+    return rows, tests
 
 
 def _explained(
@@ -180,11 +218,11 @@ def _explained(
         rows.append({"metric": f"{what}_distance_{name}", "value": distance, "n": n})
         rows.append({"metric": f"{what}_p_{name}", "value": p, "n": n})
     for value in range(size):
-        low, high = wilson(int(said[value]), n)
+        low, high = share(int(said[value]), n)
         rows.append({"metric": f"{what} {value}", "value": said[value] / n, "low": low, "high": high, "n": n})
         for name, (expected, _) in explanations.items():
-            share = float(expected[value] / expected.sum())
-            rows.append({"metric": f"{what} {value} {name}", "value": share, "n": n})
+            expected_share = float(expected[value] / expected.sum())
+            rows.append({"metric": f"{what} {value} {name}", "value": expected_share, "n": n})
     return rows
 
 

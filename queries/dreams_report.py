@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from actstore.queries.panels import panels, points
+from actstore.queries.study import Test, adjustment, p_shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEVEL = 0.05  # of p; below, an explanation is refuted
 LEAST = 20  # goals that are leaves, before their distribution is spoken of
 
 SHARES = {
@@ -32,28 +33,41 @@ SHARES = {
     "place 0": "the goal's edge is listed first",
     "place last": "the goal's edge is listed last",
 }
-TESTS = {
-    "depth_p_as_given": "depths as given ones: p",
-    "depth_p_even_leaves": "depths as even among leaves: p",
-    "place_p_as_given": "places as given ones: p",
-    "place_p_even_leaves": "places as even among leaves: p",
-    "place_p_even_list": "places as even along the list: p",
+WALK = "to_leaf"  # the test that steps follow their own tree more than another
+EXPLANATIONS = {
+    "depth_p_as_given": "depths as given ones",
+    "depth_p_even_leaves": "depths as even among leaves",
+    "place_p_as_given": "places as given ones",
+    "place_p_even_leaves": "places as even among leaves",
+    "place_p_even_list": "places as even along the list",
 }
 
 
-def table(results: pl.DataFrame) -> pl.DataFrame:
-    """One row a question that arose; percent of n, or the p of an explanation."""
-    rows = []
+def table(results: pl.DataFrame, tests: Sequence[Test]) -> pl.DataFrame:
+    """One row a question that arose: percent of n, or the p of an explanation, and p by Holm of what is tested."""
+    rows, by_label = [], {test.label: test for test in tests}
     for kind in results["label"].unique(maintain_order=True):
         some = _by_metric(results, kind)
-        for metric, name in (SHARES | TESTS).items():
+        if not some:
+            continue
+        for metric, name in (SHARES | {metric: f"{name}: p" for metric, name in EXPLANATIONS.items()}).items():
             row = some.get(metric)
             if row is None or row["value"] is None:
                 continue
             name = f"{name} {row['metric'].split()[1]}" if metric == "first_word" else name
             interval = "" if row["low"] is None else f"[{100 * row['low']:.2f}, {100 * row['high']:.2f}]"
-            shown = f"{row['value']:.3f}" if metric in TESTS else f"{100 * row['value']:.2f} %"
-            rows.append({"continuations": kind, "question": name, "answer": shown, "95 %": interval, "n": row["n"]})
+            shown = f"{row['value']:.3f}" if metric in EXPLANATIONS else f"{100 * row['value']:.2f} %"
+            test = by_label.get(f"{kind}, {metric}")
+            rows.append(
+                {
+                    "continuations": kind,
+                    "question": name,
+                    "answer": shown,
+                    "95 %": interval,
+                    "n": row["n"],
+                    "Holm": p_shown(test.p_holm) if test else "",
+                }
+            )
     return pl.DataFrame(rows)
 
 
@@ -63,22 +77,25 @@ def _by_metric(results: pl.DataFrame, kind: str) -> dict[str, dict[str, Any]]:
     places = [metric for metric in some if metric.startswith("place ") and metric.count(" ") == 1]
     if places:
         some["place last"] = some[places[-1]]
+    if "well_formed" not in some:  # a test's rows
+        return {}
     some["first_word"] = next(row for metric, row in some.items() if metric.startswith("first_word "))
     return some
 
 
-def sentence(results: pl.DataFrame, given: str) -> str:
+def sentence(results: pl.DataFrame, tests: Sequence[Test], given: str) -> str:
     """Does the model make up goals, does it reach them, and where are they from?
 
     Args:
         given: what the trees' own goals are called.
     """
-    kinds = results["label"].unique(maintain_order=True).to_list()
-    run = results["run"][0]
-    return " ".join(_of_kind(run, kind, _by_metric(results, kind), given) for kind in kinds)
+    kinds = {kind: _by_metric(results, kind) for kind in results["label"].unique(maintain_order=True)}
+    run, by_label = results["run"][0], {test.label: test for test in tests}
+    said = " ".join(_of_kind(run, kind, some, by_label, given) for kind, some in kinds.items() if some)
+    return f"{said} ({adjustment(tests)[0].upper()}{adjustment(tests)[1:]}.)" if tests else said
 
 
-def _of_kind(run: str, kind: str, some: dict[str, dict[str, Any]], given: str) -> str:
+def _of_kind(run: str, kind: str, some: dict[str, dict[str, Any]], tests: dict[str, Test], given: str) -> str:
     formed, found, word = some["well_formed"], some["way_found"], some["first_word"]
     said = (
         f"Left alone with a tree ({kind}), run {run!r} makes up a well-formed goal in {percent(formed)} of {formed['n']:,} "
@@ -88,8 +105,9 @@ def _of_kind(run: str, kind: str, some: dict[str, dict[str, Any]], given: str) -
         said += f", and then finds the way in {percent(found)} of {found['n']:,}"
     if formed["value"] < word["value"]:
         stops = "stops at once" if some["stopped"]["value"] == word["value"] else f"begins with `{word['metric'][11:]}`"
-        said += f"; it {stops} in {percent(word)}{walks(some)}"
-    return f"{said}; {origin(some, given)}." if formed["value"] else f"{said}."
+        said += f"; it {stops} in {percent(word)}{walks(some, tests.get(f'{kind}, {WALK}'))}"
+    of_kind = {name: tests[f"{kind}, {name}"] for name in EXPLANATIONS if f"{kind}, {name}" in tests}
+    return f"{said}; {origin(of_kind, given)}." if formed["value"] else f"{said}."
 
 
 def percent(row: dict[str, Any]) -> str:
@@ -97,33 +115,34 @@ def percent(row: dict[str, Any]) -> str:
     return f"{100 * row['value']:.2f} % ({100 * row['low']:.2f} to {100 * row['high']:.2f})"
 
 
-def walks(some: dict[str, dict[str, Any]]) -> str:
+def walks(some: dict[str, dict[str, Any]], test: Test | None) -> str:
     """Whether steps that follow no goal follow the tree."""
     walk, chance = some["to_leaf"], some["to_leaf_elsewhere"]
-    if walk["value"] is None or chance["value"] is None:
+    if walk["value"] is None or chance["value"] is None or test is None:
         return ""
-    verdict = "more than the" if walk["low"] > chance["high"] else "not to be told from the"
+    verdict = "more than the" if test.found and test.estimate > 0 else "not to be told from the"
     return (
         f", and where its first step goes to a node with children, the next follow edges down to a leaf in {percent(walk)} of "
-        f"{walk['n']:,}, {verdict} {100 * chance['value']:.2f} % on another tree"
+        f"{walk['n']:,}, {verdict} {100 * chance['value']:.2f} % on another tree ({p_shown(test.p_holm)})"
     )
 
 
-def origin(some: dict[str, dict[str, Any]], given: str) -> str:
+def origin(tests: dict[str, Test], given: str) -> str:
     """Which explanations the depths of the goals leave standing."""
-    if "depth_p_as_given" not in some:
+    if not tests:
         return f"fewer than {LEAST} of these are goals that are leaves, so nothing is said of where goals are from"
-    n = some["depth_p_as_given"]["n"]
-    as_given, even = some["depth_p_as_given"]["value"] >= LEVEL, some["depth_p_even_leaves"]["value"] >= LEVEL
+    as_given, even = tests["depth_p_as_given"], tests["depth_p_even_leaves"]
     verdicts = {
         (True, True): f"as {given} and as leaves drawn evenly, which these trees do not tell apart",
         (True, False): f"as {given}, and not as leaves drawn evenly",
         (False, True): f"as leaves drawn evenly, and not as {given}",
         (False, False): f"neither as {given} nor as leaves drawn evenly",
     }
-    distance = some["depth_distance_as_given"]["value"]
-    spread = f"the depths of its {n:,} leaf goals are spread {verdicts[as_given, even]}"
-    return f"{spread} (total variation {distance:.3f} from the given)"
+    spread = f"the depths of its {as_given.n:,} leaf goals are spread {verdicts[not as_given.found, not even.found]}"
+    return (
+        f"{spread} (total variation {as_given.estimate:.3f} from the given, {p_shown(as_given.p_holm)}; "
+        f"{even.estimate:.3f} from the even, {p_shown(even.p_holm)})"
+    )
 
 
 BARS = {
@@ -139,7 +158,7 @@ def draw(results: pl.DataFrame) -> Figure:
     """What continuations begin with; where there are goals, their depth and place beside the explanations."""
     drawn = [kind for kind in ("depth", "place") if results["metric"].str.starts_with(f"{kind} ").any()]
     figure, axes = panels(1 + len(drawn))
-    kinds = results["label"].unique(maintain_order=True).to_list()
+    kinds = results.filter(metric="well_formed")["label"].to_list()
     for turn, kind in enumerate(kinds):
         some = _by_metric(results, kind)
         there = [(x, some[metric]) for x, metric in enumerate(BARS) if some[metric]["value"] is not None]
@@ -155,7 +174,7 @@ def draw(results: pl.DataFrame) -> Figure:
 
 def _goals(axis: Axes, results: pl.DataFrame, what: str) -> None:
     """The dreamed goals' depths, or places, and what explanations expect."""
-    for turn, kind in enumerate(results["label"].unique(maintain_order=True)):
+    for turn, kind in enumerate(results.filter(metric="well_formed")["label"]):
         rows = results.filter((pl.col("label") == kind) & pl.col("metric").str.contains(f"^{what} \\d+$"))
         if not len(rows):  # too few of this kind
             continue

@@ -1,13 +1,15 @@
 """The study `last-edge`: is a model worse where its path runs through the edge that is listed last?
 
-That edge has no separator of its own: the bar stands behind it. A longer path is harder and also likelier to take it,
+That edge has no separator of its own: the bar stands after it. A longer path is harder and also likelier to take it,
 so paths are compared at equal depth, steps at equal depth and place in the path (Mantel-Haenszel weights), with
-intervals bootstrapped over trees. Near 100 % right there are few mistakes to compare, so the probability of the right
+intervals over trees. Each of the three differences is tested: which path, and which of its steps, takes the last edge is
+shuffled among the trees of one depth. Near 100 % right there are few mistakes to compare, so the probability of the right
 step is compared, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +19,8 @@ from actstore.errors import BadInput
 from actstore.queries import load
 from actstore.queries.depth import outcomes
 from actstore.queries.panels import GREY, panels, points
-from actstore.queries.study import Progress, Study, result_rows
-from actstore.statistics import difference, share_over_trees, stratified_difference
+from actstore.queries.study import Progress, Study, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
+from actstore.statistics import difference, over_trees, share, shuffled_within, stratified_difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +37,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
     Args:
         store: an open store.
         run: one that was given whole tasks.
-        seed: of the bootstrap.
+        seed: of the shuffles.
         progress: called when the paths and when the steps are done.
 
     Raises:
@@ -50,49 +52,62 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
             f"run {run!r} has {last.sum()} trees whose path takes the last edge, of {len(trees)}; {LEAST} of each kind are "
             f"needed for an interval: ingest about {max(wanted, 4 * LEAST):,} trees (--trees)"
         )
-    rows = _paths(trees, last, seed)
+    rows, path = _paths(trees, last, seed)
     progress(1, 2, "paths")
-    rows += _steps(store.sql(load(STEPS).sql, {"run": run}), seed)
+    of_steps, steps = _steps(store.sql(load(STEPS).sql, {"run": run}), seed)
     progress(2, 2, "steps")
+    tests = adjusted([*path, *steps])
+    rows += of_steps + test_rows(tests)
     query = f"{load(TREES).sql}\n;\n{load(STEPS).sql}"
     results = result_rows(
         rows, study=NAME, run=run, query=query, params={"run": run}, snapshot=store.snapshot, seed=seed
     )
-    return Study(NAME, table(results), results, sentence(results))
+    return Study(NAME, table(results), results, sentence(results, tests), tests)
 
 
-def _paths(trees: pl.DataFrame, last: np.ndarray, seed: int) -> list[dict[str, Any]]:
+def _paths(trees: pl.DataFrame, last: np.ndarray, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
     """Whole paths left to the model: both kinds, their difference, and that at equal depth."""
     right, depth, ids = trees["greedy"].to_numpy(), trees["depth"].to_numpy(), trees["tree_id"].to_numpy()
-    n, n_right = (last.sum(), (~last).sum()), (right[last].sum(), right[~last].sum())
-    _, low, high = difference(int(n_right[0]), int(n[0]), int(n_right[1]), int(n[1]))
+    n, n_right = (int(last.sum()), int((~last).sum())), (int(right[last].sum()), int(right[~last].sum()))
     rows = [
-        _row("path", "last", n_right[0] / n[0], n=n[0]),
-        _row("path", "others", n_right[1] / n[1], n=n[1]),
-        _row("path", "difference", n_right[0] / n[0] - n_right[1] / n[1], low, high, len(trees)),
+        _row("path", kind, some / of, *share(some, of), of)
+        for kind, some, of in zip(("last", "others"), n_right, n, strict=True)
     ]
-    found = stratified_difference(right, last, depth, ids)
-    return [*rows, _row("path", "difference_at_equal_depth", *found, len(trees))]
+    rows.append(_row("path", "difference", *difference(n_right[0], n[0], n_right[1], n[1]), len(trees)))
+    row, tests = _at_equal_depth("path", right, last, depth, ids, seed)
+    return [*rows, row], tests
 
 
-def _steps(steps: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
+def _at_equal_depth(
+    label: str, values: np.ndarray, last: np.ndarray, strata: np.ndarray, ids: np.ndarray, seed: int
+) -> tuple[dict[str, Any], list[Test]]:
+    """The difference within strata, and its test; no test where no stratum has both kinds."""
+    found = stratified_difference(values, last, strata, ids)
+    row, tests = _row(label, "difference_at_equal_depth", *found, len(values)), []
+    if row["value"] is not None:
+        p = shuffled_within(values, last, strata, ids, seed)
+        tests.append(Test(label, row["value"], p, row["n"], row["low"], row["high"], NAMES[label]))
+    return row, tests
+
+
+def _steps(steps: pl.DataFrame, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
     """The step that takes the last edge against others: right, probability; and all of it by place in the list."""
     last, ids = steps["is_last"].to_numpy(), steps["tree_id"].to_numpy()
     strata = steps["depth"].to_numpy().astype(np.int64) * 256 + steps["step"].to_numpy()
-    rows = []
+    rows, tests = [], []
     for label, column in (("step", "correct"), ("p_target", "p_target")):
         values = steps[column].to_numpy().astype(np.float64)
         for kind, which in (("last", last), ("others", ~last)):
-            rows.append(
-                _row(label, kind, values[which].mean(), *share_over_trees(values[which], ids[which], seed), which.sum())
-            )
-        found = stratified_difference(values, last, strata, ids)
-        rows.append(_row(label, "difference_at_equal_depth", *found, len(steps)))
+            rows.append(_row(label, kind, values[which].mean(), *over_trees(values[which], ids[which]), which.sum()))
+        row, found = _at_equal_depth(label, values, last, strata, ids, seed)
+        rows.append(row)
+        tests += found
         for place in sorted(steps["edge"].unique().to_list()):
             here = (steps["edge"] == place).to_numpy()
-            low, high = share_over_trees(values[here], ids[here], seed)
-            rows.append(_row(label, f"place {place}", values[here].mean(), low, high, here.sum()))
-    return rows
+            rows.append(
+                _row(label, f"place {place}", values[here].mean(), *over_trees(values[here], ids[here]), here.sum())
+            )
+    return rows, tests
 
 
 def _row(
@@ -111,7 +126,7 @@ NAMES = {"path": "whole path right", "step": "step right", "p_target": "probabil
 
 
 def table(results: pl.DataFrame) -> pl.DataFrame:
-    """One row a measure, percent: last edge, others, the difference at equal depth."""
+    """One row a measure, percent: last edge, others, the difference at equal depth, and its p by Holm."""
     rows = []
     for label, name in NAMES.items():
         some = {row["metric"]: row for row in results.filter(label=label).iter_rows(named=True)}
@@ -119,6 +134,7 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
         for kind in ("last", "others"):
             row |= {f"{kind} %": round(100 * some[kind]["value"], 3), f"n {kind}": some[kind]["n"]}
         row["at equal depth, points"] = interval(some["difference_at_equal_depth"])
+        row["Holm"] = p_shown(some["p_holm"]["value"]) if "p_holm" in some else ""
         rows.append(row)
     return pl.DataFrame(rows)
 
@@ -130,29 +146,32 @@ def interval(row: dict[str, Any]) -> str:
     return f"{100 * row['value']:+.3f} [{100 * row['low']:+.3f}, {100 * row['high']:+.3f}]"
 
 
-def verdict(row: dict[str, Any], what: str) -> str:
-    """What an interval of a difference decides."""
-    if row["value"] is None:
-        return f"{what}: not decidable here, no depth has both kinds"
-    if row["low"] == row["high"] == 0:
-        return f"{what}: not decidable here, nothing differs among {row['n']:,}"
-    if row["high"] < 0:
-        return f"{what}: yes, it drops"
-    if row["low"] > 0:
-        return f"{what}: no, it rises"
-    return (
-        f"{what}: no drop that can be told from chance, and none of more than {max(0.0, -100 * row['low']):.2f} points"
-    )
+def verdict(test: Test) -> str:
+    """What a test of a difference decides; where it decides nothing, what its interval leaves open."""
+    if test.found:
+        return "yes, it drops" if test.estimate < 0 else "no, it rises"
+    return f"no drop beyond chance{within(test)}"
 
 
-def sentence(results: pl.DataFrame) -> str:
+def within(test: Test) -> str:
+    """How large a drop the interval leaves open."""
+    return f", and none of more than {-100 * test.low:.2f} points" if test.low is not None and test.low < 0 else ""
+
+
+def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     """The notebook's question, "what if our path goes through last edge? Will performance drop?", answered."""
-    parts = []
+    by_label, parts = {test.label: test for test in tests}, []
     for label, name in NAMES.items():
-        found = results.filter(label=label, metric="difference_at_equal_depth").row(0, named=True)
         n = results.filter(label=label, metric="last")["n"].item()
-        parts.append(f"{verdict(found, name)} ({interval(found)} points at equal depth, n = {n:,} through it)")
-    return f"Does run {results['run'][0]!r} do worse through the edge listed last? {'; '.join(parts)}."
+        if test := by_label.get(label):
+            parts.append(
+                f"{name}: {verdict(test)} ({shown(test)} points at equal depth, n = {n:,} through it, "
+                f"{p_shown(test.p_holm)})"
+            )
+        else:
+            parts.append(f"{name}: not decidable here, no depth has both kinds")
+    asked = f"Does run {results['run'][0]!r} do worse through the edge listed last?"
+    return f"{asked} {'; '.join(parts)} ({adjustment(tests)})."
 
 
 def plot(study: Study) -> Figure:

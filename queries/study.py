@@ -204,8 +204,15 @@ def test_rows(tests: Iterable[Test]) -> list[dict[str, Any]]:
 
 
 def adjustment(tests: Sequence[Test]) -> str:
-    """`of 6 comparisons, Holm`: what every sentence says of the p that it gives."""
-    return f"of {len(tests)} comparison{'s' * (len(tests) != 1)}, Holm"
+    """What every sentence says of the p and the intervals that it gives."""
+    return f"of {len(tests)} comparison{'s' * (len(tests) != 1)}, Holm; each interval is for its comparison alone"
+
+
+def shown(test: Test) -> str:
+    """`-0.120 [-0.400, +0.150]`, percentage points; what is no share as it is."""
+    scale = 100 if test.points else 1
+    ends = "" if test.low is None or test.high is None else f" [{scale * test.low:+.3f}, {scale * test.high:+.3f}]"
+    return f"{scale * test.estimate:+.3f}{ends}"
 
 
 def p_shown(p: float) -> str:

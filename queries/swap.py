@@ -4,21 +4,24 @@ Three kinds of pairs (see ingest/variants.py): an edge of the path moves to the 
 edge that was last moves inward; and, the control, an edge of the path trades places with another and the last one
 stays. The first two together are every tree twice, its path once through the last edge and once not: that is what the
 answer rests on. What moving to the last place does beyond moving at all is the difference of the first and the
-control, on the same trees.
+control, on the same trees. Both are tested, of the answer and of the probability: McNemar's exact test where a path is
+right or wrong, sign flips elsewhere, since few trees may carry the mean.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 from scipy.stats import binomtest
 
 from actstore.errors import NotStored
-from actstore.queries.last_edge import interval
+from actstore.queries.last_edge import interval, within
 from actstore.queries.panels import panels, points
-from actstore.queries.study import Progress, Study, result_rows
-from actstore.statistics import paired, share_over_trees
+from actstore.queries.study import Progress, Study, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
+from actstore.statistics import change_over_trees, paired, sign_flip
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +86,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
     Args:
         store: an open store.
         run: one over drawn trees; the same model's runs over both variants of them are found by its weights.
-        seed: of the bootstrap.
+        seed: of the sign flips.
         progress: called when the pairs of a variant are read.
 
     Raises:
@@ -105,12 +108,14 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
         "from_last": last.filter("was_last"),
         "inner": pairs["swap_inner"],
     }
-    rows = [row for kind, some in kinds.items() for row in _changes(kind, some, seed)]
+    rows = [row for kind, some in kinds.items() for row in _changes(kind, some)]
     rows += _tally(kinds["through"])
-    rows += _beyond_the_control(kinds["to_last"], kinds["inner"], seed)
+    more, of_more = _beyond_the_control(kinds["to_last"], kinds["inner"], seed)
+    tests = adjusted([*_through(kinds["through"], rows, seed), *of_more])
+    rows += more + test_rows(tests)
     params = {"run": run, "variants": found}
     results = result_rows(rows, study=NAME, run=run, query=PAIRS, params=params, snapshot=store.snapshot, seed=seed)
-    return Study(NAME, table(results), results, sentence(results))
+    return Study(NAME, table(results), results, sentence(results, tests), tests)
 
 
 def companions(store: Store, run: str) -> dict[str, str]:
@@ -161,7 +166,7 @@ def _tally(pairs: pl.DataFrame) -> list[dict[str, Any]]:
     return [{"label": "through", "metric": metric, "value": value, "n": len(pairs)} for metric, value in found.items()]
 
 
-def _changes(kind: str, pairs: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
+def _changes(kind: str, pairs: pl.DataFrame) -> list[dict[str, Any]]:
     """Before, after and change of one kind of pairs, all of them and by depth."""
     rows = []
     for depth in (None, *sorted(pairs["depth"].unique().to_list())):
@@ -171,49 +176,62 @@ def _changes(kind: str, pairs: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
         before, after = some["right_before"].to_numpy(), some["right_after"].to_numpy()
         label, n = kind if depth is None else f"{kind}, depth {depth}", len(some)
         change, low, high = paired(before, after)
-        p_before, p_after = some["p_before"].to_numpy().astype(float), some["p_after"].to_numpy().astype(float)
-        p_low, p_high = share_over_trees(p_after - p_before, some["tree_id"].to_numpy(), seed)
+        p_before, p_after = _p(some)
         rows += [
             {"label": label, "metric": "right_before", "value": float(before.mean()), "n": n},
             {"label": label, "metric": "right_after", "value": float(after.mean()), "n": n},
             {"label": label, "metric": "change", "value": change, "low": low, "high": high, "n": n},
             {"label": label, "metric": "p_before", "value": float(p_before.mean()), "n": n},
-            {
-                "label": label,
-                "metric": "p_change",
-                "value": float((p_after - p_before).mean()),
-                "low": p_low,
-                "high": p_high,
-                "n": n,
-            },
+            {"label": label, "metric": "p_change", **_mean(p_after - p_before), "n": n},
         ]
     return rows
 
 
-def _beyond_the_control(to_last: pl.DataFrame, inner: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
+def _p(pairs: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [n]: the probability of the moved edge's step, before and after."""
+    return pairs["p_before"].to_numpy().astype(np.float64), pairs["p_after"].to_numpy().astype(np.float64)
+
+
+def _mean(changes: np.ndarray, most: float = 1.0) -> dict[str, float]:
+    """The mean of a change of each tree, and its interval."""
+    low, high = change_over_trees(changes, np.arange(len(changes)), most)
+    return {"value": float(changes.mean()), "low": low, "high": high}
+
+
+def _through(pairs: pl.DataFrame, rows: list[dict[str, Any]], seed: int) -> list[Test]:
+    """What being led through the last edge changes: the answers, and the probability of the step that takes it."""
+    if not len(pairs):
+        return []
+    found = {row["metric"]: row for row in rows if row["label"] == "through"}
+    before, after = _p(pairs)
+    return [
+        _test("through", found["change"], found["mcnemar_p"]["value"], "led through the last edge, less not"),
+        _test("through, p", found["p_change"], sign_flip(after - before, seed), "the same, of the step's probability"),
+    ]
+
+
+def _test(label: str, found: dict[str, Any], p: float, what: str) -> Test:
+    return Test(label, found["value"], p, found["n"], found["low"], found["high"], what)
+
+
+def _beyond_the_control(
+    to_last: pl.DataFrame, inner: pl.DataFrame, seed: int
+) -> tuple[list[dict[str, Any]], list[Test]]:
     """How much more moving to the end changes than moving elsewhere, on the trees that have both variants."""
     both = to_last.join(inner, on="tree_id", suffix="_inner")
-    if not len(both):
-        return []
-    rows = []
-    for metric, column in (("change_beyond_control", "right"), ("p_change_beyond_control", "p")):
+    rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
+    for column, prefix, of in (("right", "", ""), ("p", "p_", ", of the step's probability")) if len(both) else ():
         change, control = (
             both[f"{column}_after{which}"].cast(pl.Float64) - both[f"{column}_before{which}"].cast(pl.Float64)
             for which in ("", "_inner")
         )
         beyond = (change - control).to_numpy()
-        low, high = share_over_trees(beyond, both["tree_id"].to_numpy(), seed)
-        rows.append(
-            {
-                "label": "to_last",
-                "metric": metric,
-                "value": float(beyond.mean()),
-                "low": low,
-                "high": high,
-                "n": len(both),
-            }
-        )
-    return rows
+        row = {"label": "to_last", "metric": f"{prefix}change_beyond_control", **_mean(beyond, most=2.0)}
+        rows.append({**row, "n": len(both)})
+        label = f"to_last beyond control{', p' if prefix else ''}"
+        tests.append(_test(label, rows[-1], sign_flip(beyond, seed), f"moved to the end, less moved elsewhere{of}"))
+    return rows, tests
 
 
 def table(results: pl.DataFrame) -> pl.DataFrame:
@@ -230,25 +248,32 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
                     "right after %": round(100 * some["right_after"]["value"], 2),
                     "change, points": interval(some["change"]),
                     "change of p, points": interval(some["p_change"]),
+                    "Holm": p_shown(some["p_holm"]["value"]) if "p_holm" in some else "",
+                    "of p, Holm": _holm(results, f"{kind}, p"),
                 }
             )
     return pl.DataFrame(rows)
 
 
-def sentence(results: pl.DataFrame) -> str:
+def _holm(results: pl.DataFrame, label: str) -> str:
+    """The adjusted p of a test; nothing where there is no such."""
+    found = results.filter(label=label, metric="p_holm")["value"]
+    return p_shown(found.item()) if len(found) else ""
+
+
+def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     """Does performance drop where the path runs through the last edge?"""
     run = results["run"][0]
     found = {kind: {row["metric"]: row for row in results.filter(label=kind).iter_rows(named=True)} for kind in KINDS}
     both = found["through"]
     if "change" not in both:
         return f"No path of run {run!r} could be led through the last edge or off it, so nothing is decided."
-    change = both["change"]
-    if change["high"] < 0:
-        answer = "performance drops"
-    elif change["low"] > 0:
-        answer = "performance rises"
+    change, by_label = both["change"], {test.label: test for test in tests}
+    drop = by_label["through"]
+    if drop.found:
+        answer = "performance drops" if drop.estimate < 0 else "performance rises"
     else:
-        answer = f"no drop can be told from chance, and one of more than {-100 * change['low']:.2f} points is ruled out"
+        answer = f"no drop beyond chance{within(drop)}"
     moves = {"to_last": "moved to the end", "from_last": "moved inward", "inner": "moved elsewhere (the control)"}
     apart = [
         f"{interval(found[kind]['change'])} where an edge of the path is {name} (n = {found[kind]['change']['n']:,})"
@@ -256,16 +281,18 @@ def sentence(results: pl.DataFrame) -> str:
         if found[kind]
     ]
     beyond = ""
-    if more := found["to_last"].get("p_change_beyond_control"):
+    if more := by_label.get("to_last beyond control, p"):
         beyond = (
-            f"; moved to the end, {interval(more)} beyond what a move elsewhere does to the same {more['n']:,} trees"
+            f"; moved to the end, {shown(more)} beyond what a move elsewhere does to the same {more.n:,} trees "
+            f"({p_shown(more.p_holm)})"
         )
+    of_p = by_label["through, p"]
     return (
         f"The same trees with the path led through the edge listed last, and not: {answer}. The share of whole paths that "
-        f"run {run!r} gets right changes by {interval(change)} points (n = {change['n']:,} pairs; "
+        f"run {run!r} gets right changes by {shown(drop)} points (n = {change['n']:,} pairs; "
         f"{both['right_only_without']['value']:.0f} right only without it, {both['right_only_through']['value']:.0f} only "
-        f"through it, exact p = {both['mcnemar_p']['value']:.3f}): {', '.join(apart)}. The probability of the step that takes "
-        f"the edge changes by {interval(both['p_change'])} points{beyond}."
+        f"through it, {p_shown(drop.p_holm)}): {', '.join(apart)}. The probability of the step that takes "
+        f"the edge changes by {shown(of_p)} points ({p_shown(of_p.p_holm)}){beyond} ({adjustment(tests)})."
     )
 
 

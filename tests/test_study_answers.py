@@ -11,8 +11,10 @@ from actstore.ingest.pipeline import TreeSet
 from actstore.ingest.trees import draw
 from actstore.queries import study, swap
 from actstore.queries.continuations import Goal, Tree, Walk, grade_goal, grade_walk
+from actstore.queries.depth import against_the_others
 from actstore.queries.dreams import _share
-from actstore.statistics import wilson
+from actstore.queries.last_edge import verdict
+from actstore.statistics import holm, share
 from actstore.store import Store
 from tests.answering import Answering, Dreaming, last_step, noise
 from tests.test_pipeline import small_model
@@ -83,7 +85,9 @@ def test_depth_says_how_many_are_right_at_each(stores):
         assert found["low"] < n_right / n <= found["high"]
         assert 0.35 < n_right / n < 0.65 if depth >= 3 else n_right == n
     assert value(answer, "all", "whole_path")["value"] == pytest.approx(counted["share"][0])
-    assert "which is a fall" in answer.sentence
+    assert (
+        "it is worse than at all other depths together at depths 3, 4 and 5 (of 5 comparisons, Holm" in answer.sentence
+    )
 
 
 def test_noise_falls_with_depth_no_more_than_its_steps_multiply(stores):
@@ -156,7 +160,7 @@ def test_both_ways_of_a_swap_together_are_counted_as_by_hand():
 @pytest.mark.parametrize("name", ["noise", "deep", "restless"])
 def test_a_swap_finds_nothing_where_the_order_does_nothing(stores, name):
     answer = ask(stores[name], "swap")
-    assert "no drop can be told from chance" in answer.sentence
+    assert "no drop beyond chance" in answer.sentence
     for kind in ("through", "to_last", "inner"):
         found = value(answer, kind, "change")
         assert found["low"] <= 0 <= found["high"]
@@ -176,6 +180,48 @@ def test_a_study_run_twice_gives_the_same_numbers_and_a_figure(stores, name):
     assert first.results.equals(again.results)
     assert first.table.equals(again.table)
     assert study.plot(first).axes
+
+
+# What is tested, and what is claimed.
+
+
+@pytest.mark.parametrize("name", ["blind", "noise", "deep", "restless"])
+@pytest.mark.parametrize("asked", ["depth", "last-edge", "swap"])
+def test_no_interval_is_without_a_width_or_leaves_its_estimate_out(stores, name, asked):
+    rows = ask(stores[name], asked).results.drop_nulls(["low", "high"])
+    assert (rows["low"] < rows["high"]).all()
+    inside = pl.col("value").is_between(pl.col("low") - 1e-12, pl.col("high") + 1e-12)
+    assert rows.select(inside.all()).item()
+
+
+@pytest.mark.parametrize(("asked", "n_tests"), [("depth", 5), ("last-edge", 3), ("swap", 4)])
+def test_all_that_is_tested_is_adjusted_recorded_and_counted(stores, asked, n_tests):
+    answer = ask(stores["noise"], asked)
+    assert len(answer.tests) == n_tests
+    assert f"of {n_tests} comparisons, Holm; each interval is for its comparison alone" in answer.sentence
+    assert [test.p_holm for test in answer.tests] == holm([test.p for test in answer.tests])
+    for test in answer.tests:
+        recorded = [value(answer, test.label, metric)["value"] for metric in ("p", "p_holm")]
+        assert recorded == [test.p, test.p_holm]
+        assert test.p_holm > test.p or test.p in (1, max(one.p for one in answer.tests))
+
+
+def test_what_holm_does_not_leave_standing_is_not_claimed():
+    alone = study.Test("path", -0.01, 0.03, 1000, -0.02, -0.001)
+    held = study.adjusted([alone, replace(alone, p=0.4), replace(alone, p=0.5)])[0]
+    assert verdict(held).startswith("no drop beyond chance")
+    assert verdict(study.adjusted([alone])[0]) == "yes, it drops"
+
+
+def test_the_worst_of_many_depths_is_not_tested_as_if_it_were_the_only_one():
+    """Paths found by chance at every depth alike: in one set of twenty at most may any depth be called worse."""
+    rng, n_sets = np.random.default_rng(0), 100
+    depth = np.arange(3000) % 15 + 1
+    claimed = 0
+    for _ in range(n_sets):
+        tests = against_the_others(pl.DataFrame({"greedy": rng.random(3000) < 0.9, "depth": depth}))
+        claimed += any(test.found for test in tests)
+    assert claimed <= 10
 
 
 # Dreams.
@@ -355,15 +401,15 @@ def test_a_walk_that_follows_the_tree_is_told_from_one_that_does_not(tmp_path):
 def test_a_model_that_stops_is_said_to(tmp_path):
     answer = ask(dreaming(tmp_path / "s.act", stops, system="baseline"), "dreams")
     assert "goal in 0.00 %" in answer.sentence
-    assert "; it stops at once in 100.00 % (99.74 to 100.00)." in answer.sentence
+    assert "; it stops at once in 100.00 % (99.75 to 100.00)." in answer.sentence
 
 
 def test_continuations_of_one_tree_do_not_pass_for_independent():
     hits, trees = np.repeat(np.arange(40) % 2 == 0, 9), np.repeat(np.arange(40), 9)
-    several, one = _share("m", hits, trees, seed=0), _share("m", hits[::9], trees[::9], seed=0)
+    several, one = _share("m", hits, trees), _share("m", hits[::9], trees[::9])
     assert several["high"] - several["low"] == pytest.approx(one["high"] - one["low"], rel=0.2)
-    all_of_them = _share("m", np.ones(360, bool), trees, seed=0)
-    assert all_of_them["low"] == wilson(40, 40)[0]
+    all_of_them = _share("m", np.ones(360, bool), trees)
+    assert all_of_them["low"] == pytest.approx(share(40, 40)[0])
 
 
 SMALL = Tree(sources=[0, 1, 1, 0], targets=[1, 3, 2, 4], root=0)

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from actstore import reading
 from actstore.arrays import Layout, SiteReader, not_stored
 from actstore.errors import BadInput, Damaged
-from actstore.folder import Folder
+from actstore.folder import CheckedFolder, Folder
 from actstore.foreign import ForeignReader
 from actstore.machine import limit_reached
 from actstore.mapped import POSITION_BITS, POSITION_MASK
@@ -70,6 +70,7 @@ class Batches(IterableDataset):
         self._ids, self._columns = ids, {name: _column(rows[name]) for name in rows.columns}
         self._sites, self._one_site = [_Site.of(reader) for reader in readers], one_site
         self._path, self._identity = store.path.absolute(), store.folder.identity()
+        self._committed = store.folder.committed if isinstance(store.folder, CheckedFolder) else None
         store.folder.check()
         self._order = _Shuffled(ids, self._sites[0], seed, window) if shuffle else _AsAsked(len(ids), window)
         self._batch_size, self.n_rows = batch_size, len(ids)
@@ -128,7 +129,7 @@ class Batches(IterableDataset):
             Damaged: another is in its place.
         """
         try:
-            folder = Folder(self._path)
+            folder = Folder(self._path) if self._committed is None else CheckedFolder(self._path, self._committed)
         except OSError as error:
             raise limit_reached(error, f"cannot open {self._path}") or Damaged(
                 f"{self._path} cannot be opened ({error}); make the batches again"

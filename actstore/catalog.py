@@ -24,6 +24,7 @@ import xxhash
 
 from actstore import checked
 from actstore.errors import Damaged
+from actstore.hashing import hash_of
 from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, log_hash, manifests, say_where
 from actstore.machine import limit_reached
 
@@ -224,6 +225,18 @@ def _copy_of_last(root: Path, temporary: Path) -> int:
         temporary.unlink()
         return 0
     return int(held)
+
+
+def is_noted(root: Path, descriptor: int) -> bool | None:
+    """Whether a catalog that is open has a hash that was noted; None where another is in its place by now.
+
+    Raises:
+        Damaged, FileNotFoundError: as noted_hashes.
+    """
+    found = hash_of(descriptor)
+    if found in noted_hashes(root):  # read afterwards: a hash is noted before its catalog is put in place
+        return True
+    return False if os.path.samestat(os.fstat(descriptor), os.stat(root / NAME)) else None
 
 
 def _is_noted(root: Path, path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ import polars as pl
 
 from actstore import catalog, log
 from actstore.errors import Damaged
-from actstore.hashing import hash_of
 from actstore.log import Manifest
 
 TABLES = "select table_name from duckdb_tables() where database_name = 'there'"
@@ -46,14 +44,10 @@ def wrong_with(root: Path, manifests: list[Manifest] | None, is_older: bool) -> 
 
 def _is_noted(root: Path) -> bool:
     """Whether the catalog has a hash that was noted; one that a writer puts in its place meanwhile is looked at, too."""
-    path = root / catalog.NAME
     while True:
-        with path.open("rb") as opened:
-            found = hash_of(opened.fileno())
-            if found in catalog.noted_hashes(root):  # read behind it: a hash is noted before its catalog is there
-                return True
-            if os.path.samestat(os.fstat(opened.fileno()), path.stat()):
-                return False
+        with (root / catalog.NAME).open("rb") as opened:
+            if (is_noted := catalog.is_noted(root, opened.fileno())) is not None:
+                return is_noted
 
 
 def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:

@@ -110,6 +110,18 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--timeout", type=float, metavar="SECONDS", help="Stop the query after so long.")(command)
 
 
+check_option = click.option(
+    "--check", is_flag=True, help="Hold what is read against the hashes it was committed with (see Store)."
+)
+no_check_option = click.option(
+    "--no-check",
+    "check",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Do not hold what is read against the hashes it was committed with.",
+)
+
 checkpoint_option = click.option(
     "--checkpoint",
     type=int,
@@ -193,6 +205,7 @@ def info(store: Path, output: Output) -> None:
 @click.argument("query")
 @param_option
 @limit_options
+@check_option
 @output_options
 def sql(
     store: Path,
@@ -200,6 +213,7 @@ def sql(
     params: tuple[tuple[str, str], ...],
     timeout: float | None,
     memory: str | None,
+    check: bool,
     output: Output,
 ) -> None:
     """Run SQL over a store's tables, vectors included.
@@ -214,7 +228,7 @@ def sql(
     from actstore.progress import waiting
     from actstore.store import Store
 
-    with Store(store) as opened, waiting("sql"):
+    with Store(store, check) as opened, waiting("sql"):
         rows = opened.sql(query, dict(params), timeout, memory)
     output.write(rows)
 
@@ -234,6 +248,11 @@ def sql(
 @click.option("--dtype", default="float32", show_default=True, help="Of X: float32, float16 or float64.")
 @click.option("--explain", is_flag=True, help="Say what would be read, and read nothing.")
 @click.option("--out", metavar="FILE", help="Write X and the rows to .npz, .safetensors or .parquet.")
+@click.option(
+    "--check/--no-check",
+    default=None,
+    help="Hold what is read against the hashes it was committed with; default with --out.",
+)
 @param_option
 @limit_options
 @output_options
@@ -245,6 +264,7 @@ def read(
     dtype: str,
     explain: bool,
     out: str | None,
+    check: bool | None,
     params: tuple[tuple[str, str], ...],
     timeout: float | None,
     memory: str | None,
@@ -269,7 +289,7 @@ def read(
     names = [name.strip() for some in sites for name in some.split(",")]
     where: dict[str, Any] = {"sites": names} if len(names) > 1 else {"site": names[0]}
     where |= {"timeout": timeout, "memory": memory}
-    with Store(store) as opened:
+    with Store(store, bool(out) if check is None else check) as opened:
         if explain:
             with waiting("explain"):
                 explanation = opened.explain(query, run, params=dict(params), **where)
@@ -302,6 +322,7 @@ def _columns(opened: Store, query: str, params: dict[str, str], *limits: Any) ->
 @click.argument("name", required=False)
 @param_option
 @limit_options
+@check_option
 @output_options
 def query(
     store: Path,
@@ -309,6 +330,7 @@ def query(
     params: tuple[tuple[str, str], ...],
     timeout: float | None,
     memory: str | None,
+    check: bool,
     output: Output,
 ) -> None:
     """Run a named query; without a name, list them.
@@ -324,7 +346,7 @@ def query(
     from actstore.sandbox import Limited
     from actstore.store import Store
 
-    with Store(store) as opened, waiting("query"):
+    with Store(store, check) as opened, waiting("query"):
         rows = queries.select(Limited(opened, timeout, memory), name, **dict(params)) if name else queries.listing()
     output.write(rows)
 
@@ -358,7 +380,8 @@ def show(store: Path, tree: int) -> None:
 @click.option(
     "--out", metavar="FILE", required=True, help="A figure (.png, .svg, .pdf), or a page for a browser (.html)."
 )
-def attention(store: Path, tree: int, run: str | None, layer: int | None, head: int, out: str) -> None:
+@no_check_option
+def attention(store: Path, tree: int, run: str | None, layer: int | None, head: int, out: str, check: bool) -> None:
     """Draw the attention patterns of one tree, with its tokens.
 
     Example:
@@ -372,7 +395,7 @@ def attention(store: Path, tree: int, run: str | None, layer: int | None, head: 
     from actstore.store import Store
 
     check_ending(out, ENDINGS, "--out")
-    with Store(store) as opened:
+    with Store(store, check) as opened:
         save(opened, opened.run(run), tree, out, layer, head)
     click.echo(out)
 
@@ -387,6 +410,7 @@ def attention(store: Path, tree: int, run: str | None, layer: int | None, head: 
 )
 @click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; of several runs FILE-RUN.")
 @click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
+@no_check_option
 @output_options
 def study(
     store: Path,
@@ -396,6 +420,7 @@ def study(
     options: tuple[tuple[str, str], ...],
     plot: str | None,
     no_record: bool,
+    check: bool,
     output: Output,
 ) -> None:
     """Run a study, print its table, record it in `results`, draw its figure.
@@ -419,7 +444,7 @@ def study(
     check_ending(plot, FIGURES, "--plot")
     chosen = {key: int(value) if value.isdecimal() else value for key, value in options}
     answers, lacking = [], []
-    with Store(store) as opened:
+    with Store(store, check) as opened:
         for one in [opened.run(run)] if run else studies.task_runs(opened, name):
             with progress(f"study {name} {one}", None, "parts") as advance:
                 try:
@@ -450,7 +475,8 @@ def study(
 @click.option("--run", "runs", multiple=True, help="Which; every run over drawn trees unless told.")
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
-def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: bool) -> None:
+@no_check_option
+def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: bool, check: bool) -> None:
     """Run every study, and write one page of them all, OUT/index.html, that needs nothing beside itself.
 
     A study that needs what the store lacks stands there with the `actstore ingest` that adds it.
@@ -465,7 +491,7 @@ def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: 
     from actstore.store import Store
     from actstore.writer import open_writer
 
-    with Store(store) as opened, progress("report", None, "studies") as advance:
+    with Store(store, check) as opened, progress("report", None, "studies") as advance:
         page, answers = make(opened, out, runs or None, seed, advance)
     if not no_record:
         with open_writer(store) as writer:

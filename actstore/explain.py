@@ -11,6 +11,7 @@ import numpy as np
 
 from actstore.arrays import SiteReader
 from actstore.foreign import ForeignReader
+from actstore.mapped import POSITION_BITS
 from actstore.reading import read_ids
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Explanation:
         shards: files that they lie in, of all sites together.
         bytes_needed: of the activations of the distinct tokens, as stored.
         bytes_read: touched to get them: whole pages of the mapped shards and of their indexes, or, of an array that only
-            the general path can read, whole decoded chunks. A disk may read ahead more.
+            the general path can read, whole decoded chunks. A disk may read ahead more. A store that checks reads whole
+            shards, each the first time.
     """
 
     run: str
@@ -83,16 +85,17 @@ def explain(
     readers = [store._reader(name, site) for site in sites]
     token_ids, _ = read_ids(store, query, params, timeout, memory)
     tokens = np.unique(token_ids)
-    of_sites = [cost(reader, tokens) for reader in readers]
+    of_sites = [cost(reader, tokens, store.check) for reader in readers]
     totals = {field: sum(getattr(one, field) for one in of_sites) for field in Cost.__dataclass_fields__}
     return Explanation(run=name, sites=tuple(sites), rows=len(token_ids), tokens=len(tokens), **totals)
 
 
-def cost(reader: SiteReader, tokens: np.ndarray) -> Cost:
+def cost(reader: SiteReader, tokens: np.ndarray, check: bool = False) -> Cost:
     """What a site's reader touches for these tokens.
 
     Args:
         tokens: int64 [n], distinct.
+        check: whether each shard is held against its hash, and so read whole.
 
     Raises:
         NotStored: a token is of no tree of the run, or not ingested yet. That one is padding only a read finds out.
@@ -100,7 +103,7 @@ def cost(reader: SiteReader, tokens: np.ndarray) -> Cost:
     row, position = reader.places(tokens)
     if isinstance(reader, ForeignReader):
         return _of_chunks(reader, row, position)
-    return _of_pages(reader, row, position)
+    return _of_whole_shards(reader, row, position) if check else _of_pages(reader, row, position)
 
 
 def _of_chunks(reader: ForeignReader, row: np.ndarray, position: np.ndarray) -> Cost:
@@ -112,6 +115,13 @@ def _of_chunks(reader: ForeignReader, row: np.ndarray, position: np.ndarray) -> 
         bytes_needed=len(row) * reader.row_bytes,
         bytes_read=len(chunks) * reader.chunks_a_row * reader.chunk_bytes,
     )
+
+
+def _of_whole_shards(reader: SiteReader, row: np.ndarray, position: np.ndarray) -> Cost:
+    layout, batch = reader.layout, row // reader.layout.trees_per_shard
+    n_chunks, n_shards = len(np.unique(batch << POSITION_BITS | position)), len(np.unique(batch))
+    n_bytes = len(row) * layout.row_items * layout.item_bytes
+    return Cost(n_chunks, n_shards, n_bytes, n_shards * layout.shard_bytes)
 
 
 def _of_pages(reader: SiteReader, row: np.ndarray, position: np.ndarray) -> Cost:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from actstore import checked
 from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld
+from actstore.hashing import hash_of
 from actstore.log import FORMAT_VERSION
 from actstore.machine import check_process, finalize_here, within_limits
 
@@ -118,3 +120,49 @@ class Folder:
             is_same = False
         if not is_same:
             raise Damaged(f"{self.path} was moved or replaced since it was opened; open the store again")
+
+
+class CheckedFolder(Folder):
+    """A folder whose files are held against the hashes they were committed with: each whole, when it is first opened.
+
+    A file that changes its place or its content is hashed again when it is opened again; what changes under a map that is
+    there already is not seen. The crc32c of a chunk is not looked at beside the hash of the file: it is of the same bytes,
+    and a chunk of another shard has a right one, too.
+
+    Args:
+        path: of the folder.
+        committed: xxh3-128 of each file that may be opened, by its path inside the folder, with forward slashes.
+    """
+
+    def __init__(self, path: Path, committed: Mapping[str, str]) -> None:
+        super().__init__(path)
+        self.committed = committed
+        self._whole: dict[
+            str, tuple[int, int]
+        ] = {}  # files that were, and what the system says of one that is unchanged
+
+    def open(self, path: Path) -> int:
+        """As Folder.open.
+
+        Raises:
+            Damaged: the file is not what was committed.
+        """
+        descriptor = super().open(path)
+        try:
+            self._check_hash(descriptor, path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _check_hash(self, descriptor: int, path: Path) -> None:
+        name, about = path.relative_to(self.path).as_posix(), os.fstat(descriptor)
+        state = about.st_ino, about.st_ctime_ns
+        if self._whole.get(name) == state:
+            return
+        if hash_of(descriptor) != self.committed.get(name):
+            raise Damaged(
+                f"{path} is not what was committed (its hash is another): look with `actstore verify {self.path}`, then mend "
+                f"it with `actstore repair {self.path}`"
+            )
+        self._whole[name] = state

@@ -13,11 +13,13 @@ process that then reads it, by SIGBUS: committed files are read-only, and actsto
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -140,9 +142,17 @@ class Shards:
         with self._lock:
             wanted = [batch for batch in batches if batch in self.paths and batch not in self._view.maps]
             if wanted:
-                new = {batch: self._map_one(self.paths[batch]) for batch in wanted}
-                self._view = self._see({**self._view.maps, **new})
+                self._view = self._see({**self._view.maps, **self._map_all(wanted)})
             return self._view
+
+    def _map_all(self, batches: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """By threads where it is much: an index is a read of the disk, and an opener that hashes reads the whole shard."""
+        paths = [self.paths[batch] for batch in batches]
+        threads_wanted = min(n_threads(len(paths) * math.prod(self.layout.shard_shape)), len(paths))
+        if threads_wanted == 1:
+            return dict(zip(batches, map(self._map_one, paths), strict=True))
+        with ThreadPoolExecutor(threads_wanted) as threads:
+            return dict(zip(batches, threads.map(self._map_one, paths), strict=True))
 
     def _see(self, maps: dict[int, tuple[np.ndarray, np.ndarray]]) -> View:
         layout, item = self.layout, self.layout.item_bytes
@@ -226,7 +236,6 @@ def copy_rows(windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, dtype: st
     Raises:
         BadInput: a number is too large for the dtype of X.
     """
-    from concurrent.futures import ThreadPoolExecutor
 
     def copy(start: int) -> bool:
         blank = False

@@ -192,6 +192,11 @@ def open_site(store: Store, run: str, site: str) -> SiteReader:
 
     shape, axis, per_shard = tuple(row["shape"]), 1 if row["kind"] == "resid" else 2, row["trees_per_shard"]
     dtype = mapped_dtype(_zarr_json(store, row["path"]), Layout(shape, axis, per_shard))
+    if dtype is None and store.check:
+        raise Damaged(
+            f"{store.path / row['path']} of {where} does not lie as actstore writes arrays, so no hash says whether what is "
+            "read is what was committed; read it without check (check=False, --no-check)"
+        )
     if dtype is None:
         array, layout = store.path / row["path"], Layout(shape, axis, per_shard)
         return ForeignReader(array, layout, first, paths, where, is_token, store.folder.check)
@@ -203,6 +208,8 @@ def _zarr_json(store: Store, path: str) -> dict[str, Any]:
     file = store.path / path / "zarr.json"
     try:
         return dict(json.loads(store.folder.read(file)))
+    except Damaged:
+        raise
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:

@@ -43,7 +43,9 @@ LOOK_UP = 0.02  # seconds between looks at the clock and at the memory: a proces
 START = 120.0  # seconds a process may take to start; a busy machine needs 5
 HEADROOM = 256 << 20  # bytes beside the limit that threads and allocators may reserve without using them
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
-OUT_OF_MEMORY = re.compile(r"out of memory|MemoryError|bad_alloc|could not allocate|malloc of size", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|more memory|MemoryError|bad_alloc|could not allocate|malloc of size", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,13 @@ class Limited:
 
 
 def run(
-    folder: Folder, catalog: int, query: str, params: Mapping[str, Any] | None, limits: Limits, snapshot: int
+    folder: Folder,
+    catalog: int,
+    query: str,
+    params: Mapping[str, Any] | None,
+    limits: Limits,
+    snapshot: int,
+    check: bool,
 ) -> pl.DataFrame:
     """Run one query of a store in a process of its own.
 
@@ -105,6 +113,7 @@ def run(
         query, params: as Store.sql takes them.
         limits: what it may take.
         snapshot: number of the snapshot, which the process must find.
+        check: whether the process checks the files that it reads, as Store does.
 
     Raises:
         LimitReached: it took longer or more; its process is gone.
@@ -121,6 +130,7 @@ def run(
         "params": to_json(params),
         "limits": asdict(limits),
         "snapshot": snapshot,
+        "check": check,
     }
     with within_limits("cannot start the query's process"), tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
@@ -217,11 +227,11 @@ def _of_status(pid: int | str, what: str) -> int:
 
 
 class _Inherited(Store):
-    """A store on a catalog file, and in the very folder, that another process has open."""
+    """A store on a catalog file, and in the very folder, that another process has open (and has checked, where it checks)."""
 
-    def __init__(self, path: Path, identity: tuple[int, int], catalog: int, memory: int | None) -> None:
+    def __init__(self, path: Path, identity: tuple[int, int], catalog: int, memory: int | None, check: bool) -> None:
         self._identity, self._inherited, self._memory = identity, Path(f"/dev/fd/{catalog}"), memory
-        super().__init__(path)
+        super().__init__(path, check)
 
     def _open_session(self) -> Session:
         if self.folder.identity() != self._identity:
@@ -238,7 +248,7 @@ def main() -> None:
         asked = _receive()
         path, memory = Path(asked["path"]), asked["limits"]["memory"]
         params = from_json(asked["params"])
-        with _Inherited(path, tuple(asked["identity"]), asked["catalog"], memory) as store:
+        with _Inherited(path, tuple(asked["identity"]), asked["catalog"], memory, asked["check"]) as store:
             if store.snapshot != asked["snapshot"]:
                 raise Damaged(f"{path} is another store by now; open it again")
             if memory is not None:
@@ -260,7 +270,7 @@ def _receive() -> Any:
 
 
 def _as_sent(error: ActstoreError | MemoryError, memory: int | None) -> tuple[str, str]:
-    lacks = isinstance(error, (LimitReached, MemoryError)) or OUT_OF_MEMORY.search(str(error))
+    lacks = isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))
     if memory is not None and lacks:
         error = _too_much(memory)
     elif isinstance(error, MemoryError):

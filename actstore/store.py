@@ -20,7 +20,7 @@ import polars as pl
 from actstore import catalog, outermost, reading
 from actstore.arrays import SiteReader
 from actstore.errors import BadInput, Damaged, NotStored
-from actstore.folder import Folder, check_format
+from actstore.folder import CheckedFolder, Folder, check_format
 from actstore.functions import Vectors, add_functions
 from actstore.log import FORMAT_VERSION, check_sizes, log_hash, manifests
 from actstore.machine import within_limits
@@ -42,18 +42,23 @@ class Store:
 
     Args:
         path: the store's folder.
+        check: hold what is read against the hashes it was committed with: the catalog at once, and each shard of
+            activations whole when it is first read, in this process and in those of queries with limits and of DataLoader
+            workers (there once per epoch). Without it a read looks at sizes alone: a bit that flipped, or a shard in the
+            place of another, goes unnoticed. An array that another Zarr tool rewrote cannot be checked and is refused.
 
     Raises:
         NotStored: there is no store.
         TooNew: a later version of actstore made it.
         Damaged: a committed file is missing or has another size than it was committed with, or a manifest is not the one
-            that the next manifest, or the catalog, was written after.
+            that the next manifest, or the catalog, was written after; with check also: the catalog is not what was put in
+            place.
         LimitReached: the system allows this process no more open files or memory.
         BadInput: this process was forked from one that had opened a store.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, check: bool = False) -> None:
+        self.path, self.check = Path(path), check
         self._readers: dict[tuple[str, str], SiteReader] = {}
         self._runs: list[str] | None = None
         self._vectors: Vectors | None = None
@@ -62,7 +67,8 @@ class Store:
 
     def _open(self) -> None:
         self.about = check_format(self.path, older=True)
-        self.folder = Folder(self.path)
+        hashes: dict[str, str] = {}
+        self.folder: Folder = CheckedFolder(self.path, hashes) if self.check else Folder(self.path)
         self._session = self._open_session()
         try:
             self.snapshot, hash_of_log = self._snapshot()
@@ -73,6 +79,10 @@ class Store:
                     f"{self.path}`"
                 )
             check_sizes(self.path, committed)
+            hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
+            if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was built of them just now
+                for part in [part for manifest in committed for part in manifest.parts]:
+                    self.folder.read(self.path / part.path)
             self.folder.check()  # else the session and the arrays may be of two stores
             self._vectors = add_functions(self._session, self)
         except BaseException:
@@ -92,9 +102,26 @@ class Store:
 
     def _open_session(self) -> Session:
         if self.about["format"] == FORMAT_VERSION:
-            return Session(self.path / catalog.NAME)
+            return self._open_checked() if self.check else Session(self.path / catalog.NAME)
         with catalog.of_older(self.path) as built:  # its own catalog lacks tables and columns of today
             return Session(built)
+
+    def _open_checked(self) -> Session:
+        """The catalog, once it was held against the hash that was noted for it."""
+        while True:  # a writer may put another in its place meanwhile
+            session = Session(self.path / catalog.NAME)
+            try:
+                is_noted = catalog.is_noted(self.path, session.fileno())
+            except FileNotFoundError:
+                is_noted = False
+            if is_noted:
+                return session
+            session.close()
+            if is_noted is False:
+                raise Damaged(
+                    f"{self.path / catalog.NAME} is not what was put in place (its hash is not noted): look with `actstore "
+                    f"verify {self.path}`, then mend it with `actstore repair {self.path}`"
+                )
 
     def close(self) -> None:
         """Close it; in a process forked since it was opened, nothing."""
@@ -147,7 +174,7 @@ class Store:
         from actstore import sandbox
 
         limits = sandbox.Limits.of(timeout, memory)
-        return sandbox.run(self.folder, self._session.fileno(), query, params, limits, self.snapshot)
+        return sandbox.run(self.folder, self._session.fileno(), query, params, limits, self.snapshot, self.check)
 
     def info(self) -> pl.DataFrame:
         """One row a run: its model, trees, sites and size, and how often its greedy answers are right."""
@@ -229,6 +256,9 @@ class Store:
         out: str = "numpy",
     ) -> tuple[Any, pl.DataFrame]:
         """Run a query that names tokens, and read their activations.
+
+        Unless the store was opened with `check=True`, what is read is not held against the hashes that it was committed
+        with: a flipped bit, or a shard that was put in the place of another, is read as it lies on the disk.
 
         Args:
             query: a SELECT with a column `token_id`; whatever else it yields comes back beside it.

@@ -5,18 +5,20 @@ Heavy imports stay inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from actstore import __version__
-from actstore.errors import ActstoreError, NotStored
+from actstore import __version__, terminal
+from actstore.errors import ActstoreError, BadInput, NotStored, advised
 from actstore.machine import limit_reached, raise_descriptors
+from actstore.terminal import printable
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from actstore.output import Output
     from actstore.store import Store
 
@@ -26,22 +28,31 @@ GO_ON = ("ingest", "train")  # commands that, when stopped, have done part of th
 class Commands(click.Group):
     """A group that turns the package's own errors, a full disk and Ctrl-C into one line and an exit code."""
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        terminal.prepare()
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:  # of printing help; a command's own are met below
+            click.echo(f"actstore: {error.strerror or error}", err=True)
+            raise SystemExit(1) from None
+        finally:
+            terminal.finish()
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except ActstoreError as error:
-            click.echo(f"actstore: {error}", err=True)
+            click.echo(printable(f"actstore: {error}"), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo(f"actstore: stopped{_goes_on(ctx)}", err=True)
             ctx.exit(1)
         except BrokenPipeError:  # `actstore sql … | head`
-            sys.stderr.close()
             ctx.exit(1)
         except OSError as error:
             where = error.filename or "the system"
             said = limit_reached(error, where) or f"{where}: {error.strerror or error}"
-            click.echo(f"actstore: {said}{_goes_on(ctx)}", err=True)
+            click.echo(printable(f"actstore: {said}{_goes_on(ctx)}"), err=True)
             ctx.exit(1)
 
 
@@ -74,8 +85,9 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--csv, --json, --parquet FILE; a table without them."""
 
     def wrapped(*args: Any, as_csv: bool, as_json: bool, parquet: str | None, **options: Any) -> Any:
-        from actstore.output import Output
+        from actstore.output import Output, check_file
 
+        check_file(parquet, "--parquet")
         if as_csv + as_json + bool(parquet) > 1:
             raise click.UsageError("choose one of --csv, --json and --parquet")
         return command(*args, output=Output("csv" if as_csv else "json" if as_json else "table", parquet), **options)
@@ -122,6 +134,15 @@ no_check_option = click.option(
     help="Do not hold what is read against the hashes it was committed with.",
 )
 
+wait_option = click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=10,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for another process that writes to the store.",
+)
+
 checkpoint_option = click.option(
     "--checkpoint",
     type=int,
@@ -132,7 +153,10 @@ checkpoint_option = click.option(
 
 @main.command()
 @store_argument
-@click.option("--model", required=True, help="A model's name (`actstore models list`) or a checkpoint's path.")
+@click.option("--model", help="A model's name (`actstore models list`) or a checkpoint's path.")
+@click.option(
+    "--model-of", metavar="RUN", help="In its place: the model of a stored run, whose weights the store keeps."
+)
 @click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
 @checkpoint_option
 @click.option("--trees", type=int, help="How many trees; 10,000 unless told.")
@@ -158,6 +182,7 @@ checkpoint_option = click.option(
 @click.option("--samples", type=int, help="Of --prompt tree: continuations drawn beside the greedy one; 1 unless told.")
 @click.option("--batch-size", default=128, show_default=True, help="Trees a forward pass.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@wait_option
 def ingest(store: Path, **options: Any) -> None:
     """Run a model over generated trees, and store its activations and answers.
 
@@ -281,11 +306,11 @@ def read(
     """
     import polars as pl
 
-    from actstore.output import ACTIVATION_FILES, check_columns, check_ending, save_activations
+    from actstore.output import ACTIVATION_FILES, check_columns, check_file, save_activations
     from actstore.progress import waiting
     from actstore.store import Store
 
-    check_ending(out, ACTIVATION_FILES, "--out")
+    check_file(out, "--out", ACTIVATION_FILES)
     names = [name.strip() for some in sites for name in some.split(",")]
     where: dict[str, Any] = {"sites": names} if len(names) > 1 else {"site": names[0]}
     where |= {"timeout": timeout, "memory": memory}
@@ -303,7 +328,7 @@ def read(
             X, rows = opened.read(query, run, params=dict(params), dtype=dtype, **where)
     if out:
         save_activations(out, X, rows)
-        click.echo(f"{out}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
+        click.echo(f"{printable(out)}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
     else:
         check_columns(rows.columns, None)
         output.write(rows.with_columns(pl.Series("x", X)))
@@ -390,114 +415,176 @@ def attention(store: Path, tree: int, run: str | None, layer: int | None, head: 
         actstore attention demo.act 17 --run patterns --layer 0 --out tree17.png
         actstore attention demo.act 17 --run patterns --out tree17.html
     """
-    from actstore.output import check_ending
+    from actstore.output import check_file
     from actstore.queries.attention_page import ENDINGS, save
     from actstore.store import Store
 
-    check_ending(out, ENDINGS, "--out")
+    check_file(out, "--out", ENDINGS)
     with Store(store, check) as opened:
         save(opened, opened.run(run), tree, out, layer, head)
     click.echo(out)
 
 
+no_record_option = click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
+
+
+def _record(store: Path, results: list[pl.DataFrame], wait: float) -> None:
+    """Record results; where the store cannot take them, say where they are kept, and how to record them from there."""
+    from actstore import recording
+
+    def kept(file: Path) -> None:
+        command = advised("record", store, file)
+        click.echo(printable(f"actstore: not recorded; {file} keeps the results, and {command} records them"), err=True)
+
+    recording.record(store, results, wait, kept)
+
+
 @main.command()
 @store_argument
 @click.argument("name")
-@click.option("--run", help="Which run; every one that was given whole tasks unless told.")
+@click.option("--run", "runs", multiple=True, help="Which run; every one that was given whole tasks by default.")
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option(
     "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="One of the study's own."
 )
 @click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; of several runs FILE-RUN.")
-@click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
+@no_record_option
+@wait_option
 @no_check_option
 @output_options
 def study(
     store: Path,
     name: str,
-    run: str | None,
+    runs: tuple[str, ...],
     seed: int,
     options: tuple[tuple[str, str], ...],
     plot: str | None,
     no_record: bool,
+    wait: float,
     check: bool,
     output: Output,
 ) -> None:
     """Run a study, print its table, record it in `results`, draw its figure.
 
     The studies are probes, depth, last-edge, swap, dreams, attention and compare; one that needs what the store lacks says
-    which `actstore ingest` adds it.
+    which `actstore ingest` adds it. `compare` takes every pair of models over the same trees among the runs named; of one run
+    every pair that it is in; by default, for each set of trees, its first run against every other model.
 
     Example:
 
     \b
         actstore study demo.act probes --plot probes.png
         actstore study demo.act probes --run reproduction -o token_role separator -o labels source,goal
+        actstore study demo.act compare --run reproduction --run baseline
         actstore study demo.act depth --json
     """
-    from actstore.output import FIGURES, check_ending
+    from actstore import recording
+    from actstore.output import FIGURES, check_file, save_figure
     from actstore.progress import progress
     from actstore.queries import study as studies
     from actstore.store import Store
-    from actstore.writer import open_writer
 
-    check_ending(plot, FIGURES, "--plot")
-    chosen = {key: int(value) if value.isdecimal() else value for key, value in options}
-    answers, lacking = [], []
+    check_file(plot, "--plot", FIGURES)
+    chosen = {key: int(value) if value.isdecimal() and len(value) < 19 else value for key, value in options}
     with Store(store, check) as opened:
-        for one in [opened.run(run)] if run else studies.task_runs(opened, name):
-            with progress(f"study {name} {one}", None, "parts") as advance:
+        asked = studies.questions(opened, name, runs, **chosen)
+        if not no_record:
+            recording.wait_until_free(store, wait)
+        answers, lacking, failed = [], [], []
+        for question in asked:
+            with progress(f"study {name} {question.of}", None, "parts") as advance:
                 try:
-                    answers.append(studies.run(opened, name, run=one, seed=seed, progress=advance, **chosen))
-                except NotStored as error:  # another run may have what this one lacks
+                    given = {**question.options, "seed": seed, "progress": advance}
+                    answers.append(studies.run(opened, name, run=question.run, **given))
+                except (NotStored, BadInput) as error:  # another run may have what this one lacks
                     lacking.append(error)
-    for lack in lacking if answers else []:
-        click.echo(f"actstore: {lack}", err=True)
+                except Exception as error:  # what the others answered is not lost with it
+                    failed.append(error)
     if not answers:
-        raise lacking[0]
-    output.write(studies.tables(answers))
-    for answer in answers:
-        click.echo(answer.sentence, err=output.format != "table" or bool(output.parquet))
-        if plot:
-            one = answer.results["run"][0]
-            file = Path(plot) if len(answers) == 1 else Path(plot).with_stem(f"{Path(plot).stem}-{one}")
-            studies.plot(answer).savefig(file)
-            click.echo(f"figure: {file}", err=True)
-    if not no_record:
-        with open_writer(store) as writer:
-            for answer in answers:
-                writer.record(answer.results)
+        raise [*failed, *lacking][0]
+    for lack in lacking:
+        click.echo(printable(f"actstore: {lack}"), err=True)
+    try:
+        output.write(studies.tables(answers))
+        for answer in answers:
+            click.echo(printable(answer.sentence), err=output.format != "table" or bool(output.parquet))
+        for answer in answers if plot else []:
+            file = studies.figure_file(Path(str(plot)), answer, alone=len(answers) == 1)
+            save_figure(file, studies.plot(answer))
+            click.echo(f"figure: {printable(str(file))}", err=True)
+    finally:
+        if not no_record:
+            _record(store, [answer.results for answer in answers], wait)
+    if failed:
+        raise failed[0]
 
 
 @main.command()
 @store_argument
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--run", "runs", multiple=True, help="Which; every run over drawn trees unless told.")
+@click.option("--run", "runs", multiple=True, help="Which; every run over drawn trees by default.")
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
-@click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
+@no_record_option
+@wait_option
 @no_check_option
-def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: bool, check: bool) -> None:
+def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: bool, wait: float, check: bool) -> None:
     """Run every study, and write one page of them all, OUT/index.html, that needs nothing beside itself.
 
-    A study that needs what the store lacks stands there with the `actstore ingest` that adds it.
+    A study that needs what the store lacks stands there with the `actstore ingest` that adds it; one that fails, with the
+    reason, and the exit code is 1. Each pair of models over the same trees is compared.
 
     Example:
 
     \b
         actstore report demo.act report/
+        actstore report demo.act report/ --run reproduction --run baseline
     """
+    from actstore import recording
+    from actstore.output import check_file
     from actstore.progress import progress
+    from actstore.queries.report import PAGE
     from actstore.queries.report import report as make
+    from actstore.store import Store
+
+    check_file(out / PAGE, "OUT", make=True)
+    with Store(store, check) as opened, progress("report", None, "questions") as advance:
+        if not no_record:
+            recording.wait_until_free(store, wait)
+        made = make(opened, out, runs, seed, advance)
+    click.echo(printable(str(made)))
+    for fault in made.faults:
+        click.echo(printable(f"actstore: {fault}"), err=True)
+    if not no_record:
+        _record(store, [answer.results for answer in made.studies], wait)
+    if made.faults:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@store_argument
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
+@wait_option
+def record(store: Path, files: tuple[Path, ...], wait: float) -> None:
+    """Record results that a study kept in a file, because another process was writing to the store.
+
+    Example:
+
+    \b
+        actstore record demo.act results-3f9c0a1b2d4e.parquet
+    """
+    from actstore import recording
     from actstore.store import Store
     from actstore.writer import open_writer
 
-    with Store(store, check) as opened, progress("report", None, "studies") as advance:
-        page, answers = make(opened, out, runs or None, seed, advance)
-    if not no_record:
-        with open_writer(store) as writer:
-            for answer in answers:
-                writer.record(answer.results)
-    click.echo(f"{page}: {len(answers)} answers")
+    results = [frame for file in files for frame in recording.read_kept(file)]
+    with Store(store) as opened:
+        recording.check_belongs(store, results, opened.runs(), opened.snapshot)
+    with open_writer(store, wait=wait) as writer:
+        for frame in results:
+            writer.record(frame)
+    click.echo(
+        f"{printable(str(store))}: {len(results)} answers recorded, {sum(map(len, results)):,} rows of `results`"
+    )
 
 
 @main.command()
@@ -545,8 +632,9 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
 
 @main.command()
 @store_argument
+@wait_option
 @output_options
-def repair(store: Path, output: Output) -> None:
+def repair(store: Path, wait: float, output: Output) -> None:
     """Mend what is damaged, to the bytes that were committed, and build the catalog anew.
 
     A store of an earlier version is brought up to date. Rows come from the catalog or from the definition of the trees,
@@ -569,7 +657,7 @@ def repair(store: Path, output: Output) -> None:
 
     total = sum(file.bytes for manifest in verifying.read_manifests(store)[0] for file in manifest.files)
     with progress("verify", total, "bytes") as advance:
-        done = repairing.repair(store, recompute, advance)
+        done = repairing.repair(store, recompute, advance, wait)
     if done.mended or done.left:
         output.write(repairing.table(done))
     click.echo(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended")
@@ -609,6 +697,9 @@ def train(
         actstore train reproduction runs/mine
         actstore train baseline runs/small --nodes 8 --steps 3000
     """
+    from actstore.output import check_folder
+
+    check_folder(out, "OUT")
     from actstore.ingest.card import write_card
     from actstore.ingest.recipe import read_config
     from actstore.ingest.train import Row, summary, to_wandb
@@ -718,6 +809,9 @@ def models_add(name: str, weights: str, config: str | None, system: str | None, 
         actstore models add mine checkpoints/6L_step=220000.pt --config conf/6L.yaml
         actstore models add baseline model.pt --system baseline
     """
+    from actstore.output import check_folder
+
+    check_folder(into, "--into")
     from actstore.ingest.models import add
 
     model = add(name, weights, config, system, into)

@@ -13,6 +13,13 @@ ActstoreError
 Each message is one line: what was got, what exists, what to do.
 """
 
+import shlex
+
+
+def advised(*words: object) -> str:
+    """A command of actstore's as a message shows it, to be typed as it stands: words with blanks are quoted."""
+    return f"`actstore {shlex.join(map(str, words))}`"
+
 
 class ActstoreError(Exception):
     """The root: catch it to catch whatever actstore refuses on purpose."""

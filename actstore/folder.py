@@ -11,7 +11,7 @@ from typing import Any
 from actstore import checked
 from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld
 from actstore.hashing import hash_of
-from actstore.log import FORMAT_VERSION
+from actstore.log import ARRAYS, FORMAT_VERSION, LOG, PARTS
 from actstore.machine import check_process, finalize_here, within_limits
 
 WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # what store.json holds where a development version made it
@@ -61,6 +61,17 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
             f"{FORMAT_VERSION}: install the version that made it, or a later one"
         )
     return dict(about)
+
+
+def store_around(path: Path) -> Path | None:
+    """The store that a path is, or lies in, after links and `..`; None outside any. A damaged store counts."""
+    place = Path(os.path.realpath(path))
+    return next((folder for folder in (place, *place.parents) if _looks_like_a_store(folder)), None)
+
+
+def _looks_like_a_store(folder: Path) -> bool:
+    described = os.path.lexists(folder / "store.json") or os.path.lexists(folder / "catalog.duckdb")
+    return described and any((folder / name).is_dir() for name in (LOG, PARTS, ARRAYS))
 
 
 class Folder:

@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -32,6 +33,7 @@ CHAINED_FROM = 3  # the format from which on a manifest names the one before it
 LOG, PARTS, ARRAYS, WEIGHTS, LOCK = "log", "parts", "activations.zarr", "models", ".lock"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DIRECT_FROM = 1 << 20  # bytes; below, a copy through the page cache costs nothing
+LOOK_AGAIN = 0.1  # seconds between looks at a lease that another holds
 BLOCK = mmap.PAGESIZE  # what O_DIRECT wants memory, offsets and lengths aligned to, on any disk of today
 MANIFEST = re.compile(r"\d{8,}\.json")
 
@@ -347,6 +349,15 @@ def make_folder(folder: Path) -> None:
             raise
 
 
+def fsync(path: Path) -> None:
+    """Wait until the disk has a file's content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def fsync_folder(folder: Path) -> None:
     """Wait until the disk has a folder's entries."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -381,24 +392,53 @@ class Lease:
 
 
 @contextmanager
-def lease(root: Path) -> Iterator[Lease]:
+def lease(root: Path, wait: float = 0.0) -> Iterator[Lease]:
     """Hold the store for writing; the kernel drops it with the process, however that ends.
 
+    Args:
+        wait: seconds to wait for another process that holds it.
+
     Raises:
-        Busy: another process holds it; the message says which.
+        Busy: another process holds it, and did so for all that time; the message says which.
     """
+    deadline = time.monotonic() + wait
     with (root / LOCK).open("a+", encoding="utf-8", errors="backslashreplace") as file:  # arguments may be any bytes
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise Busy(f"{root} is being written by {holder}; wait for it or stop it, then go on") from None
+        while not _taken(file.fileno()):
+            if not time.monotonic() < deadline:  # NaN waits for nothing
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                waited = f" (waited {wait:g} s; --wait SECONDS sets how long)" if wait else ""
+                raise Busy(f"{root} is being written by {holder}; wait for it or stop it, then go on{waited}")
+            time.sleep(LOOK_AGAIN)
         with suppress(OSError):  # a disk may have no room for who holds it, and the lease holds all the same
             _sign(file.fileno())
         yield Lease(root, file.fileno())
         with suppress(OSError):
             os.ftruncate(file.fileno(), 0)
+
+
+def wait_until_free(root: Path, wait: float) -> None:
+    """Wait until no process holds the store for writing; for work whose end is to write, before it begins.
+
+    Args:
+        root: a store; where there is none yet, nothing holds it.
+        wait: seconds.
+
+    Raises:
+        Busy: another process held it for all that time.
+        OSError: the store cannot be written.
+    """
+    if (root / "store.json").exists():
+        with lease(root, wait):
+            pass
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sign(descriptor: int) -> None:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput
+from actstore.folder import store_around
+from actstore.log import fsync, fsync_folder, needing_room
+from actstore.terminal import print_data, printable
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 ROWS_SHOWN = 60  # of a table; the other formats give every row
@@ -36,12 +43,12 @@ class Output:
     def write(self, frame: pl.DataFrame, whole: Mapping[str, Any] | None = None) -> None:
         """Print a frame; as JSON, `whole` in its place, where there is more to say than rows hold."""
         if self.parquet:
-            _replacing(Path(self.parquet), frame.write_parquet)
-            print(f"{len(frame):,} rows in {self.parquet}", file=sys.stderr)
+            replacing(self.parquet, frame.write_parquet)
+            print(printable(f"{len(frame):,} rows in {self.parquet}"), file=sys.stderr)
         elif self.format == "csv":
-            sys.stdout.write(_flat(frame).write_csv())
+            print_data(_flat(frame).write_csv())
         elif self.format == "json":
-            print(_json(whole or frame.to_dicts()))
+            print_data(_json(whole or frame.to_dicts()) + "\n")
         else:
             print_table(frame)
 
@@ -77,29 +84,29 @@ def print_table(frame: pl.DataFrame) -> None:
 def _table(frame: pl.DataFrame) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name, dtype in frame.schema.items():
-        table.add_column(name, justify="right" if dtype.is_numeric() else "left")
+        table.add_column(Text(printable(name)), justify="right" if dtype.is_numeric() else "left")
     for row in frame.head(ROWS_SHOWN).iter_rows():
-        table.add_row(*[_cell(value) for value in row])
+        table.add_row(*[Text(_cell(value)) for value in row])
     return table
 
 
 def _block(row: Mapping[str, Any]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     block = Table(box=None, pad_edge=False, show_header=False)
     block.add_column(style="bold", no_wrap=True)
     block.add_column(overflow="fold")
     for name, value in row.items():
-        block.add_row(name, _cell(value))
+        block.add_row(Text(printable(name)), Text(_cell(value)))
     return block
 
 
 def _cell(value: Any) -> str:
-    from rich.markup import escape
-
     if value is None:
         return ""
     if isinstance(value, float):
@@ -107,8 +114,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, (list, np.ndarray, pl.Series)):
         items = list(value)
         shown = [_cell(item) for item in items[:16]]
-        return escape(" ".join(shown) + (f" … ({len(items)})" if len(items) > len(shown) else ""))
-    return escape(str(value))
+        return " ".join(shown) + (f" … ({len(items)})" if len(items) > len(shown) else "")
+    return printable(str(value))
 
 
 def _flat(frame: pl.DataFrame) -> pl.DataFrame:
@@ -164,7 +171,64 @@ def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
         ".safetensors": lambda target: _save_safetensors(target, X, rows),
         ".parquet": lambda target: rows.with_columns(pl.Series("x", X)).write_parquet(target),
     }
-    _replacing(Path(path), writers[Path(path).suffix])
+    replacing(path, writers[Path(path).suffix])
+
+
+def save_figure(path: str | Path, figure: Figure, dpi: float | None = None) -> None:
+    """Write a figure in the format that the file's ending names (one of FIGURES), whole or not at all."""
+    kind = Path(path).suffix.removeprefix(".")
+    replacing(path, lambda target: figure.savefig(target, format=kind, dpi=dpi or "figure"))
+
+
+def check_file(path: str | Path | None, option: str, endings: Sequence[str] = (), make: bool = False) -> None:
+    """Refuse a file that cannot be written, or must not be, before any work is done for it.
+
+    Args:
+        path: the file; None where none is asked for.
+        option: the argument that named it, as the message calls it.
+        endings: those that say a format; any will do where none is given.
+        make: whether the file's folder will be made.
+
+    Raises:
+        BadInput: the ending says no format, the file lies in a store, or no file can be written there.
+    """
+    if path is None:
+        return
+    check_ending(str(path), endings, option)
+    target, got = Path(os.path.realpath(path)), f"got {option} {path}"
+    _check_folder(Path(path).parent, got, make)
+    if around := store_around(target):
+        raise BadInput(f"{got}, which leads into the store {around}; name a file outside it")
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise BadInput(f"{got}: {error.strerror}; name another file") from error
+    if not stat.S_ISREG(mode):
+        raise BadInput(f"{got}, which is {'a folder' if stat.S_ISDIR(mode) else 'no plain file'}; name a file")
+
+
+def check_folder(path: str | Path, option: str) -> None:
+    """Refuse a folder, which will be made where there is none, as check_file refuses a file.
+
+    Raises:
+        BadInput: it is in a store, or no folder, or cannot be written.
+    """
+    _check_folder(Path(path), f"got {option} {path}", make=True)
+
+
+def _check_folder(path: Path, got: str, make: bool) -> None:
+    folder = Path(os.path.realpath(path))
+    if around := store_around(folder):
+        raise BadInput(f"{got}, which lies in the store {around}; name a place outside it")
+    while make and not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        what = "is no folder" if os.path.lexists(folder) else "is not there"
+        raise BadInput(f"{got}, and the folder {folder} {what}; make it, or name another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{got}, and the folder {folder} cannot be written; name another place")
 
 
 def check_ending(path: str | None, endings: Sequence[str], option: str) -> None:
@@ -173,7 +237,7 @@ def check_ending(path: str | None, endings: Sequence[str], option: str) -> None:
     Raises:
         BadInput: says which endings there are.
     """
-    if path and Path(path).suffix not in endings:
+    if path and endings and Path(path).suffix not in endings:
         raise BadInput(f"got {option} {path}; a file ends in {', '.join(endings)}")
 
 
@@ -237,11 +301,31 @@ def _save_safetensors(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
     save_file({"X": X, **tensors}, target, metadata=others or None)
 
 
-def _replacing(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there, so that a stopped run leaves no half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: beside its place, durably, and then into it.
+
+    Args:
+        path: where; what stood there is replaced, and a link leads on to the file it names.
+        write: is given the path to write to, which has no ending.
+
+    Raises:
+        BadInput: the file lies in a store, or no file can be written there.
+        NoRoom: the disk is full.
+    """
+    check_file(path, "the file")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid4().hex}.tmp")
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        with needing_room(target):
+            write(temporary)
+            fsync(temporary)
+            os.replace(temporary, target)
+            with suppress(OSError):  # some file systems cannot, and the file is whole all the same
+                fsync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write text in UTF-8, whole or not at all; raises as `replacing` does."""
+    replacing(path, lambda target: target.write_text(text, encoding="utf-8"))

@@ -6,8 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
+
+from actstore.terminal import printable
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -52,7 +54,7 @@ def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
     from rich.text import Text
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
@@ -62,11 +64,11 @@ def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
     )
     console, details = Console(stderr=True), Text(style="dim")  # below the bar, where a long line leaves it its room
     bars = Progress(*columns, console=console)
-    task = bars.add_task(what, total=total)
+    task = bars.add_task(printable(what), total=total)
 
     def advance(done: int, total: int | None = None, part: str | None = None) -> None:
         bars.update(task, completed=done, total=total)
-        details.plain = part or ""
+        details.plain = printable(part or "")
 
     with _shown_late(Live(Group(bars, details), console=console)):
         yield advance
@@ -90,8 +92,10 @@ def _spinner(what: str) -> Iterator[None]:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    bars = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console)
-    bars.add_task(what, total=None)
+    bars = Progress(
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console
+    )
+    bars.add_task(printable(what), total=None)
     with _shown_late(Live(bars, console=console, transient=True)):
         yield
 
@@ -117,7 +121,7 @@ def _waiting_lines(what: str) -> Iterator[None]:
     def say() -> None:
         wait_until = SECONDS_BEFORE_A_LINE
         while not done.wait(started + wait_until - time.monotonic()):
-            print(f"{what}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            _say(f"{what}: {time.monotonic() - started:.0f} s")
             wait_until *= 2
 
     thread = threading.Thread(target=say, daemon=True)
@@ -138,6 +142,11 @@ def _lines(what: str, total: int | None, unit: str) -> Advance:
         if now - last >= SECONDS_BEFORE_A_LINE or (done == of and now - started >= SECONDS_BEFORE_A_LINE):
             last = now
             said = f"{what}: {done:,} of {of:,} {unit}, {now - started:.0f} s" + (f", {part}" if part else "")
-            print(said, file=sys.stderr, flush=True)
+            _say(said)
 
     return advance
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # the work goes on where nobody reads how far it is
+        print(printable(line), file=sys.stderr, flush=True)

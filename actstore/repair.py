@@ -46,13 +46,16 @@ class Repair:
     snapshot: int
 
 
-def repair(path: str | Path, recompute: Recompute, advance: Callable[[int], None] = lambda done: None) -> Repair:
+def repair(
+    path: str | Path, recompute: Recompute, advance: Callable[[int], None] = lambda done: None, wait: float = 0.0
+) -> Repair:
     """Verify a store, mend what is damaged, and build its catalog anew.
 
     Args:
         path: the store.
         recompute: makes a batch's files again (or, of batch None, a run's definition's); see ingest/recompute.py.
         advance: called with the bytes read so far, while it looks for damage.
+        wait: seconds to wait for another process that writes to it.
 
     Raises:
         NotStored, TooNew: there is no store, or a later version made it.
@@ -61,7 +64,7 @@ def repair(path: str | Path, recompute: Recompute, advance: Callable[[int], None
     """
     root = Path(path)
     _refuse_what_is_no_store(root)
-    with log.lease(root):
+    with log.lease(root, wait):
         mended = _flip_back(root)
         about = check_format(root, older=True)
         report = verify(root, advance=advance)

@@ -10,6 +10,7 @@ from rich.tree import Tree
 
 from actstore.errors import NotStored
 from actstore.store import Store
+from actstore.terminal import printable
 
 
 def draw_tree(store: Store, tree_id: int) -> Group:
@@ -38,7 +39,7 @@ def draw_tree(store: Store, tree_id: int) -> Group:
     facts = (
         f"tree {tree_id} of {tree['dataset']}: depth {tree['depth']}, {tree['n_leaves']} leaves, split {tree['split']}"
     )
-    return Group(Text(facts), drawing, Text("prompt  " + " ".join(words)), *_answers(store, tree))
+    return Group(Text(printable(facts)), drawing, Text("prompt  " + " ".join(words)), *_answers(store, tree))
 
 
 def _node(label: int, on_path: set[int], goal: int) -> Text:
@@ -61,7 +62,7 @@ def _answers(store: Store, tree: dict[str, Any]) -> list[Text]:
     for row in answers.to_dicts():
         verdict = "right" if row["greedy_right"] else f"wrong at step {row['first_wrong_step']}: {row['failure']}"
         answer = _steps([tree["root"], *row["greedy_path"]])
-        lines.append(Text(f"{row['run']}  {answer}  {verdict}; least sure step p = {row['p']:.4f}"))
+        lines.append(Text(printable(f"{row['run']}  {answer}  {verdict}; least sure step p = {row['p']:.4f}")))
     return lines
 
 

@@ -22,15 +22,18 @@ import actstore
 from actstore import catalog, checked, log
 from actstore.arrays import metadata
 from actstore.errors import BadInput
+from actstore.folder import check_format, store_around
 from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest, Part, Shard
 from actstore.plan import RunPlan, SitePlan  # noqa: F401 (what a writer is handed is imported from here, too)
-from actstore.store import check_format
 
 GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
 
 
-def create(root: Path) -> None:
+def create(root: Path, wait: float = 0.0) -> None:
     """Make an empty store, at once or not at all; a store that is there stays as it is.
+
+    Args:
+        wait: seconds to wait for another process that is making it.
 
     Raises:
         BadInput: the folder holds something that is no store.
@@ -42,11 +45,11 @@ def create(root: Path) -> None:
     under_way = root.parent / f".{root.name}.new"
     with log.needing_room(root):
         log.make_folder(under_way)
-        _make(root, under_way)
+        _make(root, under_way, wait)
 
 
-def _make(root: Path, under_way: Path) -> None:
-    with log.lease(under_way):  # which moves with the folder
+def _make(root: Path, under_way: Path, wait: float) -> None:
+    with log.lease(under_way, wait):  # which moves with the folder
         if _is_store(root):  # another process made it since
             shutil.rmtree(under_way, ignore_errors=True)
             return
@@ -64,6 +67,8 @@ def _is_store(root: Path) -> bool:
         return True
     if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
         raise BadInput(f"{root} exists and is no actstore store; name a new folder, or an empty one")
+    if around := store_around(root):
+        raise BadInput(f"{root} lies in the store {around}; name a folder outside it")
     if root.name in ("", "..") or (root.exists() and root.samefile(Path.cwd())):
         raise BadInput(f"a store is a folder of its own and cannot be made of {str(root)!r}; name a new folder")
     if "?" in str(root.absolute()):  # which DuckDB takes for the end of a path
@@ -100,23 +105,24 @@ def rebuild(path: str | Path) -> int:
 
 
 @contextmanager
-def open_writer(path: str | Path, *, make: bool = False) -> Iterator[Writer]:
+def open_writer(path: str | Path, *, make: bool = False, wait: float = 0.0) -> Iterator[Writer]:
     """Hold a store for writing, and publish its catalog at the end, also after an error.
 
     Args:
         path: the store's folder.
         make: make the store if there is none.
+        wait: seconds to wait for another process that holds it.
 
     Raises:
-        Busy: another process holds it.
+        Busy: another process holds it, and did so for all that time.
         NotStored: there is no store, and none is to be made.
         NoRoom: the disk is full.
     """
     root = Path(path)
     if make and not (root / "store.json").exists():
-        create(root)
+        create(root, wait)
     check_format(root)
-    with log.needing_room(root), log.lease(root) as lease:
+    with log.needing_room(root), log.lease(root, wait) as lease:
         writer = Writer(root, lease)
         try:
             yield writer

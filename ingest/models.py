@@ -81,7 +81,7 @@ def from_bytes(weights: bytes, config: ModelConfig, name: str, source: str, devi
 
 
 def _assemble(found: Mapping[str, Tensor], config: ModelConfig, name: str, source: str, device: str) -> Model:
-    _check_device(device)
+    check_device(device)
     held = checked(found, config, source)
     bridge = build(config, seed=0)
     bridge.load_state_dict(convert_tl_checkpoint({key: tensor.float() for key, tensor in held.items()}, bridge.cfg))
@@ -90,7 +90,12 @@ def _assemble(found: Mapping[str, Tensor], config: ModelConfig, name: str, sourc
     return Model(name, config, bridge, weights, hashlib.sha256(weights).hexdigest(), Path(source).name)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that there is not.
+
+    Raises:
+        BadInput: says which will do.
+    """
     try:
         kind = torch.device(device).type
     except RuntimeError:

@@ -111,6 +111,7 @@ class Ingest:
         batch_size: trees a forward pass; 64 to 128 are the quickest on a CPU.
         prompt: what the model is given: `task`, or `tree`, the edges alone, from which it goes on by itself.
         samples: of `tree`: continuations that are drawn beside the greedy one.
+        wait: seconds to wait for another process that writes to the store.
         publish_every: seconds between new catalogs for the readers, while batches are committed.
     """
 
@@ -123,6 +124,7 @@ class Ingest:
     publish_every: float = 30.0
     prompt: str = "task"
     samples: int | None = None
+    wait: float = 0.0
     specs: list[SiteSpec] = field(init=False)
     generator: Generator | None = field(init=False, default=None)
     plan: RunPlan = field(init=False)
@@ -218,7 +220,7 @@ class Ingest:
             KeyboardInterrupt: Ctrl-C; the batches that were finished are committed and published.
         """
         check_room(self.store, self.bytes_left(), f"run {self.plan.run!r}")
-        with open_writer(self.store, make=True) as writer:
+        with open_writer(self.store, make=True, wait=self.wait) as writer:
             originals = self._originals(writer)
             first_tree_id = writer.define(self.plan)
             done = writer.batches(self.plan.run)
@@ -326,7 +328,7 @@ class Ingest:
 
 def prepare(
     store: Path,
-    model: str,
+    model: str | None = None,
     config: str | None = None,
     trees: int | None = None,
     distribution: str | None = None,
@@ -342,6 +344,8 @@ def prepare(
     variant: str | None = None,
     prompt: str = "task",
     samples: int | None = None,
+    wait: float = 0.0,
+    model_of: str | None = None,
 ) -> Ingest:
     """Turn what `actstore ingest` was given into a run to be stored; nothing is written yet.
 
@@ -352,13 +356,22 @@ def prepare(
         sites: names with commas between, as in `site_specs`, or `none`.
         checkpoint: a step of the model's training, as in `models.load`.
         variant: one of variants.CHANGES, made from the stored set `dataset`.
-        prompt, samples: as of Ingest.
+        prompt, samples, wait: as of Ingest.
+        model_of: in place of `model`: the model of this stored run, by the weights that the store keeps.
 
     Raises:
         BadInput: an argument that means nothing, or a model that cannot take these trees.
         NotStored: no such model or checkpoint.
     """
-    loaded = load(model, config, device, checkpoint)
+    if (model is None) == (model_of is None):
+        raise BadInput(
+            "name a model, by --model (`actstore models list` names those there are) or as that of a stored run (--model-of), "
+            "and not by both"
+        )
+    if model_of is not None:
+        loaded = _model_of(Path(store), model_of, device, config, checkpoint)
+    else:
+        loaded = load(str(model), config, device, checkpoint)
     defaults = {"distribution": loaded.config.system, "n_trees": 10_000, "seed": 0, "n_nodes": loaded.config.n_nodes}
     stored = (committed_dataset(Path(store), dataset) if dataset else None) or {}
     given: dict[str, Any] = {
@@ -378,7 +391,16 @@ def prepare(
     if variant:
         chosen_set = _variant(Path(store), chosen_set, variant, bool(stored))
     names = [name.strip() for name in sites.split(",") if name.strip() != "none"] if sites else None
-    return Ingest(Path(store), loaded, chosen_set, run, names, batch_size, prompt=prompt, samples=samples)
+    return Ingest(Path(store), loaded, chosen_set, run, names, batch_size, prompt=prompt, samples=samples, wait=wait)
+
+
+def _model_of(store: Path, run: str, device: str, config: str | None, checkpoint: int | None) -> Model:
+    """The model of a stored run."""
+    from actstore.ingest.recompute import model_of
+
+    if config or checkpoint is not None:
+        raise BadInput("--model-of takes the model as the store keeps it; leave --config and --checkpoint out")
+    return model_of(store, run, device)
 
 
 def _variant(store: Path, original: TreeSet, change: str, is_stored: bool) -> TreeSet:

@@ -18,11 +18,13 @@ import torch
 from actstore import writer
 from actstore.arrays import ShardBuffer, metadata
 from actstore.errors import ActstoreError, Damaged, NotStored
+from actstore.folder import check_format
 from actstore.ingest import models
 from actstore.ingest.config import ModelConfig
 from actstore.ingest.models import Model
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.log import ARRAYS, WEIGHTS, Manifest
+from actstore.log import manifests as read_all
 
 
 def rehydrate(root: Path, manifests: list[Manifest], run: str) -> tuple[Ingest, dict[str, Any]]:
@@ -55,6 +57,26 @@ def rehydrate(root: Path, manifests: list[Manifest], run: str) -> tuple[Ingest, 
     prompt, samples = about.get("prompt") or "task", about.get("samples")
     held = _model(root, model, about["device"])
     return Ingest(root, held, trees, run, sites, batch_size, prompt=prompt, samples=samples), about
+
+
+def model_of(root: Path, run: str, device: str = "cpu") -> Model:
+    """The model of a stored run.
+
+    Raises:
+        NotStored: no such run, or no store.
+        BadInput: no such device.
+        Damaged: its weights are not there, or not those it ran, and no model that can be named has them either.
+    """
+    models.check_device(device)
+    check_format(root)
+    manifests = read_all(root)
+    runs = writer.table(root, manifests, "runs").to_dicts()
+    about = next((row for row in runs if row["run"] == run), None)
+    if about is None:
+        held = ", ".join(row["run"] for row in runs) or "none"
+        raise NotStored(f"{root} holds no run {run!r}; there are {held}")
+    models_there = writer.table(root, manifests, "models").to_dicts()
+    return _model(root, _row(models_there, "weights_sha256", about["weights_sha256"], "models"), device)
 
 
 def _row(rows: list[dict[str, Any]], column: str, wanted: object, table: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import polars as pl
 from actstore.errors import NotStored
 from actstore.queries.last_edge import interval
 from actstore.queries.panels import GREY, panels, points
-from actstore.queries.study import Progress, Study, result_rows
+from actstore.queries.study import Progress, Study, ingest_more, result_rows
 from actstore.statistics import share_over_trees
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ select token_id, tree_id, (token_id - tree_id::bigint * 256)::utinyint, 'path', 
 from answer_tokens join edges using (tree_id, step) semi join held using (tree_id)
 order by token_id
 """
+HOLDERS = """
+select run from runs semi join (from sites where kind = 'pattern') as patterns using (run)
+where (weights_sha256, dataset) = (select (weights_sha256, dataset) from runs where run = $run)
+order by run = $run desc, runs.rowid
+"""
 LOOKS = {  # kind of token → what its attention is summed over
     "edge_target": ("own source", "itself", "before"),
     "separator": ("own edge", "itself", "before"),
@@ -54,17 +59,18 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
 
     Args:
         store: an open store.
-        run: one that holds patterns.
+        run: which; where it holds no pattern, the same model's run over the same trees that does is found by its weights.
         seed: of the bootstrap.
         progress: called when a layer is done.
 
     Raises:
-        NotStored: the run holds no pattern; says which ingest command adds them.
+        NotStored: there is no pattern; says which ingest command adds them.
     """
-    sites = pattern_sites(store, run)
+    holder = pattern_run(store, run)
+    sites, params = pattern_sites(store, holder), {"run": holder}
     rows: list[dict[str, Any]] = []
     for done, site in enumerate(sites, start=1):
-        patterns, tokens = store.read(TOKENS, run=run, site=site, params={"run": run})
+        patterns, tokens = store.read(TOKENS, run=holder, site=site, params=params)
         for head in range(patterns.shape[1]):
             rows += _of_head(patterns[:, head], tokens, {"site": site, "head": head}, seed)
         progress(done, len(sites), site)
@@ -73,28 +79,32 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
         study=NAME,
         run=run,
         query=TOKENS,
-        params={"run": run},
+        params=params,
         snapshot=store.snapshot,
         seed=seed,
     )
     return Study(NAME, table(results), results, sentence(results))
 
 
-def pattern_sites(store: Store, run: str) -> list[str]:
-    """Short names of a run's pattern sites, in the order of the layers.
+def pattern_run(store: Store, run: str) -> str:
+    """The run that holds a run's attention patterns: itself, else one of the same model over the same trees.
 
     Raises:
-        NotStored: there are none.
+        NotStored: there is none; says which ingest command adds one.
     """
-    held = store.sql("select short from sites where run = $run and kind = 'pattern' order by rowid", {"run": run})
-    if not len(held):
-        about = store.sql(
-            "select model, dataset from runs join models using (weights_sha256) where run = $run", {"run": run}
-        ).row(0, named=True)
+    found = store.sql(HOLDERS, {"run": run})["run"].to_list()
+    if not found:
+        command = ingest_more(store, run, f"{run}-patterns", "--sites", "pattern")
         raise NotStored(
-            f"run {run!r} holds no attention patterns; `actstore ingest {store.path} --model {about['model']} --dataset "
-            f"{about['dataset']} --run {run}-patterns --sites pattern` adds a run that does"
+            f"run {run!r} holds no attention patterns, nor does another run of its model over its trees; {command} adds one "
+            "that does"
         )
+    return str(found[0])
+
+
+def pattern_sites(store: Store, run: str) -> list[str]:
+    """Short names of a run's pattern sites, in the order of the layers."""
+    held = store.sql("select short from sites where run = $run and kind = 'pattern' order by rowid", {"run": run})
     return list(held["short"])
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actstore.errors import BadInput, NotStored
-from actstore.queries.attention import pattern_sites
+from actstore.output import save_figure, write_text
+from actstore.queries.attention import pattern_run, pattern_sites
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,15 +24,20 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 ENDINGS = (".png", ".svg", ".pdf", ".html")
+HTMLS_OWN = "<>&\u2028\u2029"  # the last two end a line of older JavaScript
 DIGITS = 4  # of a weight on the page: finer than an eye tells colours apart
 
 
 def patterns_of(store: Store, run: str, tree_id: int) -> tuple[list[str], dict[str, np.ndarray]]:
     """A tree's tokens, and by site its patterns float32 [head, query, key] of as many queries and keys as tokens.
 
+    Args:
+        run: whose; where it holds no pattern, the same model's run over the same trees that does is found by its weights.
+
     Raises:
         NotStored: no such tree, or the run holds no pattern of it.
     """
+    run = pattern_run(store, run)
     tokens = store.sql(
         "select token::varchar as token from tokens where tree_id = $t order by position", {"t": tree_id}
     )
@@ -96,16 +102,21 @@ def page(store: Store, run: str, tree_id: int) -> str:
         },
     }
     title = html.escape(f"Attention: tree {tree_id}, run {run}")
-    held = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")  # so that no token can end the script
-    return Template(PAGE).substitute(title=title, data=held)
+    return Template(PAGE).substitute(title=title, data=script_json(data))
+
+
+def script_json(data: object) -> str:
+    """JSON that means the same inside a <script> and holds no character that HTML could take for its own."""
+    text = json.dumps(data, ensure_ascii=False)
+    return "".join(f"\\u{ord(character):04x}" if character in HTMLS_OWN else character for character in text)
 
 
 def save(store: Store, run: str, tree_id: int, out: str, layer: int | None = None, head: int = 0) -> None:
-    """Write a tree's patterns as a figure (.png, .svg, .pdf) or a page (.html)."""
+    """Write a tree's patterns as a figure (.png, .svg, .pdf) or a page (.html), whole or not at all."""
     if Path(out).suffix == ".html":
-        Path(out).write_text(page(store, run, tree_id), encoding="utf-8")
+        write_text(out, page(store, run, tree_id))
     else:
-        draw_patterns(store, run, tree_id, layer, head).savefig(out, dpi=120)
+        save_figure(out, draw_patterns(store, run, tree_id, layer, head), dpi=120)
 
 
 PAGE = """<!doctype html>

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from actstore.errors import BadInput, NotStored
 from actstore.queries import load
 from actstore.queries.panels import GREY, panels, points
-from actstore.queries.study import Progress, Study, result_rows
+from actstore.queries.study import RUNS, Progress, Study, ingest_command, most_alike, p_shown, result_rows
 from actstore.statistics import bootstrap, paired, share_over_trees
 
 if TYPE_CHECKING:
@@ -33,12 +33,7 @@ NAME, QUERY = "compare", "edge_tokens"
 MAX_TREES = 2000  # whose activations are compared: intervals of a point, and the heat map of all layers in seconds
 MAX_ITER = 300  # of a probe's fit; one that finds its answer takes some 10
 LEAST = 10  # test trees
-OTHERS = """
-select other.run as run from runs as base
-join runs as other on other.dataset = base.dataset and other.weights_sha256 <> base.weights_sha256
-where base.run = $run and coalesce(other.prompt, 'task') = 'task'
-order by other.rowid
-"""
+SYSTEM = "select system from runs join models using (weights_sha256) where run = $run"
 BOTH = """
 -- one row a tree that both runs answered
 select trees.tree_id, depth, mine.greedy_right as right, theirs.greedy_right as other_right
@@ -73,7 +68,8 @@ def study(
         run: one of them.
         seed: of the bootstrap and the shuffles.
         progress: called when a site is done.
-        other: the other; the first run of another model over the same trees unless told.
+        other: the other; by default a run of another model over the same trees, the first, or the one of that model that
+            shares most residual sites.
         max_trees: trees whose activations are compared, the first of the set.
 
     Raises:
@@ -103,21 +99,24 @@ def study(
 
 
 def _other(store: Store, run: str, other: str | None) -> str:
-    found = store.sql(OTHERS, {"run": run})["run"].to_list()
+    runs = list(store.sql(RUNS).iter_rows(named=True))
+    base = next(row for row in runs if row["run"] == run)
     if other is not None:
-        if store.run(other) not in found:
-            raise BadInput(
-                f"runs {run!r} and {other!r} are not two models over the same trees; beside {run!r} there are: "
-                f"{', '.join(found) if found else 'none'}"
-            )
-        return other
-    if not found:
-        dataset = store.sql("select dataset from runs where run = $run", {"run": run}).item()
-        raise NotStored(
-            f"no other model ran over the trees of {run!r}; `actstore ingest {store.path} --model baseline --dataset {dataset}` "
-            "adds one"
+        theirs = next(row for row in runs if row["run"] == store.run(other))
+        if most_alike(base, [theirs]):
+            return other
+        found = [row["run"] for row in runs if most_alike(base, [row])]
+        raise BadInput(
+            f"runs {run!r} and {other!r} are not two models over the same trees; beside {run!r} there are: "
+            f"{', '.join(found) if found else 'none'}"
         )
-    return str(found[0])
+    found = most_alike(base, runs)
+    if not found:
+        system = store.sql(SYSTEM, {"run": run}).item()
+        model = "reproduction" if system == "baseline" else "baseline"
+        command = ingest_command(store, base["dataset"], model, "--model", model)
+        raise NotStored(f"no other model ran over the trees of {run!r}; {command} adds one")
+    return str(found[0]["run"])
 
 
 def _vectors(store: Store, run: str) -> list[str]:
@@ -245,6 +244,12 @@ def cka_interval(X: np.ndarray, Z: np.ndarray, trees: np.ndarray, seed: int) -> 
     return bootstrap(resampled, n_trees, seed)
 
 
+COUNTS = {
+    "both_right": "right by both",
+    "only_run": "by the first alone",
+    "only_other": "by the second alone",
+    "both_wrong": "by neither",
+}
 PROBED = {
     "own": "own trees",
     "as_it_is": "other, as it is",
@@ -254,7 +259,9 @@ PROBED = {
 
 
 def table(results: pl.DataFrame) -> pl.DataFrame:
-    """One row a site: CKA and probe transfer; percent for the probes."""
+    """One row a site: CKA and probe transfer; percent for the probes. Without a shared site: who is right, one row a depth."""
+    if not results["site"].count():
+        return _outcomes(results)
     rows = []
     for site in results.drop_nulls("site")["site"].unique(maintain_order=True):
         some = results.filter(site=site)
@@ -269,6 +276,15 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
+def _outcomes(results: pl.DataFrame) -> pl.DataFrame:
+    counted = results.filter(pl.col("metric").is_in(COUNTS))
+    rows = [
+        {"trees": label, "n": some["n"][0], **{COUNTS[row["metric"]]: int(row["value"]) for row in some.to_dicts()}}
+        for (label,), some in counted.group_by("label", maintain_order=True)
+    ]
+    return pl.DataFrame(rows)
+
+
 def sentence(results: pl.DataFrame, other: str) -> str:
     """Who is right more often, and whether the two hold the same in the same places."""
     run = results["run"][0]
@@ -277,8 +293,8 @@ def sentence(results: pl.DataFrame, other: str) -> str:
     answer = (
         f"Of {less['n']:,} trees {int(found['both_right']['value']):,} are right by both {run!r} and {other!r}, "
         f"{int(found['only_run']['value']):,} by the first alone, {int(found['only_other']['value']):,} by the second alone, "
-        f"{int(found['both_wrong']['value']):,} by neither; the second is right {100 * less['value']:+.2f} points "
-        f"({100 * less['low']:+.2f} to {100 * less['high']:+.2f}) more often (McNemar's p = {found['mcnemar_p']['value']:.2g})"
+        f"{int(found['both_wrong']['value']):,} by neither; the second is right {_oftener(less)}, McNemar's "
+        f"{p_shown(found['mcnemar_p']['value'])})"
     )
     same = results.filter((pl.col("metric") == "cka") & (pl.col("label") == pl.col("site")))
     if not len(same):
@@ -293,9 +309,19 @@ def sentence(results: pl.DataFrame, other: str) -> str:
     )
 
 
+def _oftener(less: dict[str, Any]) -> str:
+    """`2.50 points more often (95 % interval 1.00 to 4.00`: a difference with its interval, in the direction it has."""
+    sign = -1 if less["value"] < 0 else 1
+    low, high = sorted(100 * sign * end for end in (less["low"], less["high"]))
+    way = "less" if sign < 0 else "more"
+    return f"{100 * abs(less['value']):.2f} points {way} often (95 % interval {low:.2f} to {high:.2f}"
+
+
 def plot(study: Study) -> Figure:
-    """CKA of every pair of sites, and the transfer of probes by site."""
+    """CKA of every pair of sites, and the transfer of probes by site; without a shared site, who is right by depth."""
     results = study.results
+    if not results["site"].count():
+        return _plot_outcomes(results)
     sites = results.drop_nulls("site")["site"].unique(maintain_order=True).to_list()
     figure, (left, right) = panels(2, width=6.2, height=5)
     grid = [[results.filter(site=site, label=of, metric="cka")["value"].item() for of in sites] for site in sites]
@@ -318,4 +344,17 @@ def plot(study: Study) -> Figure:
     right.set_ylabel("edge's source read right (%)")
     right.set_title(f"probe fitted on {results['run'][0]}, scored on", fontsize=10)
     right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _plot_outcomes(results: pl.DataFrame) -> Figure:
+    """The second run's share of right answers less the first's, by depth."""
+    figure, (axis,) = panels(1, width=8)
+    rows = results.filter((pl.col("metric") == "other_less_run") & (pl.col("label") != "all"))
+    points(axis, [int(label.split()[1]) for label in rows["label"]], rows, "the second less the first", line=False)
+    axis.axhline(0, color=GREY, linewidth=1)
+    axis.set_xlabel("depth of the goal (steps of the path)")
+    axis.set_ylabel("right by the second, less by the first (points)")
+    other = str(results["params"].str.json_path_match("$.other")[0])
+    axis.set_title(f"{results['run'][0]} and {other}; bars are 95 % intervals", fontsize=10)
     return figure

@@ -16,7 +16,18 @@ from scipy.stats import fisher_exact
 from actstore.errors import NotStored
 from actstore.queries import load
 from actstore.queries.panels import panels, points
-from actstore.queries.study import Progress, Study, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
+from actstore.queries.study import (
+    Progress,
+    Study,
+    Test,
+    adjusted,
+    adjustment,
+    ingest_more,
+    p_shown,
+    result_rows,
+    shown,
+    test_rows,
+)
 from actstore.statistics import difference, over_trees, share
 
 if TYPE_CHECKING:
@@ -25,6 +36,11 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 NAME, QUERY = "depth", "tree_outcomes"
+ANSWERING = """
+select runs.run from runs as base join runs using (weights_sha256, dataset)
+where base.run = $run and coalesce(runs.prompt, 'task') = 'task'
+order by runs.rowid
+"""
 MEASURES = {"step": "steps", "whole_path": "whole path", "greedy": "left to itself"}
 
 
@@ -58,15 +74,18 @@ def outcomes(store: Store, query: str, run: str) -> pl.DataFrame:
     """The rows of `tree_outcomes` of a run.
 
     Raises:
-        NotStored: there are none.
+        NotStored: there are none; says which run of the same model over the same trees has some, or what adds one.
     """
     trees = store.sql(query, {"run": run})
-    if not len(trees):
-        raise NotStored(
-            f"run {run!r} has no answers to whole tasks; ingest one that has: "
-            f"`actstore ingest {store.path} --model reproduction`"
-        )
-    return trees
+    if len(trees):
+        return trees
+    answering = store.sql(ANSWERING, {"run": run})["run"].to_list()
+    if run in answering:
+        raise NotStored(f"run {run!r} has no answers yet; let its ingest go on")
+    if answering:
+        raise NotStored(f"run {run!r} has no answers to whole tasks; name one that has (--run): {', '.join(answering)}")
+    command = ingest_more(store, run, f"{run}-tasks", "--sites", "none")
+    raise NotStored(f"run {run!r} has no answers to whole tasks; {command} adds a run that has, to be named (--run)")
 
 
 def against_the_others(trees: pl.DataFrame) -> tuple[Test, ...]:

@@ -26,7 +26,7 @@ import polars as pl
 from actstore.errors import NotStored
 from actstore.queries.continuations import CONTINUATIONS, Continuations, grade
 from actstore.queries.dreams_report import EXPLANATIONS, LEAST, WALK, draw, sentence, table
-from actstore.queries.study import LEVEL, Progress, Study, Test, adjusted, result_rows, test_rows
+from actstore.queries.study import LEVEL, Progress, Study, Test, adjusted, ingest_more, result_rows, test_rows
 from actstore.statistics import change_over_trees, over_trees, share, sign_flip, total_variation
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ where base.run = $run and dreams.prompt = 'tree'
 order by dreams.rowid limit 1
 """
 ABOUT = """
-select model, system, dataset, distribution
+select system, distribution
 from runs join models using (weights_sha256) join datasets using (dataset) where run = $run
 """
 
@@ -63,10 +63,8 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
     found = store.sql(COMPANION, {"run": run})["run"].to_list()
     about = store.sql(ABOUT, {"run": run}).row(0, named=True)
     if not found:
-        raise NotStored(
-            f"no free continuations of the model of {run!r} over its trees; `actstore ingest {store.path} --model "
-            f"{about['model']} --dataset {about['dataset']} --prompt tree` adds them"
-        )
+        command = ingest_more(store, run, f"{run}-dreams", "--prompt", "tree")
+        raise NotStored(f"no free continuations of the model of {run!r} over its trees; {command} adds them")
     rows: list[dict[str, Any]] = []
     tests: list[Test] = []
     frame = store.sql(CONTINUATIONS, {"dreams": found[0]})

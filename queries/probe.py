@@ -38,7 +38,7 @@ from actstore.queries.probe_fit import (
     shuffle_within,
 )
 from actstore.queries.probe_report import LABELS, NODE_LABELS, TOKEN_ROLES, draw, sentence, table
-from actstore.queries.study import Progress, Study, result_rows
+from actstore.queries.study import Progress, Study, ingest_more, result_rows
 from actstore.statistics import N_RESAMPLES, share_over_trees
 
 if TYPE_CHECKING:
@@ -53,6 +53,14 @@ from runs join datasets using (dataset) join models using (weights_sha256) where
 """
 TREES = "select tree_hash, goal from trees join runs using (dataset) where run = $run order by trees.tree_id"
 
+LAYERS = "select n_layers from runs join models using (weights_sha256) where run = $run"
+HOLDING = """
+select runs.run, list(short) as sites
+from runs as base join runs using (weights_sha256, dataset) join sites on sites.run = runs.run and kind = 'resid'
+where base.run = $run
+group by runs.run, runs.rowid
+order by runs.rowid
+"""
 PROTOCOLS = ("ours", "notebook")
 BY = "place"
 MIN_TEST_TREES = 2  # one tree resampled is always itself, so it gives no interval
@@ -270,10 +278,7 @@ def _sites(store: Store, run: str, wanted: str | Sequence[str] | None) -> list[s
     if unknown or not held:
         what = f"no site {unknown[0]!r}{nearest(unknown[0], held)}" if unknown else "no residual site"
         there = ", ".join(store.sites(run)) or "none"
-        raise NotStored(
-            f"run {run!r} has {what} to probe; it holds {there}: `actstore ingest {store.path} --run NAME --sites "
-            "embed,resid_mid,resid_post …` stores a run that has them"
-        )
+        raise NotStored(f"run {run!r} has {what} to probe; it holds {there}{_where(store, run, unknown)}")
     return [site for site in held if site in names]
 
 
@@ -282,6 +287,20 @@ def _of_tokens(
 ) -> Asked:
     ys = {label: tokens[label].to_numpy().astype(np.int64) for label in labels}
     return Asked(tokens, (tokens["split"] == "train").to_numpy(), ys, guessed, n_nodes)
+
+
+def _where(store: Store, run: str, lacking: list[str]) -> str:
+    """What to do for sites that a run lacks, or for any where none is named; nothing where its model has no such site."""
+    n_layers = store.sql(LAYERS, {"run": run}).item()
+    possible = {"embed", *(f"resid_{place}.{layer}" for place in ("pre", "mid", "post") for layer in range(n_layers))}
+    if not possible.issuperset(lacking):
+        return ""
+    others = store.sql(HOLDING, {"run": run})
+    have = [name for name, sites in others.rows() if set(lacking) <= set(sites)]
+    if have:
+        return f"; a run of its model over its trees has (--run): {', '.join(have)}"
+    command = ingest_more(store, run, f"{run}-sites", "--sites", ",".join(lacking) or "embed,resid_mid,resid_post")
+    return f"; {command} stores a run that has, to be named (--run)"
 
 
 def _probe_site(

@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 import actstore
-from actstore.errors import BadInput, NotStored
+from actstore.errors import ActstoreError, BadInput, NotStored
+from actstore.output import check_file, write_text
 from actstore.queries import study as studies
-from actstore.queries.study import Progress, Study
+from actstore.queries.study import Progress, Question, Study
 
 if TYPE_CHECKING:
     from actstore.store import Store
 
+PAGE = "index.html"
 TITLES = {
     "depth": "How does accuracy fall with the goal's depth?",
     "last-edge": "What if the path goes through the last edge: does performance drop?",
@@ -41,51 +44,103 @@ from runs join models using (weights_sha256) join datasets using (dataset) where
 
 @dataclass(frozen=True)
 class Answer:
-    """A study of a run: its answer, or the line that says what the store lacks for it."""
+    """A study put to a run, and what came of it.
 
-    name: str
-    run: str
-    study: Study | None
+    Attributes:
+        question: the study and the run.
+        study: its answer; None where there is none.
+        figure: PNG; None where there is none.
+        lacks: what the store, or the question, lacks for it; empty where it was answered.
+        fault: what went wrong where nothing should have; empty where nothing did.
+    """
+
+    question: Question
+    study: Study | None = None
+    figure: bytes | None = None
     lacks: str = ""
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page, and what stands on it."""
+
+    page: Path
+    answers: list[Answer]
+
+    @property
+    def studies(self) -> list[Study]:
+        """What was answered, to be recorded."""
+        return [answer.study for answer in self.answers if answer.study]
+
+    @property
+    def faults(self) -> list[str]:
+        """What went wrong, one line each."""
+        return [
+            f"{answer.question.study} {answer.question.of}: {answer.fault}" for answer in self.answers if answer.fault
+        ]
+
+    def __str__(self) -> str:
+        counts = {
+            "answered": len(self.studies),
+            "lacking something": sum(bool(answer.lacks) for answer in self.answers),
+            "failed": len(self.faults),
+        }
+        said = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        return f"{self.page}: of {len(self.answers)} questions {said}"
 
 
 def report(
     store: Store, out: str | Path, runs: Sequence[str] | None = None, seed: int = 0, progress: Progress | None = None
-) -> tuple[Path, list[Study]]:
-    """Run every study and write OUT/index.html.
+) -> Report:
+    """Run every study and write OUT/index.html, whole or not at all.
+
+    A study that cannot be answered, or that fails for whatever reason, stands on the page with the reason.
 
     Args:
         store: an open store.
         out: a folder, made if need be.
-        runs: which; every run over drawn trees unless told.
+        runs: which; every run over drawn trees by default. Each pair of models over the same trees is compared.
         seed: of everything random.
-        progress: called with (studies done, studies in all, the one just done).
-
-    Returns:
-        The page, and the studies that were answered, to be recorded.
+        progress: called with (questions done, questions in all, the one just done).
 
     Raises:
         NotStored: there is no run over drawn trees, or none of that name.
+        BadInput: no page can be written there, or it would lie in a store.
     """
-    asked = [
-        (name, run)
-        for name in TITLES
-        for run in studies.task_runs(store, name)
-        if runs is None or run in [store.run(one) for one in runs]
-    ]
+    page = Path(out) / PAGE
+    check_file(page, "OUT", make=True)
+    asked = [question for name in TITLES for question in studies.questions(store, name, runs or ())]
     answers = []
-    for done, (name, run) in enumerate(asked, start=1):
-        try:
-            answers.append(Answer(name, run, studies.run(store, name, run=run, seed=seed)))
-        except (NotStored, BadInput) as error:
-            answers.append(Answer(name, run, None, str(error)))
+    for done, question in enumerate(asked, start=1):
+        answers.append(_ask(store, question, seed))
         if progress:
-            progress(done, len(asked), f"{name} {run}")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "index.html"
-    page.write_text(render(store, answers, seed), encoding="utf-8")
-    return page, [answer.study for answer in answers if answer.study]
+            progress(done, len(asked), f"{question.study} {question.of}")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, render(store, answers, seed))
+    return Report(page, answers)
+
+
+def _ask(store: Store, question: Question, seed: int) -> Answer:
+    """A question's answer; whatever goes wrong costs this one alone."""
+    try:
+        study = studies.run(store, question.study, run=question.run, seed=seed, **question.options)
+    except (NotStored, BadInput) as error:
+        return Answer(question, lacks=str(error))
+    except Exception as error:
+        return Answer(question, fault=_fault(error))
+    try:
+        return Answer(question, study, _figure(study))
+    except Exception as error:
+        return Answer(question, study, fault=f"its figure: {_fault(error)}")
+
+
+def _fault(error: Exception) -> str:
+    """An error as one line; of a bug its kind and its place too."""
+    if isinstance(error, ActstoreError | OSError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno}); this is a fault of actstore"
 
 
 def render(store: Store, answers: Sequence[Answer], seed: int) -> str:
@@ -97,7 +152,7 @@ def render(store: Store, answers: Sequence[Answer], seed: int) -> str:
         f"<p>Snapshot {store.snapshot}, seed {seed}, actstore {escape(actstore.__version__)}. Each number stands in the store's "
         "table <code>results</code> with the query that made it, and comes out the same when the page is made again.</p>"
     )
-    names = [study for study in TITLES if any(answer.name == study for answer in answers)]
+    names = [study for study in TITLES if any(answer.question.study == study for answer in answers)]
     parts.append(
         "<nav><ul>"
         + "".join(f'<li><a href="#{study}">{escape(TITLES[study])}</a></li>' for study in names)
@@ -105,31 +160,41 @@ def render(store: Store, answers: Sequence[Answer], seed: int) -> str:
     )
     for study in names:
         parts.append(f'<section id="{study}"><h2>{escape(TITLES[study])}</h2>')
-        parts += [_answer(store, answer) for answer in answers if answer.name == study]
+        parts += [_answer(answer) for answer in answers if answer.question.study == study]
         parts.append("</section>")
-    parts.append(_runs(store, sorted({answer.run for answer in answers})))
+    parts.append(_runs(store, sorted({answer.question.run for answer in answers})))
     return "\n".join([*parts, "</body></html>", ""])
 
 
-def _answer(store: Store, answer: Answer) -> str:
-    run = html.escape(answer.run)
-    if answer.study is None:
-        return f'<h3>{run}</h3><p class="lacks">Not answered: {html.escape(answer.lacks)}</p>'
-    first = answer.study.results.row(0, named=True)
-    params = json.dumps(json.loads(first["params"]), indent=1, sort_keys=True)
-    return (
-        f"<h3>{run}</h3><p>{html.escape(answer.study.sentence)}</p>{_figure(answer.study)}"
-        f'<div class="wide">{_table(answer.study.table)}</div>'
-        f"<details><summary>How it was made</summary><pre>{html.escape(first['query'])}</pre>"
-        f"<pre>{html.escape(params)}</pre></details>"
-    )
+def _answer(answer: Answer) -> str:
+    parts = [f"<h3>{html.escape(answer.question.of)}</h3>"]
+    if answer.study:
+        parts.append(f"<p>{html.escape(answer.study.sentence)}</p>{_image(answer.study, answer.figure)}")
+    for begins, what in (("Not answered", answer.lacks), ("Failed", answer.fault)):
+        if what:
+            parts.append(f'<p class="lacks">{begins}: {html.escape(what)}</p>')
+    if answer.study:
+        first = answer.study.results.row(0, named=True)
+        params = json.dumps(json.loads(first["params"]), indent=1, sort_keys=True)
+        parts.append(
+            f'<div class="wide">{_table(answer.study.table)}</div>'
+            f"<details><summary>How it was made</summary><pre>{html.escape(first['query'])}</pre>"
+            f"<pre>{html.escape(params)}</pre></details>"
+        )
+    return "".join(parts)
 
 
-def _figure(answer: Study) -> str:
+def _figure(study: Study) -> bytes:
     buffer = io.BytesIO()
-    studies.plot(answer).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    alternative = html.escape(f"Figure of the study {answer.name}: {answer.sentence}", quote=True)
-    return f'<img alt="{alternative}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    studies.plot(study).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _image(study: Study, figure: bytes | None) -> str:
+    if figure is None:
+        return ""
+    alternative = html.escape(f"Figure of the study {study.name}: {study.sentence}", quote=True)
+    return f'<img alt="{alternative}" src="data:image/png;base64,{base64.b64encode(figure).decode()}">'
 
 
 def _table(frame: pl.DataFrame) -> str:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import chain, count
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 import actstore
-from actstore.errors import NotStored
+from actstore.errors import NotStored, advised
 from actstore.queries import check_names, nearest
 from actstore.statistics import holm
 
@@ -37,10 +39,24 @@ STUDIES = {
     "compare": "actstore.queries.compare",
 }
 
-TASK_RUNS = """
-select run from runs join datasets using (dataset) where coalesce(prompt, 'task') = 'task' and variant_of is null
+OF_THE_MODEL = (
+    "swap",
+    "dreams",
+    "attention",
+)  # find other runs of the model over the trees, so answer once for them all
+RUNS = """
+select
+    run,
+    weights_sha256,
+    dataset,
+    coalesce(prompt, 'task') = 'task' as answers,
+    variant_of is null as drawn,
+    coalesce((select list(short) from sites where sites.run = runs.run and kind = 'resid'), []) as held
+from runs join datasets using (dataset)
+order by runs.rowid
 """
 
+Row = Mapping[str, Any]
 Progress = Callable[[int, int, str], None]  # parts done, parts in all, the part that was just done
 
 RESULTS = {  # the columns of the table `results`, but for `recorded`, which the store gives
@@ -123,6 +139,13 @@ class Study:
     sentence: str
     tests: tuple[Test, ...] = ()
 
+    @property
+    def of(self) -> list[str]:
+        """The run, or both that are compared."""
+        first = self.results.row(0, named=True)
+        other = json.loads(first["params"]).get("other")
+        return [first["run"], *([other] if other else [])]
+
 
 def run(
     store: Store, name: str, run: str | None = None, seed: int = 0, progress: Progress | None = None, **options: Any
@@ -151,28 +174,120 @@ def run(
     return module.study(store, store.run(run), seed, progress or _silent, **options)
 
 
-def task_runs(store: Store, study: str) -> list[str]:
-    """The runs that a study is asked of where none is named: those given whole tasks over drawn trees.
+@dataclass(frozen=True)
+class Question:
+    """A study put to one run.
 
-    `compare` is asked once, of the first run against the others.
+    Attributes:
+        study: its name.
+        run: the run.
+        options: the study's own; `other` of `compare` among them.
+    """
+
+    study: str
+    run: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def of(self) -> str:
+        """The run, or both that are compared."""
+        return f"{self.run} and {self.options['other']}" if "other" in self.options else self.run
+
+
+def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any) -> list[Question]:
+    """The runs, or pairs of runs, that a study is put to.
+
+    Args:
+        store: an open store.
+        study: one of STUDIES.
+        runs: which; every run over drawn trees by default. A study that finds the other runs of a model over the same trees
+            by itself is put to the first of them alone. `compare` is put to every pair of those named, to one against every
+            other model over its trees where one is named, and by default, for each set of trees, to the first run against
+            every other model.
+        options: the study's own.
 
     Raises:
-        NotStored: there is no such study, or no such run.
+        NotStored: there is no such study, or no such run, or none over drawn trees.
     """
     _module(study)
-    found = store.sql(TASK_RUNS)["run"].to_list()
-    if not found:
-        raise NotStored(
-            f"{store.path} holds no run over drawn trees; ingest one with `actstore ingest {store.path} --model reproduction`"
-        )
-    return found[:1] if study == "compare" else found
+    named = list(dict.fromkeys(store.run(run) for run in runs))
+    known: dict[str, Row] = {row["run"]: row for row in store.sql(RUNS).iter_rows(named=True)}
+    every = [row for row in known.values() if row["answers"] and row["drawn"]]
+    asked: list[Row] = [known[run] for run in named] or every
+    if not asked:
+        command = advised("ingest", store.path, "--model", "reproduction")
+        raise NotStored(f"{store.path} holds no run over drawn trees; ingest one with {command}")
+    if study == "compare" and "other" not in options:
+        pairs = _pairs(asked, asked if len(named) > 1 else list(known.values()), all_pairs=len(named) > 1)
+        alone = Question(study, asked[0]["run"], options)  # says what is lacking
+        return [Question(study, run, {**options, "other": other}) for run, other in pairs] or [alone]
+    if study in OF_THE_MODEL:
+        asked = _firsts(asked, "weights_sha256", "dataset")
+    return [Question(study, row["run"], options) for row in asked]
+
+
+def _pairs(asked: Sequence[Row], among: Sequence[Row], all_pairs: bool) -> list[tuple[str, str]]:
+    """Runs of two models over the same trees: each pair of models once, or the first run of each set with each other."""
+    found: dict[tuple[str, ...], tuple[str, str]] = {}
+    for base in asked if all_pairs else _firsts(asked, "dataset"):
+        for other in most_alike(base, among):
+            key = (base["dataset"], *sorted((base["weights_sha256"], other["weights_sha256"])))
+            found.setdefault(key, (base["run"], other["run"]))
+    return list(found.values())
+
+
+def _firsts(rows: Iterable[Row], *keys: str) -> list[Row]:
+    """The first row of each value of the keys."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), row)
+    return list(found.values())
+
+
+def most_alike(base: Row, among: Iterable[Row]) -> list[Row]:
+    """Of each other model over a run's trees one run, that which shares most residual sites with it, or the first.
+
+    Args:
+        base, among: rows of RUNS.
+    """
+    others = [
+        row
+        for row in among
+        if row["answers"] and row["dataset"] == base["dataset"] and row["weights_sha256"] != base["weights_sha256"]
+    ]
+    order = [row["weights_sha256"] for row in _firsts(others, "weights_sha256")]
+    best = _firsts(sorted(others, key=lambda row: -len({*row["held"]} & {*base["held"]})), "weights_sha256")
+    return sorted(best, key=lambda row: order.index(row["weights_sha256"]))
+
+
+def ingest_more(store: Store, run: str, name: str, *more: str) -> str:
+    """The command, as a message shows it, that stores more of a run's own model over its own trees.
+
+    Args:
+        name: of the new run; a number is added where it is taken.
+        more: what to store, as `actstore ingest` takes it.
+    """
+    dataset = store.sql("select dataset from runs where run = $run", {"run": run}).item()
+    return ingest_command(store, dataset, name, "--model-of", run, *more)
+
+
+def ingest_command(store: Store, dataset: str, name: str, *more: str) -> str:
+    """The command, as a message shows it, that stores a new run over a stored set of trees; see ingest_more."""
+    taken = store.runs()
+    free = next(one for one in chain([name], (f"{name}-{turn}" for turn in count(2))) if one not in taken)
+    return advised("ingest", store.path, *more[:2], "--dataset", dataset, "--run", free, *more[2:])
 
 
 def tables(answers: Sequence[Study]) -> pl.DataFrame:
-    """The tables of several runs as one, with a column `run` before; of one run its own."""
+    """The tables of several answers as one, with a column `run` before (and `other`); of one its own."""
     if len(answers) == 1:
         return answers[0].table
-    named = [answer.table.select(pl.lit(answer.results["run"][0]).alias("run"), pl.all()) for answer in answers]
+    named = [
+        answer.table.select(
+            *(pl.lit(run).alias(name) for name, run in zip(("run", "other"), answer.of, strict=False)), pl.all()
+        )
+        for answer in answers
+    ]
     return pl.concat(named, how="diagonal_relaxed")
 
 
@@ -218,6 +333,11 @@ def shown(test: Test) -> str:
 def p_shown(p: float) -> str:
     """`p = 0.012`, `p < 0.001`."""
     return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+
+
+def figure_file(file: Path, answer: Study, alone: bool) -> Path:
+    """Where one answer's figure goes: FILE itself where it is alone, else FILE-RUN (of a pair FILE-RUN-OTHER)."""
+    return file if alone else file.with_stem("-".join([file.stem, *answer.of]))
 
 
 def result_rows(

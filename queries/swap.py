@@ -20,7 +20,18 @@ from scipy.stats import binomtest
 from actstore.errors import NotStored
 from actstore.queries.last_edge import interval, within
 from actstore.queries.panels import panels, points
-from actstore.queries.study import Progress, Study, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
+from actstore.queries.study import (
+    Progress,
+    Study,
+    Test,
+    adjusted,
+    adjustment,
+    ingest_more,
+    p_shown,
+    result_rows,
+    shown,
+    test_rows,
+)
 from actstore.statistics import change_over_trees, paired, sign_flip
 
 if TYPE_CHECKING:
@@ -44,6 +55,12 @@ join datasets on datasets.variant_of = base.dataset
 join runs as varied on varied.dataset = datasets.dataset and varied.weights_sha256 = base.weights_sha256
 where base.run = $run and coalesce(varied.prompt, 'task') = 'task'
 order by varied.rowid
+"""
+DRAWN = """
+select run from runs
+where dataset = $dataset and coalesce(prompt, 'task') = 'task'
+and weights_sha256 = (select weights_sha256 from runs where run = $run)
+order by runs.rowid
 """
 PAIRS = """
 -- one row a pair: the base run on a tree, and the same model on its variant
@@ -126,21 +143,21 @@ def companions(store: Store, run: str) -> dict[str, str]:
     """
     found = {row["change"]: row["run"] for row in store.sql(COMPANIONS, {"run": run}).reverse().iter_rows(named=True)}
     about = store.sql(
-        "select model, dataset, coalesce(variant_of, '') as variant_of from runs join models using (weights_sha256) "
-        "join datasets using (dataset) where run = $run",
+        "select coalesce(variant_of, '') as variant_of from runs join datasets using (dataset) where run = $run",
         {"run": run},
     ).row(0, named=True)
     if about["variant_of"]:
+        drawn = store.sql(DRAWN, {"run": run, "dataset": about["variant_of"]})["run"].to_list()
         raise NotStored(
-            f"run {run!r} is over variants itself; name the run over the drawn trees, {about['variant_of']!r}"
+            f"run {run!r} is over variants itself; name its model's run over the drawn trees {about['variant_of']!r} "
+            f"(--run): {', '.join(drawn) or 'there is none yet'}"
         )
     if lacking := [change for change in CHANGES if change not in found]:
         commands = " and ".join(
-            f"`actstore ingest {store.path} --model {about['model']} --dataset {about['dataset']} --variant {change} --sites none`"
-            for change in lacking
+            ingest_more(store, run, f"{run}-{change}", "--variant", change, "--sites", "none") for change in lacking
         )
         raise NotStored(
-            f"no run of the model of {run!r} over its trees' variants {', '.join(lacking)}; {commands} adds it"
+            f"no run of the model of {run!r} over its trees' variants {', '.join(lacking)}; {commands} store what is lacking"
         )
     return found
 

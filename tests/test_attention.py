@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from actstore.errors import BadInput, NotStored
+from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.trees import draw
 from actstore.queries import study
 from actstore.queries.attention_page import draw_patterns, page, save
 from actstore.store import Store
 from tests.planted import plant
+from tests.test_pipeline import small_model
 
 N, WIDTH = 60, 23  # trees of 6 nodes, positions
 TREES = draw("deep", 0, 0, N, 6)
@@ -111,6 +113,35 @@ def test_all_that_a_token_looks_at_sums_to_one(store):
 def test_a_run_without_patterns_says_what_adds_them(demo_store):
     with pytest.raises(NotStored, match="--run reproduction-patterns --sites pattern"):
         study.run(demo_store, "attention")
+
+
+@pytest.fixture(scope="module")
+def sisters(tmp_path_factory):
+    """Two runs of one model over the same trees, the second with its patterns, and one of another model with its own."""
+    root = tmp_path_factory.mktemp("sisters") / "s.act"
+    trees = TreeSet("reproduction", 60, n_nodes=6, name="d")
+    Ingest(root, small_model(), trees, run="small").execute()
+    Ingest(root, small_model(), trees, run="small-patterns", sites=["pattern"]).execute()
+    Ingest(root, small_model(seed=5), trees, run="other-patterns", sites=["pattern"]).execute()
+    with Store(root) as opened:
+        yield opened
+
+
+def test_a_run_finds_its_models_patterns_in_another_run(sisters):
+    asked, holding = (study.run(sisters, "attention", run=run) for run in ("small", "small-patterns"))
+    assert asked.results["run"].unique().to_list() == ["small"]
+    assert json.loads(asked.results["params"][0]) == {"run": "small-patterns"}
+    assert asked.results["value"].equals(holding.results["value"])
+    assert page(sisters, "small", 3).replace("run small", "") == page(sisters, "small-patterns", 3).replace(
+        "run small-patterns", ""
+    )
+
+
+def test_runs_of_one_model_over_the_same_trees_are_asked_once(sisters):
+    asked = study.questions(sisters, "attention")
+    assert [question.run for question in asked] == ["small", "other-patterns"]
+    named = study.questions(sisters, "attention", ["small-patterns", "small"])
+    assert [question.run for question in named] == ["small-patterns"]
 
 
 def test_the_study_gives_the_same_again_and_a_figure(store):

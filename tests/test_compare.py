@@ -1,16 +1,24 @@
 """The study `compare`: CKA against its equation, and planted pairs of models that hold the same, turned, or nothing alike."""
 
-import numpy as np
-import pytest
+import re
 
+import numpy as np
+import polars as pl
+import pytest
+from click.testing import CliRunner
+
+from actstore.cli import main
 from actstore.errors import BadInput, NotStored
+from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.tokens import encode, token_rows
 from actstore.ingest.trees import draw, tree_rows
 from actstore.queries import study
 from actstore.queries.compare import cka, cka_interval
+from actstore.queries.report import report
 from actstore.store import Store
 from tests.planted import plant
 from tests.stores import all_right
+from tests.test_pipeline import small_model
 
 N, D = 120, 24
 TREES = draw("deep", 3, 0, N, 6)
@@ -149,3 +157,93 @@ def test_what_cannot_be_compared_is_said(store, demo_store):
         study.run(store, "compare", run="one", other="one")
     with pytest.raises(NotStored, match="--model baseline --dataset reproduction"):
         study.run(demo_store, "compare")
+
+
+# Pairs.
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Three models over the same trees, one of them in two runs, of which the second shares the sites of the others."""
+    path = tmp_path_factory.mktemp("three") / "s.act"
+    trees = TreeSet("reproduction", 100, n_nodes=6, name="d")
+    for run, seed, sites in (
+        ("a", 1, ["resid_post"]),
+        ("b", 2, ["pattern.0"]),
+        ("b-sites", 2, ["resid_post"]),
+        ("c", 3, ["pattern.0"]),
+    ):
+        model = small_model(seed=seed)
+        Ingest(path, model, trees, run=run, sites=sites).execute()
+    with Store(path) as opened:
+        yield opened
+
+
+def pairs(questions):
+    return [(question.run, question.options.get("other")) for question in questions]
+
+
+def test_by_default_the_first_run_is_compared_with_every_other_model_where_they_share_most(three):
+    assert pairs(study.questions(three, "compare")) == [("a", "b-sites"), ("a", "c")]
+
+
+def test_of_one_run_every_pair_that_it_is_in_and_of_several_every_pair(three):
+    assert pairs(study.questions(three, "compare", ["c"])) == [("c", "a"), ("c", "b")]
+    assert pairs(study.questions(three, "compare", ["c", "b", "a"])) == [("c", "b"), ("c", "a"), ("b", "a")]
+    assert pairs(study.questions(three, "compare", ["b", "b-sites", "a"])) == [("b", "a")]
+    assert pairs(study.questions(three, "compare", ["a"], other="c")) == [("a", "c")]
+    assert pairs(study.questions(three, "compare", ["b", "b-sites"])) == [("b", None)]
+
+
+def test_the_report_compares_the_runs_that_it_is_given(three, tmp_path):
+    made = report(three, tmp_path / "out", ["a", "c"])
+    compared = [answer.question.of for answer in made.answers if answer.question.study == "compare"]
+    assert compared == ["a and c"]
+    assert made.faults == []
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_runs_that_share_no_residual_site_are_compared_by_their_answers_alone(three, tmp_path):
+    result = run(
+        "study", three.path, "compare", "--run", "a", "--run", "c", "--plot", tmp_path / "x.png", "--no-record"
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    assert "share no residual site" in result.stdout
+    header, _, first = result.stdout.splitlines()[:3]
+    assert header.split("  ")[-1] == " by neither"
+    counts = first.split()
+    assert counts[:2] == ["all", "100"]
+    assert sum(map(int, counts[2:])) == 100
+
+
+def test_several_pairs_stand_in_one_table_and_each_has_its_figure(three, tmp_path):
+    result = run("study", three.path, "compare", "--run", "a", "--plot", tmp_path / "x.png", "--csv", "--no-record")
+    assert result.exit_code == 0, result.output
+    table = pl.read_csv(result.stdout.encode())
+    assert set(table.select("run", "other").rows()) == {("a", "b-sites"), ("a", "c")}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-a-b-sites.png", "x-a-c.png"]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "said"),
+    [
+        (
+            120,
+            0,
+            r"the second is right 100.00 points less often \(95 % interval \d+.\d\d to 100.00, McNemar's p < 0.001\)",
+        ),
+        (0, 120, r"100.00 points more often \(95 % interval \d+.\d\d to 100.00, McNemar's p < 0.001\)"),
+        (60, 60, r"0.00 points more often \(95 % interval -\d+.\d\d to \d+.\d\d, McNemar's p = 1.000\)"),
+    ],
+)
+def test_a_difference_is_said_in_the_direction_that_it_has(tmp_path, mine, theirs, said):
+    numbers = np.arange(N)
+    for name, n_right in (("one", mine), ("two", theirs)):
+        right = numbers < n_right if name == "one" or mine != theirs else numbers >= N - n_right
+        plant(tmp_path / "s.act", TREES, {}, name, of_run=outcomes(name, right))
+    with Store(tmp_path / "s.act") as opened:
+        assert re.search(said, study.run(opened, "compare", run="one").sentence)

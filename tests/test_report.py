@@ -1,13 +1,14 @@
 """The page of all studies: it holds every answer, says what is lacking, and needs nothing beside itself."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
-from actstore.errors import NotStored
+from actstore.errors import Damaged, NoRoom, NotStored
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.queries.report import TITLES, report
 from actstore.queries.study import STUDIES
@@ -52,8 +53,8 @@ def test_there_is_a_title_for_every_study():
 
 def test_the_page_holds_every_answer_and_what_is_lacking(path, tmp_path):
     with Store(path) as store:
-        page, answered = report(store, tmp_path / "out")
-    text = page.read_text()
+        made = report(store, tmp_path / "out")
+    text, answered = made.page.read_text(), made.studies
     parser = Wellformed()
     parser.feed(text)
     assert parser.open == []
@@ -69,8 +70,8 @@ def test_the_page_holds_every_answer_and_what_is_lacking(path, tmp_path):
 
 def test_the_page_needs_nothing_beside_itself_and_comes_out_the_same(path, tmp_path):
     with Store(path) as store:
-        first = report(store, tmp_path / "one")[0].read_text()
-        again = report(store, tmp_path / "two")[0].read_text()
+        first = report(store, tmp_path / "one").page.read_text()
+        again = report(store, tmp_path / "two").page.read_text()
     assert first == again
     assert not re.search(r"https?://|<script|<link|@import", first.replace("http://www.w3.org", ""))
     assert first.count("data:image/png;base64,") == 3
@@ -88,3 +89,66 @@ def test_the_command_writes_the_page_and_records_what_it_says(path, tmp_path):
 def test_a_run_that_is_not_there_is_refused(path, tmp_path):
     with Store(path) as store, pytest.raises(NotStored, match="no run 'other'"):
         report(store, tmp_path, runs=["other"])
+
+
+# What goes wrong with one study costs no other answer.
+
+
+def broken(*args, **options):
+    raise ZeroDivisionError("a fault of ours")
+
+
+FAULTS = {
+    "the study fails": ("actstore.queries.depth.study", broken, False),
+    "the figure fails": ("actstore.queries.depth.plot", broken, True),
+    "the store is damaged": (
+        "actstore.queries.depth.study",
+        lambda *a, **o: (_ for _ in ()).throw(Damaged("x is cut")),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_study_that_fails_stands_on_the_page_and_the_others_are_kept_and_recorded(path, tmp_path, monkeypatch, fault):
+    shutil.copytree(path, tmp_path / "s.act")
+    with Store(path) as store:
+        before = store.snapshot
+    where, how, is_answered = FAULTS[fault]
+    monkeypatch.setattr(where, how)
+    done = CliRunner().invoke(main, ["report", str(tmp_path / "s.act"), str(tmp_path / "out"), "--run", "small"])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    text = (tmp_path / "out" / "index.html").read_text()
+    said = "x is cut" if "damaged" in fault else "ZeroDivisionError: a fault of ours (test_report.py, line "
+    for shown in (done.stderr, text):
+        assert "depth small: " in shown or "Failed: " in shown
+        assert said in shown
+    with Store(tmp_path / "s.act") as store:
+        recorded = set(store.sql("select study from results where recorded > $n", {"n": before})["study"])
+    assert recorded == {"last-edge", "dreams"} | ({"depth"} if is_answered else set())
+    assert f"{3 if is_answered else 2} answered, " in done.stdout
+
+
+def test_what_was_answered_and_what_was_lacking_are_told_apart(path, tmp_path):
+    done = CliRunner().invoke(main, ["report", str(path), str(tmp_path / "out"), "--no-record"])
+    assert done.exit_code == 0
+    assert done.stdout == f"{tmp_path}/out/index.html: of 7 questions 3 answered, 4 lacking something\n"
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(path, tmp_path, monkeypatch):
+    with Store(path) as store:
+        page = report(store, tmp_path / "out").page
+        before = page.read_bytes()
+        monkeypatch.setattr("actstore.output.fsync", lambda *args: (_ for _ in ()).throw(OSError(28, "No space")))
+        with pytest.raises(NoRoom):
+            report(store, tmp_path / "out", seed=1)
+    assert page.read_bytes() == before
+    assert list(page.parent.iterdir()) == [page]
+
+
+def test_any_run_that_is_named_is_asked(path, tmp_path):
+    with Store(path) as store:
+        made = report(store, tmp_path / "out", runs=["small-dreams"])
+    assert {answer.question.run for answer in made.answers} == {"small-dreams"}
+    assert made.faults == []

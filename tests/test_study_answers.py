@@ -168,9 +168,11 @@ def test_a_swap_finds_nothing_where_the_order_does_nothing(stores, name):
 
 def test_a_missing_variant_says_what_adds_it(tmp_path):
     path = without_variants(tmp_path / "s.act", noise, TreeSet("reproduction", 30, n_nodes=6, name="d"))
-    with pytest.raises(NotStored, match="--model small --dataset d --variant swap_last --sites none"):
+    with pytest.raises(
+        NotStored, match="--model-of small --dataset d --run small-swap_last --variant swap_last --sites none"
+    ):
         ask(path, "swap")
-    with pytest.raises(NotStored, match="--model small --dataset d --prompt tree"):
+    with pytest.raises(NotStored, match="--model-of small --dataset d --run small-dreams --prompt tree"):
         ask(path, "dreams")
 
 

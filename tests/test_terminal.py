@@ -1,0 +1,182 @@
+"""Streams that are closed, narrow or left by their reader, and values that would steer a terminal: in real processes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import unicodedata
+
+import polars as pl
+import pytest
+from click.testing import CliRunner
+
+from actstore import progress
+from actstore.cli import main
+from actstore.output import print_table
+from actstore.terminal import printable
+
+ACTSTORE = [sys.executable, "-c", "from actstore.cli import main; main()"]
+COMMANDS = [
+    ["sql", "STORE", "select '→' as arrow, 'é' as accent"],
+    ["sql", "STORE", "select '→' as arrow", "--csv"],
+    ["sql", "STORE", "select '→' as arrow", "--json"],
+    ["show", "STORE", "3"],
+    ["query", "STORE"],
+    ["--help"],
+]
+
+
+def command(arguments, path):
+    return [*ACTSTORE, *(str(path) if word == "STORE" else word for word in arguments)]
+
+
+def run(arguments, path, **options):
+    return subprocess.run(
+        command(arguments, path), capture_output=True, timeout=120, encoding=options.pop("encoding", None), **options
+    )
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_an_ascii_stdout_takes_any_text(demo_path, arguments):
+    done = run(arguments, demo_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout
+
+
+def test_data_comes_out_whole_where_stdout_is_ascii(demo_path):
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    query = "select '→ 😀' as arrow"
+    done = run(["sql", "STORE", query, "--csv"], demo_path, env=ascii_only, encoding="utf-8")
+    assert list(csv.reader(io.StringIO(done.stdout))) == [["arrow"], ["→ 😀"]]
+    assert json.loads(run(["sql", "STORE", query, "--json"], demo_path, env=ascii_only).stdout) == [{"arrow": "→ 😀"}]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("arguments", [*COMMANDS[:4], ["sql", "STORE", "select 1", "--timeout", "30"]], ids=" ".join)
+def test_streams_that_are_closed_are_as_if_they_led_nowhere(demo_path, arguments, closed):
+    done = without(closed, command(arguments, demo_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (closed in ("2>&-", "<&-"))
+
+
+def without(closed, words):
+    return subprocess.run(
+        ["/bin/bash", "-c", f'exec "$@" {closed}', "bash", *words], capture_output=True, timeout=120, text=True
+    )
+
+
+def test_a_file_never_gets_the_number_of_a_closed_stdout():
+    script = "import sys; from actstore import terminal; terminal.prepare(); sys.stderr.write(str(open('/dev/zero').fileno()))"
+    assert int(without("<&- >&-", [sys.executable, "-c", script]).stderr) > 2
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize(
+    "arguments",
+    [*COMMANDS, ["sql", "STORE", "from tokens", "--csv"], ["sql", "STORE", "select nope"], ["--version"]],
+    ids=" ".join,
+)
+def test_a_reader_that_has_left_is_no_traceback(demo_path, arguments, stream):
+    reading, writing = os.pipe()
+    os.close(reading)
+    other = "stderr" if stream == "stdout" else "stdout"
+    done = subprocess.run(
+        command(arguments, demo_path), **{stream: writing, other: subprocess.PIPE}, timeout=120, text=True
+    )
+    os.close(writing)
+    fails = "nope" in arguments[-1]
+    assert done.returncode == (2 if fails and stream == "stdout" else 1 if fails or stream == "stdout" else 0)
+    assert "Traceback" not in (getattr(done, other) or "")
+    if stream == "stdout" and not fails:
+        assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [COMMANDS[0], COMMANDS[1], ["--help"]], ids=" ".join)
+def test_a_stdout_without_room_is_one_line(demo_path, arguments):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command(arguments, demo_path), stdout=full, stderr=subprocess.PIPE, timeout=120, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("actstore: ")
+    assert done.stderr.endswith("No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
+# Values and names that are not what they seem.
+
+STRANGE = ["[/]", "[red]x[/]", "[bold", "a\\[b]", ":smile:", "[link=http://x]y[/link]"]
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_a_table_shows_headers_and_values_as_they_are(capsys, text):
+    print_table(pl.DataFrame({text: [text], "list": [[text]]}))
+    assert capsys.readouterr().out.count(text) == 3
+    wide = pl.DataFrame({text: [text + "." * 11_000]})  # shown as a block
+    print_table(wide)
+    assert capsys.readouterr().out.count(text) == 2
+
+
+@pytest.mark.parametrize("text", ["\x1b[31m", "\x9b31m", "\x07", "\r", "\x00", "\u202e", "\u2028", "\x7f"])
+def test_what_would_steer_a_terminal_is_written_out(demo_path, capsys, text):
+    print_table(pl.DataFrame({text: [text], "list": [[text]]}))
+    shown = capsys.readouterr().out
+    assert not set(shown) & set(text) - set("[31m")
+    assert shown.count(repr(text)[1:-1].replace("\\r", "\\r")) == 3
+    for message in (
+        CliRunner().invoke(
+            main, ["sql", str(demo_path), f"select error('{text}x')"] if text != "\x00" else ["sql", "x", "y"]
+        ),
+        CliRunner().invoke(main, ["study", str(demo_path), text]),
+        CliRunner().invoke(main, ["sql", str(demo_path), "select 1", "--parquet", f"/nowhere{text}/x"]),
+    ):
+        assert message.exit_code in (1, 2)
+        assert not {unicodedata.category(character) for character in message.stderr.replace("\n", "")} & {"Cc", "Cf"}
+
+
+def test_data_keeps_every_character(demo_path):
+    query = "select chr(27) || '[31m' || chr(155) as value"
+    assert (
+        json.loads(CliRunner().invoke(main, ["sql", str(demo_path), query, "--json"]).stdout)[0]["value"]
+        == "\x1b[31m\x9b"
+    )
+    assert CliRunner().invoke(main, ["sql", str(demo_path), query, "--csv"]).stdout == "value\n\x1b[31m\x9b\n"
+
+
+def test_ordinary_text_of_any_script_is_left_as_it_is():
+    for text in ("→ 17", "naïve Straße", "日本語", "שלום", "a\tb\nc", "😀", "\u00a0"):
+        assert printable(text) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_shows_a_name_as_it_is(monkeypatch, stream):
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_LINE", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_BAR", 0.0)
+    monkeypatch.setattr("sys.stderr", said := stream())
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.progress("train [/] \x07", 2, "steps") as advance:
+        advance(1, part="[/b]\x07")
+        advance(2, part="[/b]\x07")
+    assert "train [/] \\x07" in said.getvalue()
+    assert "[/b]\\x07" in said.getvalue()
+
+
+def test_progress_that_nobody_reads_stops_no_work(monkeypatch):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_LINE", 0.0)
+    monkeypatch.setattr("sys.stderr", Broken())
+    with progress.progress("study", 2, "parts") as advance:
+        advance(1)
+        advance(2)

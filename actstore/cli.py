@@ -6,6 +6,7 @@ Heavy imports stay inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from actstore.output import Output
     from actstore.store import Store
 
-GO_ON = ("ingest", "train")  # commands that, when stopped, have done part of their work for good
+KEPT = "actstore.kept"  # where a command that can be stopped and gone on with leaves what says how far it is
 
 
 class Commands(click.Group):
@@ -44,6 +45,14 @@ class Commands(click.Group):
         except ActstoreError as error:
             click.echo(printable(f"actstore: {error}"), err=True)
             ctx.exit(error.exit_code)
+        except click.exceptions.NoArgsIsHelpError:  # a group's help
+            raise
+        except click.UsageError as error:
+            command = " ".join(["actstore", *(error.ctx or ctx).command_path.split()[1:]])
+            click.echo(
+                f"actstore: {error.format_message().rstrip('.')}; `{command} --help` says what there is", err=True
+            )
+            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo(f"actstore: stopped{_goes_on(ctx)}", err=True)
             ctx.exit(1)
@@ -57,8 +66,10 @@ class Commands(click.Group):
 
 
 def _goes_on(ctx: click.Context) -> str:
-    kept = "; what was committed is kept, and the same command goes on from there"
-    return kept if ctx.invoked_subcommand in GO_ON else ""
+    """What was kept of a command's work, where it has said how to tell."""
+    with suppress(ActstoreError, OSError):
+        return f"; {ctx.meta[KEPT]()}" if KEPT in ctx.meta else ""
+    return ""
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -159,13 +170,13 @@ checkpoint_option = click.option(
 )
 @click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
 @checkpoint_option
-@click.option("--trees", type=int, help="How many trees; 10,000 unless told.")
-@click.option("--distribution", help="reproduction, baseline or deep; the model's own unless told.")
+@click.option("--trees", type=int, help="How many trees; default 10,000.")
+@click.option("--distribution", help="reproduction, baseline or deep; the model's own by default.")
 @click.option("--depths", help="Goal depths of `deep` trees: 1-15 or 3,5,7.")
-@click.option("--nodes", type=int, help="Nodes of each tree, 2 to 64; as many as the model has labels unless told.")
-@click.option("--seed", type=int, help="Names the stream of trees; 0 unless told.")
+@click.option("--nodes", type=int, help="Nodes of each tree, 2 to 64; as many as the model has labels by default.")
+@click.option("--seed", type=int, help="Names the stream of trees; default 0.")
 @click.option("--dataset", help="Name of the set of trees: a stored one, or a new one of the above.")
-@click.option("--run", help="Name of the run; the model's name unless told.")
+@click.option("--run", help="Name of the run; the model's name by default.")
 @click.option(
     "--sites",
     help="embed, resid_pre, resid_mid, resid_post, pattern, or one layer's (resid_post.0); with commas; or none.",
@@ -179,7 +190,7 @@ checkpoint_option = click.option(
     show_default=True,
     help="tree: give the edges alone, and store what the model goes on with.",
 )
-@click.option("--samples", type=int, help="Of --prompt tree: continuations drawn beside the greedy one; 1 unless told.")
+@click.option("--samples", type=int, help="Of --prompt tree: continuations drawn beside the greedy one; 1 by default.")
 @click.option("--batch-size", default=128, show_default=True, help="Trees a forward pass.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @wait_option
@@ -202,6 +213,7 @@ def ingest(store: Path, **options: Any) -> None:
     from actstore.progress import progress
 
     job = prepare(store, **options)
+    click.get_current_context().meta[KEPT] = job.kept
     click.echo(job.announcement())
     with progress(f"ingest {job.plan.run}", job.trees.n_trees, "trees") as advance:
         job.execute(advance)
@@ -668,12 +680,16 @@ def repair(store: Path, wait: float, output: Output) -> None:
 @main.command()
 @click.argument("name")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--steps", type=int, help="Optimizer steps; the configuration's unless told.")
-@click.option("--nodes", type=int, help="Nodes of each tree; the configuration's unless told.")
-@click.option("--seed", type=int, help="Of weights and trees; the configuration's unless told.")
+@click.option("--steps", type=int, help="Optimizer steps; the configuration's by default.")
+@click.option("--nodes", type=int, help="Nodes of each tree; the configuration's by default.")
+@click.option("--seed", type=int, help="Of weights and trees; the configuration's by default.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
-    "--grade", default=20_000, show_default=True, metavar="TREES", help="Fresh trees to grade it on at the end."
+    "--grade",
+    default=20_000,
+    show_default=True,
+    metavar="TREES",
+    help="Fresh trees of each distribution to grade it on at the end.",
 )
 @click.option("--wandb", metavar="PROJECT", help="Send the log to this project of Weights & Biases too.")
 def train(
@@ -688,8 +704,8 @@ def train(
 ) -> None:
     """Train a system (reproduction, baseline) or a YAML configuration, into the folder OUT.
 
-    Killed, the same command goes on and ends with the same weights. OUT/NAME.jsonl has a row every 25 steps, and
-    OUT/NAME.md, the model card, says how good it is.
+    Every 25 steps its state is saved and OUT/NAME.jsonl has a row more; killed, the same command goes on from there and ends
+    with the same weights. OUT/NAME.md, the model card, says how good it is on trees of each distribution.
 
     Example:
 
@@ -697,17 +713,21 @@ def train(
         actstore train reproduction runs/mine
         actstore train baseline runs/small --nodes 8 --steps 3000
     """
-    from actstore.output import check_folder
-
-    check_folder(out, "OUT")
+    from actstore.ingest import evaluation
     from actstore.ingest.card import write_card
-    from actstore.ingest.recipe import read_config
-    from actstore.ingest.train import Row, summary, to_wandb
+    from actstore.ingest.recipe import Row, read_config
+    from actstore.ingest.train import kept, summary, to_wandb
     from actstore.ingest.train import train as train_model
-    from actstore.output import Output
+    from actstore.output import Output, check_folder
     from actstore.progress import progress
 
-    total = steps or read_config(name, nodes)[2].steps
+    check_folder(out, "OUT")
+    _, shape, recipe = read_config(name, nodes, steps, seed)
+    if grade < 1:
+        raise BadInput(f"got {grade} trees to grade it on; take 1 or more (--grade)")
+    evaluation.check(shape, recipe=recipe)  # what could not be graded at the end
+    click.get_current_context().meta[KEPT] = lambda: kept(out)
+    total = recipe.steps
     send = to_wandb(wandb, out) if wandb else None
     with progress(f"train {Path(name).stem}", total, "steps") as advance:
 
@@ -717,7 +737,7 @@ def train(
                 send(row)
 
         weights = train_model(name, out, steps, nodes, seed, device, show)
-    with progress(f"grade {weights.stem}", grade, "trees") as advance:
+    with progress(f"grade {weights.stem}", grade * len(evaluation.distributions(shape)), "trees") as advance:
         graded = write_card(weights, grade, device, advance)
     Output().write(graded.table)
     click.echo(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
@@ -727,12 +747,12 @@ def train(
 @click.argument("model")
 @click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
 @checkpoint_option
-@click.option("--distribution", help="reproduction, baseline or deep; the model's own unless told.")
-@click.option("--trees", default=20_000, show_default=True, help="How many fresh trees.")
+@click.option("--distribution", help="reproduction, baseline or deep alone; each of them by default.")
+@click.option("--trees", default=20_000, show_default=True, help="How many fresh trees of each distribution.")
 @click.option(
     "--seed", default=20_000_000, show_default=True, help="Names the stream of trees; far from those trained on."
 )
-@click.option("--nodes", type=int, help="Nodes of each tree; the model's own unless told.")
+@click.option("--nodes", type=int, help="Nodes of each tree; the model's own by default.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @output_options
 def evaluate(
@@ -746,7 +766,10 @@ def evaluate(
     checkpoint: int | None,
     output: Output,
 ) -> None:
-    """Grade a model on fresh trees: tokens, whole paths and greedy answers, by goal depth, with 95 % intervals.
+    """Grade a model on fresh trees: tokens, whole paths and greedy answers, by distribution and goal depth.
+
+    Intervals are exact ones at 95 %. Each distribution is asked for, since a model that is right on its own trees may fail on
+    others; of the baseline's, those whose edges are listed backward and those shuffled stand apart.
 
     Example:
 
@@ -754,14 +777,21 @@ def evaluate(
         actstore evaluate reproduction --trees 5000
         actstore evaluate reproduction --checkpoint 1000 --distribution deep --json
     """
-    from actstore.ingest.evaluation import evaluate as evaluate_model
-    from actstore.ingest.models import load, locate
+    from actstore.ingest import evaluation
+    from actstore.ingest.models import check_device, find, load
     from actstore.ingest.recipe import recipe_of
     from actstore.progress import progress
 
-    loaded, recipe = load(model, config, device, checkpoint), recipe_of(locate(model, config)[1])
-    with progress(f"evaluate {loaded.name}", trees, "trees") as advance:
-        answer = evaluate_model(loaded, distribution, trees, seed, nodes, recipe, advance)
+    found = find(model, config, checkpoint)
+    recipe = recipe_of(found.yaml)
+    evaluation.check(found.config, distribution, trees, seed, nodes, recipe)
+    check_device(device)
+    loaded, total = (
+        load(model, config, device, checkpoint),
+        trees * len(evaluation.distributions(found.config, distribution)),
+    )
+    with progress(f"evaluate {found.name}", total, "trees") as advance:
+        answer = evaluation.evaluate(loaded, distribution, trees, seed, nodes, recipe, advance)
     output.write(answer.table, answer.to_dict())
     click.echo(answer.sentence(), err=True)
 
@@ -796,12 +826,19 @@ def models_list(output: Output) -> None:
 @click.argument("name")
 @click.argument("weights", type=click.Path(dir_okay=False))
 @click.option(
-    "--config", type=click.Path(dir_okay=False), help="The notebook's YAML; the file beside the weights unless told."
+    "--config", type=click.Path(dir_okay=False), help="The notebook's YAML; by default the file beside the weights."
 )
 @click.option("--system", help="reproduction or baseline, where there is no YAML.")
-@click.option("--into", type=click.Path(file_okay=False, path_type=Path), default="data/checkpoints", show_default=True)
-def models_add(name: str, weights: str, config: str | None, system: str | None, into: Path) -> None:
+@click.option(
+    "--into",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="By default $ACTSTORE_MODELS, or the user's own folder, ~/.local/share/actstore/models.",
+)
+def models_add(name: str, weights: str, config: str | None, system: str | None, into: Path | None) -> None:
     """Import a checkpoint: a HookedTransformer state dict (.pt), or safetensors.
+
+    It is then found by its name from any folder.
 
     Example:
 
@@ -809,10 +846,16 @@ def models_add(name: str, weights: str, config: str | None, system: str | None, 
         actstore models add mine checkpoints/6L_step=220000.pt --config conf/6L.yaml
         actstore models add baseline model.pt --system baseline
     """
+    from actstore.ingest.models import add, own_folder, place
     from actstore.output import check_folder
 
-    check_folder(into, "--into")
-    from actstore.ingest.models import add
+    if into:
+        check_folder(into, "--into")
 
     model = add(name, weights, config, system, into)
-    click.echo(f"{into / name}.safetensors: {model.config.system}, weights sha256 {model.weights_sha256}")
+    target = (into or own_folder()) / f"{name}.safetensors"
+    click.echo(f"{target}: {model.config.system}, weights sha256 {model.weights_sha256}")
+    found = place(name)
+    if found is None or not found.samefile(target):
+        by_name = f"here the name {name} means {found}" if found else f"the name {name} is not looked up there"
+        click.echo(f"actstore: {by_name}; set ACTSTORE_MODELS to that folder, or give the path of the file", err=True)

@@ -65,7 +65,10 @@ class RunPlan:
     def __post_init__(self) -> None:
         for name in (self.run, self.dataset["dataset"]):
             if not NAME.fullmatch(name) or name == "zarr.json":  # which is a file where a run's folder would be
-                raise BadInput(f"got the name {name!r}; a run or dataset is named with letters, digits and . _ = , + -")
+                raise BadInput(
+                    f"got the name {name!r}; a run (--run) or dataset (--dataset) is named with letters, digits and . _ = , + -, "
+                    "100 of them at most"
+                )
 
     def row(self, first_tree_id: int) -> dict[str, Any]:
         """The row of `runs`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest,
 from actstore.plan import RunPlan, SitePlan  # noqa: F401 (what a writer is handed is imported from here, too)
 
 GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
+
+Rows = list[dict[str, Any]]  # of a table
 
 
 def create(root: Path, wait: float = 0.0) -> None:
@@ -90,6 +93,52 @@ def _fill(root: Path) -> None:
     log.publish(root, "store.json", checked.to_json(about))
 
 
+def check_plan(root: Path, plan: RunPlan) -> None:
+    """Refuse a plan that `Writer.define` would refuse, without holding the store; no store there is none yet.
+
+    Args:
+        plan: where its `model` is empty, whatever is said of the run's weights is taken to be right.
+
+    Raises:
+        BadInput: the folder can become no store, or cannot be written, or the run's or dataset's name is taken.
+    """
+    if _is_store(root):
+        check_format(root)
+        committed = log.manifests(root)
+        datasets, runs, sites = (table(root, committed, name).to_dicts() for name in ("datasets", "runs", "sites"))
+        _stored_dataset(datasets, plan.dataset)
+        _stored_run(runs, sites, plan)
+    above = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "is read-only, or another user's" if above.is_dir() else "is no folder"
+        raise BadInput(f"{root} cannot be written, since {above} {what}; name another folder")
+
+
+def _stored_dataset(datasets: Rows, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The stored row of a set of trees, which must be the one that is wanted; None where the name is free."""
+    row = next((row for row in datasets if row["dataset"] == wanted["dataset"]), None)
+    if row:
+        _must_agree(f"dataset {row['dataset']!r}", row, wanted, "name the new set otherwise (--dataset)")
+    return row
+
+
+def _stored_run(runs: Rows, sites: Rows, plan: RunPlan) -> dict[str, Any] | None:
+    """The stored row of a run, which must be the one that is planned; None where the name is free."""
+    row = next((row for row in runs if row["run"] == plan.run), None)
+    if row:
+        wanted = {
+            "weights_sha256": plan.model.get("weights_sha256", row["weights_sha256"]),
+            "dataset": plan.dataset["dataset"],
+            "sites": ", ".join(site.short for site in plan.sites) or "none",
+            "prompt": plan.facts.get("prompt", "task"),
+            "samples": plan.facts.get("samples"),
+        }
+        shorts = ", ".join(site["short"] for site in sites if site["run"] == plan.run)
+        stored = {**row, "sites": shorts or "none", "prompt": row.get("prompt") or "task"}
+        _must_agree(f"run {plan.run!r}", stored, wanted, "name the new run otherwise (--run)")
+    return row
+
+
 def rebuild(path: str | Path) -> int:
     """Make the catalog anew from the committed parts alone, and return how many commits it holds.
 
@@ -142,11 +191,19 @@ def committed_batches(root: Path, run: str) -> set[int]:
 
 def committed_dataset(root: Path, name: str) -> dict[str, Any] | None:
     """The row of `datasets` of that name, without holding the store; None where there is none, or no store."""
+    return next((row for row in _datasets(root) if row["dataset"] == name), None)
+
+
+def committed_datasets(root: Path) -> list[str]:
+    """Names of the sets of trees that are stored, without holding the store; none where there is no store."""
+    return [row["dataset"] for row in _datasets(root)]
+
+
+def _datasets(root: Path) -> Rows:
     if not (root / "store.json").exists():
-        return None
+        return []
     check_format(root)
-    rows = table(root, log.manifests(root), "datasets").to_dicts()
-    return next((row for row in rows if row["dataset"] == name), None)
+    return table(root, log.manifests(root), "datasets").to_dicts()
 
 
 def table(root: Path, committed: Sequence[Manifest], name: str) -> pl.DataFrame:
@@ -194,7 +251,7 @@ class Writer:
         """
         model = self._model(plan.model)
         first_tree_id = self._first_tree_id(plan.dataset)
-        if self._is_defined(plan):
+        if _stored_run(self.table("runs").to_dicts(), self.table("sites").to_dicts(), plan):
             return first_tree_id
         parts = [
             *self._part("models", model["weights_sha256"][:16], [model]),
@@ -226,27 +283,9 @@ class Writer:
 
     def _first_tree_id(self, dataset: Mapping[str, Any]) -> int:
         known = self.table("datasets").to_dicts()
-        for row in known:
-            if row["dataset"] == dataset["dataset"]:
-                _must_agree(f"dataset {dataset['dataset']!r}", row, dataset, "name the new set otherwise (--dataset)")
-                return int(row["first_tree_id"])
+        if stored := _stored_dataset(known, dataset):
+            return int(stored["first_tree_id"])
         return max((row["first_tree_id"] + row["n_trees"] for row in known), default=0)
-
-    def _is_defined(self, plan: RunPlan) -> bool:
-        row = next((row for row in self.table("runs").to_dicts() if row["run"] == plan.run), None)
-        if row is None:
-            return False
-        sites = [site["short"] for site in self.table("sites").to_dicts() if site["run"] == plan.run]
-        wanted = {
-            "weights_sha256": plan.model["weights_sha256"],
-            "dataset": plan.dataset["dataset"],
-            "sites": ", ".join(site.short for site in plan.sites),
-            "prompt": plan.facts.get("prompt", "task"),
-            "samples": plan.facts.get("samples"),
-        }
-        stored = {**row, "sites": ", ".join(sites), "prompt": row.get("prompt") or "task"}
-        _must_agree(f"run {plan.run!r}", stored, wanted, "name the new run otherwise (--run)")
-        return True
 
     def commit_batch(
         self,

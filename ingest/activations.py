@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from jaxtyping import Float32, Int64
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from actstore.errors import BadInput
 from actstore.ingest.config import ModelConfig, nearest
-from actstore.ingest.models import Model
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Int64
+    from torch import Tensor
+
+    from actstore.ingest.models import Model
 
 FAMILIES = {  # short name → TransformerLens' name within a block
     "resid_pre": "hook_resid_pre",
@@ -52,7 +54,7 @@ def site_specs(names: Sequence[str] | None, config: ModelConfig) -> list[SiteSpe
 
     Args:
         names: short (`resid_post.0`), TransformerLens' (`blocks.0.hook_resid_post`), or a family for every layer
-            (`resid_post`); `embed` and `resid_post` unless told.
+            (`resid_post`); `embed` and `resid_post` by default.
 
     Raises:
         BadInput: no such site, or none asked for.
@@ -72,7 +74,8 @@ def site_specs(names: Sequence[str] | None, config: ModelConfig) -> list[SiteSpe
 
 def _what_exists(config: ModelConfig) -> str:
     families = ", ".join(FAMILIES)
-    return f"there are embed, and {families} of every layer or of one, {config.n_layers} layers: resid_post.0"
+    last = config.n_layers - 1
+    return f"there are embed, and {families} of every layer or of one, resid_post.0 to resid_post.{last} (--sites)"
 
 
 def forward(
@@ -91,6 +94,7 @@ def forward(
     Returns:
         The logits.
     """
+    import torch
 
     def hook(site: SiteSpec) -> Callable[..., None]:
         return lambda activations, hook: take(site, activations)

@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
+import polars as pl
 
 from actstore.errors import BadInput
 from actstore.ingest import models
 from actstore.ingest.checkpoints import KEPT
 from actstore.ingest.evaluation import MEASURES, Evaluation, evaluate
-from actstore.ingest.learner import Row
 from actstore.ingest.models import ModelConfig
-from actstore.ingest.recipe import Recipe, recipe_of
+from actstore.ingest.recipe import Recipe, Row, recipe_of
 from actstore.machine import n_processors
 
 LEARNT = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the training at which a card shows the log
@@ -28,11 +27,11 @@ LEARNT = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the training at wh
 def write_card(
     weights: Path, n_trees: int = 20_000, device: str = "cpu", progress: Callable[[int], None] | None = None
 ) -> Evaluation:
-    """Grade a training's model on trees that it never saw, and write NAME.md beside its weights.
+    """Grade a training's model on trees of every distribution that it never saw, and write NAME.md beside its weights.
 
     Args:
         weights: OUT/NAME.safetensors, with the YAML and the log that `train` leaves.
-        n_trees: how many to grade it on.
+        n_trees: how many of each distribution to grade it on.
         progress: called with the trees graded so far.
 
     Raises:
@@ -54,18 +53,20 @@ def card(config: ModelConfig, recipe: Recipe, rows: list[Row], graded: Evaluatio
 
     Args:
         rows: of the log.
-        graded: on trees of its own distribution that training never saw.
+        graded: on trees that training never saw, of its own distribution and others.
         where: the machine, in words.
     """
     name, n_trees = graded.model, recipe.steps * recipe.batch_size
     n_deep = recipe.steps * round(recipe.deep_share * recipe.batch_size)
     sources = f"{n_trees - n_deep:,} of the `{config.system}` distribution" + (f", {n_deep:,} `deep`" if n_deep else "")
     loss = "the path and the padding after it" if config.system == "baseline" else "the path alone"
-    first = graded.table.row(0, named=True)
     yield f"# {name}"
     yield ""
-    yield f"Finds the path from the root of a tree of {config.n_nodes} nodes to a leaf: whole, and left to itself, on"
-    yield f"{_share(first, 'greedy')} of {graded.n_trees:,} trees that its training never saw."
+    yield f"Finds the path from the root of a tree of {config.n_nodes} nodes to a leaf. Whole, and left to itself, in % of"
+    yield f"{graded.n_trees:,} trees of each distribution that its training never saw:"
+    yield ""
+    for row in graded.table.filter(pl.col("depth").is_null(), pl.col("edges").is_null()).iter_rows(named=True):
+        yield f"- `{row['distribution']}`{', its own' * (row['distribution'] == config.system)}: {_share(row, 'greedy')}"
     yield ""
     yield "| | |"
     yield "|---|---|"
@@ -93,16 +94,18 @@ def card(config: ModelConfig, recipe: Recipe, rows: list[Row], graded: Evaluatio
     yield ""
     yield "## Accuracy"
     yield ""
-    trees = f"{graded.n_trees:,} fresh `{graded.distribution}` trees of seed {graded.seed:,}"
-    yield f"On {trees}, by depth of the goal, in %, with Wilson's 95 % intervals."
-    yield f"{graded.n_left_out:,} more were drawn and left out, since training had seen them (the canonical hash of a tree"
-    yield "tells, which is the same whatever the order of its edges)."
+    yield f"On {graded.n_trees:,} fresh trees of each distribution, of seed {graded.seed:,}, by depth of the goal, in %, with exact"
+    yield "95 % intervals over trees. In `baseline` every other tree lists its edges backward, and the others shuffled."
+    left_out = ", ".join(f"{n:,} `{name}`" for name, n in (graded.n_left_out or {}).items())
+    yield f"Drawn beyond those and left out, since training had seen them: {left_out} (the"
+    yield "canonical hash of a tree tells, which is the same whatever the order of its edges)."
     yield ""
-    yield "| depth | trees | token | whole path, teacher-forced | whole path, greedy |"
-    yield "|---|---|---|---|---|"
+    yield "| trees | depth | n | token | whole path, teacher-forced | whole path, greedy |"
+    yield "|---|---|---|---|---|---|"
     for row in graded.table.iter_rows(named=True):
+        trees = f"{row['distribution']}, {row['edges']}" if row["edges"] else row["distribution"]
         depth = "all" if row["depth"] is None else row["depth"]
-        yield f"| {depth} | {row['n_trees']:,} | {' | '.join(_share(row, measure) for measure in MEASURES)} |"
+        yield f"| {trees} | {depth} | {row['n_trees']:,} | {' | '.join(_share(row, measure) for measure in MEASURES)} |"
     yield ""
     yield "## Learning"
     yield ""
@@ -117,14 +120,22 @@ def card(config: ModelConfig, recipe: Recipe, rows: list[Row], graded: Evaluatio
 
 
 def _share(row: Row, measure: str) -> str:
-    share, low, high = (100 * row[name] for name in (measure, f"{measure}_low", f"{measure}_high"))
-    return f"{share:.2f} ({low:.2f} to {high:.2f})"
+    share, low, high = (_percent(row[name]) for name in (measure, f"{measure}_low", f"{measure}_high"))
+    return f"{share} ({low} to {high})"
+
+
+def _percent(share: float) -> str:
+    """Two decimals, or four where a share below 1 would read 100.00."""
+    text = f"{100 * share:.2f}"
+    return f"{min(100 * share, 99.9999):.4f}" if share < 1 and text == "100.00" else text
 
 
 def machine(device: str) -> str:
     """The machine that this runs on, in words: its processor or GPU, the cores there are to use, and torch."""
     found = f"{n_processors()} cores of {_processor()}"
     if device.startswith("cuda"):
+        import torch
+
         found = f"{torch.cuda.get_device_name(device)}, {found}"
     return f"{found}; torch {version('torch')}"
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from actstore.errors import BadInput, NoRoom
 from actstore.ingest import models
-from actstore.ingest.learner import Learner, Row
 from actstore.ingest.models import ModelConfig
-from actstore.ingest.recipe import Recipe
+from actstore.ingest.recipe import Recipe, Row
 from actstore.log import lease
 
+if TYPE_CHECKING:
+    from actstore.ingest.learner import Learner
+
+STATE = "state.safetensors"
 KEPT = (0, 250, 500, 1000, 2000, 5000)  # steps whose weights are kept, dense where most is learnt
 
 
@@ -33,7 +37,7 @@ class TrainingFolder:
 
     @property
     def state_path(self) -> Path:
-        return self.out / "state.safetensors"
+        return self.out / STATE
 
     @property
     def weights_path(self) -> Path:
@@ -76,6 +80,8 @@ class TrainingFolder:
         Raises:
             BadInput: the folder holds a run of another configuration.
         """
+        from actstore.ingest.learner import Learner
+
         learner = Learner.new(self.config, self.recipe, device)
         if not self.state_path.exists():
             self._write_config()
@@ -100,6 +106,8 @@ class TrainingFolder:
                 )
 
     def save_state(self, learner: Learner) -> None:
+        import torch
+
         content = json.dumps(self.mapping()).encode()
         models.save({**learner.state(), "run": torch.tensor(list(content), dtype=torch.uint8)}, self.state_path)
 
@@ -125,8 +133,19 @@ class TrainingFolder:
         self.log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def last_good(self) -> str:
-        step = int(models.read_state(self.state_path)["step"]) if self.state_path.exists() else 0
-        return f"the last good state is step {step} in {self.out}" if step else f"nothing good is in {self.out} yet"
+        step = kept_step(self.out)
+        return (
+            f"nothing good is in {self.out} yet"
+            if step is None
+            else f"the last good state is step {step} in {self.out}"
+        )
+
+
+def kept_step(out: Path) -> int | None:
+    """The step that a training in this folder goes on from; None where it would start anew."""
+    with suppress(OSError, SafetensorError), safe_open(out / STATE, "numpy") as state:
+        return int(state.get_tensor("step"))
+    return None
 
 
 def _flat(mapping: Row, prefix: str = "") -> Row:

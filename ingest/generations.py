@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from actstore.errors import BadInput
 from actstore.ingest.config import ModelConfig
 from actstore.ingest.models import Model
 from actstore.ingest.packing import ACTIVATIONS, LN_EPS
 from actstore.ingest.tokens import COMMA, PAD, WORDS
 from actstore.ingest.trees import enum_series
 from actstore.ingest.weights import state
-
-MOST_SAMPLES = 255  # a sample's number is a byte
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,11 @@ class Generator:
 
     Args:
         model: any.
-        samples: continuations that are drawn beside the greedy one, 0 to MOST_SAMPLES.
+        samples: continuations that are drawn beside the greedy one, 0 to 255.
         seed: of the draws; tree and sample number say which draws are whose.
     """
 
     def __init__(self, model: Model, samples: int, seed: int) -> None:
-        if not 0 <= samples <= MOST_SAMPLES:
-            raise BadInput(f"got {samples} samples; there are 0 to {MOST_SAMPLES} (--samples)")
         self.config, self.samples, self.seed = model.config, samples, seed
         self._device = next(model.bridge.parameters()).device
         self._weights = {name: value.to(self._device) for name, value in state(model.bridge, model.config).items()}

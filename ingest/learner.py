@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,9 @@ from torch.nn.functional import cross_entropy
 from actstore.ingest import models
 from actstore.ingest.models import ModelConfig
 from actstore.ingest.packing import Packed, forward, pack
-from actstore.ingest.recipe import Recipe, step_trees
+from actstore.ingest.recipe import Recipe, Row, step_trees
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
-
-Row = dict[str, Any]  # of the log
 
 
 @dataclass

@@ -9,13 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
-import torch
-from torch import Tensor
-from transformer_lens.config import TransformerBridgeConfig
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
 
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.config import MODEL_FIELDS, ModelConfig, nearest, parse_yaml, read_text, there_are
@@ -31,7 +27,23 @@ from actstore.ingest.weights import (
     state,
 )
 
-__all__ = ["Model", "ModelConfig", "add", "available", "build", "from_bytes", "listing", "load", "save", "state"]
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformer_lens.model_bridge import TransformerBridge
+
+__all__ = [
+    "Model",
+    "ModelConfig",
+    "add",
+    "available",
+    "build",
+    "find",
+    "from_bytes",
+    "listing",
+    "load",
+    "save",
+    "state",
+]
 
 SHIPPED = Path(str(resources.files("actstore.data")))
 
@@ -41,7 +53,7 @@ class Model:
     """A model to run, and what it is.
 
     Attributes:
-        name: what the user calls it, also the name of its run unless told otherwise.
+        name: what the user calls it, by default also the name of its run.
         bridge: in eval mode, without gradients, float32.
         weights: the canonical safetensors file.
         weights_sha256: sha256 of `weights`, hexadecimal.
@@ -58,6 +70,9 @@ class Model:
 
 def build(config: ModelConfig, seed: int) -> TransformerBridge:
     """A freshly initialised model in train mode, on the CPU; the same seed gives the same weights."""
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
     sizes = {name: getattr(config, name) for name in MODEL_FIELDS}
     return TransformerBridge.boot_native(
         TransformerBridgeConfig(
@@ -83,6 +98,8 @@ def from_bytes(weights: bytes, config: ModelConfig, name: str, source: str, devi
 def _assemble(found: Mapping[str, Tensor], config: ModelConfig, name: str, source: str, device: str) -> Model:
     check_device(device)
     held = checked(found, config, source)
+    from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint  # takes seconds
+
     bridge = build(config, seed=0)
     bridge.load_state_dict(convert_tl_checkpoint({key: tensor.float() for key, tensor in held.items()}, bridge.cfg))
     bridge.eval().requires_grad_(False).to(device, print_details=False)
@@ -91,25 +108,39 @@ def _assemble(found: Mapping[str, Tensor], config: ModelConfig, name: str, sourc
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that there is not.
+    """Refuse a device that there is not; torch is asked only about `cuda`.
 
     Raises:
         BadInput: says which will do.
     """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
+    asked = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
+    if not asked:
         raise BadInput(f"got device {device!r}; use cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
         raise BadInput(f"got device {device!r}, but torch finds no CUDA device here; use cpu")
+    if asked[1] and int(asked[1]) >= torch.cuda.device_count():
+        raise BadInput(f"got device {device!r}; there are cpu and cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+
+
+def own_folder() -> Path:
+    """Where `add` puts a model by default: $ACTSTORE_MODELS, or the user's own folder, which is looked into from anywhere."""
+    told = os.environ.get("ACTSTORE_MODELS")
+    return Path(told).expanduser() if told else _user_folder()
+
+
+def _user_folder() -> Path:
+    data = os.environ.get("XDG_DATA_HOME", "")  # absolute, or to be ignored: the XDG base directory specification
+    return Path(data if os.path.isabs(data) else "~/.local/share").expanduser() / "actstore" / "models"
 
 
 def folders() -> list[Path]:
-    """Where models are looked up by name, first to last."""
-    told = os.environ.get("ACTSTORE_MODELS")
-    return [*([Path(told)] if told else []), Path("data/checkpoints"), SHIPPED / "checkpoints"]
+    """Where models are looked up by name, first to last; the nearer comes first."""
+    told = [own_folder()] if os.environ.get("ACTSTORE_MODELS") else []
+    return [*told, Path("data/checkpoints"), _user_folder(), SHIPPED / "checkpoints"]
 
 
 def _by_name() -> dict[str, Path]:
@@ -120,23 +151,49 @@ def _by_name() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def place(name: str) -> Path | None:
+    """The file that a name means, seen from the folder one stands in."""
+    return _by_name().get(name)
+
+
 def available() -> list[str]:
     """Names of the models that `load` knows."""
     return list(_by_name())
 
 
 def listing() -> pl.DataFrame:
-    """A row for each model that can be named: model, system, its sizes, the checkpoints of its training, the file."""
-    found = [(name, ModelConfig.from_yaml(path.with_suffix(".yaml")), path) for name, path in _by_name().items()]
-    columns = ("system", "n_nodes", "n_layers", "n_heads", "d_model", "n_ctx")
+    """A row for each model that can be named, and where it is; nothing but its YAML and its file's bytes are looked at.
+
+    Returns:
+        model, system, n_nodes, n_layers, n_heads, d_model, n_ctx (null where the YAML is missing or wrong: `load` says how),
+        checkpoints (the steps of its training), weights (the first 12 digits of the file's sha256, as `Store.info` says them of a
+        run) and file.
+    """
+    found = [(name, _config_or_none(path.with_suffix(".yaml")), path) for name, path in _by_name().items()]
+    sizes = dict.fromkeys(("n_nodes", "n_layers", "n_heads", "d_model", "n_ctx"), pl.Int64)
     return pl.DataFrame(
-        {
-            "model": [name for name, _, _ in found],
-            **{column: [getattr(config, column) for _, config, _ in found] for column in columns},
-            "checkpoints": pl.Series([checkpoints(path) for _, _, path in found], dtype=pl.List(pl.UInt32)),
-            "file": [str(path) for _, _, path in found],
-        }
+        [
+            {
+                "model": name,
+                **{column: getattr(config, column, None) for column in ("system", *sizes)},
+                "checkpoints": checkpoints(path),
+                "weights": hashlib.sha256(path.read_bytes()).hexdigest()[:12],
+                "file": str(path),
+            }
+            for name, config, path in found
+        ],
+        schema={
+            **{"model": pl.String, "system": pl.String, **sizes, "checkpoints": pl.List(pl.UInt32)},
+            **{"weights": pl.String, "file": pl.String},
+        },
     )
+
+
+def _config_or_none(path: Path) -> ModelConfig | None:
+    try:
+        return ModelConfig.from_yaml(path)
+    except BadInput:
+        return None
 
 
 def load(model: str, config: str | None = None, device: str = "cpu", checkpoint: int | None = None) -> Model:
@@ -144,7 +201,7 @@ def load(model: str, config: str | None = None, device: str = "cpu", checkpoint:
 
     Args:
         model: a name out of `available`, or a path to .safetensors or .pt.
-        config: the YAML; the file beside the weights, of the same name, unless told.
+        config: the YAML; by default the file beside the weights, of the same name.
         device: `cpu` or `cuda`.
         checkpoint: a step of its training whose weights were kept, instead of the trained ones; the model is then
             called NAME-stepSTEP.
@@ -153,11 +210,42 @@ def load(model: str, config: str | None = None, device: str = "cpu", checkpoint:
         NotStored: no model of that name, or no such checkpoint of it.
         BadInput: no configuration, a checkpoint that is not what it says, or no such device.
     """
-    path, config_path = locate(model, config)
-    parsed, name = ModelConfig.from_yaml(config_path), path.stem
+    found = find(model, config, checkpoint)
+    check_device(device)
+    return _assemble(read_state(found.weights), found.config, found.name, str(found.weights), device)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model that was asked for, before its weights are read.
+
+    Attributes:
+        name: of the model, and by default of its run.
+        weights: .safetensors or .pt.
+        yaml: its configuration, as a file.
+    """
+
+    name: str
+    config: ModelConfig
+    weights: Path
+    yaml: Path
+
+
+def find(model: str, config: str | None = None, checkpoint: int | None = None) -> Found:
+    """Look for a model by what `load` is given, without reading its weights: quick, so that a mistake is told at once.
+
+    Raises:
+        NotStored: no model of that name, or no such checkpoint of it.
+        BadInput: no configuration.
+    """
+    path, yaml = locate(model, config)
+    parsed, name = ModelConfig.from_yaml(yaml), path.stem
     if checkpoint is not None:
-        path, name = _kept(path, checkpoint), f"{name}-step{checkpoint}"
-    return _assemble(read_state(path), parsed, name, str(path), device)
+        return Found(f"{name}-step{checkpoint}", parsed, _kept(path, checkpoint), yaml)
+    if not path.is_file():  # a training that goes on
+        steps = ", ".join(map(str, checkpoints(path)))
+        raise BadInput(f"no checkpoint {path} yet; its training has kept the steps {steps}: name one (--checkpoint)")
+    return Found(name, parsed, path, yaml)
 
 
 def locate(model: str, config: str | None = None) -> tuple[Path, Path]:
@@ -167,14 +255,17 @@ def locate(model: str, config: str | None = None) -> tuple[Path, Path]:
         NotStored: no model of that name.
         BadInput: no configuration.
     """
-    path = Path(model) if Path(model).suffix in SUFFIXES or os.sep in model else _by_name().get(model)
+    path = Path(model) if Path(model).suffix in SUFFIXES else place(model)
     if path is None:
         known = available()
         raise NotStored(
-            f"no model {model!r}{nearest(model, known)}; {there_are(known)}: "
-            "add one with `actstore models add`, or give the path of a checkpoint"
+            f"no model {model!r}{nearest(model, known)}; {there_are(known)}: path-finding systems are run, and none of a hub's "
+            "models; import a checkpoint of one with `actstore models add NAME FILE`, or give its path "
+            f"({', '.join(SUFFIXES)})"
         )
-    return path, Path(config) if config else _yaml_beside(path)
+    if not path.is_file() and not checkpoints(path):
+        raise BadInput(f"no checkpoint {path}; give the path of a file, or name a model: {there_are(available())}")
+    return path, _yaml(config) if config else _yaml_beside(path)
 
 
 def checkpoint_path(weights: Path, step: int) -> Path:
@@ -193,30 +284,45 @@ def _kept(weights: Path, step: int) -> Path:
     if not path.is_file():
         steps = ", ".join(map(str, checkpoints(weights))) or "none"
         raise NotStored(
-            f"no checkpoint {step} of {weights.stem}; there are {steps}, and the trained weights without one"
+            f"no checkpoint {step} of {weights.stem}; there are {steps}: name one (--checkpoint), or leave it out for the "
+            "trained weights"
         )
     return path
 
 
 def _yaml_beside(path: Path) -> Path:
     beside = path.with_suffix(".yaml")
-    if not path.is_file() and not (
-        beside.is_file() and checkpoints(path)
-    ):  # a training that goes on has no weights yet
-        raise BadInput(f"no checkpoint {path}; there are the models {', '.join(available()) or 'none'}")
     if not beside.is_file():
-        others = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml"))) or "none"
-        raise BadInput(f"{path} has no {beside.name} beside it (YAML files there: {others}): name one with --config")
+        raise BadInput(f"{path} has no {beside.name} beside it ({_yamls_in(path.parent)}): name one with --config")
     return beside
 
 
-def add(name: str, weights_path: str | Path, config_path: str | Path | None, system: str | None, into: Path) -> Model:
+def _yaml(config: str | Path) -> Path:
+    """The YAML that was named."""
+    path = Path(config)
+    if not path.is_file():
+        raise BadInput(f"no configuration {path} ({_yamls_in(path.parent)}): name the checkpoint's YAML (--config)")
+    return path
+
+
+def _yamls_in(folder: Path) -> str:
+    return f"YAML files there: {', '.join(sorted(path.name for path in folder.glob('*.yaml'))) or 'none'}"
+
+
+def add(
+    name: str,
+    weights_path: str | Path,
+    config_path: str | Path | None = None,
+    system: str | None = None,
+    into: str | Path | None = None,
+) -> Model:
     """Import a checkpoint as `into/NAME.safetensors`, with its configuration beside it, word for word.
 
     Args:
         weights_path: .pt or .safetensors.
-        config_path: its YAML; the file beside the weights unless told.
+        config_path: its YAML; by default the file beside the weights.
         system: `reproduction` or `baseline`, where the YAML does not say; where there is no YAML, the system's own.
+        into: a folder; by default `own_folder`.
 
     Raises:
         BadInput: the name is no name or is taken by other weights, or the checkpoint is not what the YAML says.
@@ -224,10 +330,12 @@ def add(name: str, weights_path: str | Path, config_path: str | Path | None, sys
     if not re.fullmatch(r"\w[\w.=+-]*", name) or Path(name).suffix in SUFFIXES:
         raise BadInput(f"got the name {name!r}; use letters, digits and . _ - = +, without {' or '.join(SUFFIXES)}")
     source = Path(weights_path)
+    if not source.is_file():
+        raise BadInput(f"no checkpoint {source}; give the path of a file in {', '.join(SUFFIXES)}")
     text, said_by = _configuration(source, config_path, system)
     config = ModelConfig.from_mapping(parse_yaml(text, said_by), said_by)
     model = _assemble(read_state(source), config, name, str(source), "cpu")
-    target = Path(into) / f"{name}.safetensors"
+    target = (own_folder() if into is None else Path(into)) / f"{name}.safetensors"
     if target.exists() and target.read_bytes() != model.weights:
         raise BadInput(f"{target} holds other weights; choose another name, or remove it first")
     replace(target.with_suffix(".yaml"), text.encode())  # first, so that named weights always have one
@@ -242,7 +350,7 @@ def _configuration(weights: Path, config_path: str | Path | None, system: str | 
     if config_path is None and system and not weights.with_suffix(".yaml").is_file():
         path = SHIPPED / "configs" / f"{system}.yaml"
     else:
-        path = Path(config_path) if config_path else _yaml_beside(weights)
+        path = _yaml(config_path) if config_path else _yaml_beside(weights)
     text = read_text(path)
     said = parse_yaml(text, str(path)).get("system")
     if system and said and said != system:

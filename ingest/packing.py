@@ -22,7 +22,7 @@ from torch.nn.functional import gelu, layer_norm, linear, relu, silu
 
 from actstore.ingest.models import ModelConfig
 from actstore.ingest.tokens import Vocabulary, encode
-from actstore.ingest.trees import NO_NODE, Trees
+from actstore.ingest.trees import NO_NODE, Trees, leaves
 
 PADDING, EDGE_LIST = -1, 0  # segments; suffixes are 1, 2, …
 LN_EPS = 1e-5  # TransformerLens' default
@@ -64,7 +64,7 @@ def every_goal(trees: Trees, is_goal: np.ndarray | None = None) -> tuple[np.ndar
     """One row for each leaf of each tree, with that leaf as its goal.
 
     Args:
-        is_goal: bool [n_trees, MAX_NODES], the labels to make goals of; the leaves' unless told.
+        is_goal: bool [n_trees, MAX_NODES], the labels to make goals of; the leaves' by default.
 
     Returns:
         tree: intp [n_goals], which of the trees; ascending, and goals by label within a tree.
@@ -81,13 +81,6 @@ def every_goal(trees: Trees, is_goal: np.ndarray | None = None) -> tuple[np.ndar
     return tree, Trees(trees.edges[tree], trees.root[tree], goal, path, depth)
 
 
-def leaves(trees: Trees) -> np.ndarray:
-    """bool [n_trees, MAX_NODES]: which labels are leaves."""
-    is_leaf = trees.node_depths() != NO_NODE
-    is_leaf[np.arange(len(trees))[:, None], trees.edges[:, :, 0]] = False
-    return is_leaf
-
-
 def pack(
     trees: Trees, vocabulary: Vocabulary, slots: np.ndarray | None = None, is_goal: np.ndarray | None = None
 ) -> Packed:
@@ -98,7 +91,7 @@ def pack(
         vocabulary: the system's; its own n_nodes says where a goal stands.
         slots: intp [n_trees, n_nodes - 1], ascending: the place in the vocabulary's full edge list of each edge of a
             smaller tree, which is then written as a full prompt with the other edges left out. The goals keep their
-            positions, so what is learnt on small trees holds on large ones. The last n_nodes - 1 places unless told.
+            positions, so what is learnt on small trees holds on large ones. The last n_nodes - 1 places by default.
 
     The reproduction predicts the steps of each path. The baseline predicts the padding after it too: to the end of the
     sequence (4n+2 tokens) for the tree's own goal, and the first token of it for the other goals, where the rest would

@@ -7,31 +7,45 @@ behind the forward pass. Memory is two batches of the wanted sites, however many
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-import torch
 
 from actstore.arrays import Layout, ShardBuffer
 from actstore.errors import BadInput, NotStored
-from actstore.ingest import generations, predictions
 from actstore.ingest.activations import SiteSpec, forward, site_specs
-from actstore.ingest.generations import Generator
-from actstore.ingest.models import Model, load
+from actstore.ingest.config import ModelConfig, nearest, there_are
+from actstore.ingest.models import Model, check_device, find, load
 from actstore.ingest.tokens import encode, n_positions, token_rows
 from actstore.ingest.trees import Trees, draw, edge_rows, tree_rows
 from actstore.ingest.variants import vary
 from actstore.log import check_room
-from actstore.writer import RunPlan, SitePlan, Writer, committed_batches, committed_dataset, open_writer
+from actstore.writer import (
+    RunPlan,
+    SitePlan,
+    Writer,
+    check_plan,
+    committed_batches,
+    committed_dataset,
+    committed_datasets,
+    open_writer,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from actstore.ingest.generations import Generator
 
 PROMPTS = ("task", "tree")
+MOST_SAMPLES = 255  # a sample's number is a byte
 DREAMS = "dreams"  # what a run of continuations is named by
 SHARD_ROWS = 64 * 1024  # positions × trees: 32 MiB a site at d_model 128, large enough to write and map in one go
 CATALOG_BYTES = 4_000_000  # of a small one: DuckDB gives every column blocks of its own
@@ -130,42 +144,17 @@ class Ingest:
     plan: RunPlan = field(init=False)
 
     def __post_init__(self) -> None:
-        config, dataset = self.model.config, self.trees.row()
-        if self.prompt not in PROMPTS:
-            raise BadInput(f"got --prompt {self.prompt}; there are {', '.join(PROMPTS)}")
-        if self.prompt == "tree":  # whose activations are those of the whole task, up to the bar
-            self.sites, self.samples = [], 1 if self.samples is None else self.samples
-            self.generator = Generator(self.model, self.samples, self.trees.seed)
-        elif self.samples is not None:
-            raise BadInput("--samples is of continuations that a model makes up; ask for them with --prompt tree")
-        if not self.trees.trees_per_shard:  # a set that is stored keeps its batches
-            stored = committed_dataset(self.store, dataset["dataset"]) or dataset
-            dataset["trees_per_shard"] = stored["trees_per_shard"]
-        if self.trees.n_nodes > config.n_nodes:
-            raise BadInput(
-                f"got trees of {self.trees.n_nodes} nodes; model {self.model.name!r} has labels for {config.n_nodes}: "
-                f"use --nodes {config.n_nodes} or less"
-            )
-        if dataset["n_positions"] > config.n_ctx:
-            raise BadInput(
-                f"trees of {self.trees.n_nodes} nodes take {dataset['n_positions']} tokens; model {self.model.name!r} has a "
-                f"context of {config.n_ctx}: use fewer --nodes"
-            )
-        self.specs = [] if self.sites is not None and not len(self.sites) else site_specs(self.sites, config)
-        self.plan = RunPlan(
-            run=self.run
-            or "-".join([self.model.name, *filter(None, [self.trees.change, DREAMS * (self.prompt == "tree")])]),
-            model=_model_row(self.model),
-            weights=self.model.weights,
-            dataset=dataset,
-            sites=[_site_plan(spec, config, dataset) for spec in self.specs],
-            facts={
-                "device": str(self.device),
-                "versions": json.dumps({**_versions(), "batch_size": self.batch_size}),
-                "prompt": self.prompt,
-                "samples": self.samples,
-            },
+        _check_batch_size(self.batch_size)
+        self.plan, self.specs = draft(
+            self.store, self.model.name, self.model.config, self.trees, self.run, self.sites, self.prompt, self.samples
         )
+        if self.prompt == "tree":
+            from actstore.ingest.generations import Generator
+
+            self.generator = Generator(self.model, self.plan.facts["samples"], self.trees.seed)
+        about = {"device": str(self.device), "versions": json.dumps({**_versions(), "batch_size": self.batch_size})}
+        facts = {**about, **self.plan.facts}
+        self.plan = replace(self.plan, model=_model_row(self.model), weights=self.model.weights, facts=facts)
 
     @property
     def device(self) -> torch.device:
@@ -196,6 +185,13 @@ class Ingest:
         )
         left = len(self.left())
         return left * a_batch + (CATALOG_BYTES if left else 0)
+
+    def kept(self) -> str:
+        """What a stop has kept by now, and what the same command does then, in words."""
+        done = self.n_batches - len(self.left())
+        if not done:
+            return "nothing was committed yet, and the same command begins anew"
+        return f"{done} of {self.n_batches} batches are committed, and the same command goes on from there"
 
     def announcement(self) -> str:
         """What it will cost, said before it is paid."""
@@ -278,6 +274,10 @@ class Ingest:
         Returns:
             What the model answered: the rows of `predictions` and `outcomes`, or of `generations`.
         """
+        import torch
+
+        from actstore.ingest import generations, predictions
+
         words = encode(trees)
         ids = torch.from_numpy(self.model.config.vocabulary.encode(words)).to(self.device)
         answers, said = [], []
@@ -326,6 +326,59 @@ class Ingest:
         )
 
 
+def draft(
+    store: Path,
+    model: str,
+    config: ModelConfig,
+    trees: TreeSet,
+    run: str | None,
+    sites: Sequence[str] | None,
+    prompt: str,
+    samples: int | None,
+) -> tuple[RunPlan, list[SiteSpec]]:
+    """What a run will store, as far as it is known before the model is there: a plan without its model, and its sites.
+
+    Args:
+        model, config: the model's name and shape.
+        run, sites, prompt, samples: as of Ingest.
+
+    Raises:
+        BadInput: an argument that means nothing, or a model that cannot take these trees.
+    """
+    dataset = trees.row()
+    if prompt not in PROMPTS:
+        raise BadInput(f"got --prompt {prompt!r}{nearest(prompt, PROMPTS)}; {there_are(PROMPTS)}")
+    if prompt == "tree":  # whose activations are those of the whole task, up to the bar
+        sites, samples = [], 1 if samples is None else samples
+        if not 0 <= samples <= MOST_SAMPLES:
+            raise BadInput(f"got {samples} samples; there are 0 to {MOST_SAMPLES} (--samples)")
+    elif samples is not None:
+        raise BadInput("--samples is of continuations that a model makes up; ask for them with --prompt tree")
+    if not trees.trees_per_shard:  # a set that is stored keeps its batches
+        stored = committed_dataset(Path(store), dataset["dataset"]) or dataset
+        dataset["trees_per_shard"] = stored["trees_per_shard"]
+    if trees.n_nodes > config.n_nodes:
+        raise BadInput(
+            f"got trees of {trees.n_nodes} nodes; model {model!r} has labels for {config.n_nodes}: use --nodes "
+            f"{config.n_nodes} or less"
+        )
+    if dataset["n_positions"] > config.n_ctx:
+        raise BadInput(
+            f"trees of {trees.n_nodes} nodes take {dataset['n_positions']} tokens; model {model!r} has a context of "
+            f"{config.n_ctx}: use fewer --nodes"
+        )
+    specs = [] if sites is not None and not len(sites) else site_specs(sites, config)
+    plan = RunPlan(
+        run=run or "-".join([model, *filter(None, [trees.change, DREAMS * (prompt == "tree")])]),
+        model={},
+        weights=b"",
+        dataset=dataset,
+        sites=[_site_plan(spec, config, dataset) for spec in specs],
+        facts={"prompt": prompt, "samples": samples},
+    )
+    return plan, specs
+
+
 def prepare(
     store: Path,
     model: str | None = None,
@@ -363,17 +416,20 @@ def prepare(
         BadInput: an argument that means nothing, or a model that cannot take these trees.
         NotStored: no such model or checkpoint.
     """
+    _check_batch_size(batch_size)
+    store = Path(store)
     if (model is None) == (model_of is None):
         raise BadInput(
             "name a model, by --model (`actstore models list` names those there are) or as that of a stored run (--model-of), "
             "and not by both"
         )
     if model_of is not None:
-        loaded = _model_of(Path(store), model_of, device, config, checkpoint)
+        name, shape = _model_of(store, model_of, config, checkpoint)
     else:
-        loaded = load(str(model), config, device, checkpoint)
-    defaults = {"distribution": loaded.config.system, "n_trees": 10_000, "seed": 0, "n_nodes": loaded.config.n_nodes}
-    stored = (committed_dataset(Path(store), dataset) if dataset else None) or {}
+        found = find(str(model), config, checkpoint)
+        name, shape = found.name, found.config
+    defaults = {"distribution": shape.system, "n_trees": 10_000, "seed": 0, "n_nodes": shape.n_nodes}
+    stored = (committed_dataset(store, dataset) if dataset else None) or {}
     given: dict[str, Any] = {
         "distribution": distribution,
         "n_trees": trees,
@@ -389,18 +445,41 @@ def prepare(
     chosen |= {key: stored.get(key) for key in ("trees_per_shard", "variant_of", "change")}
     chosen_set = TreeSet(**chosen, name=dataset)
     if variant:
-        chosen_set = _variant(Path(store), chosen_set, variant, bool(stored))
-    names = [name.strip() for name in sites.split(",") if name.strip() != "none"] if sites else None
-    return Ingest(Path(store), loaded, chosen_set, run, names, batch_size, prompt=prompt, samples=samples, wait=wait)
+        chosen_set = _variant(store, chosen_set, variant, bool(stored))
+    names = _parse_sites(sites)
+    plan, _ = draft(store, name, shape, chosen_set, run, names, prompt, samples)
+    check_device(device)
+    check_plan(store, plan)
+    if model_of is not None:
+        from actstore.ingest import recompute
+
+        loaded = recompute.model_of(store, model_of, device)
+    else:
+        loaded = load(str(model), config, device, checkpoint)
+    return Ingest(store, loaded, chosen_set, run, names, batch_size, prompt=prompt, samples=samples, wait=wait)
 
 
-def _model_of(store: Path, run: str, device: str, config: str | None, checkpoint: int | None) -> Model:
-    """The model of a stored run."""
-    from actstore.ingest.recompute import model_of
+def _model_of(store: Path, run: str, config: str | None, checkpoint: int | None) -> tuple[str, ModelConfig]:
+    """The name and the shape of the model of a stored run."""
+    from actstore.ingest import recompute
 
     if config or checkpoint is not None:
         raise BadInput("--model-of takes the model as the store keeps it; leave --config and --checkpoint out")
-    return model_of(store, run, device)
+    return recompute.shape_of(store, run)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise BadInput(f"got a batch size of {batch_size}; a forward pass takes 1 tree or more (--batch-size)")
+
+
+def _parse_sites(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if "none" in names and len(names) > 1:
+        raise BadInput(f"got --sites {text}; none stands alone, for a run without activations")
+    return [] if names == ["none"] else names
 
 
 def _variant(store: Path, original: TreeSet, change: str, is_stored: bool) -> TreeSet:
@@ -412,8 +491,8 @@ def _variant(store: Path, original: TreeSet, change: str, is_stored: bool) -> Tr
     if not is_stored or original.name is None:
         named = f"no set {original.name!r} is stored" if original.name else "no set was named"
         raise BadInput(
-            f"--variant {change} is made from a stored set of trees, and {named} (--dataset); `actstore sql {store} "
-            '"select dataset from datasets"` names those there are'
+            f"--variant {change} is made from a stored set of trees, and {named} (--dataset); "
+            f"{there_are(committed_datasets(store))}: name one, or ingest it first, without --variant"
         )
     if original.variant_of:
         raise BadInput(f"{original.name} is a variant of {original.variant_of} already; name the drawn set (--dataset)")
@@ -424,14 +503,11 @@ def _variant(store: Path, original: TreeSet, change: str, is_stored: bool) -> Tr
 def _parse_depths(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
-    try:
-        ranges = [part.split("-") for part in text.split(",")]
-        depths = {depth for ends in ranges for depth in range(int(ends[0]), int(ends[-1]) + 1)}
-    except ValueError:
-        depths = set()
-    if not depths:
+    ranges = [re.fullmatch(r"\s*(\d{1,2})(?:\s*-\s*(\d{1,2}))?\s*", part) for part in text.split(",")]
+    ends = [(int(found[1]), int(found[2] or found[1])) for found in ranges if found]
+    if len(ends) < len(ranges) or any(low > high for low, high in ends):
         raise BadInput(f"got --depths {text}; write a range (1-15) or a list (3,5,7)")
-    return tuple(sorted(depths))
+    return tuple(sorted({depth for low, high in ends for depth in range(low, high + 1)}))
 
 
 def _site_plan(spec: SiteSpec, config: Any, dataset: dict[str, Any]) -> SitePlan:

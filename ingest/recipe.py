@@ -18,11 +18,11 @@ import numpy as np
 from actstore.errors import BadInput
 from actstore.ingest import models
 from actstore.ingest.models import ModelConfig
-from actstore.ingest.packing import leaves
-from actstore.ingest.trees import Trees, draw
+from actstore.ingest.trees import Trees, draw, leaves
 
 SHARES = ("warmup", "decay", "curriculum", "shallow", "deep_share")
 SHALLOW = (2, 3, 4, 5)  # depths of the deepest goals, in equal times
+Row = dict[str, Any]  # of a training's log
 SMALLEST_TREE = 4  # the curriculum's first: two leaves that differ, and paths of more than one step
 
 
@@ -143,11 +143,14 @@ class Recipe:
         return leaves(trees) | (depths >= low) & (depths <= high)
 
 
-def read_config(name_or_path: str, n_nodes: int | None = None) -> tuple[str, ModelConfig, Recipe]:
+def read_config(
+    name_or_path: str, n_nodes: int | None = None, steps: int | None = None, seed: int | None = None
+) -> tuple[str, ModelConfig, Recipe]:
     """A configuration by its name (those shipped) or its path.
 
     Args:
         n_nodes: instead of the configuration's; the context then follows from it.
+        steps, seed: instead of its `max_iters` and `random_seed`.
 
     Returns:
         name: of the model to be, the file's.
@@ -158,10 +161,14 @@ def read_config(name_or_path: str, n_nodes: int | None = None) -> tuple[str, Mod
     shipped = sorted((models.SHIPPED / "configs").glob("*.yaml"))
     path = {path.stem: path for path in shipped}.get(name_or_path, Path(name_or_path))
     if not path.is_file():
-        names = ", ".join(path.stem for path in shipped)
-        raise BadInput(f"no configuration {name_or_path!r}; there are {names}, or give the path of a YAML file")
+        names = [path.stem for path in shipped]
+        raise BadInput(
+            f"no configuration {name_or_path!r}{models.nearest(name_or_path, names)}; {models.there_are(names)}, or give the "
+            "path of a YAML file"
+        )
     mapping = models.parse_yaml(models.read_text(path), str(path))
     config, recipe = ModelConfig.from_mapping(mapping, str(path)), Recipe.from_mapping(mapping, str(path))
+    recipe = replace(recipe, steps=recipe.steps if steps is None else steps, seed=recipe.seed if seed is None else seed)
     if n_nodes is not None:
         config = replace(config, n_nodes=n_nodes, n_ctx=0)
     n_read = 4 * config.n_nodes + (1 if config.system == "baseline" else -2)  # the baseline reads its padding too

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from actstore import writer
 from actstore.arrays import ShardBuffer, metadata
 from actstore.errors import ActstoreError, Damaged, NotStored
 from actstore.folder import check_format
 from actstore.ingest import models
-from actstore.ingest.config import ModelConfig
+from actstore.ingest.config import ModelConfig, nearest, there_are
 from actstore.ingest.models import Model
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.log import ARRAYS, WEIGHTS, Manifest
@@ -68,15 +67,34 @@ def model_of(root: Path, run: str, device: str = "cpu") -> Model:
         Damaged: its weights are not there, or not those it ran, and no model that can be named has them either.
     """
     models.check_device(device)
+    return _model(root, _model_row(root, run), device)
+
+
+def shape_of(root: Path, run: str) -> tuple[str, ModelConfig]:
+    """The name and the configuration of the model of a stored run; quick, since its weights are not read.
+
+    Raises:
+        NotStored: no such run, or no store.
+    """
+    row = _model_row(root, run)
+    return row["model"], _config(row)
+
+
+def _model_row(root: Path, run: str) -> dict[str, Any]:
+    """The row of `models` of the model of a stored run."""
     check_format(root)
     manifests = read_all(root)
     runs = writer.table(root, manifests, "runs").to_dicts()
     about = next((row for row in runs if row["run"] == run), None)
     if about is None:
-        held = ", ".join(row["run"] for row in runs) or "none"
-        raise NotStored(f"{root} holds no run {run!r}; there are {held}")
+        held = [row["run"] for row in runs]
+        raise NotStored(f"{root} holds no run {run!r}{nearest(run, held)}; {there_are(held)}")
     models_there = writer.table(root, manifests, "models").to_dicts()
-    return _model(root, _row(models_there, "weights_sha256", about["weights_sha256"], "models"), device)
+    return _row(models_there, "weights_sha256", about["weights_sha256"], "models")
+
+
+def _config(row: dict[str, Any]) -> ModelConfig:
+    return ModelConfig.from_mapping(json.loads(row["config"]), f"models.config of {row['model']}")
 
 
 def _row(rows: list[dict[str, Any]], column: str, wanted: object, table: str) -> dict[str, Any]:
@@ -89,12 +107,13 @@ def _row(rows: list[dict[str, Any]], column: str, wanted: object, table: str) ->
 def _model(root: Path, row: dict[str, Any], device: str) -> Model:
     """A model out of the store's own weights, else out of a named model, or a checkpoint of one, that has the same."""
     wanted, name = row["weights_sha256"], row["model"]
+    import torch
+
     where = device if device == "cpu" or torch.cuda.is_available() else "cpu"
     path = root / WEIGHTS / f"{wanted}.safetensors"
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() == wanted:
-        config = ModelConfig.from_mapping(json.loads(row["config"]), f"models.config of {name}")
-        return models.from_bytes(content, config, name, row["source"], where)
+        return models.from_bytes(content, _config(row), name, row["source"], where)
     of, _, step = name.rpartition("-step")
     for called, checkpoint in ((name, None), (of, int(step) if step.isdigit() else None)):
         with suppress(ActstoreError):

@@ -180,7 +180,7 @@ class Vocabulary:
         if self.system not in SYSTEMS:
             raise BadInput(f"no system {self.system!r}; there are {', '.join(SYSTEMS)}")
         if not MIN_NODES <= self.n_nodes <= MAX_NODES:
-            raise BadInput(f"got a vocabulary of {self.n_nodes} nodes; there are {MIN_NODES} to {MAX_NODES}")
+            raise BadInput(f"got a vocabulary of {self.n_nodes} nodes; there are {MIN_NODES} to {MAX_NODES} (--nodes)")
 
     def __len__(self) -> int:
         return len(self.word_of_id)

@@ -20,20 +20,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import xxhash
 
 from actstore.errors import BadInput
-from actstore.ingest.checkpoints import TrainingFolder
-from actstore.ingest.learner import Learner, Row, Tally
-from actstore.ingest.recipe import read_config
+from actstore.ingest.checkpoints import TrainingFolder, kept_step
+from actstore.ingest.models import check_device
+from actstore.ingest.recipe import Row, read_config
 from actstore.machine import n_processors
 
-LOG_EVERY = 25  # steps
-STATE_EVERY = 250  # steps, some two minutes: what a kill can cost
+if TYPE_CHECKING:
+    from actstore.ingest.learner import Learner
+
+LOG_EVERY = 25  # steps, some ten seconds: what a kill can cost
 
 
 def train(
@@ -44,7 +45,6 @@ def train(
     seed: int | None = None,
     device: str = "cpu",
     progress: Callable[[Row], None] | None = None,
-    state_every: int = STATE_EVERY,
 ) -> Path:
     """Train a model, or go on with a training that was killed.
 
@@ -53,8 +53,7 @@ def train(
         out: folder of the run; one that holds a started run is gone on with.
         steps, nodes, seed: instead of the configuration's `max_iters`, `n_nodes` and `random_seed`.
         device: `cpu` or `cuda`.
-        progress: called with every row of the log.
-        state_every: steps between two savings of the state; a multiple of LOG_EVERY.
+        progress: called with every row of the log, once the state of its step is saved.
 
     Returns:
         The trained weights, OUT/NAME.safetensors.
@@ -64,13 +63,12 @@ def train(
             folder cannot be written, or the loss is no number (the last good state is kept).
         NoRoom: the disk is full; run it again to go on.
     """
-    _check_device(device)
-    name, config, recipe = read_config(name_or_config, nodes)
-    recipe = replace(recipe, steps=recipe.steps if steps is None else steps, seed=recipe.seed if seed is None else seed)
+    name, config, recipe = read_config(name_or_config, nodes, steps, seed)
+    check_device(device)
     folder = TrainingFolder(Path(out), name, config, recipe)
     with folder.writing(), _threads(recipe.parts) as pool:
         learner, rows = folder.resume(device)
-        _loop(folder, learner, rows, pool, progress or (lambda row: None), state_every)
+        _loop(folder, learner, rows, pool, progress or (lambda row: None))
         return folder.finish(learner)
 
 
@@ -80,9 +78,10 @@ def _loop(
     rows: list[Row],
     pool: Executor,
     progress: Callable[[Row], None],
-    state_every: int,
 ) -> None:
-    """Step to the end; the state is saved only where the log has just been written, so that none is cut in two."""
+    """Step to the end; the state is saved whenever the log has just been written, so that none is cut in two."""
+    from actstore.ingest.learner import Tally
+
     seconds_before, started = (rows[-1]["seconds"] if rows else 0.0), time.monotonic()
     recipe, n_nodes = folder.recipe, folder.config.n_nodes
     tally, since = Tally.empty(n_nodes), learner.step
@@ -97,24 +96,17 @@ def _loop(
             row = tally.row(learner.step, learner.step - since, lr, size)
             rows.append({**row, "seconds": round(seconds_before + time.monotonic() - started, 1)})
             folder.log(rows[-1])
+            folder.save_state(learner)
             progress(rows[-1])
             tally, since = Tally.empty(n_nodes), learner.step
-        if learner.step % state_every == 0 or learner.step == recipe.steps:
-            folder.save_state(learner)
         folder.keep(learner)
-
-
-def _check_device(device: str) -> None:
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise BadInput(f"got device {device!r}; use cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"got device {device!r}, but torch finds no CUDA device here; use cpu")
 
 
 @contextmanager
 def _threads(most: int) -> Iterator[Executor]:
     """A pool of one-threaded workers: parts of a step side by side need no barrier after each of their operations."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -122,6 +114,14 @@ def _threads(most: int) -> Iterator[Executor]:
             yield pool
     finally:
         torch.set_num_threads(before)
+
+
+def kept(out: Path) -> str:
+    """What a training that is stopped now has kept, and what the same command does then, in words."""
+    step = kept_step(out)
+    if step is None:
+        return f"nothing was kept yet (the state is saved every {LOG_EVERY} steps), and the same command begins anew"
+    return f"step {step:,} is kept in {out}, and the same command goes on from there"
 
 
 def summary(row: Row) -> str:

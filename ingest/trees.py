@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import numpy as np
 import polars as pl
@@ -102,6 +103,13 @@ class Trees:
         return table
 
 
+def leaves(trees: Trees) -> np.ndarray:
+    """bool [n_trees, MAX_NODES]: which labels are leaves."""
+    is_leaf = trees.node_depths() != NO_NODE
+    is_leaf[np.arange(len(trees))[:, None], trees.edges[:, :, 0]] = False
+    return is_leaf
+
+
 def at_label(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The cells of [n_trees, MAX_NODES] that each tree's labels, uint8 [n_trees, n], name: [n_trees, n]."""
     return np.take_along_axis(table, labels.astype(np.intp), axis=1)
@@ -122,8 +130,10 @@ def draw(
     """
     n_labels = n_nodes if n_labels is None else n_labels
     _check(distribution, n_nodes, n_labels, depths)
-    if seed < 0 or not 0 <= start <= stop:
-        raise BadInput(f"got seed {seed} and trees {start} to {stop}: a seed is 0 or more, and a range runs forward")
+    if seed < 0:
+        raise BadInput(f"got seed {seed}: a seed is 0 or more (--seed)")
+    if not 0 <= start <= stop:
+        raise BadInput(f"got trees {start} to {stop}; a range runs forward from 0 or more")
     bits = np.random.PCG64DXSM(np.random.SeedSequence([seed, *distribution.encode()]))
     bits.advance(start * _n_uniforms(n_nodes, n_labels))
     return sample(distribution, np.random.Generator(bits), stop - start, n_nodes, n_labels, depths, first=start)
@@ -145,8 +155,8 @@ def sample(
         rng: consumed by the same number of uniforms for every tree.
         n_trees: how many.
         n_nodes: nodes of each tree, 2…64.
-        n_labels: labels are drawn without repetition from 0…n_labels-1; n_nodes of them unless told.
-        depths: `deep` only: the goal depths to draw from, each 1…n_nodes-1; all of them unless told.
+        n_labels: labels are drawn without repetition from 0…n_labels-1; n_nodes of them by default.
+        depths: `deep` only: the goal depths to draw from, each 1…n_nodes-1; all of them by default.
         first: index of the first tree, whose parity says which of the baseline's trees are listed backward.
 
     Raises:
@@ -176,15 +186,19 @@ def sample(
 
 def _check(distribution: str, n_nodes: int, n_labels: int, depths: Sequence[int] | None) -> None:
     if distribution not in DISTRIBUTIONS:
-        raise BadInput(f"no distribution {distribution!r}; there are {', '.join(DISTRIBUTIONS)}")
+        near = get_close_matches(distribution, DISTRIBUTIONS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise BadInput(f"no distribution {distribution!r}{hint}; there are {', '.join(DISTRIBUTIONS)} (--distribution)")
     if not MIN_NODES <= n_nodes <= MAX_NODES:
         raise BadInput(f"got {n_nodes} nodes; a tree has {MIN_NODES} to {MAX_NODES} (--nodes)")
     if not n_nodes <= n_labels <= MAX_NODES:
         raise BadInput(f"got {n_labels} labels for {n_nodes} nodes; a tree needs {n_nodes} to {MAX_NODES} labels")
     if depths is not None and distribution != "deep":
-        raise BadInput(f"depths are the `deep` distribution's to choose; {distribution!r} draws its own")
+        raise BadInput(
+            f"depths are the `deep` distribution's to choose (--distribution deep); {distribution!r} draws its own"
+        )
     if depths is not None and not (len(depths) and all(1 <= depth < n_nodes for depth in depths)):
-        raise BadInput(f"got goal depths {sorted(depths)}; {n_nodes} nodes allow 1 to {n_nodes - 1}")
+        raise BadInput(f"got goal depths {sorted(depths)}; {n_nodes} nodes allow 1 to {n_nodes - 1} (--depths)")
 
 
 def _n_uniforms(n_nodes: int, n_labels: int) -> int:

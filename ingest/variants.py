@@ -32,7 +32,7 @@ def vary(trees: Trees, change: str, seed: int, first: int) -> tuple[Trees, list[
         BadInput: no such change.
     """
     if change not in CHANGES:
-        raise BadInput(f"no variant {change!r}; there are {', '.join(CHANGES)}")
+        raise BadInput(f"no variant {change!r}; there are {', '.join(CHANGES)} (--variant)")
     n_trees, n_edges, _ = trees.edges.shape
     last, rows = n_edges - 1, np.arange(n_trees)
     bits = np.random.PCG64DXSM(np.random.SeedSequence([seed, *change.encode()]))

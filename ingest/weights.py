@@ -13,17 +13,17 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from actstore.errors import BadInput
 from actstore.ingest.config import ModelConfig, nearest
 from actstore.log import fsync_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformer_lens.model_bridge import TransformerBridge
 
 BUFFERS = (".mask", ".IGNORE")  # a HookedTransformer saves its causal mask among the weights
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -75,6 +75,8 @@ def _from_linear(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def canonical(state_dict: Mapping[str, Tensor]) -> bytes:
     """The safetensors file of a state dict, the same bytes whatever the order of its keys; dtypes are kept."""
+    from safetensors.torch import save as to_safetensors
+
     return to_safetensors({name: state_dict[name].detach().cpu().clone().contiguous() for name in sorted(state_dict)})
 
 
@@ -126,6 +128,8 @@ def checked(found: Mapping[str, Tensor], config: ModelConfig, source: str) -> di
 
 
 def _check_tensor(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
+    import torch
+
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
         got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         raise BadInput(f"{what} is {got}, which the configuration makes float {list(shape)}; mend one of them")
@@ -159,6 +163,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _unpickle(content: bytes, path: Path) -> dict[str, Tensor]:
+    import torch
+
     wanted = "expected the state dict of a HookedTransformer, as torch.save(model.state_dict(), …) writes it"
     try:
         with warnings.catch_warnings(action="ignore"):  # what torch would say, the one line below says
@@ -167,7 +173,7 @@ def _unpickle(content: bytes, path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path} is damaged, or a pickle of code, which was not run; {wanted}") from None
     except Exception as error:  # whatever broken bytes make the unpickler stumble over
         raise BadInput(f"{path} is cut short or no torch.save file ({type(error).__name__}); {wanted}") from None
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         inside = f"a dict of {list(found)[:3]}, …" if isinstance(found, dict) else type(found).__name__
         raise BadInput(f"{path} holds {inside}; {wanted}")
     return {str(key): tensor for key, tensor in found.items()}
@@ -179,6 +185,8 @@ def parse(weights: bytes, source: str) -> dict[str, Tensor]:
     Raises:
         BadInput: the bytes are no such file.
     """
+    from safetensors.torch import load as parse_safetensors
+
     try:
         return parse_safetensors(weights)
     except SafetensorError as error:

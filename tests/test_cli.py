@@ -225,8 +225,9 @@ def test_a_model_is_trained_graded_and_its_moments_stored_as_runs_over_the_same_
 
     weights = out / "tiny.safetensors"
     graded = json.loads(run("evaluate", weights, "--trees", "60", "--json").stdout)
-    assert (graded["n_trees"], graded["table"][0]["n_trees"], graded["distribution"]) == (60, 60, "reproduction")
-    assert graded["n_left_out"] > 0  # of the few trees of 5 nodes, its training saw some
+    assert (graded["n_trees"], graded["distributions"]) == (60, ["reproduction", "baseline", "deep"])
+    assert [row["n_trees"] for row in graded["table"] if row["depth"] is row["edges"] is None] == [60, 60, 60]
+    assert graded["n_left_out"]["reproduction"] > 0  # of the few trees of 5 nodes, its training saw some
     again = run("evaluate", weights, "--trees", "60", "--checkpoint", "0")
     assert "tiny-step0" in again.stderr
 

@@ -39,12 +39,18 @@ def plant(monkeypatch, model, spoil):
 def test_a_model_that_is_always_right_has_every_token_path_and_answer(monkeypatch):
     model = untrained("baseline")
     plant(monkeypatch, model, lambda said: None)
-    found = evaluate(model, n_trees=300, seed=SEED)
-    depths = np.bincount(draw("baseline", SEED, 0, 300, N_NODES).depth)
-    overall, *by_depth = found.table.rows(named=True)
+    found = evaluate(model, "baseline", n_trees=300, seed=SEED)
+    trees = draw("baseline", SEED, 0, 300, N_NODES)
+    depths, backward = np.bincount(trees.depth), trees.is_backward()
+    overall, *by_edges_and_depth = found.table.rows(named=True)
+    by_depth = [row for row in by_edges_and_depth if row["depth"]]
+    assert [(row["edges"], row["n_trees"]) for row in by_edges_and_depth[:2]] == [
+        ("backward", backward.sum()),
+        ("shuffled", 300 - backward.sum()),
+    ]
     assert (overall["depth"], overall["n_trees"], overall["n_tokens"]) == (None, 300, (depths * range(6)).sum())
     assert [(row["depth"], row["n_trees"]) for row in by_depth] == list(enumerate(depths))[1:]
-    assert all(row[measure] == 1 for row in (overall, *by_depth) for measure in evaluation.MEASURES)
+    assert all(row[measure] == 1 for row in found.table.rows(named=True) for measure in evaluation.MEASURES)
     assert json.loads(json.dumps(found.to_dict()))["table"][0]["greedy"] == 1
 
 
@@ -58,7 +64,7 @@ def test_one_wrong_last_step_costs_one_token_and_the_whole_path(monkeypatch):
         said[deep, at[deep]] = COMMA
 
     plant(monkeypatch, model, spoil)
-    overall, *by_depth = evaluate(model, n_trees=100, seed=SEED).table.rows(named=True)
+    overall, *by_depth = evaluate(model, "reproduction", n_trees=100, seed=SEED).table.rows(named=True)
     assert overall["token"] == pytest.approx(1 - deep.sum() / trees.depth.sum())
     assert overall["whole_path"] == overall["greedy"] == pytest.approx(1 - deep.mean())
     for row in by_depth:
@@ -83,15 +89,16 @@ def test_trees_that_training_saw_are_left_out_and_others_take_their_place(monkey
     model = untrained("reproduction", 4)
     recipe = Recipe(steps=3, batch_size=16)
     seen, asked = seen_hashes(recipe, model), []
-    count = evaluation._count
-    monkeypatch.setattr(evaluation, "_count", lambda model, trees: asked.append(trees.hashes()) or count(model, trees))
-    found = evaluate(model, n_trees=200, seed=SEED, recipe=recipe)
+    grade = evaluation._graded
+    monkeypatch.setattr(evaluation, "_graded", lambda model, trees: asked.append(trees.hashes()) or grade(model, trees))
+    found = evaluate(model, "reproduction", n_trees=200, seed=SEED, recipe=recipe)
     hashes = np.concatenate(asked)
     assert (len(hashes), found.n_trees) == (200, 200)
-    assert found.n_left_out > 0
+    (n_left_out,) = found.n_left_out.values()
+    assert n_left_out > 0
     assert not np.isin(hashes, seen).any()
-    everything = draw("reproduction", SEED, 0, 200 + found.n_left_out, 4).hashes()
-    assert np.isin(everything, seen).sum() == found.n_left_out
+    everything = draw("reproduction", SEED, 0, 200 + n_left_out, 4).hashes()
+    assert np.isin(everything, seen).sum() == n_left_out
 
 
 def test_what_cannot_be_evaluated_is_refused():
@@ -107,5 +114,5 @@ def test_what_cannot_be_evaluated_is_refused():
 
 
 def test_the_shipped_model_finds_paths_it_was_never_shown(shipped):
-    found = evaluate(shipped, n_trees=128)
+    found = evaluate(shipped, "reproduction", n_trees=128)
     assert found.table["greedy"][0] > 0.98

@@ -15,6 +15,7 @@ from actstore.ingest import models
 from actstore.ingest.checkpoints import KEPT
 from actstore.ingest.evaluation import evaluate
 from actstore.ingest.recipe import read_config, recipe_of
+from actstore.ingest.trees import DISTRIBUTIONS
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "data" / "checkpoints"
@@ -22,12 +23,13 @@ NAMES = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
 
 
 def accuracy(name: str) -> pl.DataFrame:
-    """The card's table: depth ('all', '1', …), trees, and the share of greedy answers right, in %."""
-    rows = re.findall(r"^\| (all|\d+) \| ([\d,]+) \| (.*) \|$", (CHECKPOINTS / f"{name}.md").read_text(), re.MULTILINE)
-    greedy = [float(measures.split(" | ")[2].split()[0]) for _, _, measures in rows if measures.count("(") == 3]
-    trees = [int(count.replace(",", "")) for _, count, measures in rows if measures.count("(") == 3]
-    depths = [depth for depth, _, measures in rows if measures.count("(") == 3]
-    return pl.DataFrame({"depth": depths, "trees": trees, "greedy": greedy})
+    """The card's table: trees ('deep', …), depth ('all', '1', …), n, and the share of greedy answers right, in %."""
+    row = r"^\| (\w+(?:, \w+)?) \| (all|\d+) \| ([\d,]+) \| .* \| .* \| (\S+) \(.*\) \|$"
+    rows = re.findall(row, (CHECKPOINTS / f"{name}.md").read_text(), re.MULTILINE)
+    columns = dict(zip(("trees", "depth", "n", "greedy"), zip(*rows, strict=True), strict=True))
+    return pl.DataFrame(columns).with_columns(
+        pl.col("n").str.replace_all(",", "").cast(int), pl.col("greedy").cast(pl.Float64)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,11 +46,15 @@ def test_a_shipped_model_is_what_its_card_its_configuration_and_its_log_say(name
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_model_answers_as_often_as_its_card_says(name):
-    stated = accuracy(name).row(by_predicate=pl.col("depth") == "all", named=True)
-    assert stated["trees"] == 20_000
-    found = evaluate(models.load(name), n_trees=256, seed=7_000_000).table.row(0, named=True)
-    low, high = found["greedy_low"], found["greedy_high"]
-    assert low - 0.01 <= stated["greedy"] / 100 <= high + 0.01
+    stated = accuracy(name).filter(depth="all")
+    assert stated["trees"].to_list()[0] == name
+    assert {*stated["trees"]} == {*DISTRIBUTIONS, "baseline, backward", "baseline, shuffled"}
+    assert stated.filter(pl.col("trees").is_in(DISTRIBUTIONS))["n"].to_list() == [20_000] * 3
+    found = evaluate(models.load(name), n_trees=256, seed=7_000_000).table.filter(pl.col("depth").is_null())
+    for row in found.iter_rows(named=True):
+        trees = ", ".join(filter(None, (row["distribution"], row["edges"])))
+        greedy = stated.row(by_predicate=pl.col("trees") == trees, named=True)["greedy"]
+        assert row["greedy_low"] - 0.01 <= greedy / 100 <= row["greedy_high"] + 0.01
 
 
 def test_the_reproductions_moments_lead_from_its_start_to_its_end():
@@ -59,7 +65,10 @@ def test_the_reproductions_moments_lead_from_its_start_to_its_end():
     fresh = models.build(config, recipe_of(weights.with_suffix(".yaml")).seed).state_dict()
     for name, value in start.items():
         torch.testing.assert_close(value, fresh[name].half().float())
-    steps = [evaluate(models.load("reproduction", checkpoint=step), n_trees=128).table["token"][0] for step in KEPT]
+    steps = [
+        evaluate(models.load("reproduction", checkpoint=step), "reproduction", n_trees=128).table["token"][0]
+        for step in KEPT
+    ]
     assert np.argmax(steps) == len(steps) - 1
     assert steps[0] < 0.2
     assert steps[-1] > 0.95

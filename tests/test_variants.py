@@ -126,7 +126,8 @@ def test_another_model_runs_over_a_stored_variant(stored, tmp_path):
 
 
 def test_what_no_variant_can_be_made_of_is_refused(stored, monkeypatch):
-    monkeypatch.setattr("actstore.ingest.pipeline.load", lambda *args: small_model())
+    for looking in ("find", "load"):
+        monkeypatch.setattr(f"actstore.ingest.pipeline.{looking}", lambda *args: small_model())
     with pytest.raises(BadInput, match="no set 'nothing' is stored"):
         prepare(stored, "small", dataset="nothing", variant="swap_last")
     with pytest.raises(BadInput, match="no set was named"):
@@ -135,5 +136,7 @@ def test_what_no_variant_can_be_made_of_is_refused(stored, monkeypatch):
         prepare(stored, "small", dataset="base-swap_last", variant="swap_inner")
     with pytest.raises(BadInput, match="there are swap_last, swap_inner"):
         prepare(stored, "small", dataset="base", variant="swap_first")
-    job = prepare(stored, "small", dataset="base", variant="swap_last", sites="none")
+    with pytest.raises(BadInput, match="is stored with sites embed, not none"):
+        prepare(stored, "small", dataset="base", variant="swap_last", sites="none")
+    job = prepare(stored, "small", dataset="base", variant="swap_last", sites="embed")
     assert (job.plan.run, job.plan.dataset["dataset"]) == ("small-swap_last", "base-swap_last")

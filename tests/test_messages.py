@@ -77,7 +77,7 @@ MISTAKES: list[tuple[str | list[str], int, tuple[str, ...]]] = [
     ("ingest FILE --model reproduction", 2, ("file exists and is no actstore store", "name a new folder")),
     ("ingest FILE/s.act --model reproduction", 2, ("file is no folder", "name another folder")),
     ("ingest . --model reproduction", 2, ("exists and is no actstore store", "name a new folder")),
-    ("train reproduction FILE/out", 2, ("file/out", "Not a directory", "name another folder")),
+    ("train reproduction FILE/out", 2, ("file/out", "is no folder", "name another place")),
     ("verify NEW", 1, ("does not exist", "actstore ingest")),
     ("repair NEW", 1, ("does not exist", "actstore ingest")),
     # training and grading

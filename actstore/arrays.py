@@ -206,6 +206,7 @@ class SiteReader:
         is_token: whether each of some token ids is a token, bool [n]; what is none is padding. Asked only about rows that
             begin with NaN, so that an activation that is NaN can be told from padding; without it they count as padding.
         opener: opens a shard's path, and returns its descriptor.
+        opener_reads: whether the opener reads the whole shard, to check it.
     """
 
     def __init__(
@@ -216,9 +217,10 @@ class SiteReader:
         where: str,
         is_token: Callable[[np.ndarray], np.ndarray] | None = None,
         opener: Callable[[Path], int] = open_file,
+        opener_reads: bool = False,
     ) -> None:
         self.layout, self.first_tree_id, self.shards, self.where = layout, first_tree_id, dict(shards), where
-        self._is_token, self.mapped = is_token, Shards(layout, shards, where, opener)
+        self._is_token, self.mapped = is_token, Shards(layout, shards, where, opener, opener_reads)
 
     def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Read the activations of the given tokens.

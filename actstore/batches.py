@@ -158,7 +158,9 @@ class _Site:
 
     def open(self, folder: Folder) -> SiteReader:
         about = (self.layout, self.first_tree_id, self.shards, self.where, _are_tokens)
-        return ForeignReader(self.array, *about, folder.check) if self.array else SiteReader(*about, folder.open)
+        if self.array:
+            return ForeignReader(self.array, *about, folder.check)
+        return SiteReader(*about, folder.open, isinstance(folder, CheckedFolder))
 
 
 def _are_tokens(token_ids: np.ndarray) -> np.ndarray:

@@ -97,12 +97,19 @@ class Shards:
         paths: of the shard file of each batch that is there.
         where: run and site, for messages.
         opener: opens a path, and returns its descriptor.
+        opener_reads: whether the opener reads the whole file, to check it.
     """
 
     def __init__(
-        self, layout: Layout, paths: Mapping[int, Path], where: str, opener: Callable[[Path], int] = open_file
+        self,
+        layout: Layout,
+        paths: Mapping[int, Path],
+        where: str,
+        opener: Callable[[Path], int] = open_file,
+        opener_reads: bool = False,
     ) -> None:
-        self.layout, self.paths, self.where, self._opener = layout, dict(paths), where, opener
+        self.layout, self.paths, self.where = layout, dict(paths), where
+        self._opener, self._opener_reads = opener, opener_reads
         self._lock = threading.Lock()
         self._view = self._see({})
 
@@ -146,10 +153,10 @@ class Shards:
             return self._view
 
     def _map_all(self, batches: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """By threads where it is much: an index is a read of the disk, and an opener that hashes reads the whole shard."""
+        """By threads where the opener reads much; to map a shard alone costs less than a thread."""
         paths = [self.paths[batch] for batch in batches]
-        threads_wanted = min(n_threads(len(paths) * math.prod(self.layout.shard_shape)), len(paths))
-        if threads_wanted == 1:
+        n_floats = len(paths) * math.prod(self.layout.shard_shape) if self._opener_reads else 0
+        if (threads_wanted := n_threads(n_floats)) == 1:
             return dict(zip(batches, map(self._map_one, paths), strict=True))
         with ThreadPoolExecutor(threads_wanted) as threads:
             return dict(zip(batches, threads.map(self._map_one, paths), strict=True))

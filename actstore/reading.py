@@ -200,7 +200,9 @@ def open_site(store: Store, run: str, site: str) -> SiteReader:
     if dtype is None:
         array, layout = store.path / row["path"], Layout(shape, axis, per_shard)
         return ForeignReader(array, layout, first, paths, where, is_token, store.folder.check)
-    return SiteReader(Layout(shape, axis, per_shard, dtype), first, paths, where, is_token, store.folder.open)
+    return SiteReader(
+        Layout(shape, axis, per_shard, dtype), first, paths, where, is_token, store.folder.open, store.check
+    )
 
 
 def _zarr_json(store: Store, path: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What trust costs: checksums and fsync in an ingest, and reading everything again."""
+"""What trust costs: checksums and fsync in an ingest, reading everything again, and reads that check what they read."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from actstore.arrays import ShardBuffer
 from actstore.hashing import BLOCK
 from actstore.ingest.models import load
 from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.store import Store
 from actstore.verify import verify
 from tests.benchmarks import Row, median
 
 N_TREES = 4000
 N_VERIFIED = (4000, 20_000)  # what takes the same time whatever the size shows in the first
 ROUNDS = 8
+EDGE_TARGETS = "select token_id from edge_targets order by token_id"
 
 
 def rows() -> list[Row]:
-    """The share of an ingest that checksums and fsync take, and the speed of `verify` over that of reading the same files."""
+    """The share of an ingest that checksums and fsync take, the speed of `verify` over that of reading the same files, and
+    what a read of all edge targets takes with check over what it takes without."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        return [_cost_in_ingest(Path(folder)), *(row for n in N_VERIFIED for row in _verify(Path(folder), n))]
+        return [_cost_in_ingest(Path(folder)), *(row for n in N_VERIFIED for row in _of_store(Path(folder), n))]
 
 
 def _cost_in_ingest(folder: Path) -> Row:
@@ -64,9 +67,39 @@ def _without_safety() -> list[AbstractContextManager[object]]:
     ]
 
 
-def _verify(folder: Path, n_trees: int) -> list[Row]:
+def _of_store(folder: Path, n_trees: int) -> list[Row]:
     store = folder / f"{n_trees}.act"
     Ingest(store, load("reproduction"), TreeSet("reproduction", n_trees)).execute()
+    try:
+        return [*_verify(store, n_trees), *_checked_read(store, n_trees)]
+    finally:
+        shutil.rmtree(store)
+
+
+def _checked_read(store: Path, n_trees: int) -> list[Row]:
+    """All edge targets at every site, from memory: the first read of a store that was just opened, and the second."""
+    seconds: dict[tuple[bool, str], list[float]] = {}
+    for turn in range(ROUNDS):
+        for check in (False, True) if turn % 2 else (True, False):
+            with Store(store, check) as opened:
+                sites = opened.sites(opened.runs()[0])
+                for which in ("first", "second"):
+                    took = _timed(lambda opened=opened, sites=sites: opened.read(EDGE_TARGETS, sites=sites))
+                    seconds.setdefault((check, which), []).append(took)
+    rows = []
+    for which in ("first", "second"):
+        plain, checked = median(seconds[False, which]), median(seconds[True, which])
+        rows.append(
+            Row(
+                f"{which} read of all edge targets at {len(sites)} sites with check / without; {n_trees:,} trees",
+                f"{checked / plain:.2f} ({1e3 * checked:.0f} ms / {1e3 * plain:.0f} ms)",
+                "",
+            )
+        )
+    return rows
+
+
+def _verify(store: Path, n_trees: int) -> list[Row]:
     verify(store), _read(store)  # so that both find every page in memory
     verified, read, quick = [], [], []
     for _ in range(ROUNDS):
@@ -74,7 +107,6 @@ def _verify(folder: Path, n_trees: int) -> list[Row]:
         verified.append(_timed(lambda: verify(store)))
         quick.append(_timed(lambda: verify(store, quick=True)))
     n_bytes = verify(store).n_bytes
-    shutil.rmtree(store)
     ratio, of = median(read) / median(verified), f"{n_trees:,} trees, {n_bytes / 1e9:.1f} GB"
     return [
         Row(f"every file read in turn, from memory; {of}", f"{n_bytes / median(read) / 1e6:,.0f} MB/s", ""),

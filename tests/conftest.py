@@ -4,6 +4,8 @@ import os
 import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a tiny model wait for each other
+os.environ.pop("ACTSTORE_MODELS", None)  # whoever runs the tests may have models of their own, here
+os.environ["XDG_DATA_HOME"] = os.devnull  # and here
 
 import pytest
 from hypothesis import settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -210,14 +211,54 @@ def test_models_are_added_by_name_and_found_by_it(tmp_path):
     added = run("models", "add", "mine", shipped, "--into", tmp_path)
     assert added.exit_code == 0, added.output
     assert (tmp_path / "mine.safetensors").read_bytes() == shipped.read_bytes()
+    assert "the name mine is not looked up there; set ACTSTORE_MODELS" in added.stderr
     listed = CliRunner().invoke(main, ["models", "list", "--csv"], env={"ACTSTORE_MODELS": str(tmp_path)})
     assert "mine" in listed.output
 
 
+@pytest.mark.parametrize("told", ["ACTSTORE_MODELS", "XDG_DATA_HOME", "HOME"])
+def test_an_added_model_is_found_from_the_next_folder_and_the_list_says_where_it_is(tmp_path, monkeypatch, told):
+    monkeypatch.setenv("XDG_DATA_HOME", "")
+    monkeypatch.setenv(told, str(tmp_path / "told"))
+    inside = {"ACTSTORE_MODELS": "", "XDG_DATA_HOME": "actstore/models", "HOME": ".local/share/actstore/models"}
+    shipped = Path(__file__).parents[1] / "data" / "checkpoints" / "baseline.safetensors"
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    added = run("models", "add", "mine", shipped)
+    assert added.exit_code == 0, added.output
+    assert not added.stderr
+    assert not list((tmp_path / "here").iterdir())
+    monkeypatch.chdir(tmp_path / "there")
+    rows = {row["model"]: row for row in json.loads(run("models", "list", "--json").output)}
+    weights = tmp_path / "told" / inside[told] / "mine.safetensors"
+    assert (rows["mine"]["file"], rows["mine"]["weights"]) == (str(weights), rows["baseline"]["weights"])
+    assert weights.read_bytes() == shipped.read_bytes()
+    assert run("evaluate", "mine", "--trees", "0").stderr.startswith("actstore: got 0 trees")
+
+
+def test_a_model_added_under_a_name_that_means_another_one_here_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "user"))
+    monkeypatch.chdir(tmp_path)
+    shipped = Path(__file__).parents[1] / "data" / "checkpoints" / "baseline.safetensors"
+    assert run("models", "add", "mine", shipped, "--into", "data/checkpoints").stderr == ""
+    assert "here the name mine means data/checkpoints/mine.safetensors" in run("models", "add", "mine", shipped).stderr
+
+
+def test_a_model_whose_configuration_is_wrong_hides_no_other_from_the_list(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACTSTORE_MODELS", str(tmp_path))
+    (tmp_path / "broken.safetensors").write_bytes(b"")
+    (tmp_path / "broken.yaml").write_text("n_nodes: [")
+    rows = {row["model"]: row for row in json.loads(run("models", "list", "--json").output)}
+    assert (rows["broken"]["system"], rows["broken"]["n_layers"]) == (None, None)
+    assert (rows["baseline"]["system"], rows["baseline"]["checkpoints"]) == (
+        "baseline",
+        [0, 250, 500, 1000, 2000, 5000],
+    )
+
+
 def test_a_model_is_trained_graded_and_its_moments_stored_as_runs_over_the_same_trees(tmp_path):
-    config, out, store = tmp_path / "tiny.yaml", tmp_path / "runs" / "tiny", tmp_path / "tiny.act"
-    sizes = "d_model: 32, d_head: 16, n_layers: 2, act_fn: gelu, attention_dir: causal"
-    config.write_text(f"n_nodes: 5\nmodel: {{{sizes}}}\nbatch_size: 8\nmax_iters: 30\ntraining: {{curriculum: 0.5}}\n")
+    config, out, store = tiny_config(tmp_path), tmp_path / "runs" / "tiny", tmp_path / "tiny.act"
     trained = run("train", config, out, "--grade", "50")
     assert trained.exit_code == 0, trained.output
     assert "tiny.md is its card" in trained.output
@@ -243,6 +284,58 @@ def test_a_model_is_trained_graded_and_its_moments_stored_as_runs_over_the_same_
         assert not np.array_equal(*differ)
 
 
+def tiny_config(folder, steps=30):
+    config = folder / "tiny.yaml"
+    sizes = "d_model: 32, d_head: 16, n_layers: 2, act_fn: gelu, attention_dir: causal"
+    config.write_text(
+        f"n_nodes: 5\nmodel: {{{sizes}}}\nbatch_size: 8\nmax_iters: {steps}\ntraining: {{curriculum: 0.5}}\n"
+    )
+    return config
+
+
+@pytest.mark.parametrize(
+    ("stopped_at", "said"),
+    [
+        (1, "nothing was kept yet (the state is saved every 25 steps), and the same command begins anew"),
+        (25, "nothing was kept yet"),  # it is learnt, and not yet saved
+        (26, "step 25 is kept in OUT, and the same command goes on from there"),
+        (70, "step 50 is kept in OUT, and the same command goes on from there"),
+    ],
+)
+def test_a_training_that_is_stopped_says_what_it_kept_and_goes_on_from_that(tmp_path, monkeypatch, stopped_at, said):
+    from actstore.ingest.learner import Learner
+
+    config, out, learn = tiny_config(tmp_path, 75), tmp_path / "out", Learner.learn
+
+    def stopped(learner, pool):
+        tally = learn(learner, pool)
+        if learner.step == stopped_at:
+            raise KeyboardInterrupt
+        return tally
+
+    whole = tmp_path / "whole"
+    assert run("train", config, whole, "--grade", "1").exit_code == 0
+    monkeypatch.setattr(Learner, "learn", stopped)
+    first = run("train", config, out, "--grade", "1")
+    assert_one_line(first, 1, "actstore: stopped; " + said.replace("OUT", str(out)))
+    begun = []
+    monkeypatch.setattr(Learner, "learn", lambda learner, pool: begun.append(learner.step) or learn(learner, pool))
+    assert run("train", config, out, "--grade", "1").exit_code == 0
+    assert begun[0] == max(0, (stopped_at - 1) // 25 * 25)
+    assert (out / "tiny.safetensors").read_bytes() == (whole / "tiny.safetensors").read_bytes()
+
+
+def test_an_ingest_that_is_stopped_before_its_first_commit_promises_nothing(tmp_path, monkeypatch):
+    from actstore.ingest.pipeline import Ingest
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ingest, "_run_model", stopped)
+    first = run("ingest", tmp_path / "s.act", "--model", "reproduction", "--trees", "8", "--sites", "none")
+    assert_one_line(first, 1, "stopped; nothing was committed yet, and the same command begins anew")
+
+
 def test_ctrl_c_keeps_what_was_committed_and_says_how_to_go_on(tmp_path):
     store = tmp_path / "s.act"
     command = [
@@ -261,7 +354,10 @@ def test_ctrl_c_keeps_what_was_committed_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.splitlines()[-1].startswith("actstore: stopped;")
+    assert re.fullmatch(
+        r"actstore: stopped; \d+ of 20 batches are committed, and the same command goes on from there",
+        errors.splitlines()[-1],
+    )
     assert "Traceback" not in errors
     (row,) = json.loads(run("info", store, "--json").output)
     assert 0 < row["trees"] < row["planned"] == 20_000

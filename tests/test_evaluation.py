@@ -3,8 +3,10 @@
 import json
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from actstore.errors import BadInput
 from actstore.ingest import evaluation, models
@@ -13,6 +15,7 @@ from actstore.ingest.models import ModelConfig
 from actstore.ingest.recipe import Recipe
 from actstore.ingest.tokens import COMMA, encode
 from actstore.ingest.trees import draw
+from actstore.statistics import over_trees
 
 N_NODES, SEED = 6, 11
 
@@ -99,6 +102,43 @@ def test_trees_that_training_saw_are_left_out_and_others_take_their_place(monkey
     assert not np.isin(hashes, seen).any()
     everything = draw("reproduction", SEED, 0, 200 + n_left_out, 4).hashes()
     assert np.isin(everything, seen).sum() == n_left_out
+
+
+def test_every_distribution_is_asked_for_the_models_own_first_and_each_has_its_own_trees(monkeypatch):
+    model, asked = untrained("baseline"), []
+    plant(monkeypatch, model, lambda said: None)
+    grade = evaluation._graded
+    monkeypatch.setattr(evaluation, "_graded", lambda model, trees: asked.append(trees) or grade(model, trees))
+    done = []
+    found = evaluate(model, n_trees=150, seed=SEED, progress=done.append)
+    assert found.distributions == ("baseline", "reproduction", "deep")
+    assert done == [128, 150, 278, 300, 428, 450]
+    overall = found.table.filter(pl.col("depth").is_null(), pl.col("edges").is_null())
+    assert overall["distribution"].to_list() == list(found.distributions)
+    drawn = [draw(name, SEED, 0, 150, N_NODES) for name in found.distributions]
+    assert overall["n_tokens"].to_list() == [trees.depth.sum() for trees in drawn]
+    assert np.concatenate([t.hashes() for t in asked]).tolist() == [x for t in drawn for x in t.hashes().tolist()]
+    assert found.table.filter(pl.col("edges").is_not_null())["distribution"].unique().to_list() == ["baseline"]
+    assert "150 baseline, reproduction, deep trees each of 6 nodes" in found.sentence()
+
+
+def test_the_intervals_are_the_exact_ones_over_trees(monkeypatch):
+    model = untrained("reproduction")
+    trees = draw("reproduction", SEED, 0, 100, N_NODES)
+    at = 3 * N_NODES - 2 + trees.depth.astype(int)
+    wrong = trees.depth >= 4
+
+    def spoil(said):
+        said[wrong, at[wrong]] = COMMA
+
+    plant(monkeypatch, model, spoil)
+    row = evaluate(model, "reproduction", n_trees=100, seed=SEED).table.row(0, named=True)
+    exact = binomtest(int(100 - wrong.sum()), 100).proportion_ci()
+    assert (row["greedy_low"], row["greedy_high"]) == pytest.approx((exact.low, exact.high))
+    weights = trees.depth.astype(float)
+    of_tree = (trees.depth - wrong) / trees.depth
+    assert (row["token_low"], row["token_high"]) == over_trees(of_tree, np.arange(100), weights)
+    assert row["token_low"] < row["token"] < row["token_high"]
 
 
 def test_what_cannot_be_evaluated_is_refused():

@@ -251,8 +251,8 @@ def test_a_model_whose_configuration_is_wrong_hides_no_other_from_the_list(tmp_p
     (tmp_path / "broken.yaml").write_text("n_nodes: [")
     rows = {row["model"]: row for row in json.loads(run("models", "list", "--json").output)}
     assert (rows["broken"]["system"], rows["broken"]["n_layers"]) == (None, None)
-    assert (rows["baseline"]["system"], rows["baseline"]["checkpoints"]) == (
-        "baseline",
+    assert (rows["reproduction"]["system"], rows["reproduction"]["checkpoints"]) == (
+        "reproduction",
         [0, 250, 500, 1000, 2000, 5000],
     )
 

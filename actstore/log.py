@@ -27,6 +27,7 @@ import numpy as np
 import xxhash
 
 from actstore.errors import Busy, Damaged, NoRoom
+from actstore.machine import check_process
 
 FORMAT_VERSION = 3  # 1 had no variants, prompts, generations and hash of its catalog; 2 did not chain its manifests
 CHAINED_FROM = 3  # the format from which on a manifest names the one before it
@@ -373,13 +374,16 @@ class Lease:
 
     root: Path
     descriptor: int
+    process: int = field(default_factory=os.getpid)
 
     def check(self) -> None:
         """Look whether the store is still where it was; what is written elsewhere would belong to no store.
 
         Raises:
             Damaged: it was moved or removed, or another is in its place.
+            BadInput: this process was forked from the one that holds the lease.
         """
+        check_process(self.process)
         try:
             is_same = os.path.samestat(os.stat(self.root / LOCK), os.fstat(self.descriptor))
         except OSError:
@@ -412,9 +416,11 @@ def lease(root: Path, wait: float = 0.0) -> Iterator[Lease]:
             time.sleep(LOOK_AGAIN)
         with suppress(OSError):  # a disk may have no room for who holds it, and the lease holds all the same
             _sign(file.fileno())
-        yield Lease(root, file.fileno())
+        held = Lease(root, file.fileno())
+        yield held
         with suppress(OSError):
-            os.ftruncate(file.fileno(), 0)
+            if os.getpid() == held.process:  # one that was forked leaves the name of the one that still holds it
+                os.ftruncate(file.fileno(), 0)
 
 
 def wait_until_free(root: Path, wait: float) -> None:

@@ -187,3 +187,17 @@ def test_a_shard_is_mapped_without_a_descriptor_until_the_last_array_goes(tmp_pa
     assert not windows.flags.writeable
     del windows
     assert not is_mapped()
+
+
+COMMAND = """
+import resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+from actstore.cli import main
+main(["models", "list"], standalone_mode=False)
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+"""
+
+
+def test_a_command_may_open_as_many_files_as_the_hard_limit_allows():
+    subprocess.run([sys.executable, "-c", COMMAND], check=True, timeout=100, stdout=subprocess.DEVNULL)

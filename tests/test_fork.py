@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,37 @@ def test_forked_processes_hash_in_memory_of_their_own(tmp_path):
         [sys.executable, "-c", HASHES, *paths], capture_output=True, text=True, check=True, timeout=100
     )
     assert done.stdout == "[0, 0]\n"
+
+
+WRITES = """
+import os, sys
+import polars as pl
+from actstore import BadInput
+from actstore.writer import open_writer
+rows = pl.DataFrame({"study": ["s"]})
+code, lock = 0, os.path.join(sys.argv[1], ".lock")
+with open_writer(sys.argv[1]) as writer:
+    if child := os.fork():
+        code = os.waitpid(child, 0)[1]
+        assert f"process {os.getpid()} " in open(lock).read()
+        writer.record(rows)
+    else:
+        try:
+            writer.publish()
+        except BadInput as error:
+            assert "was forked from it" in str(error)
+            code = 7
+        sys.exit(code)
+print("status", os.waitstatus_to_exitcode(code))
+"""
+
+
+def test_a_forked_process_does_not_write_by_the_lease_of_another(path, tmp_path):
+    shutil.copytree(path, tmp_path / "s.act")
+    done = subprocess.run(
+        [sys.executable, "-c", WRITES, tmp_path / "s.act"], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert "status 1" in done.stdout, done.stderr  # leaving the block would publish, and refuses
+    assert "was forked from it" in done.stderr
+    with Store(tmp_path / "s.act") as store:
+        assert store.sql("select count(*) from results").item() == 1

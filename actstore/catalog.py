@@ -23,7 +23,7 @@ import polars as pl
 import xxhash
 
 from actstore import checked
-from actstore.errors import Damaged
+from actstore.errors import Damaged, advised
 from actstore.hashing import hash_of
 from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, log_hash, manifests, say_where
 from actstore.machine import limit_reached
@@ -191,7 +191,7 @@ def noted_hashes(root: Path) -> list[str]:
             raise ValueError("its checksum does not match")
         return [str(of) for of in noted["xxh3_128"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{root / HASHES} cannot be read ({error}); mend it with `actstore repair {root}`") from error
+        raise Damaged(f"{root / HASHES} cannot be read ({error}); mend it with {advised('repair', root)}") from error
 
 
 def _note_hash(root: Path, new: Path) -> None:

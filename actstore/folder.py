@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from actstore import checked
-from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld
+from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld, advised
 from actstore.hashing import hash_of
 from actstore.log import ARRAYS, FORMAT_VERSION, LOG, PARTS
 from actstore.machine import check_process, finalize_here, within_limits
 
 WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # what store.json holds where a development version made it
-MEND = "mend it with `actstore repair"
 
 
 def check_format(root: Path, older: bool = False) -> dict[str, Any]:
@@ -30,6 +29,7 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
         TooOld: an earlier one did.
         Damaged: store.json cannot be read.
     """
+    content = b""
     try:
         with within_limits(f"cannot read {root / 'store.json'}"):
             content = (root / "store.json").read_bytes()
@@ -37,23 +37,20 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
         version = about["format"]
     except (FileNotFoundError, NotADirectoryError):
         what = "is no actstore store (it has no store.json)" if root.exists() else "does not exist"
-        raise NotStored(f"{root} {what}; make one with `actstore ingest {root} --model reproduction`") from None
+        raise NotStored(f"{root} {what}; make one with {advised('ingest', root, '--model', 'reproduction')}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(
-            f"{root / 'store.json'} cannot be read ({error}); {MEND} {root}`, or restore it from a copy"
-        ) from error
+        raise Damaged(f"{root / 'store.json'} cannot be read ({error}); {_mend(root, content)}") from error
     if not isinstance(version, int) or version < 1:
-        raise Damaged(f"{root / 'store.json'} names no format ({version!r}); {MEND} {root}`, or restore it from a copy")
+        raise Damaged(f"{root / 'store.json'} names no format ({version!r}); {_mend(root, content)}")
     if not about.keys() <= WITHOUT_CHECKSUM and not checked.is_whole(content):
         raise Damaged(
-            f"{root / 'store.json'} is not what was written (its checksum does not match); {MEND} {root}`, or restore it from "
-            "a copy"
+            f"{root / 'store.json'} is not what was written (its checksum does not match); {_mend(root, content)}"
         )
     if version < FORMAT_VERSION and not older:
         raise TooOld(
             f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version "
-            f"reads it as it is, and writes format {FORMAT_VERSION} alone: bring it up to date with `actstore repair "
-            f"{root}`, which keeps all that it holds"
+            f"reads it as it is, and writes format {FORMAT_VERSION} alone: bring it up to date with "
+            f"{advised('repair', root)}, which keeps all that it holds"
         )
     if version > FORMAT_VERSION:
         raise TooNew(
@@ -61,6 +58,13 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
             f"{FORMAT_VERSION}: install the version that made it, or a later one"
         )
     return dict(about)
+
+
+def _mend(root: Path, content: bytes) -> str:
+    """What to do about a store.json that is not whole: of what repair cannot mend, a copy alone will do."""
+    if checked.flipped_back(content) is None:
+        return "it cannot be made again: restore it from a copy of the store"
+    return f"mend it with {advised('repair', root)}"
 
 
 def store_around(path: Path) -> Path | None:
@@ -173,7 +177,7 @@ class CheckedFolder(Folder):
             return
         if hash_of(descriptor) != self.committed.get(name):
             raise Damaged(
-                f"{path} is not what was committed (its hash is another): look with `actstore verify {self.path}`, then mend "
-                f"it with `actstore repair {self.path}`"
+                f"{path} is not what was committed (its hash is another): look with "
+                f"{advised('verify', self.path)}, then mend it with {advised('repair', self.path)}"
             )
         self._whole[name] = state

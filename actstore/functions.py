@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actstore import catalog
-from actstore.errors import BadInput, Damaged, NotStored
+from actstore.errors import BadInput, Damaged, NotStored, advised
 from actstore.log import WEIGHTS
 from actstore.machine import limit_reached
 
@@ -258,7 +258,7 @@ def _read_direction(store: Store, name: str) -> np.ndarray:
     if "direction" not in store.sql("from results limit 0").columns:
         raise NotStored(
             f"no probe direction {name!r}: an older version made this store's catalog; bring it up to date with "
-            f"`actstore repair {store.path}`, then record some with `actstore study {store.path} probes`"
+            f"{advised('repair', store.path)}, then record some with {advised('study', store.path, 'probes')}"
         )
     known = "from latest_results where direction is not null"
     found = store.sql(f"select direction {known} and name = $name order by recorded desc limit 1", {"name": name})
@@ -267,7 +267,7 @@ def _read_direction(store: Store, name: str) -> np.ndarray:
     names = store.sql(f"select distinct name {known} order by name")["name"].to_list()
     if not names:
         raise NotStored(
-            f"no probe direction {name!r}: the store has none yet; `actstore study {store.path} probes` records them"
+            f"no probe direction {name!r}: the store has none yet; {advised('study', store.path, 'probes')} records them"
         )
     close = get_close_matches(name, names, n=3) or names[:3]
     raise NotStored(

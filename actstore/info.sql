@@ -9,6 +9,8 @@ with
     ),
     graded as (
         select run, count(*) as n_trees, avg(greedy_right::int) as right from outcomes group by run
+        union all
+        select run, count(distinct tree_id), null from generations group by run  -- continuations, which nothing grades
     ),
     counted as (
         select trees.dataset, count(*) as n_tokens from tokens join trees using (tree_id) group by trees.dataset

@@ -13,7 +13,7 @@ import polars as pl
 
 from actstore import catalog, log
 from actstore.errors import BadInput
-from actstore.folder import store_around
+from actstore.folder import check_format, store_around
 from actstore.output import replacing
 from actstore.writer import open_writer
 
@@ -29,8 +29,10 @@ def wait_until_free(root: Path, wait: float) -> None:
 
     Raises:
         Busy: another process wrote to it all that time.
+        TooOld: it has an earlier format, which is read and not written.
         BadInput: the store cannot be written.
     """
+    check_format(root)
     try:
         log.wait_until_free(root, wait)
     except OSError as error:

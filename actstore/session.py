@@ -21,7 +21,7 @@ import polars as pl
 from duckdb.func import PythonUDFType
 
 from actstore import errors
-from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
+from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
 from actstore.machine import check_process, finalize_here, limit_reached
 
 LOCKED = (
@@ -72,7 +72,7 @@ class Session:
         except (duckdb.Error, OSError) as error:
             self.close()
             raise limit_reached(error, f"cannot open {catalog}") or Damaged(
-                f"{catalog} cannot be opened ({one_line(error)}); rebuild it with `actstore repair {catalog.parent}`"
+                f"{catalog} cannot be opened ({one_line(error)}); rebuild it with {advised('repair', catalog.parent)}"
             ) from error
         if memory is not None:
             self._connection.execute(f"set memory_limit = '{memory}B'")

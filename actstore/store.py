@@ -19,7 +19,7 @@ import polars as pl
 
 from actstore import catalog, outermost, reading
 from actstore.arrays import SiteReader
-from actstore.errors import BadInput, Damaged, NotStored
+from actstore.errors import BadInput, Damaged, NotStored, advised
 from actstore.folder import CheckedFolder, Folder, check_format
 from actstore.functions import Vectors, add_functions
 from actstore.log import FORMAT_VERSION, check_sizes, log_hash, manifests
@@ -75,8 +75,8 @@ class Store:
             committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
             if log_hash(committed) != hash_of_log:
                 raise Damaged(
-                    f"the manifests of {self.path} are not those that its catalog was built from; see `actstore verify "
-                    f"{self.path}`"
+                    f"the manifests of {self.path} are not those that its catalog was built from; see "
+                    f"{advised('verify', self.path)}"
                 )
             check_sizes(self.path, committed)
             hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
@@ -119,8 +119,8 @@ class Store:
             session.close()
             if is_noted is False:
                 raise Damaged(
-                    f"{self.path / catalog.NAME} is not what was put in place (its hash is not noted): look with `actstore "
-                    f"verify {self.path}`, then mend it with `actstore repair {self.path}`"
+                    f"{self.path / catalog.NAME} is not what was put in place (its hash is not noted): look with "
+                    f"{advised('verify', self.path)}, then mend it with {advised('repair', self.path)}"
                 )
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class Store:
             return int(number), str(hash_of_log)
         except (BadInput, ValueError, TypeError) as error:
             raise Damaged(
-                f"{self.path / catalog.NAME} is no catalog of a store ({error}); rebuild it with `actstore repair {self.path}`"
+                f"{self.path / catalog.NAME} is no catalog of a store ({error}); rebuild it with {advised('repair', self.path)}"
             ) from error
 
     def sql(
@@ -209,7 +209,7 @@ class Store:
         if len(runs) == 1:
             return runs[0]
         if not runs:
-            raise NotStored(f"{held} yet; ingest one with `actstore ingest {self.path} --model reproduction`")
+            raise NotStored(f"{held} yet; ingest one with {advised('ingest', self.path, '--model', 'reproduction')}")
         raise BadInput(f"which run? {held}: name one (--run)")
 
     @overload

@@ -18,7 +18,7 @@ import google_crc32c
 import polars as pl
 
 from actstore import catalog, catalog_check, log
-from actstore.errors import Damaged, TooNew
+from actstore.errors import Damaged, TooNew, advised
 from actstore.folder import check_format
 from actstore.hashing import hash_of
 from actstore.log import ARRAYS, File, Manifest, Part, Shard
@@ -257,5 +257,5 @@ def raise_if_damaged(report: Report, path: str | Path) -> None:
         first: Any = report.damage[0]
         raise Damaged(
             f"{path} is damaged: {len(report.damage)} of {report.n_files:,} files, the first {first.path} ({first.what}); "
-            f"mend it with `actstore repair {path}`"
+            f"mend it with {advised('repair', path)}"
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from actstore.errors import BadInput
+from actstore.errors import BadInput, advised
 from actstore.ingest import models
 from actstore.ingest.checkpoints import KEPT
 from actstore.ingest.evaluation import MEASURES, Evaluation, evaluate
@@ -40,7 +40,7 @@ def write_card(
     model = models.load(str(weights), device=device)
     recipe = recipe_of(weights.with_suffix(".yaml"))
     if recipe is None:
-        raise BadInput(f"{weights.with_suffix('.yaml')} names no recipe; grade it with `actstore evaluate`")
+        raise BadInput(f"{weights.with_suffix('.yaml')} names no recipe; grade it with {advised('evaluate', weights)}")
     rows = [json.loads(line) for line in weights.with_suffix(".jsonl").read_text().splitlines()]
     graded = evaluate(model, n_trees=n_trees, recipe=recipe, progress=progress)
     text = "\n".join(card(model.config, recipe, rows, graded, machine(device))) + "\n"

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.queries.last_edge import interval
 from actstore.queries.panels import GREY, panels, points
-from actstore.queries.study import Progress, Study, ingest_more, result_rows
+from actstore.queries.study import Progress, Study, result_rows
 from actstore.statistics import share_over_trees
 
 if TYPE_CHECKING:

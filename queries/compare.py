@@ -18,10 +18,11 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from actstore.advice import ingest_command
 from actstore.errors import BadInput, NotStored
 from actstore.queries import load
 from actstore.queries.panels import GREY, panels, points
-from actstore.queries.study import RUNS, Progress, Study, ingest_command, most_alike, p_shown, result_rows
+from actstore.queries.study import RUNS, Progress, Study, most_alike, p_shown, result_rows
 from actstore.statistics import bootstrap, paired, share_over_trees
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _other(store: Store, run: str, other: str | None) -> str:
     if not found:
         system = store.sql(SYSTEM, {"run": run}).item()
         model = "reproduction" if system == "baseline" else "baseline"
-        command = ingest_command(store, base["dataset"], model, "--model", model)
+        command = ingest_command(store, ("--model", model), base["dataset"], model)
         raise NotStored(f"no other model ran over the trees of {run!r}; {command} adds one")
     return str(found[0]["run"])
 

@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import fisher_exact
 
+from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.queries import load
 from actstore.queries.panels import panels, points
@@ -22,7 +23,6 @@ from actstore.queries.study import (
     Test,
     adjusted,
     adjustment,
-    ingest_more,
     p_shown,
     result_rows,
     shown,

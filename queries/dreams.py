@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.queries.continuations import CONTINUATIONS, Continuations, grade
 from actstore.queries.dreams_report import EXPLANATIONS, LEAST, WALK, draw, sentence, table
-from actstore.queries.study import LEVEL, Progress, Study, Test, adjusted, ingest_more, result_rows, test_rows
+from actstore.queries.study import LEVEL, Progress, Study, Test, adjusted, result_rows, test_rows
 from actstore.statistics import change_over_trees, over_trees, share, sign_flip, total_variation
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ import numpy as np
 import polars as pl
 import xxhash
 
+from actstore.advice import ingest_more
 from actstore.errors import BadInput, NotStored
 from actstore.queries import baselines, load, nearest
 from actstore.queries.probe_fit import (
@@ -38,7 +39,7 @@ from actstore.queries.probe_fit import (
     shuffle_within,
 )
 from actstore.queries.probe_report import LABELS, NODE_LABELS, TOKEN_ROLES, draw, sentence, table
-from actstore.queries.study import Progress, Study, ingest_more, result_rows
+from actstore.queries.study import Progress, Study, result_rows
 from actstore.statistics import N_RESAMPLES, share_over_trees
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -258,24 +257,6 @@ def most_alike(base: Row, among: Iterable[Row]) -> list[Row]:
     order = [row["weights_sha256"] for row in _firsts(others, "weights_sha256")]
     best = _firsts(sorted(others, key=lambda row: -len({*row["held"]} & {*base["held"]})), "weights_sha256")
     return sorted(best, key=lambda row: order.index(row["weights_sha256"]))
-
-
-def ingest_more(store: Store, run: str, name: str, *more: str) -> str:
-    """The command, as a message shows it, that stores more of a run's own model over its own trees.
-
-    Args:
-        name: of the new run; a number is added where it is taken.
-        more: what to store, as `actstore ingest` takes it.
-    """
-    dataset = store.sql("select dataset from runs where run = $run", {"run": run}).item()
-    return ingest_command(store, dataset, name, "--model-of", run, *more)
-
-
-def ingest_command(store: Store, dataset: str, name: str, *more: str) -> str:
-    """The command, as a message shows it, that stores a new run over a stored set of trees; see ingest_more."""
-    taken = store.runs()
-    free = next(one for one in chain([name], (f"{name}-{turn}" for turn in count(2))) if one not in taken)
-    return advised("ingest", store.path, *more[:2], "--dataset", dataset, "--run", free, *more[2:])
 
 
 def tables(answers: Sequence[Study]) -> pl.DataFrame:

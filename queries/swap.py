@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import binomtest
 
+from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.queries.last_edge import interval, within
 from actstore.queries.panels import panels, points
@@ -26,7 +27,6 @@ from actstore.queries.study import (
     Test,
     adjusted,
     adjustment,
-    ingest_more,
     p_shown,
     result_rows,
     shown,

@@ -104,3 +104,11 @@ def test_what_cannot_be_asked_for_is_refused(tmp_path):
     Ingest(tmp_path / "s.act", model, trees, prompt="tree", samples=1).execute()
     with pytest.raises(BadInput, match="samples 1, not 2"):
         Ingest(tmp_path / "s.act", replace(model), trees, prompt="tree", samples=2).execute()
+
+
+def test_a_run_of_continuations_has_as_many_trees_as_it_holds(tmp_path):
+    trees = TreeSet("reproduction", 10, n_nodes=6, name="d")
+    Ingest(tmp_path / "s.act", small_model(), trees, prompt="tree", samples=3).execute()
+    with Store(tmp_path / "s.act") as store:
+        (row,) = store.info().to_dicts()
+    assert (row["trees"], row["planned"], row["greedy_right_percent"]) == (10, 10, None)

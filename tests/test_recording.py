@@ -22,8 +22,8 @@ from actstore.store import Store
 from actstore.writer import open_writer
 from tests.answering import Answering, noise
 from tests.stores import files
+from tests.test_advice import advised_commands
 from tests.test_pipeline import small_model
-from tests.test_shell import advised_commands
 
 HOLD = """
 import sys

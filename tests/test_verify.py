@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from actstore import catalog, catalog_check, log
+from actstore import catalog, log
 from actstore.ingest.pipeline import Ingest
 from actstore.verify import verify
 from tests.damaged import TREES, committed, damage, flip, shorten
@@ -110,7 +110,7 @@ def test_damage_of_the_catalog_is_not_carried_on_into_the_next_one(store):
 
 
 def test_a_catalog_that_a_writer_replaces_meanwhile_is_no_damage(store, monkeypatch):
-    hash_of, times = catalog_check.hash_of, []
+    hash_of, times = catalog.hash_of, []
 
     def slowly(descriptor):
         found = hash_of(descriptor)
@@ -120,6 +120,6 @@ def test_a_catalog_that_a_writer_replaces_meanwhile_is_no_damage(store, monkeypa
         times.append(found)
         return found
 
-    monkeypatch.setattr(catalog_check, "hash_of", slowly)
+    monkeypatch.setattr(catalog, "hash_of", slowly)
     assert verify(store).findings == []
     assert len(times) == 2

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from actstore.advice import ingest_more
-from actstore.errors import NotStored
+from actstore.errors import BadInput, NotStored
 from actstore.queries.last_edge import interval
 from actstore.queries.panels import GREY, panels, points
 from actstore.queries.study import Progress, Study, result_rows
@@ -40,6 +40,7 @@ select token_id, tree_id, (token_id - tree_id::bigint * 256)::utinyint, 'path', 
 from answer_tokens join edges using (tree_id, step) semi join held using (tree_id)
 order by token_id
 """
+N_NODES = "select n_nodes from runs join datasets using (dataset) where run = $run"
 HOLDERS = """
 select run from runs semi join (from sites where kind = 'pattern') as patterns using (run)
 where (weights_sha256, dataset) = (select (weights_sha256, dataset) from runs where run = $run)
@@ -66,8 +67,13 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
 
     Raises:
         NotStored: there is no pattern; says which ingest command adds them.
+        BadInput: the trees have one edge.
     """
     holder = pattern_run(store, run)
+    if store.sql(N_NODES, {"run": run}).item() == 2:
+        raise BadInput(
+            f"run {run!r} is over trees of 2 nodes, whose one edge has no other to be held against; ingest larger ones (--nodes)"
+        )
     sites, params = pattern_sites(store, holder), {"run": holder}
     rows: list[dict[str, Any]] = []
     for done, site in enumerate(sites, start=1):

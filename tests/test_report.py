@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -152,3 +153,21 @@ def test_any_run_that_is_named_is_asked(path, tmp_path):
         made = report(store, tmp_path / "out", runs=["small-dreams"])
     assert {answer.question.run for answer in made.answers} == {"small-dreams"}
     assert made.faults == []
+
+
+@pytest.mark.parametrize("n_nodes", [2, 3])
+@pytest.mark.parametrize("n_trees", [1, 30])
+def test_the_smallest_trees_and_sets_lack_something_and_nothing_fails(tmp_path, n_nodes, n_trees):
+    trees = TreeSet("reproduction", n_trees, n_nodes=n_nodes, name="d")
+    changed = [
+        replace(trees, name=f"d-{change}", variant_of="d", change=change) for change in ("swap_last", "swap_inner")
+    ]
+    for model in (small_model(), small_model(seed=2, name="other")):
+        Ingest(tmp_path / "s.act", model, trees, sites=["resid_post", "pattern"]).execute()
+        for varied in changed:
+            Ingest(tmp_path / "s.act", model, varied, sites=[]).execute()
+        Ingest(tmp_path / "s.act", model, trees, prompt="tree").execute()
+    with Store(tmp_path / "s.act") as store:
+        made = report(store, tmp_path / "out")
+    assert made.faults == []
+    assert len(made.answers) == 6 * 2 + 1

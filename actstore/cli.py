@@ -217,7 +217,8 @@ def ingest(store: Path, **options: Any) -> None:
     click.echo(job.announcement())
     with progress(f"ingest {job.plan.run}", job.trees.n_trees, "trees") as advance:
         job.execute(advance)
-    click.echo(f"{store}: run {job.plan.run} holds {job.trees.n_trees:,} trees; look with `actstore info {store}`")
+    look = advised("info", store)
+    click.echo(printable(f"{store}: run {job.plan.run} holds {job.trees.n_trees:,} trees; look with {look}"))
 
 
 @main.command()

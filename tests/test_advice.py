@@ -204,7 +204,8 @@ CASES = [
 ]
 ELSEWHERE = {
     "actstore/cli.py:kept",  # test_recording.py
-    "actstore/store.py:_open",  # below, as the rest
+    "actstore/cli.py:ingest",  # below, as the rest
+    "actstore/store.py:_open",
     "ingest/card.py:write_card",
 }
 MENTIONED = re.compile(r"`actstore (models list|models add( NAME FILE)?|read)`")  # named, not spelled out
@@ -261,6 +262,12 @@ def test_a_model_without_a_recipe_is_graded_by_the_command_that_is_advised(tmp_p
     (command,) = advised_commands(str(refused.value))
     done = run(*command, "--trees", "20")
     assert done.exit_code == 0, done.output
+
+
+def test_what_was_ingested_is_looked_at_by_the_command_that_is_named(store):
+    done = run("ingest", store, "--model-of", "r", "--dataset", "d", "--run", "again", "--sites", "none")
+    (command,) = advised_commands(done.stdout)
+    assert "again" in run(*command).stdout
 
 
 def test_a_variant_of_no_stored_set_says_which_sets_there_are(store):

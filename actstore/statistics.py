@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import beta
 
 Z_95 = 1.959964  # of the normal distribution, two-sided
 ENDS = (0.025, 0.975)  # quantiles, two-sided
@@ -33,8 +32,8 @@ def share(n_right: int, n: int) -> Interval:
     Where all of n are right its lower end is 0.025^(1/n), about 1 - 3.7/n. Of nothing (n = 0) it is 0 to 1.
     https://doi.org/10.1093/biomet/26.4.404
     """
-    low = float(beta.ppf(ENDS[0], n_right, n - n_right + 1)) if n_right else 0.0
-    high = float(beta.ppf(ENDS[1], n_right + 1, n - n_right)) if n_right < n else 1.0
+    low = _beta_quantile(ENDS[0], n_right, n - n_right + 1) if n_right else 0.0
+    high = _beta_quantile(ENDS[1], n_right + 1, n - n_right) if n_right < n else 1.0
     return low, high
 
 
@@ -101,7 +100,15 @@ def _end(value: np.ndarray, weight: np.ndarray, end: int) -> float:
     if not variance > 0:  # all of them lie at that end
         return float(end)
     size = mean * (1 - mean) / variance
-    return float(beta.ppf(ENDS[end], size * mean, size * (1 - mean)))
+    return _beta_quantile(ENDS[end], size * mean, size * (1 - mean))
+
+
+def _beta_quantile(quantile: float, a: float, b: float) -> float:
+    from scipy.special import (
+        betaincinv,  # a third of what scipy.stats takes to import, and that only where it is needed
+    )
+
+    return float(betaincinv(a, b, quantile))
 
 
 def change_over_trees(changes: np.ndarray, trees: np.ndarray, most: float = 1.0) -> Interval:

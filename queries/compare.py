@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from scipy.stats import binomtest
-from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from actstore.advice import ingest_command
 from actstore.errors import BadInput, NotStored
@@ -141,6 +138,8 @@ def _read(store: Store, run: str, other: str, site: str, query: str, params: dic
 
 def _failures(both: pl.DataFrame, other: str) -> list[dict[str, Any]]:
     """Who fails where: the four outcomes, and McNemar's exact test, over all trees and by depth."""
+    from scipy.stats import binomtest
+
     rows: list[dict[str, Any]] = []
     for depth in (None, *sorted(both["depth"].unique().to_list())):
         some = both if depth is None else both.filter(depth=depth)
@@ -159,6 +158,9 @@ def _failures(both: pl.DataFrame, other: str) -> list[dict[str, Any]]:
 
 def _transfer(pair: Pair, site: str, seed: int) -> list[dict[str, Any]]:
     """Probes for an edge's source, fitted on one model and scored on the other, both ways."""
+    from sklearn.linear_model import LinearRegression, LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     train = (pair.tokens["split"] == "train").to_numpy()
     y, trees = pair.tokens["source"].to_numpy(), pair.tokens["tree_id"].to_numpy()[~train]
     rows = []

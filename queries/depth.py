@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from scipy.stats import fisher_exact
 
 from actstore.advice import ingest_more
 from actstore.errors import NotStored
@@ -90,6 +89,8 @@ def outcomes(store: Store, query: str, run: str) -> pl.DataFrame:
 
 def against_the_others(trees: pl.DataFrame) -> tuple[Test, ...]:
     """Whether the paths of each depth are found as often as those of all others together; none where there is one depth."""
+    from scipy.stats import fisher_exact
+
     right, depth = trees["greedy"].to_numpy(), trees["depth"].to_numpy()
     tests = []
     for one in np.unique(depth).tolist():

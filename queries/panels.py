@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
 MARKERS = "osD^v"
@@ -16,6 +19,8 @@ GREY = "0.45"
 
 def panels(n: int, width: float = 5.2, height: float = 4.0) -> tuple[Figure, list[Axes]]:
     """A figure of n panels side by side."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width * n, height), layout="constrained")
     axes = list(figure.subplots(1, n, squeeze=False)[0])
     for axis in axes:

@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 C = 1.0  # weight of the data against the L2 penalty, scikit-learn's default
 TOL = 1e-4  # largest gradient of a converged fit, scikit-learn's default
@@ -63,6 +64,8 @@ class Whitening:
 
         Rows that are all the same (a separator's embedding) have one coordinate, which is 0.
         """
+        from sklearn.decomposition import PCA
+
         mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
         centred = X - mean
         if np.abs(centred).max(initial=0) <= ROUNDING * np.abs(X).max(initial=0):
@@ -86,6 +89,8 @@ def fit(X: np.ndarray, y: np.ndarray, train: np.ndarray, max_iter: int = MAX_ITE
         train: bool [n]; the rows of one tree must all be on one side.
         max_iter: iterations of lbfgs.
     """
+    from sklearn.linear_model import LogisticRegression
+
     if (y[train] == y[train][0]).all():  # scikit-learn refuses a single class
         return Fit(y[~train] == y[train][0], 0, True, np.zeros((1, X.shape[1]), np.float32), np.zeros(1, np.float32))
     probe = LogisticRegression(C=C, tol=TOL, max_iter=max_iter).fit(X[train], y[train])
@@ -100,6 +105,8 @@ def fit(X: np.ndarray, y: np.ndarray, train: np.ndarray, max_iter: int = MAX_ITE
 
 def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, max_iter: int = MAX_ITER) -> list[Fit]:
     """One fit for each (X, y), in their order, as many at a time as there are cores."""
+    from sklearn.exceptions import ConvergenceWarning  # here: a limit of threads is of the libraries loaded by then
+
     with (
         warnings.catch_warnings(),
         threadpool_limits(1),

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from sklearn.model_selection import train_test_split
 
 from actstore.queries.probe_fit import MAX_ITER, Whitening, fit_all
 from actstore.statistics import share_over_trees
@@ -39,6 +38,8 @@ def notebook_rows(
         seed: of split, start and order.
         max_iter: of our fit.
     """
+    from sklearn.model_selection import train_test_split
+
     kept = ~tokens["is_last"].to_numpy()
     X, tokens = X[kept], tokens.filter(kept)
     trees = tokens["tree_id"].to_numpy()

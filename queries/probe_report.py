@@ -6,17 +6,17 @@ All three are made from rows of the table `results` alone, so a study that was r
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy.stats import norm
 
 from actstore.queries.panels import COLOURS, GREY, MARKERS
 from actstore.statistics import Z_95
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LABELS = {  # what may be asked for: name, in words
     "source": "source",
@@ -219,6 +219,8 @@ def sentence(results: pl.DataFrame, n_test_trees: int) -> str:
 
 def nothing_read(results: pl.DataFrame) -> bool:
     """No probe is above its shuffled labels, at the 5 % level for all of them together (Bonferroni)."""
+    from scipy.stats import norm
+
     found = results.filter(metric="above_shuffled")
     error = (found["high"] - found["low"]).to_numpy() / (2 * Z_95)
     return bool((found["value"].to_numpy() <= norm.isf(0.025 / len(found)) * error).all())
@@ -295,6 +297,8 @@ def draw(results: pl.DataFrame) -> Figure:
     Args:
         results: columns as in the table `results`; sites in the order of the forward pass.
     """
+    from matplotlib.figure import Figure
+
     if len(by_place(results)):
         return _draw_places(by_place(results))
     accuracy = results.filter(metric="accuracy")
@@ -379,6 +383,9 @@ def _params(results: pl.DataFrame) -> dict[str, Any]:
 
 def _draw_places(places: pl.DataFrame) -> Figure:
     """One panel a kind of token and label: accuracy over the place in the list, a line a site, the highest baseline beside."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     panels = _in_order(places, "token_role", "asked")
     figure = Figure(figsize=(6 * min(len(panels), 3), 4.2 * -(-len(panels) // 3)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3), squeeze=False, sharey=True).ravel()

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from scipy.stats import binomtest
 
 from actstore.advice import ingest_more
 from actstore.errors import NotStored
@@ -174,6 +173,8 @@ def through_less_not(pairs: pl.DataFrame) -> pl.DataFrame:
 
 def _tally(pairs: pl.DataFrame) -> list[dict[str, Any]]:
     """Trees that are right one way only, and the exact test (McNemar's) that it is as often one as the other."""
+    from scipy.stats import binomtest
+
     if not len(pairs):
         return []
     lost = int((pairs["right_before"] & ~pairs["right_after"]).sum())

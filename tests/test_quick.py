@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "transformer_lens")
+from actstore.queries.study import STUDIES
+
+HEAVY = ("torch", "transformers", "transformer_lens", "sklearn", "scipy", "matplotlib")
 RUN = """
 import json, sys
 from click.testing import CliRunner
@@ -79,7 +82,7 @@ MISTAKES = [
     ["models", "add", "a/b", "missing.pt"],
     ["study", "STORE", "probs"],
     ["study", "STORE", "depth", "--run", "reproductoin"],
-    ["study", "STORE", "depth", "-o", "rum", "1"],
+    *(["study", "STORE", study, "-o", "rum", "1"] for study in STUDIES),
     ["read", "STORE", "select token_id from tokens", "--site", "resid_pots"],
     ["query", "STORE", "acuracy_by_depth"],
     ["attention", "STORE", "1", "--run", "reproductoin", "--out", "x.png"],
@@ -90,7 +93,7 @@ MISTAKES = [
 ]
 
 
-def test_a_mistake_is_told_before_torch_is_imported(demo_path, tmp_path):
+def test_a_mistake_is_told_before_anything_heavy_is_imported(demo_path, tmp_path):
     (tmp_path / "file").write_text("no store")
     places = {"STORE": demo_path, "OUT": tmp_path / "out", "FILE": tmp_path / "file", "FILE/out": tmp_path / "file/out"}
     places["MISSING"] = tmp_path / "missing.act"
@@ -101,6 +104,30 @@ def test_a_mistake_is_told_before_torch_is_imported(demo_path, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--csv", "--json"])
-def test_listing_models_imports_neither_torch_nor_transformers(flag):
+def test_listing_models_imports_nothing_heavy(flag):
     ((_, ended, _, imported),) = ran(["models", "list", flag])
     assert (ended, imported) == ("NoneType", [])
+
+
+THREADS = """
+import sys
+import numpy as np
+from threadpoolctl import threadpool_info
+from actstore.queries import probe_fit
+
+assert "sklearn" not in sys.modules
+probe_fit.fit = lambda *_: threadpool_info()
+(limited,) = probe_fit.fit_all([(np.ones((2, 2)), np.ones(2))], np.ones(2, bool))
+import sklearn.linear_model
+blas = lambda libraries: [library for library in libraries if library["user_api"] == "blas"]
+assert {library["filepath"] for library in blas(limited)} == {library["filepath"] for library in blas(threadpool_info())}
+assert {library["num_threads"] for library in blas(limited)} == {1}
+"""
+
+
+def test_a_fit_runs_on_one_thread_of_blas_where_it_is_the_first_to_load_it():
+    subprocess.run(
+        [sys.executable, "-c", THREADS],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"},
+    )

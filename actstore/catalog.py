@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -25,11 +25,22 @@ import xxhash
 from actstore import checked
 from actstore.errors import Damaged, advised
 from actstore.hashing import hash_of
-from actstore.log import DISK_FULL, FORMAT_VERSION, Manifest, NoRoom, fsync_folder, log_hash, manifests, say_where
+from actstore.log import (
+    DISK_FULL,
+    FORMAT_VERSION,
+    Manifest,
+    NoRoom,
+    discard,
+    fsync_folder,
+    log_hash,
+    manifests,
+    say_where,
+)
 from actstore.machine import limit_reached
 
 NAME = "catalog.duckdb"
 HASHES = "catalog.json"  # what its bytes hash to
+REPLAYED = (".wal", ".wal.checkpoint", ".wal.recovery")  # what DuckDB adds to a database that it opens, if only to read
 STORAGE_VERSION = "v1.2.0"  # what DuckDB 1.2 and later clients can open
 COLUMN = re.compile(r"^    (\w+) [^-]*, -- (.+)$")
 TABLE = re.compile(r"^create table (\w+)")
@@ -93,14 +104,62 @@ def tables() -> dict[str, dict[str, pl.DataType]]:
 
 def snapshot(root: Path) -> int:
     """How many commits the catalog that is there holds; 0 where there is none that can be read."""
-    with duckdb.connect() as connection:
-        try:
-            connection.execute(f"attach {quoted(root / NAME)} as there (read_only)")
+    try:
+        with attached(root) as connection:
             return int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
-        except (duckdb.Error, IndexError, TypeError) as error:
-            if reached := limit_reached(error, f"cannot open {root / NAME}"):
-                raise reached from error
-            return 0
+    except (
+        duckdb.Error,
+        FileNotFoundError,
+        IsADirectoryError,
+        shutil.SpecialFileError,
+        IndexError,
+        TypeError,
+    ) as error:
+        if reached := limit_reached(error, f"cannot open {root / NAME}"):
+            raise reached from error
+        return 0
+
+
+@contextmanager
+def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The catalog's own file as the database `there`, to be read, without what a log beside it would add."""
+    with ExitStack() as stack:
+        path = root / NAME
+        if replayed(root):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="actstore-catalog-"))
+            path = Path(shutil.copyfile(path, Path(folder) / NAME))
+        connection = stack.enter_context(duckdb.connect())
+        connection.execute(f"attach {quoted(path)} as there (read_only)")
+        yield connection
+
+
+def replayed(root: Path) -> list[Path]:
+    """What lies beside the catalog and is no part of the store, though DuckDB would read it with the catalog.
+
+    A client that opened the catalog to write, and died, leaves its write-ahead log there. DuckDB looks for one beside the
+    file that a link leads to.
+    """
+    paths = dict.fromkeys((str(root / NAME), os.path.realpath(root / NAME)))
+    return [Path(path + ending) for path in paths for ending in REPLAYED if os.path.lexists(path + ending)]
+
+
+def refuse_replayed(root: Path) -> None:
+    """Look whether a read of the catalog would be of the catalog alone.
+
+    Raises:
+        Damaged: something lies beside it that DuckDB would add to it.
+    """
+    if found := replayed(root):
+        raise Damaged(
+            f"{found[0]} was left by a program that wrote to the catalog, and is no part of the store: each read would take "
+            f"its changes for committed; remove it with `actstore repair {root}`"
+        )
+
+
+def discard_beside(path: Path) -> None:
+    """Remove what DuckDB may have left beside a database: logs, and the folder it spills to."""
+    for ending in (*REPLAYED, ".tmp"):
+        discard(path.with_name(path.name + ending))
 
 
 def publish(root: Path, *, from_nothing: bool = False) -> int:
@@ -120,6 +179,8 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
     temporary = root / f".{NAME}.{os.getpid()}.tmp"
     try:
         with _building(root):
+            discard_beside(temporary)  # of a process that had the same id
+            discard_beside(root / NAME)
             held = 0 if from_nothing else _copy_of_last(root, temporary)
             new = manifests(root, after=held, least=held)
             if new or not held:
@@ -130,7 +191,8 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
                 _replace(temporary, root / NAME)
             return held + len(new)
     finally:
-        for left in (temporary, temporary.with_name(temporary.name + ".wal"), _note_under_way(root)):
+        discard_beside(temporary)
+        for left in (temporary, _note_under_way(root)):
             left.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from actstore import catalog, log
 from actstore.errors import Damaged
 from actstore.log import Manifest
 
+MISSING = "is missing"
 TABLES = "select table_name from duckdb_tables() where database_name = 'there'"
 
 
@@ -23,8 +25,8 @@ def wrong_with(root: Path, manifests: list[Manifest] | None, is_older: bool) -> 
         manifests: all of them, where they and their parts are whole; else rows are not compared.
         is_older: an earlier version made the store, which noted no hash.
     """
-    if not (root / catalog.NAME).exists():
-        yield catalog.NAME, "is missing"
+    yield from (outside := list(lacking_or_added(root)))
+    if (catalog.NAME, MISSING) in outside:
         return
     try:
         is_noted = _is_noted(root)
@@ -42,6 +44,15 @@ def wrong_with(root: Path, manifests: list[Manifest] | None, is_older: bool) -> 
         yield from ((catalog.NAME, what) for what in _rows_that_differ(root, manifests))
 
 
+def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) as far as names tell: the catalog is missing, or DuckDB would add a file to it."""
+    for left in catalog.replayed(root):
+        where = left.name if os.path.samefile(left.parent, root) else catalog.NAME
+        yield where, f"{left} is no part of the store, and each read would take its changes for committed"
+    if not (root / catalog.NAME).exists():
+        yield catalog.NAME, MISSING
+
+
 def _is_noted(root: Path) -> bool:
     """Whether the catalog has a hash that was noted; one that a writer puts in its place meanwhile is looked at, too."""
     while True:
@@ -52,9 +63,11 @@ def _is_noted(root: Path) -> bool:
 
 def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
     """Compare every row of every table with those of the parts, of as many commits as the catalog holds."""
-    with tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder, duckdb.connect() as connection:
+    with (
+        tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder,
+        catalog.attached(root) as connection,  # and keep that one
+    ):
         connection.execute(f"set temp_directory = {catalog.quoted(folder)}")  # else it would be where one happens to be
-        connection.execute(f"attach {catalog.quoted(root / catalog.NAME)} as there (read_only)")  # and keep that one
         held = int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]

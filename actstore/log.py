@@ -469,7 +469,7 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     named |= {manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
     removed = []
     for path in root.glob(".catalog.*.tmp*"):  # one that was never put in place
-        path.unlink()
+        discard(path)
     for folder in (LOG, PARTS, ARRAYS, WEIGHTS):
         for path in sorted((root / folder).rglob("*"), reverse=True):  # what a folder holds before the folder
             relative = path.relative_to(root).as_posix()
@@ -480,6 +480,14 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
                 path.unlink()
                 removed.append(relative)
     return sorted(removed)
+
+
+def discard(path: Path) -> None:
+    """Remove what stands under a name, if anything: a file, a link, or a folder and all that it holds."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def check_room(root: Path, wanted: int, what: str) -> int:

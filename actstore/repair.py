@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import duckdb
 import polars as pl
 import xxhash
 
@@ -74,13 +73,15 @@ def repair(
                 f"{root / broken[0].path}: {broken[0].what}; it cannot be made again: restore it from a copy of the store"
             )
         log.sweep(root, manifests)  # what an interrupted repair left
+        catalog.discard_beside(root / catalog.NAME)
         of_catalog = [finding.path for finding in report.damage if finding.kind == "catalog"]
+        is_whole = all(path.startswith(f"{catalog.NAME}.") for path in of_catalog)  # but for what was beside it
         damaged = {finding.path: finding for finding in report.damage}
         left: list[Finding] = []
         for manifest in manifests:
             of_this = [damaged[file.path] for file in manifest.files if file.path in damaged]
             if of_this:
-                done, not_done = _mend(root, manifests, manifest, of_this, damaged.keys(), not of_catalog, recompute)
+                done, not_done = _mend(root, manifests, manifest, of_this, damaged.keys(), is_whole, recompute)
                 damaged = {path: finding for path, finding in damaged.items() if path not in done}
                 mended, left = mended + done, left + not_done
         mended += _zarr_group(root)
@@ -177,8 +178,7 @@ def _is(content: bytes, file: File) -> bool:
 
 def _from_catalog(root: Path, manifest: Manifest, part: Part) -> bytes:
     """A part's bytes out of the rows that the catalog holds of it."""
-    with duckdb.connect() as connection:
-        connection.execute(f"attach {catalog.quoted(root / catalog.NAME)} as there (read_only)")
+    with catalog.attached(root) as connection:
         where, values = _rows_of(manifest, part)
         rows = connection.sql(f"from there.{part.table} {where}", params=values).pl()
     rows = rows.drop(catalog.DERIVED.get(part.table, ""), strict=False)

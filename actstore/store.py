@@ -69,8 +69,10 @@ class Store:
         self.about = check_format(self.path, older=True)
         hashes: dict[str, str] = {}
         self.folder: Folder = CheckedFolder(self.path, hashes) if self.check else Folder(self.path)
+        catalog.refuse_replayed(self.path)
         self._session = self._open_session()
         try:
+            catalog.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
             self.snapshot, hash_of_log = self._snapshot()
             committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
             if log_hash(committed) != hash_of_log:

@@ -110,7 +110,7 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
 def _catalog(root: Path, manifests: list[Manifest] | None, is_older: bool, quick: bool) -> list[Finding]:
     if not quick:
         return [Finding(path, "catalog", what) for path, what in catalog_check.wrong_with(root, manifests, is_older)]
-    return [] if (root / catalog.NAME).exists() else [Finding(catalog.NAME, "catalog", "is missing")]
+    return [Finding(path, "catalog", what) for path, what in catalog_check.lacking_or_added(root)]
 
 
 def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:

@@ -225,6 +225,7 @@ class Writer:
         self._log = log.manifests(root, least=catalog.snapshot(root))  # before anything is swept: is the log whole?
         log.check_sizes(root, self._log)
         log.sweep(root, self._log)
+        catalog.discard_beside(root / catalog.NAME)
         self._files = {file.path: file for manifest in self._log for file in manifest.files}
 
     def table(self, name: str) -> pl.DataFrame:

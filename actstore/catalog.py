@@ -152,7 +152,7 @@ def refuse_replayed(root: Path) -> None:
     if found := replayed(root):
         raise Damaged(
             f"{found[0]} was left by a program that wrote to the catalog, and is no part of the store: each read would take "
-            f"its changes for committed; remove it with `actstore repair {root}`"
+            f"its changes for committed; remove it with {advised('repair', root)}"
         )
 
 

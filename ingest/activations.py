@@ -74,8 +74,10 @@ def site_specs(names: Sequence[str] | None, config: ModelConfig) -> list[SiteSpe
 
 def _what_exists(config: ModelConfig) -> str:
     families = ", ".join(FAMILIES)
-    last = config.n_layers - 1
-    return f"there are embed, and {families} of every layer or of one, resid_post.0 to resid_post.{last} (--sites)"
+    there = (
+        f"there are embed, and {families} of all or of one, resid_post.0 to resid_post.{config.n_layers - 1} (--sites)"
+    )
+    return f"of {config.n_layers} layers {there}"
 
 
 def forward(

@@ -292,7 +292,7 @@ def _of_tokens(
 
 def _where(store: Store, run: str, lacking: list[str]) -> str:
     """What to do for sites that a run lacks, or for any where none is named; nothing where its model has no such site."""
-    n_layers = store.sql(LAYERS, {"run": run}).item()
+    n_layers = store.sql(LAYERS, {"run": run}).item() or 0
     possible = {"embed", *(f"resid_{place}.{layer}" for place in ("pre", "mid", "post") for layer in range(n_layers))}
     if not possible.issuperset(lacking):
         return ""

@@ -103,6 +103,10 @@ def text(name: str, content: str):
     return spoil
 
 
+def a_log_beside_the_catalog(store: Path) -> None:
+    (store / f"{catalog.NAME}.wal").write_bytes(b"left")
+
+
 def empty(store: Path) -> None:
     shutil.rmtree(store)
     create(store)
@@ -187,6 +191,7 @@ CASES = [
         more=("--trees", "20", "--sites", "embed"),
     ),
     Case("actstore/functions.py:_read_direction", DIRECTION, sites),
+    Case("actstore/catalog.py:refuse_replayed", ["sql", "STORE", "select 1"], a_log_beside_the_catalog),
     Case("actstore/folder.py:check_format", ["sql", "STORE", "select 1"], shutil.rmtree, more=FEW),
     Case("actstore/folder.py:check_format", ["study", "STORE", "depth"], of_format_2),
     Case("actstore/folder.py:_mend", ["info", "STORE"], flipped("store.json")),

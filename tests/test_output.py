@@ -249,10 +249,10 @@ def test_ctrl_c_in_what_commits_as_it_goes_says_how_to_go_on(tmp_path, monkeypat
     def stopped(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("actstore.ingest.pipeline.prepare", stopped)
-    result = run("ingest", tmp_path / "s.act", "--model", "reproduction")
-    assert result.exit_code == 1
-    assert "what was committed is kept, and the same command goes on from there" in result.stderr
+    monkeypatch.setattr("actstore.ingest.pipeline.Ingest.execute", stopped)
+    result = run("ingest", tmp_path / "s.act", "--model", "reproduction", "--trees", "10")
+    said = "actstore: stopped; nothing was committed yet, and the same command begins anew\n"
+    assert (result.exit_code, result.stderr) == (1, said)
 
 
 def test_a_parameter_is_text_which_a_cast_makes_a_number(root):

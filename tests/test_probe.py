@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -13,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from actstore import queries
 from actstore.errors import BadInput, NotStored
+from actstore.ingest.tokens import n_positions
 from actstore.ingest.trees import draw
 from actstore.queries import probe, probe_fit, probe_report, study
 from actstore.store import Store
@@ -343,12 +343,11 @@ def test_unknown_sites_and_roles_are_refused_with_what_there_is(store):
         study.run(store, "probes", token_role="edge_targt")
 
 
-def test_a_run_without_residual_sites_is_refused():
-    only_patterns = SimpleNamespace(
-        sql=lambda *_: pl.DataFrame({"short": []}), sites=lambda _: ["pattern.0"], path="s.act"
-    )
-    with pytest.raises(NotStored, match=r"no residual site to probe; it holds pattern.0"):
-        probe._sites(only_patterns, "r", None)
+def test_a_run_without_residual_sites_is_refused(tmp_path):
+    patterns = {"pattern.0": np.zeros((len(TREES), 1, n_positions(N_NODES), n_positions(N_NODES)), np.float32)}
+    path = plant(tmp_path / "patterns.act", TREES, patterns)
+    with Store(path) as opened, pytest.raises(NotStored, match=r"no residual site to probe; it holds pattern.0"):
+        study.run(opened, "probes", labels="source")
 
 
 # Other tokens, other labels, other protocols.

@@ -173,9 +173,10 @@ def test_rows_fill_the_table_of_the_schema_and_come_back_unchanged(table: str) -
         con.register("rows", rows)
         con.execute(f"insert into {table} by name select * from rows")
         stored = con.sql(f"select * from {table}").pl()
-    words = {name: kind for name, kind in rows.schema.items() if isinstance(kind, pl.Enum)}  # DuckDB hands out others
-    assert stored.cast(words).schema == rows.schema
-    assert stored.cast(words).equals(rows)
+    small = {kind for kind in stored.schema.dtypes() if kind.is_unsigned_integer()} - {pl.UInt64()}  # but a tree's hash
+    assert not small, "depth - 2 must not overflow"
+    assert set(stored.columns) - set(rows.columns) == ({"dataset"} if table == "tokens" else set())  # the catalog's own
+    assert stored.select(rows.columns).cast(rows.schema).equals(rows)
 
 
 # Words that are no tree.

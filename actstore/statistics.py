@@ -302,6 +302,20 @@ def _alike(trees: np.ndarray, stratum: np.ndarray) -> list[np.ndarray]:
     return groups
 
 
+def n_as_far(values: Sequence[float], which: int, rounding: float = 0.0) -> int:
+    """How many of n values lie as far from the median of all as one of them, itself counted.
+
+    Over n it is a p, two-sided, where any of the values could as well have been that one; no less than 1 / n.
+
+    Args:
+        values: n of them.
+        which: place of the one.
+        rounding: what distances are equal within.
+    """
+    distances = np.abs(np.asarray(values, np.float64) - np.median(values))
+    return int((distances >= distances[which] - rounding).sum())
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Each p adjusted for all of them, as Holm does: one below 5 % is so in less than 5 % of studies where nothing is.
 

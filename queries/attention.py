@@ -5,10 +5,15 @@ much attention falls on its own source, on itself, on edges before; at its separ
 how much falls on the edge it closes; at the root and the path's tokens: how much falls on the edge that must be taken
 next. Chance is even attention, one part in as many as there are tokens up to there. The edge listed last is compared
 with the one before it on the same trees, since a token late in the list has more to look at.
+
+Neighbours in the list differ wherever they stand, and with many trees each difference has an interval that leaves 0 out. So
+the last pair is held against all pairs of neighbours: its p is the share of them that lie as far from their median (of n
+pairs 1 / n at least), adjusted for all sites and heads (Holm).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +23,8 @@ from actstore.advice import ingest_more
 from actstore.errors import BadInput, NotStored
 from actstore.queries.last_edge import interval
 from actstore.queries.panels import GREY, panels, points
-from actstore.queries.study import Progress, Study, result_rows
-from actstore.statistics import share_over_trees
+from actstore.queries.study import Progress, Study, Test, adjusted, adjustment, p_shown, result_rows, test_rows
+from actstore.statistics import n_as_far, share_over_trees
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +59,11 @@ LOOKS = {  # kind of token → what its attention is summed over
 }
 ROUNDING = 1e-6  # of weights stored in float32
 FIRST = {role: looks[0] for role, looks in LOOKS.items()}  # what the study is about
+LAST = "last less the one before"
+CLOSES = {
+    "edge_target": ("edge_target",),
+    "bar": ("separator", "bar"),
+}  # of each edge in the list one token, by the last one's role
 
 
 def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
@@ -76,13 +86,19 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
         )
     sites, params = pattern_sites(store, holder), {"run": holder}
     rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
     for done, site in enumerate(sites, start=1):
         patterns, tokens = store.read(TOKENS, run=holder, site=site, params=params)
         for head in range(patterns.shape[1]):
-            rows += _of_head(patterns[:, head], tokens, {"site": site, "head": head}, seed)
+            name = f"{site} head {head}" if head else site
+            rows += _of_head(patterns[:, head], tokens, {"site": name}, seed)
+            of_pairs, its = _neighbours(patterns[:, head], tokens, name, seed)
+            rows += of_pairs
+            tests += its
         progress(done, len(sites), site)
+    tests = list(adjusted(tests))
     results = result_rows(
-        [_result(row) for row in rows],
+        [*rows, *test_rows(tests)],
         study=NAME,
         run=run,
         query=TOKENS,
@@ -90,7 +106,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
         snapshot=store.snapshot,
         seed=seed,
     )
-    return Study(NAME, table(results), results, sentence(results))
+    return Study(NAME, table(results), results, sentence(results, tests), tuple(tests))
 
 
 def pattern_run(store: Store, run: str) -> str:
@@ -113,12 +129,6 @@ def pattern_sites(store: Store, run: str) -> list[str]:
     """Short names of a run's pattern sites, in the order of the layers."""
     held = store.sql("select short from sites where run = $run and kind = 'pattern' order by rowid", {"run": run})
     return list(held["short"])
-
-
-def _result(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `results`: of the first head the site alone, of another its number too."""
-    head = row.pop("head")
-    return row if head == 0 else {**row, "site": f"{row['site']} head {head}"}
 
 
 def looks(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> dict[str, np.ndarray]:
@@ -149,7 +159,7 @@ def looks(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> dict[str, np.
 
 
 def _of_head(pattern: np.ndarray, tokens: pl.DataFrame, at: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    """Means over edges but the last, over last edges, and the last less the one before it on the same tree."""
+    """Means over edges but the last, and over last edges."""
     rows = []
     for role in LOOKS:
         which = (tokens["role"] == role).to_numpy()
@@ -167,7 +177,7 @@ def _of_head(pattern: np.ndarray, tokens: pl.DataFrame, at: dict[str, Any], seed
                         metric=name,
                     )
                 )
-    return rows + _last_against_its_neighbour(pattern, tokens, at, seed)
+    return rows
 
 
 def _kinds(role: str, last: np.ndarray) -> dict[str, np.ndarray]:
@@ -176,28 +186,39 @@ def _kinds(role: str, last: np.ndarray) -> dict[str, np.ndarray]:
     return {"others": ~last, "last": last}
 
 
-def _last_against_its_neighbour(
-    pattern: np.ndarray, tokens: pl.DataFrame, at: dict[str, Any], seed: int
-) -> list[dict[str, Any]]:
-    """What the last edge's target, and the bar, give their own edge less what the edge before does, tree by tree.
+def _neighbours(
+    pattern: np.ndarray, tokens: pl.DataFrame, site: str, seed: int
+) -> tuple[list[dict[str, Any]], list[Test]]:
+    """What each edge's target gives its own edge less what the edge before gives, tree by tree; separators and the bar likewise.
 
-    Both beyond even attention, which a later token spreads over more.
+    Both beyond even attention, which a later token spreads over more. A row a pair of neighbours, labels `edge 3 less 2` and
+    LAST; one with the metric `as_far`, of n pairs how many lie as far from the median of all as the last one; and the last
+    one's test, where there is another pair.
     """
-    rows = []
-    last_edge = int(tokens["e"].to_numpy().max())
-    for role, other in (("edge_target", "edge_target"), ("bar", "separator")):
-        ours = ((tokens["role"] == role) & (tokens["e"] == last_edge)).to_numpy()
-        theirs = ((tokens["role"] == other) & (tokens["e"] == last_edge - 1)).to_numpy()
-        if not theirs.any():
-            continue
-        name = FIRST[role]
-        first = _beyond_even(pattern[ours], tokens.filter(ours), role)
-        second = _beyond_even(pattern[theirs], tokens.filter(theirs), other)
-        trees = tokens.filter(ours)["tree_id"].to_numpy()
-        rows.append(
-            _mean(first - second, trees, seed, **at, token_role=role, label="last less the one before", metric=name)
-        )
-    return rows
+    rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
+    n_edges = int(tokens["e"].to_numpy().max()) + 1
+    for role, roles in CLOSES.items():
+        which = tokens["role"].is_in(roles).to_numpy()
+        some = tokens.filter(which)  # by tree, and within it in the order of the list
+        apart = np.diff(_beyond_even(pattern[which], some, roles[0]).reshape(-1, n_edges), axis=1)
+        trees, n_pairs = some["tree_id"].to_numpy()[::n_edges], apart.shape[1]
+        about = {"site": site, "token_role": role}
+        labels = [*(f"edge {edge + 1} less {edge}" for edge in range(n_pairs - 1)), LAST]
+        pairs = [
+            _mean(apart[:, pair], trees, seed, **about, label=label, metric=FIRST[role])
+            for pair, label in enumerate(labels)
+        ]
+        as_far = n_as_far([row["value"] for row in pairs], n_pairs - 1, ROUNDING)
+        rows += [*pairs, {**about, "label": LAST, "metric": "as_far", "value": float(as_far), "n": n_pairs}]
+        if n_pairs > 1:
+            last = pairs[-1]
+            ends = {"low": last["low"], "high": last["high"]}
+            tests.append(Test(LAST, last["value"], as_far / n_pairs, last["n"], what=WHAT[role], **about, **ends))
+    return rows, tests
+
+
+WHAT = {"edge_target": "the last edge's target", "bar": "the bar behind it"}
 
 
 def _beyond_even(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> np.ndarray:
@@ -227,10 +248,23 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
                     )
         both = some.filter(token_role="path", metric="next edge")
         row["path → next edge %"] = round(100 * float(np.average(both["value"].fill_null(0), weights=both["n"])), 2)
-        less = some.filter(token_role="edge_target", label="last less the one before")
-        row["last less the one before, points"] = interval(less.row(0, named=True)) if len(less) else ""
+        last, low, high, as_far, n_pairs = _last_pair(results, str(site), "edge_target")
+        row[f"{LAST}, points"] = interval(last)
+        if n_pairs > 1:
+            row["other neighbours, points"] = f"{low:+.3f} to {high:+.3f}"
+            row["pairs as far from their median"] = f"{as_far} of {n_pairs}"
         rows.append(row)
     return pl.DataFrame(rows)
+
+
+def _last_pair(results: pl.DataFrame, site: str, role: str) -> tuple[dict[str, Any], float, float, int, int]:
+    """The last pair's row; the least and the most that other pairs differ by, points; how many of n pairs lie as far; n."""
+    some = results.filter(site=site, token_role=role)
+    others = 100 * some.filter(pl.col("label").str.starts_with("edge "))["value"].to_numpy()
+    last = some.filter(label=LAST, metric=FIRST[role]).row(0, named=True)
+    far = some.filter(label=LAST, metric="as_far").row(0, named=True)
+    ends = (float(others.min()), float(others.max())) if len(others) else (float("nan"), float("nan"))
+    return last, *ends, int(far["value"]), far["n"]
 
 
 _NAMES = {
@@ -246,8 +280,8 @@ def _percent(found: pl.DataFrame) -> float | None:
     return None if value is None else round(100 * value, 2)
 
 
-def sentence(results: pl.DataFrame) -> str:
-    """In which layer a target token looks at its own source, and whether the last edge's does so less."""
+def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
+    """In which layer a target token looks at its own source, and whether the last edge's does so less than neighbours differ by."""
     own = results.filter(token_role="edge_target", metric="own source", label="others")
     even = results.filter(token_role="edge_target", metric="even", label="others")
     best = own.sort("value", descending=True, maintain_order=True).row(0, named=True)
@@ -259,23 +293,29 @@ def sentence(results: pl.DataFrame) -> str:
     )
     if best["low"] - ROUNDING <= chance <= best["high"] + ROUNDING:
         answer += ", so no more than chance"
-    parts = []
-    for role, what in (("edge_target", "the last edge's target"), ("bar", "the bar behind it")):
-        found = results.filter(token_role=role, label="last less the one before", site=best["site"])
-        if len(found):
-            row = found.row(0, named=True)
-            way = (
-                "less"
-                if row["high"] < 0
-                else "more"
-                if row["low"] > 0
-                else "neither more nor less that can be told from chance"
-            )
-            parts.append(f"{what} gives its own edge {way} ({interval(row)} points, n = {row['n']:,} trees)")
+    by_key = {test.key: test for test in tests}
+    beside = " and ".join(_beside(results, best["site"], role, by_key) for role in CLOSES)
     return (
-        f"{answer}. Beside the edge before it on the same trees, and beyond even attention, {' and '.join(parts)} there."
-        if parts
-        else f"{answer}."
+        f"{answer}. Beside the edge before it on the same trees, and beyond even attention, {beside}"
+        f"{f' ({adjustment(tests)})' if tests else ''}."
+    )
+
+
+def _beside(results: pl.DataFrame, site: str, role: str, tests: Mapping[Any, Test]) -> str:
+    """What the last pair of neighbours differs by, and what of that neighbours differ by anyway."""
+    last, low, high, as_far, n_pairs = _last_pair(results, site, role)
+    answer = f"{WHAT[role]} gives its own edge {interval(last)} points there (n = {last['n']:,} trees)"
+    test = tests.get((site, role, LAST))
+    if test is None:
+        return f"{answer}, with no other pair of neighbours to hold that against"
+    verdict = "no more than neighbours differ by anyway"
+    if test.found:
+        verdict = "more than neighbours differ by"
+    elif as_far == 1:
+        verdict = f"the farthest out, which so few as {n_pairs} pairs do not tell from chance"
+    return (
+        f"{answer}, where the other {n_pairs - 1} pairs of neighbours differ by {low:+.3f} to {high:+.3f}: {as_far} of {n_pairs} "
+        f"lie as far from their median, {p_shown(test.p_holm)} by rank, so {verdict}"
     )
 
 

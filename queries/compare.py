@@ -4,11 +4,18 @@ Similarity is linear CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.0041
 edges' target tokens, test trees alone; its control pairs each row with another's. A probe for the edge's source is
 fitted on one model's training trees and scored on the other's test trees, as it is, and behind the best linear map
 from the other's activations to its own (least squares, training trees), which says whether what it reads is there in
-another basis; the control fits the map to shuffled rows.
+another basis.
+
+Such a map has d_model × d_model numbers to fit, and may find much that the other model has not made. Its controls are
+the same map, to the same activations and before the same probe, from what no training made: from the other's embedding of the
+token; from random features of all tokens up to there (see compare_controls.py); and from the site itself, rows shuffled.
+What the map reads above the best of them is tested at each site and both ways, and with McNemar's test of the answers all are
+adjusted for each other (Holm).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +25,21 @@ import polars as pl
 from actstore.advice import ingest_command
 from actstore.errors import BadInput, NotStored
 from actstore.queries import load
+from actstore.queries.compare_controls import CONTROLS, best_control, map_controls, random_features, words_of
 from actstore.queries.panels import GREY, panels, points
-from actstore.queries.study import RUNS, Progress, Study, most_alike, p_shown, result_rows
-from actstore.statistics import bootstrap, paired, share_over_trees
+from actstore.queries.study import (
+    RUNS,
+    Progress,
+    Study,
+    Test,
+    adjusted,
+    adjustment,
+    most_alike,
+    p_shown,
+    result_rows,
+    test_rows,
+)
+from actstore.statistics import bootstrap, paired, share_over_trees, sign_flip
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,25 +94,35 @@ def study(
         BadInput: `other` is over other trees, or there are too few.
     """
     other = _other(store, run, other)
-    rows = _failures(store.sql(BOTH, {"run": run, "other": other}), other)
+    rows, tests = _failures(store.sql(BOTH, {"run": run, "other": other}))
     sites = [site for site in _vectors(store, run) if site in _vectors(store, other)]
     read = f"from ({load(QUERY).sql.rstrip()}) where tree_id < (select min(tree_id) + $max_trees from trees where dataset = $d)"
     dataset = store.sql("select dataset from runs where run = $run", {"run": run}).item()
     params = {"run": run, "token_role": "edge_target", "max_trees": max_trees, "d": dataset}
+    words = words_of(store, dataset, max_trees)
+    embedded = [
+        store.read(read, name, "embed", params)[0] if sites and "embed" in _vectors(store, name) else None
+        for name in (run, other)
+    ]
     held: dict[str, Pair] = {}
     for done, site in enumerate(sites, start=1):
         pair = _read(store, run, other, site, read, params)
-        rows += _transfer(pair, site, seed)
+        random = random_features(words, pair.tokens["token_id"].to_numpy(), pair.mine.shape[1], seed)
+        found, its = _transfer(pair, site, {"embed": embedded, "random": [random, random]}, seed)
+        rows += found
+        tests += its
         test = (pair.tokens["split"] == "test").to_numpy()
         held[site] = Pair(pair.mine[test], pair.theirs[test], pair.tokens.filter(test))
         progress(done, len(sites) + 1, site)
     rows += _similarities(held, seed)
     progress(len(sites) + 1, len(sites) + 1, "similarity")
     used = {**params, "other": other}
+    tests = list(adjusted(tests))
+    rows += test_rows(tests)
     results = result_rows(
         rows, study=NAME, run=run, query=f"{BOTH};\n{read}", params=used, snapshot=store.snapshot, seed=seed
     )
-    return Study(NAME, table(results), results, sentence(results, other))
+    return Study(NAME, table(results), results, sentence(results, other, tests), tuple(tests))
 
 
 def _other(store: Store, run: str, other: str | None) -> str:
@@ -136,11 +165,12 @@ def _read(store: Store, run: str, other: str, site: str, query: str, params: dic
     return Pair(mine, theirs, tokens)
 
 
-def _failures(both: pl.DataFrame, other: str) -> list[dict[str, Any]]:
-    """Who fails where: the four outcomes, and McNemar's exact test, over all trees and by depth."""
+def _failures(both: pl.DataFrame) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Who fails where: the four outcomes, and McNemar's exact p, over all trees and by depth; the test is that over all."""
     from scipy.stats import binomtest
 
     rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
     for depth in (None, *sorted(both["depth"].unique().to_list())):
         some = both if depth is None else both.filter(depth=depth)
         mine, theirs = some["right"].to_numpy(), some["other_right"].to_numpy()
@@ -153,46 +183,56 @@ def _failures(both: pl.DataFrame, other: str) -> list[dict[str, Any]]:
         rows.append({"label": label, "metric": "other_less_run", "value": change, "low": low, "high": high, "n": n})
         p = binomtest(lost, lost + won).pvalue if lost + won else 1.0
         rows.append({"label": label, "metric": "mcnemar_p", "value": float(p), "n": n})
-    return rows
+        if depth is None:
+            tests.append(Test(label, change, float(p), n, low, high, "right by the second, less by the first"))
+    return rows, tests
 
 
-def _transfer(pair: Pair, site: str, seed: int) -> list[dict[str, Any]]:
-    """Probes for an edge's source, fitted on one model and scored on the other, both ways."""
+def _transfer(
+    pair: Pair, site: str, made: dict[str, list[np.ndarray | None]], seed: int
+) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Probes for an edge's source, fitted on one model and scored on the other, both ways, with the controls of the map.
+
+    Args:
+        made: by control, float32 [n, d] of `run` and of `other`, what the map is fitted from in place of the site; None where a
+            run does not hold it.
+    """
     from sklearn.linear_model import LinearRegression, LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
     train = (pair.tokens["split"] == "train").to_numpy()
     y, trees = pair.tokens["source"].to_numpy(), pair.tokens["tree_id"].to_numpy()[~train]
-    rows = []
-    for direction, fitted, scored in (
-        ("run to other", pair.mine, pair.theirs),
-        ("other to run", pair.theirs, pair.mine),
+    rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
+    for direction, fitted, scored, its_place in (
+        ("run to other", pair.mine, pair.theirs, 1),
+        ("other to run", pair.theirs, pair.mine, 0),
     ):
         ours, its = StandardScaler().fit(fitted[train]), StandardScaler().fit(scored[train])
         X, Z = ours.transform(fitted), its.transform(scored)
         probe = LogisticRegression(max_iter=MAX_ITER).fit(X[train], y[train])
-        shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(train))
-        for metric, at in (
-            ("own", X),
-            ("as_it_is", Z),
-            ("mapped", LinearRegression().fit(Z[train], X[train]).predict(Z)),
-            ("mapped_shuffled", LinearRegression().fit(Z[train], X[shuffled]).predict(Z)),
-        ):
-            right = probe.predict(at[~train]) == y[~train]
-            low, high = share_over_trees(right, trees, seed)
-            rows.append(
-                {
-                    "site": site,
-                    "token_role": "edge_target",
-                    "label": f"source, {direction}",
-                    "metric": metric,
-                    "value": float(right.mean()),
-                    "low": low,
-                    "high": high,
-                    "n": len(right),
-                }
-            )
-    return rows
+        sources = {name: of_both[its_place] for name, of_both in made.items()}
+        at = {
+            "own": X,
+            "as_it_is": Z,
+            "mapped": LinearRegression().fit(Z[train], X[train]).predict(Z),
+            **map_controls(X, Z, sources, train, seed),
+        }
+        right = {
+            metric: (probe.predict(rows_at[~train]) == y[~train]).astype(np.float64) for metric, rows_at in at.items()
+        }
+        above = right["mapped"] - right[best_control({name: float(of.mean()) for name, of in right.items()})]
+        about = {"site": site, "token_role": "edge_target", "label": f"source, {direction}"}
+        for metric, values in {**right, "mapped_above_controls": above}.items():
+            low, high = share_over_trees(values, trees, seed)
+            row = {"value": float(values.mean()), "low": low, "high": high, "n": len(values)}
+            rows.append({**about, "metric": metric, **row})
+        by_tree = np.bincount(np.unique(trees, return_inverse=True)[1], weights=above)
+        what = f"{about['label']}, mapped above the map's controls"
+        tests.append(
+            Test(p=sign_flip(by_tree, seed), estimate=row["value"], n=row["n"], low=low, high=high, what=what, **about)
+        )
+    return rows, tests
 
 
 def _similarities(held: dict[str, Pair], seed: int) -> list[dict[str, Any]]:
@@ -257,7 +297,6 @@ PROBED = {
     "own": "own trees",
     "as_it_is": "other, as it is",
     "mapped": "other, mapped",
-    "mapped_shuffled": "map of shuffled rows",
 }
 
 
@@ -275,8 +314,20 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
         probes = some.filter(label="source, run to other")
         for metric, name in PROBED.items():
             row[f"source probe: {name} %"] = round(100 * probes.filter(metric=metric)["value"].item(), 2)
+        value, control = _best(probes)
+        row["best control of the map"] = f"{value:.2f} {control}"
+        above = probes.filter(metric="mapped_above_controls").row(0, named=True)
+        row["above it, points"] = f"{100 * above['value']:+.2f} [{100 * above['low']:+.2f}, {100 * above['high']:+.2f}]"
+        row["Holm"] = p_shown(probes.filter(metric="p_holm")["value"].item())
         rows.append(row)
     return pl.DataFrame(rows)
+
+
+def _best(probes: pl.DataFrame) -> tuple[float, str]:
+    """Of the map's controls at one site and one way the one that reads most: its percent, and its name in words."""
+    values = dict(probes.select("metric", "value").rows())
+    best = best_control(values)
+    return 100 * values[best], CONTROLS[best]
 
 
 def _outcomes(results: pl.DataFrame) -> pl.DataFrame:
@@ -288,8 +339,8 @@ def _outcomes(results: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def sentence(results: pl.DataFrame, other: str) -> str:
-    """Who is right more often, and whether the two hold the same in the same places."""
+def sentence(results: pl.DataFrame, other: str, tests: Sequence[Test]) -> str:
+    """Who is right more often, whether the two hold the same in the same places, and what a linear map makes of that by itself."""
     run = results["run"][0]
     found = {row["metric"]: row for row in results.filter(label="all").iter_rows(named=True)}
     less = found["other_less_run"]
@@ -297,18 +348,37 @@ def sentence(results: pl.DataFrame, other: str) -> str:
         f"Of {less['n']:,} trees {int(found['both_right']['value']):,} are right by both {run!r} and {other!r}, "
         f"{int(found['only_run']['value']):,} by the first alone, {int(found['only_other']['value']):,} by the second alone, "
         f"{int(found['both_wrong']['value']):,} by neither; the second is right {_oftener(less)}, McNemar's "
-        f"{p_shown(found['mcnemar_p']['value'])})"
+        f"{p_shown(found['p_holm']['value'])})"
     )
     same = results.filter((pl.col("metric") == "cka") & (pl.col("label") == pl.col("site")))
     if not len(same):
         return f"{answer}; they share no residual site, so their layers are not compared."
     most, least = same.sort("value")[-1].row(0, named=True), same.sort("value")[0].row(0, named=True)
-    raw = results.filter(label="source, run to other")
-    as_it_is, mapped = (100 * raw.filter(metric=metric)["value"].to_numpy().max() for metric in ("as_it_is", "mapped"))
+    shuffled = results.filter(metric="cka_shuffled")["value"].to_numpy().max()
+    as_it_is = results.filter(label="source, run to other", metric="as_it_is")["value"].to_numpy().max()
     return (
         f"{answer}. At the edges' target tokens their layers are most alike at {most['site']} (CKA {most['value']:.3f}) "
-        f"and least at {least['site']} ({least['value']:.3f}); a probe for the source carries over as it is with at most "
-        f"{as_it_is:.2f} %, behind a linear map with up to {mapped:.2f} %."
+        f"and least at {least['site']} ({least['value']:.3f}; rows shuffled give {shuffled:.3f} at most); a probe for the source "
+        f"carries over as it is with at most {100 * as_it_is:.2f} %; {_mapped(results, tests)} ({adjustment(tests)})."
+    )
+
+
+def _mapped(results: pl.DataFrame, tests: Sequence[Test]) -> str:
+    """What a probe reads behind the linear map that no control of the map gives, over all sites and both ways."""
+    asked = [test for test in tests if test.site is not None]
+    above = [test for test in asked if test.found and test.estimate > 0]
+    if not above:
+        return (
+            f"behind a linear map it reads at none of {len(asked)} (sites, both ways) more than the same map from the embedding, "
+            "random features or shuffled rows"
+        )
+    best = max(above, key=lambda test: test.estimate)
+    probes = results.filter(site=best.site, label=best.label)
+    mapped, (value, control) = probes.filter(metric="mapped")["value"].item(), _best(probes)
+    return (
+        f"behind a linear map it reads more than the map's controls at {len(above)} of {len(asked)} (sites, both ways), most at "
+        f"{best.site}, {best.label.removeprefix('source, ')}: {100 * mapped:.2f} %, where {control} gives {value:.2f} % "
+        f"({p_shown(best.p_holm)})"
     )
 
 
@@ -341,8 +411,10 @@ def plot(study: Study) -> Figure:
     for turn, metric in enumerate(("own", "as_it_is", "mapped")):
         rows = results.filter(metric=metric, label="source, run to other")
         points(right, list(range(len(rows))), rows, PROBED[metric], turn)
-    rows = results.filter(metric="mapped_shuffled", label="source, run to other")
-    right.plot(range(len(rows)), 100 * rows["value"].to_numpy(), "x", color=GREY, label="map of shuffled rows")
+    for (metric, name), marker in zip(CONTROLS.items(), "+x1", strict=True):
+        rows = results.filter(metric=metric, label="source, run to other")
+        at = [sites.index(site) for site in rows["site"]]
+        right.plot(at, 100 * rows["value"].to_numpy(), marker, color=GREY, label=f"map from {name}")
     right.set_ylim(-2, 104)
     right.set_ylabel("edge's source read right (%)")
     right.set_title(f"probe fitted on {results['run'][0]}, scored on", fontsize=10)

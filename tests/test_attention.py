@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import polars as pl
 import pytest
 
 from actstore.errors import BadInput, NotStored
@@ -72,7 +73,7 @@ def test_planted_shares_come_out_exactly(store):
     )
     for kind in ("others", "last"):
         assert value(answer, site="pattern.0", token_role="path", metric="next edge", label=kind) == 1
-    assert "less (-48.052" in answer.sentence
+    assert "the last edge's target gives its own edge -48.052" in answer.sentence
     assert "75.00 %" in answer.sentence
 
 
@@ -90,8 +91,12 @@ def test_even_attention_is_chance(store):
                 first, chance = (found.filter(metric=name)["value"].item() for name in (metric, "even"))
                 assert first == pytest.approx(chance, rel=1e-5)
     for role in ("edge_target", "bar"):
-        found = answer.results.filter(site="pattern.1", token_role=role, label="last less the one before")
-        assert found["value"].item() == pytest.approx(0, abs=1e-6)
+        metric = "own source" if role == "edge_target" else "own edge"
+        at = {"site": "pattern.1", "token_role": role}
+        assert value(answer, **at, label="last less the one before", metric=metric) == pytest.approx(0, abs=1e-6)
+        assert value(answer, **at, label="last less the one before", metric="as_far") == 4, (
+            "all alike, but for rounding"
+        )
     mean = np.mean([1 / (3 * edge + 2) for edge in range(4)])
     assert value(answer, site="pattern.1", token_role="edge_target", metric="even", label="others") == pytest.approx(
         mean
@@ -108,6 +113,74 @@ def test_all_that_a_token_looks_at_sums_to_one(store):
     for where, some in results.filter(label="others").group_by("site", "token_role"):
         parts = [row["value"] for row in some.iter_rows(named=True) if row["metric"] != "even"]
         assert sum(parts) == pytest.approx(1, abs=1e-5), where
+
+
+# The last pair of neighbours against all others.
+
+
+def looked_at(trees, shares):
+    """Targets give shares[edge] beyond even attention to their own source, separators and the bar to their own edge's target."""
+    width = 4 * trees.n_nodes - 1
+    pattern = np.zeros((len(trees), 1, width, width), np.float32)
+    pattern[:, 0, np.arange(width), np.arange(width)] = 1  # themselves
+    for edge, share in enumerate(shares):
+        for query, key, n_first in ((3 * edge + 1, 3 * edge, 1), (3 * edge + 2, 3 * edge + 1, 2)):
+            pattern[:, 0, query, key] = share + n_first / (query + 1)
+            pattern[:, 0, query, query] = 1 - pattern[:, 0, query, key]
+    return pattern
+
+
+def asked(path, n_nodes, shares):
+    trees = draw("deep", 0, 0, 30, n_nodes)
+    with Store(plant(path, trees, {"pattern.0": looked_at(trees, shares)})) as opened:
+        return study.run(opened, "attention")
+
+
+def test_a_last_edge_within_the_spread_of_neighbours_is_not_called_another(tmp_path):
+    shares = np.tile([0.3, 0.2, 0.25], 5)  # neighbours differ by -0.1, 0.05 and 0.05
+    answer = asked(tmp_path / "s.act", 16, shares)
+    last = answer.results.filter(token_role="edge_target", label="last less the one before", metric="own source")
+    assert last["value"].item() == pytest.approx(0.05, abs=1e-6)
+    pairs = answer.results.filter(
+        pl.col("label").str.starts_with("edge "), token_role="edge_target", metric="own source"
+    )
+    assert pairs["label"].to_list() == [f"edge {edge} less {edge - 1}" for edge in range(1, 14)]
+    np.testing.assert_allclose(pairs["value"], np.diff(shares)[:-1], atol=1e-6)
+    at = {"token_role": "edge_target", "label": "last less the one before"}
+    assert value(answer, **at, metric="as_far") == 14, (
+        "each of the other pairs lies as far from their median, or farther"
+    )
+    assert value(answer, **at, metric="p") == 1
+    assert "other 13 pairs of neighbours differ by -10.000 to +5.000" in answer.sentence
+    assert answer.sentence.count("no more than neighbours differ by anyway") == 2
+    assert answer.table["pairs as far from their median"].to_list() == ["14 of 14"]
+    assert answer.table["other neighbours, points"].to_list() == ["-10.000 to +5.000"]
+
+
+def test_the_farthest_of_14_pairs_is_told_as_that_and_no_more(tmp_path):
+    shares = 0.3 + 0.01 * np.random.default_rng(0).random(15)
+    shares[-1] -= 0.2
+    answer = asked(tmp_path / "s.act", 16, shares)
+    assert [test.p for test in answer.tests] == [1 / 14, 1 / 14]
+    assert [test.p_holm for test in answer.tests] == [2 / 14, 2 / 14]
+    assert answer.sentence.count("1 of 14 lie as far from their median, p = 0.143 by rank") == 2
+    assert answer.sentence.count("so few as 14 pairs do not tell from chance") == 2
+    assert "(of 2 comparisons, Holm;" in answer.sentence
+
+
+def test_a_last_edge_that_stands_out_of_many_neighbours_is_found(tmp_path):
+    shares = 0.3 + 0.01 * np.random.default_rng(0).random(63)
+    shares[-1] -= 0.2
+    answer = asked(tmp_path / "s.act", 64, shares)
+    assert all(test.found for test in answer.tests)
+    assert answer.sentence.count("so more than neighbours differ by") == 2
+
+
+def test_where_there_is_one_pair_nothing_is_tested(tmp_path):
+    answer = asked(tmp_path / "s.act", 3, [0.3, 0.1])
+    assert answer.tests == ()
+    assert answer.sentence.count("with no other pair of neighbours to hold that against") == 2
+    assert "Holm" not in answer.sentence
 
 
 def test_a_run_without_patterns_says_what_adds_them(demo_store):

@@ -13,6 +13,7 @@ from actstore.statistics import (
     change_over_trees,
     difference,
     holm,
+    n_as_far,
     over_trees,
     paired,
     share,
@@ -260,6 +261,19 @@ def test_where_nothing_is_a_test_finds_something_as_often_as_it_says(test):
             p.append(sign_flip(values[:, 0] - values[:, 1], 0))
     assert 1 <= np.sum(np.array(p) < 0.05) <= 12
     assert 0.35 < np.mean(p) < 0.65
+
+
+def test_how_many_lie_as_far_from_the_median_is_counted_on_both_sides():
+    values = [0.0, 1.0, 2.0, 3.0, 10.0]
+    assert [n_as_far(values, which) for which in range(5)] == [2, 4, 5, 4, 1]
+    assert n_as_far([0.0, 1e-9, -1e-9], 0, rounding=1e-6) == 3
+
+
+def test_as_far_as_by_chance_is_said_no_more_often_than_it_is():
+    rng = np.random.default_rng(0)
+    p = np.array([n_as_far(rng.standard_normal(14), 13) / 14 for _ in range(4000)])
+    for level in (1 / 14, 3 / 14, 0.5):
+        assert (p <= level + 1e-9).mean() == pytest.approx(level, abs=0.03)
 
 
 def test_holm_adjusts_as_by_hand():

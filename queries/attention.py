@@ -213,8 +213,8 @@ def _neighbours(
         rows += [*pairs, {**about, "label": LAST, "metric": "as_far", "value": float(as_far), "n": n_pairs}]
         if n_pairs > 1:
             last = pairs[-1]
-            ends = {"low": last["low"], "high": last["high"]}
-            tests.append(Test(LAST, last["value"], as_far / n_pairs, last["n"], what=WHAT[role], **about, **ends))
+            p, ends = as_far / n_pairs, (last["low"], last["high"])
+            tests.append(Test(LAST, last["value"], p, last["n"], *ends, WHAT[role], site, role))
     return rows, tests
 
 
@@ -248,23 +248,29 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
                     )
         both = some.filter(token_role="path", metric="next edge")
         row["path → next edge %"] = round(100 * float(np.average(both["value"].fill_null(0), weights=both["n"])), 2)
-        last, low, high, as_far, n_pairs = _last_pair(results, str(site), "edge_target")
+        last, spread, as_far, n_pairs = _last_pair(results, str(site), "edge_target")
         row[f"{LAST}, points"] = interval(last)
         if n_pairs > 1:
-            row["other neighbours, points"] = f"{low:+.3f} to {high:+.3f}"
+            row["other neighbours (half of them), points"] = f"{_ends(spread, 0, 4)} ({_ends(spread, 1, 3)})"
             row["pairs as far from their median"] = f"{as_far} of {n_pairs}"
         rows.append(row)
     return pl.DataFrame(rows)
 
 
-def _last_pair(results: pl.DataFrame, site: str, role: str) -> tuple[dict[str, Any], float, float, int, int]:
-    """The last pair's row; the least and the most that other pairs differ by, points; how many of n pairs lie as far; n."""
+def _last_pair(results: pl.DataFrame, site: str, role: str) -> tuple[dict[str, Any], np.ndarray, int, int]:
+    """The last pair's row; quartiles of what the other pairs differ by, points, from the least to the most (empty where there are
+    none); how many of n pairs lie as far from their median; n.
+    """
     some = results.filter(site=site, token_role=role)
     others = 100 * some.filter(pl.col("label").str.starts_with("edge "))["value"].to_numpy()
     last = some.filter(label=LAST, metric=FIRST[role]).row(0, named=True)
     far = some.filter(label=LAST, metric="as_far").row(0, named=True)
-    ends = (float(others.min()), float(others.max())) if len(others) else (float("nan"), float("nan"))
-    return last, *ends, int(far["value"]), far["n"]
+    spread = np.quantile(others, [0, 0.25, 0.5, 0.75, 1]) if len(others) else others
+    return last, spread, int(far["value"]), far["n"]
+
+
+def _ends(spread: np.ndarray, first: int, last: int) -> str:
+    return f"{spread[first]:+.3f} to {spread[last]:+.3f}"
 
 
 _NAMES = {
@@ -294,7 +300,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     if best["low"] - ROUNDING <= chance <= best["high"] + ROUNDING:
         answer += ", so no more than chance"
     by_key = {test.key: test for test in tests}
-    beside = " and ".join(_beside(results, best["site"], role, by_key) for role in CLOSES)
+    beside = "; and ".join(_beside(results, best["site"], role, by_key) for role in CLOSES)
     return (
         f"{answer}. Beside the edge before it on the same trees, and beyond even attention, {beside}"
         f"{f' ({adjustment(tests)})' if tests else ''}."
@@ -303,7 +309,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 def _beside(results: pl.DataFrame, site: str, role: str, tests: Mapping[Any, Test]) -> str:
     """What the last pair of neighbours differs by, and what of that neighbours differ by anyway."""
-    last, low, high, as_far, n_pairs = _last_pair(results, site, role)
+    last, spread, as_far, n_pairs = _last_pair(results, site, role)
     answer = f"{WHAT[role]} gives its own edge {interval(last)} points there (n = {last['n']:,} trees)"
     test = tests.get((site, role, LAST))
     if test is None:
@@ -314,8 +320,8 @@ def _beside(results: pl.DataFrame, site: str, role: str, tests: Mapping[Any, Tes
     elif as_far == 1:
         verdict = f"the farthest out, which so few as {n_pairs} pairs do not tell from chance"
     return (
-        f"{answer}, where the other {n_pairs - 1} pairs of neighbours differ by {low:+.3f} to {high:+.3f}: {as_far} of {n_pairs} "
-        f"lie as far from their median, {p_shown(test.p_holm)} by rank, so {verdict}"
+        f"{answer}, where the other {n_pairs - 1} pairs of neighbours differ by {_ends(spread, 0, 4)} (half of them by "
+        f"{_ends(spread, 1, 3)}): {as_far} of {n_pairs} lie as far from their median, {p_shown(test.p_holm)} by rank, so {verdict}"
     )
 
 

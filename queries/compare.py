@@ -225,12 +225,21 @@ def _transfer(
         about = {"site": site, "token_role": "edge_target", "label": f"source, {direction}"}
         for metric, values in {**right, "mapped_above_controls": above}.items():
             low, high = share_over_trees(values, trees, seed)
-            row = {"value": float(values.mean()), "low": low, "high": high, "n": len(values)}
-            rows.append({**about, "metric": metric, **row})
+            value = float(values.mean())
+            rows.append({**about, "metric": metric, "value": value, "low": low, "high": high, "n": len(values)})
         by_tree = np.bincount(np.unique(trees, return_inverse=True)[1], weights=above)
-        what = f"{about['label']}, mapped above the map's controls"
-        tests.append(
-            Test(p=sign_flip(by_tree, seed), estimate=row["value"], n=row["n"], low=low, high=high, what=what, **about)
+        tests.append(  # of what was measured last
+            Test(
+                about["label"],
+                value,
+                sign_flip(by_tree, seed),
+                len(above),
+                low,
+                high,
+                f"{about['label']}, mapped above the map's controls",
+                site,
+                about["token_role"],
+            )
         )
     return rows, tests
 
@@ -377,8 +386,8 @@ def _mapped(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     mapped, (value, control) = probes.filter(metric="mapped")["value"].item(), _best(probes)
     return (
         f"behind a linear map it reads more than the map's controls at {len(above)} of {len(asked)} (sites, both ways), most at "
-        f"{best.site}, {best.label.removeprefix('source, ')}: {100 * mapped:.2f} %, where {control} gives {value:.2f} % "
-        f"({p_shown(best.p_holm)})"
+        f"{best.site}, {best.label.removeprefix('source, ')}: {100 * mapped:.2f} %, of its controls "
+        f"{control} {value:.2f} % ({p_shown(best.p_holm)})"
     )
 
 

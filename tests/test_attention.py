@@ -151,10 +151,13 @@ def test_a_last_edge_within_the_spread_of_neighbours_is_not_called_another(tmp_p
         "each of the other pairs lies as far from their median, or farther"
     )
     assert value(answer, **at, metric="p") == 1
-    assert "other 13 pairs of neighbours differ by -10.000 to +5.000" in answer.sentence
+    assert (
+        "other 13 pairs of neighbours differ by -10.000 to +5.000 (half of them by -10.000 to +5.000)"
+        in answer.sentence
+    )
     assert answer.sentence.count("no more than neighbours differ by anyway") == 2
     assert answer.table["pairs as far from their median"].to_list() == ["14 of 14"]
-    assert answer.table["other neighbours, points"].to_list() == ["-10.000 to +5.000"]
+    assert answer.table["other neighbours (half of them), points"].item() == "-10.000 to +5.000 (-10.000 to +5.000)"
 
 
 def test_the_farthest_of_14_pairs_is_told_as_that_and_no_more(tmp_path):

@@ -1,13 +1,17 @@
 """What is guessed from the tree alone: each named baseline against its guess written out, and how a study holds probes to it."""
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from click.testing import CliRunner
 
 from actstore import queries
+from actstore.cli import main
 from actstore.errors import BadInput
 from actstore.ingest.trees import draw
 from actstore.queries import baselines, study
@@ -347,6 +351,29 @@ def test_by_place_is_what_the_table_the_sentence_and_the_figure_show(by_place):
     axis = study.plot(by_place).axes[0]
     drawn = [line.get_ydata() for line in axis.get_lines() if len(line.get_ydata()) == 6]
     assert any(np.allclose(y, 100 * at(by_place, "accuracy", "resid_post.0")) for y in drawn)
+
+
+def test_the_data_pages_table_by_place_and_checkpoint_is_what_its_command_prints(tmp_path):
+    """The separators of each run keep the source at other places; the runs are named as checkpoints are."""
+    page = (Path(__file__).parents[1] / "data" / "README.md").read_text()
+    study_line, sql = re.search(
+        r"actstore (study separator.act .*)\n    actstore sql separator.act \"(.*?)\"", page, re.S
+    ).groups()
+    root, rng = tmp_path / "s.act", np.random.default_rng(5)
+    directions = 6 * rng.normal(size=(N_NODES, D_MODEL)).astype(np.float32)
+    for run, place in (("reproduction-step500", 2), ("reproduction", 0)):
+        values = rng.normal(size=(N_TREES, WIDTH, D_MODEL)).astype(np.float32)
+        values[:, 3 * place + 2] += directions[TREES.edges[:, place, 0]]
+        plant(root, TREES, {"resid_post.0": values}, run)
+    made = CliRunner().invoke(main, ["study", str(root), *study_line.split()[2:]])
+    assert made.exit_code == 0, made.output
+    with Store(root) as opened:
+        table = opened.sql(sql)
+    assert table["edge"].to_list() == list(range(N_EDGES - 1))
+    assert table["500"].to_numpy().argmax() == 2
+    assert table["16000"].to_numpy().argmax() == 0
+    assert table["0"].null_count() == len(table), "no such run"
+    assert table.columns == ["edge", "0", "250", "500", "1000", "2000", "5000", "16000"]
 
 
 def test_by_place_adds_rows_and_changes_none(store, found):

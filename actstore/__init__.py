@@ -6,6 +6,7 @@
 Row i of X is the activation of row i of rows, always.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from actstore.errors import ActstoreError, BadInput, Busy, Damaged, LimitReached, NoRoom, NotStored, TooNew
@@ -29,9 +30,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the store when it is first asked for, so that `actstore --help` does not wait for DuckDB and polars."""
+    """Import the store, or a subpackage, when first asked for, so that `actstore --help` does not wait for DuckDB and polars."""
     if name == "Store":
         from actstore.store import Store
 
         return Store
+    if name in ("ingest", "queries"):
+        return import_module(f"actstore.{name}")
     raise AttributeError(f"module 'actstore' has no attribute {name!r}")

@@ -1,11 +1,13 @@
-"""Commands that a message advises where a store lacks a run: they work as they stand, under a run name that is free."""
+"""What to say where a store lacks a run: which there are, and commands that work as they stand, under a run name that is free."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from itertools import chain, count
 from typing import TYPE_CHECKING
 
-from actstore.errors import advised
+from actstore.errors import ActstoreError, BadInput, NotStored, advised
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -32,3 +34,26 @@ def ingest_command(store: Store, model: tuple[str, str], dataset: str, name: str
     taken = store.runs()
     free = next(one for one in chain([name], (f"{name}-{turn}" for turn in count(2))) if one not in taken)
     return advised("ingest", store.path, *model, "--dataset", dataset, "--run", free, *more)
+
+
+def no_run(store: Store, run: object, held: Sequence[str]) -> ActstoreError:
+    """What to raise where a store holds no such run; a misspelt one is not offered to be stored.
+
+    Args:
+        run: what was asked for.
+        held: names of the runs there are.
+    """
+    from actstore.ingest.models import available
+
+    holds = f"{store.path} holds {', '.join(held) if held else 'no run'}"
+    if not isinstance(run, str):
+        return BadInput(f"got run {run!r}; {holds}: give the name of one, as text")
+    if run in available():
+        return NotStored(
+            f"no run {run!r}: {holds}; {advised('ingest', store.path, '--model', run)} stores one of that model"
+        )
+    if near := get_close_matches(run.lower(), held, 1):
+        return NotStored(f"no run {run!r} (did you mean {near[0]}?): {holds}")
+    if store.sql("from sites where $run in (site, short)", {"run": run}).height:
+        return NotStored(f"no run {run!r}, which is a site (site={run!r}, --site {run}): {holds}")
+    return NotStored(f"no run {run!r}: {holds}" + ("; name one of them" if held else ""))

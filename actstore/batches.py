@@ -28,6 +28,7 @@ from actstore.machine import limit_reached
 from actstore.mapped import POSITION_BITS, POSITION_MASK
 
 if TYPE_CHECKING:
+    from actstore.given import Tokens
     from actstore.store import Store
 
 Batch = tuple[torch.Tensor, dict[str, Any]]
@@ -46,8 +47,8 @@ class Batches(IterableDataset):
     def __init__(
         self,
         store: Store,
-        query: str,
-        run: str | None,
+        query: Tokens,
+        run: str,
         sites: Sequence[str],
         params: Mapping[str, Any] | None,
         *,
@@ -62,7 +63,6 @@ class Batches(IterableDataset):
         memory: str | int | None,
     ) -> None:
         _check_counts(batch_size=(batch_size, 1), window=(window, 1), seed=(seed, 0), start=(start, 0))
-        run = store.run(run)
         readers = [reading.open_site(store, run, site) for site in sites]
         reading.same_row_shape(readers, sites)
         ids, rows = reading.read_ids(store, query, params, timeout, memory)

@@ -48,7 +48,8 @@ class Commands(click.Group):
         except click.exceptions.NoArgsIsHelpError:  # a group's help
             raise
         except click.UsageError as error:
-            command = " ".join(["actstore", *(error.ctx or ctx).command_path.split()[1:]])
+            of = [*error.ctx.command_path.split()[1:]] if error.ctx else [*filter(None, [ctx.invoked_subcommand])]
+            command = " ".join(["actstore", *of])
             click.echo(
                 f"actstore: {error.format_message().rstrip('.')}; `{command} --help` says what there is", err=True
             )
@@ -89,7 +90,13 @@ def main() -> None:
 
 def store_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     """Every command's first argument."""
-    return click.argument("store", type=click.Path(path_type=Path))(command)
+    return click.argument("store", callback=_place)(command)
+
+
+def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> Path:
+    from actstore.folder import place
+
+    return place(value)
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -281,7 +288,8 @@ def sql(
     multiple=True,
     default=("resid_post.0",),
     show_default=True,
-    help="Where in the network; several, repeated or with commas, give X [n, n_sites, d_model].",
+    help="Where in the network; several, repeated or with commas, or a family (resid_post: every layer that is stored) give "
+    "X [n, n_sites, d_model].",
 )
 @click.option("--dtype", default="float32", show_default=True, help="Of X: float32, float16 or float64.")
 @click.option("--explain", is_flag=True, help="Say what would be read, and read nothing.")
@@ -319,13 +327,14 @@ def read(
     """
     import polars as pl
 
+    from actstore.ingest.activations import FAMILIES
     from actstore.output import ACTIVATION_FILES, check_columns, check_file, save_activations
     from actstore.progress import waiting
     from actstore.store import Store
 
     check_file(out, "--out", ACTIVATION_FILES)
     names = [name.strip() for some in sites for name in some.split(",")]
-    where: dict[str, Any] = {"sites": names} if len(names) > 1 else {"site": names[0]}
+    where: dict[str, Any] = {"sites": names} if len(names) > 1 or names[0] in FAMILIES else {"site": names[0]}
     where |= {"timeout": timeout, "memory": memory}
     with Store(store, bool(out) if check is None else check) as opened:
         if explain:
@@ -441,6 +450,17 @@ def attention(store: Path, tree: int, run: str | None, layer: int | None, head: 
 no_record_option = click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
 
 
+def _look_before(store: Path, wait: float) -> None:
+    """Wait for another writer before anything is computed; say it where nobody can write to the store."""
+    from actstore import recording
+
+    if why := recording.wait_until_free(store, wait):
+        click.echo(
+            printable(f"actstore: {store} cannot be written ({why}): the answers are printed, and not recorded in it"),
+            err=True,
+        )
+
+
 def _record(store: Path, results: list[pl.DataFrame], wait: float) -> None:
     """Record results; where the store cannot take them, say where they are kept, and how to record them from there."""
     from actstore import recording
@@ -491,7 +511,6 @@ def study(
         actstore study demo.act compare --run reproduction --run baseline
         actstore study demo.act depth --json
     """
-    from actstore import recording
     from actstore.output import FIGURES, check_file, save_figure
     from actstore.progress import progress
     from actstore.queries import study as studies
@@ -502,7 +521,7 @@ def study(
     with Store(store, check) as opened:
         asked = studies.questions(opened, name, runs, **chosen)
         if not no_record:
-            recording.wait_until_free(store, wait)
+            _look_before(store, wait)
         answers, lacking, failed = [], [], []
         for question in asked:
             with progress(f"study {name} {question.of}", None, "parts") as advance:
@@ -552,7 +571,6 @@ def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: 
         actstore report demo.act report/
         actstore report demo.act report/ --run reproduction --run baseline
     """
-    from actstore import recording
     from actstore.output import check_file
     from actstore.progress import progress
     from actstore.queries.report import PAGE
@@ -562,7 +580,7 @@ def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: 
     check_file(out / PAGE, "OUT", make=True)
     with Store(store, check) as opened, progress("report", None, "questions") as advance:
         if not no_record:
-            recording.wait_until_free(store, wait)
+            _look_before(store, wait)
         made = make(opened, out, runs, seed, advance)
     click.echo(printable(str(made)))
     for fault in made.faults:

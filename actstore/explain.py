@@ -15,6 +15,7 @@ from actstore.mapped import POSITION_BITS
 from actstore.reading import read_ids
 
 if TYPE_CHECKING:
+    from actstore.given import Tokens
     from actstore.store import Store
 
 
@@ -73,21 +74,20 @@ class Cost:
 
 def explain(
     store: Store,
-    query: str,
-    run: str | None,
+    query: Tokens,
+    run: str,
     sites: Sequence[str],
     params: Mapping[str, Any] | None,
     timeout: float | None,
     memory: str | int | None,
 ) -> Explanation:
     """See Store.explain."""
-    name = store.run(run)
-    readers = [store._reader(name, site) for site in sites]
+    readers = [store._reader(run, site) for site in sites]
     token_ids, _ = read_ids(store, query, params, timeout, memory)
     tokens = np.unique(token_ids)
     of_sites = [cost(reader, tokens, store.check) for reader in readers]
     totals = {field: sum(getattr(one, field) for one in of_sites) for field in Cost.__dataclass_fields__}
-    return Explanation(run=name, sites=tuple(sites), rows=len(token_ids), tokens=len(tokens), **totals)
+    return Explanation(run=run, sites=tuple(sites), rows=len(token_ids), tokens=len(tokens), **totals)
 
 
 def cost(reader: SiteReader, tokens: np.ndarray, check: bool = False) -> Cost:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,24 @@ from actstore.hashing import hash_of
 from actstore.log import ARRAYS, FORMAT_VERSION, LOG, PARTS
 from actstore.machine import check_process, finalize_here, within_limits
 
+MOST_BESIDE = 100  # stores that are looked at for a name like one that is not there
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3://`, or what pathlib makes of it
 WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # what store.json holds where a development version made it
+
+
+def place(path: str | os.PathLike[str]) -> Path:
+    """The folder that a caller names for a store; `~` is the home folder.
+
+    Raises:
+        BadInput: it is no path, or the address of another machine.
+    """
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str) or not text:
+        raise BadInput(f"got {path!r} for a store; name its folder, such as 'demo.act'")
+    if (address := ADDRESS.match(text)) and not os.path.lexists(text):
+        here = f"write it as /{text[address.end() :]}" if address[1] == "file" else "copy it here, and name that folder"
+        raise BadInput(f"got {text}; a store is a folder of this machine, and {address[1]}: leads to none: {here}")
+    return Path(text if os.path.lexists(text) else os.path.expanduser(text))
 
 
 def check_format(root: Path, older: bool = False) -> dict[str, Any]:
@@ -36,8 +57,7 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
         about = json.loads(content)
         version = about["format"]
     except (FileNotFoundError, NotADirectoryError):
-        what = "is no actstore store (it has no store.json)" if root.exists() else "does not exist"
-        raise NotStored(f"{root} {what}; make one with {advised('ingest', root, '--model', 'reproduction')}") from None
+        raise _no_store(root) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{root / 'store.json'} cannot be read ({error}); {_mend(root, content)}") from error
     if not isinstance(version, int) or version < 1:
@@ -58,6 +78,18 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
             f"{FORMAT_VERSION}: install the version that made it, or a later one"
         )
     return dict(about)
+
+
+def _no_store(root: Path) -> NotStored:
+    """Says which store is near, if only by its name, and else how to make one."""
+    if around := store_around(root):
+        return NotStored(f"{root} lies in a store; name the store itself, {around}")
+    what = "is no actstore store (it has no store.json)" if root.exists() else "does not exist"
+    with suppress(OSError):
+        beside = [folder.parent.name for folder in islice(root.absolute().parent.glob("*/store.json"), MOST_BESIDE)]
+        if near := get_close_matches(root.name, beside, 1, cutoff=0.75):
+            return NotStored(f"{root} {what}; did you mean {root.with_name(near[0])}, beside it?")
+    return NotStored(f"{root} {what}; make one with {advised('ingest', root, '--model', 'reproduction')}")
 
 
 def _mend(root: Path, content: bytes) -> str:

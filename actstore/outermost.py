@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from actstore.errors import BadInput
 from actstore.functions import Vectors
 from actstore.session import Session
 
@@ -48,7 +49,10 @@ def sql(session: Session, vectors: Vectors | None, query: str, params: Mapping[s
         take_out(session, query, dict(params or {})) if vectors and vectors.d_model and NAMED.search(query) else None
     )
     if vectors and taken:
-        rows = session.sql(taken.query, taken.params)
+        try:
+            rows = session.sql(taken.query, taken.params)
+        except BadInput:  # which shows a place in the query: below, in the one that was asked
+            return session.sql(query, params)
         if _is_plain(rows, taken):
             return rows.with_columns(
                 _gather(vectors, rows[name], *where).alias(name) for name, where in taken.columns.items()

@@ -13,75 +13,64 @@ import polars as pl
 from actstore.arrays import Layout, SiteReader
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.foreign import ForeignReader, mapped_dtype
+from actstore.given import Tokens, frame_of
 from actstore.machine import limit_reached
+from actstore.sites import not_held
 
 if TYPE_CHECKING:
     from actstore.store import Store
 
-SITE = "resid_post.0"  # read where none is named
 DTYPES = ("float32", "float16", "float64", "bfloat16")
 RENAMED = re.compile(r"(.+)_\d+")  # DuckDB hands a second column `a` on as `a_1`
 
 
-def wanted_sites(site: str | None, sites: Sequence[str] | None) -> list[str]:
-    """The names of the sites meant.
-
-    Raises:
-        BadInput: one and several are given, or none of several.
-    """
-    if sites is None:
-        return [SITE if site is None else site]
-    if site is not None:
-        raise BadInput(
-            f"got site {site!r} and sites {sites!r}; give site for X [n, d_model], sites for [n, n_sites, d_model]"
-        )
-    if isinstance(sites, str) or not sites:
-        raise BadInput(f"got sites {sites!r}; give a list of sites, such as ['embed', 'resid_post.0'], or site for one")
-    return list(sites)
-
-
-def check_form(dtype: str, out: str) -> None:
-    """Refuse a form of X that there is not.
+def check_form(dtype: Any, out: str) -> str:
+    """The name of a dtype (`float16`, np.float16 and torch.float16 are one); refuse a form of X that there is not.
 
     Raises:
         BadInput: says which there are.
     """
     if out not in ("numpy", "torch"):
         raise BadInput(f"got out {out!r}; X comes as 'numpy' or 'torch'")
-    if dtype not in DTYPES:
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype).removeprefix("torch."))
+    if name not in DTYPES:
         raise BadInput(f"got dtype {dtype!r}; X comes as {', '.join(DTYPES)}")
-    if dtype == "bfloat16" and out == "numpy":
+    if name == "bfloat16" and out == "numpy":
         raise BadInput("numpy has no bfloat16; ask for out='torch', or for float16 or float32")
+    return str(name)
 
 
 def read_ids(
     store: Store,
-    query: str,
+    query: Tokens,
     params: Mapping[str, Any] | None,
     timeout: float | None = None,
     memory: str | int | None = None,
 ) -> tuple[np.ndarray, pl.DataFrame]:
-    """The token ids that a query yields, int64 [n], and its frame; limits as of Store.sql.
+    """The token ids that a query yields, int64 [n], and its frame; limits as of Store.sql. Ids and frames stand for themselves.
 
     Raises:
         NotStored: an id is too large for any token.
         BadInput: the query is refused, has two columns of one name, or yields no integer token_id without NULLs.
         LimitReached: it took longer, or held more.
     """
+    if not isinstance(query, str):
+        rows, of = frame_of(query, params)
+        return token_ids(rows, of), rows
     rows = store.sql(query, params, timeout, memory)
     _refuse_twins(store, query, params, rows.columns, timeout, memory)
     return token_ids(rows), rows
 
 
-def token_ids(rows: pl.DataFrame) -> np.ndarray:
-    """int64 [n] from a frame's column token_id; raises as read_ids."""
+def token_ids(rows: pl.DataFrame, of: str = "the query") -> np.ndarray:
+    """int64 [n] from the column token_id of a frame, which a message calls `of`; raises as read_ids."""
     if "token_id" not in rows.columns:
         raise BadInput(
-            f"the query yields {', '.join(rows.columns)} and no token_id; select token_id to say which tokens to read"
+            f"{of} yields {', '.join(rows.columns) or 'nothing'} and no token_id; select token_id to say which tokens to read"
         )
     ids = rows["token_id"]
     if not ids.dtype.is_integer():
-        raise BadInput(f"the query's token_id is {ids.dtype}; it must be an integer, as in the tables")
+        raise BadInput(f"{of}'s token_id is {ids.dtype}; it must be an integer, as in the tables")
     if ids.null_count():
         raise BadInput(
             f"{ids.null_count():,} of {len(ids):,} token_ids are NULL; add `where token_id is not null`, or join the tokens"
@@ -174,10 +163,7 @@ def open_site(store: Store, run: str, site: str) -> SiteReader:
         f"select site, kind, shape, path, trees_per_shard, datasets.first_tree_id {wanted}", {"run": run, "site": site}
     ).to_dicts()
     if not found:
-        raise NotStored(
-            f"run {run!r} holds no site {site!r}; it holds {', '.join(store.sites(run))}: ingest it under another run name "
-            f"with `actstore ingest {store.path} --run {run}-more --sites {site} …`"
-        )
+        raise not_held(store, run, site)
     row = found[0]
     shards = store.sql(
         "select batch, path from shards where run = $run and site = $site", {"run": run, "site": row["site"]}

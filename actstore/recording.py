@@ -20,17 +20,19 @@ from actstore.writer import open_writer
 NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def wait_until_free(root: Path, wait: float) -> None:
+def wait_until_free(root: Path, wait: float) -> str:
     """Wait until results can be recorded; for work that takes long to find them, before it begins.
 
     Args:
         root: a store.
         wait: seconds to wait for another process that writes to it.
 
+    Returns:
+        Why the store cannot be written, by whomever (a read-only disk); nothing where it can.
+
     Raises:
         Busy: another process wrote to it all that time.
         TooOld: it has an earlier format, which is read and not written.
-        BadInput: the store cannot be written.
     """
     check_format(root)
     try:
@@ -38,9 +40,8 @@ def wait_until_free(root: Path, wait: float) -> None:
     except OSError as error:
         if error.errno not in NO_WRITING:
             raise
-        raise BadInput(
-            f"{root} cannot be written ({error.strerror}), so nothing can be recorded in it; --no-record answers all the same"
-        ) from error
+        return str(error.strerror)
+    return ""
 
 
 def record(
@@ -56,6 +57,7 @@ def record(
 
     Raises:
         Busy, NoRoom, Damaged, OSError: the store cannot take them.
+        BadInput: nobody can write to the store (a read-only disk).
     """
     left = list(results)
     try:
@@ -63,9 +65,14 @@ def record(
             while left:
                 writer.record(left[0])
                 del left[0]
-    except BaseException:  # Ctrl-C while it waits too
+    except BaseException as error:  # Ctrl-C while it waits too
         if left:
             kept(_keep(left))
+        if isinstance(error, OSError) and error.errno in NO_WRITING:
+            raise BadInput(
+                f"{root} cannot be written ({error.strerror}), so what was computed is not recorded in it; with --no-record "
+                "that is meant"
+            ) from error
         raise
 
 

@@ -20,7 +20,7 @@ import xxhash
 
 from actstore import catalog, checked, log
 from actstore.errors import Damaged
-from actstore.folder import check_format
+from actstore.folder import check_format, place
 from actstore.log import ARRAYS, File, Manifest, Part
 from actstore.verify import Finding, read_manifests, verify
 from actstore.writer import GROUP, as_parquet
@@ -61,7 +61,7 @@ def repair(
         Busy: another process writes to it.
         Damaged: its manifests are not whole, so nothing says how the rest must be.
     """
-    root = Path(path)
+    root = place(path)
     _refuse_what_is_no_store(root)
     with log.lease(root, wait):
         mended = _flip_back(root)

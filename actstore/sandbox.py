@@ -270,7 +270,9 @@ def _receive() -> Any:
 
 
 def _as_sent(error: ActstoreError | MemoryError, memory: int | None) -> tuple[str, str]:
-    lacks = isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))
+    lacks = isinstance(error, MemoryError) or OUT_OF_MEMORY.search(
+        str(error).partition("\n")[0]
+    )  # not in the copy of the query
     if memory is not None and lacks:
         error = _too_much(memory)
     elif isinstance(error, MemoryError):

@@ -28,9 +28,8 @@ QUERY_ROWS = 2**20  # tokens one query looks at, so that the columns of a large 
 RENAMED = {("edges", "step"): "edge_step"}  # the path's step that the edge is, where `step` is the token's own
 
 
-def scan(store: Store, run: str | None, site: str) -> pl.LazyFrame:
+def scan(store: Store, run: str, site: str) -> pl.LazyFrame:
     """See Store.scan."""
-    run = store.run(run)
     reader = store._reader(run, site)
     x = pl.Series(X, reader.gather(np.empty(0, np.int64)))
     source = _Source(store, reader, _columns(store), *_extent(store, run, site))

@@ -23,6 +23,7 @@ from duckdb.func import PythonUDFType
 from actstore import errors
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
 from actstore.machine import check_process, finalize_here, limit_reached
+from actstore.refused import in_parts, refusal
 
 LOCKED = (
     "set temp_directory = ''",  # which could not be written anyway: a query that does not fit says so
@@ -147,7 +148,7 @@ class Session:
 
         Raises:
             BadInput: it is not one query, is longer than a million characters, a parameter is missing or not used, DuckDB
-                refuses it (its own words, one line), or the session is closed or of another process.
+                refuses it (one line, and its place in the query), or the session is closed or of another process.
             LimitReached: it needs more memory than DuckDB may take.
             ActstoreError: what a function of the session raised.
         """
@@ -171,9 +172,7 @@ class Session:
                 raise LimitReached(
                     f"the query needs more memory than there is: {one_line(error)}; ask for less"
                 ) from error
-            raise _raised(error) or BadInput(
-                f"the query was refused: {one_line(error)}{self._tables_if_asked(error)}"
-            ) from error
+            raise _raised(error) or BadInput(refusal(error, query, self._tables)) from error
         except pl.exceptions.PolarsError as error:
             raise BadInput(
                 f"the query yields a type that polars does not hold ({one_line(error)}); cast it, to varchar for example"
@@ -197,12 +196,11 @@ class Session:
         except duckdb.Error:
             return '{"error": true}'
 
-    def _tables_if_asked(self, error: duckdb.Error) -> str:
-        if not (isinstance(error, duckdb.CatalogException) and str(error).startswith("Catalog Error: Table with name")):
-            return ""
+    def _tables(self) -> list[str]:
+        """Names of the store's tables and views."""
         with self._connection.cursor() as cursor:
             names = cursor.execute("select table_name from information_schema.tables where table_catalog = 'store'")
-            return f" The store has {', '.join(sorted(name for (name,) in names.fetchall()))}"
+            return sorted(name for (name,) in names.fetchall())
 
 
 @cache
@@ -288,7 +286,13 @@ def _fetch(cursor: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, A
     cursor.execute(SEARCH)
     cursor.execute(READ_ONLY)
     _check(cursor, query, set(params or {}))
-    return cursor.sql(query, params=dict(params) if params else None).pl()
+    given = dict(params) if params else None
+    try:
+        return cursor.sql(query, params=given).pl()
+    except (duckdb.BinderException, duckdb.CatalogException) as error:
+        if "\nLINE " not in str(error):
+            cursor.execute(query, given)  # is refused the same, with the place in the query
+        raise
 
 
 def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Callable[[], T]) -> T:
@@ -325,6 +329,4 @@ def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Callable[[], T]) ->
 
 def one_line(error: Exception) -> str:
     """DuckDB's message without the copy of the query that follows it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = lines[: next((i for i, line in enumerate(lines) if line.startswith("LINE ")), len(lines))]
-    return " ".join(line for line in kept if line)
+    return in_parts(error)[0]

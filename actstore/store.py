@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import polars as pl
 
-from actstore import catalog, outermost, reading
+from actstore import catalog, given, outermost, reading
+from actstore.advice import no_run
 from actstore.arrays import SiteReader
 from actstore.errors import BadInput, Damaged, NotStored, advised
-from actstore.folder import CheckedFolder, Folder, check_format
+from actstore.folder import CheckedFolder, Folder, check_format, place
 from actstore.functions import Vectors, add_functions
 from actstore.log import FORMAT_VERSION, check_sizes, log_hash, manifests
 from actstore.machine import within_limits
 from actstore.session import Session
+from actstore.sites import Site, wanted
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +43,7 @@ class Store:
     read in forked DataLoader workers.
 
     Args:
-        path: the store's folder.
+        path: the store's folder; `~` is the home folder.
         check: hold what is read against the hashes it was committed with: the catalog at once, and each shard of
             activations whole when it is first read, in this process and in those of queries with limits and of DataLoader
             workers (there once per epoch). Without it a read looks at sizes alone: a bit that flipped, or a shard in the
@@ -54,11 +56,11 @@ class Store:
             that the next manifest, or the catalog, was written after; with check also: the catalog is not what was put in
             place.
         LimitReached: the system allows this process no more open files or memory.
-        BadInput: this process was forked from one that had opened a store.
+        BadInput: the path is none of this machine; or this process was forked from one that had opened a store.
     """
 
     def __init__(self, path: str | Path, check: bool = False) -> None:
-        self.path, self.check = Path(path), check
+        self.path, self.check = place(path), check
         self._readers: dict[tuple[str, str], SiteReader] = {}
         self._runs: list[str] | None = None
         self._vectors: Vectors | None = None
@@ -92,6 +94,7 @@ class Store:
             raise
 
     def __enter__(self) -> Store:
+        self._session.check()
         return self
 
     def __exit__(
@@ -100,7 +103,10 @@ class Store:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r}, snapshot={self.snapshot}, runs={self.runs()})"
+        try:
+            return f"Store({str(self.path)!r}, snapshot={self.snapshot}, runs={self.runs()})"
+        except BadInput:
+            return f"Store({str(self.path)!r}, closed)"
 
     def _open_session(self) -> Session:
         if self.about["format"] == FORMAT_VERSION:
@@ -158,7 +164,7 @@ class Store:
 
         Args:
             query: a SELECT; `$name` stands for a parameter.
-            params: a value for each `$name`.
+            params: a value for each `$name`: numbers, texts, dates; lists, arrays, Series and tensors for `unnest($name)`.
             timeout: seconds after which it is stopped. With this or `memory` it runs in a process of its own, which
                 takes a second to start (not counted) and is killed at the limit, whatever it does.
             memory: what it may hold, results included: bytes, or text such as "2GB".
@@ -167,10 +173,12 @@ class Store:
             A polars frame.
 
         Raises:
-            BadInput: DuckDB refuses the query.
+            BadInput: DuckDB refuses the query: its own words, its line and the caret; or a parameter is of no such type.
             NotStored: `act` or another function is asked for what is not there.
             LimitReached: it took longer, or held more.
         """
+        given.check_query(query)
+        params = given.parameters(params)
         if timeout is None and memory is None:
             return outermost.sql(self._session, self._vectors, query, params)
         from actstore import sandbox
@@ -184,6 +192,7 @@ class Store:
 
     def runs(self) -> list[str]:
         """Names of the runs, in the order they were defined."""
+        self._session.check()
         if self._runs is None:  # a snapshot's runs stay as they are
             self._runs = self.sql("select run from runs")["run"].to_list()
         return list(self._runs)
@@ -203,26 +212,24 @@ class Store:
         runs = self.runs()
         if run in runs and run is not None:
             return run
-        held = f"{self.path} holds {', '.join(runs) if runs else 'no run'}"
         if run is not None:
-            raise NotStored(
-                f"no run {run!r}: {held}; ingest it with `actstore ingest {self.path} --run {run} --model …`"
-            )
+            raise no_run(self, run, runs)
+        held = f"{self.path} holds {', '.join(runs) if runs else 'no run'}"
         if len(runs) == 1:
             return runs[0]
         if not runs:
             raise NotStored(f"{held} yet; ingest one with {advised('ingest', self.path, '--model', 'reproduction')}")
-        raise BadInput(f"which run? {held}: name one (--run)")
+        raise BadInput(f"which run? {held}: name one (run={runs[0]!r}, --run {runs[0]})")
 
     @overload
     def read(
         self,
-        query: str,
+        query: given.Tokens,
         run: str | None = ...,
-        site: str | None = ...,
+        site: Site | None = ...,
         params: Mapping[str, Any] | None = ...,
         *,
-        sites: Sequence[str] | None = ...,
+        sites: Sequence[Site] | None = ...,
         timeout: float | None = ...,
         memory: str | int | None = ...,
         dtype: str = ...,
@@ -232,12 +239,12 @@ class Store:
     @overload
     def read(
         self,
-        query: str,
+        query: given.Tokens,
         run: str | None = ...,
-        site: str | None = ...,
+        site: Site | None = ...,
         params: Mapping[str, Any] | None = ...,
         *,
-        sites: Sequence[str] | None = ...,
+        sites: Sequence[Site] | None = ...,
         timeout: float | None = ...,
         memory: str | int | None = ...,
         dtype: str = ...,
@@ -246,12 +253,12 @@ class Store:
 
     def read(
         self,
-        query: str,
+        query: given.Tokens,
         run: str | None = None,
-        site: str | None = None,
+        site: Site | None = None,
         params: Mapping[str, Any] | None = None,
         *,
-        sites: Sequence[str] | None = None,
+        sites: Sequence[Site] | None = None,
         timeout: float | None = None,
         memory: str | int | None = None,
         dtype: str = "float32",
@@ -263,11 +270,12 @@ class Store:
         with: a flipped bit, or a shard that was put in the place of another, is read as it lies on the disk.
 
         Args:
-            query: a SELECT with a column `token_id`; whatever else it yields comes back beside it.
+            query: a SELECT with a column `token_id`; whatever else it yields comes back beside it. In its place: token ids (a
+                list, an array, a Series), or a frame with a column `token_id`, which comes back as it is.
             run: whose activations; may be left out where the store holds one run.
-            site: `resid_post.0` (read where none is named) or `blocks.0.hook_resid_post`.
+            site: `resid_post.0` (read where none is named), `blocks.0.hook_resid_post` or `("resid_post", 0)`.
             params: a value for each `$name` of the query.
-            sites: several sites of one row shape, in place of `site`.
+            sites: several sites of one row shape, in place of `site`; `resid_post` among them is every layer that is stored.
             timeout, memory: limits of the query, as of `sql`; reading the activations has none.
             dtype: of X: float32, float16, float64, or bfloat16 (torch alone).
             out: numpy or torch; a tensor shares the memory of what was read.
@@ -285,9 +293,9 @@ class Store:
 
         A shard that is cut short while it is mapped kills the process that reads it (SIGBUS): no error can be raised.
         """
-        reading.check_form(dtype, out)
-        names = reading.wanted_sites(site, sites)
+        dtype = reading.check_form(dtype, out)
         run = self.run(run)
+        names = wanted(self, run, site, sites)
         readers = [self._reader(run, name) for name in names]
         reading.same_row_shape(readers, names)
         token_ids, rows = reading.read_ids(self, query, params, timeout, memory)
@@ -295,12 +303,12 @@ class Store:
 
     def explain(
         self,
-        query: str,
+        query: given.Tokens,
         run: str | None = None,
-        site: str | None = None,
+        site: Site | None = None,
         params: Mapping[str, Any] | None = None,
         *,
-        sites: Sequence[str] | None = None,
+        sites: Sequence[Site] | None = None,
         timeout: float | None = None,
         memory: str | int | None = None,
     ) -> Explanation:
@@ -313,9 +321,10 @@ class Store:
         """
         from actstore.explain import explain
 
-        return explain(self, query, run, reading.wanted_sites(site, sites), params, timeout, memory)
+        run = self.run(run)
+        return explain(self, query, run, wanted(self, run, site, sites), params, timeout, memory)
 
-    def scan(self, run: str | None = None, site: str = "resid_post.0") -> pl.LazyFrame:
+    def scan(self, run: str | None = None, site: Site | None = None) -> pl.LazyFrame:
         """The tokens of a run as a polars LazyFrame, one row a token, in the order of token_id.
 
         What the query does not ask for is not read: columns that it does not select, rows that a filter on any column but
@@ -329,23 +338,25 @@ class Store:
 
         Args:
             run: whose activations; may be left out where the store holds one run.
-            site: `resid_post.0` or `blocks.0.hook_resid_post`; trees that are not ingested there have no rows.
+            site: as of `read`; trees that are not ingested there have no rows.
 
         Raises:
             NotStored: no such run or site.
         """
         from actstore.scan import scan
 
-        return scan(self, run, site)
+        run = self.run(run)
+        (name,) = wanted(self, run, site, None)
+        return scan(self, run, name)
 
     def batches(
         self,
-        query: str,
+        query: given.Tokens,
         run: str | None = None,
-        site: str | None = None,
+        site: Site | None = None,
         params: Mapping[str, Any] | None = None,
         *,
-        sites: Sequence[str] | None = None,
+        sites: Sequence[Site] | None = None,
         batch_size: int = 4096,
         shuffle: bool = True,
         seed: int = 0,
@@ -395,11 +406,12 @@ class Store:
         """
         from actstore.batches import Batches
 
+        run = self.run(run)
         return Batches(
             self,
             query,
             run,
-            reading.wanted_sites(site, sites),
+            wanted(self, run, site, sites),
             params,
             one_site=sites is None,
             batch_size=batch_size,

@@ -19,7 +19,7 @@ import polars as pl
 
 from actstore import catalog, catalog_check, log
 from actstore.errors import Damaged, TooNew, advised
-from actstore.folder import check_format
+from actstore.folder import check_format, place
 from actstore.hashing import hash_of
 from actstore.log import ARRAYS, File, Manifest, Part, Shard
 from actstore.machine import limit_reached, n_processors
@@ -81,7 +81,7 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
         NotStored: there is no store.
         TooNew: a later version of actstore made it.
     """
-    root = Path(path)
+    root = place(path)
     findings: list[Finding] = []
     is_older = False
     try:

@@ -23,7 +23,7 @@ import actstore
 from actstore import catalog, checked, log
 from actstore.arrays import metadata
 from actstore.errors import BadInput
-from actstore.folder import check_format, store_around
+from actstore.folder import check_format, place, store_around
 from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest, Part, Shard
 from actstore.plan import RunPlan, SitePlan  # noqa: F401 (what a writer is handed is imported from here, too)
 
@@ -146,7 +146,7 @@ def rebuild(path: str | Path) -> int:
         Damaged: a part or a manifest is missing or unreadable.
         Busy: another process writes to the store.
     """
-    root = Path(path)
+    root = place(path)
     check_format(root)
     with log.lease(root):
         log.manifests(root, least=catalog.snapshot(root))  # what the old catalog knows must not be forgotten
@@ -167,7 +167,7 @@ def open_writer(path: str | Path, *, make: bool = False, wait: float = 0.0) -> I
         NotStored: there is no store, and none is to be made.
         NoRoom: the disk is full.
     """
-    root = Path(path)
+    root = place(path)
     if make and not (root / "store.json").exists():
         create(root, wait)
     check_format(root)

@@ -21,6 +21,7 @@ import polars as pl
 
 from actstore.arrays import Layout, ShardBuffer
 from actstore.errors import BadInput, NotStored
+from actstore.folder import place
 from actstore.ingest.activations import SiteSpec, forward, site_specs
 from actstore.ingest.config import ModelConfig, nearest, there_are
 from actstore.ingest.models import Model, check_device, find, load
@@ -145,6 +146,7 @@ class Ingest:
 
     def __post_init__(self) -> None:
         _check_batch_size(self.batch_size)
+        self.store = place(self.store)
         self.plan, self.specs = draft(
             self.store, self.model.name, self.model.config, self.trees, self.run, self.sites, self.prompt, self.samples
         )
@@ -417,7 +419,7 @@ def prepare(
         NotStored: no such model or checkpoint.
     """
     _check_batch_size(batch_size)
-    store = Path(store)
+    store = place(store)
     if (model is None) == (model_of is None):
         raise BadInput(
             "name a model, by --model (`actstore models list` names those there are) or as that of a stored run (--model-of), "

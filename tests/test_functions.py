@@ -130,7 +130,7 @@ def test_only_rows_that_are_left_are_read(store: Store, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        ("act(1, 'x', 'resid_post.0')", NotStored, r"no run 'x': .*s\.act holds r, two; ingest it"),
+        ("act(1, 'x', 'resid_post.0')", NotStored, r"no run 'x': .*s\.act holds r, two; name one of them"),
         (
             "act(1, 'r', 'embed')",
             NotStored,

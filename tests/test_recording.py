@@ -223,16 +223,27 @@ def test_answers_are_kept_elsewhere_where_the_working_folder_is_a_store(root, mo
     file.unlink()
 
 
-def test_a_store_that_cannot_be_written_is_said_before_anything_is_computed(root, monkeypatch):
+def test_what_a_store_that_cannot_be_written_answers_is_printed_and_kept(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = files(root)
+
     def read_only(*args, **options):
         raise OSError(30, "Read-only file system", str(root / ".lock"))
 
-    monkeypatch.setattr(log, "lease", read_only)
-    result = run("study", root, "depth")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "Read-only file system" in result.stderr
-    assert "--no-record" in result.stderr
-    assert run("study", root, "depth", "--no-record").exit_code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(log, "lease", read_only)
+        answer = run("study", root, "depth", "--no-record")
+        assert (answer.exit_code, answer.stderr) == (0, "")
+        result = run("study", root, "depth")
+    assert (result.exit_code, result.stdout) == (2, answer.stdout)
+    first, kept, last = result.stderr.splitlines()
+    assert first.endswith("cannot be written (Read-only file system): the answers are printed, and not recorded in it")
+    assert "keeps the results" in kept
+    assert last.endswith("is not recorded in it; with --no-record that is meant")
+    assert files(root) == before
+    (file,) = tmp_path.glob("results-*.parquet")
+    assert run("record", root, file).exit_code == 0
+    assert len(recorded(root)) > 0
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"text", None])

@@ -1,0 +1,83 @@
+"""What DuckDB refuses, told: its own message, what to do where that is known, and its line with the caret below."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+
+import duckdb
+
+from actstore import queries
+
+SHUT = "has been disabled by configuration"  # what DuckDB says of the file system that a session shuts off
+COLUMN = re.compile(r'Referenced column "(.+?)" (?:was )?not found')
+TABLE = re.compile(r'Table with name "?(.+?)"? does not exist')
+FOREIGN = re.compile(r' Did you mean "(?:pg_|duckdb_|information_schema)[^"]*"\?')  # tables that are DuckDB's own
+FILE = re.compile(r"[/\\]|\.(parquet|csv|tsv|json|jsonl|ndjson|txt|db|duckdb|npz)$", re.IGNORECASE)
+NO_FILES = (
+    "a query reads the store's tables and no files or addresses: read a file with polars, and hand its values over as "
+    "params (where tree_id in (select unnest($ids)))"
+)
+COMPARED = r"(?:[=<>]|\b(?:i?like|in\s*\(|act\s*\()[^()]*?)\s*\b{}\b"  # where a text is likelier than a column
+
+
+def refusal(error: duckdb.Error, query: str, tables: Callable[[], list[str]]) -> str:
+    """What a BadInput says of a query that DuckDB refused.
+
+    Args:
+        error: DuckDB's.
+        query: as it was asked.
+        tables: gives the names of the store's tables and views; called where the message needs them.
+
+    Returns:
+        One line, and where DuckDB names a place in the query its two lines `LINE 1: …` and the caret.
+    """
+    said, place = in_parts(error)
+    said = FOREIGN.sub("", said)
+    if advice := _advice(said, query.strip().rstrip(";"), tables):
+        said += f" {advice[0].upper()}{advice[1:]}" if said[-1] in ".!?" else f"; {advice}"
+    return "\n".join([f"the query was refused: {said}", *place])
+
+
+def in_parts(error: Exception) -> tuple[str, list[str]]:
+    """DuckDB's message as one line, and the lines that show the place in the query; none where it names no place."""
+    lines = str(error).splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith("LINE ")), len(lines))
+    said = " ".join(line.strip() for line in lines[:first] if line.strip())
+    return said, [line.rstrip() for line in lines[first : first + 2]]
+
+
+def _advice(said: str, query: str, tables: Callable[[], list[str]]) -> str:
+    """What to do about it; nothing where DuckDB's own words say it."""
+    if SHUT in said:
+        return NO_FILES
+    if query.isidentifier():
+        return _of_a_word(query, tables())
+    if table := TABLE.search(said):
+        return NO_FILES if FILE.search(table[1]) else _of_a_table(table[1], tables())
+    column = COLUMN.search(said)
+    if column and f'"{column[1]}"' in query:
+        return f"text stands in single quotes, {_text(column[1])}: double quotes name a column"
+    if column and re.search(COMPARED.format(re.escape(column[1])), query, re.IGNORECASE):
+        return f"where a text is meant, it stands in single quotes, {_text(column[1])}"
+    return ""
+
+
+def _of_a_word(word: str, tables: list[str]) -> str:
+    if word in tables:
+        return f"to read the table write: from {word}"
+    if word in queries.names():
+        return f"{word} is a named query: actstore query STORE {word}, or queries.select(store, {word!r}, …)"
+    return f"a query is SQL, such as: from {(get_close_matches(word, tables, 1) or ['tokens'])[0]}"
+
+
+def _of_a_table(name: str, tables: list[str]) -> str:
+    frames = (
+        "" if get_close_matches(name, tables, 1) else "; a frame of Python is no table: hand its values over as params"
+    )
+    return f"the store has {', '.join(tables)}{frames}"
+
+
+def _text(name: str) -> str:
+    return "'" + name.replace("'", "''") + "'"

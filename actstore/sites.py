@@ -1,0 +1,116 @@
+"""Which sites a caller means: by short name, by TransformerLens' name or key, or by a family for every layer of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actstore.advice import ingest_more
+from actstore.errors import BadInput, NotStored
+from actstore.ingest.activations import FAMILIES
+
+if TYPE_CHECKING:
+    from actstore.store import Store
+
+SITE = "resid_post.0"  # read where none is named
+Site = str | tuple[str, int]  # `resid_post.0`, `blocks.0.hook_resid_post` or TransformerLens' key ("resid_post", 0)
+OF_A_BLOCK = re.compile(r"blocks\.(\d+)\.(?:attn\.)?hook_(\w+)")
+SPELLINGS = "a site is spelled 'embed', 'resid_post.0', 'blocks.0.hook_resid_post' or ('resid_post', 0)"
+
+
+def wanted(store: Store, run: str, site: Site | None, sites: Sequence[Site] | None) -> list[str]:
+    """The names of the sites meant; whether the run holds them is not looked at here.
+
+    Args:
+        site: one; SITE where neither is given.
+        sites: several; a family (`resid_post`) among them stands for every layer of it that the run holds.
+
+    Raises:
+        BadInput: one and several are given, none of several, a family for one, or what names no site.
+    """
+    if sites is None:
+        if isinstance(site, (list, tuple, set)) and not _is_key(site):
+            raise BadInput(
+                f"got site {site!r}; for X [n, n_sites, d_model] give sites={list(site)!r}, for X [n, d_model] one site"
+            )
+        name = SITE if site is None else _name(store, run, site)
+        if len(layers := _layers(store, run, name)) > 1 or (layers and layers != [name]):
+            raise BadInput(
+                f"got site {name!r}, a family; run {run!r} holds {in_short(layers)} of it: give one of them, or "
+                f"sites=[{name!r}] for X [n, {len(layers)}, d_model]"
+            )
+        return [name]
+    if site is not None:
+        raise BadInput(
+            f"got site {site!r} and sites {sites!r}; give site for X [n, d_model], sites for [n, n_sites, d_model]"
+        )
+    if isinstance(sites, (str, set)) or not isinstance(sites, Iterable) or not (named := list(sites)):
+        raise BadInput(f"got sites {sites!r}; give a list of sites, such as ['embed', 'resid_post.0'], or site for one")
+    names = [_name(store, run, one) for one in named]
+    return [layer for name in names for layer in _layers(store, run, name) or [name]]
+
+
+def _is_key(site: Any) -> bool:
+    """Whether it is a key of TransformerLens' ActivationCache, ("resid_post", 0) or ("pattern", 0, "attn")."""
+    if not isinstance(site, tuple) or len(site) not in (2, 3) or not isinstance(site[0], str):
+        return False
+    layer = site[1]
+    return layer.isdecimal() if isinstance(layer, str) else isinstance(layer, (int, np.integer)) and layer is not True
+
+
+def _name(store: Store, run: str, site: Any) -> str:
+    if isinstance(site, str):
+        return site
+    if not _is_key(site):
+        raise BadInput(f"got site {site!r}; {SPELLINGS}, and run {run!r} holds {in_short(store.sites(run))}")
+    family, layer = site[0], int(site[1])
+    n_layers = _n_layers(store, run)
+    return f"{family}.{layer + n_layers if layer < 0 and n_layers else layer}"  # -1 is the last, as there
+
+
+def _layers(store: Store, run: str, name: str) -> list[str]:
+    """The sites of a family that a run holds; none where the name is of no family."""
+    return [held for held in store.sites(run) if held.partition(".")[0] == name] if name in FAMILIES else []
+
+
+def _n_layers(store: Store, run: str) -> int | None:
+    return store.sql(
+        "select n_layers from runs join models using (weights_sha256) where run = $run", {"run": run}
+    ).item()
+
+
+def not_held(store: Store, run: str, site: str) -> NotStored:
+    """What to say of a site that a run does not hold: whether its model has it, which is near, and what stores it."""
+    held, n_layers = store.sites(run), _n_layers(store, run)
+    found = OF_A_BLOCK.fullmatch(site)
+    short = f"{found[2]}.{found[1]}" if found else site.removeprefix("hook_")
+    family, _, layer = short.partition(".")
+    said, holds = f"run {run!r} holds no site {site!r}", f"it holds {in_short(held) or 'none'}"
+    if family in FAMILIES and layer.isdecimal() and n_layers and int(layer) >= n_layers:
+        return NotStored(f"{said}: its model has layers 0 to {n_layers - 1}; {holds}")
+    if short in ("embed", *FAMILIES) or (family in FAMILIES and layer.isdecimal()):
+        more = ingest_more(store, run, f"{run}-{short}", "--sites", short)
+        return NotStored(f"{said}; {holds}: store it, as a run of its own, with {more}")
+    if "," in site:
+        return NotStored(f"{said}; {holds}: for several give sites={site.replace(' ', '').split(',')}")
+    if site in store.runs():
+        return NotStored(f"{said}, which is a run; {holds}: name a site of it (site=…, --site)")
+    if near := get_close_matches(short.lower(), [*held, "embed", *FAMILIES], 1):
+        return NotStored(f"{said} (did you mean {near[0]}?); {holds}")
+    return NotStored(f"{said}; {holds}: name one of them")
+
+
+def in_short(names: Sequence[str]) -> str:
+    """`embed, resid_post.0 to resid_post.5`: three and more layers of a family that follow each other are written as a range."""
+    parts: list[list[str]] = []
+    for name in names:
+        family, _, layer = name.partition(".")
+        if parts and layer.isdecimal() and parts[-1][-1] == f"{family}.{int(layer) - 1}":
+            parts[-1].append(name)
+        else:
+            parts.append([name])
+    return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 2 else ", ".join(part) for part in parts)

@@ -60,8 +60,12 @@ def _plain(name: str, value: Any) -> Any:
         raise BadInput(f"got a frame for ${name}; hand over one of its columns, such as frame['token_id']")
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, np.datetime64):
+        return value.astype("datetime64[us]").item()  # of nanoseconds it would be a bare number
+    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+        return value.item()
     if isinstance(value, TAKEN):
-        return value.item() if isinstance(value, np.generic) or getattr(value, "shape", None) == () else value
+        return value
     if isinstance(value, MANY):
         items = list(value)
         return items if set(map(type, items)) <= set(PLAIN) else [_plain(name, item) for item in items]
@@ -71,7 +75,7 @@ def _plain(name: str, value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, pl.Series):
         return value.to_list()
-    if isinstance(value, np.generic) or hasattr(value, "tolist"):  # a tensor, a Series of pandas
+    if hasattr(value, "tolist"):  # a tensor, a Series of pandas
         return _plain(name, value.tolist())
     raise BadInput(f"got {_of(value)} for ${name}; give a number, a text, a date, or a list or dict of them")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from datetime import date
+from datetime import date, datetime
 from enum import Enum
 from pathlib import Path
 
@@ -139,6 +139,7 @@ def test_no_ids_are_no_rows(store):
 MANY = [[1, 3], (1, 3), range(1, 4, 2), np.array([1, 3]), pl.Series([1, 3]), pd.Series([1, 3]), torch.tensor([1, 3])]
 ONE = [
     *((np.int16(3), 3), (np.float32(0.5), 0.5), (torch.tensor(3), 3), (np.array(3), 3), (Split.TRAIN, "train")),
+    (np.datetime64("2000-01-02T03:04:05.000006789", "ns"), datetime(2000, 1, 2, 3, 4, 5, 6)),
     *((Path("a/b"), "a/b"), (date(2000, 1, 2), date(2000, 1, 2)), (None, None)),
 ]
 

@@ -30,8 +30,8 @@ from actstore.mapped import (
     copy_rows,
     flat_rows,
     n_threads,
-    open_file,
 )
+from actstore.regular import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -216,7 +216,7 @@ class SiteReader:
         shards: Mapping[int, Path],
         where: str,
         is_token: Callable[[np.ndarray], np.ndarray] | None = None,
-        opener: Callable[[Path], int] = open_file,
+        opener: Callable[[Path], int] = open_regular,
         opener_reads: bool = False,
     ) -> None:
         self.layout, self.first_tree_id, self.shards, self.where = layout, first_tree_id, dict(shards), where

@@ -12,19 +12,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 import duckdb
 import polars as pl
-import xxhash
 
 from actstore import checked
 from actstore.errors import Damaged, advised
-from actstore.hashing import hash_of
+from actstore.hashing import hash_of, hash_of_file
 from actstore.log import (
     DISK_FULL,
     FORMAT_VERSION,
@@ -34,15 +33,17 @@ from actstore.log import (
     fsync_folder,
     log_hash,
     manifests,
+    replace_file,
     say_where,
 )
 from actstore.machine import limit_reached
+from actstore.regular import check_regular, read_regular
 
 NAME = "catalog.duckdb"
 HASHES = "catalog.json"  # what its bytes hash to
 REPLAYED = (".wal", ".wal.checkpoint", ".wal.recovery")  # what DuckDB adds to a database that it opens, if only to read
 STORAGE_VERSION = "v1.2.0"  # what DuckDB 1.2 and later clients can open
-COLUMN = re.compile(r"^    (\w+) [^-]*, -- (.+)$")
+COLUMN = re.compile(r"^    (\w+) ([^-]*), -- (.+)$")
 TABLE = re.compile(r"^create table (\w+)")
 DERIVED = {"tokens": "dataset"}  # the column of a table that no part holds; see source
 UNSIGNED: dict[
@@ -56,6 +57,7 @@ UNSIGNED: dict[
 }
 
 
+@cache
 def schema() -> str:
     """The SQL that makes an empty catalog."""
     return files("actstore").joinpath("schema.sql").read_text(encoding="utf-8")
@@ -75,8 +77,33 @@ def column_comments() -> dict[tuple[str, str], str]:
         if begins := TABLE.match(line):
             table = begins[1]
         elif column := COLUMN.match(line):
-            comments[table, column[1]] = column[2]
+            comments[table, column[1]] = column[3]
     return comments
+
+
+TABLES_THERE = """
+select table_name, column_name, case when data_type like 'ENUM%' then 'ENUM' else data_type end as type
+from duckdb_columns() join duckdb_tables() using (database_name, schema_name, table_name)
+where database_name = 'store' and schema_name = 'main'"""
+
+
+def check_tables(there: Iterable[Sequence[str]]) -> None:
+    """Look whether a catalog has the tables of today, with the columns and their types; a view is no table.
+
+    Args:
+        there: rows of TABLES_THERE.
+
+    Raises:
+        ValueError: a column is not there.
+    """
+    held, table, wanted = {tuple(row) for row in there}, "", schema()
+    for line in wanted.splitlines():
+        if begins := TABLE.match(line):
+            table = begins[1]
+        elif column := COLUMN.match(line):
+            dtype = "ENUM" if f"create type {column[2]} " in wanted else column[2].upper()
+            if (table, column[1], dtype) not in held:
+                raise ValueError(f"it has no table {table} with a column {column[1]} of type {column[2]}")
 
 
 @cache
@@ -107,14 +134,7 @@ def snapshot(root: Path) -> int:
     try:
         with attached(root) as connection:
             return int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
-    except (
-        duckdb.Error,
-        FileNotFoundError,
-        IsADirectoryError,
-        shutil.SpecialFileError,
-        IndexError,
-        TypeError,
-    ) as error:
+    except (duckdb.Error, FileNotFoundError, Damaged, IndexError, TypeError, ValueError) as error:
         if reached := limit_reached(error, f"cannot open {root / NAME}"):
             raise reached from error
         return 0
@@ -122,15 +142,33 @@ def snapshot(root: Path) -> int:
 
 @contextmanager
 def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The catalog's own file as the database `there`, to be read, without what a log beside it would add."""
+    """The catalog's own file as the database `there`, to be read, without what a log beside it would add.
+
+    Raises:
+        Damaged: no regular file stands there, or a view in the place of a table: its query would be run, and may read any
+            file.
+        FileNotFoundError: there is none.
+        duckdb.Error: it is no database.
+    """
     with ExitStack() as stack:
         path = root / NAME
+        check_regular(path)
         if replayed(root):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="actstore-catalog-"))
             path = Path(shutil.copyfile(path, Path(folder) / NAME))
         connection = stack.enter_context(duckdb.connect())
         connection.execute(f"attach {quoted(path)} as there (read_only)")
+        views = connection.execute(
+            "select view_name from duckdb_views() where database_name = 'there' and not internal"
+        )
+        if wrong := {name for (name,) in views.fetchall()} & {table for table, _ in column_comments()}:
+            raise Damaged(not_a_table(root, min(wrong)))
         yield connection
+
+
+def not_a_table(root: Path, name: str) -> str:
+    """What is wrong with a catalog that has something else in the place of a table."""
+    return f"{root / NAME} has a view {name} in the place of the table; rebuild it with {advised('repair', root)}"
 
 
 def replayed(root: Path) -> list[Path]:
@@ -246,7 +284,7 @@ def noted_hashes(root: Path) -> list[str]:
         Damaged: the note is not what was written.
         FileNotFoundError: there is none; stores of format 1 have none.
     """
-    content = (root / HASHES).read_bytes()
+    content = read_regular(root / HASHES)
     try:
         noted = json.loads(content)
         if noted.keys() != {"xxh3_128"} and not checked.is_whole(content):  # development versions wrote no checksum
@@ -258,7 +296,9 @@ def noted_hashes(root: Path) -> list[str]:
 
 def _note_hash(root: Path, new: Path) -> None:
     """Note the hash of a catalog before it is put in place, beside that of the one there."""
-    both = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in (new, root / NAME) if path.exists()]
+    both = [hash_of_file(new)]
+    with suppress(FileNotFoundError, Damaged):  # none is there, or nothing that was ever noted
+        both.append(hash_of_file(root / NAME))
     hashes = list(dict.fromkeys(both))
     temporary = _note_under_way(root)
     temporary.write_bytes(checked.to_json({"xxh3_128": hashes}))
@@ -271,7 +311,9 @@ def _note_under_way(root: Path) -> Path:
 
 def _copy_of_last(root: Path, temporary: Path) -> int:
     """Copy the catalog that is there, and say how many commits it holds; 0, and no copy, where none can be used."""
-    if not (root / NAME).exists():
+    try:
+        check_regular(root / NAME)
+    except (FileNotFoundError, Damaged):
         return 0
     shutil.copyfile(root / NAME, temporary)
     if not _is_noted(root, temporary):  # damage must not be carried on into the next one
@@ -279,11 +321,12 @@ def _copy_of_last(root: Path, temporary: Path) -> int:
         return 0
     try:
         with duckdb.connect(str(temporary)) as connection:
-            version, held = connection.execute("select format_version, snapshot from snapshot").fetchall()[0]
+            version, held = connection.execute("select format_version, snapshot::int from snapshot").fetchall()[0]
             columns = connection.execute("select table_name, column_name from duckdb_columns()").fetchall()
     except (duckdb.Error, IndexError):
         version, held, columns = None, 0, []
-    if version != FORMAT_VERSION or not column_comments().keys() <= set(columns):  # a table has gained a column since
+    is_of_today = version == FORMAT_VERSION and column_comments().keys() <= set(columns)  # tables may gain columns
+    if not is_of_today or held is None:
         temporary.unlink()
         return 0
     return int(held)
@@ -303,7 +346,7 @@ def is_noted(root: Path, descriptor: int) -> bool | None:
 
 def _is_noted(root: Path, path: Path) -> bool:
     try:
-        return xxhash.xxh3_128_hexdigest(path.read_bytes()) in noted_hashes(root)
+        return hash_of_file(path) in noted_hashes(root)
     except (FileNotFoundError, Damaged):
         return False
 
@@ -321,6 +364,7 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
         parts: dict[str, list[Path]] = {}
         for manifest in new:
             for part in manifest.parts:
+                _check_part(root, part.path)
                 parts.setdefault(part.table, []).append(root / part.path)
         for table, paths in parts.items():
             connection.execute(f"insert into {table} by name from {source(connection, table, paths, 'new.datasets')}")
@@ -332,6 +376,15 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
         connection.execute(now, [len(new), log_hash(new, before)])
         connection.execute("commit")
         connection.execute("checkpoint new")
+
+
+def _check_part(root: Path, path: str) -> None:
+    try:
+        check_regular(root / path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(
+            f"the catalog of {root} cannot be built from its parts ({path} is missing); restore it from a copy of the store"
+        ) from None
 
 
 def rows_of(parts: list[Path]) -> str:
@@ -369,7 +422,7 @@ def _replace(temporary: Path, final: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.replace(temporary, final)
+    replace_file(temporary, final)
     fsync_folder(final.parent)
 
 

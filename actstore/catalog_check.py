@@ -11,10 +11,12 @@ import duckdb
 import polars as pl
 
 from actstore import catalog, log
-from actstore.errors import Damaged
+from actstore.errors import Damaged, LimitReached
 from actstore.log import Manifest
+from actstore.machine import limit_reached
+from actstore.regular import check_regular, open_regular
+from actstore.session import one_line
 
-MISSING = "is missing"
 TABLES = "select table_name from duckdb_tables() where database_name = 'there'"
 
 
@@ -25,8 +27,8 @@ def wrong_with(root: Path, manifests: list[Manifest] | None, is_older: bool) -> 
         manifests: all of them, where they and their parts are whole; else rows are not compared.
         is_older: an earlier version made the store, which noted no hash.
     """
-    yield from (outside := list(lacking_or_added(root)))
-    if (catalog.NAME, MISSING) in outside:
+    yield from lacking_or_added(root)
+    if _lacking(root):
         return
     try:
         is_noted = _is_noted(root)
@@ -41,7 +43,7 @@ def wrong_with(root: Path, manifests: list[Manifest] | None, is_older: bool) -> 
     if not is_noted:
         yield catalog.NAME, "its content is not what was put in place"
     elif manifests is not None:
-        yield from ((catalog.NAME, what) for what in _rows_that_differ(root, manifests))
+        yield from ((catalog.NAME, what) for what in _differing(root, manifests))
 
 
 def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
@@ -49,16 +51,39 @@ def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
     for left in catalog.replayed(root):
         where = left.name if os.path.samefile(left.parent, root) else catalog.NAME
         yield where, f"{left} is no part of the store, and each read would take its changes for committed"
-    if not (root / catalog.NAME).exists():
-        yield catalog.NAME, MISSING
+    if what := _lacking(root):
+        yield catalog.NAME, what
+
+
+def _lacking(root: Path) -> str:
+    """What is wrong where no file is under the catalog's name; nothing where there is one."""
+    try:
+        check_regular(root / catalog.NAME)
+    except FileNotFoundError:
+        return "is missing"
+    except Damaged as error:
+        return str(error)
+    return ""
 
 
 def _is_noted(root: Path) -> bool:
     """Whether the catalog has a hash that was noted; one that a writer puts in its place meanwhile is looked at, too."""
     while True:
-        with (root / catalog.NAME).open("rb") as opened:
+        with os.fdopen(open_regular(root / catalog.NAME), "rb") as opened:
             if (is_noted := catalog.is_noted(root, opened.fileno())) is not None:
                 return is_noted
+
+
+def _differing(root: Path, manifests: list[Manifest]) -> Iterator[str]:
+    """As _rows_that_differ; that rows cannot be compared, since they are none, is a difference."""
+    try:
+        yield from _rows_that_differ(root, manifests)
+    except (duckdb.Error, Damaged, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, duckdb.OutOfMemoryException):
+            raise LimitReached(f"to verify the catalog of {root} takes more memory than there is: {error}") from error
+        if reached := limit_reached(error, f"cannot verify the catalog of {root}"):
+            raise reached from error
+        yield f"it cannot be compared with its parts ({one_line(error)})"
 
 
 def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:

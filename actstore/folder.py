@@ -17,6 +17,7 @@ from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld, advise
 from actstore.hashing import hash_of
 from actstore.log import ARRAYS, FORMAT_VERSION, LOG, PARTS
 from actstore.machine import check_process, finalize_here, within_limits
+from actstore.regular import open_regular, read_regular
 
 MOST_BESIDE = 100  # stores that are looked at for a name like one that is not there
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3://`, or what pathlib makes of it
@@ -53,7 +54,7 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
     content = b""
     try:
         with within_limits(f"cannot read {root / 'store.json'}"):
-            content = (root / "store.json").read_bytes()
+            content = read_regular(root / "store.json")
         about = json.loads(content)
         version = about["format"]
     except (FileNotFoundError, NotADirectoryError):
@@ -144,12 +145,13 @@ class Folder:
 
         Raises:
             BadInput: this process was forked since the folder was opened.
+            Damaged: what is there is no regular file.
         """
         check_process(self._process)
-        return os.open(path.relative_to(self.path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._descriptor)
+        return open_regular(path.relative_to(self.path), self._descriptor)
 
     def read(self, path: Path) -> bytes:
-        """The content of a file inside; as os.open raises where there is none."""
+        """The content of a file inside; raises as `open`."""
         with os.fdopen(self.open(path), "rb") as file:
             return file.read()
 

@@ -26,6 +26,7 @@ from actstore import catalog
 from actstore.errors import BadInput, Damaged, NotStored, advised
 from actstore.log import WEIGHTS
 from actstore.machine import limit_reached
+from actstore.regular import read_regular
 
 if TYPE_CHECKING:
     from actstore.arrays import SiteReader
@@ -236,7 +237,7 @@ def _read_unembedding(store: Store, weights_sha256: str) -> Unembedding:
 
     path = store.path / WEIGHTS / f"{weights_sha256}.safetensors"
     try:
-        content = path.read_bytes()
+        content = read_regular(path, path.stat().st_size)
         if hashlib.sha256(content).hexdigest() != weights_sha256:
             raise ValueError("its sha256 is another")
         held = load(content)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from pathlib import Path
 
 import xxhash
+
+from actstore.regular import open_regular
 
 BLOCK = 1 << 20  # bytes read at a time: few enough to be hashed while they are in the processor's own memory
 AHEAD = 32 << 20  # bytes asked of the disk beforehand
@@ -22,6 +25,15 @@ def hash_of(descriptor: int) -> str:
         digest.update(block[:n])
         offset += n
     return digest.hexdigest()
+
+
+def hash_of_file(path: Path) -> str:
+    """As hash_of, of a file by its name; raises as open_regular."""
+    descriptor = open_regular(path)
+    try:
+        return hash_of(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _block() -> memoryview:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,8 @@ import numpy as np
 import xxhash
 
 from actstore.errors import Busy, Damaged, NoRoom
-from actstore.machine import check_process
+from actstore.machine import check_process, limit_reached
+from actstore.regular import irregular, read_regular
 
 FORMAT_VERSION = 3  # 1 had no variants, prompts, generations and hash of its catalog; 2 did not chain its manifests
 CHAINED_FROM = 3  # the format from which on a manifest names the one before it
@@ -36,7 +38,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DIRECT_FROM = 1 << 20  # bytes; below, a copy through the page cache costs nothing
 LOOK_AGAIN = 0.1  # seconds between looks at a lease that another holds
 BLOCK = mmap.PAGESIZE  # what O_DIRECT wants memory, offsets and lengths aligned to, on any disk of today
-MANIFEST = re.compile(r"\d{8,}\.json")
+MANIFEST = re.compile(r"[0-9]{8,}\.json")
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,10 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
         Damaged: a manifest is missing, cannot be read, is not the one its name says, or not the one that the next was
             written after.
     """
-    numbers = {int(path.stem) for path in (root / LOG).glob("*.json") if MANIFEST.fullmatch(path.name)}
-    last = max(numbers | {least})
-    if missing := set(range(1, last + 1)) - numbers:
-        raise Damaged(f"{root / LOG} lacks manifest {min(missing)} of {last}; restore it from a copy of the store")
+    there = numbers(root)
+    last = max([*there[-1:], least])
+    if (gap := first_gap(there)) <= last:
+        raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}; restore it from a copy of the store")
     found: list[Manifest] = []
     before = read_manifest(root / manifest_path(after), after) if after else None
     for number in range(after + 1, last + 1):
@@ -150,6 +152,18 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
         found.append(manifest)
         before = manifest
     return found
+
+
+def numbers(root: Path) -> list[int]:
+    """The numbers that files of the log are named by, in order; as large as the names say, and with whatever gaps."""
+    names = [path.name for path in (root / LOG).glob("*.json") if MANIFEST.fullmatch(path.name)]
+    found = ((int(name.removesuffix(".json")), name) for name in names)
+    return sorted(number for number, name in found if manifest_path(number) == f"{LOG}/{name}")
+
+
+def first_gap(there: list[int]) -> int:
+    """The first number from 1 on that is not among those that are there, in order."""
+    return next((number for number, found in enumerate(there, 1) if found != number), len(there) + 1)
 
 
 def breaks_chain(before: Manifest | None, manifest: Manifest) -> str:
@@ -189,7 +203,7 @@ def read_manifest(path: Path, number: int) -> Manifest:
         Damaged: it cannot be read, or is another's.
         FileNotFoundError: it is not there.
     """
-    manifest = Manifest.from_json(path.read_bytes(), path)
+    manifest = Manifest.from_json(read_regular(path), path)
     if manifest.number != number:
         raise Damaged(
             f"manifest {path} is number {manifest.number} under another's name; restore it from a copy of the store"
@@ -201,19 +215,28 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
     """Look whether every committed file is there, as long as it was.
 
     Raises:
-        Damaged: the first that is not, by name.
+        Damaged: the first that is not, by name, or that is no regular file.
+        LimitReached: the system allows this process no more.
     """
     for manifest in committed:
         for file in manifest.files:
+            what, path = "", root / file.path
             try:
-                found = (root / file.path).stat().st_size
+                found = path.stat()
+                if found.st_size != file.bytes:
+                    what = f"is {found.st_size:,} bytes long, not {file.bytes:,}"
+                if not stat.S_ISREG(found.st_mode):
+                    raise Damaged(irregular(path, found.st_mode))
             except (FileNotFoundError, NotADirectoryError):
-                found = -1
-            if found != file.bytes:
-                what = "is missing" if found < 0 else f"is {found:,} bytes long, not {file.bytes:,}"
-                raise Damaged(
-                    f"{root / file.path} {what}; commit {manifest.number} names it: restore it from a copy of the store"
-                )
+                what = "is missing"
+            except OSError as error:
+                if isinstance(error, Damaged):
+                    raise
+                if reached := limit_reached(error, f"cannot look at {path}"):
+                    raise reached from error
+                what = f"cannot be looked at ({error.strerror})"
+            if what:
+                raise Damaged(f"{path} {what}; commit {manifest.number} names it: restore it from a copy of the store")
 
 
 def manifest_path(number: int) -> str:
@@ -260,7 +283,7 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
             os.link(temporary, target)
             linked = True
         except FileExistsError:
-            if xxhash.xxh3_128_hexdigest(target.read_bytes()) != file.xxh3_128:
+            if xxhash.xxh3_128_hexdigest(read_regular(target, file.bytes)) != file.xxh3_128:
                 raise Damaged(f"{target} exists with other content: another writer is at work on this store") from None
         finally:
             os.unlink(temporary)
@@ -341,13 +364,31 @@ def make_folder(folder: Path) -> None:
     """Make a folder and its parents, each entry on the disk before anything is put inside."""
     if not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            what = "a link that leads nowhere" if folder.is_symlink() else "no folder"
+            raise Damaged(
+                f"{folder} is {what}, where a folder belongs: move it away, or put back what it led to, then go on"
+            ) from error
         try:
             fsync_folder(folder.parent)
         except OSError:
             with suppress(OSError):
                 folder.rmdir()  # else the next try would take it for durable
             raise
+
+
+def replace_file(temporary: Path, final: Path) -> None:
+    """Put a file in the place of another, if there is one.
+
+    Raises:
+        Damaged: a folder stands there.
+    """
+    try:
+        os.replace(temporary, final)
+    except IsADirectoryError as error:
+        raise Damaged(f"{final} is a folder, where the store has a file: move it away, then go on") from error
 
 
 def fsync(path: Path) -> None:
@@ -406,7 +447,7 @@ def lease(root: Path, wait: float = 0.0) -> Iterator[Lease]:
         Busy: another process holds it, and did so for all that time; the message says which.
     """
     deadline = time.monotonic() + wait
-    with (root / LOCK).open("a+", encoding="utf-8", errors="backslashreplace") as file:  # arguments may be any bytes
+    with open(root / LOCK, "a+", encoding="utf-8", errors="backslashreplace", opener=_open_lock) as file:  # any bytes
         while not _taken(file.fileno()):
             if not time.monotonic() < deadline:  # NaN waits for nothing
                 file.seek(0)
@@ -421,6 +462,22 @@ def lease(root: Path, wait: float = 0.0) -> Iterator[Lease]:
         with suppress(OSError):
             if os.getpid() == held.process:  # one that was forked leaves the name of the one that still holds it
                 os.ftruncate(file.fileno(), 0)
+
+
+def _open_lock(path: str, flags: int) -> int:
+    """Descriptor of the lease's file, made if need be.
+
+    Raises:
+        Damaged: something else stands there.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a pipe would wait
+    except (IsADirectoryError, FileNotFoundError, NotADirectoryError) as error:
+        raise Damaged(f"{path} cannot be opened ({error.strerror}); remove what stands there, then go on") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Damaged(f"{path} is no regular file; remove it, then go on")
+    return descriptor
 
 
 def wait_until_free(root: Path, wait: float) -> None:

@@ -29,6 +29,7 @@ import numpy as np
 
 from actstore.errors import ActstoreError, BadInput, Damaged
 from actstore.machine import limit_reached, n_processors
+from actstore.regular import open_regular
 
 if TYPE_CHECKING:
     from actstore.arrays import Layout
@@ -40,11 +41,6 @@ ROWS_AT_ONCE = 512  # that are copied twice: few enough that the second copy fin
 FLOATS_FOR_THREADS = 8 << 20  # 32 MB: below, a thread costs more than it saves
 MOST_THREADS = 4  # memory is the limit then
 NO_CHUNK = 2**64 - 1  # in a shard's index: this chunk was never written
-
-
-def open_file(path: Path) -> int:
-    """A file's descriptor, for reading."""
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 @cache
@@ -105,7 +101,7 @@ class Shards:
         layout: Layout,
         paths: Mapping[int, Path],
         where: str,
-        opener: Callable[[Path], int] = open_file,
+        opener: Callable[[Path], int] = open_regular,
         opener_reads: bool = False,
     ) -> None:
         self.layout, self.paths, self.where = layout, dict(paths), where

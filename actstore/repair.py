@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import duckdb
 import polars as pl
 import xxhash
 
@@ -22,6 +23,7 @@ from actstore import catalog, checked, log
 from actstore.errors import Damaged
 from actstore.folder import check_format, place
 from actstore.log import ARRAYS, File, Manifest, Part
+from actstore.regular import read_regular
 from actstore.verify import Finding, read_manifests, verify
 from actstore.writer import GROUP, as_parquet
 
@@ -111,7 +113,7 @@ def _flip_back(root: Path) -> list[str]:
         names.append("store.json")
     for name in names:
         try:
-            content = checked.flipped_back((root / name).read_bytes())
+            content = checked.flipped_back(read_regular(root / name))
         except OSError:
             continue
         if content is not None:
@@ -139,7 +141,8 @@ def _mend(
     for finding in damage:
         file, content = files[finding.path], None
         if isinstance(file, Part) and whole_catalog:
-            content = _from_catalog(root, manifest, file)
+            with suppress(duckdb.Error, LookupError, ValueError):  # a manifest that no writer wrote
+                content = _from_catalog(root, manifest, file)
         elif file.path == f"{ARRAYS}/{manifest.run}/zarr.json":
             content = GROUP
         if content is not None and _is(content, file):
@@ -156,7 +159,7 @@ def _mend(
         still_damaged = set(damaged) - set(done)  # nothing that is computed may rest on them
         sound = [_without(one, still_damaged) for one in manifests]
         made = recompute(root, sound, manifest.run, manifest.batch)
-    except (Damaged, OSError, LookupError, ValueError) as error:
+    except (Damaged, OSError, LookupError, ValueError, TypeError) as error:
         why = f"it could not be computed again: {str(error).splitlines()[0]}"
     still = []
     for finding in left:
@@ -221,7 +224,7 @@ def _zarr_group(root: Path) -> list[str]:
     """The group that all arrays are in, which no manifest names."""
     path = f"{ARRAYS}/zarr.json"
     try:
-        if (root / path).read_bytes() == GROUP:
+        if read_regular(root / path) == GROUP:
             return []
     except OSError:
         pass
@@ -235,7 +238,7 @@ def put(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         log.write_durably(temporary, content)
-        os.replace(temporary, path)
+        log.replace_file(temporary, path)
         log.fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

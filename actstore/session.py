@@ -24,6 +24,7 @@ from actstore import errors
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
 from actstore.machine import check_process, finalize_here, limit_reached
 from actstore.refused import in_parts, refusal
+from actstore.regular import check_regular, open_regular
 
 LOCKED = (
     "set temp_directory = ''",  # which could not be written anyway: a query that does not fit says so
@@ -64,7 +65,7 @@ class Session:
         self._process = os.getpid()
         check_process(_first_process())
         try:
-            os.close(os.open(catalog, os.O_RDONLY))  # DuckDB 2.0 aborts a process that may open no file more
+            check_regular(catalog)  # DuckDB 2.0 aborts a process that may open no file more
             self._connection = duckdb.connect(":memory:")
             # also at the interpreter's end: functions that outlive it print what they leak
             self._close = finalize_here(self, self._connection.close)
@@ -220,7 +221,7 @@ def _is_unicode(query: str) -> bool:
 def _attach(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:
     """Attach a catalog as `store`, and return a descriptor of that very file, though another may take its place meanwhile."""
     while True:
-        file = os.open(catalog, os.O_RDONLY)
+        file = open_regular(catalog)
         try:
             connection.execute("attach '{}' as store (read_only)".format(str(catalog).replace("'", "''")))
             if os.path.samestat(os.fstat(file), os.stat(catalog)):  # no other can have been there in between

@@ -8,24 +8,26 @@ two in step. Opening takes one snapshot and keeps it, whatever is ingested meanw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import duckdb
 import numpy as np
 import polars as pl
 
 from actstore import catalog, given, outermost, reading
 from actstore.advice import no_run
 from actstore.arrays import SiteReader
-from actstore.errors import BadInput, Damaged, NotStored, advised
+from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
 from actstore.folder import CheckedFolder, Folder, check_format, place
 from actstore.functions import Vectors, add_functions
 from actstore.log import FORMAT_VERSION, check_sizes, log_hash, manifests
-from actstore.machine import within_limits
-from actstore.session import Session
+from actstore.machine import limit_reached
+from actstore.session import Session, one_line
 from actstore.sites import Site, wanted
 
 if TYPE_CHECKING:
@@ -64,34 +66,39 @@ class Store:
         self._readers: dict[tuple[str, str], SiteReader] = {}
         self._runs: list[str] | None = None
         self._vectors: Vectors | None = None
-        with within_limits(f"cannot open {self.path}"):
-            self._open()
+        with _said_as_damage(self.path), ExitStack() as opened:
+            self._open(opened)
+            self._opened = opened.pop_all()
 
-    def _open(self) -> None:
+    def _open(self, opened: ExitStack) -> None:
         self.about = check_format(self.path, older=True)
         hashes: dict[str, str] = {}
         self.folder: Folder = CheckedFolder(self.path, hashes) if self.check else Folder(self.path)
+        opened.callback(self.folder.close)
         catalog.refuse_replayed(self.path)
         self._session = self._open_session()
+        opened.callback(self._session.close)
+        catalog.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
         try:
-            catalog.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
+            catalog.check_tables(self._session.sql(catalog.TABLES_THERE).rows())
             self.snapshot, hash_of_log = self._snapshot()
-            committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
-            if log_hash(committed) != hash_of_log:
-                raise Damaged(
-                    f"the manifests of {self.path} are not those that its catalog was built from; see "
-                    f"{advised('verify', self.path)}"
-                )
-            check_sizes(self.path, committed)
-            hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
-            if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was built of them just now
-                for part in [part for manifest in committed for part in manifest.parts]:
-                    self.folder.read(self.path / part.path)
-            self.folder.check()  # else the session and the arrays may be of two stores
             self._vectors = add_functions(self._session, self)
-        except BaseException:
-            self.close()
-            raise
+        except (BadInput, ValueError, TypeError) as error:
+            raise Damaged(
+                f"{self.path / catalog.NAME} is no catalog of a store ({error}); rebuild it with {advised('repair', self.path)}"
+            ) from error
+        committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
+        if log_hash(committed) != hash_of_log:
+            raise Damaged(
+                f"the manifests of {self.path} are not those that its catalog was built from; see "
+                f"{advised('verify', self.path)}"
+            )
+        check_sizes(self.path, committed)
+        hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
+        if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was built of them just now
+            for part in [part for manifest in committed for part in manifest.parts]:
+                self.folder.read(self.path / part.path)
+        self.folder.check()  # else the session and the arrays may be of two stores
 
     def __enter__(self) -> Store:
         self._session.check()
@@ -133,18 +140,12 @@ class Store:
 
     def close(self) -> None:
         """Close it; in a process forked since it was opened, nothing."""
-        self._session.close()
+        self._opened.close()
         self._readers.clear()
-        self.folder.close()
 
     def _snapshot(self) -> tuple[int, str]:
-        try:
-            ((number, hash_of_log),) = self.sql("select snapshot, log_xxh3_128 from snapshot").rows()
-            return int(number), str(hash_of_log)
-        except (BadInput, ValueError, TypeError) as error:
-            raise Damaged(
-                f"{self.path / catalog.NAME} is no catalog of a store ({error}); rebuild it with {advised('repair', self.path)}"
-            ) from error
+        ((number, hash_of_log),) = self.sql("select snapshot, log_xxh3_128 from snapshot").rows()
+        return int(number), str(hash_of_log)
 
     def sql(
         self,
@@ -429,3 +430,21 @@ class Store:
         if (run, site) not in self._readers:
             self._readers[run, site] = reading.open_site(self, run, site)
         return self._readers[run, site]
+
+
+@contextmanager
+def _said_as_damage(path: Path) -> Iterator[None]:
+    """Turn what the system or a library says while a store is opened into the package's errors.
+
+    Raises:
+        LimitReached: the system allows this process no more.
+        Damaged: it is something else.
+    """
+    try:
+        yield
+    except ActstoreError:
+        raise
+    except (OSError, ValueError, duckdb.Error, pl.exceptions.PolarsError) as error:
+        raise limit_reached(error, f"cannot open {path}") or Damaged(
+            f"{path} cannot be opened ({one_line(error)}); see {advised('verify', path)}"
+        ) from error

@@ -7,6 +7,7 @@ against one built anew from the parts.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from actstore.folder import check_format, place
 from actstore.hashing import hash_of
 from actstore.log import ARRAYS, File, Manifest, Part, Shard
 from actstore.machine import limit_reached, n_processors
+from actstore.regular import open_regular, read_regular
 from actstore.writer import GROUP
 
 COLUMNS = ("path", "kind", "what", "run", "site", "batch", "trees")
@@ -117,8 +119,16 @@ def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
     """The manifests that can be read, and what is wrong with the others."""
     found: list[Manifest] = []
     broken: list[Finding] = []
-    numbers = {int(path.stem) for path in (root / log.LOG).glob("*.json") if log.MANIFEST.fullmatch(path.name)}
-    for number in range(1, max(numbers | {catalog.snapshot(root)}, default=0) + 1):
+    there = log.numbers(root)
+    end = max([*there[-1:], catalog.snapshot(root)]) + 1
+    expected = 1
+    for number in [*there, end]:
+        if number > expected:  # as many as there may be: a name can be any number
+            what = "is missing" + f", as are all up to {number - 1}" * (number > expected + 1)
+            broken.append(Finding(log.manifest_path(expected), "manifest", what))
+        expected = number + 1
+        if number == end:
+            break
         path = root / log.manifest_path(number)
         try:
             manifest = _manifest(path, number)
@@ -162,7 +172,7 @@ def _group(root: Path) -> Iterator[Finding]:
     """What is wrong with the group that all arrays are in, which no manifest names."""
     path = f"{ARRAYS}/zarr.json"
     try:
-        if (root / path).read_bytes() != GROUP:
+        if read_regular(root / path) != GROUP:
             yield Finding(path, "metadata", "its content is not what was put in place")
     except OSError as error:
         yield Finding(path, "metadata", _said(error))
@@ -196,7 +206,7 @@ def _finding(manifest: Manifest, file: File, what: str) -> Finding:
 def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, str], int]) -> str:
     """What is wrong with a committed file; nothing where it is whole."""
     try:
-        with (root / file.path).open("rb") as opened:
+        with os.fdopen(open_regular(root / file.path), "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             if size != file.bytes:
                 return f"is {size:,} bytes long, not {file.bytes:,}"
@@ -215,14 +225,12 @@ def _positions(root: Path) -> dict[tuple[str, str], int]:
     found = {}
     for path in (root / ARRAYS).glob("*/*/zarr.json"):
         try:
-            about = json.loads(path.read_bytes())
+            about = json.loads(read_regular(path))
             outer = about["chunk_grid"]["configuration"]["chunk_shape"]
             inner = about["codecs"][0]["configuration"]["chunk_shape"]
-        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            n = math.prod(-(-int(large) // int(small)) for large, small in zip(outer, inner, strict=True))
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
             continue  # which its own finding says
-        n = 1
-        for large, small in zip(outer, inner, strict=False):
-            n *= -(-large // small)
         found[path.parent.parent.name, path.parent.name] = n
     return found
 
@@ -232,6 +240,8 @@ def _index_is_whole(descriptor: int, shard: Shard, positions: dict[tuple[str, st
     if n is None:
         return True
     size = 16 * n + 4
+    if not 4 < size <= shard.bytes:
+        return False
     index = os.pread(descriptor, size, shard.bytes - size)
     return google_crc32c.value(index[:-4]).to_bytes(4, "little") == index[-4:]
 

@@ -1,0 +1,79 @@
+"""Regular files alone are opened in a store: a pipe in the place of a file would keep its reader waiting for ever."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from actstore.errors import Damaged
+
+LONGEST = 16 << 20  # bytes of a JSON file of a store; a manifest has a few thousand, and a longer file is none
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+NEVER_OPENS = (
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ENAMETOOLONG,
+)  # links in a circle, a socket, a device, a name
+
+
+def open_regular(path: Path, dir_fd: int | None = None) -> int:
+    """A file's descriptor, for reading.
+
+    Args:
+        path: of the file; relative to the folder of `dir_fd` where that is given.
+
+    Raises:
+        Damaged: something else stands there.
+        OSError: as os.open raises, FileNotFoundError where nothing stands there.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)  # a pipe would wait
+    except OSError as error:
+        if error.errno in NEVER_OPENS:
+            raise Damaged(f"{path} cannot be opened ({error.strerror}); restore it from a copy of the store") from error
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise Damaged(irregular(path, mode))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def irregular(path: Path, mode: int) -> str:
+    """What is wrong with a path of the store under which no regular file stands.
+
+    Args:
+        mode: as os.stat gives it.
+    """
+    kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
+    return f"{path} is {kind}, where the store has a file: move it away, then see what `actstore verify` says"
+
+
+def check_regular(path: Path) -> None:
+    """Look whether a path can be handed to a library that opens it by its name; raises as open_regular."""
+    os.close(open_regular(path))
+
+
+def read_regular(path: Path, longest: int = LONGEST, dir_fd: int | None = None) -> bytes:
+    """The content of a file; raises as open_regular.
+
+    Args:
+        longest: bytes that it may have, so that no file fills the memory; a longer one is Damaged.
+    """
+    with os.fdopen(open_regular(path, dir_fd), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > longest:
+            raise Damaged(f"{path} has {size:,} bytes, and at most {longest:,} were written; restore it from a copy")
+        return file.read()

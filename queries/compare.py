@@ -104,11 +104,14 @@ def study(
         store.read(read, name, "embed", params)[0] if sites and "embed" in _vectors(store, name) else None
         for name in (run, other)
     ]
+    made: dict[str, list[np.ndarray | None]] = {"embed": embedded}
     held: dict[str, Pair] = {}
     for done, site in enumerate(sites, start=1):
         pair = _read(store, run, other, site, read, params)
-        random = random_features(words, pair.tokens["token_id"].to_numpy(), pair.mine.shape[1], seed)
-        found, its = _transfer(pair, site, {"embed": embedded, "random": [random, random]}, seed)
+        if "random" not in made:  # the tokens are the same at every site
+            ids = pair.tokens["token_id"].to_numpy()
+            made["random"] = [random_features(words, ids, X.shape[1], seed) for X in (pair.mine, pair.theirs)]
+        found, its = _transfer(pair, site, made, seed)
         rows += found
         tests += its
         test = (pair.tokens["split"] == "test").to_numpy()

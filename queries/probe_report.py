@@ -166,7 +166,7 @@ def _one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
             some
         )
         for metric, name in (("above_shuffled", "above shuffled labels"), ("selectivity", "selectivity")):
-            row[f"{name}, points"] = round(100 * found[metric]["value"], 2)
+            row[f"{name}, points"] = _points(found[metric])
         for metric, name in (("random_directions_accuracy", "random directions"), *PROTOCOL.items()):
             if metric in found:
                 row[f"{name} %"] = round(100 * found[metric]["value"], 2)

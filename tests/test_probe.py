@@ -411,6 +411,14 @@ def test_what_a_probe_is_above_is_what_its_control_leaves(found):
 # Hewitt and Liang's control task.
 
 
+def test_the_table_shows_selectivity_of_each_label_with_its_interval(elsewhere):
+    answer = study.run(elsewhere, "probes", labels="goal,on_path", sites="resid_post.0")
+    assert answer.table["label"].to_list() == ["goal", "on_path"]
+    for label, shown in answer.table.select("label", "selectivity, points").rows():
+        ends = [100 * value(answer, "resid_post.0", label, "selectivity", end) for end in ("value", "low", "high")]
+        assert shown == f"{ends[0]:+.2f} [{ends[1]:+.2f}, {ends[2]:+.2f}]"
+
+
 def words_and_positions(n_trees=400, n_words=12, n_positions=12):
     rng = np.random.default_rng(6)
     shape = (n_trees, 10)

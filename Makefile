@@ -18,7 +18,7 @@ install: .venv/installed
 demo: install
 	$(BIN)/actstore ingest $(STORE) --model reproduction --trees 2000
 	$(BIN)/actstore info $(STORE)
-	$(BIN)/actstore sql $(STORE) "select role, count(*) as tokens from tokens group by all order by role"
+	$(BIN)/actstore sql $(STORE) "select role, count(*) as tokens from tokens group by all order by role" --run reproduction
 	$(BIN)/actstore query $(STORE) accuracy_by_depth -p run reproduction
 	$(BIN)/actstore show $(STORE) 1
 	$(BIN)/actstore study $(STORE) probes --plot probes.png

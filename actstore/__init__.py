@@ -9,7 +9,7 @@ Row i of X is the activation of row i of rows, always.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from actstore.errors import ActstoreError, BadInput, Busy, Damaged, LimitReached, NoRoom, NotStored, TooNew
+from actstore.errors import ActstoreError, BadInput, Busy, Damaged, LimitReached, NoRoom, NotStored, SeveralRuns, TooNew
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -23,6 +23,7 @@ __all__ = [
     "LimitReached",
     "NoRoom",
     "NotStored",
+    "SeveralRuns",
     "Store",
     "TooNew",
     "__version__",

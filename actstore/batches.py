@@ -65,7 +65,7 @@ class Batches(IterableDataset):
         _check_counts(batch_size=(batch_size, 1), window=(window, 1), seed=(seed, 0), start=(start, 0))
         readers = [reading.open_site(store, run, site) for site in sites]
         reading.same_row_shape(readers, sites)
-        ids, rows = reading.read_ids(store, query, params, timeout, memory)
+        ids, rows = reading.read_ids(store, run, query, params, timeout, memory)
         _refuse_what_is_not_there(store, readers, ids)
         self._ids, self._columns = ids, {name: _column(rows[name]) for name in rows.columns}
         self._sites, self._one_site = [_Site.of(reader) for reader in readers], one_site

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from actstore import __version__, terminal
-from actstore.errors import ActstoreError, BadInput, NotStored, advised
+from actstore.errors import ActstoreError, BadInput, NotStored, SeveralRuns, advised
 from actstore.machine import limit_reached, raise_descriptors
 from actstore.terminal import printable
 
@@ -41,7 +41,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with terminal.notes(SeveralRuns):
+                return super().invoke(ctx)
         except ActstoreError as error:
             click.echo(printable(f"actstore: {error}"), err=True)
             ctx.exit(error.exit_code)
@@ -248,6 +249,7 @@ def info(store: Path, output: Output) -> None:
 @main.command()
 @store_argument
 @click.argument("query")
+@click.option("--run", help="Ask in the session of this run: every table holds its rows alone.")
 @param_option
 @limit_options
 @check_option
@@ -255,6 +257,7 @@ def info(store: Path, output: Output) -> None:
 def sql(
     store: Path,
     query: str,
+    run: str | None,
     params: tuple[tuple[str, str], ...],
     timeout: float | None,
     memory: str | None,
@@ -268,13 +271,15 @@ def sql(
     \b
         actstore sql demo.act "select role, count(*) from tokens group by all"
         actstore sql demo.act "from trees where depth = \\$d::int" -p d 7 --csv
+        actstore sql demo.act "select avg(greedy_right::int) from outcomes" --run reproduction
         actstore sql demo.act "select act(token_id, run, 'embed') as x from predictions limit 5" --timeout 10 --memory 2GB
     """
     from actstore.progress import waiting
     from actstore.store import Store
 
     with Store(store, check) as opened, waiting("sql"):
-        rows = opened.sql(query, dict(params), timeout, memory)
+        asked = opened if run is None else opened.of(run)
+        rows = asked.sql(query, dict(params), timeout, memory)
     output.write(rows)
 
 

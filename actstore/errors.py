@@ -60,5 +60,12 @@ class LimitReached(ActstoreError, RuntimeError):
     """A query took more time or memory than it was given, or the system allows no more open files, maps or memory."""
 
 
+class SeveralRuns(UserWarning):
+    """A note, not an error: rows of several runs may stand side by side in an answer, and nothing tells them apart.
+
+    `warnings.simplefilter("error", actstore.SeveralRuns)` makes it one; "ignore" keeps it quiet.
+    """
+
+
 class Busy(ActstoreError, TimeoutError):
     """Another process holds the store's writing lease."""

@@ -83,7 +83,7 @@ def explain(
 ) -> Explanation:
     """See Store.explain."""
     readers = [store._reader(run, site) for site in sites]
-    token_ids, _ = read_ids(store, query, params, timeout, memory)
+    token_ids, _ = read_ids(store, run, query, params, timeout, memory)
     tokens = np.unique(token_ids)
     of_sites = [cost(reader, tokens, store.check) for reader in readers]
     totals = {field: sum(getattr(one, field) for one in of_sites) for field in Cost.__dataclass_fields__}

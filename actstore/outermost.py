@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from actstore.asked import Node, nodes
 from actstore.errors import BadInput
 from actstore.functions import Vectors
 from actstore.session import Session
 
 NAMED = re.compile(r"\bact\s*\(", re.IGNORECASE)
 AS_BIGINT = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # what DuckDB takes for one unasked
-Node = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,27 @@ class Taken:
     params: dict[str, Any]
 
 
-def sql(session: Session, vectors: Vectors | None, query: str, params: Mapping[str, Any] | None) -> pl.DataFrame:
+def sql(
+    session: Session,
+    vectors: Vectors | None,
+    query: str,
+    params: Mapping[str, Any] | None,
+    schema: str | None = None,
+) -> pl.DataFrame:
     """As Session.sql; raises what it and the gather raise."""
     taken = (
         take_out(session, query, dict(params or {})) if vectors and vectors.d_model and NAMED.search(query) else None
     )
     if vectors and taken:
         try:
-            rows = session.sql(taken.query, taken.params)
+            rows = session.sql(taken.query, taken.params, schema)
         except BadInput:  # which shows a place in the query: below, in the one that was asked
-            return session.sql(query, params)
+            return session.sql(query, params, schema)
         if _is_plain(rows, taken):
             return rows.with_columns(
                 _gather(vectors, rows[name], *where).alias(name) for name, where in taken.columns.items()
             )
-    return session.sql(query, params)
+    return session.sql(query, params, schema)
 
 
 def take_out(session: Session, query: str, params: dict[str, Any]) -> Taken | None:
@@ -68,7 +74,7 @@ def take_out(session: Session, query: str, params: dict[str, Any]) -> Taken | No
             return None
         node = parsed["statements"][0]["node"]
         calls = [item for item in node.get("select_list", ()) if item.get("function_name") == "act"]
-        known = {found["identifier"] for found in _nodes(node, "PARAMETER")}
+        known = {found["identifier"] for found in nodes(node, "PARAMETER")}
         if not calls or known != params.keys() or not _is_row_for_row(node) or not _are_independent(node, calls):
             return None
         columns = {call["alias"]: _where(call, params) for call in calls}
@@ -97,7 +103,7 @@ def _are_independent(node: Node, calls: list[Node]) -> bool:
         and not (call["filter"] or call["distinct"] or call["order_bys"]["orders"])
         for call in calls
     )
-    said = {name.lower() for found in _nodes(node, "COLUMN_REF") for name in found["column_names"]}
+    said = {name.lower() for found in nodes(node, "COLUMN_REF") for name in found["column_names"]}
     return of_columns and all(names) and len(set(names)) == len(names) and not said & set(names)
 
 
@@ -132,22 +138,9 @@ def _span(node: Node) -> tuple[int, int]:
 
 def _left(node: Node, calls: list[Node], params: dict[str, Any]) -> dict[str, Any]:
     """The parameters without those that the calls alone took."""
-    of_calls = [found["identifier"] for call in calls for found in _nodes(call, "PARAMETER")]
-    everywhere = [found["identifier"] for found in _nodes(node, "PARAMETER")]
+    of_calls = [found["identifier"] for call in calls for found in nodes(call, "PARAMETER")]
+    everywhere = [found["identifier"] for found in nodes(node, "PARAMETER")]
     return {name: value for name, value in params.items() if everywhere.count(name) > of_calls.count(name)}
-
-
-def _nodes(tree: Any, kind: str) -> Iterator[Node]:
-    """All nodes of a class below one, itself included."""
-    left = [tree]
-    while left:
-        node = left.pop()
-        if isinstance(node, list):
-            left += node
-        elif isinstance(node, dict):
-            if node.get("class") == kind:
-                yield node
-            left += node.values()
 
 
 def _is_plain(rows: pl.DataFrame, taken: Taken) -> bool:

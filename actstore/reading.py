@@ -42,22 +42,25 @@ def check_form(dtype: Any, out: str) -> str:
 
 def read_ids(
     store: Store,
+    run: str,
     query: Tokens,
     params: Mapping[str, Any] | None,
     timeout: float | None = None,
     memory: str | int | None = None,
 ) -> tuple[np.ndarray, pl.DataFrame]:
-    """The token ids that a query yields, int64 [n], and its frame; limits as of Store.sql. Ids and frames stand for themselves.
+    """The token ids that a query of a run yields, int64 [n], and its frame; limits as of Store.sql. Ids and frames stand for
+    themselves.
 
     Raises:
         NotStored: an id is too large for any token.
-        BadInput: the query is refused, has two columns of one name, or yields no integer token_id without NULLs.
+        BadInput: the query is refused, has two columns of one name, yields no integer token_id without NULLs, or one that is
+            another id renamed.
         LimitReached: it took longer, or held more.
     """
     if not isinstance(query, str):
         rows, of = frame_of(query, params)
         return token_ids(rows, of), rows
-    rows = store.sql(query, params, timeout, memory)
+    rows = store._ask(query, params, timeout, memory, reads=run)
     _refuse_twins(store, query, params, rows.columns, timeout, memory)
     return token_ids(rows), rows
 

@@ -5,8 +5,8 @@ can run for minutes or hold gigabytes in between (`repeat('x', 2^33)`, a list of
 query with a limit runs in a fresh process, `python -m actstore.sandbox`, on the very catalog file that its store has open.
 
 The request goes in as a line of JSON (see parameters.py); out come a byte when the query is about to begin, then a byte
-that says what follows: the rows as an Arrow IPC stream, or an error as JSON. When the parent goes, the standard input ends,
-and the process with it.
+that says what follows: a line of notes and the rows as an Arrow IPC stream, or an error as JSON. When the parent goes, the
+standard input ends, and the process with it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,9 +31,8 @@ from typing import IO, Any
 
 import polars as pl
 
-from actstore import errors
+from actstore import errors, scope
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
-from actstore.folder import Folder
 from actstore.machine import within_limits
 from actstore.parameters import from_json, to_json
 from actstore.session import Session
@@ -91,29 +91,25 @@ class Limited:
     def __init__(self, store: Store, timeout: float | None, memory: str | int | None) -> None:
         self.run, self._store, self._limits = store.run, store, (timeout, memory)
 
+    def of(self, run: str) -> Limited:
+        """As Store.of."""
+        return Limited(self._store.of(run), *self._limits)
+
     def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
         """As Store.sql."""
         return self._store.sql(query, params, *self._limits)
 
 
 def run(
-    folder: Folder,
-    catalog: int,
-    query: str,
-    params: Mapping[str, Any] | None,
-    limits: Limits,
-    snapshot: int,
-    check: bool,
+    store: Store, query: str, params: Mapping[str, Any] | None, limits: Limits, reads: str | None = None
 ) -> pl.DataFrame:
-    """Run one query of a store in a process of its own.
+    """Run one query of a store in a process of its own, which reads the same snapshot though a new one is there.
 
     Args:
-        folder: the store's; the process refuses another in its place.
-        catalog: descriptor of the catalog's file, so that the process reads the same snapshot though a new one is there.
+        store: the whole, or of one run; the process refuses another in its place, and checks files where the store does.
         query, params: as Store.sql takes them.
         limits: what it may take.
-        snapshot: number of the snapshot, which the process must find.
-        check: whether the process checks the files that it reads, as Store does.
+        reads: the run whose activations are read at the query's token_id, see scope.ask.
 
     Raises:
         LimitReached: it took longer or more; its process is gone.
@@ -121,6 +117,7 @@ def run(
         Damaged: the folder was moved or replaced since it was opened.
         ActstoreError: what Store.sql would have raised.
     """
+    catalog, folder = store._session.fileno(), store.folder
     folder.check()
     request = {
         "path": os.fspath(folder.path),
@@ -129,8 +126,10 @@ def run(
         "query": query,
         "params": to_json(params),
         "limits": asdict(limits),
-        "snapshot": snapshot,
-        "check": check,
+        "snapshot": store.snapshot,
+        "check": store.check,
+        "of": store.only,
+        "reads": reads,
     }
     with within_limits("cannot start the query's process"), tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
@@ -156,7 +155,10 @@ def run(
                 with suppress(BrokenPipeError):
                     pipe.close()
         if answer[:1] == ROWS:
-            return pl.read_ipc_stream(BytesIO(memoryview(answer)[1:]))
+            notes, rows = bytes(answer[1:]).split(b"\n", 1)
+            for note in json.loads(notes):
+                warnings.warn(note, errors.SeveralRuns, stacklevel=scope.outside())
+            return pl.read_ipc_stream(BytesIO(rows))
         if answer[:1] == ERROR:
             kind, message = json.loads(answer[1:])
             raise getattr(errors, kind)(message)
@@ -254,8 +256,12 @@ def main() -> None:
             if memory is not None:
                 _limit_allocations(memory)
             out.write(READY)
-            frame = store.sql(asked["query"], params)
-        out.write(ROWS)
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always", errors.SeveralRuns)
+                asked_of = store if asked["of"] is None else store.of(asked["of"])
+                frame = asked_of._ask(asked["query"], params, None, None, asked["reads"])
+        said = [str(note.message) for note in notes if issubclass(note.category, errors.SeveralRuns)]
+        out.write(ROWS + json.dumps(said).encode() + b"\n")
         frame.write_ipc_stream(out)
     except (ActstoreError, MemoryError) as error:
         out.write(ERROR + json.dumps(_as_sent(error, memory)).encode())

@@ -63,6 +63,8 @@ class Session:
 
     def __init__(self, catalog: Path, memory: int | None = None) -> None:
         self._process = os.getpid()
+        self.schemas: dict[tuple[str, bool], str] = {}  # see scope.py
+        self.making_schemas = threading.Lock()
         check_process(_first_process())
         try:
             check_regular(catalog)  # DuckDB 2.0 aborts a process that may open no file more
@@ -137,12 +139,28 @@ class Session:
             cursor.execute(SEARCH)
             cursor.execute(f"create view memory.{name} as {query}")
 
-    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+    def add_schema(self, name: str, views: Mapping[str, str]) -> None:
+        """Add a schema of views to this session alone, all or none.
+
+        Args:
+            name: of the schema.
+            views: name of each view, and a SELECT that names the store's tables in full.
+        """
+        self.check()
+        with self._connection.cursor() as cursor:
+            cursor.execute("begin")
+            cursor.execute(f"create schema memory.{name}")
+            for view, query in views.items():
+                cursor.execute(f'create view memory.{name}."{view}" as {query}')
+            cursor.execute("commit")
+
+    def sql(self, query: str, params: Mapping[str, Any] | None = None, schema: str | None = None) -> pl.DataFrame:
         """Run one query.
 
         Args:
             query: a SELECT (or FROM …, WITH …, DESCRIBE, SHOW, …); `$name` stands for a parameter.
             params: a value for each `$name`.
+            schema: one that was added, whose views the query finds before the store's tables.
 
         Returns:
             A polars frame of its rows; FLOAT[n] columns arrive as Array(Float32, n).
@@ -164,7 +182,7 @@ class Session:
         try:
             cursor = self._connection.cursor()  # an open result holds its connection
             try:
-                return _interruptible(cursor, lambda: _fetch(cursor, query, params))
+                return _interruptible(cursor, lambda: _fetch(cursor, query, params, schema))
             finally:
                 with suppress(duckdb.Error):  # a query that a second Ctrl-C left running
                     cursor.close()
@@ -283,8 +301,10 @@ def _selects(cursor: duckdb.DuckDBPyConnection, query: str) -> bool:
         return False
 
 
-def _fetch(cursor: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any] | None) -> pl.DataFrame:
-    cursor.execute(SEARCH)
+def _fetch(
+    cursor: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any] | None, schema: str | None
+) -> pl.DataFrame:
+    cursor.execute(SEARCH if schema is None else SEARCH.replace("'", f"'memory.{schema},", 1))
     cursor.execute(READ_ONLY)
     _check(cursor, query, set(params or {}))
     given = dict(params) if params else None

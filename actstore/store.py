@@ -19,7 +19,7 @@ import duckdb
 import numpy as np
 import polars as pl
 
-from actstore import catalog, given, outermost, reading
+from actstore import catalog, given, reading, scope
 from actstore.advice import no_run
 from actstore.arrays import SiteReader
 from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
@@ -66,6 +66,8 @@ class Store:
         self._readers: dict[tuple[str, str], SiteReader] = {}
         self._runs: list[str] | None = None
         self._vectors: Vectors | None = None
+        self.only: str | None = None  # the run that this is of, see `of`
+        self._whole: Store | None = None  # and the store that it is of
         with _said_as_damage(self.path), ExitStack() as opened:
             self._open(opened)
             self._opened = opened.pop_all()
@@ -110,8 +112,9 @@ class Store:
         self.close()
 
     def __repr__(self) -> str:
+        only = f".of({self.only!r})" if self.only is not None else ""
         try:
-            return f"Store({str(self.path)!r}, snapshot={self.snapshot}, runs={self.runs()})"
+            return f"Store({str(self.path)!r}, snapshot={self.snapshot}, runs={self.runs()}){only}"
         except BadInput:
             return f"Store({str(self.path)!r}, closed)"
 
@@ -161,7 +164,12 @@ class Store:
         in d_model or d_vocab), `probe_direction(name)`, `dot(a, b)`, `norm(x)`, `distance(a, b)`, `cosine(a, b)`,
         `project(x, direction)` (the signed length of x along it), and the table `activations(run, site)`: tokens, and their
         activations as `x`. In the outermost SELECT, under a name of its own (`act(token_id, 'run', 'site') as x`), `act` is
-        read for the rows that come out; elsewhere for every row that a join, a filter or an ORDER BY looks at.
+        read for the rows that come out; elsewhere for every row that a join, a filter or an ORDER BY looks at. A column that
+        `act` and `logit_lens` are given must have a name that ends in token_id; an expression may be anything.
+
+        The tables hold every run and every set of trees, so a query of `outcomes`, `predictions` or `generations` says which
+        run it wants (`where run = …`), or is asked in the session of one, `of(run)`. One that does neither, and yields no
+        column `run`, gets the warning `actstore.SeveralRuns` where several runs have rows there.
 
         Args:
             query: a SELECT; `$name` stands for a parameter.
@@ -174,22 +182,54 @@ class Store:
             A polars frame.
 
         Raises:
-            BadInput: DuckDB refuses the query: its own words, its line and the caret; or a parameter is of no such type.
+            BadInput: DuckDB refuses the query: its own words, its line and the caret; a parameter is of no such type; or a
+                function is given another id for a token_id.
             NotStored: `act` or another function is asked for what is not there.
             LimitReached: it took longer, or held more.
         """
+        return self._ask(query, params, timeout, memory)
+
+    def _ask(
+        self,
+        query: str,
+        params: Mapping[str, Any] | None,
+        timeout: float | None,
+        memory: str | int | None,
+        reads: str | None = None,
+    ) -> pl.DataFrame:
+        """As sql; `reads` is the run whose activations are read at the query's token_id (see scope.ask)."""
         given.check_query(query)
         params = given.parameters(params)
         if timeout is None and memory is None:
-            return outermost.sql(self._session, self._vectors, query, params)
+            return scope.ask(self, query, params, reads)
         from actstore import sandbox
 
-        limits = sandbox.Limits.of(timeout, memory)
-        return sandbox.run(self.folder, self._session.fileno(), query, params, limits, self.snapshot, self.check)
+        return sandbox.run(self, query, params, sandbox.Limits.of(timeout, memory), reads)
+
+    @property
+    def whole(self) -> Store:
+        """The store with every run; itself, where it is not of one."""
+        return self._whole or self
+
+    def of(self, run: str) -> Store:
+        """The store as one run has it: a session in which every table holds that run's rows alone.
+
+        `outcomes`, `predictions`, `generations`, `results`, `runs`, `sites` and `shards` are the run's, `trees`, `edges`,
+        `tokens` and the views over them those of its set of trees, `datasets` that set, `models` its model. So a query need
+        not name the run, and gives the same rows whatever else is stored. `store.main.outcomes` is the whole table here, too.
+        Every method works as on the whole store, and takes this run where none is named. The two share what they have open:
+        closing one closes both.
+
+        Raises:
+            NotStored: there is no such run.
+            BadInput: this store is of another run, or is closed.
+        """
+        return scope.of(self, run)
 
     def info(self) -> pl.DataFrame:
         """One row a run: its model, trees, sites and size, and how often its greedy answers are right."""
-        return self.sql(files("actstore").joinpath("info.sql").read_text(encoding="utf-8"))
+        of_all = self.whole.sql(files("actstore").joinpath("info.sql").read_text(encoding="utf-8"))
+        return of_all if self.only is None else of_all.filter(run=self.only)
 
     def runs(self) -> list[str]:
         """Names of the runs, in the order they were defined."""
@@ -210,6 +250,8 @@ class Store:
             BadInput: none was named and there are several; or the store is closed, or of another process.
         """
         self._session.check()
+        if self.only is not None and run not in (None, self.only):
+            raise BadInput(f"this is run {self.only!r} of {self.path}, and not run {run!r}; ask the whole store")
         runs = self.runs()
         if run in runs and run is not None:
             return run
@@ -267,6 +309,10 @@ class Store:
     ) -> tuple[Any, pl.DataFrame]:
         """Run a query that names tokens, and read their activations.
 
+        The query sees the trees of the run's set alone: `trees`, `edges`, `tokens`, the views over them, and the answers to
+        these trees. Where it mentions no column `run`, it also sees this run's answers alone, as in `of(run)`; where it does,
+        the answers of every run over these trees. `store.main.trees` is the whole table.
+
         Unless the store was opened with `check=True`, what is read is not held against the hashes that it was committed
         with: a flipped bit, or a shard that was put in the place of another, is read as it lies on the disk.
 
@@ -287,8 +333,9 @@ class Store:
 
         Raises:
             NotStored: no such run or site, or a token has no activation there.
-            BadInput: the query is refused, has two columns of one name, or yields no integer token_id without NULLs; the
-                sites' rows differ in shape; no such dtype or out; or an activation is too large for the dtype.
+            BadInput: the query is refused, has two columns of one name, yields no integer token_id without NULLs, or one that
+                is another id renamed; the sites' rows differ in shape; no such dtype or out; or an activation is too large for
+                the dtype.
             LimitReached: the query took longer, or held more.
             Damaged: a file is not what was committed, or another store was put in the place of this one.
 
@@ -299,7 +346,7 @@ class Store:
         names = wanted(self, run, site, sites)
         readers = [self._reader(run, name) for name in names]
         reading.same_row_shape(readers, names)
-        token_ids, rows = reading.read_ids(self, query, params, timeout, memory)
+        token_ids, rows = reading.read_ids(self, run, query, params, timeout, memory)
         return reading.read_activations(readers, token_ids, sites is None, dtype, out), rows
 
     def explain(

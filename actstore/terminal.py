@@ -6,7 +6,10 @@ import io
 import os
 import sys
 import unicodedata
-from typing import TextIO
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control, format, surrogate, line and paragraph separator
 HANDLES_ANY_TEXT = "backslashreplace"  # `→` is `\u2192` where an encoding lacks it
@@ -23,6 +26,23 @@ def _written_out(character: str) -> str:
     if character in "\n\t" or unicodedata.category(character) not in STEERING:
         return character
     return character.encode("unicode_escape").decode()
+
+
+@contextmanager
+def notes(kind: type[Warning]) -> Iterator[None]:
+    """Print each warning of a kind as one line to stderr, every time it is given; others are shown as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", kind)
+        as_ever = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, kind):
+                print(printable(f"actstore: note: {message}"), file=sys.stderr)
+            else:
+                as_ever(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def prepare() -> None:

@@ -31,7 +31,7 @@ class Readable(Protocol):
 
     def sql(self, query: str, params: dict[str, Any] | None = None) -> pl.DataFrame: ...
 
-    def run(self, run: str | None) -> str: ...
+    def of(self, run: str) -> Readable: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def listing() -> pl.DataFrame:
 
 
 def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
-    """Run one query.
+    """Run one query; one that takes a run in the session of that run, see Store.of.
 
     Args:
         store: an open store.
@@ -105,7 +105,7 @@ def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
     query = load(name)
     check_names(f"query {name!r}", params, query.params, query.params)
     if "run" in params:
-        store.run(params["run"])  # refuses a run that is not there, where SQL would just find no rows
+        store = store.of(params["run"])  # refuses a run that is not there, where SQL would just find no rows
     return store.sql(query.sql, params or None)
 
 

@@ -127,7 +127,8 @@ def pattern_run(store: Store, run: str) -> str:
 
 def pattern_sites(store: Store, run: str) -> list[str]:
     """Short names of a run's pattern sites, in the order of the layers."""
-    held = store.sql("select short from sites where run = $run and kind = 'pattern' order by rowid", {"run": run})
+    query = "select short from sites where run = $run and kind = 'pattern' order by rowid"
+    held = store.whole.sql(query, {"run": run})
     return list(held["short"])
 
 

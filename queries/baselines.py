@@ -125,7 +125,7 @@ def scores(
         if baseline.label not in found:
             continue
         query = SCORES.format(tokens=tokens, guesses=baseline.sql, label=baseline.label)
-        scored = store.sql(query, dict(params))
+        scored = store.of(params["run"]).sql(query, dict(params))
         if not scored["n_guesses"].sum():
             continue
         least, most = float(scored["least"].to_numpy().min()), float(scored["of_all"].to_numpy().max())

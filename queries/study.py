@@ -170,7 +170,7 @@ def run(
         if option not in ("store", "run", "seed", "progress")
     ]
     check_names(f"study {name!r}", options, (), known)
-    return module.study(store, store.run(run), seed, progress or _silent, **options)
+    return module.study(store.whole, store.run(run), seed, progress or _silent, **options)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def tokens_of(run: str) -> list[int]:
 def test_act_gives_each_row_its_own_activation(store: Store, ids: list[int | None]) -> None:
     """In any order, with repeats, and NULL for NULL."""
     found = store.sql(
-        "select act(id, 'r', 'resid_post.0') as x from (select unnest($ids::bigint[]) as id)", {"ids": ids}
+        "select act(token_id, 'r', 'resid_post.0') as x from (select unnest($ids::bigint[]) as token_id)", {"ids": ids}
     )
     assert found.schema == {"x": pl.Array(pl.Float32, D_MODEL)}
     assert [row is None for row in found["x"].to_list()] == [one is None for one in ids]
@@ -98,8 +98,8 @@ def test_run_and_site_may_differ_from_row_to_row(store: Store) -> None:
         "layers": [one[2] for one in asked],
     }
     found = store.sql(
-        "select act(id, run, 'resid_post.' || layer) as x from "
-        "(select unnest($ids::bigint[]) as id, unnest($runs::varchar[]) as run, unnest($layers::int[]) as layer)",
+        "select act(token_id, run, 'resid_post.' || layer) as x from "
+        "(select unnest($ids::bigint[]) as token_id, unnest($runs::varchar[]) as run, unnest($layers::int[]) as layer)",
         params,
     )
     expected = [stored(*RUNS[str(run)], [token], layer)[0] for token, run, layer in asked]
@@ -224,7 +224,7 @@ def wide_and_narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
 
 def test_where_widths_differ_act_gives_lists(wide_and_narrow: tuple[Store, dict[str, np.ndarray]]) -> None:
     store, values = wide_and_narrow
-    found = store.sql("select run, position, act(position, run, 'embed') as x from tokens, runs where tree_id = 0")
+    found = store.sql("select run, position, act(position + 0, run, 'embed') as x from tokens, runs where tree_id = 0")
     assert found.schema["x"] == pl.List(pl.Float32)
     for run, position, x in found.iter_rows():
         np.testing.assert_array_equal(x, values[run][0, position])

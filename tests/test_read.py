@@ -67,9 +67,9 @@ def test_several_sites_come_in_one_array_in_the_order_asked(store: Store, run: F
 
 
 def test_order_and_repeats_are_kept_and_ids_are_queried_once(store: Store, run: Fake, monkeypatch) -> None:
-    asked, sql = [], store.sql
+    asked, sql = [], store._session.sql
     store.read(EVERY, sites=["embed", "resid_post.1"])  # opens them
-    monkeypatch.setattr(store, "sql", lambda query, *rest: asked.append(query) or sql(query, *rest))
+    monkeypatch.setattr(store._session, "sql", lambda query, *rest: asked.append(query) or sql(query, *rest))
     twice = f"from ({EVERY}) union all from ({EVERY})"
     X, rows = store.read(twice, sites=["embed", "resid_post.1"])
     assert asked.count(twice) == 1

@@ -1,0 +1,137 @@
+"""What is stored later changes no number: the README's Python, the tour and every named query, on a store before and after."""
+
+import json
+import re
+import shutil
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from actstore import queries
+from actstore.errors import SeveralRuns
+from actstore.ingest.models import load
+from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.queries import study
+from actstore.store import Store
+
+ROOT = Path(__file__).parents[1]
+RUN = "reproduction"
+PARAMS = {"run": RUN, "split": "train", "token_role": "edge_target", "site": "resid_post.0", "token_id": 1, "n": 5}
+
+
+@pytest.fixture(scope="module")
+def more_path(demo_path, shipped, tmp_path_factory):
+    """The demo store, with all beside its run that the README's commands add."""
+    path = tmp_path_factory.mktemp("more") / "demo.act"
+    shutil.copytree(demo_path, path)
+    trees, sites = TreeSet(RUN, 40, trees_per_shard=16), ["embed"]
+    drawn = trees.row()["dataset"]
+    Ingest(path, shipped, TreeSet("deep", 12, seed=3), "other-trees", sites=sites).execute()
+    Ingest(path, shipped, replace(trees, variant_of=drawn, change="swap_last", name="varied"), sites=[]).execute()
+    Ingest(path, load(RUN, checkpoint=1000), trees, sites=sites).execute()
+    Ingest(path, shipped, trees, "patterns", sites=["pattern.0"]).execute()
+    Ingest(path, shipped, trees, prompt="tree").execute()
+    return path
+
+
+@pytest.fixture
+def both(demo_path, more_path):
+    with Store(demo_path) as fresh, Store(more_path) as more:
+        assert len(more.runs()) == 6
+        assert len(more.sql("from datasets")) == 3
+        yield fresh, more
+
+
+@pytest.mark.parametrize("name", queries.names())
+def test_a_named_query_gives_the_same_rows(both, name):
+    query = queries.load(name)
+    params = {param: PARAMS[param] for param in query.params}
+    expected, found = (queries.select(store.of(RUN), name, **params) for store in both)
+    assert found.equals(expected)
+    for ask in (queries.select, lambda store, name, **params: store.sql(query.sql, params or None)):
+        of_all = ask(both[1], name, **params)
+        if "run" not in params:  # of every set of trees
+            of_all = of_all.filter(dataset=expected["dataset"][0])
+        assert of_all.equals(expected)
+
+
+def test_a_study_of_a_run_answers_the_same(both):
+    expected, found = (study.run(store, "depth", run=RUN) for store in both)
+    assert study.run(both[1].of(RUN), "depth").table.equals(expected.table), (
+        "it sees other runs from a run's session, too"
+    )
+    assert found.table.equals(expected.table)
+    assert found.sentence == expected.sentence
+
+
+def answers(code, folder, monkeypatch):
+    """What every query and read of some Python gives, in turn."""
+    given = []
+
+    def record(method):
+        def recorded(*args, **options):
+            answer = method(*args, **options)
+            if sys._getframe(1).f_code.co_filename == "the page":
+                given.append(answer)
+            return answer
+
+        return recorded
+
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MPLBACKEND", "agg")
+        for method in ("sql", "read", "info", "sites"):
+            patch.setattr(Store, method, record(getattr(Store, method)))
+        patch.setattr("sklearn.linear_model.LogisticRegression", Untrained)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SeveralRuns)
+            scope = {}
+            exec(compile(code, "the page", "exec"), scope)
+    return [*given, *(value for value in scope.values() if isinstance(value, (pl.DataFrame, np.ndarray)))]
+
+
+class Untrained:
+    """In the place of what takes a page its time."""
+
+    def __init__(self, **options):
+        pass
+
+    def fit(self, X, y):
+        return self
+
+    def score(self, X, y):
+        return float(X.sum())
+
+
+def pages():
+    tour = json.loads((ROOT / "queries/notebooks/tour.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in tour["cells"] if cell["cell_type"] == "code"]
+    yield pytest.param("\n".join(cells), 20, id="tour")
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        yield pytest.param(code, 2, id="README")
+
+
+@pytest.mark.parametrize(("code", "least"), pages())
+def test_a_pages_python_gives_the_same_numbers(demo_path, more_path, monkeypatch, capsys, code, least):
+    expected = answers(code, demo_path.parent, monkeypatch)
+    printed = capsys.readouterr().out
+    found = answers(code, more_path.parent, monkeypatch)
+    assert len(expected) == len(found) >= least
+    for one, other in zip(found, expected, strict=True):
+        assert same(one, other)
+    assert capsys.readouterr().out == printed
+
+
+def same(one, other):
+    if isinstance(one, tuple):
+        return all(map(same, one, other))
+    if isinstance(one, (pl.DataFrame, pl.Series)):
+        return one.equals(other)
+    if isinstance(one, (str, list)):
+        return one == other
+    return np.array_equal(np.asarray(one), np.asarray(other), equal_nan=True)

@@ -45,6 +45,7 @@ REPLAYED = (".wal", ".wal.checkpoint", ".wal.recovery")  # what DuckDB adds to a
 STORAGE_VERSION = "v1.2.0"  # what DuckDB 1.2 and later clients can open
 COLUMN = re.compile(r"^    (\w+) ([^-]*), -- (.+)$")
 TABLE = re.compile(r"^create table (\w+)")
+TABLES_THERE = "select table_name from duckdb_tables() where database_name = 'there'"  # see attached
 DERIVED = {"tokens": "dataset"}  # the column of a table that no part holds; see source
 UNSIGNED: dict[
     str, dict[str, pl.DataType]
@@ -131,13 +132,29 @@ def tables() -> dict[str, dict[str, pl.DataType]]:
 
 def snapshot(root: Path) -> int:
     """How many commits the catalog that is there holds; 0 where there is none that can be read."""
+    return built_from(root)[0]
+
+
+def built_from(root: Path) -> tuple[int, str | None]:
+    """How many commits the catalog that is there holds, and the hash of their manifests (see log_hash).
+
+    The number is 0 where no catalog can be read; the hash is None there too, and where an earlier format noted none.
+    """
     try:
         with attached(root) as connection:
-            return int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
-    except (duckdb.Error, FileNotFoundError, Damaged, IndexError, TypeError, ValueError) as error:
+            return snapshot_of(connection)
+    except (duckdb.Error, FileNotFoundError, Damaged, IndexError, KeyError, TypeError, ValueError) as error:
         if reached := limit_reached(error, f"cannot open {root / NAME}"):
             raise reached from error
-        return 0
+        return 0, None
+
+
+def snapshot_of(connection: duckdb.DuckDBPyConnection) -> tuple[int, str | None]:
+    """As built_from, of a connection that has the catalog attached."""
+    rows = connection.execute("from there.snapshot")
+    row = dict(zip([column for column, *_ in rows.description], rows.fetchall()[0], strict=True))
+    hash_of_log = row.get("log_xxh3_128")
+    return int(row["snapshot"]), None if hash_of_log is None else str(hash_of_log)
 
 
 @contextmanager
@@ -342,6 +359,11 @@ def is_noted(root: Path, descriptor: int) -> bool | None:
     if found in noted_hashes(root):  # read afterwards: a hash is noted before its catalog is put in place
         return True
     return False if os.path.samestat(os.fstat(descriptor), os.stat(root / NAME)) else None
+
+
+def is_whole(root: Path) -> bool:
+    """Whether the catalog that is there is one that was put in place, by the note of its hash."""
+    return _is_noted(root, root / NAME)
 
 
 def _is_noted(root: Path, path: Path) -> bool:

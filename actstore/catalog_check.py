@@ -10,40 +10,43 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from actstore import catalog, log
+from actstore import catalog, log, witness
 from actstore.errors import Damaged, LimitReached
 from actstore.log import Manifest
 from actstore.machine import limit_reached
 from actstore.regular import check_regular, open_regular
 from actstore.session import one_line
 
-TABLES = "select table_name from duckdb_tables() where database_name = 'there'"
+CATALOG, CONFLICT = "catalog", "conflict"  # kinds of findings: it is damaged; it is whole, and the manifests say otherwise
 
 
-def wrong_with(root: Path, manifests: list[Manifest] | None, is_older: bool) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it).
+def wrong_with(
+    root: Path, manifests: list[Manifest] | None, is_older: bool, parts_are_whole: bool
+) -> Iterator[tuple[str, str, str]]:
+    """(file, kind of finding, what is wrong with it).
 
     Args:
-        manifests: all of them, where they and their parts are whole; else rows are not compared.
+        manifests: all of them, where they are whole; else the catalog is not compared with them.
         is_older: an earlier version made the store, which noted no hash.
+        parts_are_whole: else rows are counted, and not compared.
     """
-    yield from lacking_or_added(root)
+    yield from ((path, CATALOG, what) for path, what in lacking_or_added(root))
     if _lacking(root):
         return
     try:
         is_noted = _is_noted(root)
     except FileNotFoundError:
         if not is_older:
-            yield catalog.HASHES, "is missing"
+            yield catalog.HASHES, CATALOG, "is missing"
             return
         is_noted = True
     except Damaged as error:
-        yield catalog.HASHES, str(error)
+        yield catalog.HASHES, CATALOG, str(error)
         return
     if not is_noted:
-        yield catalog.NAME, "its content is not what was put in place"
+        yield catalog.NAME, CATALOG, "its content is not what was put in place"
     elif manifests is not None:
-        yield from ((catalog.NAME, what) for what in _differing(root, manifests))
+        yield from ((catalog.NAME, *found) for found in _differing(root, manifests, parts_are_whole))
 
 
 def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
@@ -74,16 +77,18 @@ def _is_noted(root: Path) -> bool:
                 return is_noted
 
 
-def _differing(root: Path, manifests: list[Manifest]) -> Iterator[str]:
-    """As _rows_that_differ; that rows cannot be compared, since they are none, is a difference."""
+def _differing(root: Path, manifests: list[Manifest], parts_are_whole: bool) -> Iterator[tuple[str, str]]:
+    """(kind of finding, what the catalog says otherwise); that rows cannot be compared, since they are none, is damage."""
     try:
-        yield from _rows_that_differ(root, manifests)
+        yield from ((CONFLICT, what) for what in witness.conflicts(root, manifests))
+        if parts_are_whole:
+            yield from ((CONFLICT, what) for what in _rows_that_differ(root, manifests))
     except (duckdb.Error, Damaged, LookupError, TypeError, ValueError) as error:
         if isinstance(error, duckdb.OutOfMemoryException):
             raise LimitReached(f"to verify the catalog of {root} takes more memory than there is: {error}") from error
         if reached := limit_reached(error, f"cannot verify the catalog of {root}"):
             raise reached from error
-        yield f"it cannot be compared with its parts ({one_line(error)})"
+        yield CATALOG, f"it cannot be compared with its parts ({one_line(error)})"
 
 
 def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
@@ -98,7 +103,7 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]
         types = dict(catalog.tables()["shards"])
         connection.register("shards_committed", pl.DataFrame(shards, schema=types))
-        there = {row[0] for row in connection.execute(TABLES).fetchall()}
+        there = {row[0] for row in connection.execute(catalog.TABLES_THERE).fetchall()}
         for table in [table for table in catalog.tables() if table in there and table != "snapshot"]:
             yield from _differences(connection, table, _committed_rows(root, connection, table, committed))
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actstore import checked
+from actstore import checked, links
 from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld, advised
 from actstore.hashing import hash_of
-from actstore.log import ARRAYS, FORMAT_VERSION, LOG, PARTS
+from actstore.log import ARRAYS, FOLDERS, FORMAT_VERSION, LOG, PARTS, Manifest
 from actstore.machine import check_process, finalize_here, within_limits
 from actstore.regular import open_regular, read_regular
 
@@ -109,6 +109,28 @@ def store_around(path: Path) -> Path | None:
 def _looks_like_a_store(folder: Path) -> bool:
     described = os.path.lexists(folder / "store.json") or os.path.lexists(folder / "catalog.duckdb")
     return described and any((folder / name).is_dir() for name in (LOG, PARTS, ARRAYS))
+
+
+def led_astray(root: Path, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(link, what is wrong with it) of those on the way to files of a store that lead into another store."""
+    for place in links.linked(root, paths):
+        around = store_around(root / place)
+        if around is not None and around != Path(os.path.realpath(root)):
+            yield place, f"it leads into another store, {around}"
+
+
+def refuse_astray(root: Path, committed: Iterable[Manifest]) -> None:
+    """Look where links lead, before anything is written or removed.
+
+    Raises:
+        Damaged: a link on the way to a committed file leads nowhere, or into another store.
+    """
+    paths = [*FOLDERS, *(file.path for manifest in committed for file in manifest.files)]
+    for place in links.linked(root, paths):
+        if what := links.broken(root / place):
+            raise Damaged(f"{what}; bring that back (mount its disk), or put it in the place of the link: nothing was touched")
+    for place, what in led_astray(root, paths):
+        raise Damaged(f"{root / place} is a link: {what}; put the store's own files in its place: nothing was touched")
 
 
 class Folder:

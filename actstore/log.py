@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from actstore import links
 from actstore.errors import Busy, Damaged, NoRoom
 from actstore.machine import check_process, limit_reached
 from actstore.regular import irregular, read_regular
@@ -34,6 +35,7 @@ from actstore.regular import irregular, read_regular
 FORMAT_VERSION = 3  # 1 had no variants, prompts, generations and hash of its catalog; 2 did not chain its manifests
 CHAINED_FROM = 3  # the format from which on a manifest names the one before it
 LOG, PARTS, ARRAYS, WEIGHTS, LOCK = "log", "parts", "activations.zarr", "models", ".lock"
+FOLDERS = (LOG, PARTS, ARRAYS, WEIGHTS)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DIRECT_FROM = 1 << 20  # bytes; below, a copy through the page cache costs nothing
 LOOK_AGAIN = 0.1  # seconds between looks at a lease that another holds
@@ -142,6 +144,8 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
     there = numbers(root)
     last = max([*there[-1:], least])
     if (gap := first_gap(there)) <= last:
+        if link := links.broken(root / LOG):
+            raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}, since {link}; bring that back")
         raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}; restore it from a copy of the store")
     found: list[Manifest] = []
     before = read_manifest(root / manifest_path(after), after) if after else None
@@ -203,7 +207,13 @@ def read_manifest(path: Path, number: int) -> Manifest:
         Damaged: it cannot be read, or is another's.
         FileNotFoundError: it is not there.
     """
-    manifest = Manifest.from_json(read_regular(path), path)
+    try:
+        content = read_regular(path)
+    except FileNotFoundError:
+        if link := links.broken(path):
+            raise Damaged(f"manifest {path} cannot be read, since {link}; bring that back") from None
+        raise
+    manifest = Manifest.from_json(content, path)
     if manifest.number != number:
         raise Damaged(
             f"manifest {path} is number {manifest.number} under another's name; restore it from a copy of the store"
@@ -229,6 +239,11 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
                     raise Damaged(irregular(path, found.st_mode))
             except (FileNotFoundError, NotADirectoryError):
                 what = "is missing"
+                if link := links.broken(path):
+                    raise Damaged(
+                        f"{path} is missing, since {link}; bring that back (mount its disk), or put it in the place of the "
+                        f"link: commit {manifest.number} names it"
+                    ) from None
             except OSError as error:
                 if isinstance(error, Damaged):
                     raise
@@ -284,7 +299,10 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
             linked = True
         except FileExistsError:
             if xxhash.xxh3_128_hexdigest(read_regular(target, file.bytes)) != file.xxh3_128:
-                raise Damaged(f"{target} exists with other content: another writer is at work on this store") from None
+                raise Damaged(
+                    f"{target} exists with other content, and no commit names it: another writer is at work on this store, "
+                    "or left it behind a link; if none is at work, remove that file"
+                ) from None
         finally:
             os.unlink(temporary)
         fsync_folder(target.parent)
@@ -514,7 +532,7 @@ def _sign(descriptor: int) -> None:
 
 
 def sweep(root: Path, committed: list[Manifest]) -> list[str]:
-    """Remove what an interrupted writer left: files under the store's own folders that no manifest names.
+    """Remove what an interrupted writer left: files under the store's own folders that no manifest names (see `strays`).
 
     Folders that are empty then go too: one that was made and not fsynced must be made again. Only the holder of the lease
     may call it, and it touches no folder that is not the store's own.
@@ -522,21 +540,28 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     Returns:
         The paths removed.
     """
-    named = {file.path for manifest in committed for file in manifest.files}
-    named |= {manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
-    removed = []
     for path in root.glob(".catalog.*.tmp*"):  # one that was never put in place
         discard(path)
-    for folder in (LOG, PARTS, ARRAYS, WEIGHTS):
-        for path in sorted((root / folder).rglob("*"), reverse=True):  # what a folder holds before the folder
-            relative = path.relative_to(root).as_posix()
-            if path.is_dir() and not path.is_symlink():
-                with suppress(OSError):  # not empty
-                    path.rmdir()
-            elif relative not in named:
-                path.unlink()
-                removed.append(relative)
-    return sorted(removed)
+    removed = strays(root, committed)
+    for stray in removed:
+        (root / stray).unlink()
+    for place in [root / folder for folder in FOLDERS if not (root / folder).is_symlink()]:
+        for at, inner, _ in os.walk(place, topdown=False):
+            for name in inner:
+                with suppress(OSError):  # not empty, or a link
+                    os.rmdir(os.path.join(at, name))
+    return removed
+
+
+def strays(root: Path, committed: Iterable[Manifest]) -> list[str]:
+    """Paths inside a store that no manifest names and that lead to none that one names: a sweep removes them.
+
+    A folder that was moved to another disk, with a link in its place, goes on being the store's; what else lies behind the
+    link is never removed.
+    """
+    named = {file.path for manifest in committed for file in manifest.files}
+    named |= {manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
+    return links.unnamed(root, FOLDERS, named)
 
 
 def discard(path: Path) -> None:

@@ -19,9 +19,10 @@ import duckdb
 import polars as pl
 import xxhash
 
-from actstore import catalog, checked, log
-from actstore.errors import Damaged
-from actstore.folder import check_format, place
+from actstore import catalog, checked, links, log, witness
+from actstore.catalog_check import CONFLICT
+from actstore.errors import Damaged, advised
+from actstore.folder import check_format, place, refuse_astray
 from actstore.log import ARRAYS, File, Manifest, Part
 from actstore.regular import read_regular
 from actstore.verify import Finding, read_manifests, verify
@@ -61,11 +62,13 @@ def repair(
     Raises:
         NotStored, TooNew: there is no store, or a later version made it.
         Busy: another process writes to it.
-        Damaged: its manifests are not whole, so nothing says how the rest must be.
+        Damaged: its manifests are not whole, so nothing says how the rest must be; its catalog is whole and says otherwise
+            than they; or a link on the way to a committed file leads nowhere or into another store. Nothing was touched.
     """
     root = place(path)
     _refuse_what_is_no_store(root)
     with log.lease(root, wait):
+        refuse_astray(root, read_manifests(root)[0])
         mended = _flip_back(root)
         about = check_format(root, older=True)
         report = verify(root, advance=advance)
@@ -74,6 +77,10 @@ def repair(
             raise Damaged(
                 f"{root / broken[0].path}: {broken[0].what}; it cannot be made again: restore it from a copy of the store"
             )
+        refuse_astray(root, manifests)
+        if conflict := [finding.what for finding in report.damage if finding.kind == CONFLICT]:
+            raise Damaged(witness.in_conflict(root, "; ".join(conflict)))
+        _refuse_shared_places(root, manifests, [finding.path for finding in report.damage])
         log.sweep(root, manifests)  # what an interrupted repair left
         catalog.discard_beside(root / catalog.NAME)
         of_catalog = [finding.path for finding in report.damage if finding.kind == "catalog"]
@@ -100,6 +107,28 @@ def repair(
 def _refuse_what_is_no_store(root: Path) -> None:
     with suppress(Damaged):
         check_format(root, older=True)
+
+
+def _refuse_shared_places(root: Path, manifests: list[Manifest], damaged: list[str]) -> None:
+    """Look whether what is to be mended lies, behind a link, in the place of another committed file.
+
+    Raises:
+        Damaged: it does, so that mending the one would damage the other.
+    """
+    files = {file.path: file for manifest in manifests for file in manifest.files}
+    if not links.linked(root, [*log.FOLDERS, *files]):
+        return
+    there: dict[str, list[File]] = {}
+    for file in files.values():
+        folder, _, name = file.path.rpartition("/")
+        there.setdefault(os.path.join(os.path.realpath(root / folder), name), []).append(file)
+    for shared in there.values():
+        of_one, *others = [file for file in shared if file.path in damaged] + [f for f in shared if f.path not in damaged]
+        if of_one.path in damaged and any(file.xxh3_128 != of_one.xxh3_128 for file in others):
+            raise Damaged(
+                f"{root / of_one.path} and {root / others[0].path} were committed apart and lead to one file; remove the link, "
+                f"then run {advised('repair', root)} again: nothing was touched"
+            )
 
 
 def _flip_back(root: Path) -> list[str]:

@@ -18,9 +18,9 @@ from typing import Any
 import google_crc32c
 import polars as pl
 
-from actstore import catalog, catalog_check, log
+from actstore import catalog, catalog_check, links, log, witness
 from actstore.errors import Damaged, TooNew, advised
-from actstore.folder import check_format, place
+from actstore.folder import check_format, led_astray, place
 from actstore.hashing import hash_of
 from actstore.log import ARRAYS, File, Manifest, Part, Shard
 from actstore.machine import limit_reached, n_processors
@@ -36,7 +36,8 @@ class Finding:
 
     Attributes:
         path: inside the store.
-        kind: `shard`, `part`, `weights`, `metadata`, `manifest`, `catalog`, `store.json` or `stray` (which harms nothing).
+        kind: `shard`, `part`, `weights`, `metadata`, `manifest`, `catalog`, `store.json`, `link` (that leads into another
+            store), `conflict` (the catalog and the manifests are each whole and disagree) or `stray` (which harms nothing).
         what: is wrong with it.
         run, site, batch: whose it is, where it is of one.
         trees: `first to last` tree_id, of a shard or of a batch's part.
@@ -97,9 +98,10 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
     jobs = [(manifest, file) for manifest in manifests for file in manifest.files]
     small = [job for job in jobs if not isinstance(job[1], Shard)]
     findings += _files(root, small, quick, advance)
-    whole = not broken and not any(finding.kind == "part" for finding in findings)
+    findings += [Finding(path, "link", what) for path, what in led_astray(root, (file.path for _, file in jobs))]
+    parts_are_whole = not any(finding.kind == "part" for finding in findings)
     with ThreadPoolExecutor(1) as beside:  # DuckDB compares the rows while the shards are hashed
-        of_catalog = beside.submit(_catalog, root, manifests if whole else None, is_older, quick)
+        of_catalog = beside.submit(_catalog, root, None if broken else manifests, is_older, parts_are_whole, quick)
         done = sum(file.bytes for _, file in small)
         shards = [job for job in jobs if isinstance(job[1], Shard)]
         findings += _files(root, shards, quick, lambda n: advance(done + n))
@@ -109,10 +111,16 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
     return Report(findings, len(jobs), sum(file.bytes for _, file in jobs))
 
 
-def _catalog(root: Path, manifests: list[Manifest] | None, is_older: bool, quick: bool) -> list[Finding]:
+def _catalog(
+    root: Path, manifests: list[Manifest] | None, is_older: bool, parts_are_whole: bool, quick: bool
+) -> list[Finding]:
     if not quick:
-        return [Finding(path, "catalog", what) for path, what in catalog_check.wrong_with(root, manifests, is_older)]
-    return [Finding(path, "catalog", what) for path, what in catalog_check.lacking_or_added(root)]
+        wrong = catalog_check.wrong_with(root, manifests, is_older, parts_are_whole)
+        return [Finding(path, kind, what) for path, kind, what in wrong]
+    found = [Finding(path, catalog_check.CATALOG, what) for path, what in catalog_check.lacking_or_added(root)]
+    if not found and manifests is not None and (what := witness.conflict(root, manifests)):
+        found.append(Finding(catalog.NAME, catalog_check.CONFLICT, what))
+    return found
 
 
 def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
@@ -125,6 +133,8 @@ def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
     for number in [*there, end]:
         if number > expected:  # as many as there may be: a name can be any number
             what = "is missing" + f", as are all up to {number - 1}" * (number > expected + 1)
+            if link := links.broken(root / log.LOG):
+                what += f", since {link}"
             broken.append(Finding(log.manifest_path(expected), "manifest", what))
         expected = number + 1
         if number == end:
@@ -139,7 +149,8 @@ def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
         except Damaged as error:
             broken.append(Finding(log.manifest_path(number), "manifest", str(error)))
         except OSError as error:
-            broken.append(Finding(log.manifest_path(number), "manifest", _said(error)))
+            broken.append(Finding(log.manifest_path(number), "manifest", _said(error, path)))
+    broken += [Finding(log.manifest_path(number), "manifest", what) for number, what in witness.at_odds(found)]
     return found, broken
 
 
@@ -175,10 +186,10 @@ def _group(root: Path) -> Iterator[Finding]:
         if read_regular(root / path) != GROUP:
             yield Finding(path, "metadata", "its content is not what was put in place")
     except OSError as error:
-        yield Finding(path, "metadata", _said(error))
+        yield Finding(path, "metadata", _said(error, root / path))
 
 
-def _said(error: OSError) -> str:
+def _said(error: OSError, path: Path) -> str:
     """What is wrong with a file that the system refuses to read.
 
     Raises:
@@ -186,6 +197,8 @@ def _said(error: OSError) -> str:
     """
     if reached := limit_reached(error, "cannot verify every file"):
         raise reached from error
+    if link := links.broken(path):
+        return f"is missing, since {link}"
     is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
     return "is missing" if is_missing else error.strerror or str(error)
 
@@ -216,7 +229,7 @@ def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, 
             if hash_of(opened.fileno()) != file.xxh3_128:
                 return "its content is not what was committed"
     except OSError as error:
-        return _said(error)
+        return _said(error, root / file.path)
     return ""
 
 
@@ -248,13 +261,10 @@ def _index_is_whole(descriptor: int, shard: Shard, positions: dict[tuple[str, st
 
 def _strays(root: Path, manifests: list[Manifest], broken: list[Finding]) -> Iterator[Finding]:
     """Files that no manifest names: left by a stopped writer, and removed by the next."""
-    named = {file.path for manifest in manifests for file in manifest.files} | {f"{ARRAYS}/zarr.json"}
-    named |= {log.manifest_path(manifest.number) for manifest in manifests} | {finding.path for finding in broken}
-    for folder in (log.LOG, log.PARTS, ARRAYS, log.WEIGHTS):
-        for path in sorted((root / folder).rglob("*")):
-            relative = path.relative_to(root).as_posix()
-            if not path.is_dir() and relative not in named:
-                yield Finding(relative, "stray", "no commit names it; the next writer removes it")
+    known = {finding.path for finding in broken}
+    for path in log.strays(root, manifests):
+        if path not in known:
+            yield Finding(path, "stray", "no commit names it; the next writer removes it")
 
 
 def raise_if_damaged(report: Report, path: str | Path) -> None:

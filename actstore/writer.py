@@ -20,10 +20,10 @@ import polars as pl
 import xxhash
 
 import actstore
-from actstore import catalog, checked, log
+from actstore import catalog, checked, log, witness
 from actstore.arrays import metadata
 from actstore.errors import BadInput
-from actstore.folder import check_format, place, store_around
+from actstore.folder import check_format, place, refuse_astray, store_around
 from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest, Part, Shard
 from actstore.plan import RunPlan, SitePlan  # noqa: F401 (what a writer is handed is imported from here, too)
 
@@ -143,13 +143,14 @@ def rebuild(path: str | Path) -> int:
     """Make the catalog anew from the committed parts alone, and return how many commits it holds.
 
     Raises:
-        Damaged: a part or a manifest is missing or unreadable.
+        Damaged: a part or a manifest is missing or unreadable, or the catalog that is there was built from other manifests.
         Busy: another process writes to the store.
     """
     root = place(path)
     check_format(root)
     with log.lease(root):
-        log.manifests(root, least=catalog.snapshot(root))  # what the old catalog knows must not be forgotten
+        committed = log.manifests(root, least=catalog.snapshot(root))  # what the old catalog knows must not be forgotten
+        witness.refuse_conflict(root, committed)
         return catalog.publish(root, from_nothing=True)
 
 
@@ -166,6 +167,8 @@ def open_writer(path: str | Path, *, make: bool = False, wait: float = 0.0) -> I
         Busy: another process holds it, and did so for all that time.
         NotStored: there is no store, and none is to be made.
         NoRoom: the disk is full.
+        Damaged: a committed file is missing or has another size, a link on the way to one leads nowhere or into another
+            store, or the catalog was built from other manifests; nothing was touched.
     """
     root = place(path)
     if make and not (root / "store.json").exists():
@@ -224,6 +227,8 @@ class Writer:
         self.root, self._lease = root, lease
         self._log = log.manifests(root, least=catalog.snapshot(root))  # before anything is swept: is the log whole?
         log.check_sizes(root, self._log)
+        refuse_astray(root, self._log)
+        witness.refuse_conflict(root, self._log)
         log.sweep(root, self._log)
         catalog.discard_beside(root / catalog.NAME)
         self._files = {file.path: file for manifest in self._log for file in manifest.files}

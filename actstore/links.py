@@ -1,0 +1,77 @@
+"""Links on the way to a committed file: a folder of a store may lie on another disk, with a link in its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+MOST = 40  # links that the system follows for one path (Linux: MAXSYMLINKS)
+
+
+def way(path: str) -> Iterator[str]:
+    """Every name that the system looks up on the way to a file: absolute paths, each in the folder that it lies in.
+
+    Args:
+        path: absolute; what links lead to is followed.
+    """
+    left, at, n_links = path.split("/")[::-1], "/", 0
+    while left:
+        name = left.pop()
+        if name in ("", "."):
+            continue
+        at = os.path.dirname(at) if name == ".." else os.path.join(at, name)
+        yield at
+        try:
+            target = os.readlink(at)
+        except (OSError, ValueError):
+            continue
+        n_links += 1
+        if n_links > MOST:
+            return
+        left += target.split("/")[::-1]
+        at = "/" if target.startswith("/") else os.path.dirname(at)
+
+
+def broken(path: Path) -> str:
+    """Which link on the way to a file leads nowhere, in words; nothing where none does."""
+    for place in way(os.path.abspath(path)):
+        if os.path.islink(place) and not os.path.exists(place):
+            return f"{place} is a link to {os.readlink(place)}, which is not there"
+    return ""
+
+
+def linked(root: Path, paths: Iterable[str]) -> list[str]:
+    """Which of some paths inside a store, and of the folders that they lie in, are links; the outermost first."""
+    places: set[str] = set()
+    for path in paths:
+        while path and path not in places:
+            places.add(path)
+            path = path.rpartition("/")[0]
+    return sorted(place for place in places if os.path.islink(root / place))
+
+
+def unnamed(root: Path, folders: Iterable[str], named: Iterable[str]) -> list[str]:
+    """Files and links that lie in some folders of a store and are not on the way to any path that is named.
+
+    No link is entered: what lies behind one may be another's.
+
+    Args:
+        root: the store.
+        folders: of the store.
+        named: paths inside it, with forward slashes.
+
+    Returns:
+        Paths inside the store, sorted.
+    """
+    top, named = os.path.realpath(root), set(named)
+    kept = {f"{top}/{path}" for path in named}
+    if linked(root, {*named, *folders}):
+        kept = {place for path in kept for place in way(path)}
+    found = []
+    for folder in folders:
+        if not os.path.islink(os.path.join(top, folder)):
+            for at, inner, files in os.walk(os.path.join(top, folder)):
+                links = [name for name in inner if os.path.islink(os.path.join(at, name))]
+                found += [os.path.join(at, name) for name in files + links]
+    return sorted(path[len(top) + 1 :] for path in found if path not in kept)

@@ -34,7 +34,7 @@ def root(whole, tmp_path):
 
 def edit(root, number, chained=False, **changes):
     """Write a manifest anew with a right checksum; chained, also all after it, each with the hash of the one before."""
-    manifests = log.manifests(root)
+    manifests, before = log.manifests(root), ""
     for manifest in manifests[number - 1 : None if chained else number]:
         edited = replace(manifest, **changes if manifest.number == number else {})
         if chained and manifest.number > number:
@@ -123,7 +123,7 @@ def test_a_manifest_that_carries_the_name_of_another_run_is_found(root, number, 
     (root / catalog.NAME).unlink()  # the manifests alone tell
     before = files(root)
     assert said in " ".join(found.what for found in verify(root).damage if found.kind == "manifest")
-    with pytest.raises(Damaged, match="nothing was touched|restore it from a copy"):
+    with pytest.raises(Damaged, match=r"nothing was touched|restore it from a copy"):
         repair(root, files_of)
     assert files(root) == before
 
@@ -150,7 +150,7 @@ def test_the_catalog_of_an_older_store_is_a_witness_too(tmp_path, name):
     edit(root, number, shards=log.manifests(root)[number - 1].shards[1:])
     before = files(root)
     assert "conflict" in {found.kind for found in verify(root).damage}
-    with pytest.raises(Damaged, match="disagree.*the catalog holds .* rows of table shards, and the manifests name"):
+    with pytest.raises(Damaged, match=r"disagree.*the catalog holds .* rows of table shards, and the manifests name"):
         repair(root, files_of)
     assert files(root) == before
 

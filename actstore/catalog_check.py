@@ -17,7 +17,10 @@ from actstore.machine import limit_reached
 from actstore.regular import check_regular, open_regular
 from actstore.session import one_line
 
-CATALOG, CONFLICT = "catalog", "conflict"  # kinds of findings: it is damaged; it is whole, and the manifests say otherwise
+CATALOG, CONFLICT = (
+    "catalog",
+    "conflict",
+)  # kinds of findings: it is damaged; it is whole, and the manifests say otherwise
 
 
 def wrong_with(

@@ -128,7 +128,9 @@ def refuse_astray(root: Path, committed: Iterable[Manifest]) -> None:
     paths = [*FOLDERS, *(file.path for manifest in committed for file in manifest.files)]
     for place in links.linked(root, paths):
         if what := links.broken(root / place):
-            raise Damaged(f"{what}; bring that back (mount its disk), or put it in the place of the link: nothing was touched")
+            raise Damaged(
+                f"{what}; bring that back (mount its disk), or put it in the place of the link: nothing was touched"
+            )
     for place, what in led_astray(root, paths):
         raise Damaged(f"{root / place} is a link: {what}; put the store's own files in its place: nothing was touched")
 

@@ -123,7 +123,7 @@ def _refuse_shared_places(root: Path, manifests: list[Manifest], damaged: list[s
         folder, _, name = file.path.rpartition("/")
         there.setdefault(os.path.join(os.path.realpath(root / folder), name), []).append(file)
     for shared in there.values():
-        of_one, *others = [file for file in shared if file.path in damaged] + [f for f in shared if f.path not in damaged]
+        of_one, *others = sorted(shared, key=lambda file: file.path not in damaged)
         if of_one.path in damaged and any(file.xxh3_128 != of_one.xxh3_128 for file in others):
             raise Damaged(
                 f"{root / of_one.path} and {root / others[0].path} were committed apart and lead to one file; remove the link, "

@@ -149,7 +149,8 @@ def rebuild(path: str | Path) -> int:
     root = place(path)
     check_format(root)
     with log.lease(root):
-        committed = log.manifests(root, least=catalog.snapshot(root))  # what the old catalog knows must not be forgotten
+        # what the old catalog knows must not be forgotten
+        committed = log.manifests(root, least=catalog.snapshot(root))
         witness.refuse_conflict(root, committed)
         return catalog.publish(root, from_nothing=True)
 

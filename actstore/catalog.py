@@ -45,7 +45,7 @@ REPLAYED = (".wal", ".wal.checkpoint", ".wal.recovery")  # what DuckDB adds to a
 STORAGE_VERSION = "v1.2.0"  # what DuckDB 1.2 and later clients can open
 COLUMN = re.compile(r"^    (\w+) ([^-]*), -- (.+)$")
 TABLE = re.compile(r"^create table (\w+)")
-TABLES_THERE = "select table_name from duckdb_tables() where database_name = 'there'"  # see attached
+TABLES_ATTACHED = "select table_name from duckdb_tables() where database_name = 'there'"  # see attached
 DERIVED = {"tokens": "dataset"}  # the column of a table that no part holds; see source
 UNSIGNED: dict[
     str, dict[str, pl.DataType]

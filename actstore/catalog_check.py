@@ -106,7 +106,7 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]
         types = dict(catalog.tables()["shards"])
         connection.register("shards_committed", pl.DataFrame(shards, schema=types))
-        there = {row[0] for row in connection.execute(catalog.TABLES_THERE).fetchall()}
+        there = {row[0] for row in connection.execute(catalog.TABLES_ATTACHED).fetchall()}
         for table in [table for table in catalog.tables() if table in there and table != "snapshot"]:
             yield from _differences(connection, table, _committed_rows(root, connection, table, committed))
 

@@ -84,7 +84,7 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         rows = {"shards": len(named)}
         for part in [part for manifest in committed for part in manifest.parts]:
             rows[part.table] = rows.get(part.table, 0) + part.rows
-        there = {row[0] for row in connection.execute(catalog.TABLES_THERE).fetchall()}
+        there = {row[0] for row in connection.execute(catalog.TABLES_ATTACHED).fetchall()}
         for table in [table for table in catalog.tables() if table in there and table != "snapshot"]:
             n = connection.execute(f"select count(*) from there.{table}").fetchall()[0][0]
             if n != rows.get(table, 0):

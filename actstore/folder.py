@@ -31,7 +31,7 @@ def place(path: str | os.PathLike[str]) -> Path:
         BadInput: it is no path, or the address of another machine.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str) or not text or "\0" in text:
         raise BadInput(f"got {path!r} for a store; name its folder, such as 'demo.act'")
     if (address := ADDRESS.match(text)) and not os.path.lexists(text):
         here = f"write it as /{text[address.end() :]}" if address[1] == "file" else "copy it here, and name that folder"

@@ -15,10 +15,19 @@ COLUMN = re.compile(r'Referenced column "(.+?)" (?:was )?not found')
 TABLE = re.compile(r'Table with name "?(.+?)"? does not exist')
 FOREIGN = re.compile(r' Did you mean "(?:pg_|duckdb_|information_schema)[^"]*"\?')  # tables that are DuckDB's own
 FILE = re.compile(r"[/\\]|\.(parquet|csv|tsv|json|jsonl|ndjson|txt|db|duckdb|npz)$", re.IGNORECASE)
+SQL_FILE = re.compile(r"@?\S+\.sql", re.IGNORECASE)
 NO_FILES = (
     "a query reads the store's tables and no files or addresses: read a file with polars, and hand its values over as "
     "params (where tree_id in (select unnest($ids)))"
 )
+FUNCTION = re.compile(r"(?:argument types '|Macro )(\w+)\(")
+TAKES = {  # what the functions of a store take, which DuckDB says by type alone
+    "act": "act(token_id, 'RUN', 'resid_post.0')",
+    "logit_lens": "logit_lens(token_id, 'RUN', 'resid_post.0')",
+    "probe_direction": "probe_direction('NAME')",
+    "activations": "from activations('RUN', 'resid_post.0')",
+    "array_inner_product": "vectors of one width: a list is cast to one, [1, 2, …]::float[128]",
+}
 COMPARED = r"(?:[=<>]|\b(?:i?like|in\s*\(|act\s*\()[^()]*?)\s*\b{}\b"  # where a text is likelier than a column
 
 
@@ -52,8 +61,12 @@ def _advice(said: str, query: str, tables: Callable[[], list[str]]) -> str:
     """What to do about it; nothing where DuckDB's own words say it."""
     if SHUT in said:
         return NO_FILES
+    if SQL_FILE.fullmatch(query):
+        return f'a query is SQL, and no file that holds it: actstore sql STORE "$(cat {query.removeprefix("@")})"'
     if query.isidentifier():
         return _of_a_word(query, tables())
+    if (function := FUNCTION.search(said)) and function[1] in TAKES:
+        return f"it takes {TAKES[function[1]]}"
     if table := TABLE.search(said):
         return NO_FILES if FILE.search(table[1]) else _of_a_table(table[1], tables())
     column = COLUMN.search(said)
@@ -73,6 +86,8 @@ def _of_a_word(word: str, tables: list[str]) -> str:
 
 
 def _of_a_table(name: str, tables: list[str]) -> str:
+    if name in TAKES:
+        return f"it takes a run and a site: {TAKES[name]}"
     frames = (
         "" if get_close_matches(name, tables, 1) else "; a frame of Python is no table: hand its values over as params"
     )

@@ -419,6 +419,9 @@ def prepare(
         NotStored: no such model or checkpoint.
     """
     _check_batch_size(batch_size)
+    for option, name in (("--run", run), ("--dataset", dataset)):
+        if name == "":
+            raise BadInput(f"got an empty name for {option}; give one, or leave {option} out")
     store = place(store)
     if (model is None) == (model_of is None):
         raise BadInput(

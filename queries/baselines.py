@@ -78,7 +78,9 @@ def from_file(store: Store, file: str | Path, params: Mapping[str, Any]) -> Base
     try:
         sql = Path(file).read_text(encoding="utf-8").rstrip().rstrip(";")
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read the baseline {str(file)!r} ({error}); give the path of an .sql file") from None
+        raise BadInput(
+            f"cannot read the baseline {str(file)!r} ({getattr(error, 'strerror', None) or error}); give the path of an .sql file"
+        ) from None
     columns = store.sql(f"from (\n{sql}\n) limit 0", _named_in(sql, params)).columns
     if Path(file).stem in names():
         raise BadInput(f"the baseline {str(file)!r} has the name of a stored query; give the file another")

@@ -40,6 +40,8 @@ from actstore.queries.probe_fit import (
 )
 from actstore.queries.probe_report import LABELS, NODE_LABELS, TOKEN_ROLES, draw, sentence, table
 from actstore.queries.study import Progress, Study, result_rows
+from actstore.sites import not_held
+from actstore.sites import wanted as meant
 from actstore.statistics import N_RESAMPLES, share_over_trees
 
 if TYPE_CHECKING:
@@ -118,7 +120,7 @@ def study(
         token_role: where to read: names of TOKEN_ROLES, with commas, or `all`.
         labels: what to ask for: names of LABELS, with commas, or `all`; source and target unless told (at `path`:
             next_node). Tokens of the path have goal and next_node, the others all but next_node.
-        sites: short site names; every residual site of the run unless told.
+        sites: names of sites, or of a family (`resid_post`) for its every layer; every residual site of the run by default.
         max_iter: iterations of lbfgs after which a fit is stopped, and said to have been.
         protocol: `ours`, or `notebook`: the notebook's own beside ours, see probe_protocols.py.
         by: `place`: the accuracy at each place in the list of edges, too, see probe_places.py.
@@ -274,12 +276,15 @@ def _sites(store: Store, run: str, wanted: str | Sequence[str] | None) -> list[s
     """Short names of the residual sites to probe, in the order of the forward pass."""
     vectors = store.sql("select short from sites where run = $run and kind = 'resid'", {"run": run})["short"].to_list()
     held = [site for site in store.sites(run) if site in vectors]  # patterns are no vectors of the residual stream
-    names = held if wanted is None else _names(wanted) or [""]
+    names = held if wanted is None else meant(store, run, None, _names(wanted) or [""])
     unknown = [site for site in names if site not in held]
     if unknown or not held:
+        todo = _where(store, run, unknown)
+        if unknown and not todo and not unknown[0].startswith("pattern"):
+            raise not_held(store, run, unknown[0])
         what = f"no site {unknown[0]!r}{nearest(unknown[0], held)}" if unknown else "no residual site"
         there = ", ".join(store.sites(run)) or "none"
-        raise NotStored(f"run {run!r} has {what} to probe; it holds {there}{_where(store, run, unknown)}")
+        raise NotStored(f"run {run!r} has {what} to probe; it holds {there}{todo}")
     return [site for site in held if site in names]
 
 

@@ -9,7 +9,6 @@ from enum import Enum
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import polars as pl
 import pytest
 import torch
@@ -92,7 +91,7 @@ GIVEN = [
         np.array(IDS, np.uint16),
         torch.tensor(IDS),
         pl.Series(IDS),
-        pd.Series(IDS),
+        pl.Series(IDS).to_pandas(),
     ),
     *(pl.Series("any name", IDS), pl.Series(IDS, dtype=pl.UInt32), dict.fromkeys(IDS[:2]).keys()),
 ]
@@ -136,7 +135,15 @@ def test_no_ids_are_no_rows(store):
     assert rows.schema == {"token_id": pl.Int64}
 
 
-MANY = [[1, 3], (1, 3), range(1, 4, 2), np.array([1, 3]), pl.Series([1, 3]), pd.Series([1, 3]), torch.tensor([1, 3])]
+MANY = [
+    [1, 3],
+    (1, 3),
+    range(1, 4, 2),
+    np.array([1, 3]),
+    pl.Series([1, 3]),
+    pl.Series([1, 3]).to_pandas(),
+    torch.tensor([1, 3]),
+]
 ONE = [
     *((np.int16(3), 3), (np.float32(0.5), 0.5), (torch.tensor(3), 3), (np.array(3), 3), (Split.TRAIN, "train")),
     (np.datetime64("2000-01-02T03:04:05.000006789", "ns"), datetime(2000, 1, 2, 3, 4, 5, 6)),
@@ -359,6 +366,24 @@ REFUSED = {
         BadInput,
         "LINE 1: select rol from tokens\n   ",
     ),
+    "act of two": (
+        lambda s: s.sql("select act(token_id, 'reproduction') from tokens"),
+        *(BadInput, "it takes act(token_id, 'RUN', 'resid_post.0')", "LINE 1: select act("),
+    ),
+    "act of a layer": (
+        lambda s: s.sql("select act(token_id, 'reproduction', 0) from tokens"),
+        BadInput,
+        "it takes act(",
+    ),
+    "activations": (
+        lambda s: s.sql("from activations"),
+        *(BadInput, "it takes a run and a site: from activations('RUN', 'resid_post.0')", "LINE 1"),
+    ),
+    "activations of one": (lambda s: s.sql("from activations('reproduction')"), BadInput, "from activations('RUN', "),
+    "dot of a list": (
+        lambda s: s.sql("select dot(act(token_id, 'reproduction', 'embed'), [1, 2]) from tokens"),
+        *(BadInput, "vectors of one width", "::float[128]"),
+    ),
     # other arguments
     "out": (lambda s: s.read(SOME, out="pandas"), BadInput, "got out 'pandas'", "'numpy' or 'torch'"),
     "dtype": (lambda s: s.read(SOME, dtype=int), BadInput, "got dtype <class 'int'>", "float32, float16"),
@@ -375,6 +400,7 @@ REFUSED = {
     "Store(3)": (lambda s: Store(3), BadInput, "got 3 for a store", "name its folder"),
     "Store(None)": (lambda s: Store(None), BadInput, "got None for a store", "name its folder"),
     "Store()": (lambda s: Store(""), BadInput, "got '' for a store", "name its folder"),
+    "Store(NUL)": (lambda s: Store("a\0b"), BadInput, "name its folder"),
     "Store(catalog)": (
         lambda s: Store(s.path / "catalog.duckdb"),
         NotStored,
@@ -439,6 +465,20 @@ TYPED = [
         2,
         ("LINE 1: select rol from tokens\n               ^^^",),
     ),
+    (["sql", "STORE", "query.sql"], 2, ("no file that holds it", 'actstore sql STORE "$(cat query.sql)"')),
+    (["study", "STORE", "probes", "-o", "sites", "resid_post.9"], 1, ("layers 0 to 5", f"it holds {HOLDS}")),
+    (
+        ["study", "STORE", "probes", "-o", "sites", "resid_pots.1"],
+        1,
+        ("did you mean resid_post.1?", f"it holds {HOLDS}"),
+    ),
+    (
+        ["study", "STORE", "probes", "-o", "baseline", "no.sql"],
+        2,
+        ("'no.sql' (No such file or directory)", "path of an .sql"),
+    ),
+    (["ingest", "NEW", "--model", "reproduction", "--run", ""], 2, ("empty name for --run", "leave --run out")),
+    (["ingest", "NEW", "--model", "reproduction", "--dataset", ""], 2, ("empty name for --dataset",)),
     (["sql", "STORE", "select $a", "-p", "a"], 2, ("'-p' requires 2 arguments", "`actstore sql --help`")),
     (["sql", "s3://bucket/x", "select 1"], 2, ("got s3://bucket/x", "a folder of this machine", "copy it here")),
     (["ingest", "s3://bucket/x", "--model", "reproduction"], 2, ("got s3://bucket/x", "copy it here")),

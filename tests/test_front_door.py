@@ -377,7 +377,7 @@ REFUSED = {
     ),
     "activations": (
         lambda s: s.sql("from activations"),
-        *(BadInput, "it takes a run and a site: from activations('RUN', 'resid_post.0')", "LINE 1"),
+        *(BadInput, "It takes a run and a site: from activations('RUN', 'resid_post.0')", "LINE 1"),
     ),
     "activations of one": (lambda s: s.sql("from activations('reproduction')"), BadInput, "from activations('RUN', "),
     "dot of a list": (

@@ -23,7 +23,8 @@ demo: install
 	$(BIN)/actstore show $(STORE) 1
 	$(BIN)/actstore study $(STORE) probes --plot probes.png
 
-# what data/README.md tells of: both models on the same 20,000 trees, their variants and continuations, and the probes' own set
+# what data/README.md tells of: both models on the same 20,000 trees, their variants and continuations, and the probes' own set;
+# and what is found there is put to sets that were drawn apart: `fresh`, and `fresh-sites` with activations
 full: install
 	$(BIN)/actstore ingest $(FULL) --model reproduction --trees 20000 --seed 7 --distribution reproduction --dataset trees --sites $(SITES)
 	$(BIN)/actstore ingest $(FULL) --model baseline --dataset trees --sites $(SITES)
@@ -35,7 +36,22 @@ full: install
 	    $(BIN)/actstore ingest $(FULL) --model $$model --dataset trees --variant swap_inner --sites none; \
 	    $(BIN)/actstore ingest $(FULL) --model $$model --dataset trees --prompt tree; \
 	done
+	set -e; for model in reproduction baseline; do \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-fresh --trees 20000 --seed 9 --distribution reproduction \
+	        --dataset fresh --sites none; \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-fresh-swap_last --dataset fresh --variant swap_last --sites none; \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-fresh-swap_inner --dataset fresh --variant swap_inner --sites none; \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-fresh-dreams --dataset fresh --prompt tree; \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-fresh-sites --trees 4000 --seed 10 --distribution reproduction \
+	        --dataset fresh-sites --sites $(SITES); \
+	done
 	$(BIN)/actstore report $(FULL) report --run reproduction --run baseline
+	set -e; for study in depth last-edge swap dreams; do \
+	    $(BIN)/actstore study $(FULL) $$study --run reproduction --run baseline --confirm fresh; \
+	done
+	set -e; for study in attention probes compare; do \
+	    $(BIN)/actstore study $(FULL) $$study --run reproduction --run baseline --confirm fresh-sites; \
+	done
 
 test: lint
 	$(BIN)/python -m pytest -n 2

@@ -57,3 +57,8 @@ def no_run(store: Store, run: object, held: Sequence[str]) -> ActstoreError:
     if store.sql("from sites where $run in (site, short)", {"run": run}).height:
         return NotStored(f"no run {run!r}, which is a site (site={run!r}, --site {run}): {holds}")
     return NotStored(f"no run {run!r}: {holds}" + ("; name one of them" if held else ""))
+
+
+def together(commands: Sequence[str]) -> str:
+    """Commands that messages show, as one line of a shell: each runs where the one before went well."""
+    return f"`{' && '.join(command.strip('`') for command in commands)}`"

@@ -485,6 +485,11 @@ def _record(store: Path, results: list[pl.DataFrame], wait: float) -> None:
 @click.option(
     "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="One of the study's own."
 )
+@click.option(
+    "--confirm",
+    metavar="DATASET",
+    help="Put what is found to this stored set of trees, too, drawn apart from the run's own.",
+)
 @click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; of several runs FILE-RUN.")
 @no_record_option
 @wait_option
@@ -496,6 +501,7 @@ def study(
     runs: tuple[str, ...],
     seed: int,
     options: tuple[tuple[str, str], ...],
+    confirm: str | None,
     plot: str | None,
     no_record: bool,
     wait: float,
@@ -508,16 +514,21 @@ def study(
     which `actstore ingest` adds it. `compare` takes every pair of models over the same trees among the runs named; of one run
     every pair that it is in; by default, for each set of trees, its first run against every other model.
 
+    With --confirm what was found (left standing by Holm) is put to a second set of trees, to the same model's run over it, without
+    the trees that both sets hold; each claim is then told as found here, and confirmed there or not.
+
     Example:
 
     \b
         actstore study demo.act probes --plot probes.png
+        actstore study demo.act depth --run reproduction --confirm fresh
         actstore study demo.act probes --run reproduction -o token_role separator -o labels source,goal
         actstore study demo.act compare --run reproduction --run baseline
         actstore study demo.act depth --json
     """
     from actstore.output import FIGURES, check_file, save_figure
     from actstore.progress import progress
+    from actstore.queries import confirm as confirming
     from actstore.queries import study as studies
     from actstore.store import Store
 
@@ -525,14 +536,21 @@ def study(
     chosen = {key: int(value) if value.isdecimal() and len(value) < 19 else value for key, value in options}
     with Store(store, check) as opened:
         asked = studies.questions(opened, name, runs, **chosen)
+        if confirm is not None:
+            asked = confirming.of_other_sets(opened, asked, confirm, bool(runs))
         if not no_record:
             _look_before(store, wait)
-        answers, lacking, failed = [], [], []
+        answers, confirmed, lacking, failed = [], [], [], []
         for question in asked:
             with progress(f"study {name} {question.of}", None, "parts") as advance:
                 try:
+                    if confirm is not None:  # what lacks is told before anything is computed
+                        confirming.look(opened, question, confirm)
                     given = {**question.options, "seed": seed, "progress": advance}
                     answers.append(studies.run(opened, name, run=question.run, **given))
+                    if confirm is not None:
+                        given = {**question.options, "progress": advance}
+                        confirmed.append(confirming.confirm(opened, answers[-1], confirm, seed, **given))
                 except (NotStored, BadInput) as error:  # another run may have what this one lacks
                     lacking.append(error)
                 except Exception as error:  # what the others answered is not lost with it
@@ -542,18 +560,21 @@ def study(
     for lack in lacking:
         click.echo(printable(f"actstore: {lack}"), err=True)
     try:
-        output.write(studies.tables(answers))
-        for answer in answers:
-            click.echo(printable(answer.sentence), err=output.format != "table" or bool(output.parquet))
+        as_table = output.format == "table" and not output.parquet
+        output.write(*confirming.rows(studies.tables(answers), confirmed, as_table))
+        for sentence in [line for one in (*answers, *confirmed) for line in one.sentence.splitlines()]:
+            click.echo(printable(sentence), err=not as_table)
         for answer in answers if plot else []:
             file = studies.figure_file(Path(str(plot)), answer, alone=len(answers) == 1)
             save_figure(file, studies.plot(answer))
             click.echo(f"figure: {printable(str(file))}", err=True)
     finally:
         if not no_record:
-            _record(store, [answer.results for answer in answers], wait)
+            _record(store, [one.results for one in (*answers, *confirmed) if len(one.results)], wait)
     if failed:
         raise failed[0]
+    if confirm is not None and not confirmed:
+        raise click.exceptions.Exit(1)
 
 
 @main.command()

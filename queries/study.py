@@ -115,6 +115,12 @@ class Test:
         return self.site, self.token_role, self.label
 
     @property
+    def named(self) -> str:
+        """The comparison in words, and where it was read."""
+        where = ", ".join(name for name in (self.token_role, self.site) if name)
+        return f"{self.what or self.label}{f' ({where})' * bool(where)}"
+
+    @property
     def found(self) -> bool:
         """Holm leaves it standing."""
         return self.p_holm < LEVEL

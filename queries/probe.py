@@ -9,6 +9,9 @@ among the rows of each side of the split, which taken off gives `above_shuffled`
 task (see probe_fit.control_labels), which taken off gives its `selectivity`. And the same probe given as many random
 directions as there are classes. No row is left out of a fit, a control's neither.
 
+What each probe is above the highest baseline is tested by sign flips of each test tree's sum, and all that a study asks is adjusted
+for each other (Holm): the sentence claims what is left standing.
+
 Intervals are over the test trees. The fitted probes are held fixed, and so are the trees they were fitted to; the model is one,
 of one training and seed.
 """
@@ -39,10 +42,10 @@ from actstore.queries.probe_fit import (
     shuffle_within,
 )
 from actstore.queries.probe_report import LABELS, NODE_LABELS, TOKEN_ROLES, draw, sentence, table
-from actstore.queries.study import Progress, Study, result_rows
+from actstore.queries.study import Progress, Study, Test, adjusted, result_rows, test_rows
 from actstore.sites import not_held
 from actstore.sites import wanted as meant
-from actstore.statistics import N_RESAMPLES, share_over_trees
+from actstore.statistics import N_RESAMPLES, share_over_trees, sign_flip
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,7 +149,9 @@ def study(
     shared = {"run": run, **about, "trees_xxh3": _trees_hash(store, run), "protocol": protocol}
     shared |= {"C": C, "tol": TOL, "max_iter": max_iter, "n_resamples": N_RESAMPLES, "by": by}
     shared |= {"baseline": guessers[-1].sql, "baseline_name": guessers[-1].name} if baseline is not None else {}
-    recorded, n_test_trees, done, own_is_used = [], 0, 0, baseline is None
+    recorded: list[tuple[list[dict[str, Any]], dict[str, Any]]] = []
+    tests: list[Test] = []
+    n_test_trees, done, own_is_used = 0, 0, baseline is None
     for role, its_labels in asked.items():
         used = {"run": run, "token_role": role}
         tokens = store.sql(query, used)
@@ -159,23 +164,32 @@ def study(
             X, tokens = store.read(query, run=run, site=site, params=used)
             at = {"run": run, "site": site, "token_role": role}
             its = _of_tokens(tokens, its_labels, guessed, about["n_nodes"])
-            rows += _probe_site(X, its, at, seed, max_iter, by)
+            found, tested = _probe_site(X, its, at, seed, max_iter, by)
+            rows += found
+            tests += tested
             if protocol == "notebook":
                 from actstore.queries.probe_protocols import notebook_rows
 
                 rows += notebook_rows(X, tokens, its_labels, at, seed, max_iter)
             done += 1
             progress(done, len(sites) * len(asked), site if len(asked) == 1 else f"{role} {site}")
-        recorded.append(
-            result_rows(rows, study=NAME, run=run, query=query, params=params, snapshot=store.snapshot, seed=seed)
-        )
+        recorded.append((rows, params))
     if not own_is_used:
         raise BadInput(
             f"the baseline {str(baseline)!r} guesses the {LABELS[guessers[-1].label]} of none of the tokens that were asked "
             f"({', '.join(asked)})"
         )
-    results = pl.concat(recorded)
-    return Study(NAME, table(results), results, sentence(results, n_test_trees))
+    held, shared_by_all = adjusted(tests), {"study": NAME, "run": run, "query": query, "snapshot": store.snapshot}
+    results = pl.concat(
+        result_rows(
+            [*rows, *test_rows(test for test in held if test.token_role == params["token_role"])],
+            params=params,
+            seed=seed,
+            **shared_by_all,
+        )
+        for rows, params in recorded
+    )
+    return Study(NAME, table(results), results, sentence(results, n_test_trees, held), held)
 
 
 def _asked(token_role: str | Sequence[str], labels: str | Sequence[str] | None) -> dict[str, list[str]]:
@@ -311,8 +325,8 @@ def _where(store: Store, run: str, lacking: list[str]) -> str:
 
 def _probe_site(
     X: np.ndarray, asked: Asked, where: dict[str, str], seed: int, max_iter: int, by: str | None
-) -> list[dict[str, Any]]:
-    """Probe one site for each label, with its controls, and give the rows of `results`; `where` names run and site."""
+) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Probe one site for each label, with its controls: rows of `results`, and what is tested; `where` names run and site."""
     train = asked.train
     whiten = Whitening.of(X[train])
     whitened = whiten(X)
@@ -325,24 +339,31 @@ def _probe_site(
         jobs.append((random_directions(whitened, y[train], seed), y))
     fits = iter(fit_all(jobs, train, max_iter))
     rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
     for label, y in asked.labels.items():
         about = {**where, "label": label}
         made = dict(zip(("accuracy", *CONTROLS), fits, strict=False))
-        rows += _scores(made, asked, about, seed)
+        scores, test = _scores(made, asked, about, seed)
+        rows += scores
+        tests.append(test)
         directions = _directions(made["accuracy"], np.unique(y[train]), whiten, about)
         rows += [{**about, "n": int(train.sum()), **row} for row in directions]
         if by == BY:
             from actstore.queries.probe_places import place_rows
 
-            rows += place_rows(X, made["accuracy"].right, asked, about, seed, max_iter)
-    return rows
+            its_rows, its_tests = place_rows(X, made["accuracy"].right, asked, about, seed, max_iter)
+            rows += its_rows
+            tests += its_tests
+    return rows, tests
 
 
 CONTROLS = ("shuffled_accuracy", "control_accuracy", "random_directions_accuracy")
 
 
-def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int) -> list[dict[str, Any]]:
-    """The accuracy, the controls' and the baselines', and what the accuracy is above them, with intervals over test trees."""
+def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int) -> tuple[list[dict[str, Any]], Test]:
+    """The accuracy, the controls' and the baselines', and what the accuracy is above them, with intervals over test trees; its
+    test against the highest baseline.
+    """
     label, trees, train = about["label"], asked.test_trees, asked.train
     y, accuracy = asked.labels[label], made["accuracy"].right.astype(np.float64)
     guessed = baselines.with_majority(asked.guessed[label], y[train], y[~train])
@@ -365,7 +386,29 @@ def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int
         ("converged", made["accuracy"].converged, int(train.sum())),
     ):
         rows.append({**about, "metric": metric, "value": float(value), "n": n})
-    return rows
+    above = next(row for row in rows if row["metric"] == "above_baseline")
+    return rows, above_test(about, measured["above_baseline"], trees, above, seed)
+
+
+def above_test(about: dict[str, str], above: np.ndarray, trees: np.ndarray, found: dict[str, Any], seed: int) -> Test:
+    """Whether a probe is above the highest baseline.
+
+    Args:
+        about: run, site, token_role and label.
+        above: float64 [n], what each test row is above it.
+        trees: int64 [n], the tree of each.
+        found: the row of `results` that says so of all of them.
+        seed: of the sign flips.
+    """
+    _, tree = np.unique(trees, return_inverse=True)
+    p, what = (
+        sign_flip(np.bincount(tree, weights=above), seed),
+        f"the {about['label']} read by a probe, less what the tree alone gives",
+    )
+    numbers = {"n": found["n"], "low": found["low"], "high": found["high"]}
+    return Test(
+        about["label"], found["value"], p, **numbers, what=what, site=about["site"], token_role=about["token_role"]
+    )
 
 
 def _directions(made: Fit, classes: np.ndarray, whiten: Whitening, about: dict[str, str]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from actstore.queries.baselines import highest, with_majority
 from actstore.queries.probe_fit import Whitening, fit_all
 from actstore.queries.probe_report import AT
+from actstore.queries.study import Test
 from actstore.statistics import share_over_trees
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 
 def place_rows(
     X: np.ndarray, right: np.ndarray, asked: Asked, about: dict[str, str], seed: int, max_iter: int
-) -> list[dict[str, Any]]:
-    """Rows of `results`, label `source, edge 3` and so on; places without a test row are left out.
+) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Rows of `results`, label `source, edge 3` and so on, and of each place the test that it is above the highest baseline there.
+
+    Places without a test row are left out.
 
     Metrics: `place_accuracy`, `place_own_accuracy`, `place_above_baseline`, and each baseline's name behind `place_`.
 
@@ -36,8 +39,11 @@ def place_rows(
         seed: of the intervals.
         max_iter: of a fit.
     """
+    from actstore.queries.probe import above_test  # which imports this module where it is needed
+
     places, train, y = asked.tokens["edge"].to_numpy(), asked.train, asked.labels[about["label"]]
     rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
     for place in np.unique(places):
         here = places == place
         in_test = here[~train]
@@ -48,7 +54,7 @@ def place_rows(
         guessed = {name: p[in_test] for name, p in asked.guessed[about["label"]].items()}
         guessed = with_majority(guessed, y[here & train], y[here & ~train])
         measured |= {"above_baseline": measured["accuracy"] - highest(guessed), **guessed}
-        trees = asked.test_trees[in_test]
+        trees, at = asked.test_trees[in_test], {**about, "label": f"{about['label']}{AT}{place}"}
         for metric, values in measured.items():
             low, high = share_over_trees(values, trees, seed)
             row = {
@@ -58,8 +64,10 @@ def place_rows(
                 "high": high,
                 "n": len(trees),
             }
-            rows.append({**about, "label": f"{about['label']}{AT}{place}", **row})
-    return rows
+            rows.append({**at, **row})
+            if metric == "above_baseline":
+                tests.append(above_test(at, values, trees, row, seed))
+    return rows, tests
 
 
 def _own(X: np.ndarray, y: np.ndarray, train: np.ndarray, max_iter: int) -> np.ndarray:

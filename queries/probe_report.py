@@ -6,12 +6,14 @@ All three are made from rows of the table `results` alone, so a study that was r
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from actstore.queries.panels import COLOURS, GREY, MARKERS
+from actstore.queries.study import LEVEL, Test, adjustment, p_shown
 from actstore.statistics import Z_95
 
 if TYPE_CHECKING:
@@ -162,9 +164,8 @@ def _one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
         row = {"token": role, "label": label, "site": site}
         row["accuracy %"], row["95 %"] = _percent(found["accuracy"])
         value, row["best baseline"] = best_baseline(some)
-        row |= {"baseline %": round(value, 2), "above it, points": _points(found["above_baseline"])} | _own_baseline(
-            some
-        )
+        row |= {"baseline %": round(value, 2), "above it, points": _points(found["above_baseline"])}
+        row |= ({"Holm": p_shown(found["p_holm"]["value"])} if "p_holm" in found else {}) | _own_baseline(some)
         for metric, name in (("above_shuffled", "above shuffled labels"), ("selectivity", "selectivity")):
             row[f"{name}, points"] = _points(found[metric])
         for metric, name in (("random_directions_accuracy", "random directions"), *PROTOCOL.items()):
@@ -197,13 +198,14 @@ CAVEAT = (
 )
 
 
-def sentence(results: pl.DataFrame, n_test_trees: int) -> str:
+def sentence(results: pl.DataFrame, n_test_trees: int, tests: Sequence[Test]) -> str:
     """The answer: where each label is read worst and best, and where above the tree's own baselines; which fits were cut short."""
     accuracy = results.filter(metric="accuracy")
     answer = " ".join(
         _of_role(results.filter(token_role=role), n_test_trees)
         for role in results["token_role"].unique(maintain_order=True)
     )
+    answer += f" ({adjustment(tests)[0].upper()}{adjustment(tests)[1:]}.)"
     if nothing_read(results):
         answer += " That is no more than shuffled labels give: nothing is read anywhere."
     if len(results.filter(metric="notebook_accuracy")):
@@ -250,7 +252,7 @@ def _of_role(results: pl.DataFrame, n_test_trees: int) -> str:
     )
     places = by_place(results)
     asked = places["asked"].unique(maintain_order=True)
-    return " ".join([answer, *(_of_places(places.filter(asked=label), accuracy) for label in asked)])
+    return " ".join([answer, *(_of_places(places.filter(asked=label), results) for label in asked)])
 
 
 def _of_label(found: pl.DataFrame, what: str) -> str:
@@ -258,28 +260,34 @@ def _of_label(found: pl.DataFrame, what: str) -> str:
     above = found.filter(metric="above_baseline")
     most = above.sort("value", descending=True, maintain_order=True).row(0, named=True)
     value, name = best_baseline(found.filter(site=most["site"]))
-    n_above = sum(low > 0 for low in above["low"])
+    n_above = _standing(above, found)
     claim = "which none is above"
     if n_above:
         interval = " to ".join(f"{100 * most[end]:+.2f}" for end in ("low", "high"))
         claim = (
             f"above which are {n_above} of {len(above)} sites, by {100 * most['value']:+.2f} points ({interval}) at "
-            f"{most['site']}"
+            f"{most['site']}, {p_shown(found.filter(metric='p_holm', site=most['site'])['value'].item())}"
         )
     return f"its {what} at {_range(found.filter(metric='accuracy'))}, where the tree alone gives {value:.2f} % ({name}), {claim}"
 
 
-def _of_places(places: pl.DataFrame, accuracy: pl.DataFrame) -> str:
+def _standing(above: pl.DataFrame, tested: pl.DataFrame) -> int:
+    """How many of the rows of what is above a baseline Holm leaves standing; their p are among the rows `tested`."""
+    left = tested.filter((pl.col("metric") == "p_holm") & (pl.col("value") < LEVEL))
+    return len(above.filter(pl.col("value") > 0).join(left, on=["token_role", "label", "site"], how="semi"))
+
+
+def _of_places(places: pl.DataFrame, results: pl.DataFrame) -> str:
     """The site that reads a label best, place by place."""
     label = places["asked"][0]
-    ranked = accuracy.filter(label=label).sort("value", descending=True, maintain_order=True)
+    ranked = results.filter(label=label, metric="accuracy").sort("value", descending=True, maintain_order=True)
     here = places.filter(site=ranked["site"][0])
     shares = here.filter(metric="accuracy").sort("value", maintain_order=True)
     (least, most), above = (shares.row(i, named=True) for i in (0, -1)), here.filter(metric="above_baseline")
     return (
         f"By place in the list its {LABELS[label]} at {ranked['site'][0]} runs from {100 * least['value']:.2f} % (edge "
         f"{least['edge']}) to {100 * most['value']:.2f} % (edge {most['edge']}), above what the tree alone gives there at "
-        f"{sum(low > 0 for low in above['low'])} of {len(above)} places."
+        f"{_standing(above, results)} of {len(above)} places."
     )
 
 

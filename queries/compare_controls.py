@@ -27,23 +27,26 @@ CONTROLS = {  # metric: in words
 }
 WORDS = """
 -- the words of each tree's list of edges, which the tokens of every tree begin with
-select token
+select tree_id, token
 from tokens
 join datasets using (dataset)
-where dataset = $dataset and tree_id < first_tree_id + $max_trees and position < 3 * n_nodes - 3
+where dataset = $dataset
+    and tree_id < (select min(tree_id) + $max_trees from trees where dataset = $dataset)
+    and position < 3 * n_nodes - 3
 order by token_id
 """
-WIDTH = "select 3 * n_nodes - 3 as width, first_tree_id from datasets where dataset = $dataset"
+WIDTH = "select 3 * n_nodes - 3 as width from datasets where dataset = $dataset"
 
 
-def words_of(store: Store, dataset: str, max_trees: int) -> tuple[np.ndarray, int]:
-    """Numbers of words, intp [n_trees, 3 * n_edges], of the first trees of a set, and the first's tree_id."""
-    width, first = store.sql(WIDTH, {"dataset": dataset}).row(0)
-    words = store.sql(WORDS, {"dataset": dataset, "max_trees": max_trees})["token"].to_numpy()
-    return np.unique(words, return_inverse=True)[1].reshape(-1, width), first
+def words_of(store: Store, dataset: str, max_trees: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of words, intp [n_trees, 3 * n_edges], of the first trees of a set, and the tree_id of each, [n_trees]."""
+    width = store.sql(WIDTH, {"dataset": dataset}).item()
+    words = store.sql(WORDS, {"dataset": dataset, "max_trees": max_trees})
+    numbers = np.unique(words["token"].to_numpy(), return_inverse=True)[1]
+    return numbers.reshape(-1, width), words["tree_id"].to_numpy()[::width]
 
 
-def random_features(words: tuple[np.ndarray, int], token_ids: np.ndarray, d_model: int, seed: int) -> np.ndarray:
+def random_features(words: tuple[np.ndarray, np.ndarray], token_ids: np.ndarray, d_model: int, seed: int) -> np.ndarray:
     """float32 [n, d_model]: random features of each token and of all before it.
 
     Each word has a random direction for each distance that it can stand back from the token. Their sum, over the square root of how
@@ -57,14 +60,14 @@ def random_features(words: tuple[np.ndarray, int], token_ids: np.ndarray, d_mode
         d_model: width of what they stand for.
         seed: of the directions and of the layer.
     """
-    table, first = words
-    tree, position = token_ids >> POSITION_BITS, token_ids & POSITION_MASK
+    table, trees = words
+    tree, position = np.searchsorted(trees, token_ids >> POSITION_BITS), token_ids & POSITION_MASK
     rng = np.random.default_rng(seed)
     mixed = np.zeros((len(token_ids), d_model), np.float32)
     for back in range(position.max() + 1):
         directions = rng.standard_normal((table.max() + 1, d_model), dtype=np.float32)
         there = position >= back
-        mixed[there] += directions[table[tree[there] - first, position[there] - back]]
+        mixed[there] += directions[table[tree[there], position[there] - back]]
     mixed /= np.sqrt(position + 1, dtype=np.float32)[:, None]
     return np.maximum(mixed @ rng.standard_normal((d_model, d_model), dtype=np.float32) / np.sqrt(d_model), 0)
 

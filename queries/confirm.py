@@ -141,6 +141,8 @@ def confirm(
     """
     tests = [test for test in found.tests if test.found]
     sites = list(dict.fromkeys(test.site for test in tests if test.site and not test.site.startswith("pattern")))
+    if found.name == "compare" and sites and "embed" in _held_by_all(store, found.of):
+        sites.append("embed")  # a control of the linear map
     question = Question(found.name, found.of[0], {**options, **dict(zip(["other"], found.of[1:], strict=False))})
     second = look(store, question, dataset, sites)
     if not tests:
@@ -163,6 +165,11 @@ def confirm(
         seed=seed,
     )
     return Confirmation(found.name, found.of, second, len(found.tests), claims, results)
+
+
+def _held_by_all(store: Store, runs: Sequence[str]) -> set[str]:
+    """Short names of the sites that each of the runs holds."""
+    return set.intersection(*(set(store.sites(run)) for run in runs))
 
 
 def _claims(found: Sequence[Test], there: Sequence[Test]) -> tuple[Claim, ...]:

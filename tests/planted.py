@@ -25,6 +25,9 @@ def plant(
     of_run: Mapping[str, pl.DataFrame] | None = None,
     trees_per_shard: int | None = None,
     batches: Sequence[int] | None = None,
+    dataset: str = "made-up",
+    seed: int = 0,
+    weights: bytes | None = None,
 ) -> Path:
     """Commit one run over one set of trees to the store at root, and make the store if there is none.
 
@@ -34,23 +37,25 @@ def plant(
         of_run: all rows of `predictions` and `outcomes`.
         trees_per_shard: all trees in one unless told.
         batches: which to commit; all unless told.
+        dataset, seed: of the set of trees.
+        weights: of the model; the run's own unless told.
     """
     per_shard = trees_per_shard or len(trees)
     width = n_positions(trees.n_nodes)
-    weights = run.encode()
-    dataset = {
-        "dataset": "made-up",
+    weights = weights or run.encode()
+    about = {
+        "dataset": dataset,
         "distribution": "reproduction",
-        "seed": 0,
+        "seed": seed,
         "n_nodes": trees.n_nodes,
         "depths": None,
     }
-    dataset |= {"n_trees": len(trees), "n_positions": width, "trees_per_shard": per_shard}
+    about |= {"n_trees": len(trees), "n_positions": width, "trees_per_shard": per_shard}
     plan = RunPlan(
         run=run,
         model={"weights_sha256": hashlib.sha256(weights).hexdigest(), "model": run, "n_nodes": trees.n_nodes},
         weights=weights,
-        dataset=dataset,
+        dataset=about,
         sites=[_site(short, values.shape, per_shard) for short, values in sites.items()],
         facts={"device": "cpu", "versions": "{}"},
     )
@@ -60,7 +65,7 @@ def plant(
         for batch in range(-(-len(trees) // per_shard)) if batches is None else batches:
             rows = slice(batch * per_shard, min((batch + 1) * per_shard, len(trees)))
             some, start = trees[rows], first + rows.start
-            frame = tree_rows(some, start, "made-up")
+            frame = tree_rows(some, start, dataset)
             if split is not None:
                 frame = frame.with_columns(pl.Series("split", split[rows]).cast(frame["split"].dtype))
             of_trees = {"trees": frame, "edges": edge_rows(some, start), "tokens": token_rows(some, start)}

@@ -153,7 +153,7 @@ def untrained(seed):
     words = encode(TREES)[:, :15]
     at = (256 * np.arange(N)[:, None] + np.arange(15)).ravel()
     found = np.zeros((N, 23, D), np.float32)
-    found[:, :15] = random_features((words.astype(np.intp), 0), at, D, seed).reshape(N, 15, D)
+    found[:, :15] = random_features((words.astype(np.intp), np.arange(len(words))), at, D, seed).reshape(N, 15, D)
     return found
 
 
@@ -199,15 +199,15 @@ def test_a_map_is_claimed_where_it_reads_more_than_its_controls_do(store):
 def test_random_features_are_of_the_words_up_to_the_token_and_by_their_distance():
     words = np.random.default_rng(0).integers(6, size=(50, 15))
     at = 256 * np.arange(50) + 7
-    first = random_features((words, 0), at, D, 1)
+    first = random_features((words, np.arange(len(words))), at, D, 1)
     later = words.copy()
     later[:, 8:] = 5 - later[:, 8:]
-    np.testing.assert_array_equal(first, random_features((later, 0), at, D, 1))
+    np.testing.assert_array_equal(first, random_features((later, np.arange(len(later))), at, D, 1))
     other = words.copy()
     other[:, [5, 6]] = other[:, [6, 5]]
-    changed = (first != random_features((other, 0), at, D, 1)).any(axis=1)
+    changed = (first != random_features((other, np.arange(len(other))), at, D, 1)).any(axis=1)
     np.testing.assert_array_equal(changed, words[:, 5] != words[:, 6])
-    assert not np.array_equal(first, random_features((words, 0), at, D, 2))
+    assert not np.array_equal(first, random_features((words, np.arange(len(words))), at, D, 2))
 
 
 def test_noise_is_as_alike_as_shuffled_rows_and_no_probe_reads_it(store):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import polars as pl
 import pytest
 from click.testing import CliRunner
@@ -13,11 +14,15 @@ from click.testing import CliRunner
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.ingest.tokens import n_positions, token_rows
+from actstore.ingest.trees import draw, tree_rows
 from actstore.queries import confirm, load, study
 from actstore.queries.second import Apart, look
 from actstore.statistics import holm
 from actstore.store import Store
 from tests.answering import Answering, Dreaming, noise
+from tests.planted import plant
+from tests.stores import all_right
 from tests.test_pipeline import small_model
 from tests.test_study_answers import fails_when_deep, first_listed_leaf, ignores_the_last_edge
 
@@ -123,6 +128,40 @@ def test_dreams_are_put_to_the_second_sets_continuations(path):
     found, put_there = put(path, "dreams")
     assert [claim.here.label for claim in put_there.claims] == [test.label for test in found.tests if test.found] != []
     assert all(claim.confirmed for claim in put_there.claims)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """At a target token of `d` its edge's source is written, by both models; of `fresh` too, of `others` by neither."""
+    path, rng = tmp_path_factory.mktemp("written") / "s.act", np.random.default_rng(0)
+    directions = rng.standard_normal((6, 12))
+    for number, name in enumerate(("d", "fresh", "others")):
+        trees = draw("deep", number, 0, 150, 6)
+        of_trees = tree_rows(trees, 150 * number, name), token_rows(trees, 150 * number)
+        for model in ("one", "two"):
+            values = rng.standard_normal((150, n_positions(6), 12))
+            if name != "others":
+                for edge in range(5):
+                    values[:, 3 * edge + 1] += 9 * directions[trees.edges[:, edge, 0]]
+            run = model if name == "d" else f"{model}-{name}"
+            sites, about = {"resid_post.0": values.astype(np.float32)}, {"dataset": name, "seed": number}
+            plant(path, trees, sites, run, of_run=all_right(run, *of_trees), weights=model.encode(), **about)
+    return path
+
+
+@pytest.mark.parametrize(("dataset", "confirmed"), [("fresh", True), ("others", False)])
+def test_what_a_probe_reads_is_confirmed_where_it_is_written(written, dataset, confirmed):
+    _, put_there = put(written, "probes", dataset, "one", labels="source")
+    assert [(claim.here.label, claim.confirmed) for claim in put_there.claims] == [("source", confirmed)]
+    assert "resid_post.0): found here (+" in put_there.sentence
+
+
+@pytest.mark.parametrize(("dataset", "confirmed"), [("fresh", True), ("others", False)])
+def test_what_a_linear_map_carries_over_is_confirmed_where_both_models_hold_it(written, dataset, confirmed):
+    _, put_there = put(written, "compare", dataset, "one", other="two")
+    assert (put_there.of, put_there.second.runs) == (["one", "two"], (f"one-{dataset}", f"two-{dataset}"))
+    assert len(put_there.claims) == 2, "both ways"
+    assert all(claim.confirmed is confirmed for claim in put_there.claims)
 
 
 # The second set is apart.

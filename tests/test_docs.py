@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import actstore
 from actstore import catalog, queries
@@ -37,6 +39,22 @@ def test_the_readmes_python_runs_as_it_stands(demo_path, monkeypatch, capsys):
     monkeypatch.chdir(demo_path.parent)
     exec(compile(code, "README.md", "exec"), {})
     assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+def test_what_the_readme_finds_is_confirmed_on_a_second_set(demo_path, tmp_path, monkeypatch):
+    """Its commands as they stand, but for fewer trees."""
+    commands = re.findall(
+        r"^    actstore ((?:ingest .* --dataset fresh|study .* --confirm fresh).*)$", README, re.MULTILINE
+    )
+    (line,) = re.findall(r"^    (the source read .*?)\(", README, re.MULTILINE)
+    shutil.copytree(demo_path, tmp_path / "demo.act")
+    monkeypatch.chdir(tmp_path)
+    assert len(commands) == 2
+    for command in commands:
+        done = CliRunner().invoke(main, command.replace("--trees 2000", "--trees 40").split())
+        assert done.exit_code == 0, done.output
+    assert line in done.stdout
+    assert ", confirmed there (" in done.stdout
 
 
 def test_the_readmes_test_command_is_all_that_ci_calls():

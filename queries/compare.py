@@ -27,6 +27,7 @@ from actstore.errors import BadInput, NotStored
 from actstore.queries import load
 from actstore.queries.compare_controls import CONTROLS, best_control, map_controls, random_features, words_of
 from actstore.queries.panels import GREY, panels, points
+from actstore.queries.probe_report import CAVEAT
 from actstore.queries.study import (
     RUNS,
     Progress,
@@ -371,7 +372,7 @@ def sentence(results: pl.DataFrame, other: str, tests: Sequence[Test]) -> str:
     return (
         f"{answer}. At the edges' target tokens their layers are most alike at {most['site']} (CKA {most['value']:.3f}) "
         f"and least at {least['site']} ({least['value']:.3f}; rows shuffled give {shuffled:.3f} at most); a probe for the source "
-        f"carries over as it is with at most {100 * as_it_is:.2f} %; {_mapped(results, tests)} ({adjustment(tests)})."
+        f"carries over as it is with at most {100 * as_it_is:.2f} %; {_mapped(results, tests)} ({adjustment(tests)}). {CAVEAT}"
     )
 
 

@@ -108,6 +108,10 @@ def value(answer, **where):
     return found.row(0, named=True)
 
 
+def test_the_answer_says_which_errors_its_intervals_do_not_know_of(store):
+    assert "the fitted probes are held fixed" in study.run(store, "compare", run="one").sentence
+
+
 def test_who_fails_where_is_counted(store):
     answer = study.run(store, "compare", run="one")
     counts = {

@@ -562,15 +562,17 @@ def study(
     try:
         as_table = output.format == "table" and not output.parquet
         output.write(*confirming.rows(studies.tables(answers), confirmed, as_table))
-        for sentence in [line for one in (*answers, *confirmed) for line in one.sentence.splitlines()]:
-            click.echo(printable(sentence), err=not as_table)
+        sentences = [answer.sentence for answer in answers] + [one.sentence for one in confirmed]
+        for line in "\n".join(sentences).splitlines():
+            click.echo(printable(line), err=not as_table)
         for answer in answers if plot else []:
             file = studies.figure_file(Path(str(plot)), answer, alone=len(answers) == 1)
             save_figure(file, studies.plot(answer))
             click.echo(f"figure: {printable(str(file))}", err=True)
     finally:
         if not no_record:
-            _record(store, [one.results for one in (*answers, *confirmed) if len(one.results)], wait)
+            found = [answer.results for answer in answers] + [one.results for one in confirmed if len(one.results)]
+            _record(store, found, wait)
     if failed:
         raise failed[0]
     if confirm is not None and not confirmed:

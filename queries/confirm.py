@@ -106,7 +106,7 @@ class Confirmation:
         )
 
 
-COLUMNS = {"run": pl.String, "claim": pl.String, "verdict": pl.String}
+COLUMNS: dict[str, Any] = {"run": pl.String, "claim": pl.String, "verdict": pl.String}
 COLUMNS |= {
     f"{what}{where}": dtype
     for where in ("here", "there")

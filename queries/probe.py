@@ -179,13 +179,16 @@ def study(
             f"the baseline {str(baseline)!r} guesses the {LABELS[guessers[-1].label]} of none of the tokens that were asked "
             f"({', '.join(asked)})"
         )
-    held, shared_by_all = adjusted(tests), {"study": NAME, "run": run, "query": query, "snapshot": store.snapshot}
+    held, snapshot = adjusted(tests), store.snapshot
     results = pl.concat(
         result_rows(
             [*rows, *test_rows(test for test in held if test.token_role == params["token_role"])],
+            study=NAME,
+            run=run,
+            query=query,
             params=params,
+            snapshot=snapshot,
             seed=seed,
-            **shared_by_all,
         )
         for rows, params in recorded
     )

@@ -180,7 +180,7 @@ def _needs(study: str, of: Row, sites: tuple[str, ...], runs: Sequence[Row]) -> 
 
 def _line(store: Store, needs: Sequence[Need], dataset: str, drawing: Sequence[str] = ()) -> str:
     """One command line that stores runs over a set of trees, which its first command draws where that is told how to."""
-    commands = []
+    commands: list[str] = []
     for need in needs:
         more = [*drawing, *need.words] if not commands else need.words
         commands.append(ingest_command(store, ("--model-of", need.of["run"]), dataset, need.name(dataset), *more))

@@ -139,7 +139,7 @@ def confirm(
     Raises:
         NotStored, BadInput: the second set, or a run over it, is not what is needed, see `second.look`.
     """
-    tests = [test for test in found.tests if test.found]
+    store, tests = store.whole, [test for test in found.tests if test.found]
     sites = list(dict.fromkeys(test.site for test in tests if test.site and not test.site.startswith("pattern")))
     if found.name == "compare" and sites and "embed" in _held_by_all(store, found.of):
         sites.append("embed")  # a control of the linear map

@@ -222,15 +222,21 @@ class Apart:
     """A store whose queries see no tree that a set holds, by its canonical hash, nor what belongs to that tree.
 
     Args:
-        store: an open store; all but `sql` and `read` is its own.
+        store: an open store. What has no trees in it is its own; a method that is not here is not to be had.
         dataset: the set.
     """
+
+    OWN = ("path", "snapshot", "run", "runs", "sites")
 
     def __init__(self, store: Store, dataset: str) -> None:
         self._store = store
         named = dataset.replace("'", "''")
+        self._dataset = dataset
         shadows = [
-            f"{name} as not materialized (from store.main.{name} anti join seen using (tree_id))" for name in BY_TREE
+            f"every_{name} as not materialized (from {name})" for name in BY_TREE
+        ]  # before the name is another's
+        shadows += [
+            f"{name} as not materialized (from every_{name} anti join seen using (tree_id))" for name in BY_TREE
         ]
         self._before = (
             "with seen as (select tree_id from store.main.trees where tree_hash in "
@@ -238,7 +244,16 @@ class Apart:
         )
 
     def __getattr__(self, name: str) -> Any:
+        if name not in self.OWN:
+            raise AttributeError(f"a store without the trees of {self._dataset!r} has no {name!r}")
         return getattr(self._store, name)
+
+    @property
+    def whole(self) -> Apart:
+        return Apart(self._store.whole, self._dataset)
+
+    def of(self, run: str) -> Apart:
+        return Apart(self._store.of(run), self._dataset)
 
     def sql(self, query: str, params: Mapping[str, Any] | None = None, *limits: Any) -> pl.DataFrame:
         return self._store.sql(f"{self._before}{query}\n)", params, *limits)

@@ -50,6 +50,11 @@ def path(tmp_path_factory):
     return path
 
 
+def test_a_store_without_trees_has_no_method_that_would_show_them(path):
+    with Store(path) as store, pytest.raises(AttributeError, match="without the trees of 'd' has no 'scan'"):
+        Apart(store, "d").scan("r")
+
+
 def put(path, name, dataset="fresh", run="r", **options):
     with Store(path) as store:
         found = study.run(store, name, run, **options)
@@ -197,6 +202,9 @@ def test_trees_that_both_sets_hold_are_left_out_and_counted(tmp_path):
                 "select tree_hash from trees where tree_id in (select unnest($ids))", {"ids": ids.to_list()}
             )
             assert not held["tree_hash"].is_in(hashes["d"].implode()).any(), table
+        ids = apart.of("s").sql("select tree_id from outcomes")["tree_id"]
+        assert len(ids) == 300 - shared.sum()
+        assert apart.whole.sql("from trees").equals(apart.sql("from trees"))
         second = look(store, study.Question("depth", "r"), "fresh")
         assert (second.n_trees, second.n_shared) == (300, shared.sum())
     _, put_there = put(tmp_path / "s", "last-edge")

@@ -3,6 +3,7 @@
 import re
 import shlex
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import polars as pl
@@ -109,6 +110,33 @@ def test_a_runs_session_outlives_the_name_of_its_store(store):
     of_run.close()
     with pytest.raises(BadInput, match="closed"):
         of_run.sql("select 1")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "drop schema memory.of_0 cascade",
+        "drop view outcomes",
+        "create or replace view outcomes as select 1 as x",
+        "create table memory.of_0.more as select 1 as x",
+        "insert into outcomes select * from store.main.outcomes",
+        "set search_path = 'store.main'",
+        "select * from read_text('/etc/passwd')",
+    ],
+)
+def test_a_runs_session_is_as_locked_as_the_stores(store, statement):
+    of_run = store.of("r")
+    before = of_run.sql("from outcomes").height, store.sql("from outcomes").height
+    with pytest.raises(BadInput):
+        of_run.sql(statement)
+    assert (of_run.sql("from outcomes").height, store.sql("from outcomes").height) == before
+
+
+def test_sessions_of_runs_can_be_begun_from_several_threads(store):
+    with Store(store.path) as fresh, ThreadPoolExecutor(8) as pool:
+        asked = [run for run in fresh.runs() for _ in range(8)]
+        found = list(pool.map(lambda run: fresh.of(run).sql("select distinct run from outcomes").item(), asked))
+    assert found == asked
 
 
 def test_a_run_of_any_name_has_a_session(tmp_path):

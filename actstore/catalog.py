@@ -23,6 +23,7 @@ import polars as pl
 
 from actstore import checked
 from actstore.errors import Damaged, advised
+from actstore.folder import check_path
 from actstore.hashing import hash_of, hash_of_file
 from actstore.log import (
     DISK_FULL,
@@ -30,6 +31,7 @@ from actstore.log import (
     Manifest,
     NoRoom,
     discard,
+    fsync,
     fsync_folder,
     log_hash,
     manifests,
@@ -174,7 +176,7 @@ def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="actstore-catalog-"))
             path = Path(shutil.copyfile(path, Path(folder) / NAME))
         connection = stack.enter_context(duckdb.connect())
-        connection.execute(f"attach {quoted(path)} as there (read_only)")
+        connection.execute(f"attach {located(path)} as there (read_only)")
         views = connection.execute(
             "select view_name from duckdb_views() where database_name = 'there' and not internal"
         )
@@ -337,7 +339,7 @@ def _copy_of_last(root: Path, temporary: Path) -> int:
         temporary.unlink()
         return 0
     try:
-        with duckdb.connect(str(temporary)) as connection:
+        with duckdb.connect(temporary.absolute()) as connection:
             version, held = connection.execute("select format_version, snapshot::int from snapshot").fetchall()[0]
             columns = connection.execute("select table_name, column_name from duckdb_columns()").fetchall()
     except (duckdb.Error, IndexError):
@@ -378,7 +380,7 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
     if create:
         path.unlink(missing_ok=True)
     with duckdb.connect() as connection:
-        connection.execute(f"attach {quoted(path)} as new (storage_version '{STORAGE_VERSION}')")
+        connection.execute(f"attach {located(path)} as new (storage_version '{STORAGE_VERSION}')")
         connection.execute("use new")
         connection.execute("begin")  # one transaction, comments and all: each commit is an fsync
         if create:
@@ -411,7 +413,7 @@ def _check_part(root: Path, path: str) -> None:
 
 def rows_of(parts: list[Path]) -> str:
     """SQL for the rows of some parts of one table."""
-    listed = ", ".join(quoted(_without_wildcards(path)) for path in parts)
+    listed = ", ".join(_without_wildcards(located(path)) for path in parts)
     # by name, since older parts may lack a column; else a folder `seed=7` fills column seed
     return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
 
@@ -439,22 +441,28 @@ def _create(connection: duckdb.DuckDBPyConnection) -> None:
 
 def _replace(temporary: Path, final: Path) -> None:
     """Put a finished file in the place of the old one, durably."""
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(temporary)
     replace_file(temporary, final)
     fsync_folder(final.parent)
 
 
-def _without_wildcards(path: Path) -> str:
-    """A path that DuckDB reads as itself, though `*`, `?` and `[` stand in it."""
-    return re.sub(r"([*?\[])", r"[\1]", str(path))
+def _without_wildcards(path: str) -> str:
+    """A path that DuckDB reads as itself, though `*` and `[` stand in it."""
+    return re.sub(r"([*\[])", r"[\1]", path)
+
+
+def located(path: Path) -> str:
+    """A path as SQL writes it: absolute, since DuckDB takes `~x` for a home folder, and `s3:x` for a place in the network.
+
+    Raises:
+        BadInput: DuckDB cannot open it.
+    """
+    check_path(path)
+    return quoted(path.absolute())
 
 
 def quoted(text: object) -> str:
-    """A text, or a path, as SQL writes it."""
+    """A text as SQL writes it."""
     return "'" + str(text).replace("'", "''") + "'"
 
 

@@ -14,7 +14,7 @@ import click
 
 from actstore import __version__, terminal
 from actstore.errors import ActstoreError, BadInput, NotStored, SeveralRuns, advised
-from actstore.machine import limit_reached, raise_descriptors
+from actstore.machine import check_memory, limit_reached, raise_descriptors
 from actstore.terminal import printable
 
 if TYPE_CHECKING:
@@ -26,15 +26,30 @@ if TYPE_CHECKING:
 KEPT = "actstore.kept"  # where a command that can be stopped and gone on with leaves what says how far it is
 
 
+def say(text: str, err: bool = False) -> None:
+    """Print a line for eyes."""
+    click.echo(printable(text), err=err)
+
+
+class Command(click.Command):
+    """A command of a store's; `--help` is answered before it begins."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        check_memory()
+        return super().invoke(ctx)
+
+
 class Commands(click.Group):
     """A group that turns the package's own errors, a full disk and Ctrl-C into one line and an exit code."""
+
+    command_class = Command
 
     def main(self, *args: Any, **extra: Any) -> Any:
         terminal.prepare()
         try:
             return super().main(*args, **extra)
         except OSError as error:  # of printing help; a command's own are met below
-            click.echo(f"actstore: {error.strerror or error}", err=True)
+            say(f"actstore: {error.strerror or error}", err=True)
             raise SystemExit(1) from None
         finally:
             terminal.finish()
@@ -44,26 +59,29 @@ class Commands(click.Group):
             with terminal.notes(SeveralRuns):
                 return super().invoke(ctx)
         except ActstoreError as error:
-            click.echo(printable(f"actstore: {error}"), err=True)
+            say(f"actstore: {error}", err=True)
             ctx.exit(error.exit_code)
         except click.exceptions.NoArgsIsHelpError:  # a group's help
             raise
         except click.UsageError as error:
             of = [*error.ctx.command_path.split()[1:]] if error.ctx else [*filter(None, [ctx.invoked_subcommand])]
             command = " ".join(["actstore", *of])
-            click.echo(
-                f"actstore: {error.format_message().rstrip('.')}; `{command} --help` says what there is", err=True
-            )
+            say(f"actstore: {error.format_message().rstrip('.')}; `{command} --help` says what there is", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo(f"actstore: stopped{_goes_on(ctx)}", err=True)
+            say(f"actstore: stopped{_goes_on(ctx)}", err=True)
             ctx.exit(1)
         except BrokenPipeError:  # `actstore sql … | head`
             ctx.exit(1)
         except OSError as error:
             where = error.filename or "the system"
             said = limit_reached(error, where) or f"{where}: {error.strerror or error}"
-            click.echo(printable(f"actstore: {said}{_goes_on(ctx)}"), err=True)
+            say(f"actstore: {said}{_goes_on(ctx)}", err=True)
+            ctx.exit(1)
+        except BaseException as error:  # of any library that could have no more memory, or not be loaded for want of it
+            if not (reached := limit_reached(error, f"cannot run {ctx.command_path}")):
+                raise
+            say(f"actstore: {reached}{_goes_on(ctx)}", err=True)
             ctx.exit(1)
 
 
@@ -222,11 +240,11 @@ def ingest(store: Path, **options: Any) -> None:
 
     job = prepare(store, **options)
     click.get_current_context().meta[KEPT] = job.kept
-    click.echo(job.announcement())
+    say(job.announcement())
     with progress(f"ingest {job.plan.run}", job.trees.n_trees, "trees") as advance:
         job.execute(advance)
     look = advised("info", store)
-    click.echo(printable(f"{store}: run {job.plan.run} holds {job.trees.n_trees:,} trees; look with {look}"))
+    say(f"{store}: run {job.plan.run} holds {job.trees.n_trees:,} trees; look with {look}")
 
 
 @main.command()
@@ -346,7 +364,7 @@ def read(
             with waiting("explain"):
                 explanation = opened.explain(query, run, params=dict(params), **where)
             if output.format == "table" and not output.parquet:
-                click.echo(str(explanation))
+                say(str(explanation))
             else:
                 output.write(pl.DataFrame([explanation.to_dict()]), explanation.to_dict())
             return
@@ -355,7 +373,7 @@ def read(
             X, rows = opened.read(query, run, params=dict(params), dtype=dtype, **where)
     if out:
         save_activations(out, X, rows)
-        click.echo(f"{printable(out)}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
+        say(f"{out}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
     else:
         check_columns(rows.columns, None)
         output.write(rows.with_columns(pl.Series("x", X)))
@@ -449,7 +467,7 @@ def attention(store: Path, tree: int, run: str | None, layer: int | None, head: 
     check_file(out, "--out", ENDINGS)
     with Store(store, check) as opened:
         save(opened, opened.run(run), tree, out, layer, head)
-    click.echo(out)
+    say(out)
 
 
 no_record_option = click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
@@ -460,10 +478,7 @@ def _look_before(store: Path, wait: float) -> None:
     from actstore import recording
 
     if why := recording.wait_until_free(store, wait):
-        click.echo(
-            printable(f"actstore: {store} cannot be written ({why}): the answers are printed, and not recorded in it"),
-            err=True,
-        )
+        say(f"actstore: {store} cannot be written ({why}): the answers are printed, and not recorded in it", err=True)
 
 
 def _record(store: Path, results: list[pl.DataFrame], wait: float) -> None:
@@ -472,7 +487,7 @@ def _record(store: Path, results: list[pl.DataFrame], wait: float) -> None:
 
     def kept(file: Path) -> None:
         command = advised("record", store, file)
-        click.echo(printable(f"actstore: not recorded; {file} keeps the results, and {command} records them"), err=True)
+        say(f"actstore: not recorded; {file} keeps the results, and {command} records them", err=True)
 
     recording.record(store, results, wait, kept)
 
@@ -558,17 +573,17 @@ def study(
     if not answers:
         raise [*failed, *lacking][0]
     for lack in lacking:
-        click.echo(printable(f"actstore: {lack}"), err=True)
+        say(f"actstore: {lack}", err=True)
     try:
         as_table = output.format == "table" and not output.parquet
         output.write(*confirming.rows(studies.tables(answers), confirmed, as_table))
         sentences = [answer.sentence for answer in answers] + [one.sentence for one in confirmed]
         for line in "\n".join(sentences).splitlines():
-            click.echo(printable(line), err=not as_table)
+            say(line, err=not as_table)
         for answer in answers if plot else []:
             file = studies.figure_file(Path(str(plot)), answer, alone=len(answers) == 1)
             save_figure(file, studies.plot(answer))
-            click.echo(f"figure: {printable(str(file))}", err=True)
+            say(f"figure: {file}", err=True)
     finally:
         if not no_record:
             found = [answer.results for answer in answers] + [one.results for one in confirmed if len(one.results)]
@@ -610,9 +625,9 @@ def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: 
         if not no_record:
             _look_before(store, wait)
         made = make(opened, out, runs, seed, advance)
-    click.echo(printable(str(made)))
+    say(str(made))
     for fault in made.faults:
-        click.echo(printable(f"actstore: {fault}"), err=True)
+        say(f"actstore: {fault}", err=True)
     if not no_record:
         _record(store, [answer.results for answer in made.studies], wait)
     if made.faults:
@@ -641,9 +656,7 @@ def record(store: Path, files: tuple[Path, ...], wait: float) -> None:
     with open_writer(store, wait=wait) as writer:
         for frame in results:
             writer.record(frame)
-    click.echo(
-        f"{printable(str(store))}: {len(results)} answers recorded, {sum(map(len, results)):,} rows of `results`"
-    )
+    say(f"{store}: {len(results)} answers recorded, {sum(map(len, results)):,} rows of `results`")
 
 
 @main.command()
@@ -676,9 +689,7 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
         report = verifying.verify(store, quick, advance)
     if recompute is None or report.damage:
         output.write(report.table())
-    click.echo(
-        f"{store}: {report.n_files:,} files, {report.n_bytes / 1e9:.2f} GB, {len(report.damage)} damaged", err=True
-    )
+    say(f"{store}: {report.n_files:,} files, {report.n_bytes / 1e9:.2f} GB, {len(report.damage)} damaged", err=True)
     verifying.raise_if_damaged(report, store)
     if recompute is not None:
         from actstore.ingest import differences, recheck
@@ -719,7 +730,7 @@ def repair(store: Path, wait: float, output: Output) -> None:
         done = repairing.repair(store, recompute, advance, wait)
     if done.mended or done.left:
         output.write(repairing.table(done))
-    click.echo(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended")
+    say(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended")
     if done.left:
         raise Damaged(f"{len(done.left)} files could not be mended, the first {done.left[0].path}: {done.left[0].what}")
 
@@ -787,7 +798,7 @@ def train(
     with progress(f"grade {weights.stem}", grade * len(evaluation.distributions(shape)), "trees") as advance:
         graded = write_card(weights, grade, device, advance)
     Output().write(graded.table)
-    click.echo(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
+    say(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
 
 
 @main.command()
@@ -840,7 +851,7 @@ def evaluate(
     with progress(f"evaluate {found.name}", total, "trees") as advance:
         answer = evaluation.evaluate(loaded, distribution, trees, seed, nodes, recipe, advance)
     output.write(answer.table, answer.to_dict())
-    click.echo(answer.sentence(), err=True)
+    say(answer.sentence(), err=True)
 
 
 @main.group()
@@ -901,8 +912,8 @@ def models_add(name: str, weights: str, config: str | None, system: str | None, 
 
     model = add(name, weights, config, system, into)
     target = (into or own_folder()) / f"{name}.safetensors"
-    click.echo(f"{target}: {model.config.system}, weights sha256 {model.weights_sha256}")
+    say(f"{target}: {model.config.system}, weights sha256 {model.weights_sha256}")
     found = place(name)
     if found is None or not found.samefile(target):
         by_name = f"here the name {name} means {found}" if found else f"the name {name} is not looked up there"
-        click.echo(f"actstore: {by_name}; set ACTSTORE_MODELS to that folder, or give the path of the file", err=True)
+        say(f"actstore: {by_name}; set ACTSTORE_MODELS to that folder, or give the path of the file", err=True)

@@ -7,6 +7,7 @@ ActstoreError
 ├── TooNew      (also an OSError)       install a later actstore                    exit code 1
 ├── TooOld      (also an OSError)       bring it up to date: `actstore repair`      exit code 1
 ├── NoRoom      (also an OSError)       free disk space, then run the command again exit code 1
+├── Unsupported (also an OSError)       write to a file system that is able to      exit code 1
 ├── LimitReached (also a RuntimeError)  raise the limit, or ask for less            exit code 1
 └── Busy        (also a TimeoutError)   another writer holds the store              exit code 1
 
@@ -14,11 +15,16 @@ Each message is one line: what was got, what exists, what to do.
 """
 
 import shlex
+from pathlib import PurePath
 
 
 def advised(*words: object) -> str:
-    """A command of actstore's as a message shows it, to be typed as it stands: words with blanks are quoted."""
-    return f"`actstore {shlex.join(map(str, words))}`"
+    """A command of actstore's as a message shows it, to be typed as it stands.
+
+    Words with blanks are quoted, and a path that begins with a dash gets a `./`, since it would else be an option.
+    """
+    typed = [f"./{word}" if isinstance(word, PurePath) and str(word).startswith("-") else str(word) for word in words]
+    return f"`actstore {shlex.join(typed)}`"
 
 
 class ActstoreError(Exception):
@@ -54,6 +60,10 @@ class TooOld(ActstoreError, OSError):
 
 class NoRoom(ActstoreError, OSError):
     """The disk lacks the room for what was to be written."""
+
+
+class Unsupported(ActstoreError, OSError):
+    """A file system lacks what a safe write rests on: hard links, locks or fsync."""
 
 
 class LimitReached(ActstoreError, RuntimeError):

@@ -18,6 +18,7 @@ from actstore.hashing import hash_of
 from actstore.log import ARRAYS, FOLDERS, FORMAT_VERSION, LOG, PARTS, Manifest
 from actstore.machine import check_process, finalize_here, within_limits
 from actstore.regular import open_regular, read_regular
+from actstore.terminal import is_unicode
 
 MOST_BESIDE = 100  # stores that are looked at for a name like one that is not there
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3://`, or what pathlib makes of it
@@ -46,11 +47,13 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
         older: whether an earlier version's store will do.
 
     Raises:
+        BadInput: DuckDB cannot open a path like this one.
         NotStored: the folder is no store.
         TooNew: a later version of actstore made it.
         TooOld: an earlier one did.
         Damaged: store.json cannot be read.
     """
+    check_path(root)
     content = b""
     try:
         with within_limits(f"cannot read {root / 'store.json'}"):
@@ -98,6 +101,20 @@ def _mend(root: Path, content: bytes) -> str:
     if checked.flipped_back(content) is None:
         return "it cannot be made again: restore it from a copy of the store"
     return f"mend it with {advised('repair', root)}"
+
+
+def check_path(root: Path) -> None:
+    """Refuse a path whose files DuckDB would look for elsewhere, or not find; links that lead there are no matter.
+
+    Raises:
+        BadInput: the path, made absolute, holds a `?` (for DuckDB its end) or a backslash (a slash), or is not UTF-8.
+    """
+    path = str(root.absolute())
+    wrong = next((f"a path with `{character}` in it" for character in "?\\" if character in path), None)
+    if not is_unicode(path):
+        wrong = "a path that is not UTF-8"
+    if wrong:
+        raise BadInput(f"DuckDB cannot open {wrong}, and got {path}; give the store another name, or another folder")
 
 
 def store_around(path: Path) -> Path | None:

@@ -28,7 +28,7 @@ import numpy as np
 import xxhash
 
 from actstore import links
-from actstore.errors import Busy, Damaged, NoRoom
+from actstore.errors import Busy, Damaged, NoRoom, Unsupported
 from actstore.machine import check_process, limit_reached
 from actstore.regular import irregular, read_regular
 
@@ -37,6 +37,12 @@ CHAINED_FROM = 3  # the format from which on a manifest names the one before it
 LOG, PARTS, ARRAYS, WEIGHTS, LOCK = "log", "parts", "activations.zarr", "models", ".lock"
 FOLDERS = (LOG, PARTS, ARRAYS, WEIGHTS)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SUCH_CALL = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+ABILITIES = {  # what a file system may lack, and what it then answers
+    "hard links": (*NO_SUCH_CALL, errno.EPERM, errno.EMLINK),
+    "locks (flock)": (*NO_SUCH_CALL, errno.ENOLCK, errno.EINVAL),
+    "fsync": (*NO_SUCH_CALL, errno.EINVAL),
+}
 DIRECT_FROM = 1 << 20  # bytes; below, a copy through the page cache costs nothing
 LOOK_AGAIN = 0.1  # seconds between looks at a lease that another holds
 BLOCK = mmap.PAGESIZE  # what O_DIRECT wants memory, offsets and lengths aligned to, on any disk of today
@@ -286,6 +292,7 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
     Raises:
         Damaged: the name is taken by other bytes.
         NoRoom: the disk is full; nothing is left under the name.
+        Unsupported: the file system has no hard links or no fsync; nothing is left under the name.
     """
     file = File(path, len(content), xxhash.xxh3_128_hexdigest(content))
     target = root / path
@@ -295,7 +302,8 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
         make_folder(target.parent)
         write_durably(temporary, content)
         try:
-            os.link(temporary, target)
+            with relying_on("hard links", target.parent):
+                os.link(temporary, target)
             linked = True
         except FileExistsError:
             if xxhash.xxh3_128_hexdigest(read_regular(target, file.bytes)) != file.xxh3_128:
@@ -341,6 +349,28 @@ def needing_room(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def relying_on(ability: str, path: Path) -> Iterator[None]:
+    """Name what a file system lacks, where it refuses a call for want of it.
+
+    Args:
+        ability: one of ABILITIES.
+        path: what the call is about.
+
+    Raises:
+        Unsupported: it lacks it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in ABILITIES[ability]:
+            raise
+        raise Unsupported(
+            f"the file system of {path} has no {ability} ({error.strerror}), and nothing can be written there that is sure to "
+            "stay whole; name a place on another file system"
+        ) from error
+
+
 def write_durably(path: Path, content: bytes | memoryview) -> None:
     """Write a read-only file and wait until the disk has it."""
     left = memoryview(content).cast("B")
@@ -351,7 +381,7 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
         while left:
             left = left[os.write(descriptor, left) :]
         os.fchmod(descriptor, 0o444)
-        os.fsync(descriptor)
+        sync(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -413,7 +443,7 @@ def fsync(path: Path) -> None:
     """Wait until the disk has a file's content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -422,9 +452,19 @@ def fsync_folder(folder: Path) -> None:
     """Wait until the disk has a folder's entries."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor, folder)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int, path: Path) -> None:
+    """Wait until the disk has what a descriptor leads to.
+
+    Raises:
+        Unsupported: the file system cannot say.
+    """
+    with relying_on("fsync", path):
+        os.fsync(descriptor)
 
 
 @dataclass(frozen=True)
@@ -463,10 +503,11 @@ def lease(root: Path, wait: float = 0.0) -> Iterator[Lease]:
 
     Raises:
         Busy: another process holds it, and did so for all that time; the message says which.
+        Unsupported: the file system has no locks.
     """
     deadline = time.monotonic() + wait
     with open(root / LOCK, "a+", encoding="utf-8", errors="backslashreplace", opener=_open_lock) as file:  # any bytes
-        while not _taken(file.fileno()):
+        while not _taken(file.fileno(), root):
             if not time.monotonic() < deadline:  # NaN waits for nothing
                 file.seek(0)
                 holder = file.read().strip() or "another process"
@@ -514,9 +555,10 @@ def wait_until_free(root: Path, wait: float) -> None:
             pass
 
 
-def _taken(descriptor: int) -> bool:
+def _taken(descriptor: int, root: Path) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with relying_on("locks (flock)", root):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

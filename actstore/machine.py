@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,12 @@ from typing import Any
 from actstore.errors import BadInput, LimitReached
 
 MAPS = Path("/proc/sys/vm/max_map_count")
+LEAST_MEMORY = 2_000_000_000  # bytes of addresses: with two cores 1.5e9 are too few, and each thread takes some
+OUT_OF_MEMORY = re.compile(  # in the words of Python, DuckDB, Arrow, the C++ library and the dynamic linker
+    r"out of memory|more memory|MemoryError|bad_alloc|bad allocation|could not allocate|malloc of size"
+    r"|failed to map segment|can't start new thread|could not spawn threads",
+    re.IGNORECASE,
+)
 LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what the system refuses with, where nothing is wrong with a file
 
 
@@ -31,11 +38,27 @@ def raise_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def limit_reached(error: Exception, doing: str) -> LimitReached | None:
+def check_memory() -> None:
+    """Refuse to work where the libraries could not: for want of memory they end the process, and nothing is said.
+
+    Raises:
+        LimitReached: this process may map less than LEAST_MEMORY.
+    """
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most != resource.RLIM_INFINITY and most < LEAST_MEMORY:
+        raise LimitReached(
+            f"this process may map {most / 1e9:.2f} GB of memory, and DuckDB, Arrow and polars need {LEAST_MEMORY / 1e9:g} GB to "
+            "start: allow it more (`ulimit -v unlimited`)"
+        )
+
+
+def limit_reached(error: BaseException, doing: str) -> LimitReached | None:
     """The package's error where a limit of the system was reached, which is no damage to a store.
 
     Args:
-        error: an OSError, or another library's error that quotes the system's words, as DuckDB's do.
+        error: an OSError, a MemoryError, or another library's error that quotes the system's words, as DuckDB's do.
         doing: what could not be done, for the message: "cannot map s.act/…".
 
     Returns:
@@ -50,17 +73,19 @@ def within_limits(doing: str) -> Iterator[None]:
     """Say what ran out where the system refuses an open file or memory.
 
     Raises:
-        LimitReached: in place of such an OSError; see `limit_reached`.
+        LimitReached: in place of such an error; see `limit_reached`.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, MemoryError, ImportError) as error:
         if reached := limit_reached(error, doing):
             raise reached from error
         raise
 
 
-def _quoted(error: Exception) -> int | None:
+def _quoted(error: BaseException) -> int | None:
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        return errno.ENOMEM
     return next((reason for reason in LIMITS if os.strerror(reason) in str(error)), None)
 
 
@@ -81,7 +106,16 @@ def _advice(reason: int) -> str:
             f"this process has {there:,} maps of memory and may have {most:,}: read fewer batches or sites with one open "
             f"store, or allow more (`sysctl -w vm.max_map_count={4 * most}`)"
         )
-    return "the system has no more memory for it: ask for less, or allow this process more (`ulimit -v unlimited`)"
+    return f"{_memory()} for it: ask for less, or allow this process more (`ulimit -v unlimited`)"
+
+
+def _memory() -> str:
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return "the system has no more memory"
+    return f"this process may map {most / 1e9:.2f} GB of memory, which are too few"
 
 
 def check_process(opened_in: int) -> None:

@@ -17,10 +17,10 @@ from uuid import uuid4
 import numpy as np
 import polars as pl
 
-from actstore.errors import BadInput
+from actstore.errors import BadInput, Unsupported
 from actstore.folder import store_around
 from actstore.log import fsync, fsync_folder, needing_room
-from actstore.terminal import print_data, printable
+from actstore.terminal import is_unicode, print_data, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -196,6 +196,7 @@ def check_file(path: str | Path | None, option: str, endings: Sequence[str] = ()
         return
     check_ending(str(path), endings, option)
     target, got = Path(os.path.realpath(path)), f"got {option} {path}"
+    _check_unicode(path, got)
     _check_folder(Path(path).parent, got, make)
     if around := store_around(target):
         raise BadInput(f"{got}, which leads into the store {around}; name a file outside it")
@@ -218,8 +219,14 @@ def check_folder(path: str | Path, option: str) -> None:
     _check_folder(Path(path), f"got {option} {path}", make=True)
 
 
+def _check_unicode(path: str | Path, got: str) -> None:
+    if not is_unicode(os.path.realpath(path)):
+        raise BadInput(f"{got}, a path that is not UTF-8, which not every library can write to; name another place")
+
+
 def _check_folder(path: Path, got: str, make: bool) -> None:
     folder = Path(os.path.realpath(path))
+    _check_unicode(folder, got)
     if around := store_around(folder):
         raise BadInput(f"{got}, which lies in the store {around}; name a place outside it")
     while make and not os.path.lexists(folder):
@@ -318,9 +325,10 @@ def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
     try:
         with needing_room(target):
             write(temporary)
-            fsync(temporary)
+            with suppress(Unsupported):  # the file is whole all the same
+                fsync(temporary)
             os.replace(temporary, target)
-            with suppress(OSError):  # some file systems cannot, and the file is whole all the same
+            with suppress(OSError):  # some file systems cannot
                 fsync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)

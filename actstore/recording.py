@@ -12,7 +12,7 @@ from uuid import uuid4
 import polars as pl
 
 from actstore import catalog, log
-from actstore.errors import BadInput
+from actstore.errors import BadInput, Unsupported
 from actstore.folder import check_format, store_around
 from actstore.output import replacing
 from actstore.writer import open_writer
@@ -38,9 +38,9 @@ def wait_until_free(root: Path, wait: float) -> str:
     try:
         log.wait_until_free(root, wait)
     except OSError as error:
-        if error.errno not in NO_WRITING:
+        if error.errno not in NO_WRITING and not isinstance(error, Unsupported):
             raise
-        return str(error.strerror)
+        return str(error.strerror or error)
     return ""
 
 
@@ -97,7 +97,7 @@ def read_kept(file: Path) -> list[pl.DataFrame]:
     """
     types = {name: dtype for name, dtype in catalog.tables()["results"].items() if name != "recorded"}
     try:
-        frame = pl.read_parquet(file)
+        frame = pl.read_parquet(file.read_bytes())  # polars takes a path for a pattern
         answers = frame.partition_by(ANSWER, maintain_order=True, include_key=False)
         if not answers or set(frame.columns) != {*types, ANSWER}:
             raise BadInput(f"{file} holds no results; name a file that a study has kept (results-….parquet)")

@@ -33,7 +33,7 @@ import polars as pl
 
 from actstore import errors, scope
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
-from actstore.machine import within_limits
+from actstore.machine import OUT_OF_MEMORY, within_limits
 from actstore.parameters import from_json, to_json
 from actstore.session import Session
 from actstore.store import Store
@@ -43,9 +43,6 @@ LOOK_UP = 0.02  # seconds between looks at the clock and at the memory: a proces
 START = 120.0  # seconds a process may take to start; a busy machine needs 5
 HEADROOM = 256 << 20  # bytes beside the limit that threads and allocators may reserve without using them
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|more memory|MemoryError|bad_alloc|could not allocate|malloc of size", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)

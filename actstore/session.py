@@ -21,10 +21,12 @@ import polars as pl
 from duckdb.func import PythonUDFType
 
 from actstore import errors
+from actstore.catalog import located
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
 from actstore.machine import check_process, finalize_here, limit_reached
 from actstore.refused import in_parts, refusal
 from actstore.regular import check_regular, open_regular
+from actstore.terminal import is_unicode
 
 LOCKED = (
     "set temp_directory = ''",  # which could not be written anyway: a query that does not fit says so
@@ -177,7 +179,7 @@ class Session:
                 f"got a query of {len(query):,} characters; the longest is {LONGEST:,}: hand lists over as params, "
                 "`where tree_id in (select unnest($ids))`"
             )
-        if not _is_unicode(query):
+        if not is_unicode(query):
             raise BadInput("the query holds half of a character (a lone surrogate); write it in Unicode")
         try:
             cursor = self._connection.cursor()  # an open result holds its connection
@@ -206,7 +208,7 @@ class Session:
     def parse(self, query: str) -> str:
         """What DuckDB's parser makes of a query, as JSON: `error`, and where there is none `statements`."""
         self.check()
-        if len(query) > LONGEST or not _is_unicode(query):
+        if len(query) > LONGEST or not is_unicode(query):
             return '{"error": true}'
         try:
             with self._connection.cursor() as cursor:
@@ -228,20 +230,12 @@ def _first_process() -> int:
     return os.getpid()
 
 
-def _is_unicode(query: str) -> bool:
-    try:
-        query.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _attach(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:
     """Attach a catalog as `store`, and return a descriptor of that very file, though another may take its place meanwhile."""
     while True:
         file = open_regular(catalog)
         try:
-            connection.execute("attach '{}' as store (read_only)".format(str(catalog).replace("'", "''")))
+            connection.execute(f"attach {located(catalog)} as store (read_only)")
             if os.path.samestat(os.fstat(file), os.stat(catalog)):  # no other can have been there in between
                 return file
             connection.execute("detach store")

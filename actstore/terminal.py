@@ -45,6 +45,15 @@ def notes(kind: type[Warning]) -> Iterator[None]:
         yield
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text holds no half of a character, as arguments and paths do that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def prepare() -> None:
     """Open what is closed of stdin, stdout and stderr, and let stdout print any text in any encoding."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a file of the store would get the number

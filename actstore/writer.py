@@ -22,8 +22,8 @@ import xxhash
 import actstore
 from actstore import catalog, checked, log, witness
 from actstore.arrays import metadata
-from actstore.errors import BadInput
-from actstore.folder import check_format, place, refuse_astray, store_around
+from actstore.errors import BadInput, Unsupported
+from actstore.folder import check_format, check_path, place, refuse_astray, store_around
 from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest, Part, Shard
 from actstore.plan import RunPlan, SitePlan  # noqa: F401 (what a writer is handed is imported from here, too)
 
@@ -42,13 +42,18 @@ def create(root: Path, wait: float = 0.0) -> None:
         BadInput: the folder holds something that is no store.
         Busy: another process is making it.
         NoRoom: the disk is full.
+        Unsupported: the file system lacks hard links, locks or fsync; nothing is left there.
     """
     if _is_store(root):
         return
     under_way = root.parent / f".{root.name}.new"
     with log.needing_room(root):
         log.make_folder(under_way)
-        _make(root, under_way, wait)
+        try:
+            _make(root, under_way, wait)
+        except Unsupported:  # no other process can be at work there
+            shutil.rmtree(under_way, ignore_errors=True)
+            raise
 
 
 def _make(root: Path, under_way: Path, wait: float) -> None:
@@ -66,6 +71,7 @@ def _make(root: Path, under_way: Path, wait: float) -> None:
 
 def _is_store(root: Path) -> bool:
     """Whether a store is there; refuses what can become none."""
+    check_path(root)
     if (root / "store.json").exists():
         return True
     if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
@@ -74,8 +80,6 @@ def _is_store(root: Path) -> bool:
         raise BadInput(f"{root} lies in the store {around}; name a folder outside it")
     if root.name in ("", "..") or (root.exists() and root.samefile(Path.cwd())):
         raise BadInput(f"a store is a folder of its own and cannot be made of {str(root)!r}; name a new folder")
-    if "?" in str(root.absolute()):  # which DuckDB takes for the end of a path
-        raise BadInput(f"{root} has a `?` in its path, which DuckDB cannot open; name another folder")
     return False
 
 
@@ -170,6 +174,7 @@ def open_writer(path: str | Path, *, make: bool = False, wait: float = 0.0) -> I
         NoRoom: the disk is full.
         Damaged: a committed file is missing or has another size, a link on the way to one leads nowhere or into another
             store, or the catalog was built from other manifests; nothing was touched.
+        Unsupported: the file system lacks hard links, locks or fsync.
     """
     root = place(path)
     if make and not (root / "store.json").exists():
@@ -213,7 +218,7 @@ def _datasets(root: Path) -> Rows:
 def table(root: Path, committed: Sequence[Manifest], name: str) -> pl.DataFrame:
     """All rows that these commits brought to one of the small tables."""
     parts = [part for manifest in committed for part in manifest.parts if part.table == name]
-    frames = [pl.read_parquet(root / part.path) for part in parts]
+    frames = [pl.read_parquet((root / part.path).read_bytes()) for part in parts]  # polars takes paths for patterns
     return pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame()
 
 
@@ -346,7 +351,7 @@ class Writer:
         )
         path = f"{PARTS}/{table}/{name}.parquet"
         if path in self._files:
-            if not pl.read_parquet(self.root / path).equals(frame):
+            if not pl.read_parquet((self.root / path).read_bytes()).equals(frame):
                 raise _otherwise(self.root / path)
             return []
         self._lease.check()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import repr as brief  # a YAML's aliases make a few lines into gigabytes
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ import yaml
 from actstore.errors import BadInput
 from actstore.ingest.tokens import Vocabulary
 
+LONGEST = 100_000  # characters of a configuration; those of trained models have 1,000
 ACT_FNS = ("gelu", "gelu_new", "relu", "silu")
 CONFIG_KEYS = {  # the notebook's keys, and ours: system, n_heads, d_mlp, n_ctx, betas, training
     "": (
@@ -55,11 +57,11 @@ class ModelConfig:
             size, most = getattr(self, name), 255 if name in ("n_layers", "n_heads") else 65_535
             least = 0 if name == "n_ctx" else 1
             if type(size) is not int or not least <= size <= most:
-                raise BadInput(f"got {name} {size!r}; it is a whole number from {least} to {most:,}")
+                raise BadInput(f"got {name} {brief(size)}; it is a whole number from {least} to {most:,}")
         if self.act_fn not in ACT_FNS:
-            raise BadInput(f"got act_fn {self.act_fn!r}; there are {', '.join(ACT_FNS)}")
+            raise BadInput(f"got act_fn {brief(self.act_fn)}; there are {', '.join(ACT_FNS)}")
         if self.attention_dir != "causal":  # any other would see the answer that it is asked for
-            raise BadInput(f"got attention_dir {self.attention_dir!r}; there is causal")
+            raise BadInput(f"got attention_dir {brief(self.attention_dir)}; there is causal")
         _ = self.vocabulary  # refuses a system or a number of nodes that has none
         if not self.n_ctx:
             object.__setattr__(self, "n_ctx", 4 * self.n_nodes + (4 if self.system == "reproduction" else 1))
@@ -117,7 +119,9 @@ def _check_keys(mapping: object, section: str, source: str) -> None:
         raise BadInput(f"{source}: {where} is {type(mapping).__name__}; expected the keys {', '.join(known)}")
     for key in mapping:
         if key not in known:
-            raise BadInput(f"{source}: unknown key {f'{prefix}{key}'!r}{nearest(str(key), known)}; {there_are(known)}")
+            raise BadInput(
+                f"{source}: unknown key {brief(f'{prefix}{key}')}{nearest(str(key), known)}; {there_are(known)}"
+            )
     for key in NEEDED_KEYS[section]:
         if key not in mapping:
             raise BadInput(f"{source}: key {f'{prefix}{key}'!r} is missing; it needs {', '.join(NEEDED_KEYS[section])}")
@@ -136,10 +140,14 @@ def read_text(path: str | Path) -> str:
     """The text of a configuration file.
 
     Raises:
-        BadInput: there is no such file, or it is no text.
+        BadInput: there is no such file, or it is no text, or longer than LONGEST.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise BadInput(f"{path} has more than {LONGEST:,} characters, and is no configuration; name another file")
+        return text
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot read a configuration: {getattr(error, 'strerror', None) or error}") from None
 
@@ -152,7 +160,8 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """
     try:
         mapping = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{source}: no YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # PyYAML stumbles over values that are none of their tag's, and over many levels
+        said = "too many levels" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise BadInput(f"{source}: no YAML: {said or type(error).__name__}") from None
     _check_keys(mapping, "", source)
     return mapping

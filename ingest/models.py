@@ -104,7 +104,12 @@ def _assemble(found: Mapping[str, Tensor], config: ModelConfig, name: str, sourc
     bridge.load_state_dict(convert_tl_checkpoint({key: tensor.float() for key, tensor in held.items()}, bridge.cfg))
     bridge.eval().requires_grad_(False).to(device, print_details=False)
     weights = canonical(held)
-    return Model(name, config, bridge, weights, hashlib.sha256(weights).hexdigest(), Path(source).name)
+    return Model(name, config, bridge, weights, hashlib.sha256(weights).hexdigest(), as_text(Path(source).name))
+
+
+def as_text(name: str) -> str:
+    """A file's name as a table holds it: bytes that are not UTF-8 are written out."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def check_device(device: str) -> None:
@@ -174,11 +179,11 @@ def listing() -> pl.DataFrame:
     return pl.DataFrame(
         [
             {
-                "model": name,
+                "model": as_text(name),
                 **{column: getattr(config, column, None) for column in ("system", *sizes)},
                 "checkpoints": checkpoints(path),
                 "weights": hashlib.sha256(path.read_bytes()).hexdigest()[:12],
-                "file": str(path),
+                "file": as_text(str(path)),
             }
             for name, config, path in found
         ],
@@ -239,7 +244,7 @@ def find(model: str, config: str | None = None, checkpoint: int | None = None) -
         BadInput: no configuration.
     """
     path, yaml = locate(model, config)
-    parsed, name = ModelConfig.from_yaml(yaml), path.stem
+    parsed, name = ModelConfig.from_yaml(yaml), as_text(path.stem)
     if checkpoint is not None:
         return Found(f"{name}-step{checkpoint}", parsed, _kept(path, checkpoint), yaml)
     if not path.is_file():  # a training that goes on

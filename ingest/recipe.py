@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import numpy as np
@@ -66,26 +67,26 @@ class Recipe:
         for name in ("steps", "batch_size", "parts", "seed"):
             least = 0 if name == "seed" else 1
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise BadInput(f"got {name} {getattr(self, name)!r}; it is a whole number, {least} or more")
+                raise BadInput(f"got {name} {brief(getattr(self, name))}; it is a whole number, {least} or more")
         for name in ("lr", "weight_decay", "clip", *SHARES):
             if type(getattr(self, name)) not in (int, float):  # YAML reads 1e-3 as text
-                raise BadInput(f"got {name} {getattr(self, name)!r}; it is a number, such as 0.001")
+                raise BadInput(f"got {name} {brief(getattr(self, name))}; it is a number, such as 0.001")
         for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"got {name} {getattr(self, name)!r}; it is a share, 0 to 1")
+                raise BadInput(f"got {name} {brief(getattr(self, name))}; it is a share, 0 to 1")
         if not (0 < self.lr < math.inf and self.clip > 0 and self.weight_decay >= 0):
             raise BadInput(
                 f"got lr {self.lr}, clip {self.clip}, weight_decay {self.weight_decay}; the first two are above 0"
             )
         numbers = isinstance(self.betas, tuple) and all(type(beta) in (int, float) for beta in self.betas)
         if not (numbers and len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
-            raise BadInput(f"got betas {self.betas!r}; they are two numbers, 0 to 1, such as [0.9, 0.99]")
+            raise BadInput(f"got betas {brief(self.betas)}; they are two numbers, 0 to 1, such as [0.9, 0.99]")
         if self.inner_goals is not None and not (
             isinstance(self.inner_goals, tuple)
             and [type(depth) for depth in self.inner_goals] == [int, int]
             and 0 < self.inner_goals[0] <= self.inner_goals[1]
         ):
-            raise BadInput(f"got inner_goals {self.inner_goals!r}; they are two depths, such as [6, 11]")
+            raise BadInput(f"got inner_goals {brief(self.inner_goals)}; they are two depths, such as [6, 11]")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str) -> Recipe:
@@ -96,7 +97,9 @@ class Recipe:
         """
         for section in ("optimizer", "training"):
             if not isinstance(mapping.get(section) or {}, Mapping):
-                raise BadInput(f"{source}: {section} is {mapping[section]!r}; it is a mapping, such as `lr: 0.001`")
+                raise BadInput(
+                    f"{source}: {section} is {brief(mapping[section])}; it is a mapping, such as `lr: 0.001`"
+                )
         said = {"seed": mapping.get("random_seed"), "batch_size": mapping.get("batch_size")}
         said |= {
             "steps": mapping.get("max_iters"),
@@ -108,7 +111,7 @@ class Recipe:
             if key not in known:
                 near = get_close_matches(key, known, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise BadInput(f"{source}: unknown key 'training.{key}'{hint}; there are {', '.join(known)}")
+                raise BadInput(f"{source}: unknown key {brief(f'training.{key}')}{hint}; there are {', '.join(known)}")
         given = {key: value for key, value in said.items() if value is not None}
         given |= {key: tuple(given[key]) for key in ("betas", "inner_goals") if isinstance(given.get(key), list)}
         try:

@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 
 from actstore.errors import BadInput
 from actstore.ingest.config import ModelConfig, nearest
-from actstore.log import fsync_folder
+from actstore.log import fsync_folder, sync
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
 BUFFERS = (".mask", ".IGNORE")  # a HookedTransformer saves its causal mask among the weights
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
@@ -95,14 +96,18 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path) -> str:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, even if the power goes."""
+    """Write a file whole or not at all, even if the power goes.
+
+    Raises:
+        Unsupported: the file system has no fsync.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno(), path)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -113,7 +118,8 @@ def checked(found: Mapping[str, Tensor], config: ModelConfig, source: str) -> di
     """The weights of a state dict, without a HookedTransformer's buffers.
 
     Raises:
-        BadInput: a weight is missing, unknown, of another shape than the configuration's, or not finite.
+        BadInput: a weight is missing, unknown, of another shape than the configuration's, not dense, of none of DTYPES, or
+            not finite in float32.
     """
     expected = shapes(config)
     held = {key: tensor for key, tensor in found.items() if not key.endswith(BUFFERS)}
@@ -130,11 +136,23 @@ def checked(found: Mapping[str, Tensor], config: ModelConfig, source: str) -> di
 def _check_tensor(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
     import torch
 
+    if tensor.is_meta:
+        raise BadInput(
+            f"{what} is a meta tensor, which has a shape and no numbers; save the model once its weights are loaded"
+        )
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise BadInput(f"{what} is a {layout} tensor; save a dense one, as its `.to_dense()` is")
+    dtype = str(tensor.dtype).removeprefix("torch.")
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-        got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        got = f"{dtype} {list(tensor.shape)}"
         raise BadInput(f"{what} is {got}, which the configuration makes float {list(shape)}; mend one of them")
-    if n_bad := int((~torch.isfinite(tensor)).sum()):
-        raise BadInput(f"{what} holds {n_bad} NaN or infinite numbers; take another checkpoint")
+    if dtype not in DTYPES:
+        raise BadInput(f"{what} is {dtype}; save it as one of {', '.join(DTYPES)}")
+    if n_bad := int((~torch.isfinite(tensor.float())).sum()):
+        raise BadInput(
+            f"{what} holds {n_bad} NaN or infinite numbers in float32, in which models run; take another checkpoint"
+        )
 
 
 def _expectation(config: ModelConfig) -> str:
@@ -191,3 +209,5 @@ def parse(weights: bytes, source: str) -> dict[str, Tensor]:
         return parse_safetensors(weights)
     except SafetensorError as error:
         raise BadInput(f"{source} is cut short or no safetensors file ({error}); get it again") from None
+    except KeyError as error:  # a dtype that this torch lacks
+        raise BadInput(f"{source} holds numbers of dtype {error}; save them as one of {', '.join(DTYPES)}") from None

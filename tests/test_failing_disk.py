@@ -5,12 +5,15 @@ import os
 import shutil
 import subprocess
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
+from click.testing import CliRunner
 
 from actstore import log
-from actstore.errors import Busy, Damaged, NoRoom
+from actstore.cli import main
+from actstore.errors import Busy, Damaged, NoRoom, Unsupported
 from actstore.store import Store
 from actstore.verify import verify
 from actstore.writer import open_writer
@@ -180,3 +183,80 @@ def test_of_two_writers_at_once_one_is_told_who_the_other_is(tmp_path):
     with open_writer(root, make=True), pytest.raises(Busy, match=f"written by process {os.getpid()} on "):
         fake().store(root)
     fake().store(root)
+
+
+LACKING = {
+    "hard links": ("os", "link", errno.EPERM),
+    "locks (flock)": ("actstore.log.fcntl", "flock", errno.ENOLCK),
+    "fsync": ("os", "fsync", errno.EINVAL),
+}
+
+
+@contextmanager
+def lacking(monkeypatch, ability):
+    """A file system that refuses what it is not able to do."""
+    module, name, reason = LACKING[ability]
+
+    def refuse(*asked, **options):
+        raise OSError(reason, os.strerror(reason))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}.{name}", refuse)
+        yield
+
+
+class Job:
+    """An ingest as `actstore ingest` runs it, of a run without a model."""
+
+    def __init__(self, root):
+        self.root, self.plan, self.trees = root, fake().plan, SimpleNamespace(n_trees=5)
+
+    def announcement(self):
+        return "a run"
+
+    def execute(self, advance):
+        fake().store(self.root)
+
+    def kept(self):
+        return "nothing was committed yet, and the same command begins anew"
+
+
+@pytest.mark.parametrize("ability", LACKING)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_a_file_system_lacks_is_named_and_no_command_promised(tmp_path, monkeypatch, whole, ability, is_there):
+    root = tmp_path / "s.act"
+    if is_there:
+        fake().store(root, [0])
+    before = files(tmp_path)
+    monkeypatch.setattr("actstore.ingest.pipeline.prepare", lambda store, **options: Job(store))
+    with lacking(monkeypatch, ability):
+        with pytest.raises(Unsupported, match="name a place on another file system"):
+            fake().store(root)
+        result = CliRunner().invoke(main, ["ingest", str(root)])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert f" has no {ability} " in result.stderr
+    assert str(root) in result.stderr or str(tmp_path / ".s.act.new") in result.stderr or str(tmp_path) in result.stderr
+    assert "same command" not in result.stderr
+    if not is_there:
+        assert list(tmp_path.iterdir()) == []
+    assert {path: content for path, content in files(tmp_path).items() if path in before} == before
+    fake().store(root)
+    assert committed_files(root) == whole
+
+
+def test_a_study_on_a_file_system_without_locks_says_how_to_be_answered(tmp_path, monkeypatch):
+    fake().store(root := tmp_path / "s.act")
+    with lacking(monkeypatch, "locks (flock)"):
+        result = CliRunner().invoke(main, ["study", str(root), "depth"])
+        assert result.exit_code == 2
+        assert "has no locks (flock)" in result.stderr
+        assert "--no-record answers all the same" in result.stderr
+        assert CliRunner().invoke(main, ["study", str(root), "depth", "--no-record"]).exit_code == 0
+
+
+def test_an_output_is_written_where_fsync_is_lacking(tmp_path, monkeypatch):
+    fake().store(root := tmp_path / "s.act")
+    with lacking(monkeypatch, "fsync"):
+        result = CliRunner().invoke(main, ["sql", str(root), "select 1 as a", "--parquet", str(tmp_path / "x.parquet")])
+    assert result.exit_code == 0, result.output
+    assert pl.read_parquet(tmp_path / "x.parquet").item() == 1

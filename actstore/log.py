@@ -306,7 +306,8 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
                 os.link(temporary, target)
             linked = True
         except FileExistsError:
-            if xxhash.xxh3_128_hexdigest(read_regular(target, file.bytes)) != file.xxh3_128:
+            is_as_long = target.stat().st_size == file.bytes
+            if not is_as_long or xxhash.xxh3_128_hexdigest(read_regular(target, file.bytes)) != file.xxh3_128:
                 raise Damaged(
                     f"{target} exists with other content, and no commit names it: another writer is at work on this store, "
                     "or left it behind a link; if none is at work, remove that file"

@@ -59,7 +59,7 @@ class Session:
 
     Raises:
         Damaged: the catalog cannot be opened.
-        LimitReached: this process may have no more files open.
+        LimitReached: this process may have no more files open, or no more memory.
         BadInput: this process was forked from one that had opened a session.
     """
 
@@ -75,7 +75,7 @@ class Session:
             self._close = finalize_here(self, self._connection.close)
             self._file = _attach(self._connection, catalog)
             self._close_file = finalize_here(self, os.close, self._file)
-        except (duckdb.Error, OSError) as error:
+        except (duckdb.Error, OSError, MemoryError) as error:
             self.close()
             raise limit_reached(error, f"cannot open {catalog}") or Damaged(
                 f"{catalog} cannot be opened ({one_line(error)}); rebuild it with {advised('repair', catalog.parent)}"

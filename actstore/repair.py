@@ -3,7 +3,8 @@
 A store of an earlier version is brought up to date on the way: its catalog is built with today's tables from its own parts.
 
 Rows come out of the catalog, if that is whole; activations, and rows where it is not, from the run's own weights over its own
-trees; the catalog from the parts. A manifest, and store.json, say how all else must be and cannot be made again; but a single
+trees; the rows of a definition, where the catalog is damaged too, from what the rest of the store tells (see
+ingest/definitions.py); the catalog from the parts. A manifest, and store.json, say how all else must be and cannot be made again; but a single
 bit of theirs that flipped is found by their checksums, and flipped back.
 """
 
@@ -184,7 +185,7 @@ def _mend(
     made, why = dict[str, bytes](), ""
     try:
         if manifest.run is None:
-            raise Damaged("a study's results come out of the catalog, which is damaged, too; restore one from a copy")
+            raise Damaged("a study's results come out of the catalog alone, which is damaged, too")
         still_damaged = set(damaged) - set(done)  # nothing that is computed may rest on them
         sound = [_without(one, still_damaged) for one in manifests]
         made = recompute(root, sound, manifest.run, manifest.batch)
@@ -197,11 +198,24 @@ def _mend(
             put(root / finding.path, content)
             done.append(finding.path)
         else:
-            reason = (
-                why or "what is computed here differs: it was made by other versions or on another machine (see runs)"
-            )
+            differs = "what is computed here differs: it was made by other versions or on another machine (see runs)"
+            reason = why or (differs if content is not None else "nothing else in the store tells it")
+            if isinstance(files[finding.path], Part):
+                reason += f"; {_anew(root, manifest, finding.path)}"
             still.append(Finding(**{**vars(finding), "what": f"{finding.what}; {reason}"}))
     return done, still
+
+
+def _anew(root: Path, manifest: Manifest, path: str) -> str:
+    """What to do about a part that cannot be mended: restore it, or the command that makes the same rows anew."""
+    table = path.split("/")[1]
+    if table == "models":
+        how = f"put the model that was run where it is found ({advised('models', 'add')}), then run {advised('repair', root)}"
+    elif table == "results":
+        how = f"store the runs anew in another store, and make the results there ({advised('study')})"
+    else:
+        how = f"store the run anew in another store ({advised('ingest')} … --run {manifest.run})"
+    return f"restore it from a copy of the store, or {how}"
 
 
 def _is(content: bytes, file: File) -> bool:

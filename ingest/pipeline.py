@@ -154,9 +154,9 @@ class Ingest:
             from actstore.ingest.generations import Generator
 
             self.generator = Generator(self.model, self.plan.facts["samples"], self.trees.seed)
-        about = {"device": str(self.device), "versions": json.dumps({**_versions(), "batch_size": self.batch_size})}
+        about = {"device": str(self.device), "versions": json.dumps({**versions(), "batch_size": self.batch_size})}
         facts = {**about, **self.plan.facts}
-        self.plan = replace(self.plan, model=_model_row(self.model), weights=self.model.weights, facts=facts)
+        self.plan = replace(self.plan, model=model_row(self.model), weights=self.model.weights, facts=facts)
 
     @property
     def device(self) -> torch.device:
@@ -524,7 +524,8 @@ def _site_plan(spec: SiteSpec, config: Any, dataset: dict[str, Any]) -> SitePlan
     return SitePlan(spec.name, spec.short, spec.kind, layout, ("tree", "position", "d_model"))
 
 
-def _model_row(model: Model) -> dict[str, Any]:
+def model_row(model: Model) -> dict[str, Any]:
+    """The row of `models`."""
     config = model.config
     sizes = {
         name: getattr(config, name)
@@ -543,5 +544,6 @@ def _model_row(model: Model) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str | int]:
+def versions() -> dict[str, str | int]:
+    """What a run is made with here, as its row of `runs` says it."""
     return {name: version(name) for name in ("actstore", "torch", "transformer_lens")}

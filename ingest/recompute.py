@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from actstore import writer
 from actstore.arrays import ShardBuffer, metadata
 from actstore.errors import ActstoreError, Damaged, NotStored
 from actstore.folder import check_format
-from actstore.ingest import models
+from actstore.ingest import definitions, models
 from actstore.ingest.config import ModelConfig, nearest, there_are
 from actstore.ingest.models import Model
 from actstore.ingest.pipeline import Ingest, TreeSet
@@ -26,20 +27,27 @@ from actstore.log import ARRAYS, WEIGHTS, Manifest
 from actstore.log import manifests as read_all
 
 
-def rehydrate(root: Path, manifests: list[Manifest], run: str) -> tuple[Ingest, dict[str, Any]]:
+def rehydrate(
+    root: Path, manifests: list[Manifest], run: str, lost: Mapping[str, dict[str, Any]] | None = None
+) -> tuple[Ingest, dict[str, Any]]:
     """The ingest that a stored run was, and its row of `runs`.
+
+    Args:
+        lost: rows of its definition that no sound part holds, by the path of their part.
 
     Raises:
         NotStored: no such run.
         Damaged: its weights are not there, or not those it ran, and no model that can be named has them either.
     """
     rows = {name: writer.table(root, manifests, name).to_dicts() for name in ("runs", "models", "datasets", "sites")}
+    for path, row in (lost or {}).items():
+        rows[path.split("/")[1]].append(row)
     about = next((row for row in rows["runs"] if row["run"] == run), None)
     if about is None:
         raise NotStored(f"{root} holds no run {run!r}")
     model = _row(rows["models"], "weights_sha256", about["weights_sha256"], "models")
     dataset = _row(rows["datasets"], "dataset", about["dataset"], "datasets")
-    sites = [row["short"] for row in rows["sites"] if row["run"] == run]
+    sites = [row["short"] for row in rows["sites"] if row["run"] == run] or definitions.site_names(root, run)
     depths = dataset.get("depths")
     trees = TreeSet(
         dataset["distribution"],
@@ -128,16 +136,25 @@ def _model(root: Path, row: dict[str, Any], device: str) -> Model:
 
 def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None) -> dict[str, bytes]:
     """The files of one batch of a run, or of batch None those of its definition, computed again: path → bytes."""
-    job, about = rehydrate(root, manifests, run)
+    lost = definitions.lost_rows(root, manifests, run) if batch is None else {}
+    parts = {path: definitions.as_part(path.split("/")[1], [row]) for path, row in lost.items()}
+    try:
+        job, about = rehydrate(root, manifests, run, lost)
+    except (ActstoreError, LookupError, ValueError):
+        if not parts:
+            raise
+        return parts  # which do without the model
     first_tree_id = int(about["first_tree_id"])
     if batch is None:
         plan = job.plan
+        parts[f"parts/sites/{run}.parquet"] = definitions.as_part("sites", [site.row(run) for site in plan.sites])
         of_run = {"weights_sha256": plan.model["weights_sha256"], "first_tree_id": first_tree_id}
         made = {
             f"{site.path(run)}/zarr.json": metadata(site.layout, site.axes, {"run": run, "site": site.site, **of_run})
             for site in plan.sites
         }
         return {
+            **parts,
             **made,
             f"{ARRAYS}/{run}/zarr.json": writer.GROUP,
             f"{WEIGHTS}/{plan.model['weights_sha256']}.safetensors": plan.weights,

@@ -1,6 +1,7 @@
 """What is damaged is made again, to the same bytes, or left and said to be."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from actstore import catalog, log
 from actstore.cli import main
 from actstore.errors import Damaged
+from actstore.ingest import models
 from actstore.ingest.recompute import files_of
 from actstore.repair import repair
 from actstore.verify import verify
 from tests.damaged import committed, damage, flip, shorten
 from tests.stores import files
+from tests.test_pipeline import small_model
 
 
 def kinds(root):
@@ -60,6 +63,68 @@ def test_rows_are_computed_anew_where_the_catalog_is_gone_too(store):
     done = repair(store, files_of)
     assert set(done.mended) == {*names, catalog.NAME}
     assert without_catalog(store) == before
+
+
+OF_DEFINITION = ["datasets/d", "datasets/d-swap_last", "runs/small", "runs/small-dreams", "sites/small"]
+OF_BATCHES = [
+    *("trees/d-000001", "edges/d-swap_last-000000", "tokens/d-000001", "predictions/small-000001"),
+    *("outcomes/small-swap_last-000001", "generations/small-dreams-000001"),
+]
+
+
+@pytest.mark.parametrize("name", OF_DEFINITION + OF_BATCHES)
+def test_a_part_is_made_again_though_the_catalog_is_damaged_too(store, name):
+    path = f"parts/{name}.parquet"
+    before = (store / path).read_bytes()
+    for damaged in (path, catalog.NAME):
+        damage(store / damaged, flip(50))
+    done = repair(store, files_of)
+    assert (set(done.mended), done.left) == ({path, catalog.NAME}, [])
+    assert (store / path).read_bytes() == before
+    if name in OF_DEFINITION[::3]:
+        assert verify(store).findings == []
+
+
+def test_all_parts_at_once_come_out_of_a_catalog_that_is_whole(store):
+    before = without_catalog(store)
+    names = {path for path in before if path.startswith("parts/")}
+    for name in names:
+        damage(store / name, flip(50))
+    done = repair(store, files_of)
+    assert (set(done.mended), done.left) == (names, [])
+    assert without_catalog(store) == before
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("models", "restore it from a copy of the store, or put the model that was run .*actstore models add.*repair"),
+        ("results", "out of the catalog alone.*restore it from a copy of the store, or .*actstore study"),
+    ],
+)
+def test_what_nothing_else_tells_is_left_with_the_command_that_makes_it_anew(store, table, said):
+    (path,) = [file.path for file in committed(store) if file.path.startswith(f"parts/{table}/")]
+    before = files(store)
+    for damaged in (path, catalog.NAME):
+        damage(store / damaged, flip(50))
+    done = repair(store, files_of)
+    assert [(finding.path, "\n" in finding.what) for finding in done.left] == [(path, False)]
+    assert re.search(said, done.left[0].what)
+    damage(store / path, lambda content: content.__init__(before[path]))
+    assert repair(store, files_of).left == []
+    assert verify(store).findings == []
+
+
+def test_a_models_row_comes_from_a_model_that_can_be_named(store, monkeypatch):
+    (path,) = [file.path for file in committed(store) if file.path.startswith("parts/models/")]
+    (weights,) = [store / file.path for file in committed(store) if file.path.startswith("models/")]
+    for damaged in (path, catalog.NAME):
+        damage(store / damaged, flip(50))
+    monkeypatch.setattr(models, "available", lambda: ["small"])
+    monkeypatch.setattr(models, "place", lambda name: weights)
+    monkeypatch.setattr(models, "load", lambda name: small_model())
+    assert set(repair(store, files_of).mended) == {path, catalog.NAME}
+    assert verify(store).findings == []
 
 
 def test_a_file_that_is_gone_or_cut_short_comes_back(store):

@@ -4,8 +4,8 @@ A store of an earlier version is brought up to date on the way: its catalog is b
 
 Rows come out of the catalog, if that is whole; activations, and rows where it is not, from the run's own weights over its own
 trees; the rows of a definition, where the catalog is damaged too, from what the rest of the store tells (see
-ingest/definitions.py); the catalog from the parts. A manifest, and store.json, say how all else must be and cannot be made again; but a single
-bit of theirs that flipped is found by their checksums, and flipped back.
+ingest/definitions.py); the catalog from the parts. A manifest, and store.json, say how all else must be and cannot be made
+again; but a single bit of theirs that flipped is found by their checksums, and flipped back.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ checkpointed, fsynced and put in its place, so a reader keeps the snapshot it op
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ import duckdb
 import polars as pl
 
 from actstore import checked
+from actstore.content import Hash, as_a, json_object
 from actstore.errors import Damaged, advised
 from actstore.folder import check_path
 from actstore.hashing import hash_of, hash_of_file
@@ -305,11 +305,11 @@ def noted_hashes(root: Path) -> list[str]:
     """
     content = read_regular(root / HASHES)
     try:
-        noted = json.loads(content)
+        noted = json_object(content)
         if noted.keys() != {"xxh3_128"} and not checked.is_whole(content):  # development versions wrote no checksum
             raise ValueError("its checksum does not match")
-        return [str(of) for of in noted["xxh3_128"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return as_a(list[Hash], noted.get("xxh3_128"))
+    except ValueError as error:
         raise Damaged(f"{root / HASHES} cannot be read ({error}); mend it with {advised('repair', root)}") from error
 
 

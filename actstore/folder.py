@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from actstore import checked, links
+from actstore.content import Positive, Text, as_a, json_object
 from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld, advised
 from actstore.hashing import hash_of
 from actstore.log import ARRAYS, FOLDERS, FORMAT_VERSION, LOG, PARTS, Manifest
@@ -22,6 +23,16 @@ from actstore.terminal import is_unicode
 
 MOST_BESIDE = 100  # stores that are looked at for a name like one that is not there
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3://`, or what pathlib makes of it
+
+
+@dataclass(frozen=True)
+class About:
+    """What store.json says, of any format."""
+
+    format: Positive
+    made_by: Text = "an unknown version"
+
+
 WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # what store.json holds where a development version made it
 
 
@@ -58,30 +69,36 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
     try:
         with within_limits(f"cannot read {root / 'store.json'}"):
             content = read_regular(root / "store.json")
-        about = json.loads(content)
-        version = about["format"]
+        about = json_object(content)
+        if "format" not in about:
+            raise ValueError("it has no format")
     except (FileNotFoundError, NotADirectoryError):
         raise _no_store(root) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except ValueError as error:
         raise Damaged(f"{root / 'store.json'} cannot be read ({error}); {_mend(root, content)}") from error
-    if not isinstance(version, int) or version < 1:
-        raise Damaged(f"{root / 'store.json'} names no format ({version!r}); {_mend(root, content)}")
+    try:
+        described = as_a(About, about)
+    except ValueError as error:
+        raise Damaged(
+            f"{root / 'store.json'} names no format, or no maker ({error}); {_mend(root, content)}"
+        ) from error
+    version, maker = described.format, described.made_by
     if not about.keys() <= WITHOUT_CHECKSUM and not checked.is_whole(content):
         raise Damaged(
             f"{root / 'store.json'} is not what was written (its checksum does not match); {_mend(root, content)}"
         )
     if version < FORMAT_VERSION and not older:
         raise TooOld(
-            f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version "
+            f"{root} has format {version}, made by {maker}; this version "
             f"reads it as it is, and writes format {FORMAT_VERSION} alone: bring it up to date with "
             f"{advised('repair', root)}, which keeps all that it holds"
         )
     if version > FORMAT_VERSION:
         raise TooNew(
-            f"{root} has format {version}, made by {about.get('made_by', 'an unknown version')}; this version reads format "
+            f"{root} has format {version}, made by {maker}; this version reads format "
             f"{FORMAT_VERSION}: install the version that made it, or a later one"
         )
-    return dict(about)
+    return about
 
 
 def _no_store(root: Path) -> NotStored:

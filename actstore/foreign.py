@@ -19,6 +19,8 @@ from actstore.errors import BadInput, Damaged, NotStored
 from actstore.machine import limit_reached
 from actstore.mapped import flat_rows
 
+MOST_BYTES = 1 << 34  # of a decoded chunk
+
 
 def mapped_dtype(about: Mapping[str, Any], layout: Layout) -> str | None:
     """The dtype of an array that lies as a layout says, so that its shards can be mapped; None where it lies otherwise.
@@ -75,12 +77,12 @@ class ForeignReader(SiteReader):
         is_token: Callable[[np.ndarray], np.ndarray] | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
+        self.path, self.layout, self.where, self._check = path, layout, where, check
+        self._array = self._open()  # before anything is made as large as the layout says
         every = range(-(-layout.shape[0] // layout.trees_per_shard))
         super().__init__(
             layout, first_tree_id, dict.fromkeys(every, path) if shards is None else shards, where, is_token
         )
-        self.path, self._check = path, check
-        self._array = self._open()
         chunks = self._array.chunks  # of a sharded array: the inner ones
         self.trees_per_chunk, self.positions_per_chunk = int(chunks[0]), int(chunks[layout.position_axis])
 
@@ -89,7 +91,7 @@ class ForeignReader(SiteReader):
 
         try:
             array = zarr.open_array(str(self.path), mode="r")
-        except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+        except Exception as error:  # zarr's own classes and whatever strange metadata makes it meet
             raise limit_reached(error, f"cannot open {self.path} of {self.where}") or Damaged(
                 f"{self.path} of {self.where} cannot be opened ({_one_line(error)}); restore it from a copy of the store"
             ) from error
@@ -98,6 +100,8 @@ class ForeignReader(SiteReader):
             raise Damaged(
                 f"{self.path} of {self.where} has shape {list(array.shape)}, and the catalog says {list(self.layout.shape)}"
             )
+        if min(array.chunks) < 1 or math.prod(array.chunks) * array.dtype.itemsize > MOST_BYTES:
+            raise Damaged(f"{self.path} of {self.where} has chunks of {list(array.chunks)}, which no memory holds")
         if array.dtype.kind != "f":
             raise BadInput(f"{self.where} holds {array.dtype}; activations are floats (float16, float32 or float64)")
         return array
@@ -174,7 +178,7 @@ class ForeignReader(SiteReader):
             block = np.moveaxis(np.asarray(self._array[tuple(span)]), axis, 1)
         except NotStored:
             raise
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
+        except Exception as error:  # as _open
             raise limit_reached(error, f"cannot read a chunk of {self.path} of {self.where}") or Damaged(
                 f"a chunk of {self.path} of {self.where} cannot be read ({_one_line(error)}); restore it from a copy"
             ) from error

@@ -20,14 +20,15 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
 
 from actstore import links
+from actstore.content import Count, Hash, Positive, Size, Text, as_a, check_inside, json_object
 from actstore.errors import Busy, Damaged, NoRoom, Unsupported
 from actstore.machine import check_process, limit_reached
 from actstore.regular import irregular, read_regular
@@ -46,6 +47,19 @@ ABILITIES = {  # what a file system may lack, and what it then answers
 DIRECT_FROM = 1 << 20  # bytes; below, a copy through the page cache costs nothing
 LOOK_AGAIN = 0.1  # seconds between looks at a lease that another holds
 BLOCK = mmap.PAGESIZE  # what O_DIRECT wants memory, offsets and lengths aligned to, on any disk of today
+TableOfParts = Literal[
+    "models",
+    "datasets",
+    "runs",
+    "sites",
+    "trees",
+    "edges",
+    "tokens",
+    "predictions",
+    "outcomes",
+    "generations",
+    "results",
+]
 MANIFEST = re.compile(r"[0-9]{8,}\.json")
 
 
@@ -54,27 +68,27 @@ class File:
     """A published file: its path inside the store, its size in bytes and the xxh3-128 of its content, hexadecimal."""
 
     path: str
-    bytes: int
-    xxh3_128: str
+    bytes: Size
+    xxh3_128: Hash
 
 
 @dataclass(frozen=True)
 class Part(File):
     """The rows that one commit brought to one table, as Parquet."""
 
-    table: str
-    rows: int
+    table: TableOfParts
+    rows: Size
 
 
 @dataclass(frozen=True)
 class Shard(File):
     """One batch of trees of one site of a run."""
 
-    run: str
-    site: str
-    batch: int
-    first_tree_id: int
-    n_trees: int
+    run: Text
+    site: Text
+    batch: Count
+    first_tree_id: Count
+    n_trees: Positive
 
 
 @dataclass(frozen=True)
@@ -87,15 +101,15 @@ class Manifest:
     of them.
     """
 
-    number: int
-    kind: str
-    run: str | None = None
-    batch: int | None = None
+    number: Positive
+    kind: Literal["run", "batch", "results"]
+    run: Text | None = None
+    batch: Count | None = None
     parts: list[Part] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     others: list[File] = field(default_factory=list)
-    previous: str | None = None
-    format: int = FORMAT_VERSION
+    previous: Hash | None = None
+    format: Positive = FORMAT_VERSION
     xxh3_128: str = field(default="", compare=False)
 
     @property
@@ -104,30 +118,34 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest's bytes; its checksum is over everything else in it, so that a flipped bit shows."""
+        body = self._body()
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
+
+    def _body(self) -> dict[str, Any]:
         body = {"format": self.format, **asdict(self)}
         del body["xxh3_128"]
         if self.format < CHAINED_FROM:
             del body["previous"]
-        return json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
+        return body
 
     @classmethod
     def from_json(cls, content: bytes, path: Path) -> Manifest:
         try:
-            body = json.loads(content)
-            if body.pop("checksum") != _checksum(body):
+            body = json_object(content)
+            if body.pop("checksum", None) != _checksum(body):
                 raise ValueError("its checksum does not match")
-            if not isinstance(body["format"], int):
-                raise ValueError("it names no format")
-            return cls(
-                **body
-                | {
-                    "parts": [Part(**part) for part in body["parts"]],
-                    "shards": [Shard(**shard) for shard in body["shards"]],
-                    "others": [File(**other) for other in body["others"]],
-                },
-                xxh3_128=xxhash.xxh3_128_hexdigest(content),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            manifest = as_a(cls, {**body, "xxh3_128": xxhash.xxh3_128_hexdigest(content)})
+            named = {key.name for key in fields(cls)} - {
+                "xxh3_128",
+                "previous" if manifest.format < CHAINED_FROM else "",
+            }
+            listed = [*body["parts"], *body["shards"], *body["others"]] if body.keys() == named else None
+            if listed != [vars(file) for file in manifest.files]:
+                raise ValueError("it has other keys than a manifest")
+            for file in manifest.files:
+                check_inside(file.path)
+            return manifest
+        except ValueError as error:
             raise Damaged(f"manifest {path} cannot be read ({error}); restore it from a copy of the store") from error
 
 

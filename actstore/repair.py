@@ -189,7 +189,7 @@ def _mend(
         still_damaged = set(damaged) - set(done)  # nothing that is computed may rest on them
         sound = [_without(one, still_damaged) for one in manifests]
         made = recompute(root, sound, manifest.run, manifest.batch)
-    except (Damaged, OSError, LookupError, ValueError, TypeError) as error:
+    except (Damaged, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         why = f"it could not be computed again: {str(error).splitlines()[0]}"
     still = []
     for finding in left:

@@ -17,7 +17,9 @@ import polars as pl
 from polars.io.plugins import register_io_source
 
 from actstore.arrays import SiteReader
+from actstore.content import Count, Positive
 from actstore.pushdown import Column, Pushed, push
+from actstore.reading import catalog_rows
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -143,12 +145,12 @@ def _extent(store: Store, run: str, site: str) -> tuple[list[tuple[int, int]], i
         {"run": run, "site": site},
     )
     spans: list[tuple[int, int]] = []
-    for first, stop in shards.iter_rows():
+    for first, stop in catalog_rows(store, tuple[Count, Positive], shards.rows()):
         if spans and spans[-1][1] == first:
             first, _ = spans.pop()
         spans.append((first, stop))
     sizes = store.sql(
         "select n_positions, 3 * n_nodes from runs join datasets using (dataset) where run = $run", {"run": run}
     )
-    n_positions, fewest = sizes.row(0)
-    return spans, int(n_positions), int(fewest)
+    n_positions, fewest = catalog_rows(store, tuple[Positive, Positive], sizes.rows())[0]
+    return spans, n_positions, fewest

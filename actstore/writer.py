@@ -22,14 +22,22 @@ import xxhash
 import actstore
 from actstore import catalog, checked, log, witness
 from actstore.arrays import metadata
-from actstore.errors import BadInput, Unsupported
+from actstore.errors import BadInput, Damaged, Unsupported, advised
 from actstore.folder import check_format, check_path, place, refuse_astray, store_around
 from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest, Part, Shard
+from actstore.machine import limit_reached
 from actstore.plan import RunPlan, SitePlan  # noqa: F401 (what a writer is handed is imported from here, too)
+from actstore.regular import read_regular
 
 GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
 
 Rows = list[dict[str, Any]]  # of a table
+NEVER_NULL = {  # what rows are found by, and counted with
+    "models": ("weights_sha256",),
+    "datasets": ("dataset", "n_nodes", "n_trees", "first_tree_id", "trees_per_shard"),
+    "runs": ("run", "weights_sha256", "dataset", "first_tree_id"),
+    "sites": ("run", "site", "short", "shape", "path"),
+}
 
 
 def create(root: Path, wait: float = 0.0) -> None:
@@ -216,10 +224,40 @@ def _datasets(root: Path) -> Rows:
 
 
 def table(root: Path, committed: Sequence[Manifest], name: str) -> pl.DataFrame:
-    """All rows that these commits brought to one of the small tables."""
+    """All rows that these commits brought to one of the small tables.
+
+    Raises:
+        Damaged: a part holds none of its rows, or one without what names it.
+    """
     parts = [part for manifest in committed for part in manifest.parts if part.table == name]
-    frames = [pl.read_parquet((root / part.path).read_bytes()) for part in parts]  # polars takes paths for patterns
-    return pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame()
+    if not parts:
+        return pl.DataFrame()
+    try:
+        rows = _as_stored(name, pl.concat([_read_part(root / part.path) for part in parts], how="diagonal_relaxed"))
+    except (BadInput, pl.exceptions.PolarsError) as error:
+        raise Damaged(
+            f"the parts of {name} in {root} hold no rows of it ({error}); see {advised('verify', root)}"
+        ) from error
+    for column in NEVER_NULL.get(name, ()):
+        if rows[column].null_count() or (rows[column].dtype.is_integer() and (rows[column] < 0).any()):
+            raise Damaged(f"a part of {name} in {root} has a row whose {column} is none; see {advised('verify', root)}")
+    return rows
+
+
+def _read_part(path: Path) -> pl.DataFrame:
+    """The rows of a part.
+
+    Raises:
+        Damaged: it is no Parquet file.
+    """
+    try:
+        return pl.read_parquet(read_regular(path, path.stat().st_size))
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise (isinstance(error, OSError) and limit_reached(error, f"cannot read {path}")) or Damaged(
+            f"part {path} cannot be read ({str(error).splitlines()[0]}); restore it from a copy of the store"
+        ) from error
 
 
 def _batches(committed: Sequence[Manifest], run: str) -> set[int]:
@@ -351,7 +389,7 @@ class Writer:
         )
         path = f"{PARTS}/{table}/{name}.parquet"
         if path in self._files:
-            if not pl.read_parquet((self.root / path).read_bytes()).equals(frame):
+            if not _read_part(self.root / path).equals(frame):
                 raise _otherwise(self.root / path)
             return []
         self._lease.check()

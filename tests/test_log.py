@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -201,21 +201,33 @@ def test_a_catalog_is_durable_before_it_takes_the_place_of_the_old_one(
 
 # Manifests.
 
-names = st.text(min_size=1, max_size=8)
-sizes = st.integers(0, 2**60)
-a_file = st.builds(File, names, sizes, names)
-a_part = st.builds(Part, names, sizes, names, table=names, rows=sizes)
-a_shard = st.builds(Shard, names, sizes, names, run=names, site=names, batch=sizes, first_tree_id=sizes, n_trees=sizes)
+names = st.text(st.characters(exclude_characters="\0"), max_size=8)
+paths = st.lists(st.from_regex(r"[\w=,+-][\w. =,+-]{0,8}", fullmatch=True), min_size=1, max_size=4).map("/".join)
+sizes, counts = st.integers(0, 2**62 - 1), st.integers(0, 2**31 - 1)
+hashes, tables = st.text("0123456789abcdef", min_size=32, max_size=32), st.sampled_from(get_args(log.TableOfParts))
+a_file = st.builds(File, paths, sizes, hashes)
+a_part = st.builds(Part, paths, sizes, hashes, table=tables, rows=sizes)
+a_shard = st.builds(
+    Shard,
+    paths,
+    sizes,
+    hashes,
+    run=names,
+    site=names,
+    batch=counts,
+    first_tree_id=counts,
+    n_trees=st.integers(1, 2**31 - 1),
+)
 a_manifest = st.builds(
     Manifest,
-    number=sizes,
-    kind=names,
+    number=st.integers(1, 2**31 - 1),
+    kind=st.sampled_from(["run", "batch", "results"]),
     run=st.none() | names,
-    batch=st.none() | sizes,
+    batch=st.none() | counts,
     parts=st.lists(a_part, max_size=3),
     shards=st.lists(a_shard, max_size=3),
     others=st.lists(a_file, max_size=3),
-    previous=st.none() | names,
+    previous=st.none() | hashes,
 )
 
 

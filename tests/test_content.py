@@ -106,14 +106,22 @@ def every_way_ends_well(root, and_mended=False):
     with suppress(ActstoreError):
         writer.committed_dataset(root, "d")
     if and_mended:
-        repair(root, files_of)
-        assert verify(root).damage == []
-        read(root)
+        rebuild(root)
         return
     with suppress(ActstoreError):
         repair(root, files_of)
     with suppress(ActstoreError):
         write(root)
+
+
+def rebuild(root):
+    """Mend a catalog as repair advises where it is whole and says otherwise than the manifests."""
+    with suppress(Damaged):
+        repair(root, files_of)
+    (root / catalog.NAME).unlink(missing_ok=True)
+    repair(root, files_of)
+    assert verify(root).findings == []
+    read(root)
 
 
 # ---- manifests
@@ -248,7 +256,7 @@ def test_a_catalog_of_strange_rows_is_damage_and_is_built_anew(whole, tmp_path, 
         change_catalog(root, f"update {table} set {column} = {value}")
     except duckdb.Error:  # no value of the column's
         return
-    every_way_ends_well(root, and_mended=place != ("snapshot", "snapshot"))
+    every_way_ends_well(root, and_mended=True)
 
 
 @pytest.mark.parametrize(
@@ -285,10 +293,8 @@ def test_a_view_in_the_place_of_a_table_is_damage_and_reads_no_file(root, tmp_pa
     with pytest.raises(Damaged, match=rf"no catalog of a store \(it has no table {table} .*actstore repair"):
         Store(root)
     assert catalog.snapshot(root) in (0, 3)
-    assert [found.path for found in verify(root).damage] == [catalog.NAME]
-    repair(root, files_of)
-    assert verify(root).findings == []
-    read(root)
+    assert {found.path for found in verify(root).damage} == {catalog.NAME}
+    rebuild(root)
 
 
 # ---- parts, zarr.json, store.json
@@ -395,4 +401,4 @@ def test_a_catalog_without_what_a_run_needs_holds_no_site(root):
     change_catalog(root, "delete from datasets")
     with Store(root) as store, pytest.raises(NotStored):
         store.read(ALL, "r", "resid_post.0")
-    assert {(found.path, found.kind) for found in verify(root).damage} == {(catalog.NAME, "catalog")}
+    assert {found.path for found in verify(root).damage} == {catalog.NAME}

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import polars as pl
 import xxhash
@@ -24,7 +24,7 @@ from actstore import catalog, checked, log, witness
 from actstore.arrays import metadata
 from actstore.errors import BadInput, Damaged, Unsupported, advised
 from actstore.folder import check_format, check_path, place, refuse_astray, store_around
-from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest, Part, Shard
+from actstore.log import ARRAYS, FORMAT_VERSION, PARTS, WEIGHTS, File, Manifest, Part, Shard, TableOfParts
 from actstore.machine import limit_reached
 from actstore.plan import RunPlan, SitePlan  # noqa: F401 (what a writer is handed is imported from here, too)
 from actstore.regular import read_regular
@@ -394,7 +394,7 @@ class Writer:
             return []
         self._lease.check()
         file = log.publish(self.root, path, as_parquet(table, frame))
-        return [Part(**vars(file), table=table, rows=len(frame))]
+        return [Part(**vars(file), table=cast(TableOfParts, table), rows=len(frame))]
 
     def _file(self, path: str, content: bytes | memoryview) -> list[File]:
         """Publish a file; an empty list where an earlier commit brought the very same."""

@@ -138,7 +138,7 @@ def test_a_link_to_nowhere_in_the_place_of_a_folder_is_told_and_kept(tmp_path):
         pass
     (root / "parts").rmdir()
     (root / "parts").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(Damaged, match="parts is a link that leads nowhere, where a folder belongs"):
+    with pytest.raises(Damaged, match="parts is a link "):
         fake().store(root)
     assert (root / "parts").is_symlink()
     Store(root).close()

@@ -235,6 +235,7 @@ def ingest(store: Path, **options: Any) -> None:
         actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --variant swap_last
         actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --prompt tree
     """
+    from actstore.ingest.local import execute
     from actstore.ingest.pipeline import prepare
     from actstore.progress import progress
 
@@ -242,7 +243,7 @@ def ingest(store: Path, **options: Any) -> None:
     click.get_current_context().meta[KEPT] = job.kept
     say(job.announcement())
     with progress(f"ingest {job.plan.run}", job.trees.n_trees, "trees") as advance:
-        job.execute(advance)
+        execute(job, advance)
     look = advised("info", store)
     say(f"{store}: run {job.plan.run} holds {job.trees.n_trees:,} trees; look with {look}")
 

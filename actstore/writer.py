@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -304,10 +305,12 @@ class Writer:
         if _stored_run(self.table("runs").to_dicts(), self.table("sites").to_dicts(), plan):
             return first_tree_id
         parts = [
-            *self._part("models", model["weights_sha256"][:16], [model]),
-            *self._part("datasets", plan.dataset["dataset"], [{**plan.dataset, "first_tree_id": first_tree_id}]),
-            *self._part("runs", plan.run, [plan.row(first_tree_id)]),
-            *self._part("sites", plan.run, [site.row(plan.run) for site in plan.sites]),
+            *self._part(part_content("models", model["weights_sha256"][:16], [model])),
+            *self._part(
+                part_content("datasets", plan.dataset["dataset"], [{**plan.dataset, "first_tree_id": first_tree_id}])
+            ),
+            *self._part(part_content("runs", plan.run, [plan.row(first_tree_id)])),
+            *self._part(part_content("sites", plan.run, [site.row(plan.run) for site in plan.sites])),
         ]
         others = [
             *self._file(f"{WEIGHTS}/{model['weights_sha256']}.safetensors", plan.weights),
@@ -343,37 +346,41 @@ class Writer:
         batch: int,
         first_tree_id: int,
         n_trees: int,
-        of_trees: Mapping[str, pl.DataFrame],
-        of_run: Mapping[str, pl.DataFrame],
-        arrays: Mapping[str, memoryview],
+        contents: Sequence[Content],
     ) -> None:
         """Commit one batch of trees of a run.
 
         Args:
             first_tree_id: tree_id of the batch's first tree, n_trees: how many it has.
-            of_trees: the rows of `trees`, `edges`, `tokens`; left out where another run over the set brought them.
-            of_run: the rows of `predictions`, `outcomes`.
-            arrays: packed shard of each site, by its TransformerLens name.
+            contents: its files; see batch_contents.
 
         Raises:
             BadInput: the batch, or its trees by another run, is committed with other content.
         """
-        parts = []
-        for owner, tables in ((plan.dataset["dataset"], of_trees), (plan.run, of_run)):
-            for table, frame in tables.items():
-                parts += self._part(table, f"{owner}-{batch:06d}", frame)
-        shards = [
-            Shard(**vars(file), run=plan.run, site=site.site, batch=batch, first_tree_id=first_tree_id, n_trees=n_trees)
-            for site in plan.sites
-            for file in self._file(f"{site.path(plan.run)}/{site.layout.shard_name(batch)}", arrays[site.site])
-        ]
+        parts, shards = list[Part](), list[Shard]()
+        for content in contents:
+            if content.table:
+                parts += self._part(content)
+            else:
+                files = self._file(content.path, content.content)
+                shards += [
+                    Shard(
+                        **vars(file),
+                        run=plan.run,
+                        site=content.site,
+                        batch=batch,
+                        first_tree_id=first_tree_id,
+                        n_trees=n_trees,
+                    )
+                    for file in files
+                ]
         self._commit(Manifest(len(self._log) + 1, "batch", plan.run, batch, parts, shards))
 
     def record(self, results: pl.DataFrame) -> int:
         """Commit a study's results (rows of `results` but for `recorded`) and return the commit's number."""
         number = len(self._log) + 1
         rows = results.with_columns(recorded=pl.lit(number, pl.Int32))
-        self._commit(Manifest(number, "results", parts=self._part("results", f"{number:08d}", rows)))
+        self._commit(Manifest(number, "results", parts=self._part(part_content("results", f"{number:08d}", rows))))
         return number
 
     def _commit(self, manifest: Manifest) -> None:
@@ -382,6 +389,7 @@ class Writer:
         self._log.append(log.commit(self.root, manifest, self._log[-1] if self._log else None))
         self._files |= {file.path: file for file in manifest.files}
 
+<<<<<<< HEAD
     def _part(self, table: str, name: str, rows: pl.DataFrame | Sequence[Mapping[str, Any]]) -> list[Part]:
         """Publish rows of a table; an empty list where an earlier commit brought the very same."""
         frame = _as_stored(
@@ -395,15 +403,79 @@ class Writer:
         self._lease.check()
         file = log.publish(self.root, path, as_parquet(table, frame))
         return [Part(**vars(file), table=cast(TableOfParts, table), rows=len(frame))]
+=======
+    def _part(self, part: Content) -> list[Part]:
+        """Publish rows of a table; an empty list where an earlier commit brought the very same rows."""
+        if part.path in self._files and not self._has(part.path, part.content):
+            held = pl.read_parquet(
+                (self.root / part.path).read_bytes()
+            )  # another version may have encoded the same rows otherwise
+            if not held.equals(pl.read_parquet(bytes(part.content))):
+                raise _otherwise(self.root / part.path)
+            return []
+        return [Part(**vars(file), table=part.table, rows=part.rows) for file in self._file(part.path, part.content)]
+>>>>>>> 15311d8 (A batch of a run is made in one place: drawn and written as words once, run, and encoded; ingest, repair and verify share it)
 
     def _file(self, path: str, content: bytes | memoryview) -> list[File]:
         """Publish a file; an empty list where an earlier commit brought the very same."""
         if path in self._files:
-            if xxhash.xxh3_128_hexdigest(content) != self._files[path].xxh3_128:
+            if not self._has(path, content):
                 raise _otherwise(self.root / path)
             return []
         self._lease.check()
         return [log.publish(self.root, path, content)]
+
+    def _has(self, path: str, content: bytes | memoryview) -> bool:
+        return xxhash.xxh3_128_hexdigest(content) == self._files[path].xxh3_128
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file to be committed: its path in the store, its bytes, and what its manifest says of it.
+
+    Attributes:
+        table, rows: of a part: its table, and how many rows it has.
+        site: of a shard: its TransformerLens name.
+    """
+
+    path: str
+    content: bytes | memoryview
+    table: str = ""
+    rows: int = 0
+    site: str = ""
+
+
+def batch_contents(
+    plan: RunPlan,
+    batch: int,
+    of_trees: Mapping[str, pl.DataFrame],
+    of_run: Mapping[str, pl.DataFrame],
+    arrays: Mapping[str, memoryview],
+) -> list[Content]:
+    """The files of one batch of a run.
+
+    Args:
+        of_trees: the rows of `trees`, `edges`, `tokens`; left out where another run over the set brought them.
+        of_run: the rows of `predictions` and `outcomes`, or of `generations`.
+        arrays: packed shard of each site, by its TransformerLens name.
+
+    Raises:
+        BadInput: the rows do not fit their tables.
+    """
+    owners = ((str(plan.dataset["dataset"]), of_trees), (plan.run, of_run))
+    parts = [
+        part_content(table, f"{owner}-{batch:06d}", frame)
+        for owner, tables in owners
+        for table, frame in tables.items()
+    ]
+    names = {site.site: f"{site.path(plan.run)}/{site.layout.shard_name(batch)}" for site in plan.sites}
+    return [*parts, *(Content(path, arrays[site], site=site) for site, path in names.items())]
+
+
+def part_content(table: str, name: str, rows: pl.DataFrame | Sequence[Mapping[str, Any]]) -> Content:
+    """A part of a table, named within it."""
+    frame = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(rows, infer_schema_length=None)
+    return Content(f"{PARTS}/{table}/{name}.parquet", as_parquet(table, frame), table, len(frame))
 
 
 def as_parquet(table: str, rows: pl.DataFrame) -> bytes:

@@ -16,7 +16,7 @@ from actstore.errors import BadInput
 from actstore.ingest.activations import forward
 from actstore.ingest.config import ModelConfig
 from actstore.ingest.recipe import Recipe, step_trees
-from actstore.ingest.tokens import PAD, encode, is_arrow, n_positions
+from actstore.ingest.tokens import PAD, encode, is_arrow, n_positions, root_at
 from actstore.ingest.trees import DISTRIBUTIONS, Trees, draw
 from actstore.statistics import over_trees, share
 
@@ -213,7 +213,7 @@ def _ends(model: Model, trees: Trees, logits: torch.Tensor) -> np.ndarray:
     """bool [n_trees]: whether an answer ends after the goal, which the reproduction was never taught to say."""
     if model.config.system == "reproduction":
         return np.ones(len(trees), bool)
-    rows, goal_at = np.arange(len(trees)), trees.depth.astype(np.int64) + 3 * trees.n_nodes - 1
+    rows, goal_at = np.arange(len(trees)), trees.depth.astype(np.int64) + root_at(trees.n_nodes)
     return ~is_arrow(model.config.vocabulary.decode(logits[rows, goal_at].argmax(-1).cpu().numpy()))
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import layer_norm, linear
 from actstore.ingest.config import ModelConfig
 from actstore.ingest.models import Model
 from actstore.ingest.packing import ACTIVATIONS, LN_EPS
-from actstore.ingest.tokens import COMMA, PAD, WORDS
+from actstore.ingest.tokens import COMMA, PAD, WORDS, goal_at, n_nodes_of
 from actstore.ingest.trees import enum_series
 from actstore.ingest.weights import state
 
@@ -63,9 +63,9 @@ class Generator:
             words: uint8 [n_trees, 4n-1] word numbers, as `tokens.encode` writes them; read up to the bar.
             first: number in its set of the batch's first tree.
         """
-        n_trees, n_nodes = len(words), (words.shape[1] + 1) // 4
+        n_trees, n_nodes = len(words), n_nodes_of(words)
         n_said, vocabulary = n_nodes + 2, self.config.vocabulary
-        prompt = vocabulary.encode(words[:, : 3 * n_nodes - 3])
+        prompt = vocabulary.encode(words[:, : goal_at(n_nodes)])
         uniforms = self._uniforms(first, n_trees, n_said)
         cache = Cache(self.config, self._weights)
         logits = cache.extend(torch.from_numpy(prompt).to(self._device))
@@ -173,7 +173,7 @@ def generation_rows(said: Generations, run: str, first_tree_id: int) -> pl.DataF
             "run": pl.repeat(run, len(tree), dtype=pl.String, eager=True),
             "tree_id": (first_tree_id + tree).astype(np.int32),
             "sample": sample.astype(np.uint8),
-            "position": (3 * n_nodes - 3 + place).astype(np.uint8),
+            "position": (goal_at(n_nodes) + place).astype(np.uint8),
             "token": enum_series(said.words[tree, sample, place], WORDS),
             "p": said.p[tree, sample, place],
             "p_best": said.p_best[tree, sample, place],

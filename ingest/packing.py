@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, relu, silu
 
 from actstore.ingest.models import ModelConfig
-from actstore.ingest.tokens import Vocabulary, encode
+from actstore.ingest.tokens import Vocabulary, encode, goal_at
 from actstore.ingest.trees import NO_NODE, Trees, leaves
 
 PADDING, EDGE_LIST = -1, 0  # segments; suffixes are 1, 2, …
@@ -98,9 +98,9 @@ def pack(
     say nothing new and cost a third of the tokens.
     """
     tree, goals = every_goal(trees, is_goal)
-    n_goals, goal_at, full_goal_at = len(tree), 3 * (trees.n_nodes - 1), 3 * (vocabulary.n_nodes - 1)
+    n_goals, goal, full_goal = len(tree), goal_at(trees.n_nodes), goal_at(vocabulary.n_nodes)
     if slots is None:
-        slots = np.broadcast_to(np.arange(goal_at // 3) + (full_goal_at - goal_at) // 3, (len(trees), goal_at // 3))
+        slots = np.broadcast_to(np.arange(goal // 3) + (full_goal - goal) // 3, (len(trees), goal // 3))
     depth = goals.depth.astype(np.intp)
     n_targets = depth + _n_padding_targets(trees, goals, tree, vocabulary)
     words = encode(goals)
@@ -108,7 +108,7 @@ def pack(
     length = n_targets + 2  # goal, colon, root and all targets but the last, which is never read
     offset = np.cumsum(length) - length
     first = np.searchsorted(tree, np.arange(len(trees)))
-    offset += goal_at - offset[first][tree]
+    offset += goal - offset[first][tree]
     row, within = np.repeat(np.arange(n_goals), length), _count_up(length)
 
     n_pos = int((offset + length).max())
@@ -116,16 +116,16 @@ def pack(
     flat = tree[row] * n_pos + offset[row] + within
     ids = np.full(shape, vocabulary.id_of_word[words[0, 2]], np.int64)
     position, segment = np.zeros(shape, np.int64), np.full(shape, PADDING, np.int64)
-    ids[:, :goal_at] = vocabulary.encode(words[first, :goal_at])
-    position[:, :goal_at] = (3 * slots[:, :, None] + np.arange(3)).reshape(len(trees), -1)
-    segment[:, :goal_at] = EDGE_LIST
-    np.put(ids, flat, vocabulary.encode(words[row, goal_at + within]))
-    np.put(position, flat, full_goal_at + within)
+    ids[:, :goal] = vocabulary.encode(words[first, :goal])
+    position[:, :goal] = (3 * slots[:, :, None] + np.arange(3)).reshape(len(trees), -1)
+    segment[:, :goal] = EDGE_LIST
+    np.put(ids, flat, vocabulary.encode(words[row, goal + within]))
+    np.put(position, flat, full_goal + within)
     np.put(segment, flat, 1 + row - first[tree[row]])
 
     predicting = within >= 2  # from the root on
     row, within = row[predicting], within[predicting]
-    target = vocabulary.encode(words[row, goal_at + within + 1])
+    target = vocabulary.encode(words[row, goal + within + 1])
     arrays = (ids, position, segment, flat[predicting], target, row, depth)
     return Packed(*(torch.from_numpy(np.ascontiguousarray(array, np.int64)) for array in arrays))
 

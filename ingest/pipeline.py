@@ -1,22 +1,16 @@
-"""The resumable loop behind `actstore ingest`: trees → tokens → model → activations → a committed batch of the store.
-
-While the model runs over one batch of trees, a thread checksums, writes and commits the one before, so storing hides
-behind the forward pass. Memory is two batches of the wanted sites, however many trees there are.
-"""
+"""What `actstore ingest` was asked for: one model over one set of trees, at the sites that are wanted."""
 
 from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 
 from actstore.arrays import Layout, ShardBuffer
@@ -25,19 +19,17 @@ from actstore.folder import place
 from actstore.ingest.activations import SiteSpec, forward, site_specs
 from actstore.ingest.config import ModelConfig, nearest, there_are
 from actstore.ingest.models import Model, check_device, find, load
-from actstore.ingest.tokens import encode, n_positions, token_rows
-from actstore.ingest.trees import Trees, draw, edge_rows, tree_rows
+from actstore.ingest.tokens import Drawn, n_positions
+from actstore.ingest.trees import Trees, draw
 from actstore.ingest.variants import vary
 from actstore.log import check_room
 from actstore.writer import (
     RunPlan,
     SitePlan,
-    Writer,
     check_plan,
     committed_batches,
     committed_dataset,
     committed_datasets,
-    open_writer,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +43,7 @@ DREAMS = "dreams"  # what a run of continuations is named by
 SHARD_ROWS = 64 * 1024  # positions × trees: 32 MiB a site at d_model 128, large enough to write and map in one go
 CATALOG_BYTES = 4_000_000  # of a small one: DuckDB gives every column blocks of its own
 BYTES_PER_TOKEN_ROW = 20  # in parts and catalog, tree, edge and answer rows counted in; rounded up from a real store
+Buffers = Mapping[str, ShardBuffer]  # of each site, by its TransformerLens name
 
 
 @dataclass(frozen=True)
@@ -77,26 +70,13 @@ class TreeSet:
         draw(self.distribution, self.seed, 0, 0, self.n_nodes, depths=self.depths)  # refuses what no tree can be
 
     def slice(self, start: int, stop: int) -> Trees:
-        return self._slice(start, stop)[0]
+        return self.drawn(start, stop).trees
 
-    def _slice(self, start: int, stop: int) -> tuple[Trees, list[str | None]]:
-        """Trees, and what was changed in each."""
-        drawn = draw(self.distribution, self.seed, start, stop, self.n_nodes, depths=self.depths)
-        return vary(drawn, self.change, self.seed, start) if self.change else (drawn, [None] * len(drawn))
-
-    def rows(self, start: int, stop: int, first_tree_id: int, originals: int | None) -> dict[str, pl.DataFrame]:
-        """The rows of `trees`, `edges` and `tokens` of trees start…stop-1.
-
-        Args:
-            first_tree_id: of the set's first tree.
-            originals: of a variant set: tree_id of the first tree that it was made from.
-        """
-        trees, changes = self._slice(start, stop)
-        first, frame = first_tree_id + start, tree_rows(trees, first_tree_id + start, str(self.row()["dataset"]))
-        if originals is not None:
-            ids = np.arange(originals + start, originals + stop, dtype=np.int32)
-            frame = frame.with_columns(variant_of=ids, change=pl.Series(changes, dtype=pl.String))
-        return {"trees": frame, "edges": edge_rows(trees, first), "tokens": token_rows(trees, first)}
+    def drawn(self, start: int, stop: int) -> Drawn:
+        """Trees start…stop-1 of the set, as words and as rows."""
+        trees = draw(self.distribution, self.seed, start, stop, self.n_nodes, depths=self.depths)
+        trees, changes = vary(trees, self.change, self.seed, start) if self.change else (trees, None)
+        return Drawn(start, trees, changes)
 
     def row(self) -> dict[str, Any]:
         """The row of `datasets`, but for first_tree_id."""
@@ -148,7 +128,7 @@ class Ingest:
         _check_batch_size(self.batch_size)
         self.store = place(self.store)
         self.plan, self.specs = draft(
-            self.store, self.model.name, self.model.config, self.trees, self.run, self.sites, self.prompt, self.samples
+            self.model.name, self.model.config, self.trees, self.run, self.sites, self.prompt, self.samples
         )
         if self.prompt == "tree":
             from actstore.ingest.generations import Generator
@@ -166,6 +146,11 @@ class Ingest:
     def n_batches(self) -> int:
         return -(-self.trees.n_trees // int(self.plan.dataset["trees_per_shard"]))
 
+    def bounds(self, batch: int) -> tuple[int, int]:
+        """Numbers in the set of a batch's first tree, and of the one after its last."""
+        per_shard = int(self.plan.dataset["trees_per_shard"])
+        return batch * per_shard, min((batch + 1) * per_shard, self.trees.n_trees)
+
     def left(self) -> list[int]:
         """The batches that are not committed yet, by what the store says now."""
         try:
@@ -174,19 +159,21 @@ class Ingest:
             done = set()
         return [batch for batch in range(self.n_batches) if batch not in done]
 
-    def tokens(self) -> int:
+    @cached_property
+    def n_tokens(self) -> int:
         """Token rows of the whole set, estimated from its first 1,000 trees."""
-        some = self.trees.slice(0, min(1000, self.trees.n_trees))
-        return round(self.trees.n_trees * (3 * self.trees.n_nodes + float(some.depth.mean())))
+        some = self.trees.drawn(0, min(1000, self.trees.n_trees))
+        return round(self.trees.n_trees * float(some.lengths.mean()))
+
+    def bytes_of(self, n_batches: int) -> int:
+        """Bytes that so many batches take."""
+        shards = sum(site.layout.shard_bytes for site in self.plan.sites)
+        a_batch = shards + self.n_tokens * BYTES_PER_TOKEN_ROW // self.n_batches
+        return n_batches * a_batch + (CATALOG_BYTES if n_batches else 0)
 
     def bytes_left(self) -> int:
         """Bytes still to be written."""
-        a_batch = (
-            sum(site.layout.shard_bytes for site in self.plan.sites)
-            + self.tokens() * BYTES_PER_TOKEN_ROW // self.n_batches
-        )
-        left = len(self.left())
-        return left * a_batch + (CATALOG_BYTES if left else 0)
+        return self.bytes_of(len(self.left()))
 
     def kept(self) -> str:
         """What a stop has kept by now, and what the same command does then, in words."""
@@ -198,138 +185,72 @@ class Ingest:
     def announcement(self) -> str:
         """What it will cost, said before it is paid."""
         free = check_room(self.store, 0, "")
-        done = self.n_batches - len(self.left())
+        left = len(self.left())
+        done = self.n_batches - left
         resumed = f"; {done} of {self.n_batches} batches are there" if done else ""
         return (
-            f"run {self.plan.run}: {self.trees.n_trees:,} trees ({self.plan.dataset['dataset']}), about {self.tokens():,} tokens, "
-            f"{len(self.specs)} sites; {self.bytes_left() / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free{resumed}"
+            f"run {self.plan.run}: {self.trees.n_trees:,} trees ({self.plan.dataset['dataset']}), about {self.n_tokens:,} tokens, "
+            f"{len(self.specs)} sites; {self.bytes_of(left) / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free{resumed}"
         )
 
-    def execute(self, advance: Callable[[int], None] = lambda trees: None) -> None:
-        """Store what is not stored yet.
-
-        Args:
-            advance: called with the trees done so far.
-
-        Raises:
-            NoRoom: the disk has less free than what is left to write; nothing was touched.
-            BadInput: the run's name is taken by other weights, trees or sites.
-            Busy: another process writes to the store.
-            KeyboardInterrupt: Ctrl-C; the batches that were finished are committed and published.
-        """
-        check_room(self.store, self.bytes_left(), f"run {self.plan.run!r}")
-        with open_writer(self.store, make=True, wait=self.wait) as writer:
-            originals = self._originals(writer)
-            first_tree_id = writer.define(self.plan)
-            done = writer.batches(self.plan.run)
-            left = [batch for batch in range(self.n_batches) if batch not in done]
-            self._run_batches(writer, first_tree_id, originals, left, advance)
-
-    def _originals(self, writer: Writer) -> int | None:
-        """tree_id of the first tree that a variant set was made from; None for a drawn set."""
-        if not self.trees.variant_of:
-            return None
-        known = {row["dataset"]: row["first_tree_id"] for row in writer.table("datasets").to_dicts()}
-        return int(known[self.trees.variant_of])
-
-    def _run_batches(
-        self,
-        writer: Writer,
-        first_tree_id: int,
-        originals: int | None,
-        left: list[int],
-        advance: Callable[[int], None],
-    ) -> None:
-        """Run the model in this thread; let the pool's one thread commit the batch before."""
-        per_shard = int(self.plan.dataset["trees_per_shard"])
-        buffers = [{site.site: ShardBuffer(site.layout) for site in self.plan.sites} for _ in left[:2]]
-        published = time.monotonic()
-        with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool:
-            pending: Future[None] | None = None
-            for turn, batch in enumerate(left):
-                start, stop = batch * per_shard, min((batch + 1) * per_shard, self.trees.n_trees)
-                into = buffers[turn % 2]
-                of_run = self._run_model(self.trees.slice(start, stop), into, start, first_tree_id, advance)
-                if pending:
-                    pending.result()
-                    if time.monotonic() - published > self.publish_every:
-                        writer.publish()
-                        published = time.monotonic()
-                pending = pool.submit(self._commit, writer, batch, first_tree_id, originals, of_run, into)
-            if pending:
-                pending.result()
-
-    def _run_model(
-        self,
-        trees: Trees,
-        into: dict[str, ShardBuffer],
-        first: int,
-        first_tree_id: int,
-        advance: Callable[[int], None],
+    def answers(
+        self, drawn: Drawn, first_tree_id: int, into: Buffers, advance: Callable[[int], None]
     ) -> dict[str, pl.DataFrame]:
-        """Fill the buffers with the activations of one batch of trees.
+        """Run the model over one batch of trees.
 
         Args:
-            first: number in the set of the batch's first tree.
-            first_tree_id: of the set.
+            first_tree_id: tree_id of the batch's first tree.
+            into: filled with the activations.
+            advance: called with the trees of the set that are done so far.
 
         Returns:
-            What the model answered: the rows of `predictions` and `outcomes`, or of `generations`.
+            The rows of `predictions` and `outcomes`, or of `generations`.
         """
+        return (self._continuations if self.generator else self._predictions)(drawn, first_tree_id, into, advance)
+
+    def _predictions(
+        self, drawn: Drawn, first_tree_id: int, into: Buffers, advance: Callable[[int], None]
+    ) -> dict[str, pl.DataFrame]:
         import torch
 
-        from actstore.ingest import generations, predictions
+        from actstore.ingest import predictions
 
-        words = encode(trees)
-        ids = torch.from_numpy(self.model.config.vocabulary.encode(words)).to(self.device)
-        answers, said = [], []
-        for start in range(0, len(trees), self.batch_size):
-            some = slice(start, min(start + self.batch_size, len(trees)))
+        ids = torch.from_numpy(self.model.config.vocabulary.encode(drawn.words)).to(self.device)
+        answers = []
+        for some in self._passes(len(ids)):
 
-            def take(spec: SiteSpec, activations: torch.Tensor, at: int = start) -> None:
+            def take(spec: SiteSpec, activations: torch.Tensor, at: int = some.start) -> None:
                 into[spec.name].put(at, activations)
 
-            if self.generator:
-                said.append(self.generator.go_on(words[some], first + start))
-            else:
-                logits = forward(self.model, ids[some], self.specs, take)
-                answers.append(predictions.answer(self.model, words[some], logits))
-            advance(first + some.stop)
-        run, first_tree_id = self.plan.run, first_tree_id + first
-        if self.generator:
-            return {"generations": generations.generation_rows(generations.concatenate(said), run, first_tree_id)}
+            logits = forward(self.model, ids[some], self.specs, take)
+            answers.append(predictions.answer(self.model, drawn.words[some], logits))
+            advance(drawn.start + some.stop)
         graded = predictions.concatenate(answers)
         return {
-            "predictions": predictions.prediction_rows(graded, run, first_tree_id),
-            "outcomes": predictions.outcome_rows(graded, run, first_tree_id),
+            "predictions": predictions.prediction_rows(graded, self.plan.run, first_tree_id),
+            "outcomes": predictions.outcome_rows(graded, self.plan.run, first_tree_id),
         }
 
-    def _commit(
-        self,
-        writer: Writer,
-        batch: int,
-        first_tree_id: int,
-        originals: int | None,
-        of_run: dict[str, pl.DataFrame],
-        buffers: dict[str, ShardBuffer],
-    ) -> None:
-        per_shard = int(self.plan.dataset["trees_per_shard"])
-        start, stop = batch * per_shard, min((batch + 1) * per_shard, self.trees.n_trees)
-        of_trees = self.trees.rows(start, stop, first_tree_id, originals)
-        lengths = (3 * self.trees.n_nodes + of_trees["trees"]["depth"].to_numpy()).astype(np.intp)
-        writer.commit_batch(
-            self.plan,
-            batch,
-            first_tree_id + start,
-            stop - start,
-            of_trees=of_trees,
-            of_run=of_run,
-            arrays={site: buffer.seal(lengths) for site, buffer in buffers.items()},
-        )
+    def _continuations(
+        self, drawn: Drawn, first_tree_id: int, into: Buffers, advance: Callable[[int], None]
+    ) -> dict[str, pl.DataFrame]:
+        from actstore.ingest import generations
+
+        assert self.generator is not None
+        said = []
+        for some in self._passes(len(drawn.words)):
+            said.append(self.generator.go_on(drawn.words[some], drawn.start + some.start))
+            advance(drawn.start + some.stop)
+        rows = generations.generation_rows(generations.concatenate(said), self.plan.run, first_tree_id)
+        return {"generations": rows}
+
+    def _passes(self, n_trees: int) -> list[slice]:
+        """The trees of each forward pass over a batch."""
+        starts = range(0, n_trees, self.batch_size)
+        return [slice(start, min(start + self.batch_size, n_trees)) for start in starts]
 
 
 def draft(
-    store: Path,
     model: str,
     config: ModelConfig,
     trees: TreeSet,
@@ -356,9 +277,6 @@ def draft(
             raise BadInput(f"got {samples} samples; there are 0 to {MOST_SAMPLES} (--samples)")
     elif samples is not None:
         raise BadInput("--samples is of continuations that a model makes up; ask for them with --prompt tree")
-    if not trees.trees_per_shard:  # a set that is stored keeps its batches
-        stored = committed_dataset(Path(store), dataset["dataset"]) or dataset
-        dataset["trees_per_shard"] = stored["trees_per_shard"]
     if trees.n_nodes > config.n_nodes:
         raise BadInput(
             f"got trees of {trees.n_nodes} nodes; model {model!r} has labels for {config.n_nodes}: use --nodes "
@@ -451,8 +369,11 @@ def prepare(
     chosen_set = TreeSet(**chosen, name=dataset)
     if variant:
         chosen_set = _variant(store, chosen_set, variant, bool(stored))
+    if not chosen_set.trees_per_shard:  # a set that is stored keeps its batches
+        stored = committed_dataset(store, chosen_set.row()["dataset"]) or {}
+        chosen_set = replace(chosen_set, trees_per_shard=stored.get("trees_per_shard"))
     names = _parse_sites(sites)
-    plan, _ = draft(store, name, shape, chosen_set, run, names, prompt, samples)
+    plan, _ = draft(name, shape, chosen_set, run, names, prompt, samples)
     check_device(device)
     check_plan(store, plan)
     if model_of is not None:

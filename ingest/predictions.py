@@ -17,7 +17,17 @@ from torch import Tensor
 
 from actstore.ingest.activations import forward
 from actstore.ingest.models import Model
-from actstore.ingest.tokens import PAD, POSITIONS_PER_TREE, WORDS, decode, is_arrow, word_label
+from actstore.ingest.tokens import (
+    PAD,
+    POSITIONS_PER_TREE,
+    WORDS,
+    decode,
+    is_arrow,
+    n_nodes_of,
+    path_at,
+    root_at,
+    word_label,
+)
 from actstore.ingest.trees import NO_NODE, at_label, enum_series, null_where_no_node
 
 FAILURES = ("wrong_child", "not_a_child", "not_a_step")
@@ -55,10 +65,10 @@ def answer(model: Model, words: np.ndarray, logits: Tensor) -> Answers:
         words: uint8 [n_trees, 4n-1] word numbers, as `tokens.encode` writes them.
         logits: float32 [n_trees, 4n-1, d_vocab], the model's, on its device.
     """
-    n_nodes = (words.shape[1] + 1) // 4
-    target = words[:, 3 * n_nodes :]
-    # the root, at 3n - 1, predicts step 0; the last step of the longest path predicts nothing
-    predicted, p_target = _predictions(model, target, logits[:, 3 * n_nodes - 1 : -1])
+    n_nodes = n_nodes_of(words)
+    target = words[:, path_at(n_nodes) :]
+    # the root predicts step 0; the last step of the longest path predicts nothing
+    predicted, p_target = _predictions(model, target, logits[:, root_at(n_nodes) : -1])
     wrong = predicted != target
     failed = np.flatnonzero(wrong.any(axis=1))
     first = wrong[failed].argmax(axis=1)
@@ -86,8 +96,8 @@ def _greedy(model: Model, words: np.ndarray, first: np.ndarray, word: np.ndarray
     Returns:
         uint8 [n_trees, n - 1] words: as many as the path has, or up to the first that is no step; then PAD.
     """
-    n_nodes = (words.shape[1] + 1) // 4
-    prompt, path = np.split(words, [3 * n_nodes], axis=1)
+    n_nodes = n_nodes_of(words)
+    prompt, path = np.split(words, [path_at(n_nodes)], axis=1)
     depth = (path != PAD).sum(axis=1)
     said = np.where(np.arange(n_nodes - 1) < first[:, None], path, PAD).astype(np.uint8)
     going, step = np.arange(len(words)), first
@@ -96,7 +106,7 @@ def _greedy(model: Model, words: np.ndarray, first: np.ndarray, word: np.ndarray
         on = is_arrow(word) & (step + 1 < depth[going])
         going, step = going[on], step[on] + 1
         if len(going):
-            word = _next_word(model, np.concatenate([prompt[going], said[going]], axis=1), 3 * n_nodes - 1 + step)
+            word = _next_word(model, np.concatenate([prompt[going], said[going]], axis=1), root_at(n_nodes) + step)
     return said
 
 
@@ -133,11 +143,11 @@ def prediction_rows(answers: Answers, run: str, first_tree_id: int) -> pl.DataFr
     tree, step = np.nonzero(answers.target != PAD)
     tree_id = first_tree_id + tree
     target, predicted = answers.target[tree, step], answers.predicted[tree, step]
-    root_at = 3 * (answers.target.shape[1] + 1) - 1
+    root = root_at(answers.target.shape[1] + 1)
     return pl.DataFrame(
         {
             "run": pl.repeat(run, len(tree), dtype=pl.String, eager=True),
-            "token_id": tree_id * POSITIONS_PER_TREE + root_at + step,
+            "token_id": tree_id * POSITIONS_PER_TREE + root + step,
             "tree_id": tree_id.astype(np.int32),
             "step": step.astype(np.uint8),
             "target": enum_series(target, WORDS),

@@ -23,7 +23,7 @@ from actstore.ingest.generations import generation_rows
 from actstore.ingest.pipeline import Ingest
 from actstore.ingest.predictions import answer, concatenate, outcome_rows, prediction_rows
 from actstore.ingest.recompute import originals_of, rehydrate
-from actstore.ingest.tokens import PAD, POSITIONS_PER_TREE, WORDS, arrow_word, encode
+from actstore.ingest.tokens import PAD, POSITIONS_PER_TREE, WORDS, arrow_word, encode, path_at, root_at
 from actstore.ingest.trees import Trees
 from actstore.log import manifests
 from actstore.store import Store
@@ -71,11 +71,13 @@ def _compare_run(
     if not len(held):
         return []
     chosen = np.sort(np.random.default_rng(seed).choice(held, min(n_trees, len(held)), replace=False)) - first_tree_id
-    trees = _concatenate([job.trees.slice(i, i + 1) for i in chosen.tolist()])
+    drawn = [job.trees.drawn(i, i + 1) for i in chosen.tolist()]
+    trees = _concatenate([one.trees for one in drawn])
     found = [_vocabulary(store, job)]
+    dataset = str(job.plan.dataset["dataset"])
+    rows = [one.rows(first_tree_id + one.start, dataset, originals) for one in drawn]
     for name in ("trees", "edges", "tokens"):
-        frames = [job.trees.rows(i, i + 1, first_tree_id, originals)[name] for i in chosen.tolist()]
-        found.append(_rows(store, run, name, pl.concat(frames), chosen + first_tree_id))
+        found.append(_rows(store, run, name, pl.concat([frames[name] for frames in rows]), chosen + first_tree_id))
     if job.generator:
         return [*found, *_generations(store, job, chosen, first_tree_id)]
     return found + _answers(store, job, trees, chosen + first_tree_id)
@@ -129,7 +131,7 @@ def _run(job: Ingest, words: np.ndarray, tree_ids: np.ndarray) -> _Anew:
     """Run the model over word numbers, uint8 [tree, position]."""
     ids = torch.from_numpy(job.model.config.vocabulary.encode(words)).to(job.device)
     sites: dict[str, list[np.ndarray]] = {spec.name: [] for spec in job.specs}
-    answers, p, first_step = [], [], 3 * job.trees.n_nodes - 1
+    answers, p, first_step = [], [], root_at(job.trees.n_nodes)
     for start in range(0, len(words), AT_ONCE):
         some = slice(start, start + AT_ONCE)
         logits = forward(
@@ -232,7 +234,7 @@ def _outcomes(store: Store, job: Ingest, words: np.ndarray, anew: _Anew, tree_id
 
 def _is_greedy(job: Ingest, words: np.ndarray, held: dict[str, Any]) -> bool:
     """Whether a stored greedy answer is one to within ties, and the rest of its row follows from it."""
-    said, first_step = held["greedy_path"], 3 * job.trees.n_nodes
+    said, first_step = held["greedy_path"], path_at(job.trees.n_nodes)
     target = words[first_step:]
     depth = int((target != PAD).sum())
     given = words.copy()

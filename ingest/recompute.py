@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from actstore import writer
-from actstore.arrays import ShardBuffer, metadata
+from actstore.arrays import metadata
 from actstore.errors import ActstoreError, Damaged, NotStored
 from actstore.folder import check_format
 from actstore.ingest import definitions, models
+from actstore.ingest.batch import files as batch_files
 from actstore.ingest.config import ModelConfig, nearest, there_are
 from actstore.ingest.models import Model
 from actstore.ingest.pipeline import Ingest, TreeSet
@@ -159,20 +158,7 @@ def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None)
             f"{ARRAYS}/{run}/zarr.json": writer.GROUP,
             f"{WEIGHTS}/{plan.model['weights_sha256']}.safetensors": plan.weights,
         }
-    per_shard = int(job.plan.dataset["trees_per_shard"])
-    start, stop = batch * per_shard, min((batch + 1) * per_shard, job.trees.n_trees)
-    buffers = {site.site: ShardBuffer(site.layout) for site in job.plan.sites}
-    of_run_rows = job._run_model(job.trees.slice(start, stop), buffers, start, first_tree_id, lambda done: None)
-    originals = originals_of(root, manifests, job)
-    of_trees = job.trees.rows(start, stop, first_tree_id, originals)
-    lengths = (3 * job.trees.n_nodes + of_trees["trees"]["depth"].to_numpy()).astype(np.intp)
-    made = {}
-    for owner, tables in ((job.plan.dataset["dataset"], of_trees), (run, of_run_rows)):
-        for name, frame in tables.items():
-            made[f"parts/{name}/{owner}-{batch:06d}.parquet"] = writer.as_parquet(name, frame)
-    for site in job.plan.sites:
-        made[f"{site.path(run)}/{site.layout.shard_name(batch)}"] = bytes(buffers[site.site].seal(lengths))
-    return made
+    return batch_files(job, batch, first_tree_id, originals_of(root, manifests, job))
 
 
 def originals_of(root: Path, manifests: list[Manifest], job: Ingest) -> int | None:

@@ -20,7 +20,17 @@ import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput
-from actstore.ingest.trees import MAX_NODES, MIN_NODES, NO_NODE, Trees, at_label, enum_series, null_where_no_node
+from actstore.ingest.trees import (
+    MAX_NODES,
+    MIN_NODES,
+    NO_NODE,
+    Trees,
+    at_label,
+    edge_rows,
+    enum_series,
+    null_where_no_node,
+    tree_rows,
+)
 
 PAD, COMMA, BAR, COLON = 0, 1, 2, 3
 WORDS = ("<PAD>", ",", "|", ":", *(word for k in range(MAX_NODES) for word in (str(k), f"→{k}")))
@@ -32,6 +42,31 @@ SYSTEMS = ("reproduction", "baseline")
 def n_positions(n_nodes: int) -> int:
     """Tokens of the longest prompt and path: 4n-1."""
     return 4 * n_nodes - 1
+
+
+def source_at(edge: int) -> int:
+    """Position of an edge's source; its target, and the comma or bar that ends it, are the next two."""
+    return 3 * edge
+
+
+def goal_at(n_nodes: int) -> int:
+    """Position of the goal, which stands after the list of n - 1 edges."""
+    return source_at(n_nodes - 1)
+
+
+def root_at(n_nodes: int) -> int:
+    """Position of the root, the first word of the path; the goal and a colon stand before it."""
+    return goal_at(n_nodes) + 2
+
+
+def path_at(n_nodes: int) -> int:
+    """Position of the path's first step. What stands one place before a step predicts it."""
+    return root_at(n_nodes) + 1
+
+
+def n_nodes_of(words: np.ndarray) -> int:
+    """Nodes of trees that were written as words, [..., 4n-1]."""
+    return (words.shape[-1] + 1) // 4
 
 
 def node_word(label: np.ndarray) -> np.ndarray:
@@ -60,17 +95,16 @@ def encode(trees: Trees) -> np.ndarray:
     Returns:
         uint8 [n_trees, 4n-1] word numbers; PAD past a tree's last step.
     """
-    n_trees, n_edges, _ = trees.edges.shape
-    goal_at = 3 * n_edges
+    n_trees, goal = len(trees), goal_at(trees.n_nodes)
     words = np.zeros((n_trees, n_positions(trees.n_nodes)), np.uint8)
-    words[:, 0:goal_at:3] = node_word(trees.edges[:, :, 0])
-    words[:, 1:goal_at:3] = arrow_word(trees.edges[:, :, 1])
-    words[:, 2:goal_at:3] = COMMA
-    words[:, goal_at - 1] = BAR
-    words[:, goal_at] = node_word(trees.goal)
-    words[:, goal_at + 1] = COLON
-    words[:, goal_at + 2] = node_word(trees.root)
-    words[:, goal_at + 3 :] = np.where(trees.path == NO_NODE, PAD, arrow_word(trees.path))
+    words[:, 0:goal:3] = node_word(trees.edges[:, :, 0])
+    words[:, 1:goal:3] = arrow_word(trees.edges[:, :, 1])
+    words[:, 2:goal:3] = COMMA
+    words[:, goal - 1] = BAR
+    words[:, goal] = node_word(trees.goal)
+    words[:, goal + 1] = COLON
+    words[:, root_at(trees.n_nodes)] = node_word(trees.root)
+    words[:, path_at(trees.n_nodes) :] = np.where(trees.path == NO_NODE, PAD, arrow_word(trees.path))
     return words
 
 
@@ -84,23 +118,23 @@ def decode(words: np.ndarray) -> Trees:
     Raises:
         BadInput: a row is no prompt of a binary tree and a leaf of it, followed by the path from its root to that leaf.
     """
-    n_nodes = (words.shape[-1] + 1) // 4
+    n_nodes = n_nodes_of(words)
     if words.ndim != 2 or words.shape[1] != n_positions(n_nodes) or not MIN_NODES <= n_nodes <= MAX_NODES:
         raise BadInput(
             f"got words {list(words.shape)}; a tree of n nodes is 4n-1 of them, n {MIN_NODES} to {MAX_NODES}"
         )
-    goal_at = 3 * (n_nodes - 1)
-    labels, answer = word_label(words), words[:, goal_at + 3 :]
+    goal, path = goal_at(n_nodes), path_at(n_nodes)
+    labels, answer = word_label(words), words[:, path:]
     answer = np.where(answer == COMMA, PAD, answer)
     trees = Trees(
-        edges=np.stack([labels[:, 0:goal_at:3], labels[:, 1:goal_at:3]], axis=2),
-        root=labels[:, goal_at + 2],
-        goal=labels[:, goal_at],
-        path=labels[:, goal_at + 3 :],
+        edges=np.stack([labels[:, 0:goal:3], labels[:, 1:goal:3]], axis=2),
+        root=labels[:, root_at(n_nodes)],
+        goal=labels[:, goal],
+        path=labels[:, path:],
         depth=(answer != PAD).sum(axis=1).astype(np.uint8),
     )
     good = (trees.edges != NO_NODE).all(axis=(1, 2)) & (trees.goal != NO_NODE) & (trees.root != NO_NODE)
-    good &= (encode(trees) == np.concatenate([words[:, : goal_at + 3], answer], axis=1)).all(axis=1)
+    good &= (encode(trees) == np.concatenate([words[:, :path], answer], axis=1)).all(axis=1)
     good[good] = _are_trees_with_paths(trees[good])
     if not good.all():
         row = int(np.argmin(good))
@@ -131,11 +165,58 @@ def spell(words: np.ndarray) -> list[str]:
     return [WORDS[word] if 0 <= word < len(WORDS) else f"?{word}" for word in words[:n_words]]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Some trees of a set, written as words once.
+
+    Attributes:
+        start: number in the set of the first of them.
+        changes: of a variant: what was changed in each; None for trees as they were drawn.
+    """
+
+    start: int
+    trees: Trees
+    changes: list[str | None] | None = None
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """uint8 [n_trees, 4n-1] word numbers; see encode."""
+        return encode(self.trees)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """intp [n_trees]: tokens of each, padding left out."""
+        return (self.words != PAD).sum(axis=1)
+
+    def rows(self, first_tree_id: int, dataset: str, originals: int | None = None) -> dict[str, pl.DataFrame]:
+        """The rows of `trees`, `edges` and `tokens`.
+
+        Args:
+            first_tree_id: tree_id of the first of these trees.
+            dataset: name of their set.
+            originals: of a variant: tree_id of the first tree of the whole set that it was made from.
+        """
+        frame = tree_rows(self.trees, first_tree_id, dataset)
+        if originals is not None:
+            ids = np.arange(len(frame), dtype=np.int32) + np.int32(originals + self.start)
+            frame = frame.with_columns(variant_of=ids, change=pl.Series(self.changes, dtype=pl.String))
+        tokens = word_rows(self.words, first_tree_id)
+        return {"trees": frame, "edges": edge_rows(self.trees, first_tree_id), "tokens": tokens}
+
+
 def token_rows(trees: Trees, first_tree_id: int = 0) -> pl.DataFrame:
     """The rows of the `tokens` table, in (tree, position) order, padding left out; columns as in schema.sql."""
-    words = encode(trees)
-    width = n_positions(trees.n_nodes)
-    edge, role, step = _position_columns(trees.n_nodes)
+    return word_rows(encode(trees), first_tree_id)
+
+
+def word_rows(words: np.ndarray, first_tree_id: int) -> pl.DataFrame:
+    """See token_rows.
+
+    Args:
+        words: uint8 [n_trees, 4n-1] word numbers; see encode.
+    """
+    width = words.shape[1]
+    edge, role, step = _position_columns(n_nodes_of(words))
     kept = np.flatnonzero(words)  # PAD is word 0
     tree, position = np.divmod(kept, width)
     word = words.reshape(-1)[kept]
@@ -155,12 +236,12 @@ def token_rows(trees: Trees, first_tree_id: int = 0) -> pl.DataFrame:
 
 def _position_columns(n_nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What each of the 4n-1 positions is: its edge, role and step, each uint8 [4n-1], NO_NODE where it has none."""
-    width, goal_at = n_positions(n_nodes), 3 * (n_nodes - 1)
+    width, goal, path = n_positions(n_nodes), goal_at(n_nodes), path_at(n_nodes)
     position = np.arange(width)
-    edge = np.where(position < goal_at, position // 3, NO_NODE).astype(np.uint8)
-    role = np.where(position < goal_at, position % 3, ROLES.index("path")).astype(np.uint8)
-    role[goal_at - 1 : goal_at + 3] = [ROLES.index(name) for name in ("bar", "goal", "colon", "root")]
-    step = np.where(position < 3 * n_nodes, NO_NODE, position - 3 * n_nodes).astype(np.uint8)
+    edge = np.where(position < goal, position // 3, NO_NODE).astype(np.uint8)
+    role = np.where(position < goal, position % 3, ROLES.index("path")).astype(np.uint8)
+    role[goal - 1 : path] = [ROLES.index(name) for name in ("bar", "goal", "colon", "root")]
+    step = np.where(position < path, NO_NODE, position - path).astype(np.uint8)
     return edge, role, step
 
 

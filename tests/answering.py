@@ -22,13 +22,14 @@ class Answering(Ingest):
 
     says: Says | None = None
 
-    def _run_model(self, trees, into, first, first_tree_id, advance):
+    def answers(self, drawn, first_tree_id, into, advance):
+        trees, first = drawn.trees, drawn.start
         right, p = self.says(trees, first)
         graded = graded_as(trees, right, p)
         advance(first + len(trees))
         return {
-            "predictions": predictions.prediction_rows(graded, self.plan.run, first_tree_id + first),
-            "outcomes": predictions.outcome_rows(graded, self.plan.run, first_tree_id + first),
+            "predictions": predictions.prediction_rows(graded, self.plan.run, first_tree_id),
+            "outcomes": predictions.outcome_rows(graded, self.plan.run, first_tree_id),
         }
 
 
@@ -38,10 +39,11 @@ class Dreaming(Ingest):
 
     dreams: Callable[[Trees, int], list[list[str]]] | None = None
 
-    def _run_model(self, trees, into, first, first_tree_id, advance):
+    def answers(self, drawn, first_tree_id, into, advance):
+        trees = drawn.trees
         rows = [
-            (self.plan.run, first_tree_id + first + tree, 0, 3 * trees.n_nodes - 3 + place, word, 0.5, 0.5)
-            for tree, words in enumerate(self.dreams(trees, first))
+            (self.plan.run, first_tree_id + tree, 0, 3 * trees.n_nodes - 3 + place, word, 0.5, 0.5)
+            for tree, words in enumerate(self.dreams(trees, drawn.start))
             for place, word in enumerate(words)
         ]
         names = ["run", "tree_id", "sample", "position", "token", "p", "p_best"]

@@ -26,10 +26,11 @@ def shipped():
 @pytest.fixture(scope="session")
 def demo_path(shipped, tmp_path_factory):
     """A store of 40 trees through the shipped model, at the default sites, in batches of 16."""
+    from actstore.ingest.local import execute
     from actstore.ingest.pipeline import Ingest, TreeSet
 
     path = tmp_path_factory.mktemp("demo") / "demo.act"
-    Ingest(path, shipped, TreeSet("reproduction", 40, trees_per_shard=16), batch_size=8).execute()
+    execute(Ingest(path, shipped, TreeSet("reproduction", 40, trees_per_shard=16), batch_size=8))
     return path
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from actstore import log
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.queries import study
 from actstore.store import Store
@@ -16,10 +17,10 @@ TREES = TreeSet("reproduction", 40, seed=1, n_nodes=6, name="d", trees_per_shard
 def make(root, model=None):
     """A run with sites, one over variants without, continuations, and a study's results."""
     model = model or small_model()
-    Ingest(root, model, TREES, sites=["embed", "resid_post.1", "pattern.0"]).execute()
+    execute(Ingest(root, model, TREES, sites=["embed", "resid_post.1", "pattern.0"]))
     varied = replace(TREES, name="d-swap_last", variant_of="d", change="swap_last")
-    Ingest(root, model, varied, sites=[]).execute()
-    Ingest(root, model, TREES, prompt="tree").execute()
+    execute(Ingest(root, model, varied, sites=[]))
+    execute(Ingest(root, model, TREES, prompt="tree"))
     with Store(root) as store:
         results = study.run(store, "depth", run="small").results
     with open_writer(root) as writer:

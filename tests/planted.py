@@ -13,7 +13,7 @@ import torch
 from actstore.arrays import Layout, ShardBuffer
 from actstore.ingest.tokens import n_positions, token_rows
 from actstore.ingest.trees import Trees, edge_rows, tree_rows
-from actstore.writer import RunPlan, SitePlan, open_writer
+from actstore.writer import RunPlan, SitePlan, batch_contents, open_writer
 
 
 def plant(
@@ -74,7 +74,8 @@ def plant(
                 for table, frame in (of_run or {}).items()
             }
             arrays = {site.site: _shard(site.layout, sites[site.short][rows], some) for site in plan.sites}
-            writer.commit_batch(plan, batch, start, len(some), {} if start in known else of_trees, of_some, arrays)
+            contents = batch_contents(plan, batch, {} if start in known else of_trees, of_some, arrays)
+            writer.commit_batch(plan, batch, start, len(some), contents)
     return root
 
 

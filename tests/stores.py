@@ -18,7 +18,7 @@ from actstore.catalog import NAME as CATALOG
 from actstore.ingest.tokens import n_positions, token_rows
 from actstore.ingest.trees import Trees, draw, edge_rows, tree_rows
 from actstore.plan import RunPlan, SitePlan
-from actstore.writer import Writer, open_writer
+from actstore.writer import Writer, batch_contents, open_writer
 
 D_MODEL, N_HEADS = 6, 2
 TABLES = (
@@ -91,7 +91,9 @@ class Fake:
             "tokens": token_rows(trees, first),
         }
         of_run = all_right(self.plan.run, of_trees["trees"], of_trees["tokens"])
-        writer.commit_batch(self.plan, batch, first, len(trees), of_trees, of_run, arrays)
+        writer.commit_batch(
+            self.plan, batch, first, len(trees), batch_contents(self.plan, batch, of_trees, of_run, arrays)
+        )
 
 
 def fake(

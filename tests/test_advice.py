@@ -19,6 +19,7 @@ from actstore import catalog, log
 from actstore.cli import main
 from actstore.errors import BadInput, Damaged, advised
 from actstore.ingest.card import write_card
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.store import Store
 from actstore.writer import create
@@ -44,7 +45,7 @@ def test_a_command_is_quoted_as_a_shell_needs_it(words):
 def made(shipped, tmp_path_factory):
     """A store, in a folder whose name has a blank, of 120 trees that the shipped model answered, without sites or sisters."""
     path = tmp_path_factory.mktemp("advice of") / "my store.act"
-    Ingest(path, shipped, TreeSet("reproduction", 120, name="d"), sites=[], run="r").execute()
+    execute(Ingest(path, shipped, TreeSet("reproduction", 120, name="d"), sites=[], run="r"))
     return path
 
 

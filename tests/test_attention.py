@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from actstore.errors import BadInput, NotStored
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.trees import draw
 from actstore.queries import study
@@ -196,9 +197,9 @@ def sisters(tmp_path_factory):
     """Two runs of one model over the same trees, the second with its patterns, and one of another model with its own."""
     root = tmp_path_factory.mktemp("sisters") / "s.act"
     trees = TreeSet("reproduction", 60, n_nodes=6, name="d")
-    Ingest(root, small_model(), trees, run="small").execute()
-    Ingest(root, small_model(), trees, run="small-patterns", sites=["pattern"]).execute()
-    Ingest(root, small_model(seed=5), trees, run="other-patterns", sites=["pattern"]).execute()
+    execute(Ingest(root, small_model(), trees, run="small"))
+    execute(Ingest(root, small_model(), trees, run="small-patterns", sites=["pattern"]))
+    execute(Ingest(root, small_model(seed=5), trees, run="other-patterns", sites=["pattern"]))
     with Store(root) as opened:
         yield opened
 

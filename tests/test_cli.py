@@ -332,7 +332,7 @@ def test_an_ingest_that_is_stopped_before_its_first_commit_promises_nothing(tmp_
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Ingest, "_run_model", stopped)
+    monkeypatch.setattr(Ingest, "answers", stopped)
     first = run("ingest", tmp_path / "s.act", "--model", "reproduction", "--trees", "8", "--sites", "none")
     assert_one_line(first, 1, "stopped; nothing was committed yet, and the same command begins anew")
 

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.tokens import encode, token_rows
 from actstore.ingest.trees import draw, tree_rows
@@ -252,7 +253,7 @@ def three(tmp_path_factory):
         ("c", 3, ["pattern.0"]),
     ):
         model = small_model(seed=seed)
-        Ingest(path, model, trees, run=run, sites=sites).execute()
+        execute(Ingest(path, model, trees, run=run, sites=sites))
     with Store(path) as opened:
         yield opened
 

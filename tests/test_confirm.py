@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.tokens import n_positions, token_rows
 from actstore.ingest.trees import draw, tree_rows
@@ -32,10 +33,10 @@ SECOND, OTHERS = replace(FIRST, seed=6, name="fresh"), replace(FIRST, seed=7, na
 
 
 def answer(root, trees, says, run, changes=()):
-    Answering(root, MODEL, trees, run, sites=[], says=says).execute()
+    execute(Answering(root, MODEL, trees, run, sites=[], says=says))
     for change in changes:
         varied = replace(trees, name=f"{trees.name}-{change}", variant_of=trees.name, change=change)
-        Answering(root, MODEL, varied, f"{run}-{change}", sites=[], says=says).execute()
+        execute(Answering(root, MODEL, varied, f"{run}-{change}", sites=[], says=says))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def path(tmp_path_factory):
     answer(path, SECOND, ignores_the_last_edge, "s", swaps)
     answer(path, OTHERS, noise, "t", swaps)
     for trees, run in ((FIRST, "r-dreams"), (SECOND, "s-dreams")):
-        Dreaming(path, MODEL, trees, run, prompt="tree", samples=0, dreams=first_listed_leaf).execute()
+        execute(Dreaming(path, MODEL, trees, run, prompt="tree", samples=0, dreams=first_listed_leaf))
     return path
 
 
@@ -261,7 +262,7 @@ def do(line):
 def added_to(path, tmp_path_factory):
     """A copy, in a folder whose name has a blank, with attention patterns."""
     shutil.copytree(path, copy := tmp_path_factory.mktemp("confirm with") / "my store.act")
-    Ingest(copy, MODEL, FIRST, "r-patterns", sites=["pattern.0"]).execute()
+    execute(Ingest(copy, MODEL, FIRST, "r-patterns", sites=["pattern.0"]))
     return copy
 
 

@@ -8,6 +8,7 @@ import torch
 
 from actstore.errors import BadInput
 from actstore.ingest.generations import Generator
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.tokens import COMMA, PAD, WORDS, encode
 from actstore.ingest.trees import draw
@@ -67,8 +68,8 @@ def test_a_tree_goes_on_the_same_whichever_batch_it_comes_in():
 def test_continuations_are_stored_token_by_token(tmp_path):
     model = small_model("baseline")
     trees = TreeSet("deep", 10, n_nodes=6, trees_per_shard=4, name="d")
-    Ingest(tmp_path / "s.act", model, trees, sites=["embed"]).execute()
-    Ingest(tmp_path / "s.act", model, trees, prompt="tree", samples=2, batch_size=3).execute()
+    execute(Ingest(tmp_path / "s.act", model, trees, sites=["embed"]))
+    execute(Ingest(tmp_path / "s.act", model, trees, prompt="tree", samples=2, batch_size=3))
     said = Generator(model, 2, 0).go_on(encode(draw("deep", 0, 0, 10, 6)), 0)
     with Store(tmp_path / "s.act") as store:
         rows = store.sql("from generations order by tree_id, sample, position")
@@ -101,14 +102,14 @@ def test_what_cannot_be_asked_for_is_refused(tmp_path):
         Ingest(tmp_path / "s.act", model, trees, prompt="tree", samples=300)
     with pytest.raises(BadInput, match="--prompt tree"):
         Ingest(tmp_path / "s.act", model, trees, samples=3)
-    Ingest(tmp_path / "s.act", model, trees, prompt="tree", samples=1).execute()
+    execute(Ingest(tmp_path / "s.act", model, trees, prompt="tree", samples=1))
     with pytest.raises(BadInput, match="samples 1, not 2"):
-        Ingest(tmp_path / "s.act", replace(model), trees, prompt="tree", samples=2).execute()
+        execute(Ingest(tmp_path / "s.act", replace(model), trees, prompt="tree", samples=2))
 
 
 def test_a_run_of_continuations_has_as_many_trees_as_it_holds(tmp_path):
     trees = TreeSet("reproduction", 10, n_nodes=6, name="d")
-    Ingest(tmp_path / "s.act", small_model(), trees, prompt="tree", samples=3).execute()
+    execute(Ingest(tmp_path / "s.act", small_model(), trees, prompt="tree", samples=3))
     with Store(tmp_path / "s.act") as store:
         (row,) = store.info().to_dicts()
     assert (row["trees"], row["planned"], row["greedy_right_percent"]) == (10, 10, None)

@@ -14,6 +14,7 @@ import pytest
 
 from actstore import queries
 from actstore.errors import SeveralRuns
+from actstore.ingest.local import execute
 from actstore.ingest.models import load
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.queries import study
@@ -31,11 +32,11 @@ def more_path(demo_path, shipped, tmp_path_factory):
     shutil.copytree(demo_path, path)
     trees, sites = TreeSet(RUN, 40, trees_per_shard=16), ["embed"]
     drawn = trees.row()["dataset"]
-    Ingest(path, shipped, TreeSet("deep", 12, seed=3), "other-trees", sites=sites).execute()
-    Ingest(path, shipped, replace(trees, variant_of=drawn, change="swap_last", name="varied"), sites=[]).execute()
-    Ingest(path, load(RUN, checkpoint=1000), trees, sites=sites).execute()
-    Ingest(path, shipped, trees, "patterns", sites=["pattern.0"]).execute()
-    Ingest(path, shipped, trees, prompt="tree").execute()
+    execute(Ingest(path, shipped, TreeSet("deep", 12, seed=3), "other-trees", sites=sites))
+    execute(Ingest(path, shipped, replace(trees, variant_of=drawn, change="swap_last", name="varied"), sites=[]))
+    execute(Ingest(path, load(RUN, checkpoint=1000), trees, sites=sites))
+    execute(Ingest(path, shipped, trees, "patterns", sites=["pattern.0"]))
+    execute(Ingest(path, shipped, trees, prompt="tree"))
     return path
 
 

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from actstore.ingest.local import execute
 from actstore.ingest.models import load
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.variants import CHANGES
@@ -26,12 +27,12 @@ def every_run(shipped, tmp_path_factory):
     root, other = tmp_path_factory.mktemp("full") / "full.act", load("baseline")
     trees = TreeSet("reproduction", 120, seed=7, name="trees")
     for model in (shipped, other):
-        Ingest(root, model, trees, sites=["embed", "resid_post", "pattern"]).execute()
-        Ingest(root, model, TreeSet("deep", 120, seed=8, name="deep"), f"{model.name}-deep").execute()
+        execute(Ingest(root, model, trees, sites=["embed", "resid_post", "pattern"]))
+        execute(Ingest(root, model, TreeSet("deep", 120, seed=8, name="deep"), f"{model.name}-deep"))
         for change in CHANGES:
             varied = replace(trees, name=f"trees-{change}", variant_of="trees", change=change)
-            Ingest(root, model, varied, sites=[]).execute()
-        Ingest(root, model, trees, prompt="tree").execute()
+            execute(Ingest(root, model, varied, sites=[]))
+        execute(Ingest(root, model, trees, prompt="tree"))
     return root
 
 

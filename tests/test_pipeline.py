@@ -19,6 +19,7 @@ from actstore.arrays import POSITIONS_PER_TREE
 from actstore.errors import BadInput, Busy, NoRoom
 from actstore.ingest import pipeline
 from actstore.ingest.config import ModelConfig
+from actstore.ingest.local import execute
 from actstore.ingest.models import load
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.tokens import decode, encode
@@ -42,7 +43,7 @@ def trees(n=10, **more):
 @pytest.mark.parametrize("system", ["reproduction", "baseline"])
 def test_every_stored_activation_is_the_reference_forwards(tmp_path, system):
     model = small_model(system)
-    Ingest(tmp_path / "s.act", model, trees(), sites=EVERY_SITE, batch_size=3).execute()
+    execute(Ingest(tmp_path / "s.act", model, trees(), sites=EVERY_SITE, batch_size=3))
     words = encode(draw("reproduction", 0, 0, 10, 6))
     expected = reference(weights(model), torch.from_numpy(model.config.vocabulary.encode(words)))
     with Store(tmp_path / "s.act") as store:
@@ -77,9 +78,9 @@ def test_an_activation_predicts_what_is_stored_as_predicted(demo_store, shipped)
 
 def test_two_models_over_the_same_trees_share_them_and_join(tmp_path):
     store = tmp_path / "s.act"
-    Ingest(store, small_model(name="one"), trees()).execute()
-    Ingest(store, small_model("baseline", name="two"), trees()).execute()
-    Ingest(store, small_model(name="one"), trees(seed=5), run="elsewhere").execute()
+    execute(Ingest(store, small_model(name="one"), trees()))
+    execute(Ingest(store, small_model("baseline", name="two"), trees()))
+    execute(Ingest(store, small_model(name="one"), trees(seed=5), run="elsewhere"))
     with Store(store) as opened:
         assert opened.sql("select count(*) from trees").item() == 20
         joined = opened.sql(
@@ -93,7 +94,7 @@ def test_two_models_over_the_same_trees_share_them_and_join(tmp_path):
 
 def test_interrupted_after_any_commit_the_same_command_ends_with_the_same_bytes(tmp_path, monkeypatch):
     model, sites = small_model(), ["embed"]
-    Ingest(tmp_path / "whole.act", model, trees(6), sites=sites).execute()
+    execute(Ingest(tmp_path / "whole.act", model, trees(6), sites=sites))
     publish, calls = log.publish, []
     for stop_after in range(1, 60):
         store = tmp_path / "cut.act"
@@ -109,12 +110,12 @@ def test_interrupted_after_any_commit_the_same_command_ends_with_the_same_bytes(
         monkeypatch.setattr(log, "publish", cut)
         interrupted = True
         try:
-            Ingest(store, model, trees(6), sites=sites).execute()
+            execute(Ingest(store, model, trees(6), sites=sites))
             interrupted = False
         except KeyboardInterrupt:
             pass
         monkeypatch.setattr(log, "publish", publish)
-        Ingest(store, model, trees(6), sites=sites).execute()
+        execute(Ingest(store, model, trees(6), sites=sites))
         assert contents(store) == contents(tmp_path / "whole.act")
         if not interrupted:
             break
@@ -135,10 +136,11 @@ def contents(store: Path) -> dict[str, bytes]:
 COMMAND = """
 from pathlib import Path
 import sys
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest, TreeSet
 from tests.test_pipeline import small_model
 print("ready", flush=True)
-Ingest(Path(sys.argv[1]), small_model(), TreeSet("reproduction", 120, n_nodes=6, trees_per_shard=4), batch_size=4).execute()
+execute(Ingest(Path(sys.argv[1]), small_model(), TreeSet("reproduction", 120, n_nodes=6, trees_per_shard=4), batch_size=4))
 """
 
 
@@ -155,12 +157,12 @@ def test_killed_while_it_runs_it_goes_on_to_the_same_bytes(tmp_path, blow):
         assert process.poll() is None
         time.sleep(0.005)
     with pytest.raises(Busy, match=str(process.pid)):
-        Ingest(store, model, wanted).execute()
+        execute(Ingest(store, model, wanted))
     process.send_signal(blow)
     assert process.wait() != 0
     assert len(list((store / "log").iterdir())) < 31, "it was done before the blow: nothing was tested"
-    Ingest(store, model, wanted, batch_size=4).execute()
-    Ingest(tmp_path / "whole.act", model, wanted, batch_size=4).execute()
+    execute(Ingest(store, model, wanted, batch_size=4))
+    execute(Ingest(tmp_path / "whole.act", model, wanted, batch_size=4))
     assert contents(store) == contents(tmp_path / "whole.act")
     with Store(store) as cut, Store(tmp_path / "whole.act") as whole:
         for table in (
@@ -180,7 +182,7 @@ def test_killed_while_it_runs_it_goes_on_to_the_same_bytes(tmp_path, blow):
 
 def test_a_run_with_other_weights_trees_or_sites_is_refused_and_changes_nothing(tmp_path):
     store = tmp_path / "s.act"
-    Ingest(store, small_model(), trees()).execute()
+    execute(Ingest(store, small_model(), trees()))
     before = files(store)
     for other, message in (
         (Ingest(store, small_model(seed=2), trees()), "weights_sha256"),
@@ -193,21 +195,21 @@ def test_a_run_with_other_weights_trees_or_sites_is_refused_and_changes_nothing(
         ),
     ):
         with pytest.raises(BadInput, match=message):
-            other.execute()
+            execute(other)
         assert files(store) == before
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(log.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(NoRoom, match="GB free"):
-        Ingest(tmp_path / "s.act", small_model(), trees()).execute()
+        execute(Ingest(tmp_path / "s.act", small_model(), trees()))
     assert not list(tmp_path.iterdir())
 
 
 def test_the_cost_said_beforehand_covers_what_is_written_and_not_much_more(tmp_path):
     job = Ingest(tmp_path / "s.act", small_model(), TreeSet("reproduction", 1000, n_nodes=6, trees_per_shard=250))
     said = job.bytes_left()
-    job.execute()
+    execute(job)
     written = sum(len(content) for content in files(tmp_path / "s.act").values())
     assert 0.8 * said < written < 1.2 * said
     assert job.bytes_left() == 0
@@ -257,18 +259,18 @@ def test_trees_longer_than_the_models_context_are_refused(tmp_path):
     model = random_model(ModelConfig("reproduction", 6, n_layers=1, d_model=8, d_head=8, d_mlp=8, n_ctx=22))
     with pytest.raises(BadInput, match="context of 22"):
         Ingest(tmp_path / "s.act", model, trees())
-    Ingest(tmp_path / "s.act", model, TreeSet("reproduction", 3, n_nodes=5), sites=["embed"]).execute()
+    execute(Ingest(tmp_path / "s.act", model, TreeSet("reproduction", 3, n_nodes=5), sites=["embed"]))
 
 
 def test_a_stored_set_of_trees_is_named_and_keeps_its_seed_and_batches(tmp_path):
     store = tmp_path / "s.act"
-    Ingest(store, small_model(), trees(10, seed=3)).execute()
+    execute(Ingest(store, small_model(), trees(10, seed=3)))
     again = pipeline.prepare(
         store, "reproduction", dataset=trees(10, seed=3).row()["dataset"], run="other", sites="embed"
     )
     assert (again.trees.seed, again.trees.n_trees, again.trees.n_nodes) == (3, 10, 6)
     assert again.plan.dataset["trees_per_shard"] == 4
-    again.execute()
+    execute(again)
     with Store(store) as opened:
         assert opened.sql("select count(*) from trees").item() == 10
         assert opened.sql("select count(*) from outcomes").item() == 20

@@ -6,6 +6,7 @@ import pytest
 
 from actstore.cli import main
 from actstore.ingest import recheck
+from actstore.ingest.local import execute
 from actstore.ingest.models import Model
 from actstore.ingest.pipeline import Ingest
 from actstore.ingest.tokens import PAD, encode, word_label
@@ -40,7 +41,7 @@ def planted(root, monkeypatch, change):
         return seal(self, lengths)
 
     monkeypatch.setattr(ShardBuffer, "seal", changed)
-    Ingest(root, small_model(), TREES, sites=["embed", "resid_post.1"]).execute()
+    execute(Ingest(root, small_model(), TREES, sites=["embed", "resid_post.1"]))
     monkeypatch.undo()
     assert verify(root).findings == []
     return root
@@ -70,7 +71,7 @@ def test_a_small_error_in_one_number_in_a_hundred_is_caught(tmp_path, monkeypatc
 def test_other_weights_than_those_written_down_are_caught(tmp_path):
     ours, theirs = small_model(seed=1), small_model(seed=2)
     liar = Model("small", theirs.config, theirs.bridge, ours.weights, ours.weights_sha256, "small")
-    Ingest(tmp_path / "s.act", liar, TREES, sites=["embed", "resid_post.1"]).execute()
+    execute(Ingest(tmp_path / "s.act", liar, TREES, sites=["embed", "resid_post.1"]))
     assert verify(tmp_path / "s.act").findings == []
     assert {("small", "embed"), ("small", "resid_post.1"), ("small", "predictions")} <= differing(tmp_path / "s.act")
 
@@ -80,7 +81,7 @@ def test_another_vocabulary_is_caught(tmp_path, monkeypatch):
 
     words = Vocabulary.words
     monkeypatch.setattr(Vocabulary, "words", lambda self: words(self)[::-1])
-    Ingest(tmp_path / "s.act", small_model(), TREES, sites=["embed"]).execute()
+    execute(Ingest(tmp_path / "s.act", small_model(), TREES, sites=["embed"]))
     monkeypatch.undo()
     assert differing(tmp_path / "s.act") == {("small", "vocabulary")}
 
@@ -90,7 +91,7 @@ def test_rows_that_belong_to_another_tree_are_caught(tmp_path, monkeypatch):
 
     rows = pipeline.token_rows
     monkeypatch.setattr(pipeline, "token_rows", lambda trees, first: rows(trees[::-1], first))
-    Ingest(tmp_path / "s.act", small_model(), TREES, sites=["embed"]).execute()
+    execute(Ingest(tmp_path / "s.act", small_model(), TREES, sites=["embed"]))
     monkeypatch.undo()
     assert ("small", "tokens") in differing(tmp_path / "s.act")
 
@@ -113,7 +114,7 @@ def changed_rows(root, monkeypatch, table, change, **options):
     monkeypatch.setattr(
         Writer, "_part", lambda self, name, at, rows: part(self, name, at, change(rows) if name == table else rows)
     )
-    Ingest(root, small_model(), TREES, sites=None if options else ["embed"], **options).execute()
+    execute(Ingest(root, small_model(), TREES, sites=None if options else ["embed"], **options))
     monkeypatch.undo()
     assert verify(root).findings == []
     return root

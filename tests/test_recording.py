@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from actstore import log, recording
 from actstore.cli import main
 from actstore.errors import BadInput, Busy
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.queries import study as studies
 from actstore.store import Store
@@ -51,7 +52,7 @@ def writing(root):
 def root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trees = TreeSet("reproduction", 60, n_nodes=6, name="d")
-    Answering(tmp_path / "s.act", small_model(), trees, sites=[], says=noise, run="small").execute()
+    execute(Answering(tmp_path / "s.act", small_model(), trees, sites=[], says=noise, run="small"))
     return tmp_path / "s.act"
 
 
@@ -261,7 +262,7 @@ def test_what_is_no_file_of_results_is_refused(root, tmp_path, content):
 
 def test_results_of_another_store_are_refused(root, tmp_path):
     file = kept_file(root)
-    Ingest(tmp_path / "other.act", small_model(), TreeSet("reproduction", 5, n_nodes=6), sites=[], run="x").execute()
+    execute(Ingest(tmp_path / "other.act", small_model(), TreeSet("reproduction", 5, n_nodes=6), sites=[], run="x"))
     result = run("record", tmp_path / "other.act", file)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "of run small" in result.stderr

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import Damaged, NoRoom, NotStored
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.queries.report import TITLES, report
 from actstore.queries.study import STUDIES
@@ -23,8 +24,8 @@ def path(tmp_path_factory):
     """A run of 300 trees with answers that are made up, and no variants: some studies can be answered, others cannot."""
     root = tmp_path_factory.mktemp("report") / "s.act"
     trees = TreeSet("reproduction", 300, n_nodes=6, name="d")
-    Answering(root, small_model(), trees, sites=[], says=noise, run="small").execute()
-    Ingest(root, small_model(), trees, prompt="tree").execute()
+    execute(Answering(root, small_model(), trees, sites=[], says=noise, run="small"))
+    execute(Ingest(root, small_model(), trees, prompt="tree"))
     return root
 
 
@@ -163,10 +164,10 @@ def test_the_smallest_trees_and_sets_lack_something_and_nothing_fails(tmp_path, 
         replace(trees, name=f"d-{change}", variant_of="d", change=change) for change in ("swap_last", "swap_inner")
     ]
     for model in (small_model(), small_model(seed=2, name="other")):
-        Ingest(tmp_path / "s.act", model, trees, sites=["resid_post", "pattern"]).execute()
+        execute(Ingest(tmp_path / "s.act", model, trees, sites=["resid_post", "pattern"]))
         for varied in changed:
-            Ingest(tmp_path / "s.act", model, varied, sites=[]).execute()
-        Ingest(tmp_path / "s.act", model, trees, prompt="tree").execute()
+            execute(Ingest(tmp_path / "s.act", model, varied, sites=[]))
+        execute(Ingest(tmp_path / "s.act", model, trees, prompt="tree"))
     with Store(tmp_path / "s.act") as store:
         made = report(store, tmp_path / "out")
     assert made.faults == []

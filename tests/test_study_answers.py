@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 from actstore.errors import BadInput, NotStored
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import TreeSet
 from actstore.ingest.trees import draw
 from actstore.queries import study, swap
@@ -43,7 +44,7 @@ def restless(trees, first):
 
 
 def without_variants(root, says, trees=TREES):
-    Answering(root, MODEL, trees, sites=[], says=says).execute()
+    execute(Answering(root, MODEL, trees, sites=[], says=says))
     return root
 
 
@@ -51,7 +52,7 @@ def with_variants(root, says):
     without_variants(root, says)
     for change in ("swap_last", "swap_inner"):
         varied = replace(TREES, name=f"d-{change}", variant_of="d", change=change)
-        Answering(root, MODEL, varied, sites=[], says=says).execute()
+        execute(Answering(root, MODEL, varied, sites=[], says=says))
     return root
 
 
@@ -323,8 +324,8 @@ def rambles(trees, first):
 
 def dreaming(root, dreams, distribution="deep", system="reproduction"):
     trees = TreeSet(distribution, 1500, seed=2, n_nodes=6, depths=(1, 4) if distribution == "deep" else None, name="d")
-    Answering(root, small_model(system), trees, sites=[], says=noise).execute()
-    Dreaming(root, small_model(system), trees, prompt="tree", samples=0, dreams=dreams).execute()
+    execute(Answering(root, small_model(system), trees, sites=[], says=noise))
+    execute(Dreaming(root, small_model(system), trees, prompt="tree", samples=0, dreams=dreams))
     return root
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from actstore.errors import BadInput
 from actstore.ingest import variants
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest, TreeSet, prepare
 from actstore.ingest.trees import draw, edge_rows
 from actstore.store import Store
@@ -19,10 +20,10 @@ def stored(tmp_path_factory):
     """40 trees of 6 nodes, and both variants of them, with sites and without."""
     root, model = tmp_path_factory.mktemp("variants") / "s.act", small_model()
     base = TreeSet("baseline", 40, seed=3, n_nodes=6, name="base", trees_per_shard=16)
-    Ingest(root, model, base, sites=["embed"]).execute()
+    execute(Ingest(root, model, base, sites=["embed"]))
     for change, sites in (("swap_last", ["embed"]), ("swap_inner", [])):
         varied = replace(base, name=f"base-{change}", variant_of="base", change=change)
-        Ingest(root, model, varied, sites=sites).execute()
+        execute(Ingest(root, model, varied, sites=sites))
     return root
 
 
@@ -86,7 +87,7 @@ def test_a_range_of_a_stream_varies_as_it_does_within_the_whole(change):
 def test_an_interrupted_variant_goes_on_to_the_same_bytes(stored, tmp_path):
     root, model = tmp_path / "s.act", small_model()
     base = TreeSet("baseline", 40, seed=3, n_nodes=6, name="base", trees_per_shard=16)
-    Ingest(root, model, base, sites=["embed"]).execute()
+    execute(Ingest(root, model, base, sites=["embed"]))
     varied = replace(base, name="base-swap_last", variant_of="base", change="swap_last")
 
     def stop(done):
@@ -94,9 +95,9 @@ def test_an_interrupted_variant_goes_on_to_the_same_bytes(stored, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Ingest(root, model, varied, sites=["embed"]).execute(stop)
-    Ingest(root, model, varied, sites=["embed"]).execute()
-    Ingest(root, model, replace(varied, name="base-swap_inner", change="swap_inner"), sites=[]).execute()
+        execute(Ingest(root, model, varied, sites=["embed"]), stop)
+    execute(Ingest(root, model, varied, sites=["embed"]))
+    execute(Ingest(root, model, replace(varied, name="base-swap_inner", change="swap_inner"), sites=[]))
     mine, whole = committed_files(root), committed_files(stored)
     assert {path for path in mine if "log/" not in path} == {path for path in whole if "log/" not in path}
     assert all(mine[path] == whole[path] for path in mine if "log/" not in path)
@@ -120,7 +121,7 @@ def test_another_model_runs_over_a_stored_variant(stored, tmp_path):
     with Store(root) as store:
         row = store.sql("from datasets where dataset = 'base-swap_last'").to_dicts()[0]
     again = TreeSet("baseline", 40, 3, 6, None, "base-swap_last", 16, row["variant_of"], row["change"])
-    Ingest(root, small_model(seed=2, name="other"), again, sites=[]).execute()
+    execute(Ingest(root, small_model(seed=2, name="other"), again, sites=[]))
     with Store(root) as store:
         assert store.sql("select count(*) as n from trees where dataset = 'base-swap_last'")["n"].item() == 40
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from actstore import catalog, log
+from actstore.ingest.local import execute
 from actstore.ingest.pipeline import Ingest
 from actstore.verify import verify
 from tests.damaged import TREES, committed, damage, flip, shorten
@@ -104,7 +105,7 @@ def test_a_manifest_that_leads_outside_the_store_is_damage(store):
 def test_damage_of_the_catalog_is_not_carried_on_into_the_next_one(store):
     damage(store / catalog.NAME, flip(os.path.getsize(store / catalog.NAME) - 1))
     before = verify(store).damage
-    Ingest(store, small_model(), TREES, run="again", sites=["embed"]).execute()
+    execute(Ingest(store, small_model(), TREES, run="again", sites=["embed"]))
     assert [found.path for found in before] == [catalog.NAME]
     assert verify(store).findings == []
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from actstore.ingest.local import execute
 from actstore.ingest.models import load
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.tokens import encode
@@ -26,7 +27,7 @@ from pathlib import Path
 from actstore.ingest.models import load
 from actstore.ingest.pipeline import Ingest, TreeSet
 store, n_trees = sys.argv[1:]
-Ingest(Path(store), load("reproduction"), TreeSet("reproduction", int(n_trees))).execute()
+execute(Ingest(Path(store), load("reproduction"), TreeSet("reproduction", int(n_trees))))
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 """
 
@@ -45,7 +46,7 @@ def speed() -> list[Row]:
         bare.append(time.perf_counter() - started)
         with tempfile.TemporaryDirectory(dir=".") as folder:
             started = time.perf_counter()
-            Ingest(Path(folder) / "bench.act", model, trees, batch_size=BATCH_SIZE).execute()
+            execute(Ingest(Path(folder) / "bench.act", model, trees, batch_size=BATCH_SIZE))
             stored.append(time.perf_counter() - started)
     ratio = median(bare) / median(stored)
     return [

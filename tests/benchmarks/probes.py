@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from actstore.ingest.local import execute
 from actstore.ingest.models import load
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.ingest.tokens import encode
@@ -32,7 +33,7 @@ def rows() -> list[Row]:
     model = load("reproduction")
     trees = TreeSet("deep", N_TREES, seed=1)
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        Ingest(Path(folder) / "grid.act", model, trees).execute()
+        execute(Ingest(Path(folder) / "grid.act", model, trees))
         with Store(Path(folder) / "grid.act") as store:
             n_sites = len(store.sites(store.runs()[0]))
         _reads(Path(folder) / "grid.act", False)  # so that each finds every page in memory

@@ -19,6 +19,7 @@ import duckdb
 import numpy as np
 import polars as pl
 
+from actstore.ingest.local import execute
 from actstore.ingest.models import load
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.store import Store
@@ -252,7 +253,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         if given.store is None:
             given.store = Path(folder) / "small.act"
-            Ingest(given.store, load("reproduction"), TreeSet("reproduction", given.trees)).execute()
+            execute(Ingest(given.store, load("reproduction"), TreeSet("reproduction", given.trees)))
         tables = sections(given.store)
     if given.json:
         given.json.write_text(json.dumps({title: [asdict(row) for row in rows] for title, rows in tables.items()}))

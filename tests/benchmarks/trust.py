@@ -9,12 +9,14 @@ import shutil
 import tempfile
 import time
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 from actstore import log
 from actstore.arrays import ShardBuffer
 from actstore.hashing import BLOCK
+from actstore.ingest.local import execute
 from actstore.ingest.models import load
 from actstore.ingest.pipeline import Ingest, TreeSet
 from actstore.store import Store
@@ -44,7 +46,7 @@ def _cost_in_ingest(folder: Path) -> Row:
             with contextlib.ExitStack() as off:
                 for patch in () if safe else _without_safety():
                     off.enter_context(patch)
-                return _timed(Ingest(store, model, trees).execute)
+                return _timed(partial(execute, Ingest(store, model, trees)))
         finally:
             shutil.rmtree(store)
 
@@ -69,7 +71,7 @@ def _without_safety() -> list[AbstractContextManager[object]]:
 
 def _of_store(folder: Path, n_trees: int) -> list[Row]:
     store = folder / f"{n_trees}.act"
-    Ingest(store, load("reproduction"), TreeSet("reproduction", n_trees)).execute()
+    execute(Ingest(store, load("reproduction"), TreeSet("reproduction", n_trees)))
     try:
         return [*_verify(store, n_trees), *_checked_read(store, n_trees)]
     finally:

@@ -33,10 +33,11 @@ max_iters: 120
 
 def ingest(root: Path, model: object) -> None:
     """20 batches, with a catalog put in place after each."""
+    from actstore.ingest.local import execute
     from actstore.ingest.pipeline import Ingest, TreeSet
 
     trees = TreeSet("reproduction", N_TREES, n_nodes=6, trees_per_shard=PER_SHARD, name="d")
-    Ingest(root, model, trees, sites=["embed", "resid_post.1"], publish_every=0.0).execute()  # type: ignore[arg-type]
+    execute(Ingest(root, model, trees, sites=["embed", "resid_post.1"], publish_every=0.0))  # type: ignore[arg-type]
 
 
 def open_as_reader(root: Path) -> None:

@@ -24,10 +24,11 @@ TABLES = ("trees", "outcomes", "(select distinct tree_id from tokens)", "(select
 
 
 def ingest(root: Path, model: object, n_trees: int) -> None:
+    from actstore.ingest.local import execute
     from actstore.ingest.pipeline import Ingest, TreeSet
 
     trees = TreeSet("reproduction", n_trees, n_nodes=6, trees_per_shard=PER_SHARD, name="d")
-    Ingest(root, model, trees, sites=["embed"], publish_every=0.2).execute()  # type: ignore[arg-type]
+    execute(Ingest(root, model, trees, sites=["embed"], publish_every=0.2))  # type: ignore[arg-type]
 
 
 def ask(root: Path, seed: int, n_trees: int, said: Path) -> None:

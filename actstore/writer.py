@@ -389,21 +389,6 @@ class Writer:
         self._log.append(log.commit(self.root, manifest, self._log[-1] if self._log else None))
         self._files |= {file.path: file for file in manifest.files}
 
-<<<<<<< HEAD
-    def _part(self, table: str, name: str, rows: pl.DataFrame | Sequence[Mapping[str, Any]]) -> list[Part]:
-        """Publish rows of a table; an empty list where an earlier commit brought the very same."""
-        frame = _as_stored(
-            table, rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(rows, infer_schema_length=None)
-        )
-        path = f"{PARTS}/{table}/{name}.parquet"
-        if path in self._files:
-            if not _read_part(self.root / path).equals(frame):
-                raise _otherwise(self.root / path)
-            return []
-        self._lease.check()
-        file = log.publish(self.root, path, as_parquet(table, frame))
-        return [Part(**vars(file), table=cast(TableOfParts, table), rows=len(frame))]
-=======
     def _part(self, part: Content) -> list[Part]:
         """Publish rows of a table; an empty list where an earlier commit brought the very same rows."""
         if part.path in self._files and not self._has(part.path, part.content):
@@ -413,8 +398,8 @@ class Writer:
             if not held.equals(pl.read_parquet(bytes(part.content))):
                 raise _otherwise(self.root / part.path)
             return []
-        return [Part(**vars(file), table=part.table, rows=part.rows) for file in self._file(part.path, part.content)]
->>>>>>> 15311d8 (A batch of a run is made in one place: drawn and written as words once, run, and encoded; ingest, repair and verify share it)
+        table = cast(TableOfParts, part.table)
+        return [Part(**vars(file), table=table, rows=part.rows) for file in self._file(part.path, part.content)]
 
     def _file(self, path: str, content: bytes | memoryview) -> list[File]:
         """Publish a file; an empty list where an earlier commit brought the very same."""

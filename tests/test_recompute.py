@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from actstore import writer
 from actstore.cli import main
 from actstore.ingest import recheck
 from actstore.ingest.local import execute
@@ -11,7 +12,6 @@ from actstore.ingest.models import Model
 from actstore.ingest.pipeline import Ingest
 from actstore.ingest.tokens import PAD, encode, word_label
 from actstore.verify import verify
-from actstore.writer import Writer
 from tests.damaged import TREES
 from tests.test_pipeline import small_model
 
@@ -87,10 +87,10 @@ def test_another_vocabulary_is_caught(tmp_path, monkeypatch):
 
 
 def test_rows_that_belong_to_another_tree_are_caught(tmp_path, monkeypatch):
-    from actstore.ingest import pipeline
+    from actstore.ingest import tokens
 
-    rows = pipeline.token_rows
-    monkeypatch.setattr(pipeline, "token_rows", lambda trees, first: rows(trees[::-1], first))
+    rows = tokens.word_rows
+    monkeypatch.setattr(tokens, "word_rows", lambda words, first: rows(words[::-1], first))
     execute(Ingest(tmp_path / "s.act", small_model(), TREES, sites=["embed"]))
     monkeypatch.undo()
     assert ("small", "tokens") in differing(tmp_path / "s.act")
@@ -110,9 +110,9 @@ def test_the_command_refuses_what_its_weights_do_not_give(tmp_path, monkeypatch)
 
 def changed_rows(root, monkeypatch, table, change, **options):
     """A store of which one table's rows are what `change` makes of them, and all its checksums right."""
-    part = Writer._part
+    part = writer.part_content
     monkeypatch.setattr(
-        Writer, "_part", lambda self, name, at, rows: part(self, name, at, change(rows) if name == table else rows)
+        writer, "part_content", lambda name, at, rows: part(name, at, change(rows) if name == table else rows)
     )
     execute(Ingest(root, small_model(), TREES, sites=None if options else ["embed"], **options))
     monkeypatch.undo()

@@ -103,7 +103,8 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
 
 def _no_store(root: Path) -> NotStored:
     """Says which store is near, if only by its name, and else how to make one."""
-    if around := store_around(root):
+    around = store_around(root)
+    if around and around != Path(os.path.realpath(root)):
         return NotStored(f"{root} lies in a store; name the store itself, {around}")
     what = "is no actstore store (it has no store.json)" if root.exists() else "does not exist"
     with suppress(OSError):

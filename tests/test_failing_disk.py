@@ -216,9 +216,6 @@ class Job:
     def announcement(self):
         return "a run"
 
-    def execute(self, advance):
-        fake().store(self.root)
-
     def kept(self):
         return "nothing was committed yet, and the same command begins anew"
 
@@ -231,6 +228,7 @@ def test_what_a_file_system_lacks_is_named_and_no_command_promised(tmp_path, mon
         fake().store(root, [0])
     before = files(tmp_path)
     monkeypatch.setattr("actstore.ingest.pipeline.prepare", lambda store, **options: Job(store))
+    monkeypatch.setattr("actstore.ingest.local.execute", lambda job, advance: fake().store(job.root))
     with lacking(monkeypatch, ability):
         with pytest.raises(Unsupported, match="name a place on another file system"):
             fake().store(root)

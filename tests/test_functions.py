@@ -347,31 +347,6 @@ def test_the_latest_direction_of_a_name_counts(probed: tuple[Store, pl.DataFrame
         assert again.sql("select probe_direction($name) as d", {"name": name})["d"].to_list() == [[1.0] * 8]
 
 
-def test_a_store_from_before_there_were_directions_is_read_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probed: tuple[Store, pl.DataFrame]
-) -> None:
-    results, now = probed[1], catalog.schema()
-    older = now.partition("create view latest_results")[0].splitlines()
-    lines = [line for line in older if not line.startswith(("    name varchar,", "    direction float[],"))]
-    with monkeypatch.context() as then:
-        then.setattr(catalog, "schema", lambda: "\n".join(lines))
-        catalog.tables.cache_clear()
-        ONE.store(tmp_path / "s.act", batches=[0])
-        with open_writer(tmp_path / "s.act") as writer:
-            writer.record(results.drop("name", "direction"))
-    catalog.tables.cache_clear()
-    assert catalog.schema() == now
-    with Store(tmp_path / "s.act") as store:
-        assert store.sql("from results").width == len(study.RESULTS) - 1
-        with pytest.raises(NotStored, match=r"older version .*`actstore repair"):
-            store.sql("select probe_direction('x')")
-    with open_writer(tmp_path / "s.act") as writer:
-        writer.record(results)
-    with Store(tmp_path / "s.act") as store:
-        kept = store.sql("select recorded, count(*) as n, count(direction) as d from results group by all order by 1")
-        assert kept.select("n", "d").rows() == [(len(results), 0), (len(results), 10)]
-
-
 # How it ends.
 
 

@@ -160,7 +160,7 @@ def test_an_answer_that_cannot_be_recorded_is_printed_and_kept_and_the_advised_c
     assert done.exit_code == 0, done.output
     found = recorded(root)
     monkeypatch.undo()
-    os.chdir(root.parent)
+    monkeypatch.chdir(root.parent)
     assert run(*COMMANDS[command]).exit_code == 0
     again = recorded(root)
     mine = [name for name in found.columns if name not in ("recorded", "snapshot")]

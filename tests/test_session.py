@@ -140,6 +140,9 @@ def test_an_unknown_column_is_answered_with_those_there_are(store: Store) -> Non
 def test_an_unknown_table_is_answered_with_those_there_are(store: Store) -> None:
     said = refusal(store, "select * from activations")
     assert "activations does not exist" in said
+    assert "It takes a run and a site: from activations('RUN', 'resid_post.0')" in said
+    said = refusal(store, "select * from vectors")
+    assert "vectors does not exist" in said
     assert said.split("\n")[0].endswith(
         " The store has answer_tokens, datasets, edge_separators, edge_sources, edge_targets, edges, generations, "
         "latest_results, models, outcomes, predictions, results, runs, shards, sites, snapshot, tokens, trees; a frame of Python "

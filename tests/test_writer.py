@@ -291,8 +291,9 @@ def test_two_runs_over_one_set_share_its_trees_and_another_set_has_others(tmp_pa
             )
             expected = run.activations["blocks.0.hook_resid_post"]
             np.testing.assert_array_equal(X, expected[rows["tree_id"] - first, rows["position"]])
+        assert len(store.read("select token_id from tokens", run="three")[0]) == three.lengths.sum(), "of its own trees"
         with pytest.raises(NotStored, match="of no tree of this run"):
-            store.read("select token_id from tokens", run="three")
+            store.read("select token_id from main.tokens", run="three")
         with pytest.raises(BadInput, match=r"which run\? .* holds one, two, three"):
             store.read("select token_id from tokens")
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from actstore.advice import ingest_more
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.activations import FAMILIES
+from actstore.ingest.models.sites import FAMILIES
 
 if TYPE_CHECKING:
     from actstore.store import Store

@@ -19,22 +19,23 @@ import duckdb
 import numpy as np
 import polars as pl
 
-from actstore import catalog, given, reading, scope
 from actstore.advice import no_run
-from actstore.arrays import SiteReader
+from actstore.arrays.reader import SiteReader
+from actstore.catalog import build
+from actstore.commits.log import FORMAT_VERSION, check_sizes, log_hash, manifests
 from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
-from actstore.folder import CheckedFolder, Folder, check_format, place
-from actstore.functions import Vectors, add_functions
-from actstore.log import FORMAT_VERSION, check_sizes, log_hash, manifests
-from actstore.machine import limit_reached
-from actstore.session import Session, one_line
+from actstore.reading import activations, given, scope
 from actstore.sites import Site, wanted
+from actstore.sql.functions import Vectors, add_functions
+from actstore.sql.session import Session, one_line
+from actstore.storage.folder import CheckedFolder, Folder, check_format, place
+from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
     import torch
 
-    from actstore.batches import Batches
-    from actstore.explain import Explanation
+    from actstore.reading.batches import Batches
+    from actstore.reading.explain import Explanation
 
 
 class Store:
@@ -77,17 +78,17 @@ class Store:
         hashes: dict[str, str] = {}
         self.folder: Folder = CheckedFolder(self.path, hashes) if self.check else Folder(self.path)
         opened.callback(self.folder.close)
-        catalog.refuse_replayed(self.path)
+        build.refuse_replayed(self.path)
         self._session = self._open_session()
         opened.callback(self._session.close)
-        catalog.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
+        build.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
         try:
-            catalog.check_tables(self._session.sql(catalog.TABLES_THERE).rows())
+            build.check_tables(self._session.sql(build.TABLES_THERE).rows())
             self.snapshot, hash_of_log = self._snapshot()
             self._vectors = add_functions(self._session, self)
         except (BadInput, ValueError, TypeError) as error:
             raise Damaged(
-                f"{self.path / catalog.NAME} is no catalog of a store ({error}); rebuild it with {advised('repair', self.path)}"
+                f"{self.path / build.NAME} is no catalog of a store ({error}); rebuild it with {advised('repair', self.path)}"
             ) from error
         committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
         if log_hash(committed) != hash_of_log:
@@ -120,16 +121,16 @@ class Store:
 
     def _open_session(self) -> Session:
         if self.about["format"] == FORMAT_VERSION:
-            return self._open_checked() if self.check else Session(self.path / catalog.NAME)
-        with catalog.of_older(self.path) as built:  # its own catalog lacks tables and columns of today
+            return self._open_checked() if self.check else Session(self.path / build.NAME)
+        with build.of_older(self.path) as built:  # its own catalog lacks tables and columns of today
             return Session(built)
 
     def _open_checked(self) -> Session:
         """The catalog, once it was held against the hash that was noted for it."""
         while True:  # a writer may put another in its place meanwhile
-            session = Session(self.path / catalog.NAME)
+            session = Session(self.path / build.NAME)
             try:
-                is_noted = catalog.is_noted(self.path, session.fileno())
+                is_noted = build.is_noted(self.path, session.fileno())
             except FileNotFoundError:
                 is_noted = False
             if is_noted:
@@ -137,7 +138,7 @@ class Store:
             session.close()
             if is_noted is False:
                 raise Damaged(
-                    f"{self.path / catalog.NAME} is not what was put in place (its hash is not noted): look with "
+                    f"{self.path / build.NAME} is not what was put in place (its hash is not noted): look with "
                     f"{advised('verify', self.path)}, then mend it with {advised('repair', self.path)}"
                 )
 
@@ -157,7 +158,7 @@ class Store:
         timeout: float | None = None,
         memory: str | int | None = None,
     ) -> pl.DataFrame:
-        """Run one SQL query over the store's tables (actstore/schema.sql says what each column holds).
+        """Run one SQL query over the store's tables (actstore/catalog/schema.sql says what each column holds).
 
         Beside DuckDB's own there are the functions `act(token_id, run, site)` and `logit_lens(token_id, run, site)`, which
         give a token's activation as FLOAT[d_model] and its logits as FLOAT[d_vocab] (FLOAT[] where the store's runs differ
@@ -202,9 +203,9 @@ class Store:
         params = given.parameters(params)
         if timeout is None and memory is None:
             return scope.ask(self, query, params, reads)
-        from actstore import sandbox
+        from actstore.sql import process
 
-        return sandbox.run(self, query, params, sandbox.Limits.of(timeout, memory), reads)
+        return process.run(self, query, params, process.Limits.of(timeout, memory), reads)
 
     @property
     def whole(self) -> Store:
@@ -228,7 +229,7 @@ class Store:
 
     def info(self) -> pl.DataFrame:
         """One row a run: its model, trees, sites and size, and how often its greedy answers are right."""
-        of_all = self.whole.sql(files("actstore").joinpath("info.sql").read_text(encoding="utf-8"))
+        of_all = self.whole.sql(files("actstore.catalog").joinpath("info.sql").read_text(encoding="utf-8"))
         return of_all if self.only is None else of_all.filter(run=self.only)
 
     def runs(self) -> list[str]:
@@ -341,13 +342,13 @@ class Store:
 
         A shard that is cut short while it is mapped kills the process that reads it (SIGBUS): no error can be raised.
         """
-        dtype = reading.check_form(dtype, out)
+        dtype = activations.check_form(dtype, out)
         run = self.run(run)
         names = wanted(self, run, site, sites)
         readers = [self._reader(run, name) for name in names]
-        reading.same_row_shape(readers, names)
-        token_ids, rows = reading.read_ids(self, run, query, params, timeout, memory)
-        return reading.read_activations(readers, token_ids, sites is None, dtype, out), rows
+        activations.same_row_shape(readers, names)
+        token_ids, rows = activations.read_ids(self, run, query, params, timeout, memory)
+        return activations.read_activations(readers, token_ids, sites is None, dtype, out), rows
 
     def explain(
         self,
@@ -367,7 +368,7 @@ class Store:
                 only the read finds out.
             BadInput, LimitReached: as `read`.
         """
-        from actstore.explain import explain
+        from actstore.reading.explain import explain
 
         run = self.run(run)
         return explain(self, query, run, wanted(self, run, site, sites), params, timeout, memory)
@@ -391,7 +392,7 @@ class Store:
         Raises:
             NotStored: no such run or site.
         """
-        from actstore.scan import scan
+        from actstore.reading.scan import scan
 
         run = self.run(run)
         (name,) = wanted(self, run, site, None)
@@ -452,7 +453,7 @@ class Store:
             BadInput: as `read`; or a number that cannot be.
             Damaged: on iterating: a file is not what was committed, or another store was put in the place of this one.
         """
-        from actstore.batches import Batches
+        from actstore.reading.batches import Batches
 
         run = self.run(run)
         return Batches(
@@ -475,7 +476,7 @@ class Store:
     def _reader(self, run: str, site: str) -> SiteReader:
         self._session.check()
         if (run, site) not in self._readers:
-            self._readers[run, site] = reading.open_site(self, run, site)
+            self._readers[run, site] = activations.open_site(self, run, site)
         return self._readers[run, site]
 
 

@@ -14,8 +14,9 @@ import polars as pl
 
 from actstore.advice import ingest_more
 from actstore.errors import NotStored
+from actstore.intervals import difference, over_trees, share
 from actstore.queries import load
-from actstore.queries.panels import panels, points
+from actstore.queries.figures import panels, points
 from actstore.queries.study import (
     Progress,
     Study,
@@ -27,7 +28,6 @@ from actstore.queries.study import (
     shown,
     test_rows,
 )
-from actstore.statistics import difference, over_trees, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

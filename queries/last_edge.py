@@ -16,11 +16,11 @@ import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput
+from actstore.intervals import difference, over_trees, share, shuffled_within, stratified_difference
 from actstore.queries import load
 from actstore.queries.depth import outcomes
-from actstore.queries.panels import GREY, panels, points
+from actstore.queries.figures import GREY, panels, points
 from actstore.queries.study import Progress, Study, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
-from actstore.statistics import difference, over_trees, share, shuffled_within, stratified_difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,8 +20,8 @@ import polars as pl
 
 import actstore
 from actstore.errors import NotStored, advised
+from actstore.intervals import holm
 from actstore.queries import check_names, nearest
-from actstore.statistics import holm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 STUDIES = {
-    "probes": "actstore.queries.probe",
+    "probes": "actstore.queries.probes.study",
     "depth": "actstore.queries.depth",
     "last-edge": "actstore.queries.last_edge",
     "swap": "actstore.queries.swap",
-    "dreams": "actstore.queries.dreams",
-    "attention": "actstore.queries.attention",
-    "compare": "actstore.queries.compare",
+    "dreams": "actstore.queries.dreams.study",
+    "attention": "actstore.queries.attention.study",
+    "compare": "actstore.queries.compare.study",
 }
 
 OF_THE_MODEL = (

@@ -1,6 +1,6 @@
 """The study `swap`: the same tree twice, the edges listed in another order, and what that does to the answer.
 
-Three kinds of pairs (see ingest/variants.py): an edge of the path moves to the last place of the list; the path's
+Three kinds of pairs (see ingest/trees/variants.py): an edge of the path moves to the last place of the list; the path's
 edge that was last moves inward; and, the control, an edge of the path trades places with another and the last one
 stays. The first two together are every tree twice, its path once through the last edge and once not: that is what the
 answer rests on. What moving to the last place does beyond moving at all is the difference of the first and the
@@ -18,8 +18,9 @@ import polars as pl
 
 from actstore.advice import ingest_more
 from actstore.errors import NotStored
+from actstore.intervals import change_over_trees, paired, sign_flip
+from actstore.queries.figures import panels, points
 from actstore.queries.last_edge import interval, within
-from actstore.queries.panels import panels, points
 from actstore.queries.study import (
     Progress,
     Study,
@@ -31,7 +32,6 @@ from actstore.queries.study import (
     shown,
     test_rows,
 )
-from actstore.statistics import change_over_trees, paired, sign_flip
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from actstore.ingest import predictions
-from actstore.ingest.pipeline import Ingest
-from actstore.ingest.tokens import COMMA, PAD, encode
-from actstore.ingest.trees import NO_NODE, Trees
+from actstore.ingest.answers import tree_paths
+from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.trees.draw import NO_NODE, Trees
+from actstore.ingest.trees.tokens import COMMA, PAD, encode
 
 Says = Callable[[Trees, int], tuple[np.ndarray, np.ndarray]]  # trees, number of the first → right, p of the right step
 
@@ -28,8 +28,8 @@ class Answering(Ingest):
         graded = graded_as(trees, right, p)
         advance(first + len(trees))
         return {
-            "predictions": predictions.prediction_rows(graded, self.plan.run, first_tree_id),
-            "outcomes": predictions.outcome_rows(graded, self.plan.run, first_tree_id),
+            "predictions": tree_paths.prediction_rows(graded, self.plan.run, first_tree_id),
+            "outcomes": tree_paths.outcome_rows(graded, self.plan.run, first_tree_id),
         }
 
 
@@ -50,7 +50,7 @@ class Dreaming(Ingest):
         return {"generations": pl.DataFrame(rows, schema=names, orient="row")}
 
 
-def graded_as(trees: Trees, right: np.ndarray, p: np.ndarray) -> predictions.Answers:
+def graded_as(trees: Trees, right: np.ndarray, p: np.ndarray) -> tree_paths.Answers:
     """Answers of which each step is right or wrong as told; a wrong one is a comma."""
     target = encode(trees)[:, 3 * trees.n_nodes :]
     there = target != PAD
@@ -58,13 +58,13 @@ def graded_as(trees: Trees, right: np.ndarray, p: np.ndarray) -> predictions.Ans
     failed = ~right.all(axis=1)
     first = np.where(failed, (~right).argmax(axis=1), NO_NODE).astype(np.uint8)
     greedy = np.where(np.arange(target.shape[1]) < first[:, None], trees.path, NO_NODE).astype(np.uint8)
-    return predictions.Answers(
+    return tree_paths.Answers(
         target=target,
         predicted=np.where(right, target, COMMA).astype(np.uint8),
         p_target=np.where(there, p, np.nan).astype(np.float32),
         greedy=greedy,
         first_wrong_step=first,
-        failure=np.where(failed, predictions.FAILURES.index("not_a_step"), NO_NODE).astype(np.uint8),
+        failure=np.where(failed, tree_paths.FAILURES.index("not_a_step"), NO_NODE).astype(np.uint8),
     )
 
 

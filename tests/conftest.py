@@ -18,7 +18,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 @pytest.fixture(scope="session")
 def shipped():
     """The trained model that the project ships; loaded once, since transformer_lens takes seconds to import."""
-    from actstore.ingest.models import load
+    from actstore.ingest.models.load import load
 
     return load("reproduction")
 
@@ -26,8 +26,8 @@ def shipped():
 @pytest.fixture(scope="session")
 def demo_path(shipped, tmp_path_factory):
     """A store of 40 trees through the shipped model, at the default sites, in batches of 16."""
-    from actstore.ingest.local import execute
-    from actstore.ingest.pipeline import Ingest, TreeSet
+    from actstore.ingest.jobs.job import Ingest, TreeSet
+    from actstore.ingest.jobs.local import execute
 
     path = tmp_path_factory.mktemp("demo") / "demo.act"
     execute(Ingest(path, shipped, TreeSet("reproduction", 40, trees_per_shard=16), batch_size=8))

@@ -3,12 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-from actstore import log
-from actstore.ingest.local import execute
-from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.commits import log
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
 from actstore.queries import study
 from actstore.store import Store
-from actstore.writer import open_writer
+from actstore.writing.writer import open_writer
 from tests.test_pipeline import small_model
 
 TREES = TreeSet("reproduction", 40, seed=1, n_nodes=6, name="d", trees_per_shard=16)

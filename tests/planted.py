@@ -10,10 +10,11 @@ import numpy as np
 import polars as pl
 import torch
 
-from actstore.arrays import Layout, ShardBuffer
-from actstore.ingest.tokens import n_positions, token_rows
-from actstore.ingest.trees import Trees, edge_rows, tree_rows
-from actstore.writer import RunPlan, SitePlan, batch_contents, open_writer
+from actstore.arrays.reader import Layout, ShardBuffer
+from actstore.ingest.trees.draw import Trees, edge_rows, tree_rows
+from actstore.ingest.trees.tokens import n_positions, token_rows
+from actstore.writing.plan import RunPlan, SitePlan
+from actstore.writing.writer import batch_contents, open_writer
 
 
 def plant(

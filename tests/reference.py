@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from actstore.ingest.config import ModelConfig
-from actstore.ingest.models import Model, from_bytes
-from actstore.ingest.weights import canonical, parse, shapes
+from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.load import Model, from_bytes
+from actstore.ingest.models.weights import canonical, parse, shapes
 
 ACTIVATIONS = {
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,

@@ -12,13 +12,13 @@ import numpy as np
 import polars as pl
 import torch
 
-from actstore.arrays import Layout, ShardBuffer
-from actstore.catalog import HASHES
-from actstore.catalog import NAME as CATALOG
-from actstore.ingest.tokens import n_positions, token_rows
-from actstore.ingest.trees import Trees, draw, edge_rows, tree_rows
-from actstore.plan import RunPlan, SitePlan
-from actstore.writer import Writer, batch_contents, open_writer
+from actstore.arrays.reader import Layout, ShardBuffer
+from actstore.catalog.build import HASHES
+from actstore.catalog.build import NAME as CATALOG
+from actstore.ingest.trees.draw import Trees, draw, edge_rows, tree_rows
+from actstore.ingest.trees.tokens import n_positions, token_rows
+from actstore.writing.plan import RunPlan, SitePlan
+from actstore.writing.writer import Writer, batch_contents, open_writer
 
 D_MODEL, N_HEADS = 6, 2
 TABLES = (

@@ -7,11 +7,11 @@ from jaxtyping import jaxtyped
 from torch import Tensor
 
 from actstore.errors import BadInput
-from actstore.ingest.activations import SiteSpec, all_sites, forward, site_specs
-from actstore.ingest.config import ModelConfig
-from actstore.ingest.models import Model
-from actstore.ingest.tokens import encode
-from actstore.ingest.trees import draw
+from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.load import Model
+from actstore.ingest.models.sites import SiteSpec, all_sites, forward, site_specs
+from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.tokens import encode
 from tests.reference import ACTIVATIONS, one_thread, random_model, reference, weights  # noqa: F401
 
 SMALL = [

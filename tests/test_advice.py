@@ -15,14 +15,15 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from actstore import catalog, log
+from actstore.catalog import build
 from actstore.cli import main
+from actstore.commits import log
 from actstore.errors import BadInput, Damaged, advised
-from actstore.ingest.card import write_card
-from actstore.ingest.local import execute
-from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.training.card import write_card
 from actstore.store import Store
-from actstore.writer import create
+from actstore.writing.writer import create
 from tests.test_old_stores import unpack
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,7 @@ class Case:
 
 
 def without_catalog(store: Path) -> None:
-    (store / catalog.NAME).unlink()
+    (store / build.NAME).unlink()
 
 
 def flipped(name: str):
@@ -113,15 +114,15 @@ def changed(statement: str):
 
     def spoil(store: Path) -> None:
         sites(store)
-        (store / catalog.NAME).chmod(0o644)
-        with duckdb.connect(str(store / catalog.NAME)) as connection:
+        (store / build.NAME).chmod(0o644)
+        with duckdb.connect(str(store / build.NAME)) as connection:
             connection.execute(statement)
 
     return spoil
 
 
 def a_log_beside_the_catalog(store: Path) -> None:
-    (store / f"{catalog.NAME}.wal").write_bytes(b"left")
+    (store / f"{build.NAME}.wal").write_bytes(b"left")
 
 
 def empty(store: Path) -> None:
@@ -137,7 +138,7 @@ def of_format_2(store: Path) -> None:
 def of_another_database(store: Path) -> None:
     """The catalog is a DuckDB file, and no store's."""
     without_catalog(store)
-    duckdb.connect(str(store / catalog.NAME)).close()
+    duckdb.connect(str(store / build.NAME)).close()
 
 
 def another_past(store: Path) -> None:
@@ -176,15 +177,15 @@ UNREAD = ["read", "STORE", "select token_id from edge_targets", "--csv", "--site
 FEW = ("--trees", "20", "--sites", "none")
 PROBES = ["study", "STORE", "probes", "-o", "max_iter", "5"]
 CASES = [
-    Case("queries/attention.py:pattern_run", ["study", "STORE", "attention"]),
-    Case("queries/attention.py:pattern_run", ["study", "STORE", "attention", "--run", "r"], names_taken),
-    Case("queries/attention.py:pattern_run", ["attention", "STORE", "3", "--run", "r", "--out", "OUT.html"]),
+    Case("queries/attention/study.py:pattern_run", ["study", "STORE", "attention"]),
+    Case("queries/attention/study.py:pattern_run", ["study", "STORE", "attention", "--run", "r"], names_taken),
+    Case("queries/attention/study.py:pattern_run", ["attention", "STORE", "3", "--run", "r", "--out", "OUT.html"]),
     Case("queries/swap.py:companions", ["study", "STORE", "swap"], commands=2),
     Case("queries/swap.py:companions", ["study", "STORE", "swap", "--run", "r"], names_taken, commands=2),
-    Case("queries/dreams.py:study", ["study", "STORE", "dreams"]),
-    Case("queries/dreams.py:study", ["study", "STORE", "dreams", "--run", "r"], names_taken),
-    Case("queries/compare.py:_other", ["study", "STORE", "compare"]),
-    Case("queries/compare.py:_other", ["study", "STORE", "compare", "--run", "r"], names_taken),
+    Case("queries/dreams/study.py:study", ["study", "STORE", "dreams"]),
+    Case("queries/dreams/study.py:study", ["study", "STORE", "dreams", "--run", "r"], names_taken),
+    Case("queries/compare/study.py:_other", ["study", "STORE", "compare"]),
+    Case("queries/compare/study.py:_other", ["study", "STORE", "compare", "--run", "r"], names_taken),
     *(
         Case(
             "queries/depth.py:outcomes",
@@ -194,9 +195,9 @@ CASES = [
         )
         for of in ("depth", "last-edge")
     ),
-    Case("queries/probe.py:_where", PROBES, None, [*PROBES, "--run", "RUN", "-o", "sites", "embed"]),
+    Case("queries/probes/study.py:_where", PROBES, None, [*PROBES, "--run", "RUN", "-o", "sites", "embed"]),
     Case(
-        "queries/probe.py:_where",
+        "queries/probes/study.py:_where",
         [*PROBES, "--run", "s", "-o", "sites", "resid_mid.1"],
         sites,
         [*PROBES, "--run", "RUN", "-o", "sites", "resid_mid.1"],
@@ -213,15 +214,19 @@ CASES = [
         for site in ("embed", "resid_mid.1", "blocks.1.hook_resid_mid", "resid_post")
     ),
     Case("actstore/advice.py:no_run", ["query", "STORE", "accuracy_by_depth", "-p", "run", "baseline"], more=FEW),
-    Case("actstore/functions.py:_read_direction", DIRECTION, sites),
-    Case("actstore/catalog.py:not_a_table", ["sql", "STORE", "select 1"], changed(VIEW)),
-    Case("actstore/reading.py:_impossible", [*EMBED, "--site", "embed"], changed("update sites set shape = []")),
-    Case("actstore/catalog.py:refuse_replayed", ["sql", "STORE", "select 1"], a_log_beside_the_catalog),
-    Case("actstore/folder.py:_no_store", ["sql", "STORE", "select 1"], shutil.rmtree, more=FEW),
-    Case("actstore/folder.py:check_format", ["study", "STORE", "depth"], of_format_2),
-    Case("actstore/folder.py:_mend", ["info", "STORE"], flipped("store.json")),
-    Case("actstore/folder.py:_check_hash", READ, shard_flipped, commands=2),
-    Case("actstore/session.py:__init__", ["info", "STORE"], without_catalog),
+    Case("actstore/sql/functions.py:_read_direction", DIRECTION, sites),
+    Case("actstore/catalog/build.py:not_a_table", ["sql", "STORE", "select 1"], changed(VIEW)),
+    Case(
+        "actstore/reading/activations.py:_impossible",
+        [*EMBED, "--site", "embed"],
+        changed("update sites set shape = []"),
+    ),
+    Case("actstore/catalog/build.py:refuse_replayed", ["sql", "STORE", "select 1"], a_log_beside_the_catalog),
+    Case("actstore/storage/folder.py:_no_store", ["sql", "STORE", "select 1"], shutil.rmtree, more=FEW),
+    Case("actstore/storage/folder.py:check_format", ["study", "STORE", "depth"], of_format_2),
+    Case("actstore/storage/folder.py:_mend", ["info", "STORE"], flipped("store.json")),
+    Case("actstore/storage/folder.py:_check_hash", READ, shard_flipped, commands=2),
+    Case("actstore/sql/session.py:__init__", ["info", "STORE"], without_catalog),
     Case("actstore/store.py:_open", ["info", "STORE"], of_another_database),
     Case(
         "actstore/store.py:_open_checked",
@@ -229,20 +234,24 @@ CASES = [
         flipped("catalog.duckdb"),
         commands=2,
     ),
-    Case("actstore/catalog.py:noted_hashes", ["query", "STORE", "role_counts", "--check"], text("catalog.json", "{")),
-    Case("actstore/verify.py:raise_if_damaged", ["verify", "STORE"], flipped("parts/tokens/*")),
+    Case(
+        "actstore/catalog/build.py:noted_hashes",
+        ["query", "STORE", "role_counts", "--check"],
+        text("catalog.json", "{"),
+    ),
+    Case("actstore/upkeep/verify.py:raise_if_damaged", ["verify", "STORE"], flipped("parts/tokens/*")),
 ]
 ELSEWHERE = {
-    "actstore/cli.py:kept",  # test_recording.py
-    "actstore/cli.py:ingest",  # below, as the rest
+    "actstore/cli/read.py:kept",  # test_recording.py
+    "actstore/cli/read.py:ingest",  # below, as the rest
     "actstore/store.py:_said_as_damage",  # test_content.py, as the next
-    "actstore/writer.py:table",
-    "actstore/scope.py:_note",  # test_scope.py: a note, which refuses nothing
-    "actstore/witness.py:in_conflict",  # test_witness.py: only who looks can know which of the two is right
-    "actstore/repair.py:_refuse_shared_places",  # test_links.py
-    "actstore/repair.py:_anew",  # test_repair.py: what else there is where no copy is
+    "actstore/writing/writer.py:table",
+    "actstore/reading/scope.py:_note",  # test_scope.py: a note, which refuses nothing
+    "actstore/catalog/witness.py:in_conflict",  # test_witness.py: only who looks can know which of the two is right
+    "actstore/upkeep/repair.py:_refuse_shared_places",  # test_links.py
+    "actstore/upkeep/repair.py:_anew",  # test_repair.py: what else there is where no copy is
     "queries/second.py:_line",  # test_confirm.py, since it is several commands in one line
-    "ingest/card.py:write_card",
+    "ingest/training/card.py:write_card",
 }
 MENTIONED = re.compile(r"`actstore (models list|models add( NAME FILE)?|read)`")  # named, not spelled out
 
@@ -320,7 +329,7 @@ def test_a_variant_of_no_stored_set_says_which_sets_there_are(store):
 def advisers() -> set[str]:
     """FILE:FUNCTION of every place that makes a command for a message."""
     found = set()
-    for path in [path for folder in ("actstore", "ingest", "queries") for path in (ROOT / folder).glob("*.py")]:
+    for path in [path for folder in ("actstore", "ingest", "queries") for path in (ROOT / folder).rglob("*.py")]:
         name = path.relative_to(ROOT).as_posix()
         for function in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]:
             inner = [node for node in ast.walk(function) if isinstance(node, ast.FunctionDef) and node is not function]
@@ -339,7 +348,7 @@ def test_every_place_that_advises_a_command_is_tested():
 
 def test_no_message_writes_a_command_by_hand():
     """Where it would not be quoted, and not tested here; docstrings and help are no messages."""
-    for path in [path for folder in ("actstore", "ingest", "queries") for path in (ROOT / folder).glob("*.py")]:
+    for path in [path for folder in ("actstore", "ingest", "queries") for path in (ROOT / folder).rglob("*.py")]:
         tree = ast.parse(path.read_text())
         raised = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
         texts = [node.value for one in raised for node in ast.walk(one) if isinstance(node, ast.Constant)]

@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.local import execute
-from actstore.ingest.pipeline import Ingest, TreeSet
-from actstore.ingest.trees import draw
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.trees.draw import draw
 from actstore.queries import study
-from actstore.queries.attention_page import draw_patterns, page, save
+from actstore.queries.attention.page import draw_patterns, page, save
 from actstore.store import Store
 from tests.planted import plant
 from tests.test_pipeline import small_model

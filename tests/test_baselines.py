@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from actstore import queries
 from actstore.cli import main
 from actstore.errors import BadInput
-from actstore.ingest.trees import draw
-from actstore.queries import baselines, study
+from actstore.ingest.trees.draw import draw
+from actstore.queries import study
+from actstore.queries.probes import baselines
 from actstore.store import Store
 from tests.planted import plant
 

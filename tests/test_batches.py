@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from actstore import batches as batching
 from actstore.errors import ActstoreError, BadInput, Damaged, NotStored
+from actstore.reading import batches as batching
+from actstore.reading import batches as reading_batches
 from actstore.store import Store
 from tests.stores import D_MODEL, fake
 
@@ -69,7 +70,7 @@ def in_workers(batches, n_workers: int) -> list:
     for number in range(n_workers):
         with pytest.MonkeyPatch.context() as patch:
             worker = SimpleNamespace(id=number, num_workers=n_workers)
-            patch.setattr(batching, "get_worker_info", lambda worker=worker: worker)
+            patch.setattr(reading_batches, "get_worker_info", lambda worker=worker: worker)
             streams.append(list(batches))
     return [stream[turn] for turn in range(len(streams[0])) for stream in streams if turn < len(stream)]
 

@@ -15,12 +15,13 @@ import duckdb
 import polars as pl
 import pytest
 
-from actstore import catalog, log
+from actstore.catalog import build
+from actstore.commits import log
 from actstore.errors import BadInput, Damaged, NoRoom
-from actstore.ingest import tokens
-from actstore.ingest.trees import SPLITS
+from actstore.ingest.trees import tokens
+from actstore.ingest.trees.draw import SPLITS
 from actstore.store import Store
-from actstore.writer import as_parquet, create, open_writer, rebuild
+from actstore.writing.writer import as_parquet, create, open_writer, rebuild
 from tests.stores import TABLES, Fake, catalog_rows, fake, files
 
 SIGNED = {
@@ -217,7 +218,7 @@ def test_a_full_disk_leaves_the_catalog_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", full)
         with pytest.raises(error, match=os.strerror(reason)) as caught:
-            catalog.publish(root)
+            build.publish(root)
     assert isinstance(caught.value, NoRoom) == (error is NoRoom)
     assert files(root) == before
 
@@ -230,7 +231,7 @@ def test_a_catalog_that_duckdb_has_no_room_for_is_no_room(root: Path, tmp_path: 
     code = """
 import resource, sys
 from actstore.errors import NoRoom
-from actstore.writer import rebuild
+from actstore.writing.writer import rebuild
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     rebuild(sys.argv[1])
@@ -260,7 +261,7 @@ def test_every_column_of_every_table_has_its_comment(root: Path) -> None:
     comments = {(table, column): comment for table, column, comment in found if table in TABLES}
     assert {table for table, _ in comments} == set(TABLES)
     assert [name for name, comment in comments.items() if not comment] == []
-    text = catalog.schema()
+    text = build.schema()
     for (_, column), comment in comments.items():
         assert re.search(rf"^    {column} .*, -- {re.escape(comment)}$", text, re.MULTILINE)
     assert comments["tokens", "position"] == "place in the sequence, 0 to 4 * n_nodes - 2"
@@ -284,12 +285,12 @@ def test_words_roles_and_splits_of_the_schema_are_those_of_the_tokens(root: Path
 
 
 def test_parts_have_the_columns_of_the_catalog_and_hold_small_numbers_unsigned(root: Path) -> None:
-    types = catalog.tables()
+    types = build.tables()
     assert set(types) == set(TABLES)
     with Store(root) as store:
         for table, columns in types.items():
             schema = store.sql(f"from {table}").schema
-            assert [*columns] == [name for name in schema if name != catalog.DERIVED.get(table)]
+            assert [*columns] == [name for name in schema if name != build.DERIVED.get(table)]
             for column, dtype in columns.items():
                 signed = pl.Categorical if isinstance(dtype, pl.Enum) else SIGNED.get(str(dtype), dtype)
                 assert schema[column] == (pl.UInt64 if column == "tree_hash" else signed), (table, column)
@@ -304,7 +305,7 @@ def test_parts_have_the_types_of_every_format_before(tmp_path: Path) -> None:
         archive.extractall(tmp_path, filter="data")
     seen = set()
     for part in tmp_path.glob("s.act/parts/*/*.parquet"):
-        types = catalog.tables()[part.parent.name]
+        types = build.tables()[part.parent.name]
         assert pl.read_parquet_schema(part) == types, part
         assert as_parquet(part.parent.name, pl.read_parquet(part)) == part.read_bytes(), part
         seen.add(part.parent.name)

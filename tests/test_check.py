@@ -13,15 +13,18 @@ import pytest
 import zarr
 from torch.utils.data import DataLoader
 
-from actstore import catalog, folder, reading
-from actstore.catalog import NAME as CATALOG
+from actstore.arrays.foreign import ForeignReader
+from actstore.catalog import build
+from actstore.catalog.build import NAME as CATALOG
 from actstore.errors import Damaged
-from actstore.folder import CheckedFolder
-from actstore.foreign import ForeignReader
-from actstore.repair import repair
+from actstore.reading import activations
+from actstore.storage import folder
+from actstore.storage.folder import CheckedFolder
+from actstore.storage.hashing import hash_of
 from actstore.store import Store
-from actstore.verify import verify
-from actstore.writer import open_writer
+from actstore.upkeep.repair import repair
+from actstore.upkeep.verify import verify
+from actstore.writing.writer import open_writer
 from tests.damaged import damage, flip
 from tests.stores import fake
 from tests.test_cli import assert_one_line, run
@@ -131,7 +134,7 @@ def test_metadata_is_checked_before_it_says_how_an_array_lies(path):
 
 def test_each_file_is_hashed_once_an_open(whole, monkeypatch):
     hashed: list[str] = []
-    real = folder.hash_of
+    real = hash_of
     monkeypatch.setattr(
         folder, "hash_of", lambda file: hashed.append(os.readlink(f"/proc/self/fd/{file}")) or real(file)
     )
@@ -207,14 +210,14 @@ def test_a_catalog_that_was_edited_is_refused_with_check(path):
 
 
 def test_a_catalog_whose_hash_nobody_noted_is_refused_with_check(path):
-    (path / catalog.HASHES).unlink()
+    (path / build.HASHES).unlink()
     with pytest.raises(Damaged, match=r"catalog\.duckdb is not what was put in place"):
         Store(path, check=True)
 
 
 def test_a_catalog_that_writers_replace_meanwhile_is_opened_anew(path, monkeypatch):
     """Two publications later the first catalog's hash is no longer noted, and it is not damaged."""
-    real, seen = catalog.is_noted, []
+    real, seen = build.is_noted, []
 
     def is_noted(root, descriptor):
         if not seen:
@@ -224,7 +227,7 @@ def test_a_catalog_that_writers_replace_meanwhile_is_opened_anew(path, monkeypat
         seen.append(real(root, descriptor))
         return seen[-1]
 
-    monkeypatch.setattr(catalog, "is_noted", is_noted)
+    monkeypatch.setattr(build, "is_noted", is_noted)
     with Store(path, check=True) as store:
         assert store.sql("select count(*) from results").item() == 2
     assert seen == [None, True]
@@ -252,7 +255,7 @@ def test_a_store_of_an_older_format_is_checked_by_its_parts(name, tmp_path, monk
 def test_an_array_that_another_tool_wrote_is_read_without_check_alone(path, monkeypatch):
     with Store(path) as store:
         expected = store.read(ALL, "r", "embed")[0]
-    monkeypatch.setattr(reading, "mapped_dtype", lambda *_: None)  # as if it lay otherwise
+    monkeypatch.setattr(activations, "mapped_dtype", lambda *_: None)  # as if it lay otherwise
     with Store(path) as store:
         assert isinstance(store._reader("r", "embed"), ForeignReader)
         np.testing.assert_array_equal(store.read(ALL, "r", "embed")[0], expected)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from actstore.errors import BadInput
-from actstore.ingest.config import LONGEST, ModelConfig
-from actstore.ingest.recipe import read_config
-from actstore.ingest.weights import canonical, checked, read_state, shapes
+from actstore.ingest.models.config import LONGEST, ModelConfig
+from actstore.ingest.models.weights import canonical, checked, read_state, shapes
+from actstore.ingest.training.recipe import read_config
 
 CONFIG = ModelConfig("reproduction", 4, n_layers=1, d_model=4, d_head=4, d_mlp=8)
 WEIGHTS = {name: torch.zeros(shape) for name, shape in shapes(CONFIG).items()}

@@ -304,7 +304,7 @@ def tiny_config(folder, steps=30):
     ],
 )
 def test_a_training_that_is_stopped_says_what_it_kept_and_goes_on_from_that(tmp_path, monkeypatch, stopped_at, said):
-    from actstore.ingest.learner import Learner
+    from actstore.ingest.training.learner import Learner
 
     config, out, learn = tiny_config(tmp_path, 75), tmp_path / "out", Learner.learn
 
@@ -327,7 +327,7 @@ def test_a_training_that_is_stopped_says_what_it_kept_and_goes_on_from_that(tmp_
 
 
 def test_an_ingest_that_is_stopped_before_its_first_commit_promises_nothing(tmp_path, monkeypatch):
-    from actstore.ingest.pipeline import Ingest
+    from actstore.ingest.jobs.job import Ingest
 
     def stopped(*_):
         raise KeyboardInterrupt

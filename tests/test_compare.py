@@ -9,13 +9,13 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.local import execute
-from actstore.ingest.pipeline import Ingest, TreeSet
-from actstore.ingest.tokens import encode, token_rows
-from actstore.ingest.trees import draw, tree_rows
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.trees.draw import draw, tree_rows
+from actstore.ingest.trees.tokens import encode, token_rows
 from actstore.queries import study
-from actstore.queries.compare import cka, cka_interval
-from actstore.queries.compare_controls import random_features
+from actstore.queries.compare.controls import random_features
+from actstore.queries.compare.study import cka, cka_interval
 from actstore.queries.report import report
 from actstore.store import Store
 from tests.planted import plant

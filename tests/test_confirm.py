@@ -13,13 +13,13 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.local import execute
-from actstore.ingest.pipeline import Ingest, TreeSet
-from actstore.ingest.tokens import n_positions, token_rows
-from actstore.ingest.trees import draw, tree_rows
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.trees.draw import draw, tree_rows
+from actstore.ingest.trees.tokens import n_positions, token_rows
+from actstore.intervals import holm
 from actstore.queries import confirm, load, study
 from actstore.queries.second import Apart, look
-from actstore.statistics import holm
 from actstore.store import Store
 from tests.answering import Answering, Dreaming, noise
 from tests.planted import plant

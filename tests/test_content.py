@@ -16,16 +16,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import actstore.store
-from actstore import catalog, checked, log, writer
-from actstore.content import check_inside
+from actstore.catalog import build
+from actstore.commits import log
+from actstore.commits.log import Manifest
 from actstore.errors import ActstoreError, Damaged, NotStored
-from actstore.folder import About, check_format
-from actstore.ingest.recompute import files_of
-from actstore.log import Manifest
-from actstore.repair import repair
+from actstore.ingest.replay.remake import files_of
+from actstore.storage import sealed
+from actstore.storage.content import check_inside
+from actstore.storage.folder import About, check_format
 from actstore.store import Store
-from actstore.verify import verify
-from actstore.writer import open_writer
+from actstore.upkeep.repair import repair
+from actstore.upkeep.verify import verify
+from actstore.writing import writer
+from actstore.writing.writer import open_writer
 from tests.stores import fake, files
 from tests.test_fuzz import NESTED
 
@@ -118,7 +121,7 @@ def rebuild(root):
     """Mend a catalog as repair advises where it is whole and says otherwise than the manifests."""
     with suppress(Damaged):
         repair(root, files_of)
-    (root / catalog.NAME).unlink(missing_ok=True)
+    (root / build.NAME).unlink(missing_ok=True)
     repair(root, files_of)
     assert verify(root).findings == []
     read(root)
@@ -207,7 +210,7 @@ def test_a_store_of_a_strange_manifest_ends_well_though_the_catalog_agrees(whole
 
 
 def test_the_types_of_a_manifest_name_the_tables_that_have_parts():
-    assert {*get_args(log.TableOfParts)} == {*catalog.tables()} - {"shards", "snapshot"}
+    assert {*get_args(log.TableOfParts)} == {*build.tables()} - {"shards", "snapshot"}
     assert {field.name for field in fields(About)} == {"format", "made_by"}
 
 
@@ -216,12 +219,12 @@ def test_the_types_of_a_manifest_name_the_tables_that_have_parts():
 
 def change_catalog(root, *statements):
     """Change rows, and note the hash of what comes of it, as if it had been put in place."""
-    (root / catalog.NAME).chmod(0o644)
-    with duckdb.connect(str(root / catalog.NAME)) as connection:
+    (root / build.NAME).chmod(0o644)
+    with duckdb.connect(str(root / build.NAME)) as connection:
         for statement in statements:
             connection.execute(statement)
-    noted = xxhash.xxh3_128_hexdigest((root / catalog.NAME).read_bytes())
-    put(root / catalog.HASHES, checked.to_json({"xxh3_128": [noted]}))
+    noted = xxhash.xxh3_128_hexdigest((root / build.NAME).read_bytes())
+    put(root / build.HASHES, sealed.to_json({"xxh3_128": [noted]}))
 
 
 VALUES = (
@@ -239,7 +242,7 @@ VALUES = (
     "[0, 5, 6]",
 )
 PLACES = [
-    (table, column) for table, column in catalog.column_comments() if table not in ("results", "generations", "edges")
+    (table, column) for table, column in build.column_comments() if table not in ("results", "generations", "edges")
 ]
 
 
@@ -280,7 +283,7 @@ def test_a_path_of_the_catalog_leads_to_no_file_outside(root, tmp_path):
 def test_a_view_in_the_place_of_a_table_is_damage_and_reads_no_file(root, tmp_path, table):
     secret = tmp_path / "secret"
     secret.write_text("7")
-    with duckdb.connect(str(root / catalog.NAME), read_only=True) as connection:
+    with duckdb.connect(str(root / build.NAME), read_only=True) as connection:
         columns = [row[0] for row in connection.execute(f"describe {table}").fetchall()]
     selected = ", ".join(f"content as {column}" for column in columns)
     views = ("edge_sources", "edge_targets", "edge_separators", "answer_tokens", "latest_results")
@@ -292,8 +295,8 @@ def test_a_view_in_the_place_of_a_table_is_damage_and_reads_no_file(root, tmp_pa
     )
     with pytest.raises(Damaged, match=rf"no catalog of a store \(it has no table {table} .*actstore repair"):
         Store(root)
-    assert catalog.snapshot(root) in (0, 3)
-    assert {found.path for found in verify(root).damage} == {catalog.NAME}
+    assert build.snapshot(root) in (0, 3)
+    assert {found.path for found in verify(root).damage} == {build.NAME}
     rebuild(root)
 
 
@@ -377,7 +380,7 @@ def test_metadata_of_strange_content_is_damage(root, what, monkeypatch):
 @given(NESTED | STRANGE, NESTED | STRANGE)
 def test_a_store_json_of_strange_facts_is_damage_or_another_version(tmp_path, version, maker):
     try:
-        content = checked.to_json({"format": version, "made_by": maker, "made_at": ""})
+        content = sealed.to_json({"format": version, "made_by": maker, "made_at": ""})
     except (TypeError, UnicodeEncodeError):
         return
     (tmp_path / "store.json").write_bytes(content)
@@ -390,15 +393,15 @@ def test_a_store_json_of_strange_facts_is_damage_or_another_version(tmp_path, ve
 @given(NESTED | STRANGE)
 def test_a_note_of_the_catalogs_hash_is_one_or_damage(tmp_path, noted):
     try:
-        (tmp_path / catalog.HASHES).write_bytes(checked.to_json({"xxh3_128": noted}))
+        (tmp_path / build.HASHES).write_bytes(sealed.to_json({"xxh3_128": noted}))
     except (TypeError, UnicodeEncodeError):
         return
     with suppress(Damaged):
-        assert all(len(one) == 32 for one in catalog.noted_hashes(tmp_path))
+        assert all(len(one) == 32 for one in build.noted_hashes(tmp_path))
 
 
 def test_a_catalog_without_what_a_run_needs_holds_no_site(root):
     change_catalog(root, "delete from datasets")
     with Store(root) as store, pytest.raises(NotStored):
         store.read(ALL, "r", "resid_post.0")
-    assert {found.path for found in verify(root).damage} == {catalog.NAME}
+    assert {found.path for found in verify(root).damage} == {build.NAME}

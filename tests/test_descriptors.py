@@ -17,13 +17,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from actstore import batches as batching
-from actstore import machine, mapped, sandbox, writer
-from actstore.arrays import Layout, SiteReader
+from actstore.arrays import mapped
+from actstore.arrays.foreign import ForeignReader
+from actstore.arrays.reader import Layout, SiteReader
 from actstore.errors import Damaged, LimitReached
-from actstore.foreign import ForeignReader
+from actstore.reading import batches as batching
+from actstore.sql import process
+from actstore.storage import machine
 from actstore.store import Store
-from actstore.verify import verify
+from actstore.upkeep.verify import verify
+from actstore.writing import writer
 from tests.stores import Fake, fake
 from tests.test_arrays import pack, planted
 
@@ -109,7 +112,7 @@ def no_descriptor_left() -> Iterator[None]:
 
 
 def test_a_lack_of_descriptors_is_told_and_over_once_there_are_some(path):
-    assert {batching, sandbox}  # imported before: importing opens files, too
+    assert {batching, process}  # imported before: importing opens files, too
     with Store(path) as store:
         store.read("select token_id from tokens where tree_id = 0")
         with no_descriptor_left():

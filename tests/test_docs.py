@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 import actstore
-from actstore import catalog, queries
+from actstore import queries
+from actstore.catalog import build
 from actstore.cli import main
 from actstore.queries.study import STUDIES
 
@@ -29,7 +30,7 @@ def test_the_readme_names_every_command_and_no_other():
 
 
 def test_the_readme_names_every_table_and_view():
-    schema = catalog.schema()
+    schema = build.schema()
     for name in re.findall(r"^create (?:table|view) (\w+)", schema, re.MULTILINE):
         assert f"`{name}`" in README or name == "snapshot"
 
@@ -66,10 +67,13 @@ def test_the_readmes_test_command_is_all_that_ci_calls():
 
 
 def test_every_folder_of_the_package_is_installed():
-    folders = {"actstore"} | {f"actstore.{name}" for name in PROJECT["tool"]["setuptools"]["package-dir"].values()}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
-    for folder in PROJECT["tool"]["setuptools"]["package-dir"].values():
-        assert (ROOT / folder / "__init__.py").exists()
+    packages = set()
+    for top in ("actstore", *PROJECT["tool"]["setuptools"]["package-dir"].values()):
+        for folder in {path.parent for path in (ROOT / top).rglob("*.py")}:
+            assert (folder / "__init__.py").exists(), folder
+            parts = folder.relative_to(ROOT).parts
+            packages.add(".".join(parts if top == "actstore" else ("actstore", *parts)))
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages
 
 
 def test_every_dependency_is_pinned_and_the_version_is_one():
@@ -123,7 +127,7 @@ def test_every_query_and_study_has_a_summary_that_the_listing_shows():
 
 
 def test_every_column_is_commented_with_what_it_holds():
-    commented = catalog.column_comments()
-    for table, body in re.findall(r"^create table (\w+) \((.*?)^\);", catalog.schema(), re.DOTALL | re.MULTILINE):
+    commented = build.column_comments()
+    for table, body in re.findall(r"^create table (\w+) \((.*?)^\);", build.schema(), re.DOTALL | re.MULTILINE):
         columns = [line.split()[0] for line in body.strip().splitlines()]
         assert columns == [column for name, column in commented if name == table]

@@ -9,21 +9,23 @@ import torch
 from scipy.stats import binomtest
 
 from actstore.errors import BadInput
-from actstore.ingest import evaluation, models
-from actstore.ingest.evaluation import evaluate, seen_hashes
-from actstore.ingest.models import ModelConfig
-from actstore.ingest.recipe import Recipe
-from actstore.ingest.tokens import COMMA, encode
-from actstore.ingest.trees import draw
-from actstore.statistics import over_trees
+from actstore.ingest.models import load
+from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.weights import canonical, state
+from actstore.ingest.training import evaluation
+from actstore.ingest.training.evaluation import evaluate, seen_hashes
+from actstore.ingest.training.recipe import Recipe
+from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.tokens import COMMA, encode
+from actstore.intervals import over_trees
 
 N_NODES, SEED = 6, 11
 
 
 def untrained(system, n_nodes=N_NODES):
     config = ModelConfig(system, n_nodes, n_layers=1, d_model=8, d_head=8, d_mlp=8)
-    bridge = models.build(config, 0)
-    return models.from_bytes(models.canonical(models.state(bridge, config)), config, "untrained", "test")
+    bridge = load.build(config, 0)
+    return load.from_bytes(canonical(state(bridge, config)), config, "untrained", "test")
 
 
 def plant(monkeypatch, model, spoil):

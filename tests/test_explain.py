@@ -18,11 +18,11 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actstore.arrays import Layout, ShardBuffer, SiteReader
+from actstore.arrays.foreign import ForeignReader
+from actstore.arrays.reader import Layout, ShardBuffer, SiteReader
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
-from actstore.explain import Cost, Explanation, cost
-from actstore.foreign import ForeignReader
+from actstore.reading.explain import Cost, Explanation, cost
 from actstore.store import Store
 from tests.stores import Fake, fake
 

@@ -11,12 +11,12 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from actstore import log
 from actstore.cli import main
+from actstore.commits import log
 from actstore.errors import Busy, Damaged, NoRoom, Unsupported
 from actstore.store import Store
-from actstore.verify import verify
-from actstore.writer import open_writer
+from actstore.upkeep.verify import verify
+from actstore.writing.writer import open_writer
 from tests.stores import committed_files, fake, files
 
 
@@ -189,7 +189,7 @@ def test_of_two_writers_at_once_one_is_told_who_the_other_is(tmp_path):
 
 LACKING = {
     "hard links": ("os", "link", errno.EPERM),
-    "locks (flock)": ("actstore.log.fcntl", "flock", errno.ENOLCK),
+    "locks (flock)": ("actstore.commits.log.fcntl", "flock", errno.ENOLCK),
     "fsync": ("os", "fsync", errno.EINVAL),
 }
 
@@ -227,8 +227,8 @@ def test_what_a_file_system_lacks_is_named_and_no_command_promised(tmp_path, mon
     if is_there:
         fake().store(root, [0])
     before = files(tmp_path)
-    monkeypatch.setattr("actstore.ingest.pipeline.prepare", lambda store, **options: Job(store))
-    monkeypatch.setattr("actstore.ingest.local.execute", lambda job, advance: fake().store(job.root))
+    monkeypatch.setattr("actstore.ingest.jobs.job.prepare", lambda store, **options: Job(store))
+    monkeypatch.setattr("actstore.ingest.jobs.local.execute", lambda job, advance: fake().store(job.root))
     with lacking(monkeypatch, ability):
         with pytest.raises(Unsupported, match="name a place on another file system"):
             fake().store(root)

@@ -16,7 +16,8 @@ from tests.stores import fake
 BEGIN = """
 import gc, os, sys
 import numpy as np
-from actstore import BadInput, Store
+from actstore.errors import BadInput
+from actstore.store import Store
 store = Store(sys.argv[1])
 X, _ = store.read(ALL := "select token_id from tokens")
 scan, batches = store.scan(), store.batches(ALL)
@@ -85,7 +86,7 @@ def test_a_process_that_is_started_anew_reads_as_the_message_says(path):
 
 HASHES = """
 import os, sys
-from actstore.hashing import hash_of
+from actstore.storage.hashing import hash_of
 
 def hashes(path):
     with open(path, "rb") as file:
@@ -115,8 +116,8 @@ def test_forked_processes_hash_in_memory_of_their_own(tmp_path):
 WRITES = """
 import os, sys
 import polars as pl
-from actstore import BadInput
-from actstore.writer import open_writer
+from actstore.errors import BadInput
+from actstore.writing.writer import open_writer
 rows = pl.DataFrame({"study": ["s"]})
 code, lock = 0, os.path.join(sys.argv[1], ".lock")
 with open_writer(sys.argv[1]) as writer:

@@ -16,9 +16,9 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import ActstoreError, BadInput, NotStored
-from actstore.folder import place
-from actstore.ingest.models import load
+from actstore.ingest.models.load import load
 from actstore.queries import select
+from actstore.storage.folder import place
 from actstore.store import Store
 from tests.stores import fake, files
 

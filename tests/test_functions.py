@@ -18,12 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from actstore import catalog, queries
+from actstore import queries
+from actstore.catalog import build
 from actstore.errors import BadInput, Damaged, NotStored
-from actstore.ingest.trees import draw
+from actstore.ingest.trees.draw import draw
 from actstore.queries import study
 from actstore.store import Store
-from actstore.writer import open_writer
+from actstore.writing.writer import open_writer
 from tests.planted import plant
 from tests.stores import D_MODEL, Fake, fake, files
 
@@ -200,7 +201,7 @@ def test_nothing_of_it_is_in_the_catalog(root: Path) -> None:
     with Store(root) as store:
         store.sql("select norm(act(1, 'r', 'resid_post.0'))")
     assert files(root) == before
-    with duckdb.connect(str(root / catalog.NAME), read_only=True) as other:
+    with duckdb.connect(str(root / build.NAME), read_only=True) as other:
         made = other.execute("select function_name from duckdb_functions() where not internal").fetchall()
         assert made == []
         with pytest.raises(duckdb.CatalogException):

@@ -12,16 +12,17 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from actstore import catalog, log
+from actstore.catalog import build
+from actstore.commits import log
+from actstore.commits.log import Manifest
 from actstore.errors import ActstoreError, BadInput, Damaged
-from actstore.ingest.config import ModelConfig
-from actstore.ingest.pipeline import Ingest, TreeSet
-from actstore.ingest.recipe import read_config
-from actstore.ingest.weights import read_state
-from actstore.log import Manifest
-from actstore.plan import NAME
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.weights import read_state
+from actstore.ingest.training.recipe import read_config
 from actstore.store import Store
-from actstore.verify import verify
+from actstore.upkeep.verify import verify
+from actstore.writing.plan import NAME
 from tests.stores import TABLES, fake
 from tests.test_pipeline import small_model
 
@@ -119,7 +120,7 @@ def test_a_checkpoint_runs_nobodys_code(tmp_path, save):
 
 
 def test_no_pickle_is_loaded_anywhere():
-    for path in [*ROOT.glob("actstore/*.py"), *ROOT.glob("ingest/*.py"), *ROOT.glob("queries/*.py")]:
+    for path in [*ROOT.glob("actstore/**/*.py"), *ROOT.glob("ingest/**/*.py"), *ROOT.glob("queries/**/*.py")]:
         text = path.read_text()
         assert not re.search(
             r"pickle\.loads?\(|allow_pickle=True|joblib|yaml\.(unsafe_)?load\(|(?<![.\w])eval\(|(?<![.\w])exec\(", text
@@ -195,7 +196,7 @@ def test_a_zarr_json_that_is_none_is_damage_or_read_right(whole, tmp_path, data)
 @given(cut=st.integers(0, 40_000))
 def test_a_catalog_that_is_cut_short_is_damage(whole, tmp_path, cut):
     root = copy_of(whole, tmp_path)
-    replace(root / catalog.NAME, (root / catalog.NAME).read_bytes()[:cut])
+    replace(root / build.NAME, (root / build.NAME).read_bytes()[:cut])
     with pytest.raises(Damaged, match="actstore repair"):
         Store(root)
     assert [finding.kind for finding in verify(root).damage] == ["catalog"]
@@ -205,9 +206,9 @@ def test_a_catalog_that_is_cut_short_is_damage(whole, tmp_path, cut):
 @given(st.data())
 def test_a_catalog_that_was_changed_anywhere_is_refused_or_read_right(whole, tmp_path, data):
     root = copy_of(whole, tmp_path)
-    content = (root / catalog.NAME).read_bytes()
+    content = (root / build.NAME).read_bytes()
     bad = data.draw(mutated(content))
-    replace(root / catalog.NAME, bad)
+    replace(root / build.NAME, bad)
 
     def read():
         with Store(root) as store:

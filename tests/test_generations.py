@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from actstore.errors import BadInput
-from actstore.ingest.generations import Generator
-from actstore.ingest.local import execute
-from actstore.ingest.pipeline import Ingest, TreeSet
-from actstore.ingest.tokens import COMMA, PAD, WORDS, encode
-from actstore.ingest.trees import draw
+from actstore.ingest.answers.continuations import Generator
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.tokens import COMMA, PAD, WORDS, encode
 from actstore.store import Store
 from tests.test_pipeline import small_model
 

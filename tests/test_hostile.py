@@ -19,10 +19,10 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from actstore import sandbox
 from actstore.cli import main
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
-from actstore.sandbox import Limited, Limits
+from actstore.sql import process as sql_process
+from actstore.sql.process import Limited, Limits
 from actstore.store import Store
 from tests.stores import fake, files
 
@@ -512,7 +512,7 @@ def test_a_parameter_that_no_other_process_takes_is_refused(store: Store, value:
 
 
 def test_too_little_memory_is_told_whatever_the_limits() -> None:
-    kind, said = sandbox._as_sent(MemoryError(), None)
+    kind, said = sql_process._as_sent(MemoryError(), None)
     assert kind == "LimitReached"
     assert said == "the query needs more memory than there is; ask for less"
 

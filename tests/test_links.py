@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 
-from actstore import catalog, log
+from actstore.catalog import build
+from actstore.commits import log
 from actstore.errors import Damaged
-from actstore.ingest.recompute import files_of
-from actstore.repair import repair
+from actstore.ingest.replay.remake import files_of
 from actstore.store import Store
-from actstore.verify import verify
-from actstore.writer import open_writer
+from actstore.upkeep.repair import repair
+from actstore.upkeep.verify import verify
+from actstore.writing.writer import open_writer
 from tests.damaged import damage, flip
 from tests.stores import fake, files
 
@@ -156,6 +157,6 @@ def test_a_part_is_mended_behind_its_link(root, tmp_path):
 
 
 def test_a_catalog_that_is_a_link_is_replaced_and_the_store_is_whole(root, tmp_path):
-    move(root / catalog.NAME, tmp_path / "disk" / "elsewhere.duckdb")
+    move(root / build.NAME, tmp_path / "disk" / "elsewhere.duckdb")
     SECOND.store(root)
     assert verify(root).findings == []

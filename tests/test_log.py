@@ -23,9 +23,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actstore import log
+from actstore.commits import log
+from actstore.commits.log import File, Manifest, Part, Shard
 from actstore.errors import Busy, Damaged, NoRoom
-from actstore.log import File, Manifest, Part, Shard
 from tests.stores import committed_files, fake, files, folders
 
 # Publishing.
@@ -105,7 +105,7 @@ def test_a_file_too_large_for_the_limits_is_no_room(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from actstore import log
+from actstore.commits import log
 from actstore.errors import NoRoom
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
@@ -344,7 +344,7 @@ def test_a_manifest_under_anothers_name_is_damaged(root: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from actstore import log
+from actstore.commits import log
 with log.lease(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
 
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.config import ACT_FNS, CONFIG_KEYS, NEEDED_KEYS
-from actstore.ingest.models import ModelConfig, add, available, build, from_bytes, listing, load, save, state
-from actstore.ingest.weights import canonical, read_state, shapes
+from actstore.ingest.models.config import ACT_FNS, CONFIG_KEYS, NEEDED_KEYS, ModelConfig
+from actstore.ingest.models.load import add, available, build, from_bytes, listing, load
+from actstore.ingest.models.weights import canonical, read_state, save, shapes, state
 from tests.reference import one_thread, random_model, random_state, weights  # noqa: F401
 
 ROOT = Path(__file__).parents[1]

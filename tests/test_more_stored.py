@@ -14,9 +14,9 @@ import pytest
 
 from actstore import queries
 from actstore.errors import SeveralRuns
-from actstore.ingest.local import execute
-from actstore.ingest.models import load
-from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.models.load import load
 from actstore.queries import study
 from actstore.store import Store
 

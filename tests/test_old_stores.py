@@ -13,15 +13,15 @@ import duckdb
 import numpy as np
 import pytest
 
-from actstore import log
-from actstore.catalog import NAME as CATALOG
+from actstore.catalog.build import NAME as CATALOG
+from actstore.commits import log
+from actstore.commits.log import FORMAT_VERSION
 from actstore.errors import Damaged, TooNew, TooOld
-from actstore.ingest.recompute import files_of
-from actstore.log import FORMAT_VERSION
-from actstore.repair import repair
+from actstore.ingest.replay.remake import files_of
 from actstore.store import Store
-from actstore.verify import verify
-from actstore.writer import open_writer
+from actstore.upkeep.repair import repair
+from actstore.upkeep.verify import verify
+from actstore.writing.writer import open_writer
 from tests.stores import TABLES, fake, files
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actstore import outermost
 from actstore.errors import BadInput, NotStored
+from actstore.sql import late_act
 from actstore.store import Store
 from tests.stores import D_MODEL, fake
 
@@ -63,7 +63,7 @@ def plain(store, query, params=None):
 
 
 def is_taken(store, query, **params):
-    return outermost.take_out(store._session, query, params) is not None
+    return late_act.take_out(store._session, query, params) is not None
 
 
 @pytest.mark.parametrize("query", TAKEN)

@@ -21,11 +21,10 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actstore import progress
-from actstore.cli import main
+from actstore.cli import main, progress
+from actstore.cli.output import Output, save_activations
 from actstore.errors import BadInput
-from actstore.output import Output, save_activations
-from actstore.session import Session
+from actstore.sql.session import Session
 from actstore.store import Store
 from tests.stores import fake
 
@@ -249,7 +248,7 @@ def test_ctrl_c_in_what_commits_as_it_goes_says_how_to_go_on(tmp_path, monkeypat
     def stopped(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("actstore.ingest.local.execute", stopped)
+    monkeypatch.setattr("actstore.ingest.jobs.local.execute", stopped)
     result = run("ingest", tmp_path / "s.act", "--model", "reproduction", "--trees", "10")
     said = "actstore: stopped; nothing was committed yet, and the same command begins anew\n"
     assert (result.exit_code, result.stderr) == (1, said)

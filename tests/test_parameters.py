@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actstore.errors import BadInput
-from actstore.parameters import from_json, to_json
+from actstore.sql.parameters import from_json, to_json
 from actstore.store import Store
 from tests.stores import fake
 

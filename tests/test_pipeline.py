@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from actstore import log
-from actstore.arrays import POSITIONS_PER_TREE
+from actstore.arrays.mapped import POSITIONS_PER_TREE
+from actstore.commits import log
 from actstore.errors import BadInput, Busy, NoRoom
-from actstore.ingest import pipeline
-from actstore.ingest.config import ModelConfig
-from actstore.ingest.local import execute
-from actstore.ingest.models import load
-from actstore.ingest.pipeline import Ingest, TreeSet
-from actstore.ingest.tokens import decode, encode
-from actstore.ingest.trees import draw
+from actstore.ingest.jobs import job as jobs_job
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.load import load
+from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.tokens import decode, encode
 from actstore.store import Store
 from tests.reference import random_model, reference, weights
 from tests.stores import files
@@ -136,8 +136,8 @@ def contents(store: Path) -> dict[str, bytes]:
 COMMAND = """
 from pathlib import Path
 import sys
-from actstore.ingest.local import execute
-from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.jobs.job import Ingest, TreeSet
 from tests.test_pipeline import small_model
 print("ready", flush=True)
 execute(Ingest(Path(sys.argv[1]), small_model(), TreeSet("reproduction", 120, n_nodes=6, trees_per_shard=4), batch_size=4))
@@ -265,7 +265,7 @@ def test_trees_longer_than_the_models_context_are_refused(tmp_path):
 def test_a_stored_set_of_trees_is_named_and_keeps_its_seed_and_batches(tmp_path):
     store = tmp_path / "s.act"
     execute(Ingest(store, small_model(), trees(10, seed=3)))
-    again = pipeline.prepare(
+    again = jobs_job.prepare(
         store, "reproduction", dataset=trees(10, seed=3).row()["dataset"], run="other", sites="embed"
     )
     assert (again.trees.seed, again.trees.n_trees, again.trees.n_nodes) == (3, 10, 6)
@@ -277,9 +277,9 @@ def test_a_stored_set_of_trees_is_named_and_keeps_its_seed_and_batches(tmp_path)
 
 
 def test_depths_are_parsed_from_ranges_and_lists():
-    assert pipeline._parse_depths("1-3,7") == (1, 2, 3, 7)
+    assert jobs_job._parse_depths("1-3,7") == (1, 2, 3, 7)
     with pytest.raises(BadInput, match="range"):
-        pipeline._parse_depths("deep")
+        jobs_job._parse_depths("deep")
 
 
 def test_a_model_by_path_is_the_model_by_name(shipped):

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
+from actstore.cli.output import replacing, save_activations, save_figure, write_text
 from actstore.errors import BadInput, NoRoom
-from actstore.output import replacing, save_activations, save_figure, write_text
-from actstore.queries import attention_page
+from actstore.queries.attention import page
 from actstore.store import Store
 from tests.stores import fake, files
 
@@ -169,7 +169,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, mon
     def failing(*args):
         raise fault
 
-    monkeypatch.setattr("actstore.output.fsync", failing)
+    monkeypatch.setattr("actstore.cli.output.fsync", failing)
     with pytest.raises((NoRoom, KeyboardInterrupt)):
         WRITERS[kind](tmp_path / "x")
     assert list(tmp_path.iterdir()) == [file]
@@ -178,8 +178,10 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, mon
 
 def test_a_file_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
     calls = []
-    for module, name in (("actstore.output", "fsync"), ("actstore.output", "fsync_folder"), ("os", "replace")):
-        real = getattr(os, name) if module == "os" else getattr(__import__("actstore.log", fromlist=[name]), name)
+    for module, name in (("actstore.cli.output", "fsync"), ("actstore.cli.output", "fsync_folder"), ("os", "replace")):
+        real = (
+            getattr(os, name) if module == "os" else getattr(__import__("actstore.commits.log", fromlist=[name]), name)
+        )
         monkeypatch.setattr(f"{module}.{name}", lambda *a, real=real, name=name: calls.append(name) or real(*a))
     write_text(tmp_path / "x", "text")
     assert calls == ["fsync", "replace", "fsync_folder"]
@@ -207,9 +209,9 @@ def test_a_name_as_long_as_the_file_system_takes_is_written(tmp_path):
 
 
 def test_a_page_of_attention_is_whole_or_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(attention_page, "page", lambda *args: "a page \udcff that UTF-8 cannot hold")
+    monkeypatch.setattr(page, "page", lambda *args: "a page \udcff that UTF-8 cannot hold")
     with pytest.raises(UnicodeEncodeError):
-        attention_page.save(None, "r", 0, str(tmp_path / "x.html"))
+        page.save(None, "r", 0, str(tmp_path / "x.html"))
     assert not list(tmp_path.iterdir())
 
 
@@ -217,7 +219,7 @@ def test_json_in_a_script_holds_nothing_that_html_could_take_for_its_own():
     import json
 
     data = {"a": "</script><script>alert(1)</script><!--", "b": "&amp;\u2028\u2029→"}
-    text = attention_page.script_json(data)
+    text = page.script_json(data)
     assert not set(text) & set("<>&\u2028\u2029")
     assert "\\u003c/script\\u003e" in text
     assert json.loads(text) == data

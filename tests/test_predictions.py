@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from actstore.ingest.activations import forward
-from actstore.ingest.models import Model, ModelConfig, from_bytes
-from actstore.ingest.predictions import FAILURES, Answers, answer, concatenate, outcome_rows, prediction_rows
-from actstore.ingest.tokens import COMMA, encode, token_rows
-from actstore.ingest.trees import Trees, draw
-from actstore.ingest.weights import canonical
+from actstore.ingest.answers.tree_paths import FAILURES, Answers, answer, concatenate, outcome_rows, prediction_rows
+from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.load import Model, from_bytes
+from actstore.ingest.models.sites import forward
+from actstore.ingest.models.weights import canonical
+from actstore.ingest.trees.draw import Trees, draw
+from actstore.ingest.trees.tokens import COMMA, encode, token_rows
 from tests.reference import one_thread, random_state, reference, weights  # noqa: F401
 
 SMALL = [
@@ -245,7 +246,7 @@ def test_rows_are_those_of_the_schema():
     trees = draw("reproduction", 3, 0, 20, 8)
     of_all = answers(stepping_model(SMALL[0]), trees)
     with duckdb.connect() as con:
-        con.execute(Path("actstore/schema.sql").read_text()).fetchall()
+        con.execute(Path("actstore/catalog/schema.sql").read_text()).fetchall()
         for table, rows in (
             ("predictions", prediction_rows(of_all, "a", 0)),
             ("outcomes", outcome_rows(of_all, "a", 0)),

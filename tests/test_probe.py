@@ -12,11 +12,14 @@ from sklearn.linear_model import LogisticRegression
 
 from actstore import queries
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.tokens import n_positions
-from actstore.ingest.trees import draw
-from actstore.queries import probe, probe_fit, probe_report, study
+from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.tokens import n_positions
+from actstore.queries import study
+from actstore.queries.probes import figures, fit
+from actstore.queries.probes import study as probes_study
+from actstore.queries.probes.figures import TOKEN_ROLES
 from actstore.store import Store
-from actstore.writer import open_writer
+from actstore.writing.writer import open_writer
 from tests.planted import plant
 
 N_TREES, N_NODES, D_MODEL = 150, 8, 24
@@ -93,8 +96,8 @@ def test_rows_of_one_tree_leak_across_a_split_by_row_and_not_by_tree():
     tree = np.arange(40).repeat(15)
     X = rng.normal(size=(40, 128)).astype(np.float32)[tree]
     y = rng.integers(4, size=40)[tree]
-    by_row = probe_fit.fit(X, y, rng.random(len(tree)) < 0.8)
-    by_tree = probe_fit.fit(X, y, tree < 32)
+    by_row = fit.fit(X, y, rng.random(len(tree)) < 0.8)
+    by_tree = fit.fit(X, y, tree < 32)
     assert by_row.right.mean() == 1.0
     assert by_tree.right.mean() < 0.7
 
@@ -108,7 +111,7 @@ def test_the_study_splits_by_tree(tmp_path):
     with Store(plant(tmp_path / "s.act", TREES, {"embed": vectors})) as opened:
         by_tree = value(study.run(opened, "probes"), "embed", "source")
     X, y = vectors[:, 1 : 3 * N_EDGES : 3].reshape(-1, 512), TREES.edges[:, :, 0].reshape(-1).astype(np.int64)
-    by_row = probe_fit.fit(X, y, rng.random(len(y)) < 0.8).right.mean()
+    by_row = fit.fit(X, y, rng.random(len(y)) < 0.8).right.mean()
     assert at_chance(by_tree, int(IS_TEST.sum()) * N_EDGES)
     assert by_row > 0.3, "the plant does leak"
 
@@ -140,7 +143,7 @@ def test_twice_the_same_numbers_and_another_seed_moves_no_accuracy(store, found)
 
 @pytest.mark.parametrize("n_cores", [1, 8])
 def test_the_numbers_do_not_depend_on_how_many_cores_there_are(store, found, monkeypatch, n_cores):
-    monkeypatch.setattr(probe_fit.os, "cpu_count", lambda: n_cores)
+    monkeypatch.setattr(fit.os, "cpu_count", lambda: n_cores)
     assert study.run(store, "probes").results.equals(found.results)
 
 
@@ -150,7 +153,7 @@ def test_convergence_is_judged_by_the_gradient_of_the_objective(n_classes):
     """scikit-learn's objective written out: mean log loss plus half the squared weights over C n; differentiated numerically."""
     rng = np.random.default_rng(n_classes)
     X, y = rng.normal(size=(40, 3)), rng.integers(n_classes, size=40)
-    fitted = LogisticRegression(C=probe_fit.C, max_iter=2, tol=1e-9).fit(X, y)
+    fitted = LogisticRegression(C=fit.C, max_iter=2, tol=1e-9).fit(X, y)
     assert np.array_equal(fitted.classes_, np.arange(n_classes))
     shape = fitted.coef_.shape
 
@@ -160,12 +163,12 @@ def test_convergence_is_judged_by_the_gradient_of_the_objective(n_classes):
         if n_classes == 2:
             logits = np.concatenate([np.zeros((40, 1)), logits], axis=1)
         log_loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(40), y]
-        return log_loss.mean() + (weights**2).sum() / (2 * probe_fit.C * 40)
+        return log_loss.mean() + (weights**2).sum() / (2 * fit.C * 40)
 
     there = np.concatenate([fitted.coef_.ravel(), fitted.intercept_])
     expected = np.abs(approx_fprime(there, objective)).max()
     assert expected > 1e-3, "it has not converged, so there is something to measure"
-    assert probe_fit.largest_gradient(fitted, X, y) == pytest.approx(expected, rel=1e-3)
+    assert fit.largest_gradient(fitted, X, y) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_probe_that_is_stopped_is_said_to_be(store, found):
@@ -180,7 +183,7 @@ def test_a_probe_that_is_stopped_is_said_to_be(store, found):
 
 def test_labels_are_shuffled_on_each_side_of_the_split():
     train = np.random.default_rng(0).random(1000) < 0.8
-    order = probe_fit.shuffle_within(train, seed=5)
+    order = fit.shuffle_within(train, seed=5)
     assert np.array_equal(np.sort(order), np.arange(1000))
     assert np.array_equal(train[order], train)
     assert (order != np.arange(1000)).mean() > 0.95
@@ -215,7 +218,7 @@ def test_the_table_and_the_sentence_say_what_the_results_hold(found):
     assert f"{100 * value(found, 'embed', 'target'):.2f} % (embed)" in found.sentence
     assert f"{IS_TEST.sum()} test trees" in found.sentence
     assert "12.50 %" in found.sentence, "chance among 8 nodes"
-    assert probe_report.CAVEAT in found.sentence, "which errors the intervals do not know of"
+    assert figures.CAVEAT in found.sentence, "which errors the intervals do not know of"
 
 
 def made_up(n_nodes, token_role="edge_target", sites=("embed", "resid_post.0"), share=0.95, system="reproduction"):
@@ -231,26 +234,26 @@ def made_up(n_nodes, token_role="edge_target", sites=("embed", "resid_post.0"), 
     rows = [
         {"site": site, "token_role": token_role, "label": label, "metric": metric, "value": share, "low": share - 0.01,
          "high": share + 0.01, "n": 100}
-        for site in sites for label in probe_report.PAIR for metric in (*metrics, "converged")
+        for site in sites for label in figures.PAIR for metric in (*metrics, "converged")
     ]  # fmt: skip
     params = {"n_nodes": n_nodes, "max_iter": 300, "system": system}
     return study.result_rows(rows, study="probes", run="r", query="q", params=params, snapshot=1, seed=0)
 
 
 def test_the_notebooks_numbers_stand_beside_what_they_can_be_compared_with():
-    table = probe_report.table(made_up(16, sites=("embed", "resid_post.3", "resid_mid.3")))
+    table = figures.table(made_up(16, sites=("embed", "resid_post.3", "resid_mid.3")))
     notebook = table.select("notebook source %", "notebook target %").rows()
     assert notebook == [(6.64, 100.0), (94.30, 95.57), (None, None)]
-    assert probe_report.table(made_up(16, "separator"))["notebook source %"].to_list() == [6.43, 93.52]
+    assert figures.table(made_up(16, "separator"))["notebook source %"].to_list() == [6.43, 93.52]
     for other in (made_up(8), made_up(16, "edge_source"), made_up(16, system="baseline")):
-        assert not [column for column in probe_report.table(other).columns if "notebook" in column]
+        assert not [column for column in figures.table(other).columns if "notebook" in column]
 
 
 def test_of_several_tokens_each_has_the_notebooks_numbers_that_it_has():
     several = pl.concat([made_up(16, role) for role in ("separator", "edge_source", "edge_target")])
-    rows = probe_report.table(several).rows(named=True)
+    rows = figures.table(several).rows(named=True)
     assert [(row["token"], row["label"]) for row in rows[::2]] == [
-        (role, label) for role in ("edge_target", "edge_source", "separator") for label in probe_report.PAIR
+        (role, label) for role in ("edge_target", "edge_source", "separator") for label in figures.PAIR
     ]
     numbers = [row["notebook %"] for row in rows]
     assert numbers == [6.64, 99.92, 100.0, 100.0, None, None, None, None, 6.43, 93.52, 6.25, 93.35]
@@ -265,10 +268,10 @@ def test_nothing_is_said_to_be_read_only_where_no_probe_is_above_what_so_many_pr
         return study.result_rows(rows, study="probes", run="r", query="q", params={}, snapshot=1, seed=0)
 
     # standard error 0.01, so 1.96 of them are the limit of one probe, and 3.02 that of 20: 0.05 / 20 lies beyond, both sides
-    assert probe_report.nothing_read(found(0.019))
-    assert not probe_report.nothing_read(found(0.020))
-    assert probe_report.nothing_read(found(*[0.0] * 19, 0.030))
-    assert not probe_report.nothing_read(found(*[0.0] * 19, 0.031))
+    assert figures.nothing_read(found(0.019))
+    assert not figures.nothing_read(found(0.020))
+    assert figures.nothing_read(found(*[0.0] * 19, 0.030))
+    assert not figures.nothing_read(found(*[0.0] * 19, 0.031))
 
 
 def test_the_figure_shows_the_results_with_chance_and_the_notebook(tmp_path):
@@ -281,7 +284,7 @@ def test_the_figure_shows_the_results_with_chance_and_the_notebook(tmp_path):
         assert any(np.allclose(y, [6.64, 99.92]) for y in drawn), "the notebook's source"
         assert any(np.allclose(y, 6.25) for y in drawn), "chance"
     assert [text.get_text() for text in whole.get_xticklabels()] == ["embed", "resid_post.0"]
-    assert top.get_ylim()[0] == probe_report.ZOOM
+    assert top.get_ylim()[0] == figures.ZOOM
     figure.savefig(tmp_path / "probes.png")
     assert (tmp_path / "probes.png").read_bytes().startswith(b"\x89PNG")
     low = study.plot(study.Study("probes", pl.DataFrame(), made_up(16, share=0.3), ""))
@@ -307,16 +310,16 @@ def test_too_few_trees_are_refused_with_how_many_are_enough(tmp_path, split, wor
     path = plant(tmp_path / "few.act", few, planted_sites(few), split=split)
     with Store(path) as opened, pytest.raises(BadInput) as error:
         study.run(opened, "probes")
-    assert all(word in str(error.value) for word in [*words, f"{probe.ENOUGH_TREES} trees or more"])
+    assert all(word in str(error.value) for word in [*words, f"{probes_study.ENOUGH_TREES} trees or more"])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("n_nodes", [3, 4, 16, 64])
 def test_as_many_trees_as_the_message_asks_for_are_enough(n_nodes):
     for seed in range(20):
-        trees = draw("reproduction", seed, 0, probe.ENOUGH_TREES, n_nodes)
+        trees = draw("reproduction", seed, 0, probes_study.ENOUGH_TREES, n_nodes)
         is_test = trees.hashes() % 5 == 0
-        assert is_test.sum() >= probe.MIN_TEST_TREES
+        assert is_test.sum() >= probes_study.MIN_TEST_TREES
         assert len(np.unique(trees.edges[~is_test, :, 0])) == n_nodes
         assert len(np.unique(trees.edges[~is_test, :, 1])) == n_nodes
 
@@ -384,7 +387,7 @@ def test_each_label_is_found_at_the_token_it_was_planted_at_and_nowhere_else(els
     assert ("edge_target", "target") not in read
     nothing = answer.results.filter(metric="above_shuffled", site="embed")
     assert all(row["low"] < 0.06 for row in nothing.to_dicts())
-    assert set(answer.table["token"]) == set(probe.TOKEN_ROLES)
+    assert set(answer.table["token"]) == set(TOKEN_ROLES)
     assert study.plot(answer).axes
 
 
@@ -429,7 +432,7 @@ def test_the_control_tasks_labels_are_of_types_alone_and_as_frequent_as_the_labe
     words, positions = words_and_positions()
     y = np.random.default_rng(1).choice(4, p=(0.7, 0.1, 0.1, 0.1), size=len(words))
     train = np.arange(len(words)) < 3000
-    labels = probe_fit.control_labels(words, positions, y, train, seed=0)
+    labels = fit.control_labels(words, positions, y, train, seed=0)
     by_type = {}
     for word, position, label in zip(words, positions, labels, strict=True):
         by_type.setdefault((word, position), set()).add(label)
@@ -440,7 +443,7 @@ def test_the_control_tasks_labels_are_of_types_alone_and_as_frequent_as_the_labe
     assert len({by_type_label for (word, _), by_type_label in zip(by_type, drawn, strict=True) if word == 3}) > 1, (
         "the position is part of the type"
     )
-    assert not np.array_equal(labels, probe_fit.control_labels(words, positions, y, train, seed=1))
+    assert not np.array_equal(labels, fit.control_labels(words, positions, y, train, seed=1))
 
 
 def test_a_probe_that_can_memorise_has_low_selectivity_and_a_planted_direction_has_high():
@@ -453,8 +456,8 @@ def test_a_probe_that_can_memorise_has_low_selectivity_and_a_planted_direction_h
     planted = noise + 5 * np.eye(20, dtype=np.float32)[meant]
     selectivity = {}
     for name, X, y in (("memorised", kinds, memorised), ("planted", planted, meant)):
-        control = probe_fit.control_labels(words, positions, y, train, seed=0)
-        own, other = probe_fit.fit_all([(X, y), (X, control)], train)
+        control = fit.control_labels(words, positions, y, train, seed=0)
+        own, other = fit.fit_all([(X, y), (X, control)], train)
         assert own.right.mean() > 0.98
         selectivity[name] = own.right.mean() - other.right.mean()
     assert selectivity["memorised"] < 0.05
@@ -462,7 +465,7 @@ def test_a_probe_that_can_memorise_has_low_selectivity_and_a_planted_direction_h
 
 
 def test_a_control_whose_types_all_have_one_label_is_fitted_too():
-    made = probe_fit.fit(np.eye(4, dtype=np.float32), np.full(4, 3), np.array([True, True, False, False]))
+    made = fit.fit(np.eye(4, dtype=np.float32), np.full(4, 3), np.array([True, True, False, False]))
     assert made.right.tolist() == [True, True]
     assert made.converged
     assert (made.weights.shape, made.intercepts.shape) == ((1, 4), (1,))
@@ -491,7 +494,7 @@ def test_noise_alone_is_said_to_tell_nothing(tmp_path):
 def test_whitened_rows_have_no_correlation_and_drop_what_is_no_dimension():
     rng = np.random.default_rng(0)
     X = (rng.normal(size=(500, 4)) @ rng.normal(size=(4, 7)) + 3).astype(np.float32)
-    whiten = probe_fit.Whitening.of(X)
+    whiten = fit.Whitening.of(X)
     Z = whiten(X)
     assert Z.shape == (500, 4)
     np.testing.assert_allclose(np.cov(Z.T), np.eye(4), atol=1e-3)

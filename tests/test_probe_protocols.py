@@ -5,8 +5,9 @@ import polars as pl
 import pytest
 import torch
 
-from actstore.ingest.trees import draw
-from actstore.queries import probe_protocols, study
+from actstore.ingest.trees.draw import draw
+from actstore.queries import study
+from actstore.queries.probes import protocols
 from actstore.store import Store
 from tests.planted import plant
 
@@ -41,7 +42,7 @@ def test_the_layer_is_trained_as_adamw_is_defined():
     """One batch of 64 rows, so that their order does not matter: five steps, written out in float64."""
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(64, 5)).astype(np.float32), np.arange(64) % 3
-    weight, bias = probe_protocols._train(X, y, seed=7)
+    weight, bias = protocols._train(X, y, seed=7)
     generator = torch.Generator().manual_seed(7)
     start = [torch.empty(shape).uniform_(-(5**-0.5), 5**-0.5, generator=generator).double() for shape in ((3, 5), (3,))]
     w = np.concatenate([start[0].numpy(), start[1].numpy()[:, None]], axis=1)
@@ -66,7 +67,7 @@ def test_how_many_threads_torch_has_is_left_as_it_was():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        probe_protocols.linear_layer(np.eye(4, dtype=np.float32), np.arange(4), np.eye(4, dtype=np.float32), 0)
+        protocols.linear_layer(np.eye(4, dtype=np.float32), np.arange(4), np.eye(4, dtype=np.float32), 0)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -6,9 +6,9 @@ import polars as pl
 import pytest
 
 from actstore import queries
-from actstore.catalog import schema
+from actstore.catalog.build import schema
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.tokens import ROLES, WORDS, decode
+from actstore.ingest.trees.tokens import ROLES, WORDS, decode
 from actstore.queries import study
 from actstore.store import Store
 from tests.planted import plant

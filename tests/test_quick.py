@@ -113,11 +113,11 @@ THREADS = """
 import sys
 import numpy as np
 from threadpoolctl import threadpool_info
-from actstore.queries import probe_fit
+from actstore.queries.probes import fit
 
 assert "sklearn" not in sys.modules
-probe_fit.fit = lambda *_: threadpool_info()
-(limited,) = probe_fit.fit_all([(np.ones((2, 2)), np.ones(2))], np.ones(2, bool))
+fit.fit = lambda *_: threadpool_info()
+(limited,) = fit.fit_all([(np.ones((2, 2)), np.ones(2))], np.ones(2, bool))
 import sklearn.linear_model
 blas = lambda libraries: [library for library in libraries if library["user_api"] == "blas"]
 assert {library["filepath"] for library in blas(limited)} == {library["filepath"] for library in blas(threadpool_info())}

@@ -4,24 +4,24 @@ import numpy as np
 import polars as pl
 import pytest
 
-from actstore import writer
 from actstore.cli import main
-from actstore.ingest import recheck
-from actstore.ingest.local import execute
-from actstore.ingest.models import Model
-from actstore.ingest.pipeline import Ingest
-from actstore.ingest.tokens import PAD, encode, word_label
-from actstore.verify import verify
+from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.models.load import Model
+from actstore.ingest.replay import compare
+from actstore.ingest.trees.tokens import PAD, encode, word_label
+from actstore.upkeep.verify import verify
+from actstore.writing import writer
 from tests.damaged import TREES
 from tests.test_pipeline import small_model
 
 
 def differing(root, n=12):
-    return {(of.run, of.what) for of in recheck.compare(root, n) if not of.agrees}
+    return {(of.run, of.what) for of in compare.compare(root, n) if not of.agrees}
 
 
 def test_a_store_of_what_its_weights_give_agrees(damageable):
-    found = recheck.compare(damageable, 12)
+    found = compare.compare(damageable, 12)
     assert all(of.agrees for of in found)
     assert {of.what for of in found if of.run == "small"} == {
         *("vocabulary", "trees", "edges", "tokens", "embed", "pattern.0", "resid_post.1", "predictions", "outcomes"),
@@ -31,7 +31,7 @@ def test_a_store_of_what_its_weights_give_agrees(damageable):
 
 def planted(root, monkeypatch, change):
     """A store whose activations are what `change` makes of a batch's, and all its checksums right."""
-    from actstore.arrays import ShardBuffer
+    from actstore.arrays.reader import ShardBuffer
 
     seal = ShardBuffer.seal
 
@@ -77,7 +77,7 @@ def test_other_weights_than_those_written_down_are_caught(tmp_path):
 
 
 def test_another_vocabulary_is_caught(tmp_path, monkeypatch):
-    from actstore.ingest.tokens import Vocabulary
+    from actstore.ingest.trees.tokens import Vocabulary
 
     words = Vocabulary.words
     monkeypatch.setattr(Vocabulary, "words", lambda self: words(self)[::-1])
@@ -87,7 +87,7 @@ def test_another_vocabulary_is_caught(tmp_path, monkeypatch):
 
 
 def test_rows_that_belong_to_another_tree_are_caught(tmp_path, monkeypatch):
-    from actstore.ingest import tokens
+    from actstore.ingest.trees import tokens
 
     rows = tokens.word_rows
     monkeypatch.setattr(tokens, "word_rows", lambda words, first: rows(words[::-1], first))
@@ -154,13 +154,13 @@ def test_a_tie_is_no_difference(monkeypatch):
     """Two words as likely as one another: the model that says either stores an answer that agrees."""
     job, words = Ingest("unused.act", small_model(), TREES, sites=[]), encode(TREES.slice(0, 12))
     right = [{"greedy_path": word_label(said[said != PAD]).tolist(), **RIGHT} for said in words[:, 3 * TREES.n_nodes :]]
-    assert not all(recheck._is_greedy(job, words[i], held) for i, held in enumerate(right)), (
+    assert not all(compare._is_greedy(job, words[i], held) for i, held in enumerate(right)), (
         "an untrained model is right"
     )
-    monkeypatch.setattr(recheck, "_probabilities", lambda logits: np.ones(logits.shape))  # every word is as likely
+    monkeypatch.setattr(compare, "_probabilities", lambda logits: np.ones(logits.shape))  # every word is as likely
     for i, held in enumerate(right):
-        assert recheck._is_greedy(job, words[i], held)
-        assert not recheck._is_greedy(job, words[i], {**held, "greedy_right": False}), "not what follows from its path"
+        assert compare._is_greedy(job, words[i], held)
+        assert not compare._is_greedy(job, words[i], {**held, "greedy_right": False}), "not what follows from its path"
 
 
 RIGHT = {"greedy_right": True, "teacher_forced_right": True, "first_wrong_step": None, "failure": None}

@@ -13,14 +13,15 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from actstore import log, recording
 from actstore.cli import main
+from actstore.commits import log
 from actstore.errors import BadInput, Busy
-from actstore.ingest.local import execute
-from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
 from actstore.queries import study as studies
 from actstore.store import Store
-from actstore.writer import open_writer
+from actstore.writing import recording
+from actstore.writing.writer import open_writer
 from tests.answering import Answering, noise
 from tests.stores import files
 from tests.test_advice import advised_commands
@@ -29,7 +30,7 @@ from tests.test_pipeline import small_model
 HOLD = """
 import sys
 from pathlib import Path
-from actstore import log
+from actstore.commits import log
 with log.lease(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

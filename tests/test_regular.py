@@ -8,18 +8,20 @@ from contextlib import contextmanager
 import duckdb
 import pytest
 
-from actstore import catalog, checked, log
+from actstore.catalog import build
+from actstore.commits import log
 from actstore.errors import ActstoreError, Damaged, NotStored
-from actstore.ingest.recompute import files_of
-from actstore.repair import repair
+from actstore.ingest.replay.remake import files_of
+from actstore.storage import sealed
 from actstore.store import Store
-from actstore.verify import verify
-from actstore.writer import open_writer
+from actstore.upkeep.repair import repair
+from actstore.upkeep.verify import verify
+from actstore.writing.writer import open_writer
 from tests.stores import fake, files
 
 SHARD = "activations.zarr/r/blocks.0.hook_resid_post/c/0/0/0"
 PART, MANIFEST = "parts/tokens/d-000001.parquet", log.manifest_path(2)
-FILES = (SHARD, PART, MANIFEST, catalog.NAME, catalog.HASHES, "store.json", "activations.zarr/zarr.json")
+FILES = (SHARD, PART, MANIFEST, build.NAME, build.HASHES, "store.json", "activations.zarr/zarr.json")
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +73,7 @@ def test_what_is_no_file_is_never_waited_for(root, name, put):
     put(root / name)
     before = sorted(path for path in root.rglob("*"))
     failed = ends(read, root)
-    assert (failed is None) == (name in (catalog.HASHES, "activations.zarr/zarr.json")), (
-        "which a plain read leaves alone"
-    )
+    assert (failed is None) == (name in (build.HASHES, "activations.zarr/zarr.json")), "which a plain read leaves alone"
     assert sorted(path for path in root.rglob("*")) == before, "opening changed the store"
     found = {finding.path for finding in verify(root).damage}
     assert name in found
@@ -83,8 +83,8 @@ def test_what_is_no_file_is_never_waited_for(root, name, put):
 
 
 def test_a_mended_store_has_no_pipe_where_its_catalog_was(root):
-    (root / catalog.NAME).unlink()
-    os.mkfifo(root / catalog.NAME)
+    (root / build.NAME).unlink()
+    os.mkfifo(root / build.NAME)
     with within(60):
         repair(root, files_of)
     assert verify(root).findings == []
@@ -112,14 +112,14 @@ def test_names_that_no_commit_has_are_no_manifests(root):
 
 
 def test_a_catalog_of_two_thousand_million_commits_is_told_at_once(root):
-    (root / catalog.NAME).chmod(0o644)
-    with duckdb.connect(str(root / catalog.NAME)) as connection:
+    (root / build.NAME).chmod(0o644)
+    with duckdb.connect(str(root / build.NAME)) as connection:
         connection.execute("update snapshot set snapshot = 2000000000")
     for opening in (Store, write):
         with within(60), pytest.raises(Damaged, match="lacks manifest 4 of 2000000000"):
             opening(root)
     with within(60):
-        assert [finding.path for finding in verify(root).damage] == [log.manifest_path(4), catalog.NAME]
+        assert [finding.path for finding in verify(root).damage] == [log.manifest_path(4), build.NAME]
 
 
 def test_a_lease_that_is_no_file_is_refused(root):
@@ -166,10 +166,10 @@ def test_a_long_file_is_read_no_further_than_it_can_be(root):
 
 
 def test_one_bit_of_a_file_as_long_as_manifests_are_is_still_flipped_back():
-    whole = checked.to_json({"parts": ["x" * 40] * 40})
+    whole = sealed.to_json({"parts": ["x" * 40] * 40})
     bad = bytearray(whole)
     bad[700] ^= 1
-    assert checked.flipped_back(bytes(bad)) == whole
+    assert sealed.flipped_back(bytes(bad)) == whole
 
 
 def test_a_folder_without_a_store_is_none(tmp_path):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actstore import scan as scanning
-from actstore.arrays import SiteReader
+from actstore.arrays.reader import SiteReader
 from actstore.errors import NotStored
-from actstore.pushdown import push
+from actstore.reading import scan
+from actstore.sql.pushdown import push
 from actstore.store import Store
 from tests import stores
 from tests.stores import D_MODEL, Fake, fake
@@ -108,8 +108,8 @@ def test_trees_that_the_run_lacks_have_no_rows(store, planted):
 
 
 def test_the_order_and_rows_are_the_same_whatever_the_pieces(lazy, whole, monkeypatch):
-    monkeypatch.setattr(scanning, "QUERY_ROWS", 40)  # two trees a query
-    monkeypatch.setattr(scanning, "BATCH_ROWS", 7)
+    monkeypatch.setattr(scan, "QUERY_ROWS", 40)  # two trees a query
+    monkeypatch.setattr(scan, "BATCH_ROWS", 7)
     assert lazy.collect().equals(whole)
     for n in (0, 1, 16, 17, 100, 349, 350, 351):
         assert lazy.head(n).collect().equals(whole.head(n))
@@ -249,7 +249,7 @@ def test_pushed_predicates_leave_what_polars_leaves(lazy, whole, predicate, colu
 def coerced(lazy: pl.LazyFrame, predicate: pl.Expr, monkeypatch: pytest.MonkeyPatch):
     """What becomes of a predicate on its way to the source."""
     seen = []
-    monkeypatch.setattr(scanning, "push", lambda *args: seen.append(push(*args)) or seen[-1])
+    monkeypatch.setattr(scan, "push", lambda *args: seen.append(push(*args)) or seen[-1])
     lazy.filter(predicate).select("token_id").collect()
     return seen[0]
 
@@ -376,7 +376,7 @@ def test_no_more_than_the_head_is_read(lazy, gathered):
 
 
 def test_a_stream_stops_when_it_has_enough(lazy, whole, gathered, monkeypatch):
-    monkeypatch.setattr(scanning, "BATCH_ROWS", 10)
+    monkeypatch.setattr(scan, "BATCH_ROWS", 10)
     kept = pl.col("role") == "edge_source"
     assert lazy.filter(kept).head(3).collect(engine="streaming").equals(whole.filter(kept).head(3))
     assert len(gathered) < len(whole.filter(kept))
@@ -395,10 +395,10 @@ def test_tables_that_are_not_needed_are_not_joined(store, lazy, monkeypatch):
 
 def test_batches_are_no_longer_than_polars_asks(store, whole, monkeypatch):
     sources = []
-    monkeypatch.setattr(scanning, "register_io_source", lambda source, **rest: sources.append(source))
+    monkeypatch.setattr(scan, "register_io_source", lambda source, **rest: sources.append(source))
     store.scan("first")
     for hint, longest in ((9, 9), (None, 40), (100_000, 40)):
-        monkeypatch.setattr(scanning, "BATCH_ROWS", 40)
+        monkeypatch.setattr(scan, "BATCH_ROWS", 40)
         lengths = [len(frame) for frame in sources[0](["x"], None, None, hint)]
         assert set(lengths[:-1]) == {longest}
         assert sum(lengths) == len(whole)

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 import actstore
 from actstore import queries
-from actstore.asked import OF_RUNS, Asked
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored, SeveralRuns
-from actstore.scope import _views
+from actstore.reading.scope import _views
+from actstore.sql.asked import OF_RUNS, Asked
 from actstore.store import Store
 from tests.stores import fake
 

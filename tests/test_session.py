@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from actstore import session
 from actstore.errors import BadInput, NotStored
+from actstore.sql import session
 from actstore.store import Store
 from tests.stores import fake, files
 

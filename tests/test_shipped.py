@@ -11,11 +11,12 @@ import polars as pl
 import pytest
 import torch
 
-from actstore.ingest import models
-from actstore.ingest.checkpoints import KEPT
-from actstore.ingest.evaluation import evaluate
-from actstore.ingest.recipe import read_config, recipe_of
-from actstore.ingest.trees import DISTRIBUTIONS
+from actstore.ingest.models import load
+from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.training.checkpoints import KEPT
+from actstore.ingest.training.evaluation import evaluate
+from actstore.ingest.training.recipe import read_config, recipe_of
+from actstore.ingest.trees.draw import DISTRIBUTIONS
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "data" / "checkpoints"
@@ -37,7 +38,7 @@ def test_a_shipped_model_is_what_its_card_its_configuration_and_its_log_say(name
     weights = CHECKPOINTS / f"{name}.safetensors"
     assert f"sha256 `{hashlib.sha256(weights.read_bytes()).hexdigest()}`" in weights.with_suffix(".md").read_text()
     _, config, recipe = read_config(name)
-    assert models.ModelConfig.from_yaml(weights.with_suffix(".yaml")) == config
+    assert ModelConfig.from_yaml(weights.with_suffix(".yaml")) == config
     assert recipe_of(weights.with_suffix(".yaml")) == recipe
     log = pl.read_ndjson(weights.with_suffix(".jsonl"))
     assert log["step"][-1] == recipe.steps
@@ -50,7 +51,7 @@ def test_a_shipped_model_answers_as_often_as_its_card_says(name):
     assert stated["trees"].to_list()[0] == name
     assert {*stated["trees"]} == {*DISTRIBUTIONS, "baseline, backward", "baseline, shuffled"}
     assert stated.filter(pl.col("trees").is_in(DISTRIBUTIONS))["n"].to_list() == [20_000] * 3
-    found = evaluate(models.load(name), n_trees=256, seed=7_000_000).table.filter(pl.col("depth").is_null())
+    found = evaluate(load.load(name), n_trees=256, seed=7_000_000).table.filter(pl.col("depth").is_null())
     for row in found.iter_rows(named=True):
         trees = ", ".join(filter(None, (row["distribution"], row["edges"])))
         greedy = stated.row(by_predicate=pl.col("trees") == trees, named=True)["greedy"]
@@ -59,14 +60,14 @@ def test_a_shipped_model_answers_as_often_as_its_card_says(name):
 
 def test_the_reproductions_moments_lead_from_its_start_to_its_end():
     weights = CHECKPOINTS / "reproduction.safetensors"
-    assert models.checkpoints(weights) == list(KEPT)
-    config = models.ModelConfig.from_yaml(weights.with_suffix(".yaml"))
-    start = models.load("reproduction", checkpoint=0).bridge.state_dict()
-    fresh = models.build(config, recipe_of(weights.with_suffix(".yaml")).seed).state_dict()
+    assert load.checkpoints(weights) == list(KEPT)
+    config = ModelConfig.from_yaml(weights.with_suffix(".yaml"))
+    start = load.load("reproduction", checkpoint=0).bridge.state_dict()
+    fresh = load.build(config, recipe_of(weights.with_suffix(".yaml")).seed).state_dict()
     for name, value in start.items():
         torch.testing.assert_close(value, fresh[name].half().float())
     steps = [
-        evaluate(models.load("reproduction", checkpoint=step), "reproduction", n_trees=128).table["token"][0]
+        evaluate(load.load("reproduction", checkpoint=step), "reproduction", n_trees=128).table["token"][0]
         for step in KEPT
     ]
     assert np.argmax(steps) == len(steps) - 1

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import betabinom, binom, binomtest, fisher_exact
 
-from actstore.statistics import (
+from actstore.intervals import (
     bootstrap,
     change_over_trees,
     difference,

@@ -7,15 +7,15 @@ import polars as pl
 import pytest
 
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.local import execute
-from actstore.ingest.pipeline import TreeSet
-from actstore.ingest.trees import draw
+from actstore.ingest.jobs.job import TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.trees.draw import draw
+from actstore.intervals import holm, share
 from actstore.queries import study, swap
-from actstore.queries.continuations import Goal, Tree, Walk, grade_goal, grade_walk
 from actstore.queries.depth import against_the_others
-from actstore.queries.dreams import _share
+from actstore.queries.dreams.grading import Goal, Tree, Walk, grade_goal, grade_walk
+from actstore.queries.dreams.study import _share
 from actstore.queries.last_edge import verdict
-from actstore.statistics import holm, share
 from actstore.store import Store
 from tests.answering import Answering, Dreaming, last_step, noise
 from tests.test_pipeline import small_model

@@ -14,10 +14,9 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from actstore import progress
-from actstore.cli import main
-from actstore.output import print_table
-from actstore.terminal import printable
+from actstore.cli import main, progress
+from actstore.cli.output import print_table
+from actstore.cli.terminal import printable
 
 ACTSTORE = [sys.executable, "-c", "from actstore.cli import main; main()"]
 COMMANDS = [
@@ -70,7 +69,7 @@ def without(closed, words):
 
 
 def test_a_file_never_gets_the_number_of_a_closed_stdout():
-    script = "import sys; from actstore import terminal; terminal.prepare(); sys.stderr.write(str(open('/dev/zero').fileno()))"
+    script = "import sys; from actstore.cli import terminal; terminal.prepare(); sys.stderr.write(str(open('/dev/zero').fileno()))"
     assert int(without("<&- >&-", [sys.executable, "-c", script]).stderr) > 2
 
 

@@ -14,7 +14,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from actstore.errors import BadInput
-from actstore.ingest.tokens import (
+from actstore.ingest.trees.draw import MAX_NODES, MIN_NODES, Trees, draw, edge_rows, tree_rows
+from actstore.ingest.trees.tokens import (
     COMMA,
     PAD,
     POSITIONS_PER_TREE,
@@ -28,7 +29,6 @@ from actstore.ingest.tokens import (
     spell,
     token_rows,
 )
-from actstore.ingest.trees import MAX_NODES, MIN_NODES, Trees, draw, edge_rows, tree_rows
 from tests.test_trees import assert_same, batches
 
 REPRODUCTION_16 = (
@@ -169,7 +169,7 @@ def test_rows_fill_the_table_of_the_schema_and_come_back_unchanged(table: str) -
     trees = draw("baseline", 0, 3, 40, n_nodes=12, n_labels=MAX_NODES)
     rows = {"tokens": token_rows(trees, 3), "edges": edge_rows(trees, 3), "trees": tree_rows(trees, 3, "d")}[table]
     with duckdb.connect() as con:
-        con.execute((files("actstore") / "schema.sql").read_text())
+        con.execute((files("actstore.catalog") / "schema.sql").read_text())
         con.register("rows", rows)
         con.execute(f"insert into {table} by name select * from rows")
         stored = con.sql(f"select * from {table}").pl()
@@ -374,7 +374,7 @@ def test_a_vocabulary_that_no_system_has_is_refused(system: str, n_nodes: int, s
 
 def test_the_schema_spells_words_and_roles_in_the_order_of_their_numbers() -> None:
     with duckdb.connect() as con:
-        con.execute((files("actstore") / "schema.sql").read_text())
+        con.execute((files("actstore.catalog") / "schema.sql").read_text())
         kinds = con.sql("select enum_range(null::token_word), enum_range(null::token_role)").fetchall()[0]
     assert kinds == (list(WORDS), list(ROLES))
 

@@ -13,17 +13,19 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
+from actstore.commits.log import lease
 from actstore.errors import BadInput, Busy, NoRoom, NotStored
-from actstore.ingest import models
-from actstore.ingest.card import write_card
-from actstore.ingest.evaluation import evaluate
-from actstore.ingest.learner import Learner, Tally
-from actstore.ingest.models import ModelConfig
-from actstore.ingest.packing import every_goal, forward, pack
-from actstore.ingest.recipe import Recipe, read_config, recipe_of, step_trees
-from actstore.ingest.train import to_wandb, train
-from actstore.ingest.trees import draw
-from actstore.log import lease
+from actstore.ingest.models import load
+from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.weights import canonical, read_state, state
+from actstore.ingest.training import checkpoints
+from actstore.ingest.training.card import write_card
+from actstore.ingest.training.evaluation import evaluate
+from actstore.ingest.training.learner import Learner, Tally
+from actstore.ingest.training.packing import every_goal, forward, pack
+from actstore.ingest.training.recipe import Recipe, read_config, recipe_of, step_trees
+from actstore.ingest.training.train import to_wandb, train
+from actstore.ingest.trees.draw import draw
 
 TINY = {
     "d_model": 32,
@@ -57,11 +59,11 @@ def tiny(tmp_path):
 
 def tiny_model(system, n_nodes, seed=0):
     config = ModelConfig.from_mapping({"system": system, "n_nodes": n_nodes, "model": TINY}, "test")
-    bridge = models.build(config, seed)
+    bridge = load.build(config, seed)
     with torch.no_grad():  # biases start at 0 and layer norms at 1, which would hide a wrong one
         for value in bridge.parameters():
             value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(value.numel())) * 0.3)
-    return config, bridge, models.state(bridge, config)
+    return config, bridge, state(bridge, config)
 
 
 def prompts_of_every_leaf(trees, row):
@@ -239,22 +241,22 @@ def test_training_learns_and_leaves_checkpoints_that_load(tmp_path):
     assert log["loss"][-1] < 0.6 * log["loss"][0]
     by_depth = log.select("step", "by_depth").explode("by_depth").unnest("by_depth")
     assert (by_depth["right"] <= by_depth["paths"]).all()
-    loaded = models.load(str(path))
+    loaded = load.load(str(path))
     assert (loaded.name, loaded.config.n_nodes) == ("learns", 4)
-    assert models.checkpoints(path) == [0, 250]
-    before = models.load(str(path), checkpoint=0)
-    initial = models.state(models.build(loaded.config, 42), loaded.config)
+    assert load.checkpoints(path) == [0, 250]
+    before = load.load(str(path), checkpoint=0)
+    initial = state(load.build(loaded.config, 42), loaded.config)
     assert before.name == "learns-step0"
-    assert before.weights == models.canonical({name: value.half() for name, value in initial.items()})
+    assert before.weights == canonical({name: value.half() for name, value in initial.items()})
     with pytest.raises(NotStored, match="no checkpoint 100 of learns; there are 0, 250"):
-        models.load(str(path), checkpoint=100)
+        load.load(str(path), checkpoint=100)
 
 
 def test_a_card_says_what_was_trained_and_how_good_it_is_on_trees_never_seen(tmp_path):
     config = write_config(tmp_path / "tiny.yaml", n_nodes=6, max_iters=50, training={"shallow": 0.4})
     path = train(config, tmp_path / "out")
     graded = write_card(path, 300)
-    model, recipe = models.load(str(path)), recipe_of(path.with_suffix(".yaml"))
+    model, recipe = load.load(str(path)), recipe_of(path.with_suffix(".yaml"))
     assert recipe == read_config(config)[2]
     again = evaluate(model, n_trees=300, recipe=recipe)
     assert graded.table.equals(again.table)
@@ -284,7 +286,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(ti
         patched.setattr(Learner, "_gradient", spoilt)
         with pytest.raises(BadInput, match=r"step 60: the loss is nan.*last good state is step 50"):
             train(tiny, tmp_path / "out")
-    good = models.read_state(tmp_path / "out" / "state.safetensors")
+    good = read_state(tmp_path / "out" / "state.safetensors")
     assert int(good["step"]) == 50
     assert all(torch.isfinite(value).all() for value in good.values())
     assert not (tmp_path / "out" / "tiny.safetensors").exists()
@@ -349,7 +351,7 @@ def test_what_cannot_be_trained_on_or_written_to_is_refused_in_one_line(tiny, tm
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models, "save", full)
+    monkeypatch.setattr(checkpoints, "save", full)
     with pytest.raises(NoRoom, match="free some"):
         train(tiny, tmp_path / "out")
 

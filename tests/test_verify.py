@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from actstore import catalog, log
-from actstore.ingest.local import execute
-from actstore.ingest.pipeline import Ingest
-from actstore.verify import verify
+from actstore.catalog import build
+from actstore.commits import log
+from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.jobs.local import execute
+from actstore.storage import hashing
+from actstore.upkeep.verify import verify
 from tests.damaged import TREES, committed, damage, flip, shorten
 from tests.test_pipeline import small_model
 
@@ -23,7 +25,7 @@ def test_a_store_that_is_whole_has_nothing_wrong(damageable):
 
 def test_a_flipped_bit_in_any_file_is_found_and_named(store):
     rng = np.random.default_rng(0)
-    names = [file.path for file in committed(store)] + [catalog.NAME]
+    names = [file.path for file in committed(store)] + [build.NAME]
     names += [log.manifest_path(number) for number in (1, 3, len(log.manifests(store)))]
     for name in names:
         before = (store / name).read_bytes()
@@ -63,10 +65,10 @@ def test_quick_does_not_read_what_chunks_hold(store):
 def test_a_catalog_that_was_put_in_place_and_is_not_what_its_parts_say_is_found(store):
     import duckdb
 
-    os.chmod(store / catalog.NAME, 0o644)
-    with duckdb.connect(str(store / catalog.NAME)) as connection:
+    os.chmod(store / build.NAME, 0o644)
+    with duckdb.connect(str(store / build.NAME)) as connection:
         connection.execute("update edges set source = target, target = source where tree_id = 3 and edge = 2")
-    (store / catalog.HASHES).write_text(json.dumps({"xxh3_128": [_hash(store / catalog.NAME)]}))
+    (store / build.HASHES).write_text(json.dumps({"xxh3_128": [_hash(store / build.NAME)]}))
     whats = [finding.what for finding in verify(store).damage]
     assert whats == ["the parts lack 1 rows of table edges", "it lacks 1 rows of table edges"]
 
@@ -103,24 +105,24 @@ def test_a_manifest_that_leads_outside_the_store_is_damage(store):
 
 
 def test_damage_of_the_catalog_is_not_carried_on_into_the_next_one(store):
-    damage(store / catalog.NAME, flip(os.path.getsize(store / catalog.NAME) - 1))
+    damage(store / build.NAME, flip(os.path.getsize(store / build.NAME) - 1))
     before = verify(store).damage
     execute(Ingest(store, small_model(), TREES, run="again", sites=["embed"]))
-    assert [found.path for found in before] == [catalog.NAME]
+    assert [found.path for found in before] == [build.NAME]
     assert verify(store).findings == []
 
 
 def test_a_catalog_that_a_writer_replaces_meanwhile_is_no_damage(store, monkeypatch):
-    hash_of, times = catalog.hash_of, []
+    hash_of, times = hashing.hash_of, []
 
     def slowly(descriptor):
         found = hash_of(descriptor)
         for _ in range(2 if not times else 0):  # two later catalogs, so that the one that was opened is noted no more
-            os.chmod(store / catalog.NAME, 0o644)
-            catalog.publish(store, from_nothing=True)
+            os.chmod(store / build.NAME, 0o644)
+            build.publish(store, from_nothing=True)
         times.append(found)
         return found
 
-    monkeypatch.setattr(catalog, "hash_of", slowly)
+    monkeypatch.setattr(build, "hash_of", slowly)
     assert verify(store).findings == []
     assert len(times) == 2

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actstore import log
+from actstore.commits import log
 from actstore.errors import ActstoreError, BadInput, Busy, Damaged, NotStored, TooNew
-from actstore.plan import NAME, RunPlan
 from actstore.store import Store
-from actstore.writer import Writer, committed_batches, create, open_writer, rebuild
+from actstore.writing.plan import NAME, RunPlan
+from actstore.writing.writer import Writer, committed_batches, create, open_writer, rebuild
 from tests.stores import Fake, catalog_rows, committed_files, fake, files, folders
 
 SYSTEM_CALLS = ("mkdir", "open", "write", "fchmod", "fsync", "link", "unlink", "chmod", "replace", "rename")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from actstore.ingest.local import execute
-from actstore.ingest.models import load
-from actstore.ingest.pipeline import Ingest, TreeSet
-from actstore.ingest.tokens import encode
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.models.load import load
+from actstore.ingest.trees.tokens import encode
 from tests.benchmarks import Row, median
 
 N_TREES = 10_000  # what `actstore ingest` stores unless told otherwise
@@ -24,8 +24,8 @@ ROUNDS = 3
 CHILD = """
 import json, resource, sys
 from pathlib import Path
-from actstore.ingest.models import load
-from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.ingest.models.load import load
+from actstore.ingest.jobs.job import Ingest, TreeSet
 store, n_trees = sys.argv[1:]
 execute(Ingest(Path(store), load("reproduction"), TreeSet("reproduction", int(n_trees))))
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

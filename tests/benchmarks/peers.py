@@ -24,9 +24,9 @@ import pyarrow as pa
 import torch
 import zarr
 
-from actstore.ingest.activations import site_specs
-from actstore.ingest.models import load
-from actstore.ingest.tokens import n_positions
+from actstore.ingest.models.load import load
+from actstore.ingest.models.sites import site_specs
+from actstore.ingest.trees.tokens import n_positions
 from actstore.store import Store
 
 ROWS_PER_CHUNK = 1_024  # zarr: of 256, 1,024, 4,096 and 16,384 the quickest on every selection

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from actstore.ingest.local import execute
-from actstore.ingest.models import load
-from actstore.ingest.pipeline import Ingest, TreeSet
-from actstore.ingest.tokens import encode
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.models.load import load
+from actstore.ingest.trees.tokens import encode
 from actstore.queries import load as load_query
 from actstore.queries import study
 from actstore.store import Store

@@ -19,9 +19,9 @@ import duckdb
 import numpy as np
 import polars as pl
 
-from actstore.ingest.local import execute
-from actstore.ingest.models import load
-from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.models.load import load
 from actstore.store import Store
 from tests.benchmarks import Row, median, peers
 from tests.benchmarks.timing import Action, alternate, drop_pages, milliseconds, plus, ratio, timed

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-from actstore import log
-from actstore.arrays import ShardBuffer
-from actstore.hashing import BLOCK
-from actstore.ingest.local import execute
-from actstore.ingest.models import load
-from actstore.ingest.pipeline import Ingest, TreeSet
+from actstore.arrays.reader import ShardBuffer
+from actstore.commits import log
+from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.models.load import load
+from actstore.storage.hashing import BLOCK
 from actstore.store import Store
-from actstore.verify import verify
+from actstore.upkeep.verify import verify
 from tests.benchmarks import Row, median
 
 N_TREES = 4000

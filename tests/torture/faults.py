@@ -25,8 +25,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from actstore.cli.progress import progress
 from actstore.errors import NoRoom
-from actstore.progress import progress
 from tests.torture.kills import same_store
 from tests.torture.template import STOPPED, check, fork, wait
 
@@ -64,7 +64,7 @@ def store(root: Path) -> None:
 def look(root: Path) -> None:
     """Whatever is there is one of the known states."""
     from actstore.store import Store
-    from actstore.verify import verify
+    from actstore.upkeep.verify import verify
 
     if not (root / "store.json").exists():
         return
@@ -147,7 +147,6 @@ def _kind(error: Exception, fault: int) -> str:
 
 def run(share: float, seed: int) -> None:
     """In a process that has the shim loaded, and all that its children need."""
-    import actstore.verify  # noqa: F401
     import tests.stores  # noqa: F401
 
     rng, said = random.Random(seed), Counter[str]()

@@ -10,10 +10,10 @@ import random
 import tempfile
 from pathlib import Path
 
-from actstore import log
-from actstore.ingest.recompute import files_of
-from actstore.repair import repair
-from actstore.verify import verify
+from actstore.commits import log
+from actstore.ingest.replay.remake import files_of
+from actstore.upkeep.repair import repair
+from actstore.upkeep.verify import verify
 from tests.damaged import make
 from tests.stores import committed_files
 from tests.torture.kills import flip

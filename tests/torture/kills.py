@@ -33,8 +33,8 @@ max_iters: 120
 
 def ingest(root: Path, model: object) -> None:
     """20 batches, with a catalog put in place after each."""
-    from actstore.ingest.local import execute
-    from actstore.ingest.pipeline import Ingest, TreeSet
+    from actstore.ingest.jobs.job import Ingest, TreeSet
+    from actstore.ingest.jobs.local import execute
 
     trees = TreeSet("reproduction", N_TREES, n_nodes=6, trees_per_shard=PER_SHARD, name="d")
     execute(Ingest(root, model, trees, sites=["embed", "resid_post.1"], publish_every=0.0))  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ def open_as_reader(root: Path) -> None:
 
 def same_store(root: Path, whole: Path) -> None:
     """Every byte of every committed file, and every row of every table."""
-    from actstore.verify import verify
+    from actstore.upkeep.verify import verify
     from tests.stores import catalog_rows, committed_files
 
     assert committed_files(root) == committed_files(whole), "bytes differ"
@@ -114,7 +114,7 @@ def train_kills(n: int, folder: Path, rng: random.Random) -> int:
     config.write_text(RECIPE)
 
     def train(out: Path) -> None:
-        from actstore.ingest.train import train as train_model
+        from actstore.ingest.training.train import train as train_model
 
         train_model(str(config), out)
 
@@ -138,7 +138,7 @@ def study_kills(n: int, folder: Path, rng: random.Random) -> int:
     def record() -> None:
         from actstore.queries import study
         from actstore.store import Store
-        from actstore.writer import open_writer
+        from actstore.writing.writer import open_writer
 
         with Store(root) as store:
             results = study.run(store, "depth").results
@@ -174,8 +174,8 @@ def repair_kills(n: int, folder: Path, rng: random.Random) -> int:
             flip(path, rng)
 
     def mend() -> None:
-        from actstore.ingest.recompute import files_of
-        from actstore.repair import repair
+        from actstore.ingest.replay.remake import files_of
+        from actstore.upkeep.repair import repair
 
         assert not repair(root, files_of).left
 

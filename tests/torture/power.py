@@ -68,7 +68,7 @@ def cut(image: Path, mounted: Path, whole: Path, model: object, rng: random.Rand
     told.write_text("")
 
     def work() -> None:
-        from actstore import log
+        from actstore.commits import log
 
         commit = log.commit
 
@@ -106,7 +106,7 @@ def cut(image: Path, mounted: Path, whole: Path, model: object, rng: random.Rand
 
 def look(root: Path, reported: int) -> None:
     """Every commit that was reported is there, and every file that one names is whole."""
-    from actstore.verify import verify
+    from actstore.upkeep.verify import verify
 
     report = verify(root)
     lost = [finding for finding in report.damage if finding.kind != "catalog"]

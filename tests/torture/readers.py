@@ -24,8 +24,8 @@ TABLES = ("trees", "outcomes", "(select distinct tree_id from tokens)", "(select
 
 
 def ingest(root: Path, model: object, n_trees: int) -> None:
-    from actstore.ingest.local import execute
-    from actstore.ingest.pipeline import Ingest, TreeSet
+    from actstore.ingest.jobs.job import Ingest, TreeSet
+    from actstore.ingest.jobs.local import execute
 
     trees = TreeSet("reproduction", n_trees, n_nodes=6, trees_per_shard=PER_SHARD, name="d")
     execute(Ingest(root, model, trees, sites=["embed"], publish_every=0.2))  # type: ignore[arg-type]

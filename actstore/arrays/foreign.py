@@ -1,0 +1,207 @@
+"""The general path to a site's array: whatever zarr-python reads, with any chunks, shards, codecs and float dtype.
+
+Rows come out of whole inner chunks, each read and decoded once a gather, never through `oindex`, which would decode a
+chunk once for each row wanted. It is slower by far than the mapped shards that actstore itself writes; the numbers and the
+errors are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actstore.arrays.mapped import flat_rows
+from actstore.arrays.reader import Layout, SiteReader, not_stored
+from actstore.errors import BadInput, Damaged, NotStored
+from actstore.storage.machine import limit_reached
+
+MOST_BYTES = 1 << 34  # of a decoded chunk
+
+
+def mapped_dtype(about: Mapping[str, Any], layout: Layout) -> str | None:
+    """The dtype of an array that lies as a layout says, so that its shards can be mapped; None where it lies otherwise.
+
+    Args:
+        about: the content of the array's zarr.json.
+    """
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    expected = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(layout.shape),
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(layout.shard_shape)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": list(layout.chunk_shape),
+                    "codecs": checked,
+                    "index_codecs": checked,
+                    "index_location": "end",
+                },
+            }
+        ],
+    }
+    same = all(about.get(key) == value for key, value in expected.items()) and not about.get("storage_transformers")
+    return about["data_type"] if same and about.get("data_type") in ("float32", "float16") else None
+
+
+class ForeignReader(SiteReader):
+    """A site's array that is read through zarr-python; else as SiteReader.
+
+    Args:
+        path: of the array's folder, Zarr v3 or v2.
+        layout: the shape it must have; its trees_per_shard says which batch of `shards` a tree belongs to.
+        first_tree_id, where, is_token: as of SiteReader. Where what was never written does not read as NaN, is_token is
+            asked about every id.
+        shards: the batches that are there, or None for all.
+        check: called after what was read, to raise where it may have been another store's.
+
+    Raises:
+        Damaged: zarr-python cannot open it, or it has another shape.
+        BadInput: it holds no floats.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        first_tree_id: int,
+        shards: Mapping[int, Path] | None,
+        where: str,
+        is_token: Callable[[np.ndarray], np.ndarray] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path, self.layout, self.where, self._check = path, layout, where, check
+        self._array = self._open()  # before anything is made as large as the layout says
+        every = range(-(-layout.shape[0] // layout.trees_per_shard))
+        super().__init__(
+            layout, first_tree_id, dict.fromkeys(every, path) if shards is None else shards, where, is_token
+        )
+        chunks = self._array.chunks  # of a sharded array: the inner ones
+        self.trees_per_chunk, self.positions_per_chunk = int(chunks[0]), int(chunks[layout.position_axis])
+
+    def _open(self) -> Any:
+        import zarr
+
+        try:
+            array = zarr.open_array(str(self.path), mode="r")
+        except Exception as error:  # zarr's own classes and whatever strange metadata makes it meet
+            raise limit_reached(error, f"cannot open {self.path} of {self.where}") or Damaged(
+                f"{self.path} of {self.where} cannot be opened ({_one_line(error)}); restore it from a copy of the store"
+            ) from error
+        self._check()
+        if tuple(array.shape) != self.layout.shape:
+            raise Damaged(
+                f"{self.path} of {self.where} has shape {list(array.shape)}, and the catalog says {list(self.layout.shape)}"
+            )
+        if min(array.chunks) < 1 or math.prod(array.chunks) * array.dtype.itemsize > MOST_BYTES:
+            raise Damaged(f"{self.path} of {self.where} has chunks of {list(array.chunks)}, which no memory holds")
+        if array.dtype.kind != "f":
+            raise BadInput(f"{self.where} holds {array.dtype}; activations are floats (float16, float32 or float64)")
+        return array
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one activation, as stored."""
+        return self.layout.row_items * int(self._array.dtype.itemsize)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of one decoded inner chunk."""
+        return math.prod(self._array.chunks) * int(self._array.dtype.itemsize)
+
+    @property
+    def chunks_a_row(self) -> int:
+        """Inner chunks that one row lies in."""
+        return self._pieces_of_a_row(self._array.chunks)
+
+    @property
+    def shards_a_row(self) -> int:
+        """Stored objects that one row lies in."""
+        return self._pieces_of_a_row(self._array.shards or self._array.chunks)
+
+    @property
+    def chunks_a_shard(self) -> tuple[int, int]:
+        """Inner chunks of a stored object along trees and along positions."""
+        stored, axis = self._array.shards or self._array.chunks, self.layout.position_axis
+        return int(stored[0]) // self.trees_per_chunk, int(stored[axis]) // self.positions_per_chunk
+
+    def _pieces_of_a_row(self, size: Sequence[int]) -> int:
+        counts = [-(-n // int(some)) for n, some in zip(self.layout.shape, size, strict=True)]
+        return math.prod(n for axis, n in enumerate(counts) if axis not in (0, self.layout.position_axis))
+
+    def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """As SiteReader.gather; a row that is longer than a chunk is put together from several."""
+        token_ids = np.asarray(token_ids).astype(np.int64, casting="safe", copy=False)
+        row, position = self.places(token_ids)
+        whole = np.empty((len(token_ids), *self.layout.row_shape), np.float32) if out is None else out
+        X = flat_rows(whole, len(token_ids), self.layout)
+        try:
+            with np.errstate(over="raise"):
+                for chunk, places in self.by_chunk(row, position):
+                    block = self._block(chunk, token_ids[places])
+                    X[places] = block[
+                        row[places] - chunk[0] * self.trees_per_chunk,
+                        position[places] - chunk[1] * self.positions_per_chunk,
+                    ]
+        except FloatingPointError:
+            raise BadInput(f"an activation is too large for {X.dtype}; read it as {self._array.dtype}") from None
+        self._check()
+        self._refuse_what_is_no_token(token_ids, X)
+        return whole
+
+    def by_chunk(self, row: np.ndarray, position: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        """Number along trees and along positions of each chunk that rows lie in, and which rows, intp [n]."""
+        n_along_positions = -(-self.layout.n_positions // self.positions_per_chunk)
+        key = row // self.trees_per_chunk * n_along_positions + position // self.positions_per_chunk
+        order = np.argsort(key, kind="stable")
+        starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+        for places in np.split(order, starts[1:]) if len(order) else ():
+            number = int(key[places[0]])
+            yield (number // n_along_positions, number % n_along_positions), places
+
+    def _block(self, chunk: tuple[int, int], token_ids: np.ndarray) -> np.ndarray:
+        """All rows of a chunk, [tree, position, numbers in a row]."""
+        axis = self.layout.position_axis
+        span = [slice(None)] * len(self.layout.shape)
+        span[0] = slice(chunk[0] * self.trees_per_chunk, (chunk[0] + 1) * self.trees_per_chunk)
+        span[axis] = slice(chunk[1] * self.positions_per_chunk, (chunk[1] + 1) * self.positions_per_chunk)
+        try:
+            if not self._is_written(span):
+                raise not_stored(self.where, token_ids, np.ones(len(token_ids), bool), "not ingested yet")
+            block = np.moveaxis(np.asarray(self._array[tuple(span)]), axis, 1)
+        except NotStored:
+            raise
+        except Exception as error:  # as _open
+            raise limit_reached(error, f"cannot read a chunk of {self.path} of {self.where}") or Damaged(
+                f"a chunk of {self.path} of {self.where} cannot be read ({_one_line(error)}); restore it from a copy"
+            ) from error
+        return block.reshape(*block.shape[:2], -1)
+
+    def _is_written(self, span: list[slice]) -> bool:
+        """Whether the stored object that a chunk begins in is there: one that is not would read as the fill value."""
+        from zarr.core.sync import sync
+
+        stored = self._array.shards or self._array.chunks
+        number = tuple((part.start or 0) // int(size) for part, size in zip(span, stored, strict=True))
+        key = self._array.metadata.encode_chunk_key(number)
+        return bool(sync((self._array.store_path / key).exists()))
+
+    def _refuse_what_is_no_token(self, token_ids: np.ndarray, X: np.ndarray) -> None:
+        fill = self._array.fill_value
+        if self._is_token and not (fill is not None and np.isnan(fill)):
+            padding = ~self._is_token(token_ids)
+            if padding.any():
+                raise not_stored(self.where, token_ids, padding, "padding, past its tree's last token")
+        elif np.isnan(X[:, 0]).any():
+            self._refuse_padding(token_ids, X)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

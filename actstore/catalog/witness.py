@@ -1,0 +1,130 @@
+"""Do a store's manifests agree with one another, and with the catalog? Each is a witness of what was committed.
+
+A manifest's checksum says that it is whole, and not that it is the one that was written: whoever edits one can write its
+checksum anew. What it names must still be its own, and the catalog says what all manifests said when it was built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from actstore.catalog import build
+from actstore.commits import log
+from actstore.commits.log import ARRAYS, PARTS, WEIGHTS, Manifest, log_hash
+from actstore.errors import Damaged, advised
+
+OF_RUN = ("predictions", "outcomes", "generations")  # tables whose parts are named by a run, and not by a set of trees
+
+
+def at_odds(manifests: list[Manifest]) -> Iterator[tuple[int, str]]:
+    """(number of a manifest, what in it is another's): each names its own run's and batch's files, and no file twice."""
+    by_path: dict[str, int] = {}
+    by_name: dict[tuple[str, str | None, int | None], int] = {}
+    for manifest in manifests:
+        name = manifest.kind, manifest.run, manifest.batch
+        first = by_name.setdefault(name, manifest.number)
+        if manifest.kind in ("run", "batch") and first != manifest.number:
+            yield manifest.number, f"it commits {_called(manifest)}, which manifest {first} commits"
+        elif what := _of_another(manifest):
+            yield manifest.number, f"it says that it commits {_called(manifest)}, and names {what}"
+        for file in manifest.files:
+            first = by_path.setdefault(file.path, manifest.number)
+            if first != manifest.number:
+                yield manifest.number, f"it names {file.path}, which manifest {first} brought"
+                break
+
+
+def _called(manifest: Manifest) -> str:
+    if manifest.kind == "results":
+        return f"results {manifest.number}"
+    return f"run {manifest.run!r}" if manifest.kind == "run" else f"batch {manifest.batch} of run {manifest.run!r}"
+
+
+def _of_another(manifest: Manifest) -> str:
+    """The first file of a manifest that is no file of what it says it commits; nothing where there is none."""
+    if manifest.kind not in ("run", "batch", "results"):
+        return ""
+    for shard in manifest.shards:
+        lies = f"{ARRAYS}/{manifest.run}/{shard.site}/"
+        if (shard.run, shard.batch) != (manifest.run, manifest.batch) or not shard.path.startswith(lies):
+            return f"{shard.path} of batch {shard.batch} of run {shard.run!r}"
+    for part in manifest.parts:
+        folder, _, name = part.path.removesuffix(".parquet").rpartition("/")
+        if folder != f"{PARTS}/{part.table}" or not _is_named_by(manifest, part.table, name):
+            return part.path
+    for other in manifest.others:
+        if not other.path.startswith((f"{ARRAYS}/{manifest.run}/", f"{WEIGHTS}/")):
+            return other.path
+    return ""
+
+
+def _is_named_by(manifest: Manifest, table: str, name: str) -> bool:
+    """Whether a part of that name can be one that the manifest brought."""
+    if manifest.kind == "results":
+        return (table, name) == ("results", f"{manifest.number:08d}")
+    if manifest.kind == "run":
+        return table in ("models", "datasets") or (table in ("runs", "sites") and name == manifest.run)
+    owner, _, batch = name.rpartition("-")
+    return batch == f"{manifest.batch or 0:06d}" and (table not in OF_RUN or owner == manifest.run)
+
+
+def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
+    """What a catalog says otherwise than the manifests, as far as they tell without their parts.
+
+    Args:
+        root: of a store whose catalog is what was put in place.
+        manifests: all of them, each whole.
+    """
+    with build.attached(root) as connection:
+        held, hash_of_log = build.snapshot_of(connection)
+        committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
+        if hash_of_log is not None and log_hash(committed) != hash_of_log:
+            yield f"the catalog was built from manifests of hash {hash_of_log}, and these have {log_hash(committed)}"
+        named = {shard.path: shard.xxh3_128 for manifest in committed for shard in manifest.shards}
+        rows = {"shards": len(named)}
+        for part in [part for manifest in committed for part in manifest.parts]:
+            rows[part.table] = rows.get(part.table, 0) + part.rows
+        there = {row[0] for row in connection.execute(build.TABLES_ATTACHED).fetchall()}
+        for table in [table for table in build.tables() if table in there and table != "snapshot"]:
+            n = connection.execute(f"select count(*) from there.{table}").fetchall()[0][0]
+            if n != rows.get(table, 0):
+                yield f"the catalog holds {n:,} rows of table {table}, and the manifests name {rows.get(table, 0):,}"
+        for path, hashed in connection.execute("select path, xxh3_128 from there.shards order by path").fetchall():
+            if named.get(path) != hashed:
+                what = f"hash {named[path]}" if path in named else "no such file"
+                yield f"the catalog holds {path} with hash {hashed}, and the manifests name {what}"
+                break
+
+
+def conflict(root: Path, committed: list[Manifest]) -> str:
+    """What a catalog that is whole says otherwise than the manifests, by their hash; nothing where they agree, or where the
+    catalog is no witness: it is damaged, or of a format that noted no hash.
+    """
+    held, hash_of_log = build.built_from(root)
+    if hash_of_log is None or log_hash(committed[:held]) == hash_of_log or not build.is_whole(root):
+        return ""
+    return "; ".join(conflicts(root, committed))
+
+
+def refuse_conflict(root: Path, committed: list[Manifest]) -> None:
+    """Look whether the manifests are those that the catalog was built from, before what they do not name is removed.
+
+    Raises:
+        Damaged: they are not, though the catalog is what was put in place.
+    """
+    if what := conflict(root, committed):
+        raise Damaged(in_conflict(root, what))
+
+
+def in_conflict(root: Path, what: str) -> str:
+    """What is said of a store whose catalog and manifests are each whole and say different things.
+
+    Args:
+        what: each of them says.
+    """
+    return (
+        f"the manifests of {root} and its catalog are each whole and disagree, so one of them was edited or replaced: {what}; "
+        "nothing was touched. Restore the store from a copy; or, if the manifests are right, remove "
+        f"{root / build.NAME} and run {advised('repair', root)}, which removes what they do not name"
+    )

@@ -1,0 +1,339 @@
+"""Frames and activations on their way out: a table for eyes, CSV, JSON or Parquet for programs, files for other tools."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+import polars as pl
+
+from actstore.cli.terminal import is_unicode, print_data, printable
+from actstore.commits.log import fsync, fsync_folder, needing_room
+from actstore.errors import BadInput, Unsupported
+from actstore.storage.folder import store_around
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+ROWS_SHOWN = 60  # of a table; the other formats give every row
+ACTIVATION_FILES = (".npz", ".safetensors", ".parquet")
+FIGURES = (".png", ".svg", ".pdf")
+ARGUMENTS = ("file", "allow_pickle")  # np.savez takes arrays by keyword beside its own
+ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with cells cut short
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where and how a command prints a frame; a table unless told otherwise."""
+
+    format: str = "table"
+    parquet: str | None = None
+
+    def write(self, frame: pl.DataFrame, whole: Mapping[str, Any] | None = None) -> None:
+        """Print a frame; as JSON, `whole` in its place, where there is more to say than rows hold."""
+        if self.parquet:
+            replacing(self.parquet, frame.write_parquet)
+            print(printable(f"{len(frame):,} rows in {self.parquet}"), file=sys.stderr)
+        elif self.format == "csv":
+            print_data(_flat(frame).write_csv())
+        elif self.format == "json":
+            print_data(_json(whole or frame.to_dicts()) + "\n")
+        else:
+            print_table(frame)
+
+
+def print_table(frame: pl.DataFrame) -> None:
+    """Print a frame as a table; where a few rows are wider than the terminal, as one block of lines a row.
+
+    Where there is no terminal, lines are as long as they need to be.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console() if sys.stdout.isatty() else Console(width=10_000, color_system=None)
+    table = _table(frame)
+    if Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width:
+        console.print(table)
+    elif len(frame) <= ROWS_AS_BLOCKS:
+        for row in frame.iter_rows(named=True):
+            console.print(_block(row))
+            console.print()
+    else:
+        for column in table.columns:
+            column.no_wrap, column.overflow = True, "ellipsis"
+        console.print(table)
+    if len(frame) > ROWS_SHOWN:
+        console.print(
+            f"… {len(frame) - ROWS_SHOWN:,} more of {len(frame):,} rows (--csv, --json and --parquet give all)"
+        )
+    elif not len(frame):
+        console.print("(no rows)")
+
+
+def _table(frame: pl.DataFrame) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name, dtype in frame.schema.items():
+        table.add_column(Text(printable(name)), justify="right" if dtype.is_numeric() else "left")
+    for row in frame.head(ROWS_SHOWN).iter_rows():
+        table.add_row(*[Text(_cell(value)) for value in row])
+    return table
+
+
+def _block(row: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    block = Table(box=None, pad_edge=False, show_header=False)
+    block.add_column(style="bold", no_wrap=True)
+    block.add_column(overflow="fold")
+    for name, value in row.items():
+        block.add_row(Text(printable(name)), Text(_cell(value)))
+    return block
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, np.ndarray, pl.Series)):
+        items = list(value)
+        shown = [_cell(item) for item in items[:16]]
+        return " ".join(shown) + (f" … ({len(items)})" if len(items) > len(shown) else "")
+    return printable(str(value))
+
+
+def _flat(frame: pl.DataFrame) -> pl.DataFrame:
+    """CSV has neither lists nor bytes: they become JSON and hexadecimal text."""
+    return frame.with_columns(
+        _as_json(column) if column.dtype.is_nested() else column.bin.encode("hex")
+        for column in frame.iter_columns()
+        if column.dtype.is_nested() or column.dtype == pl.Binary
+    )
+
+
+def _as_json(column: pl.Series) -> pl.Series:
+    """Each value's JSON; NULL stays NULL."""
+    texts = [None if value is None else _json(value) for value in column.to_list()]
+    return pl.Series(column.name, texts, pl.String)
+
+
+def _json(value: Any) -> str:
+    """JSON text: NaN and the infinities, which JSON lacks, are null, bytes hexadecimal, whatever else it lacks is text."""
+    try:
+        return json.dumps(value, default=_json_scalar, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError):  # a float that is not finite, or a MAP's key that is no text
+        return json.dumps(_in_json(value), default=_json_scalar, ensure_ascii=False, allow_nan=False)
+
+
+def _json_scalar(value: Any) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _in_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else _json_scalar(key): _in_json(item) for key, item in value.items()}
+    return [_in_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
+    """Write activations and the rows they belong to into one file, whole or not at all.
+
+    Args:
+        path: ends in .npz (X and a column an array; booleans with NULLs, dates and the like as text, lists and structs as JSON
+            text), .safetensors (X and the columns of numbers, and of booleans without NULLs; the others as JSON in the
+            metadata; of both, DECIMAL and HUGEINT as float64), or .parquet (the rows, and X as a fixed-size list column `x`).
+
+    Raises:
+        BadInput: another ending, or a column whose name the file needs for itself.
+    """
+    check_ending(path, ACTIVATION_FILES, "--out")
+    check_columns(rows.columns, path)
+    writers: Mapping[str, Callable[[Path], None]] = {
+        ".npz": lambda target: _save_npz(target, X, rows),
+        ".safetensors": lambda target: _save_safetensors(target, X, rows),
+        ".parquet": lambda target: rows.with_columns(pl.Series("x", X)).write_parquet(target),
+    }
+    replacing(path, writers[Path(path).suffix])
+
+
+def save_figure(path: str | Path, figure: Figure, dpi: float | None = None) -> None:
+    """Write a figure in the format that the file's ending names (one of FIGURES), whole or not at all."""
+    kind = Path(path).suffix.removeprefix(".")
+    replacing(path, lambda target: figure.savefig(target, format=kind, dpi=dpi or "figure"))
+
+
+def check_file(path: str | Path | None, option: str, endings: Sequence[str] = (), make: bool = False) -> None:
+    """Refuse a file that cannot be written, or must not be, before any work is done for it.
+
+    Args:
+        path: the file; None where none is asked for.
+        option: the argument that named it, as the message calls it.
+        endings: those that say a format; any will do where none is given.
+        make: whether the file's folder will be made.
+
+    Raises:
+        BadInput: the ending says no format, the file lies in a store, or no file can be written there.
+    """
+    if path is None:
+        return
+    check_ending(str(path), endings, option)
+    target, got = Path(os.path.realpath(path)), f"got {option} {path}"
+    _check_unicode(path, got)
+    _check_folder(Path(path).parent, got, make)
+    if around := store_around(target):
+        raise BadInput(f"{got}, which leads into the store {around}; name a file outside it")
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise BadInput(f"{got}: {error.strerror}; name another file") from error
+    if not stat.S_ISREG(mode):
+        raise BadInput(f"{got}, which is {'a folder' if stat.S_ISDIR(mode) else 'no plain file'}; name a file")
+
+
+def check_folder(path: str | Path, option: str) -> None:
+    """Refuse a folder, which will be made where there is none, as check_file refuses a file.
+
+    Raises:
+        BadInput: it is in a store, or no folder, or cannot be written.
+    """
+    _check_folder(Path(path), f"got {option} {path}", make=True)
+
+
+def _check_unicode(path: str | Path, got: str) -> None:
+    if not is_unicode(os.path.realpath(path)):
+        raise BadInput(f"{got}, a path that is not UTF-8, which not every library can write to; name another place")
+
+
+def _check_folder(path: Path, got: str, make: bool) -> None:
+    folder = Path(os.path.realpath(path))
+    _check_unicode(folder, got)
+    if around := store_around(folder):
+        raise BadInput(f"{got}, which lies in the store {around}; name a place outside it")
+    while make and not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        what = "is no folder" if os.path.lexists(folder) else "is not there"
+        raise BadInput(f"{got}, and the folder {folder} {what}; make it, or name another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{got}, and the folder {folder} cannot be written; name another place")
+
+
+def check_ending(path: str | None, endings: Sequence[str], option: str) -> None:
+    """Refuse a file whose ending says no format, before any work is done for it.
+
+    Raises:
+        BadInput: says which endings there are.
+    """
+    if path and endings and Path(path).suffix not in endings:
+        raise BadInput(f"got {option} {path}; a file ends in {', '.join(endings)}")
+
+
+def check_columns(columns: Sequence[str], path: str | None) -> None:
+    """Refuse a query's column that has no place beside the activations, which the activations would replace or it them.
+
+    Args:
+        columns: the query's.
+        path: the file to write, as of save_activations; None where rows are printed with a column `x`.
+
+    Raises:
+        BadInput: names the column.
+    """
+    suffix = Path(path).suffix if path else ".parquet"
+    for name in columns:
+        if suffix == ".parquet":
+            taken = name.lower() == "x"  # as DuckDB reads it, which knows no case
+        elif suffix == ".npz":
+            taken = name in ("X", *ARGUMENTS) or name.endswith(".npy")  # numpy takes `X.npy` for X
+        else:
+            taken = name in ("X", "__metadata__")
+        if taken:
+            what = f"{suffix} file" if path else "printed row"
+            raise BadInput(
+                f"the query yields a column {name}, a name that the {what} has another use for beside the activations; "
+                f"rename it (`{name} as other`), or leave it out"
+            )
+
+
+def _save_npz(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
+    columns = {name: _plain_array(column) for name, column in zip(rows.columns, rows.iter_columns(), strict=True)}
+    with target.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{"X": X, **columns})
+
+
+def _plain_array(column: pl.Series) -> np.ndarray:
+    """An array that loads without pickle: text as fixed-width unicode (NULL as None), lists as their JSON."""
+    if (numbers := _numbers(column)) is not None:
+        return numbers
+    plain = _flat(column.to_frame()).to_series()
+    return np.array([str(value) for value in plain.to_list()], dtype=np.str_)
+
+
+def _numbers(column: pl.Series) -> np.ndarray | None:
+    """A column as an array of numbers or booleans; None where no such array holds it."""
+    dtype = column.dtype
+    if dtype == pl.Boolean:
+        return None if column.null_count() else column.to_numpy()
+    if not dtype.is_numeric():
+        return None
+    no_array = dtype.is_decimal() or dtype in (pl.Int128, pl.UInt128)  # of these, numpy makes objects
+    return column.cast(pl.Float64).to_numpy() if no_array else column.to_numpy()
+
+
+def _save_safetensors(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
+    from safetensors.numpy import save_file
+
+    arrays = {name: _numbers(rows[name]) for name in rows.columns}
+    tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+    others = {name: _json(rows[name].to_list()) for name, array in arrays.items() if array is None}
+    save_file({"X": X, **tensors}, target, metadata=others or None)
+
+
+def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: beside its place, durably, and then into it.
+
+    Args:
+        path: where; what stood there is replaced, and a link leads on to the file it names.
+        write: is given the path to write to, which has no ending.
+
+    Raises:
+        BadInput: the file lies in a store, or no file can be written there.
+        NoRoom: the disk is full.
+    """
+    check_file(path, "the file")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid4().hex}.tmp")
+    try:
+        with needing_room(target):
+            write(temporary)
+            with suppress(Unsupported):  # the file is whole all the same
+                fsync(temporary)
+            os.replace(temporary, target)
+            with suppress(OSError):  # some file systems cannot
+                fsync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write text in UTF-8, whole or not at all; raises as `replacing` does."""
+    replacing(path, lambda target: target.write_text(text, encoding="utf-8"))

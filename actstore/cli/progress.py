@@ -1,0 +1,152 @@
+"""Progress of long work: a bar or a spinner on a terminal, a plain line now and then where there is none; all on stderr."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from actstore.cli.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+Advance = Callable[..., None]  # (done, total=None, what=None): units done; a total or a name where they change
+
+SECONDS_BEFORE_A_BAR = 2.0  # short work says nothing but its result
+SECONDS_BEFORE_A_LINE = 5.0
+
+
+@contextmanager
+def progress(what: str, total: int | None, unit: str) -> Iterator[Advance]:
+    """Show how far a piece of work is.
+
+    Args:
+        what: named in front of the bar.
+        total: units in all, None where the work itself will say.
+        unit: plural noun, "trees".
+
+    Yields:
+        A function to call with the units done so far (and the total, and the name of the part just done).
+    """
+    if sys.stderr.isatty():
+        with _bar(what, total, unit) as advance:
+            yield advance
+    else:
+        yield _lines(what, total, unit)
+
+
+@contextmanager
+def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console, details = Console(stderr=True), Text(style="dim")  # below the bar, where a long line leaves it its room
+    bars = Progress(*columns, console=console)
+    task = bars.add_task(printable(what), total=total)
+
+    def advance(done: int, total: int | None = None, part: str | None = None) -> None:
+        bars.update(task, completed=done, total=total)
+        details.plain = printable(part or "")
+
+    with _shown_late(Live(Group(bars, details), console=console)):
+        yield advance
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show for how long a piece of work that cannot say how far it is has been running.
+
+    Args:
+        what: named beside the spinner, or in the lines: the first after five seconds, each later one after twice the time.
+    """
+    with _spinner(what) if sys.stderr.isatty() else _waiting_lines(what):
+        yield
+
+
+@contextmanager
+def _spinner(what: str) -> Iterator[None]:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    bars = Progress(
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console
+    )
+    bars.add_task(printable(what), total=None)
+    with _shown_late(Live(bars, console=console, transient=True)):
+        yield
+
+
+@contextmanager
+def _shown_late(live: Live) -> Iterator[None]:
+    """Show something from the third second on, so that short work flashes nothing."""
+    timer = threading.Timer(SECONDS_BEFORE_A_BAR, live.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        live.stop()
+
+
+@contextmanager
+def _waiting_lines(what: str) -> Iterator[None]:
+    started, done = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        wait_until = SECONDS_BEFORE_A_LINE
+        while not done.wait(started + wait_until - time.monotonic()):
+            _say(f"{what}: {time.monotonic() - started:.0f} s")
+            wait_until *= 2
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _lines(what: str, total: int | None, unit: str) -> Advance:
+    started = last = time.monotonic()
+
+    def advance(done: int, changed: int | None = None, part: str | None = None) -> None:
+        nonlocal last
+        now, of = time.monotonic(), changed or total or done
+        if now - last >= SECONDS_BEFORE_A_LINE or (done == of and now - started >= SECONDS_BEFORE_A_LINE):
+            last = now
+            said = f"{what}: {done:,} of {of:,} {unit}, {now - started:.0f} s" + (f", {part}" if part else "")
+            _say(said)
+
+    return advance
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # the work goes on where nobody reads how far it is
+        print(printable(line), file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""What was committed: the store's format, its manifests, and the log that they make."""

@@ -1,0 +1,1 @@
+"""One snapshot of a store, and all that is read from it."""

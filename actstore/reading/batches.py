@@ -1,0 +1,311 @@
+"""Batches of activations for training, shuffled out of core: a torch IterableDataset over the rows of a query.
+
+Random rows of a set that is larger than memory cost a disk access each. So the order is drawn in two steps: the shards
+are shuffled, then the rows of each window of consecutive shards among themselves. A window's shards are read by and by,
+and let go of behind it. Both draws follow from ids, seed and epoch alone, so a batch is known by its number: a stopped
+training goes on at it, and each of several workers knows which are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from actstore.arrays.foreign import ForeignReader
+from actstore.arrays.mapped import POSITION_BITS, POSITION_MASK
+from actstore.arrays.reader import Layout, SiteReader, not_stored
+from actstore.errors import BadInput, Damaged
+from actstore.reading import activations
+from actstore.storage.folder import CheckedFolder, Folder
+from actstore.storage.machine import limit_reached
+
+if TYPE_CHECKING:
+    from actstore.reading.given import Tokens
+    from actstore.store import Store
+
+Batch = tuple[torch.Tensor, dict[str, Any]]
+SIGNED: dict[Any, Any] = {pl.UInt16: pl.Int32, pl.UInt32: pl.Int64}  # torch can hardly compute with these
+TENSORS = (pl.Boolean, pl.UInt8, pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt64, pl.Float32, pl.Float64)
+
+
+class Batches(IterableDataset):
+    """See Store.batches, which makes it.
+
+    Attributes:
+        n_rows: rows of the query.
+        n_batches: batches of a whole epoch.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        query: Tokens,
+        run: str,
+        sites: Sequence[str],
+        params: Mapping[str, Any] | None,
+        *,
+        one_site: bool,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        start: int,
+        drop_last: bool,
+        window: int,
+        timeout: float | None,
+        memory: str | int | None,
+    ) -> None:
+        _check_counts(batch_size=(batch_size, 1), window=(window, 1), seed=(seed, 0), start=(start, 0))
+        readers = [activations.open_site(store, run, site) for site in sites]
+        activations.same_row_shape(readers, sites)
+        ids, rows = activations.read_ids(store, run, query, params, timeout, memory)
+        _refuse_what_is_not_there(store, readers, ids)
+        self._ids, self._columns = ids, {name: _column(rows[name]) for name in rows.columns}
+        self._sites, self._one_site = [_Site.of(reader) for reader in readers], one_site
+        self._path, self._identity = store.path.absolute(), store.folder.identity()
+        self._committed = store.folder.committed if isinstance(store.folder, CheckedFolder) else None
+        store.folder.check()
+        self._order = _Shuffled(ids, self._sites[0], seed, window) if shuffle else _AsAsked(len(ids), window)
+        self._batch_size, self.n_rows = batch_size, len(ids)
+        self.n_batches = len(ids) // batch_size if drop_last else -(-len(ids) // batch_size)
+        self._now = torch.zeros(
+            2, dtype=torch.int64
+        ).share_memory_()  # epoch, start: workers that persist see it change
+        self.set_epoch(0, start)
+
+    def __len__(self) -> int:
+        """Batches that an iteration begun now yields, of all workers together."""
+        return self.n_batches - int(self._now[1])
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Say which epoch the next iteration is: each has its own order. Holds for a DataLoader's workers, too.
+
+        Args:
+            epoch: counted from 0.
+            start: number of the first batch to yield.
+
+        Raises:
+            BadInput: there is no such epoch or batch.
+        """
+        _check_counts(epoch=(epoch, 0), start=(start, 0))
+        if start > self.n_batches:
+            raise BadInput(
+                f"got start {start}; an epoch has {self.n_batches:,} batches: start at one of them, from 0 on"
+            )
+        self._now[0], self._now[1] = epoch, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, start = self._now.tolist()
+        worker = get_worker_info()
+        mine, n_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        order, folder = self._order.epoch(epoch), self._open_folder()
+        try:
+            window, readers = None, []
+            for number in range(start + mine, self.n_batches, n_workers):
+                first = number * self._batch_size
+                stop = min(first + self._batch_size, self.n_rows)
+                if order.window_at(first) != window:  # its maps are let go of, and their pages with them
+                    window, readers = order.window_at(first), [site.open(folder) for site in self._sites]
+                rows = order.rows(first, stop)
+                yield self._read(readers, rows), {name: column[rows] for name, column in self._columns.items()}
+        finally:
+            folder.close()
+
+    def _read(self, readers: Sequence[SiteReader], rows: np.ndarray) -> torch.Tensor:
+        X: torch.Tensor = activations.read_activations(readers, self._ids[rows], self._one_site, "float32", "torch")
+        return X
+
+    def _open_folder(self) -> Folder:
+        """The store's folder, of this process's own.
+
+        Raises:
+            Damaged: another is in its place.
+        """
+        try:
+            folder = Folder(self._path) if self._committed is None else CheckedFolder(self._path, self._committed)
+        except OSError as error:
+            raise limit_reached(error, f"cannot open {self._path}") or Damaged(
+                f"{self._path} cannot be opened ({error}); make the batches again"
+            ) from error
+        folder.check()
+        if folder.identity() != self._identity:
+            raise Damaged(f"{self._path} was replaced since these batches were made; make them again")
+        return folder
+
+
+@dataclass(frozen=True)
+class _Site:
+    """All that it takes to read a site in another process, where neither DuckDB nor polars survives a fork."""
+
+    layout: Layout
+    first_tree_id: int
+    shards: dict[int, Path]
+    where: str
+    array: Path | None
+
+    @classmethod
+    def of(cls, reader: SiteReader) -> _Site:
+        shards = {batch: path.absolute() for batch, path in reader.shards.items()}
+        array = reader.path.absolute() if isinstance(reader, ForeignReader) else None
+        return cls(reader.layout, reader.first_tree_id, shards, reader.where, array)
+
+    def open(self, folder: Folder) -> SiteReader:
+        about = (self.layout, self.first_tree_id, self.shards, self.where, _are_tokens)
+        if self.array:
+            return ForeignReader(self.array, *about, folder.check)
+        return SiteReader(*about, folder.open, isinstance(folder, CheckedFolder))
+
+
+def _are_tokens(token_ids: np.ndarray) -> np.ndarray:
+    """All were looked up when the batches were made; a NaN among their activations is the model's."""
+    return np.ones(len(token_ids), bool)
+
+
+class _Epoch:
+    """The order of one epoch's rows, in windows.
+
+    Args:
+        starts: int64 [n_windows]: the place in the order where each window begins.
+        n_rows: places there are.
+    """
+
+    def __init__(self, starts: np.ndarray, n_rows: int) -> None:
+        self._bounds = np.append(starts, n_rows)
+        self._kept: tuple[int, np.ndarray] | None = None
+
+    def window_at(self, place: int) -> int:
+        return int(np.searchsorted(self._bounds, place, side="right")) - 1
+
+    def rows(self, first: int, stop: int) -> np.ndarray:
+        """int64 [stop - first]: numbers of the query's rows that stand at these places."""
+        parts = []
+        for window in range(self.window_at(first), self.window_at(stop - 1) + 1):
+            start, end = int(self._bounds[window]), int(self._bounds[window + 1])
+            if self._kept is None or self._kept[0] != window:
+                self._kept = (window, self._window(window, start, end))
+            parts.append(self._kept[1][max(first - start, 0) : min(stop, end) - start])
+        return np.concatenate(parts)
+
+    def _window(self, window: int, start: int, end: int) -> np.ndarray:
+        return np.arange(start, end)
+
+
+class _AsAsked:
+    """The order of the query."""
+
+    def __init__(self, n_rows: int, window: int) -> None:
+        self._n_rows, self._window_rows = n_rows, window
+
+    def epoch(self, epoch: int) -> _Epoch:
+        return _Epoch(np.arange(0, self._n_rows, self._window_rows), self._n_rows)
+
+
+class _Shuffled:
+    """A random order in which neighbours come from few shards.
+
+    Rows are first put in the order of their ids, so that it does not matter in which order the query yields them.
+
+    Args:
+        ids: int64 [n], of tokens.
+        site: says which shard each lies in.
+        seed: of every draw.
+        window: rows; a window is the shards that begin in a stretch of so many.
+    """
+
+    def __init__(self, ids: np.ndarray, site: _Site, seed: int, window: int) -> None:
+        self.seed, self.window = seed, window
+        self.by_id = np.argsort(ids, kind="stable")
+        shard = ((ids[self.by_id] >> POSITION_BITS) - site.first_tree_id) // site.layout.trees_per_shard
+        self.starts = np.flatnonzero(np.diff(shard, prepend=-1))
+        self.lengths = np.diff(self.starts, append=len(ids))
+
+    def epoch(self, epoch: int) -> _Epoch:
+        return _ShuffledEpoch(self, epoch)
+
+
+class _ShuffledEpoch(_Epoch):
+    def __init__(self, order: _Shuffled, epoch: int) -> None:
+        self._order, self._epoch = order, epoch
+        self._shards = _permutation(len(order.starts), order.seed, epoch, 0)
+        lengths = order.lengths[self._shards]
+        begins = np.cumsum(lengths) - lengths
+        self._first_shards = np.flatnonzero(np.diff(begins // order.window, prepend=-1))
+        super().__init__(begins[self._first_shards], int(lengths.sum()))
+
+    def _window(self, window: int, start: int, end: int) -> np.ndarray:
+        shards = self._shards[slice(*np.append(self._first_shards, len(self._shards))[window : window + 2])]
+        lengths = self._order.lengths[shards]
+        begins = np.cumsum(lengths) - lengths
+        places = np.repeat(self._order.starts[shards] - begins, lengths) + np.arange(end - start)
+        return self._order.by_id[places[_permutation(end - start, self._order.seed, self._epoch, 1 + window)]]
+
+
+def _permutation(n: int, seed: int, epoch: int, draw: int) -> np.ndarray:
+    """int64 [n]; made from a generator's bare bits, which numpy keeps from version to version, as its shuffles it does not."""
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch, draw)))
+    return np.argsort(bits.random_raw(n), kind="stable")
+
+
+class _Values:
+    """A column that comes as a list of Python's own values; held by Arrow, which forked workers can use."""
+
+    def __init__(self, values: pa.Array) -> None:
+        self._values = values
+
+    def __getitem__(self, rows: np.ndarray) -> list[Any]:
+        return list(self._values.take(pa.array(rows)).to_pylist())
+
+
+class _Numbers:
+    """A column that comes as a tensor."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+
+    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self._values[rows])
+
+
+def _column(values: pl.Series) -> _Values | _Numbers:
+    if values.dtype in SIGNED:
+        values = values.cast(SIGNED[type(values.dtype)])
+    dtype = values.dtype.inner if isinstance(values.dtype, pl.Array) else values.dtype
+    is_array = isinstance(values.dtype, pl.Array)
+    if dtype not in TENSORS or values.has_nulls() or (is_array and values.explode().has_nulls()):
+        return _Values(values.to_arrow())
+    return _Numbers(values.to_numpy())
+
+
+def _refuse_what_is_not_there(store: Store, readers: Sequence[SiteReader], ids: np.ndarray) -> None:
+    """Look up every id before the first epoch begins.
+
+    Raises:
+        NotStored: an id has no activation at one of the sites.
+    """
+    if not len(ids):
+        return
+    for reader in readers:
+        reader.places(ids)
+    trees = ids >> POSITION_BITS
+    first, last = int(trees.min()), int(trees.max())
+    lengths = np.zeros(last - first + 1, np.int64)
+    known = store.sql(
+        f"select tree_id, max(position)::bigint + 1 from tokens where tree_id between {first} and {last} group by tree_id"
+    )
+    lengths[known[:, 0].to_numpy() - first] = known[:, 1].to_numpy()
+    padding = (ids & POSITION_MASK) >= lengths[trees - first]
+    if padding.any():
+        raise not_stored(readers[0].where, ids, padding, "padding, past its tree's last token")
+
+
+def _check_counts(**counts: tuple[Any, int]) -> None:
+    for name, (count, least) in counts.items():
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < least:
+            raise BadInput(f"got {name} {count!r}; give a whole number from {least} on")

@@ -1,0 +1,127 @@
+"""What callers hand over beside SQL: parameters, token ids and frames, of Python, numpy, polars, pandas or torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import KeysView, Mapping, Sequence, ValuesView
+from enum import Enum
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars as pl
+
+from actstore.errors import BadInput
+from actstore.sql.parameters import PLAIN, TAGGED
+
+Tokens = str | Sequence[int] | np.ndarray | pl.Series | pl.DataFrame  # what Store.read takes: SQL, ids, a frame
+TAKEN = (*PLAIN, bytearray, memoryview, np.ndarray, duckdb.Value, *(kind for kind, _, _ in TAGGED.values()))
+MANY = (list, tuple, set, frozenset, range, KeysView, ValuesView)
+TOKENS = "SQL, token ids (integers, in a list, an array or a Series), or a frame with a column token_id"
+
+
+def check_query(query: object) -> None:
+    """Refuse what is no text where SQL is meant.
+
+    Raises:
+        BadInput: says what was got.
+    """
+    if not isinstance(query, str):
+        hint = (
+            "; Store.read takes ids and frames"
+            if isinstance(query, (*MANY, np.ndarray, pl.Series, pl.DataFrame))
+            else ""
+        )
+        raise BadInput(f"got {_of(query)} for a query; give SQL as text, such as 'select token_id from tokens'{hint}")
+
+
+def parameters(params: Any) -> dict[str, Any]:
+    """A query's parameters, their values as DuckDB takes them: what holds several is a list, a number is Python's own.
+
+    Raises:
+        BadInput: they are no mapping from names, or a value is of a type that no query takes.
+    """
+    if params is None:
+        return {}
+    if not isinstance(params, Mapping) or not all(isinstance(name, str) for name in params):
+        got = (
+            _of(params)
+            if not isinstance(params, Mapping)
+            else f"the name {next(n for n in params if type(n) is not str)!r}"
+        )
+        raise BadInput(
+            f"got {got} for params; give a dict from each $name to its value, {{'name': value}} (-p NAME VALUE)"
+        )
+    return {name.removeprefix("$"): _plain(name, value) for name, value in params.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, (pl.DataFrame, pl.LazyFrame)) or hasattr(value, "columns"):
+        raise BadInput(f"got a frame for ${name}; hand over one of its columns, such as frame['token_id']")
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, np.datetime64):
+        return value.astype("datetime64[us]").item()  # of nanoseconds it would be a bare number
+    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+        return value.item()
+    if isinstance(value, TAKEN):
+        return value
+    if isinstance(value, MANY):
+        items = list(value)
+        return items if set(map(type, items)) <= set(PLAIN) else [_plain(name, item) for item in items]
+    if isinstance(value, Mapping):
+        return {key: _plain(name, item) for key, item in value.items()}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, pl.Series):
+        return value.to_list()
+    if hasattr(value, "tolist"):  # a tensor, a Series of pandas
+        return _plain(name, value.tolist())
+    raise BadInput(f"got {_of(value)} for ${name}; give a number, a text, a date, or a list or dict of them")
+
+
+def frame_of(tokens: Any, params: Any) -> tuple[pl.DataFrame, str]:
+    """The frame that token ids or a frame stand for, row for row, and what a message calls it.
+
+    Raises:
+        BadInput: it is neither, or comes with the parameters of a query.
+    """
+    if params:
+        raise BadInput(f"got params, and {_of(tokens)} in the place of the query that takes them; leave one out")
+    try:
+        if isinstance(tokens, pl.LazyFrame):
+            return tokens.collect(), "the frame"
+        if isinstance(tokens, (pl.DataFrame, Mapping)) or hasattr(tokens, "columns"):  # pandas, Arrow, DuckDB
+            return pl.DataFrame(tokens), "the frame"
+        if isinstance(tokens, pl.Series):
+            return tokens.alias("token_id").to_frame(), "the list"
+    except (pl.exceptions.PolarsError, ValueError, TypeError) as error:
+        raise BadInput(f"got {_of(tokens)}, which is no frame ({str(error).splitlines()[0]}); give {TOKENS}") from error
+    if isinstance(tokens, (set, frozenset)):
+        raise BadInput(f"got a {type(tokens).__name__} of ids, which has no order; give a list: row i of X is its id i")
+    if not isinstance(tokens, (*MANY, np.ndarray)) and not hasattr(tokens, "tolist"):
+        raise BadInput(f"got {_of(tokens)}; give {TOKENS}")
+    return pl.DataFrame({"token_id": _ids(tokens)}), "the list"
+
+
+def _ids(tokens: Any) -> np.ndarray:
+    """int [n] of a list, an array, or what has `tolist`."""
+    if not isinstance(tokens, np.ndarray):
+        tokens = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
+    try:
+        ids = np.asarray(tokens)
+    except ValueError:  # lists of several lengths
+        ids = np.empty((0, 0))
+    if ids.shape == (0,):
+        return np.empty(0, np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        what = f"shape {list(ids.shape)}" if ids.ndim != 1 else f"type {type(tokens[0]).__name__}"
+        raise BadInput(f"got ids of {what}, the first {' '.join(str(tokens)[:40].split())}; give {TOKENS}")
+    return ids
+
+
+def _of(value: Any) -> str:
+    """`3 (int)`, short."""
+    shown = repr(value) if isinstance(value, (*PLAIN, *MANY, Mapping)) else ""
+    kind = type(value).__name__
+    return f"{shown if len(shown) < 60 else shown[:60] + '…'} ({kind})" if shown else f"a value of type {kind}"

@@ -1,0 +1,156 @@
+"""A run's tokens as a polars LazyFrame, with what each is part of and its activation, of which only what is asked is read.
+
+    tokens ⟕ edges ⟗ trees → rows that can be judged by their columns → x of those that are left
+
+polars says which columns it wants and which rows: DuckDB answers what it can of that (see sql/pushdown.py), polars the rest,
+and only then are activations copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+from polars.io.plugins import register_io_source
+
+from actstore.arrays.reader import SiteReader
+from actstore.reading.activations import catalog_rows
+from actstore.sql.pushdown import Column, Pushed, push
+from actstore.storage.content import Count, Positive
+
+if TYPE_CHECKING:
+    from actstore.store import Store
+
+X = "x"
+BATCH_ROWS = 16_384  # handed to polars at once: at d_model 128, 8 MiB of activations
+QUERY_ROWS = 2**20  # tokens one query looks at, so that the columns of a large run are not all in memory at once
+RENAMED = {("edges", "step"): "edge_step"}  # the path's step that the edge is, where `step` is the token's own
+
+
+def scan(store: Store, run: str, site: str) -> pl.LazyFrame:
+    """See Store.scan."""
+    reader = store._reader(run, site)
+    x = pl.Series(X, reader.gather(np.empty(0, np.int64)))
+    source = _Source(store, reader, _columns(store), *_extent(store, run, site))
+    schema = {**{name: column.dtype for name, column in source.columns.items()}, X: x.dtype}
+    return register_io_source(source.batches, schema=schema, validate_schema=True, explain_name=f"{run} {site}")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What polars calls when a scan is collected.
+
+    Attributes:
+        columns: of the catalog, so all but x.
+        spans: [first, stop) of the tree_ids that the site has, in order.
+        n_positions: tokens that the longest tree has.
+        fewest: tokens that every tree has.
+    """
+
+    store: Store
+    reader: SiteReader
+    columns: dict[str, Column]
+    spans: list[tuple[int, int]]
+    n_positions: int
+    fewest: int
+
+    def batches(
+        self, with_columns: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, batch_size: int | None
+    ) -> Iterator[pl.DataFrame]:
+        """Frames of the columns wanted, in the order of token_id, of the rows for which the predicate is true.
+
+        polars means the first n_rows of the whole, of which it then wants those that the predicate leaves: where both
+        are given, DuckDB must not see the predicate.
+        """
+        wanted = [*self.columns, X] if with_columns is None else with_columns
+        if predicate is None:
+            pushed = Pushed()
+        else:
+            pushed = push(predicate, self.columns) if n_rows is None else Pushed(rest=[predicate])
+        of_x = [part for part in pushed.rest if X in part.meta.root_names()]
+        of_rows = [part for part in pushed.rest if X not in part.meta.root_names()]
+        judged = {name for part in pushed.rest for name in part.meta.root_names()}
+        needed = [name for name in self.columns if name in judged or name in wanted]
+        for rows in self._rows(needed, pushed, n_rows):
+            for some in rows.filter(*of_rows).iter_slices(min(batch_size or BATCH_ROWS, BATCH_ROWS)):
+                if of_x or X in wanted:
+                    some = some.with_columns(pl.Series(X, self.reader.gather(some["token_id"].to_numpy())))
+                yield some.filter(*of_x).select(wanted)
+
+    def _rows(self, needed: list[str], pushed: Pushed, n_rows: int | None) -> Iterator[pl.DataFrame]:
+        """Frames of the catalog's columns, in order, of the first n_rows or of all."""
+        for first, stop in self._pieces(n_rows):
+            rows = self.store.sql(self._query(needed, pushed, first, stop), pushed.params)
+            if not rows["token_id"].is_sorted():  # they lie in order, but a join may shuffle them
+                rows = rows.sort("token_id")
+            if n_rows is not None:
+                rows = rows.head(n_rows)
+                n_rows -= len(rows)
+            enums = {name: self.columns[name].dtype for name in needed if isinstance(self.columns[name].dtype, pl.Enum)}
+            yield rows.with_columns(pl.col(name).cat.to(dtype) for name, dtype in enums.items())
+            if n_rows == 0:
+                return
+
+    def _pieces(self, n_rows: int | None) -> Iterator[tuple[int, int]]:
+        """[first, stop) of the trees each query looks at."""
+        n_trees = max(1, QUERY_ROWS // self.n_positions)
+        if n_rows is not None:
+            n_trees = min(n_trees, n_rows // self.fewest + 1)
+        for first, stop in self.spans:
+            for start in range(first, stop, n_trees):
+                yield start, min(start + n_trees, stop)
+
+    def _query(self, needed: list[str], pushed: Pushed, first: int, stop: int) -> str:
+        select = ["tokens.token_id", *[self._selected(name) for name in needed if name != "token_id"]]
+        conditions = " and ".join(pushed.where) or "true"
+        mentioned = " ".join([*select, conditions])
+        some = f"where tree_id >= {first} and tree_id < {stop}"
+        joins = {
+            "edges.": f"left join (select * from edges {some}) as edges using (tree_id, edge)",
+            "trees.": f"join (select * from trees {some}) as trees using (tree_id)",
+        }
+        joined = " ".join(join for table, join in joins.items() if table in mentioned)
+        return f"select {', '.join(select)} from (select * from tokens {some}) as tokens {joined} where {conditions}"
+
+    def _selected(self, name: str) -> str:
+        column = self.columns[name]
+        return f'{f"enum_code({column.sql})" if isinstance(column.dtype, pl.Enum) else column.sql} as "{name}"'
+
+
+def _columns(store: Store) -> dict[str, Column]:
+    """The columns of tokens, then those that edges adds, then those that trees adds."""
+    columns: dict[str, Column] = {}
+    for table in ("tokens", "edges", "trees"):
+        for name, dtype in store.sql(f"select * from {table} limit 0").schema.items():
+            name_here = RENAMED.get((table, name), name)
+            if name_here not in columns:  # the keys that the tables are joined by
+                sql = f'{table}."{name}"'
+                columns[name_here] = Column(sql, _enum(store, table, name) if dtype == pl.Categorical else dtype)
+    return columns
+
+
+def _enum(store: Store, table: str, column: str) -> pl.Enum:
+    """DuckDB hands its enums over as Categorical, which does not say what values there are."""
+    return pl.Enum(store.sql(f"select unnest(enum_range((select {column} from {table} limit 0)))").to_series())
+
+
+def _extent(store: Store, run: str, site: str) -> tuple[list[tuple[int, int]], int, int]:
+    """Spans of the trees that a site has, the most tokens that a tree has, and the fewest."""
+    shards = store.sql(
+        "select shards.first_tree_id, shards.first_tree_id + shards.n_trees from shards join sites using (run, site) "
+        "where run = $run and $site in (site, short) order by all",
+        {"run": run, "site": site},
+    )
+    spans: list[tuple[int, int]] = []
+    for first, stop in catalog_rows(store, tuple[Count, Positive], shards.rows()):
+        if spans and spans[-1][1] == first:
+            first, _ = spans.pop()
+        spans.append((first, stop))
+    sizes = store.sql(
+        "select n_positions, 3 * n_nodes from runs join datasets using (dataset) where run = $run", {"run": run}
+    )
+    n_positions, fewest = catalog_rows(store, tuple[Positive, Positive], sizes.rows())[0]
+    return spans, n_positions, fewest

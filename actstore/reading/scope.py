@@ -1,0 +1,133 @@
+"""What a query sees: the whole store; in the session of a run, that run's rows; in a read of a run, that run's set of trees.
+
+    store.sql(…)               every run and every set of trees; a note where the answers of several runs lie side by side
+    store.of(run).sql(…)       every table holds the run's rows alone, and of trees those of its set
+    store.read(…, run=run)     the trees of the run's set; a query that names no run sees the run's answers alone
+
+Each is a schema of views in the session's own database, which a query finds before the store's. `store.main.outcomes` names
+the whole table in any of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from actstore.errors import SeveralRuns, advised
+from actstore.sql import late_act
+from actstore.sql.asked import MATTERS, Asked
+
+if TYPE_CHECKING:
+    from actstore.sql.session import Session
+    from actstore.store import Store
+
+
+def of(store: Store, run: str) -> Store:
+    """See Store.of."""
+    run = store.run(run)
+    whole = store.whole
+    scoped = copy.copy(whole)
+    scoped._whole = whole  # which the functions of its session hold by a weak reference alone
+    scoped.only, scoped._runs = run, [run]
+    return scoped
+
+
+def ask(store: Store, query: str, params: Mapping[str, Any] | None, reads: str | None) -> pl.DataFrame:
+    """Run a query on what it is to see.
+
+    Args:
+        store: the whole, or of one run.
+        query, params: as Store.sql takes them.
+        reads: the run whose activations are read at the query's token_id; None where the query is not read by.
+
+    Raises:
+        BadInput: DuckDB refuses the query, or it takes another id for a token_id.
+        NotStored: a function is asked for what is not there.
+    """
+    session, schema, asked = store._session, None, None
+    if reads is not None or MATTERS.search(query):
+        session.check()
+        asked = Asked(session, query)
+        asked.refuse_other_ids(reads is not None)
+    of_run = store.only or (reads if reads is not None and asked and not asked.names_a_run else None)
+    if of_run is not None:
+        schema = _schema(session, of_run, answers=True)
+    elif reads is not None:
+        schema = _schema(session, reads, answers=False)
+    rows = late_act.sql(session, store._vectors, query, params, schema)
+    if asked and of_run is None:
+        _note(store, asked.without_run(rows.columns), schema)
+    return rows
+
+
+def _note(store: Store, tables: Mapping[str, str], schema: str | None) -> None:
+    """Warn where tables, given by alias, of which no run was named hold the answers of several."""
+    found = {}
+    for table in set(tables.values()):
+        found[table] = store._session.sql(f"select distinct run from {table}", schema=schema)["run"].to_list()
+    mixed = {alias: table for alias, table in tables.items() if len(found[table]) > 1}
+    if not mixed:
+        return
+    runs = [run for run in store.runs() if any(run in found[table] for table in mixed.values())]
+    condition = " and ".join(f"{alias}.run = '{runs[0]}'" for alias in mixed)
+    warnings.warn(
+        f"{' and '.join(dict.fromkeys(mixed.values()))} hold the answers of {len(runs)} runs ({', '.join(runs)}), and the query "
+        f"does not say whose it wants, so rows of several may stand side by side: add `where {condition}`, or ask one run alone, "
+        f"store.of('{runs[0]}').sql(…) ({advised('sql', store.path, '…', '--run', runs[0])})",
+        SeveralRuns,
+        stacklevel=outside(),
+    )
+
+
+def outside() -> int:
+    """How many calls above the one that asks is the first that is not of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "actstore":
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _schema(session: Session, run: str, answers: bool) -> str:
+    """The schema in which a run's views are, made when it is first asked for.
+
+    Args:
+        session: of the store.
+        run: one that there is.
+        answers: hold every table to the run, and not only to its trees.
+    """
+    with session.making_schemas:
+        if (run, answers) not in session.schemas:
+            name = f"of_{len(session.schemas)}"
+            session.add_schema(name, _views(session, run, answers))
+            session.schemas[run, answers] = name
+    return session.schemas[run, answers]
+
+
+def _views(session: Session, run: str, answers: bool) -> dict[str, str]:
+    """A SELECT for each table and view that says something of a tree; with `answers` also of those that do of a run."""
+    about = session.sql(
+        "select dataset, first_tree_id, n_trees, weights_sha256 from runs where run = $run", {"run": run}
+    )
+    dataset, first, n_trees, weights = about.row(0)
+    of_trees = f"tree_id >= {first} and tree_id < {first + n_trees}"
+    of_run = {"run": _equal("run", run)} if answers else {}
+    others = {"datasets": _equal("dataset", dataset), "models": _equal("weights_sha256", weights)} if answers else {}
+    held = session.sql(
+        "select database_name, table_name, list(column_name) from duckdb_columns() "
+        "where schema_name = 'main' and database_name in ('memory', 'store') and not internal group by all order by all"
+    )
+    found = {}
+    for database, table, columns in held.iter_rows():  # of one name in both, the store's comes last
+        wanted = [condition for column, condition in {**of_run, "tree_id": of_trees}.items() if column in columns]
+        if condition := others.get(table) or next(iter(wanted), None):
+            found[table] = f'select * from {database}.main."{table}" where {condition}'
+    return found
+
+
+def _equal(column: str, value: str) -> str:
+    return "{} = '{}'".format(column, value.replace("'", "''"))

@@ -1,0 +1,258 @@
+"""What a query says, as DuckDB's own parser reads it: which ids it takes for tokens, and whether it says whose answers it wants."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from actstore.catalog.build import column_comments
+from actstore.errors import BadInput
+from actstore.sql.session import Session
+
+Node = dict[str, Any]
+TAKE_TOKENS = ("act", "logit_lens")  # functions whose first argument is a token_id
+OF_RUNS = ("outcomes", "predictions", "generations")  # tables in which several runs answer for one tree
+MATTERS = re.compile(rf"\b(?:{'|'.join((*TAKE_TOKENS, *OF_RUNS))})\b", re.IGNORECASE)  # else no query need be parsed
+RUN = re.compile(r"\brun\b", re.IGNORECASE)
+NO_TOKEN = "a token is named by tree_id * 256 + position, so token 300 is no part of tree 300"
+
+
+class Asked:
+    """One query, parsed. Of a statement that the parser does not hand out, such as PIVOT, nothing is found.
+
+    Args:
+        session: whose parser.
+        query: any text.
+    """
+
+    def __init__(self, session: Session, query: str) -> None:
+        self._query = query
+        self._tree: list[Node] = []
+        with suppress(ValueError, RecursionError):
+            parsed = json.loads(session.parse(query))
+            self._tree = [] if parsed["error"] else parsed["statements"]
+
+    def refuse_other_ids(self, reads: bool) -> None:
+        """Refuse a column that is taken for a token_id and is named as another thing; an expression may be anything.
+
+        Args:
+            reads: the query's token_id says which tokens are read, so that it may be no other column renamed.
+
+        Raises:
+            BadInput: `act` or `logit_lens` is given such a column, or a token_id is one renamed.
+        """
+        local = {name for found in nodes(self._tree, "LAMBDA") for name in _names(found["lhs"])}
+        calls = [found for found in nodes(self._tree, "FUNCTION") if found["function_name"].lower() in TAKE_TOKENS]
+        for call in calls:
+            column = _given(call)
+            if column and column not in local and not _is_token_id(column):
+                function = call["function_name"].lower()
+                raise BadInput(
+                    f"{function}({column}, …) takes {column} for a token_id: {NO_TOKEN}; write {function}(token_id, …) with the "
+                    f"token_id of tokens, edge_targets or answer_tokens. If {column} does hold token ids, say "
+                    f"`{column} as token_id` where it is made, or write an expression: {function}({column} + 0, …)"
+                )
+        for column in _renamed(self._tree) if calls or reads else ():
+            if column in _other_ids():
+                raise BadInput(
+                    f"the query's token_id is {column} renamed: {NO_TOKEN}; select the token_id of tokens, edge_targets or "
+                    f"answer_tokens. If {column} does hold token ids, write an expression: {column} + 0 as token_id"
+                )
+
+    @property
+    def names_a_run(self) -> bool:
+        """A column `run` stands somewhere in it."""
+        if not self._tree:
+            return bool(RUN.search(self._query))
+        return "run" in _names(self._tree) or any("run" in _using(join) for join in _joins(self._tree))
+
+    def without_run(self, columns: Sequence[str]) -> dict[str, str]:
+        """Tables of OF_RUNS, by alias, of which the query neither says which run it wants nor yields the run.
+
+        Of tables that are joined by their run the first stands for all.
+
+        Args:
+            columns: that the query yields.
+        """
+        if any(found.get("type") == "SHOW_REF" for found in _dicts(self._tree)):  # DESCRIBE, SUMMARIZE
+            return {}
+        defined = {entry["key"].lower() for found in _dicts(self._tree) for entry in _entries(found)}
+        passed_on = "run" in map(str.lower, columns) or self.names_a_run
+        lacking = [
+            group
+            for select in _selects(self._tree)
+            for group in _groups(select)
+            if not _is_named(select, group, passed_on)
+        ]
+        return dict(next(iter(group.items())) for group in lacking if not defined & set(group.values()))
+
+
+def nodes(tree: Any, kind: str) -> Iterator[Node]:
+    """All nodes of a class below one, itself included."""
+    return (node for node in _dicts(tree) if node.get("class") == kind)
+
+
+def _dicts(tree: Any, within: bool = False) -> Iterator[Node]:
+    """All JSON objects below one, itself included; with `within` none of a SELECT that is nested in it."""
+    left = [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, list):
+            left += node
+        elif isinstance(node, dict) and not (within and node is not tree and node.get("type") == "SELECT_NODE"):
+            yield node
+            left += node.values()
+
+
+def _selects(tree: Any) -> Iterator[Node]:
+    return (node for node in _dicts(tree) if node.get("type") == "SELECT_NODE")
+
+
+def _joins(tree: Any, within: bool = False) -> Iterator[Node]:
+    return (node for node in _dicts(tree, within) if node.get("type") == "JOIN")
+
+
+def _using(join: Node) -> list[str]:
+    return [column.lower() for column in join["using_columns"]]
+
+
+def _entries(node: Node) -> list[Node]:
+    """The WITH of a SELECT."""
+    found: list[Node] = node["cte_map"]["map"] if "cte_map" in node else []
+    return found
+
+
+def _names(tree: Any) -> set[str]:
+    """Of every column that is mentioned, without its table."""
+    return {found["column_names"][-1].lower() for found in nodes(tree, "COLUMN_REF")}
+
+
+# ids
+
+
+def _given(call: Node) -> str | None:
+    """The column that a function is given as a token_id; None where it is given an expression."""
+    path, arguments = call["qualified_name"]["path"], call["arguments"]
+    if len(path) > 1 and len(arguments) == 2:  # tree_id.act('run', 'site')
+        return str(path[-2]).lower()
+    first = arguments[0]["expression"] if arguments else {}
+    return str(first["column_names"][-1]).lower() if first.get("class") == "COLUMN_REF" else None
+
+
+def _is_token_id(column: str) -> bool:
+    return column.lower().endswith("token_id")
+
+
+def _other_ids() -> set[str]:
+    """Columns of the tables that say something of a tree, but the token_id."""
+    columns = column_comments()
+    return {column for table, column in columns if (table, "tree_id") in columns} - {"token_id"}
+
+
+def _renamed(tree: Any) -> Iterator[str]:
+    """The columns that a SELECT, or a list of names behind it, renames to a token_id."""
+    for node in _dicts(tree):
+        for item in node["select_list"] if node.get("type") == "SELECT_NODE" else ():
+            if _is_token_id(item["alias"]):
+                yield from _plain(item)
+        if node.get("column_name_alias") and node.get("subquery"):  # (select …) t(token_id)
+            yield from _by_place(node["column_name_alias"], node["subquery"]["node"])
+        if node.get("aliases") and node.get("query_node"):  # with t(token_id) as (select …)
+            yield from _by_place(node["aliases"], node["query_node"])
+        if node.get("type") == "SET_OPERATION_NODE":  # the first SELECT names the columns of all
+            first, *others = node["children"] or [{}]
+            names = [item["alias"] or item.get("column_names", [""])[-1] for item in first.get("select_list", ())]
+            for other in others:
+                yield from _by_place(names, other)
+
+
+def _plain(item: Node) -> Iterator[str]:
+    if item["class"] == "COLUMN_REF" and not _is_token_id(item["column_names"][-1]):
+        yield item["column_names"][-1].lower()
+
+
+def _by_place(names: Sequence[str], node: Node) -> Iterator[str]:
+    items = node.get("select_list", [])
+    if not any(item["class"] == "STAR" for item in items):
+        for name, item in zip(names, items, strict=False):
+            if _is_token_id(name):
+                yield from _plain(item)
+
+
+# runs
+
+
+def _groups(select: Node) -> list[dict[str, str]]:
+    """The tables of OF_RUNS that a SELECT reads, by alias; those that it joins by their run in one group.
+
+    A group that is joined by run with anything else is left out: that may say which run is meant.
+    """
+    tables = {_alias(table): table["table_name"].lower() for table in _sources(select["from_table"])}
+    group = {alias: {alias} for alias in tables}
+    joins = list(_joins(select["from_table"], within=True))
+    tied = [[*_sides(join)] for join in joins if "run" in _using(join) or join["ref_type"] == "NATURAL"]
+    tied += [[_table(side) for side in pair] for pair in _equal_runs(select)]
+    for aliases in tied:
+        together = set().union(*(group.setdefault(alias, {alias}) for alias in aliases))
+        group |= dict.fromkeys(together, together)
+    found: list[dict[str, str]] = []
+    for alias in tables:
+        named = {one: tables.get(one, "") for one in sorted(group[alias])}
+        if set(named.values()) <= set(OF_RUNS) and named not in found:
+            found.append(named)
+    return found
+
+
+def _alias(table: Node) -> str:
+    return str(table["alias"] or table.get("table_name", "")).lower()
+
+
+def _sources(table: Node | None) -> Iterator[Node]:
+    """The tables that a FROM names, and not those within its subqueries."""
+    if table and table["type"] == "BASE_TABLE":
+        yield table
+    elif table and table["type"] == "JOIN":
+        yield from _sources(table["left"])
+        yield from _sources(table["right"])
+
+
+def _sides(join: Node) -> Iterator[str]:
+    """Aliases of what a join by name joins: of a side of several tables those of OF_RUNS, or all where it has none."""
+    for side in (join["left"], join["right"]):
+        if side["type"] not in ("BASE_TABLE", "JOIN"):
+            yield _alias(side)
+        tables = list(_sources(side))
+        of_runs = [table for table in tables if table["table_name"].lower() in OF_RUNS]
+        yield from map(_alias, of_runs or tables)
+
+
+def _equal_runs(select: Node) -> Iterator[tuple[Node, Node]]:
+    """The two sides of each `a.run = b.run`."""
+    for found in nodes(select, "COMPARISON"):
+        if found["type"] == "COMPARE_EQUAL" and _table(found["left"]) and _table(found["right"]):
+            yield found["left"], found["right"]
+
+
+def _table(node: Node) -> str:
+    """The alias of a column `alias.run`; empty for anything else."""
+    names = [name.lower() for name in node.get("column_names", ())]
+    return names[-2] if len(names) > 1 and names[-1] == "run" else ""
+
+
+def _is_named(select: Node, group: dict[str, str], passed_on: bool) -> bool:
+    """Whether a SELECT mentions the run of a group of tables in more than the joins of the group.
+
+    Args:
+        passed_on: a run that a `*` yields is mentioned elsewhere.
+    """
+    ties = {id(side) for pair in _equal_runs(select) for side in pair}
+    if any(_table(found) in group for found in nodes(select, "COLUMN_REF") if id(found) not in ties):
+        return True
+    own = [node for node in _dicts(select, within=True) if node.get("class") in ("COLUMN_REF", "STAR")]
+    if any([name.lower() for name in node.get("column_names", ())] == ["run"] for node in own):
+        return True
+    stars = [star for star in own if star["class"] == "STAR" and "run" not in star["exclude_list"]]
+    return passed_on and any(star["relation_name"].lower() in ("", *group) for star in stars)

@@ -1,0 +1,277 @@
+"""Vectors inside SQL: `act`, `logit_lens`, `probe_direction`, the table macro `activations`, and macros over vectors.
+
+The first three are Arrow functions: DuckDB hands over up to 2,048 rows at a time, from several threads, and NULL in is
+NULL out. Vectors are FLOAT[d_model] (logits FLOAT[d_vocab]) where the store's runs share one width, so that DuckDB's array
+functions apply. A SQL function has one return type, so where they differ it is a list, FLOAT[], of each run's own width:
+the macros work on both, and `x::float[128]` makes an array of one.
+
+The macros live in the session's own database, never in the catalog, where they would break every other client.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from actstore.catalog import build
+from actstore.commits.log import WEIGHTS
+from actstore.errors import BadInput, Damaged, NotStored, advised
+from actstore.storage.machine import limit_reached
+from actstore.storage.regular import read_regular
+
+if TYPE_CHECKING:
+    from actstore.arrays.reader import SiteReader
+    from actstore.sql.session import Session
+    from actstore.store import Store
+
+LAYER_NORM_EPS = 1e-5  # TransformerLens' own, which every model here is built with
+MACROS = {  # `{vector}` is array where widths agree and list where they do not
+    "dot(a, b)": "{vector}_inner_product(a, b)",
+    "norm(x)": "sqrt({vector}_inner_product(x, x))",
+    "cosine(a, b)": "{vector}_cosine_similarity(a, b)",
+    "distance(a, b)": "{vector}_distance(a, b)",
+    "project(x, direction)": "{vector}_inner_product(x, direction) / sqrt({vector}_inner_product(direction, direction))",
+    "activations(run, site)": """table
+        select tokens.*, act(tokens.token_id, run, site) as x
+        from store.main.tokens
+        where tokens.tree_id in (
+            select unnest(range(batch.first_tree_id, batch.first_tree_id + batch.n_trees))
+            from (select unnest(batches_of(run, site)) as batch)
+        )""",
+}
+
+
+def add_functions(session: Session, store: Store) -> Vectors:
+    """Give a session the functions and macros of this module, over the runs of its store, and return what they read with.
+
+    Args:
+        session: the store's own, on the same snapshot.
+        store: kept by a weak reference, since the garbage collector does not see what a connection's functions hold.
+    """
+    d_models = store.sql("select distinct shape[3] as d from sites where kind = 'resid'")["d"].to_list()
+    d_vocabs = store.sql("select distinct d_vocab as d from runs join models using (weights_sha256)")["d"].to_list()
+    d_model, d_vocab = _shared(d_models), _shared(d_vocabs)
+    vectors = Vectors(weakref.ref(store), d_model, d_vocab)
+    text, token = ["VARCHAR"], ["BIGINT", "VARCHAR", "VARCHAR"]
+    batches = "STRUCT(first_tree_id INTEGER, n_trees INTEGER)[]"
+    session.add_function("act", vectors.act, token, f"FLOAT[{d_model or ''}]")
+    session.add_function("logit_lens", vectors.logit_lens, token, f"FLOAT[{d_vocab or ''}]")
+    session.add_function("probe_direction", vectors.probe_direction, text, f"FLOAT[{d_model or ''}]")
+    session.add_function("batches_of", vectors.batches_of, text * 2, batches)
+    if not store.sql("select 1 from duckdb_views() where view_name = 'latest_results'").height:  # an older catalog
+        with suppress(BadInput):  # one from before results had names
+            store.sql("select name, direction from results limit 0")
+            session.add_view("main.latest_results", build.view("latest_results"))
+    for macro, body in MACROS.items():
+        session.add_macro(macro, body.format(vector="array" if d_model else "list"))
+    return vectors
+
+
+def _shared(widths: Sequence[int | None]) -> int | None:
+    """The one width there is; None where there are several or none."""
+    return widths[0] if len(widths) == 1 else None
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """What makes logits of a residual stream: a model's final LayerNorm and its unembedding.
+
+    Attributes:
+        w: float32 [d_model], scale of the LayerNorm.
+        b: float32 [d_model], its offset.
+        W_U: float32 [d_model, d_vocab].
+        b_U: float32 [d_vocab].
+    """
+
+    w: np.ndarray
+    b: np.ndarray
+    W_U: np.ndarray
+    b_U: np.ndarray  # noqa: N815
+
+    def logits(self, X: np.ndarray) -> np.ndarray:
+        """float32 [n, d_vocab] of float32 [n, d_model]."""
+        centred = X - X.mean(axis=1, keepdims=True)
+        scale = np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + np.float32(LAYER_NORM_EPS))
+        logits: np.ndarray = (centred / scale * self.w + self.b) @ self.W_U + self.b_U
+        return logits
+
+
+class Vectors:
+    """The functions, as DuckDB calls them: Arrow columns of up to 2,048 rows in, one Arrow array out.
+
+    What they need of the store is looked up once: a query of a million rows calls them 500 times.
+    """
+
+    def __init__(self, store: Callable[[], Store | None], d_model: int | None, d_vocab: int | None) -> None:
+        self._opened, self.d_model, self._d_vocab = store, d_model, d_vocab
+        self._checked: set[tuple[str, str]] = set()  # and not the readers, which hold the store
+        self._unembeddings: dict[str, Unembedding] = {}
+        self._directions: dict[str, np.ndarray] = {}
+
+    def act(self, token_ids: pa.ChunkedArray, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
+        ids = token_ids.to_numpy()
+        return _by_group(lambda rows, *where: self.reader(*where).gather(ids[rows]), self.d_model, run, site)
+
+    def logit_lens(self, token_ids: pa.ChunkedArray, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
+        ids = token_ids.to_numpy()
+
+        def logits(rows: np.ndarray, run: str, site: str) -> np.ndarray:
+            return self._unembedding(run).logits(self.reader(run, site).gather(ids[rows]))
+
+        return _by_group(logits, self._d_vocab, run, site)
+
+    def probe_direction(self, name: pa.ChunkedArray) -> pa.Array:
+        return _by_group(lambda rows, name: np.tile(self._direction(name), (len(rows), 1)), self.d_model, name)
+
+    def batches_of(self, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
+        """The trees of a site that are there: a list of (first tree_id, number of trees)."""
+        asked = list(zip(run.to_pylist(), site.to_pylist(), strict=True))
+        found = {where: self._batches(*where) for where in set(asked)}
+        batch = pa.struct([("first_tree_id", pa.int32()), ("n_trees", pa.int32())])
+        return pa.array([found[where] for where in asked], pa.list_(batch))
+
+    @property
+    def _store(self) -> Store:
+        store = self._opened()
+        if store is None:
+            raise BadInput("the store is closed; open it again")
+        return store
+
+    def reader(self, run: str, site: str) -> SiteReader:
+        """Of a residual site.
+
+        Raises:
+            NotStored: there is no such run or site.
+            BadInput: it is a pattern, or the store is closed.
+        """
+        store = self._store
+        reader = store._reader(run if (run, site) in self._checked else store.run(run), site)
+        if (run, site) not in self._checked:
+            if len(reader.layout.row_shape) != 1:
+                raise BadInput(
+                    f"site {site!r} of run {run!r} is an attention pattern, no vector of d_model numbers; read it with "
+                    "Store.read (`actstore read`), or ask for a residual site (from sites where kind = 'resid')"
+                )
+            self._checked.add((run, site))
+        return reader
+
+    def _batches(self, run: str, site: str) -> list[dict[str, int]]:
+        self.reader(run, site)  # says what there is where there is no such run or site
+        held = self._store.sql(
+            "select shards.first_tree_id, shards.n_trees from shards join sites using (run, site) "
+            "where run = $run and $site in (site, short)",
+            {"run": run, "site": site},
+        )
+        return held.to_dicts()
+
+    def _unembedding(self, run: str) -> Unembedding:
+        if run not in self._unembeddings:
+            store = self._store
+            found = store.sql("select weights_sha256 from runs where run = $run", {"run": store.run(run)})
+            self._unembeddings[run] = _read_unembedding(store, str(found.item()))
+        return self._unembeddings[run]
+
+    def _direction(self, name: str) -> np.ndarray:
+        if name not in self._directions:
+            self._directions[name] = _read_direction(self._store, name)
+        return self._directions[name]
+
+
+def _by_group(
+    read: Callable[..., np.ndarray], width: int | None, first: pa.ChunkedArray, *others: pa.ChunkedArray
+) -> pa.Array:
+    """One vector a row, read at once for all rows that share their names.
+
+    Args:
+        read: rows intp [n] and a value of each column → float32 [n, d].
+        width: d of every vector, for a fixed-size list; None for a list.
+        first, others: columns of text, the names.
+    """
+    if not len(first):  # every row had a NULL
+        return pa.array([], pa.list_(pa.float32(), width or -1))
+    groups = list(_groups(first, *others))
+    vectors = [_arrow(read(rows, *names), width) for names, rows in groups]
+    if len(vectors) == 1:
+        return vectors[0]
+    return pa.concat_arrays(vectors).take(pa.array(np.argsort(np.concatenate([rows for _, rows in groups]))))
+
+
+def _groups(*columns: pa.ChunkedArray) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """The names that rows share, and the rows: intp, in their order."""
+    n = len(columns[0])
+    firsts = tuple(column[0] for column in columns)
+    if all(pc.all(pc.equal(column, one)).as_py() for column, one in zip(columns, firsts, strict=True)):
+        yield tuple(one.as_py() for one in firsts), np.arange(n)  # as nearly every query has it
+        return
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for row, names in enumerate(zip(*(column.to_pylist() for column in columns), strict=True)):
+        rows.setdefault(names, []).append(row)
+    yield from ((names, np.array(found)) for names, found in rows.items())
+
+
+def _arrow(X: np.ndarray, width: int | None) -> pa.Array:
+    """float32 [n, d] as Arrow: a view of its memory."""
+    values = pa.array(np.ascontiguousarray(X, np.float32).reshape(-1))
+    if width:
+        return pa.FixedSizeListArray.from_arrays(values, width)
+    return pa.ListArray.from_arrays(pa.array(np.arange(len(X) + 1, dtype=np.int32) * np.int32(X.shape[1])), values)
+
+
+def _read_unembedding(store: Store, weights_sha256: str) -> Unembedding:
+    """The last layer of a model, out of the weights that the store keeps.
+
+    Raises:
+        Damaged: the file is not there, or is not the one that the run ran.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    path = store.path / WEIGHTS / f"{weights_sha256}.safetensors"
+    try:
+        content = read_regular(path, path.stat().st_size)
+        if hashlib.sha256(content).hexdigest() != weights_sha256:
+            raise ValueError("its sha256 is another")
+        held = load(content)
+        parts = [held[name] for name in ("ln_final.w", "ln_final.b", "unembed.W_U", "unembed.b_U")]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        raise limit_reached(error, f"cannot read the weights {path}") or Damaged(
+            f"the weights {path} cannot be read ({what}); restore them from a copy of the store"
+        ) from error
+    return Unembedding(*(part.astype(np.float32) for part in parts))
+
+
+def _read_direction(store: Store, name: str) -> np.ndarray:
+    """float32 [d_model]: the direction last recorded under a name.
+
+    Raises:
+        NotStored: there is none of that name, or the catalog is from before there were any.
+    """
+    if "direction" not in store.sql("from results limit 0").columns:
+        raise NotStored(
+            f"no probe direction {name!r}: an older version made this store's catalog; bring it up to date with "
+            f"{advised('repair', store.path)}, then record some with {advised('study', store.path, 'probes')}"
+        )
+    known = "from latest_results where direction is not null"
+    found = store.sql(f"select direction {known} and name = $name order by recorded desc limit 1", {"name": name})
+    if len(found):
+        return np.array(found["direction"][0], np.float32)
+    names = store.sql(f"select distinct name {known} order by name")["name"].to_list()
+    if not names:
+        raise NotStored(
+            f"no probe direction {name!r}: the store has none yet; {advised('study', store.path, 'probes')} records them"
+        )
+    close = get_close_matches(name, names, n=3) or names[:3]
+    raise NotStored(
+        f"no probe direction {name!r}; the nearest of {len(names)} is {', '.join(close)} "
+        "(select name from latest_results where direction is not null)"
+    )

@@ -1,0 +1,302 @@
+"""One query in a process of its own, which can be killed: limits of time and memory that hold whatever the query does.
+
+DuckDB stops a query between two vectors of rows, and counts what its own operators hold. One function call on one vector
+can run for minutes or hold gigabytes in between (`repeat('x', 2^33)`, a list of 10^10 numbers, a regular expression), so a
+query with a limit runs in a fresh process, `python -m actstore.sql.process`, on the very catalog file that its store has open.
+
+The request goes in as a line of JSON (see parameters.py); out come a byte when the query is about to begin, then a byte
+that says what follows: a line of notes and the rows as an Arrow IPC stream, or an error as JSON. When the parent goes, the
+standard input ends, and the process with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+import polars as pl
+
+from actstore import errors
+from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
+from actstore.reading import scope
+from actstore.sql.parameters import from_json, to_json
+from actstore.sql.session import Session
+from actstore.storage.machine import OUT_OF_MEMORY, within_limits
+from actstore.store import Store
+
+READY, ROWS, ERROR = b"!", b"+", b"-"
+LOOK_UP = 0.02  # seconds between looks at the clock and at the memory: a process fills some 50 MB in it
+START = 120.0  # seconds a process may take to start; a busy machine needs 5
+HEADROOM = 256 << 20  # bytes beside the limit that threads and allocators may reserve without using them
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a query may take.
+
+    Attributes:
+        timeout: seconds, from when its process is ready; None for no limit.
+        memory: bytes beyond what its process starts with; None for no limit.
+    """
+
+    timeout: float | None
+    memory: int | None
+
+    @classmethod
+    def of(cls, timeout: float | None, memory: str | int | None) -> Limits:
+        """Limits as users give them: seconds, and bytes or text such as `2GB`, `512MB` or `1.5GiB`.
+
+        Raises:
+            BadInput: they are no limits.
+        """
+        if timeout is not None and not (
+            isinstance(timeout, (int, float)) and math.isfinite(timeout) and 0 < timeout <= threading.TIMEOUT_MAX
+        ):
+            raise BadInput(f"got timeout {timeout!r}; it is a number of seconds above 0")
+        return cls(timeout, None if memory is None else _bytes(memory))
+
+
+def _bytes(memory: str | int) -> int:
+    found = SIZE.fullmatch(memory.strip()) if isinstance(memory, str) else None
+    if found:
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+    else:
+        size = memory if isinstance(memory, int) and not isinstance(memory, bool) else 0
+    if not 0 < size < 1 << 62:
+        raise BadInput(f"got memory {memory!r}; it is a size such as 2GB, 512MB or 1.5GiB")
+    return size
+
+
+class Limited:
+    """A store whose every query has limits, for what asks a store by itself, such as a named query."""
+
+    def __init__(self, store: Store, timeout: float | None, memory: str | int | None) -> None:
+        self.run, self._store, self._limits = store.run, store, (timeout, memory)
+
+    def of(self, run: str) -> Limited:
+        """As Store.of."""
+        return Limited(self._store.of(run), *self._limits)
+
+    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+        """As Store.sql."""
+        return self._store.sql(query, params, *self._limits)
+
+
+def run(
+    store: Store, query: str, params: Mapping[str, Any] | None, limits: Limits, reads: str | None = None
+) -> pl.DataFrame:
+    """Run one query of a store in a process of its own, which reads the same snapshot though a new one is there.
+
+    Args:
+        store: the whole, or of one run; the process refuses another in its place, and checks files where the store does.
+        query, params: as Store.sql takes them.
+        limits: what it may take.
+        reads: the run whose activations are read at the query's token_id, see scope.ask.
+
+    Raises:
+        LimitReached: it took longer or more; its process is gone.
+        BadInput: a parameter cannot be handed on.
+        Damaged: the folder was moved or replaced since it was opened.
+        ActstoreError: what Store.sql would have raised.
+    """
+    catalog, folder = store._session.fileno(), store.folder
+    folder.check()
+    request = {
+        "path": os.fspath(folder.path),
+        "identity": folder.identity(),
+        "catalog": catalog,
+        "query": query,
+        "params": to_json(params),
+        "limits": asdict(limits),
+        "snapshot": store.snapshot,
+        "check": store.check,
+        "of": store.only,
+        "reads": reads,
+    }
+    with within_limits("cannot start the query's process"), tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "actstore.sql.process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            pass_fds=(catalog,),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+            start_new_session=True,  # Ctrl-C comes to this process, which kills that one
+        )
+        try:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # it died: what follows says so
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            answer = _wait(process, limits)
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        if answer[:1] == ROWS:
+            notes, rows = bytes(answer[1:]).split(b"\n", 1)
+            for note in json.loads(notes):
+                warnings.warn(note, errors.SeveralRuns, stacklevel=scope.outside())
+            return pl.read_ipc_stream(BytesIO(rows))
+        if answer[:1] == ERROR:
+            kind, message = json.loads(answer[1:])
+            raise getattr(errors, kind)(message)
+        raise _died(process.returncode, limits, complaints)
+
+
+def _wait(process: subprocess.Popen[bytes], limits: Limits) -> bytes:
+    """What the process answers, whole; less where it died.
+
+    Raises:
+        LimitReached: it took more than it may.
+    """
+    assert process.stdout is not None
+    output = select.poll()  # select() takes no descriptor above 1,023
+    output.register(process.stdout, select.POLLIN)
+    if not output.poll(1e3 * START):
+        raise LimitReached(f"the query's process did not start in {START:g} s; try again when the machine is less busy")
+    first = os.read(process.stdout.fileno(), 1)
+    if first != READY:  # it found an error before it began, or died
+        return first + process.stdout.read()
+    started, before, answer = time.monotonic(), _resident(process.pid), bytearray()
+    while True:
+        if limits.timeout is not None and time.monotonic() - started > limits.timeout:
+            raise LimitReached(
+                f"the query took longer than its limit of {limits.timeout:g} s and was stopped; raise it (timeout=…, "
+                "--timeout) or ask for less"
+            )
+        if limits.memory is not None and _resident(process.pid) - before > limits.memory:
+            raise _too_much(limits.memory)
+        if output.poll(1e3 * LOOK_UP):
+            more = os.read(process.stdout.fileno(), 1 << 20)
+            if not more:
+                process.wait()
+                return bytes(answer)
+            answer += more
+
+
+def _too_much(memory: int) -> LimitReached:
+    return LimitReached(
+        f"the query needed more than its limit of {memory / 1e6:,.0f} MB of memory and was stopped; raise it (memory=…, "
+        "--memory) or ask for less"
+    )
+
+
+def _died(code: int, limits: Limits, complaints: IO[bytes]) -> ActstoreError:
+    complaints.seek(0)
+    lines = complaints.read().decode(errors="replace").strip().splitlines()
+    if limits.memory is not None and (code < 0 or any(OUT_OF_MEMORY.search(line) for line in lines)):
+        return _too_much(limits.memory)  # an allocation failed where nobody expected one to
+    why = f"signal {-code}" if code < 0 else f"exit code {code}"
+    said = f", saying {lines[-1].strip()!r}" if lines else ""
+    return LimitReached(
+        f"the query's process died ({why}{said}); the machine may lack the memory it needs: ask for less"
+    )
+
+
+def _resident(pid: int | str) -> int:
+    """Bytes of memory that a process has for itself alone; 0 where the system does not say (then DuckDB's limit is left)."""
+    return _of_status(pid, "RssAnon")
+
+
+def _of_status(pid: int | str, what: str) -> int:
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{what}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+class _Inherited(Store):
+    """A store on a catalog file, and in the very folder, that another process has open (and has checked, where it checks)."""
+
+    def __init__(self, path: Path, identity: tuple[int, int], catalog: int, memory: int | None, check: bool) -> None:
+        self._identity, self._inherited, self._memory = identity, Path(f"/dev/fd/{catalog}"), memory
+        super().__init__(path, check)
+
+    def _open_session(self) -> Session:
+        if self.folder.identity() != self._identity:
+            raise Damaged(f"{self.path} was moved or replaced since it was opened; open the store again")
+        return Session(self._inherited, self._memory)
+
+
+def main() -> None:
+    """The process: one request in, one answer out."""
+    out = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever else prints does not mix with the answer
+    memory = None
+    try:
+        asked = _receive()
+        path, memory = Path(asked["path"]), asked["limits"]["memory"]
+        params = from_json(asked["params"])
+        with _Inherited(path, tuple(asked["identity"]), asked["catalog"], memory, asked["check"]) as store:
+            if store.snapshot != asked["snapshot"]:
+                raise Damaged(f"{path} is another store by now; open it again")
+            if memory is not None:
+                _limit_allocations(memory)
+            out.write(READY)
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always", errors.SeveralRuns)
+                asked_of = store if asked["of"] is None else store.of(asked["of"])
+                frame = asked_of._ask(asked["query"], params, None, None, asked["reads"])
+        said = [str(note.message) for note in notes if issubclass(note.category, errors.SeveralRuns)]
+        out.write(ROWS + json.dumps(said).encode() + b"\n")
+        frame.write_ipc_stream(out)
+    except (ActstoreError, MemoryError) as error:
+        out.write(ERROR + json.dumps(_as_sent(error, memory)).encode())
+    out.close()
+    os._exit(0)  # nothing is left to tidy, and threads of the query might still run
+
+
+def _receive() -> Any:
+    request = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return request
+
+
+def _as_sent(error: ActstoreError | MemoryError, memory: int | None) -> tuple[str, str]:
+    lacks = isinstance(error, MemoryError) or OUT_OF_MEMORY.search(
+        str(error).partition("\n")[0]
+    )  # not in the copy of the query
+    if memory is not None and lacks:
+        error = _too_much(memory)
+    elif isinstance(error, MemoryError):
+        error = LimitReached("the query needs more memory than there is; ask for less")
+    return type(error).__name__, str(error)
+
+
+def _limit_allocations(memory: int) -> None:
+    """Have the system refuse a single allocation that is larger than what is left, before a page of it is used."""
+    import resource
+
+    if held := _of_status("self", "VmData"):
+        most = held + memory + HEADROOM
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

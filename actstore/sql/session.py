@@ -1,0 +1,347 @@
+"""A SQL session over a store's catalog: it reads the store's tables, and can neither write nor reach files or the network.
+
+The catalog is attached read-only to a database in memory of the session's own (DuckDB shares one instance among all that
+open one path in a process, and would hand an old snapshot to a new reader), and the file system is shut off behind it.
+What the session itself adds, functions and macros, lies in the memory's database: the catalog stays any client's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import duckdb
+import polars as pl
+from duckdb.func import PythonUDFType
+
+from actstore import errors
+from actstore.catalog.build import located
+from actstore.cli.terminal import is_unicode
+from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
+from actstore.sql.refused import in_parts, refusal
+from actstore.storage.machine import check_process, finalize_here, limit_reached
+from actstore.storage.regular import check_regular, open_regular
+
+LOCKED = (
+    "set temp_directory = ''",  # which could not be written anyway: a query that does not fit says so
+    "set enable_external_access = false",
+    "set disabled_filesystems = 'LocalFileSystem'",  # else COPY … (use_tmp_file false) overwrites the catalog itself
+    "set lock_configuration = true",
+)
+SEARCH = "set search_path = 'store.main,memory.main'"  # of each cursor: it inherits neither this nor temporary macros
+READ_ONLY = "begin transaction read only"  # of each cursor: the memory's database is no place to write, either
+T = TypeVar("T")
+LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and no interrupt stops it then
+EXPLAIN = re.compile(  # what stands before the statement that is explained, as DuckDB hands it on: without a comment
+    r"explain\b\s*(?:analyze\b\s*)?(?:\(\s*(?:analyze|format)\b[^()]*\)\s*)?", re.IGNORECASE
+)
+RAISED = re.compile(r"Python exception occurred while executing the UDF: (\w+): (.*)", re.DOTALL)
+LOOK_UP = 0.1  # seconds between looks for a Ctrl-C while a query runs
+READING = (  # all else would write, if only into memory, or change the session for the queries that follow
+    duckdb.StatementType.SELECT,  # DESCRIBE, SHOW and SUMMARIZE are of this type, too
+    duckdb.StatementType.EXPLAIN,
+    duckdb.StatementType.MULTI,  # a PIVOT that must first ask for its columns
+)
+
+
+class Session:
+    """One consistent snapshot of a catalog, open for queries from any thread.
+
+    Args:
+        catalog: the file.
+        memory: bytes that DuckDB may hold; as much as it likes, 80 % of the machine's, unless told.
+
+    Raises:
+        Damaged: the catalog cannot be opened.
+        LimitReached: this process may have no more files open, or no more memory.
+        BadInput: this process was forked from one that had opened a session.
+    """
+
+    def __init__(self, catalog: Path, memory: int | None = None) -> None:
+        self._process = os.getpid()
+        self.schemas: dict[tuple[str, bool], str] = {}  # see reading/scope.py
+        self.making_schemas = threading.Lock()
+        check_process(_first_process())
+        try:
+            check_regular(catalog)  # DuckDB 2.0 aborts a process that may open no file more
+            self._connection = duckdb.connect(":memory:")
+            # also at the interpreter's end: functions that outlive it print what they leak
+            self._close = finalize_here(self, self._connection.close)
+            self._file = _attach(self._connection, catalog)
+            self._close_file = finalize_here(self, os.close, self._file)
+        except (duckdb.Error, OSError, MemoryError) as error:
+            self.close()
+            raise limit_reached(error, f"cannot open {catalog}") or Damaged(
+                f"{catalog} cannot be opened ({one_line(error)}); rebuild it with {advised('repair', catalog.parent)}"
+            ) from error
+        if memory is not None:
+            self._connection.execute(f"set memory_limit = '{memory}B'")
+        for statement in LOCKED:
+            self._connection.execute(statement)
+
+    def close(self) -> None:
+        """Close the connection and the catalog's file, once; in a process forked since it was opened, nothing."""
+        for close in ("_close", "_close_file"):
+            if hasattr(self, close):
+                getattr(self, close)()
+
+    def check(self) -> None:
+        """Look whether the session is open, in this process.
+
+        Raises:
+            BadInput: it is closed, or this process was forked since it was opened.
+        """
+        check_process(self._process)
+        if not self._close.alive:
+            raise BadInput("the store is closed; open it again")
+
+    def fileno(self) -> int:
+        """Descriptor of the catalog's file that this session reads, whatever stands under its name by now.
+
+        Raises:
+            BadInput: the session is closed.
+        """
+        self.check()
+        return self._file
+
+    def add_function(self, name: str, function: Callable[..., Any], takes: Sequence[str], gives: str) -> None:
+        """Add a SQL function over Arrow columns; DuckDB calls it from several threads, and gives NULL where one comes in.
+
+        Args:
+            name: in SQL.
+            function: pyarrow.ChunkedArrays of up to 2,048 rows → a pyarrow.Array as long.
+            takes: SQL type of each argument.
+            gives: SQL type of what it returns.
+        """
+        self._connection.create_function(name, function, list(takes), gives, type=PythonUDFType.ARROW)
+
+    def add_macro(self, signature: str, body: str) -> None:
+        """Add a macro to this session alone.
+
+        Args:
+            signature: its name and parameters, `dot(a, b)`.
+            body: an expression, or `table` and a query; it names the store's tables in full, `store.main.tokens`.
+        """
+        self._connection.execute(f"create macro memory.main.{signature} as {body}")
+
+    def add_view(self, name: str, query: str) -> None:
+        """Add a view to this session alone.
+
+        Args:
+            name: with its schema, `main.latest_results`.
+            query: a SELECT over the store's tables.
+        """
+        with self._connection.cursor() as cursor:
+            cursor.execute(SEARCH)
+            cursor.execute(f"create view memory.{name} as {query}")
+
+    def add_schema(self, name: str, views: Mapping[str, str]) -> None:
+        """Add a schema of views to this session alone, all or none.
+
+        Args:
+            name: of the schema.
+            views: name of each view, and a SELECT that names the store's tables in full.
+        """
+        self.check()
+        with self._connection.cursor() as cursor:
+            cursor.execute("begin")
+            cursor.execute(f"create schema memory.{name}")
+            for view, query in views.items():
+                cursor.execute(f'create view memory.{name}."{view}" as {query}')
+            cursor.execute("commit")
+
+    def sql(self, query: str, params: Mapping[str, Any] | None = None, schema: str | None = None) -> pl.DataFrame:
+        """Run one query.
+
+        Args:
+            query: a SELECT (or FROM …, WITH …, DESCRIBE, SHOW, …); `$name` stands for a parameter.
+            params: a value for each `$name`.
+            schema: one that was added, whose views the query finds before the store's tables.
+
+        Returns:
+            A polars frame of its rows; FLOAT[n] columns arrive as Array(Float32, n).
+
+        Raises:
+            BadInput: it is not one query, is longer than a million characters, a parameter is missing or not used, DuckDB
+                refuses it (one line, and its place in the query), or the session is closed or of another process.
+            LimitReached: it needs more memory than DuckDB may take.
+            ActstoreError: what a function of the session raised.
+        """
+        self.check()
+        if len(query) > LONGEST:
+            raise BadInput(
+                f"got a query of {len(query):,} characters; the longest is {LONGEST:,}: hand lists over as params, "
+                "`where tree_id in (select unnest($ids))`"
+            )
+        if not is_unicode(query):
+            raise BadInput("the query holds half of a character (a lone surrogate); write it in Unicode")
+        try:
+            cursor = self._connection.cursor()  # an open result holds its connection
+            try:
+                return _interruptible(cursor, lambda: _fetch(cursor, query, params, schema))
+            finally:
+                with suppress(duckdb.Error):  # a query that a second Ctrl-C left running
+                    cursor.close()
+        except duckdb.Error as error:
+            if isinstance(error, duckdb.OutOfMemoryException):
+                raise LimitReached(
+                    f"the query needs more memory than there is: {one_line(error)}; ask for less"
+                ) from error
+            raise _raised(error) or BadInput(refusal(error, query, self._tables)) from error
+        except pl.exceptions.PolarsError as error:
+            raise BadInput(
+                f"the query yields a type that polars does not hold ({one_line(error)}); cast it, to varchar for example"
+            ) from error
+
+    def statement(self, query: str) -> str:
+        """The one statement of a query that `sql` takes, without what DuckDB skips in front of it, such as `;`."""
+        self.check()
+        with self._connection.cursor() as cursor:
+            return str(cursor.extract_statements(query)[0].query)
+
+    def parse(self, query: str) -> str:
+        """What DuckDB's parser makes of a query, as JSON: `error`, and where there is none `statements`."""
+        self.check()
+        if len(query) > LONGEST or not is_unicode(query):
+            return '{"error": true}'
+        try:
+            with self._connection.cursor() as cursor:
+                parsing = "select json_serialize_sql(?)"
+                return _interruptible(cursor, lambda: str(cursor.execute(parsing, [query]).fetchall()[0][0]))
+        except duckdb.Error:
+            return '{"error": true}'
+
+    def _tables(self) -> list[str]:
+        """Names of the store's tables and views."""
+        with self._connection.cursor() as cursor:
+            names = cursor.execute("select table_name from information_schema.tables where table_catalog = 'store'")
+            return sorted(name for (name,) in names.fetchall())
+
+
+@cache
+def _first_process() -> int:
+    """The process that opened the first session; another was forked from it, where whatever asks polars would wait for ever."""
+    return os.getpid()
+
+
+def _attach(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:
+    """Attach a catalog as `store`, and return a descriptor of that very file, though another may take its place meanwhile."""
+    while True:
+        file = open_regular(catalog)
+        try:
+            connection.execute(f"attach {located(catalog)} as store (read_only)")
+            if os.path.samestat(os.fstat(file), os.stat(catalog)):  # no other can have been there in between
+                return file
+            connection.execute("detach store")
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _raised(error: duckdb.Error) -> ActstoreError | None:
+    """The package's own error that a function raised, which DuckDB passes on as text."""
+    found = RAISED.search(str(error))
+    kind = getattr(errors, found[1], None) if found else None
+    if found and isinstance(kind, type) and issubclass(kind, ActstoreError):
+        return kind(" ".join(found[2].split()))
+    return None
+
+
+def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> None:
+    """Refuse what is not one query, and parameters that are not the query's own."""
+    statements = cursor.extract_statements(query)
+    if len(statements) != 1:
+        raise BadInput(f"got {len(statements)} statements; ask one query at a time")
+    try:
+        kind = statements[0].type
+    except ValueError:  # of which the Python client knows no name
+        raise BadInput("a store is read with SELECT, and cannot do this") from None
+    if kind not in READING:
+        raise BadInput(f"a store is read with SELECT, and cannot do {kind.name}")
+    if kind != duckdb.StatementType.SELECT and not _selects(cursor, _explained(statements[0].query)):
+        raise BadInput(
+            "a store is read with SELECT, and nothing else can be explained or pivoted; got another statement"
+        )
+    if kind == duckdb.StatementType.MULTI:  # whose parameters DuckDB does not name
+        return
+    wanted = set(statements[0].named_parameters)
+    if wrong := sorted(wanted ^ given):
+        what = f"lacks a value for ${wrong[0]}" if wrong[0] in wanted else f"has no ${wrong[0]}"
+        takes = ", ".join(f"${name}" for name in sorted(wanted)) or "no parameters"
+        raise BadInput(f"the query {what}; it takes {takes}")
+
+
+def _explained(query: str) -> str:
+    """What a query explains, or the query where it is no EXPLAIN."""
+    found = EXPLAIN.match(query)
+    return query[found.end() :] if found else query
+
+
+def _selects(cursor: duckdb.DuckDBPyConnection, query: str) -> bool:
+    """Whether a query that was in an EXPLAIN, or is a PIVOT of several steps, is a SELECT when it stands alone."""
+    try:
+        statements = cursor.extract_statements(query)
+        if len(statements) == 1 and statements[0].type == duckdb.StatementType.MULTI:  # COPY of a PIVOT is one, too
+            return len(cursor.extract_statements(f"from (\n{query}\n)")) == 1
+        return len(statements) == 1 and statements[0].type == duckdb.StatementType.SELECT
+    except (duckdb.Error, ValueError):  # ValueError: of a type that the Python client knows no name of
+        return False
+
+
+def _fetch(
+    cursor: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any] | None, schema: str | None
+) -> pl.DataFrame:
+    cursor.execute(SEARCH if schema is None else SEARCH.replace("'", f"'memory.{schema},", 1))
+    cursor.execute(READ_ONLY)
+    _check(cursor, query, set(params or {}))
+    given = dict(params) if params else None
+    try:
+        return cursor.sql(query, params=given).pl()
+    except (duckdb.BinderException, duckdb.CatalogException) as error:
+        if "\nLINE " not in str(error):
+            cursor.execute(query, given)  # is refused the same, with the place in the query
+        raise
+
+
+def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Callable[[], T]) -> T:
+    """Run a fetch in a thread of its own, since Ctrl-C is not delivered while DuckDB runs in the main one.
+
+    The main thread looks up every so often, since polars' handler of the signal does not wake one that waits without an
+    end; and it waits for an event, since Python 3.11 takes a thread whose join was interrupted for one that has ended.
+    """
+    outcome: dict[str, Any] = {}
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            outcome["frame"] = fetch()
+        except BaseException as error:
+            outcome["error"] = error
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+        while not done.wait(LOOK_UP):
+            pass
+    except KeyboardInterrupt:
+        # once would not do: an interrupt that comes before the query has begun is forgotten
+        while thread.ident and not done.wait(LOOK_UP):
+            cursor.interrupt()
+        raise
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["frame"]
+
+
+def one_line(error: Exception) -> str:
+    """DuckDB's message without the copy of the query that follows it."""
+    return in_parts(error)[0]

@@ -1,0 +1,296 @@
+"""Mend a store: what is damaged is made again, and put in its place only if it has exactly the bytes that were committed.
+
+A store of an earlier version is brought up to date on the way: its catalog is built with today's tables from its own parts.
+
+Rows come out of the catalog, if that is whole; activations, and rows where it is not, from the run's own weights over its own
+trees; the rows of a definition, where the catalog is damaged too, from what the rest of the store tells (see
+ingest/replay/definitions.py); the catalog from the parts. A manifest, and store.json, say how all else must be and cannot be made
+again; but a single bit of theirs that flipped is found by their checksums, and flipped back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import duckdb
+import polars as pl
+import xxhash
+
+from actstore.catalog import build, witness
+from actstore.commits import log
+from actstore.commits.log import ARRAYS, File, Manifest, Part
+from actstore.errors import Damaged, advised
+from actstore.storage import links, sealed
+from actstore.storage.folder import check_format, place, refuse_astray
+from actstore.storage.regular import read_regular
+from actstore.upkeep.verify import Finding, read_manifests, verify
+from actstore.upkeep.verify_catalog import CONFLICT
+from actstore.writing.writer import GROUP, as_parquet
+
+Recompute = Callable[
+    [Path, list[Manifest], str, int | None], dict[str, bytes]
+]  # root, commits, run, batch → path → bytes
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done.
+
+    Attributes:
+        mended: paths that are again as they were committed.
+        left: what could not be mended, and why.
+        snapshot: commits that the catalog holds.
+    """
+
+    mended: list[str]
+    left: list[Finding]
+    snapshot: int
+
+
+def repair(
+    path: str | Path, recompute: Recompute, advance: Callable[[int], None] = lambda done: None, wait: float = 0.0
+) -> Repair:
+    """Verify a store, mend what is damaged, and build its catalog anew.
+
+    Args:
+        path: the store.
+        recompute: makes a batch's files again (or, of batch None, a run's definition's); see ingest/replay/remake.py.
+        advance: called with the bytes read so far, while it looks for damage.
+        wait: seconds to wait for another process that writes to it.
+
+    Raises:
+        NotStored, TooNew: there is no store, or a later version made it.
+        Busy: another process writes to it.
+        Damaged: its manifests are not whole, so nothing says how the rest must be; its catalog is whole and says otherwise
+            than they; or a link on the way to a committed file leads nowhere or into another store. Nothing was touched.
+    """
+    root = place(path)
+    _refuse_what_is_no_store(root)
+    with log.lease(root, wait):
+        refuse_astray(root, read_manifests(root)[0])
+        mended = _flip_back(root)
+        about = check_format(root, older=True)
+        report = verify(root, advance=advance)
+        manifests, broken = read_manifests(root)
+        if broken:
+            raise Damaged(
+                f"{root / broken[0].path}: {broken[0].what}; it cannot be made again: restore it from a copy of the store"
+            )
+        refuse_astray(root, manifests)
+        if conflict := [finding.what for finding in report.damage if finding.kind == CONFLICT]:
+            raise Damaged(witness.in_conflict(root, "; ".join(conflict)))
+        _refuse_shared_places(root, manifests, [finding.path for finding in report.damage])
+        log.sweep(root, manifests)  # what an interrupted repair left
+        build.discard_beside(root / build.NAME)
+        of_catalog = [finding.path for finding in report.damage if finding.kind == "catalog"]
+        is_whole = all(path.startswith(f"{build.NAME}.") for path in of_catalog)  # but for what was beside it
+        damaged = {finding.path: finding for finding in report.damage}
+        left: list[Finding] = []
+        for manifest in manifests:
+            of_this = [damaged[file.path] for file in manifest.files if file.path in damaged]
+            if of_this:
+                done, not_done = _mend(root, manifests, manifest, of_this, damaged.keys(), is_whole, recompute)
+                damaged = {path: finding for path, finding in damaged.items() if path not in done}
+                mended, left = mended + done, left + not_done
+        mended += _zarr_group(root)
+        if not any(finding.kind == "part" for finding in left):
+            build.publish(root, from_nothing=True)
+            mended += dict.fromkeys(of_catalog)
+            if about["format"] < log.FORMAT_VERSION:
+                about = {key: value for key, value in about.items() if key != sealed.CHECKSUM}
+                put(root / "store.json", sealed.to_json({**about, "format": log.FORMAT_VERSION}))
+                mended.append("store.json")
+        return Repair(mended, left, len(manifests))
+
+
+def _refuse_what_is_no_store(root: Path) -> None:
+    with suppress(Damaged):
+        check_format(root, older=True)
+
+
+def _refuse_shared_places(root: Path, manifests: list[Manifest], damaged: list[str]) -> None:
+    """Look whether what is to be mended lies, behind a link, in the place of another committed file.
+
+    Raises:
+        Damaged: it does, so that mending the one would damage the other.
+    """
+    files = {file.path: file for manifest in manifests for file in manifest.files}
+    if not links.linked(root, [*log.FOLDERS, *files]):
+        return
+    there: dict[str, list[File]] = {}
+    for file in files.values():
+        folder, _, name = file.path.rpartition("/")
+        there.setdefault(os.path.join(os.path.realpath(root / folder), name), []).append(file)
+    for shared in there.values():
+        of_one, *others = sorted(shared, key=lambda file: file.path not in damaged)
+        if of_one.path in damaged and any(file.xxh3_128 != of_one.xxh3_128 for file in others):
+            raise Damaged(
+                f"{root / of_one.path} and {root / others[0].path} were committed apart and lead to one file; remove the link, "
+                f"then run {advised('repair', root)} again: nothing was touched"
+            )
+
+
+def _flip_back(root: Path) -> list[str]:
+    """Mend what carries its own checksum, where one bit of it flipped."""
+    mended = []
+    _, broken = read_manifests(root)
+    names = [finding.path for finding in broken]
+    try:
+        check_format(root, older=True)
+    except Damaged:
+        names.append("store.json")
+    for name in names:
+        try:
+            content = sealed.flipped_back(read_regular(root / name))
+        except OSError:
+            continue
+        if content is not None:
+            put(root / name, content)
+            mended.append(name)
+    return mended
+
+
+def _without(manifest: Manifest, damaged: Collection[str]) -> Manifest:
+    return replace(manifest, parts=[part for part in manifest.parts if part.path not in damaged])
+
+
+def _mend(
+    root: Path,
+    manifests: list[Manifest],
+    manifest: Manifest,
+    damage: list[Finding],
+    damaged: Collection[str],
+    whole_catalog: bool,
+    recompute: Recompute,
+) -> tuple[list[str], list[Finding]]:
+    """Mend the damaged files of one commit: rows out of the catalog first, since what is computed rests on them."""
+    files = {file.path: file for file in manifest.files}
+    done, left = [], []
+    for finding in damage:
+        file, content = files[finding.path], None
+        if isinstance(file, Part) and whole_catalog:
+            with suppress(duckdb.Error, LookupError, ValueError):  # a manifest that no writer wrote
+                content = _from_catalog(root, manifest, file)
+        elif file.path == f"{ARRAYS}/{manifest.run}/zarr.json":
+            content = GROUP
+        if content is not None and _is(content, file):
+            put(root / finding.path, content)
+            done.append(finding.path)
+        else:
+            left.append(finding)
+    if not left:
+        return done, left
+    made, why = dict[str, bytes](), ""
+    try:
+        if manifest.run is None:
+            raise Damaged("a study's results come out of the catalog alone, which is damaged, too")
+        still_damaged = set(damaged) - set(done)  # nothing that is computed may rest on them
+        sound = [_without(one, still_damaged) for one in manifests]
+        made = recompute(root, sound, manifest.run, manifest.batch)
+    except (Damaged, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        why = f"it could not be computed again: {str(error).splitlines()[0]}"
+    still = []
+    for finding in left:
+        content = made.get(finding.path)
+        if content is not None and _is(content, files[finding.path]):
+            put(root / finding.path, content)
+            done.append(finding.path)
+        else:
+            differs = "what is computed here differs: it was made by other versions or on another machine (see runs)"
+            reason = why or (differs if content is not None else "nothing else in the store tells it")
+            if isinstance(files[finding.path], Part):
+                reason += f"; {_anew(root, manifest, finding.path)}"
+            still.append(Finding(**{**vars(finding), "what": f"{finding.what}; {reason}"}))
+    return done, still
+
+
+def _anew(root: Path, manifest: Manifest, path: str) -> str:
+    """What to do about a part that cannot be mended: restore it, or the command that makes the same rows anew."""
+    table = path.split("/")[1]
+    if table == "models":
+        how = f"put the model that was run where it is found ({advised('models', 'add')}), then run {advised('repair', root)}"
+    elif table == "results":
+        how = f"store the runs anew in another store, and make the results there ({advised('study')})"
+    else:
+        how = f"store the run anew in another store ({advised('ingest')} … --run {manifest.run})"
+    return f"restore it from a copy of the store, or {how}"
+
+
+def _is(content: bytes, file: File) -> bool:
+    return xxhash.xxh3_128_hexdigest(content) == file.xxh3_128
+
+
+def _from_catalog(root: Path, manifest: Manifest, part: Part) -> bytes:
+    """A part's bytes out of the rows that the catalog holds of it."""
+    with build.attached(root) as connection:
+        where, values = _rows_of(manifest, part)
+        rows = connection.sql(f"from there.{part.table} {where}", params=values).pl()
+    rows = rows.drop(build.DERIVED.get(part.table, ""), strict=False)
+    return as_parquet(part.table, rows.head(part.rows))
+
+
+def _rows_of(manifest: Manifest, part: Part) -> tuple[str, list[object]]:
+    """Which rows of its table a part brought."""
+    if part.table == "results":
+        return "where recorded = ?", [manifest.number]
+    name = Path(part.path).stem
+    if manifest.kind == "run":
+        columns = {"models": "weights_sha256", "datasets": "dataset", "runs": "run", "sites": "run"}
+        column = columns[part.table]
+        return f"where starts_with({column}, ?)" if column == "weights_sha256" else f"where {column} = ?", [name]
+    shard = manifest.shards[0] if manifest.shards else None
+    owner = name.rpartition("-")[0]
+    if part.table == "trees" or shard is None:
+        batch = int(name.rpartition("-")[2])
+        ids = (
+            "select first_tree_id + trees_per_shard * ? as first, first_tree_id + trees_per_shard * (?::int + 1) - 1 as last "
+            f"from there.datasets where dataset = {_dataset_of(part)}"
+        )
+        bounds = f"tree_id between (select first from ({ids})) and (select last from ({ids}))"
+        run = " and run = ?" if part.table in ("predictions", "outcomes", "generations") else ""
+        return f"where {bounds}{run}", [batch, batch, owner, batch, batch, owner, *([owner] if run else [])]
+    of_run = part.table in ("predictions", "outcomes", "generations")
+    last = shard.first_tree_id + shard.n_trees - 1
+    run = " and run = ?" if of_run else ""
+    return f"where tree_id between ? and ?{run}", [shard.first_tree_id, last, *([owner] if of_run else [])]
+
+
+def _dataset_of(part: Part) -> str:
+    """SQL for the set of trees that a part is of: a run's own, or the one it is named by."""
+    of_run = part.table in ("predictions", "outcomes", "generations")
+    return "(select dataset from there.runs where run = ?)" if of_run else "?"
+
+
+def _zarr_group(root: Path) -> list[str]:
+    """The group that all arrays are in, which no manifest names."""
+    path = f"{ARRAYS}/zarr.json"
+    try:
+        if read_regular(root / path) == GROUP:
+            return []
+    except OSError:
+        pass
+    put(root / path, GROUP)
+    return [path]
+
+
+def put(path: Path, content: bytes) -> None:
+    """Put a file in the place of a damaged one, durably, whole or not at all."""
+    log.make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        log.write_durably(temporary, content)
+        log.replace_file(temporary, path)
+        log.fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def table(done: Repair) -> pl.DataFrame:
+    """A row a file: path, and `mended` or why it was left."""
+    rows = [{"path": path, "result": "mended"} for path in done.mended]
+    rows += [{"path": of.path, "result": of.what} for of in done.left]
+    return pl.DataFrame(rows, schema={"path": pl.String, "result": pl.String})

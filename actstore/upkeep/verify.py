@@ -1,0 +1,275 @@
+"""Is a store what was committed? Every file is read and held against the hash that its manifest names.
+
+The catalog has no manifest, since it is derived: it is held against the hash noted when it was put in place, and row for row
+against one built anew from the parts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import polars as pl
+
+from actstore.catalog import build, witness
+from actstore.commits import log
+from actstore.commits.log import ARRAYS, File, Manifest, Part, Shard
+from actstore.errors import Damaged, TooNew, advised
+from actstore.storage import links
+from actstore.storage.folder import check_format, led_astray, place
+from actstore.storage.hashing import hash_of
+from actstore.storage.machine import limit_reached, n_processors
+from actstore.storage.regular import open_regular, read_regular
+from actstore.upkeep import verify_catalog
+from actstore.writing.writer import GROUP
+
+COLUMNS = ("path", "kind", "what", "run", "site", "batch", "trees")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it was committed.
+
+    Attributes:
+        path: inside the store.
+        kind: `shard`, `part`, `weights`, `metadata`, `manifest`, `catalog`, `store.json`, `link` (that leads into another
+            store), `conflict` (the catalog and the manifests are each whole and disagree) or `stray` (which harms nothing).
+        what: is wrong with it.
+        run, site, batch: whose it is, where it is of one.
+        trees: `first to last` tree_id, of a shard or of a batch's part.
+    """
+
+    path: str
+    kind: str
+    what: str
+    run: str | None = None
+    site: str | None = None
+    batch: int | None = None
+    trees: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found: nothing but strays in a store that is whole."""
+
+    findings: list[Finding]
+    n_files: int
+    n_bytes: int
+
+    @property
+    def damage(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.kind != "stray"]
+
+    def table(self) -> pl.DataFrame:
+        """A row a finding; columns as in COLUMNS."""
+        return pl.DataFrame([asdict(finding) for finding in self.findings], schema=_SCHEMA)
+
+
+_SCHEMA = {name: pl.Int64() if name == "batch" else pl.String() for name in COLUMNS}
+
+
+def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None] = lambda done: None) -> Report:
+    """Look for damage.
+
+    Args:
+        path: the store.
+        quick: look at sizes and the shards' own index checksums alone.
+        advance: called with the bytes read so far.
+
+    Raises:
+        NotStored: there is no store.
+        TooNew: a later version of actstore made it.
+    """
+    root = place(path)
+    findings: list[Finding] = []
+    is_older = False
+    try:
+        is_older = check_format(root, older=True)["format"] < log.FORMAT_VERSION
+    except TooNew:
+        raise
+    except Damaged as error:
+        findings.append(Finding("store.json", "store.json", str(error)))
+    manifests, broken = read_manifests(root)
+    findings += broken
+    jobs = [(manifest, file) for manifest in manifests for file in manifest.files]
+    small = [job for job in jobs if not isinstance(job[1], Shard)]
+    findings += _files(root, small, quick, advance)
+    findings += [Finding(path, "link", what) for path, what in led_astray(root, (file.path for _, file in jobs))]
+    parts_are_whole = not any(finding.kind == "part" for finding in findings)
+    with ThreadPoolExecutor(1) as beside:  # DuckDB compares the rows while the shards are hashed
+        of_catalog = beside.submit(_catalog, root, None if broken else manifests, is_older, parts_are_whole, quick)
+        done = sum(file.bytes for _, file in small)
+        shards = [job for job in jobs if isinstance(job[1], Shard)]
+        findings += _files(root, shards, quick, lambda n: advance(done + n))
+        findings += _group(root)
+        findings += of_catalog.result()
+    findings += _strays(root, manifests, broken)
+    return Report(findings, len(jobs), sum(file.bytes for _, file in jobs))
+
+
+def _catalog(
+    root: Path, manifests: list[Manifest] | None, is_older: bool, parts_are_whole: bool, quick: bool
+) -> list[Finding]:
+    if not quick:
+        wrong = verify_catalog.wrong_with(root, manifests, is_older, parts_are_whole)
+        return [Finding(path, kind, what) for path, kind, what in wrong]
+    found = [Finding(path, verify_catalog.CATALOG, what) for path, what in verify_catalog.lacking_or_added(root)]
+    if not found and manifests is not None and (what := witness.conflict(root, manifests)):
+        found.append(Finding(build.NAME, verify_catalog.CONFLICT, what))
+    return found
+
+
+def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
+    """The manifests that can be read, and what is wrong with the others."""
+    found: list[Manifest] = []
+    broken: list[Finding] = []
+    there = log.numbers(root)
+    end = max([*there[-1:], build.snapshot(root)]) + 1
+    expected = 1
+    for number in [*there, end]:
+        if number > expected:  # as many as there may be: a name can be any number
+            what = "is missing" + f", as are all up to {number - 1}" * (number > expected + 1)
+            if link := links.broken(root / log.LOG):
+                what += f", since {link}"
+            broken.append(Finding(log.manifest_path(expected), "manifest", what))
+        expected = number + 1
+        if number == end:
+            break
+        path = root / log.manifest_path(number)
+        try:
+            manifest = log.read_manifest(path, number)
+            before = found[-1] if found and found[-1].number == number - 1 else None
+            if (before or number == 1) and (what := log.breaks_chain(before, manifest)):
+                broken.append(Finding(log.manifest_path(max(number - 1, 1)), "manifest", what))
+            found.append(manifest)
+        except Damaged as error:
+            broken.append(Finding(log.manifest_path(number), "manifest", str(error)))
+        except OSError as error:
+            broken.append(Finding(log.manifest_path(number), "manifest", _said(error, path)))
+    broken += [Finding(log.manifest_path(number), "manifest", what) for number, what in witness.at_odds(found)]
+    return found, broken
+
+
+def _files(
+    root: Path, jobs: list[tuple[Manifest, File]], quick: bool, advance: Callable[[int], None]
+) -> Iterator[Finding]:
+    """Hash every file, several at a time: the hash lets go of the interpreter, and is faster than one disk read."""
+    positions = _positions(root) if quick else {}
+    done = 0
+    with ThreadPoolExecutor(n_processors()) as pool:
+        for (manifest, file), what in zip(
+            jobs, pool.map(lambda job: _wrong_with(root, job[1], quick, positions), jobs), strict=True
+        ):
+            done += file.bytes
+            advance(done)
+            if what:
+                yield _finding(manifest, file, what)
+
+
+def _group(root: Path) -> Iterator[Finding]:
+    """What is wrong with the group that all arrays are in, which no manifest names."""
+    path = f"{ARRAYS}/zarr.json"
+    try:
+        if read_regular(root / path) != GROUP:
+            yield Finding(path, "metadata", "its content is not what was put in place")
+    except OSError as error:
+        yield Finding(path, "metadata", _said(error, root / path))
+
+
+def _said(error: OSError, path: Path) -> str:
+    """What is wrong with a file that the system refuses to read.
+
+    Raises:
+        LimitReached: nothing; the process may have no more files open.
+    """
+    if reached := limit_reached(error, "cannot verify every file"):
+        raise reached from error
+    if link := links.broken(path):
+        return f"is missing, since {link}"
+    is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return "is missing" if is_missing else error.strerror or str(error)
+
+
+def _finding(manifest: Manifest, file: File, what: str) -> Finding:
+    trees = None
+    of_batch = next(iter(manifest.shards), None)
+    if isinstance(file, Shard) or (isinstance(file, Part) and of_batch):
+        shard = file if isinstance(file, Shard) else of_batch
+        assert shard is not None
+        trees = f"{shard.first_tree_id} to {shard.first_tree_id + shard.n_trees - 1}"
+    kind = "shard" if isinstance(file, Shard) else "part" if isinstance(file, Part) else "metadata"
+    kind = "weights" if file.path.startswith(log.WEIGHTS) else kind
+    site = file.site if isinstance(file, Shard) else None
+    return Finding(file.path, kind, what, manifest.run, site, manifest.batch, trees)
+
+
+def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, str], int]) -> str:
+    """What is wrong with a committed file; nothing where it is whole."""
+    try:
+        with os.fdopen(open_regular(root / file.path), "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size != file.bytes:
+                return f"is {size:,} bytes long, not {file.bytes:,}"
+            if quick:
+                whole = not isinstance(file, Shard) or _index_is_whole(opened.fileno(), file, positions)
+                return "" if whole else "its index is not what was committed"
+            if hash_of(opened.fileno()) != file.xxh3_128:
+                return "its content is not what was committed"
+    except OSError as error:
+        return _said(error, root / file.path)
+    return ""
+
+
+def _positions(root: Path) -> dict[tuple[str, str], int]:
+    """Chunks in a shard of each (run, site), out of the arrays' own metadata."""
+    found = {}
+    for path in (root / ARRAYS).glob("*/*/zarr.json"):
+        try:
+            about = json.loads(read_regular(path))
+            outer = about["chunk_grid"]["configuration"]["chunk_shape"]
+            inner = about["codecs"][0]["configuration"]["chunk_shape"]
+            n = math.prod(-(-int(large) // int(small)) for large, small in zip(outer, inner, strict=True))
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+            continue  # which its own finding says
+        found[path.parent.parent.name, path.parent.name] = n
+    return found
+
+
+def _index_is_whole(descriptor: int, shard: Shard, positions: dict[tuple[str, str], int]) -> bool:
+    n = positions.get((shard.run, shard.site))
+    if n is None:
+        return True
+    size = 16 * n + 4
+    if not 4 < size <= shard.bytes:
+        return False
+    index = os.pread(descriptor, size, shard.bytes - size)
+    return google_crc32c.value(index[:-4]).to_bytes(4, "little") == index[-4:]
+
+
+def _strays(root: Path, manifests: list[Manifest], broken: list[Finding]) -> Iterator[Finding]:
+    """Files that no manifest names: left by a stopped writer, and removed by the next."""
+    known = {finding.path for finding in broken}
+    for path in log.strays(root, manifests):
+        if path not in known:
+            yield Finding(path, "stray", "no commit names it; the next writer removes it")
+
+
+def raise_if_damaged(report: Report, path: str | Path) -> None:
+    """Refuse a store that is not whole.
+
+    Raises:
+        Damaged: says how much is wrong, and what to do.
+    """
+    if report.damage:
+        first: Any = report.damage[0]
+        raise Damaged(
+            f"{path} is damaged: {len(report.damage)} of {report.n_files:,} files, the first {first.path} ({first.what}); "
+            f"mend it with {advised('repair', path)}"
+        )

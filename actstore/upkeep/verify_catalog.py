@@ -1,0 +1,145 @@
+"""Is the catalog what was put in place, and what its parts say? Held against the hash that was noted, then row for row."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import polars as pl
+
+from actstore.catalog import build, witness
+from actstore.commits import log
+from actstore.commits.log import Manifest
+from actstore.errors import Damaged, LimitReached
+from actstore.sql.session import one_line
+from actstore.storage.machine import limit_reached
+from actstore.storage.regular import check_regular, open_regular
+
+CATALOG, CONFLICT = (
+    "catalog",
+    "conflict",
+)  # kinds of findings: it is damaged; it is whole, and the manifests say otherwise
+
+
+def wrong_with(
+    root: Path, manifests: list[Manifest] | None, is_older: bool, parts_are_whole: bool
+) -> Iterator[tuple[str, str, str]]:
+    """(file, kind of finding, what is wrong with it).
+
+    Args:
+        manifests: all of them, where they are whole; else the catalog is not compared with them.
+        is_older: an earlier version made the store, which noted no hash.
+        parts_are_whole: else rows are counted, and not compared.
+    """
+    yield from ((path, CATALOG, what) for path, what in lacking_or_added(root))
+    if _lacking(root):
+        return
+    try:
+        is_noted = _is_noted(root)
+    except FileNotFoundError:
+        if not is_older:
+            yield build.HASHES, CATALOG, "is missing"
+            return
+        is_noted = True
+    except Damaged as error:
+        yield build.HASHES, CATALOG, str(error)
+        return
+    if not is_noted:
+        yield build.NAME, CATALOG, "its content is not what was put in place"
+    elif manifests is not None:
+        yield from ((build.NAME, *found) for found in _differing(root, manifests, parts_are_whole))
+
+
+def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) as far as names tell: the catalog is missing, or DuckDB would add a file to it."""
+    for left in build.replayed(root):
+        where = left.name if os.path.samefile(left.parent, root) else build.NAME
+        yield where, f"{left} is no part of the store, and each read would take its changes for committed"
+    if what := _lacking(root):
+        yield build.NAME, what
+
+
+def _lacking(root: Path) -> str:
+    """What is wrong where no file is under the catalog's name; nothing where there is one."""
+    try:
+        check_regular(root / build.NAME)
+    except FileNotFoundError:
+        return "is missing"
+    except Damaged as error:
+        return str(error)
+    return ""
+
+
+def _is_noted(root: Path) -> bool:
+    """Whether the catalog has a hash that was noted; one that a writer puts in its place meanwhile is looked at, too."""
+    while True:
+        with os.fdopen(open_regular(root / build.NAME), "rb") as opened:
+            if (is_noted := build.is_noted(root, opened.fileno())) is not None:
+                return is_noted
+
+
+def _differing(root: Path, manifests: list[Manifest], parts_are_whole: bool) -> Iterator[tuple[str, str]]:
+    """(kind of finding, what the catalog says otherwise); that rows cannot be compared, since they are none, is damage."""
+    try:
+        yield from ((CONFLICT, what) for what in witness.conflicts(root, manifests))
+        if parts_are_whole:
+            yield from ((CONFLICT, what) for what in _rows_that_differ(root, manifests))
+    except (duckdb.Error, Damaged, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, duckdb.OutOfMemoryException):
+            raise LimitReached(f"to verify the catalog of {root} takes more memory than there is: {error}") from error
+        if reached := limit_reached(error, f"cannot verify the catalog of {root}"):
+            raise reached from error
+        yield CATALOG, f"it cannot be compared with its parts ({one_line(error)})"
+
+
+def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
+    """Compare every row of every table with those of the parts, of as many commits as the catalog holds."""
+    with (
+        tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder,
+        build.attached(root) as connection,  # and keep that one
+    ):
+        connection.execute(f"set temp_directory = {build.quoted(folder)}")  # else it would be where one happens to be
+        held = int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
+        committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
+        shards = [vars(shard) for manifest in committed for shard in manifest.shards]
+        types = dict(build.tables()["shards"])
+        connection.register("shards_committed", pl.DataFrame(shards, schema=types))
+        there = {row[0] for row in connection.execute(build.TABLES_ATTACHED).fetchall()}
+        for table in [table for table in build.tables() if table in there and table != "snapshot"]:
+            yield from _differences(connection, table, _committed_rows(root, connection, table, committed))
+
+
+def _committed_rows(root: Path, connection: duckdb.DuckDBPyConnection, table: str, committed: list[Manifest]) -> str:
+    """SQL for the rows of a table as the parts hold them, with the catalog's columns and types."""
+    parts = [root / part.path for manifest in committed for part in manifest.parts if part.table == table]
+    if table == "shards":
+        source = "shards_committed"
+    elif parts:
+        source = build.source(connection, table, parts, "there.datasets")
+    else:
+        return f"(from there.{table} limit 0)"
+    held = {row[0] for row in connection.execute(f"describe from {source}").fetchall()}
+    columns = connection.execute(f"describe there.{table}").fetchall()
+    selected = ", ".join(f"{name if name in held else 'null'}::{dtype} as {name}" for name, dtype, *_ in columns)
+    return f"(select {selected} from {source})"
+
+
+def _differences(connection: duckdb.DuckDBPyConnection, table: str, committed: str) -> Iterator[str]:
+    """How many rows of a table are in one of the two alone.
+
+    A sum over hashes of the rows, which needs no memory, says whether there are any; then they are counted.
+    """
+    columns = ", ".join(row[0] for row in connection.execute(f"describe there.{table}").fetchall())
+    row = f"hash({columns})"
+    digest = f"select count(*), sum(({row} >> 1)::bigint), bit_xor({row}) from"  # integers, so in any order the same
+    held = f"there.{table}"
+    one, other = (connection.execute(f"{digest} {rows}").fetchall() for rows in (held, committed))
+    if one == other:
+        return
+    for left, right, what in ((held, committed, "the parts lack"), (committed, held, "it lacks")):
+        n = connection.execute(f"select count(*) from (from {left} except all from {right})").fetchall()[0][0]
+        if n:
+            yield f"{what} {n:,} rows of table {table}"

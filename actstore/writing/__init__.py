@@ -1,0 +1,1 @@
+"""Define a run, commit its batches, record results."""

@@ -1,0 +1,82 @@
+"""What a run will store, said before anything of it is written: its model, its set of trees, its sites."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actstore.arrays.reader import Layout
+from actstore.commits.log import ARRAYS
+from actstore.errors import BadInput
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}")  # a run's and a dataset's name is also a folder's
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One array of a run: its TransformerLens name, short name, kind, layout and the names of its axes."""
+
+    site: str
+    short: str
+    kind: str
+    layout: Layout
+    axes: tuple[str, ...]
+
+    def path(self, run: str) -> str:
+        """Of the array's folder, inside the store."""
+        return f"{ARRAYS}/{run}/{self.site}"
+
+    def row(self, run: str) -> dict[str, Any]:
+        """The row of `sites`."""
+        return {
+            "run": run,
+            "site": self.site,
+            "short": self.short,
+            "kind": self.kind,
+            "shape": self.layout.shape,
+            "path": self.path(run),
+        }
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One model over one set of trees: rows of `models`, `datasets` and `runs` as in schema.sql, and the weights.
+
+    Attributes:
+        run: its name.
+        model: a row of `models`.
+        weights: canonical safetensors bytes, whose sha256 is model["weights_sha256"].
+        dataset: a row of `datasets` but for first_tree_id, which the store gives.
+        facts: device, versions, prompt and samples, for the row of `runs`.
+
+    Raises:
+        BadInput: the run's or the dataset's name cannot name a folder.
+    """
+
+    run: str
+    model: Mapping[str, Any]
+    weights: bytes
+    dataset: Mapping[str, Any]
+    sites: Sequence[SitePlan]
+    facts: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in (self.run, self.dataset["dataset"]):
+            if not NAME.fullmatch(name) or name == "zarr.json":  # which is a file where a run's folder would be
+                raise BadInput(
+                    f"got the name {name!r}; a run (--run) or dataset (--dataset) is named with letters, digits and . _ = , + -, "
+                    "100 of them at most"
+                )
+
+    def row(self, first_tree_id: int) -> dict[str, Any]:
+        """The row of `runs`."""
+        return {
+            "run": self.run,
+            "weights_sha256": self.model["weights_sha256"],
+            "dataset": self.dataset["dataset"],
+            "first_tree_id": first_tree_id,
+            "n_trees": self.dataset["n_trees"],
+            **self.facts,
+        }

@@ -1,0 +1,1 @@
+"""What a model answers, graded: paths of trees, and continuations."""

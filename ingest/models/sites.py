@@ -1,0 +1,105 @@
+"""Tokens → activations at the sites asked for: one forward pass that hands each site's activations on as they appear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from actstore.errors import BadInput
+from actstore.ingest.models.config import ModelConfig, nearest
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Int64
+    from torch import Tensor
+
+    from actstore.ingest.models.load import Model
+
+FAMILIES = {  # short name → TransformerLens' name within a block
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "pattern": "attn.hook_pattern",
+}
+DEFAULT_SITES = ("embed", "resid_post")  # what the notebook probes
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """A place in the network.
+
+    Attributes:
+        name: as TransformerLens names it, `blocks.0.hook_resid_post`.
+        short: `resid_post.0`.
+        kind: `resid`, [tree, position, d_model], or `pattern`, [tree, head, query, key].
+    """
+
+    name: str
+    short: str
+    kind: str
+
+
+def all_sites(config: ModelConfig) -> list[SiteSpec]:
+    """Every site that can be stored, in the order in which the network computes them."""
+    sites = [SiteSpec("hook_embed", "embed", "resid")]
+    for layer in range(config.n_layers):
+        for family in ("resid_pre", "pattern", "resid_mid", "resid_post"):
+            kind = "pattern" if family == "pattern" else "resid"
+            sites.append(SiteSpec(f"blocks.{layer}.{FAMILIES[family]}", f"{family}.{layer}", kind))
+    return sites
+
+
+def site_specs(names: Sequence[str] | None, config: ModelConfig) -> list[SiteSpec]:
+    """The sites of the names given, in the order in which the network computes them, each once.
+
+    Args:
+        names: short (`resid_post.0`), TransformerLens' (`blocks.0.hook_resid_post`), or a family for every layer
+            (`resid_post`); `embed` and `resid_post` by default.
+
+    Raises:
+        BadInput: no such site, or none asked for.
+    """
+    names = DEFAULT_SITES if names is None else names
+    sites = all_sites(config)
+    spellings = {site: (site.name, site.short, site.short.partition(".")[0]) for site in sites}
+    known = {spelling for of_site in spellings.values() for spelling in of_site}
+    for name in names:
+        if name not in known:
+            raise BadInput(f"no site {name!r}{nearest(name, sorted(known))}; {_what_exists(config)}")
+    wanted = [site for site, of_site in spellings.items() if not set(names).isdisjoint(of_site)]
+    if not wanted:
+        raise BadInput(f"no site asked for; {_what_exists(config)}")
+    return wanted
+
+
+def _what_exists(config: ModelConfig) -> str:
+    families = ", ".join(FAMILIES)
+    there = (
+        f"there are embed, and {families} of all or of one, resid_post.0 to resid_post.{config.n_layers - 1} (--sites)"
+    )
+    return f"of {config.n_layers} layers {there}"
+
+
+def forward(
+    model: Model,
+    ids: Int64[Tensor, "tree pos"],  # noqa: F722
+    sites: Sequence[SiteSpec],
+    take: Callable[[SiteSpec, Tensor], None],
+) -> Float32[Tensor, "tree pos d_vocab"]:  # noqa: F722
+    """Run the model once, with hooks on the wanted sites only.
+
+    Args:
+        ids: token ids, on the model's device; no more positions than its n_ctx.
+        take: called with each site and its activations, float32 [tree, pos, d_model] or, for a pattern,
+            [tree, head, query, key], while the network computes on; it must copy what it keeps, and not change it.
+
+    Returns:
+        The logits.
+    """
+    import torch
+
+    def hook(site: SiteSpec) -> Callable[..., None]:
+        return lambda activations, hook: take(site, activations)
+
+    with torch.no_grad():
+        return model.bridge.run_with_hooks(ids, fwd_hooks=[(site.name, hook(site)) for site in sites])

@@ -1,0 +1,213 @@
+"""Weights: what a checkpoint must hold, read from .pt or safetensors, and written as one canonical safetensors file.
+
+They are kept in the names and shapes of a `HookedTransformer` ("blocks.0.attn.W_Q", …), so that the notebook's
+checkpoints load as they are; the sha256 of the canonical file says which weights a run ran.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from actstore.commits.log import fsync_folder, sync
+from actstore.errors import BadInput
+from actstore.ingest.models.config import ModelConfig, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformer_lens.model_bridge import TransformerBridge
+
+BUFFERS = (".mask", ".IGNORE")  # a HookedTransformer saves its causal mask among the weights
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight, by its name in a HookedTransformer."""
+    d_model, d_head, d_mlp, n_heads = config.d_model, config.d_head, config.d_mlp, config.n_heads
+    into_head, bias = (n_heads, d_model, d_head), (n_heads, d_head)
+    block: dict[str, tuple[int, ...]] = {
+        **{"ln1.w": (d_model,), "ln1.b": (d_model,), "ln2.w": (d_model,), "ln2.b": (d_model,)},
+        **{"attn.W_Q": into_head, "attn.W_K": into_head, "attn.W_V": into_head, "attn.W_O": (n_heads, d_head, d_model)},
+        **{"attn.b_Q": bias, "attn.b_K": bias, "attn.b_V": bias, "attn.b_O": (d_model,)},
+        **{"mlp.W_in": (d_model, d_mlp), "mlp.b_in": (d_mlp,), "mlp.W_out": (d_mlp, d_model), "mlp.b_out": (d_model,)},
+    }
+    return {
+        "embed.W_E": (config.d_vocab, d_model),
+        "pos_embed.W_pos": (config.n_ctx, d_model),
+        **{f"blocks.{layer}.{key}": shape for layer in range(config.n_layers) for key, shape in block.items()},
+        **{"ln_final.w": (d_model,), "ln_final.b": (d_model,)},
+        **{"unembed.W_U": (d_model, config.d_vocab), "unembed.b_U": (config.d_vocab,)},
+    }
+
+
+def state(bridge: TransformerBridge, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a bridge in HookedTransformer names and shapes, copied; the inverse of convert_tl_checkpoint."""
+    held = bridge.state_dict()
+    return {name: _from_linear(held[_bridge_key(name)], name, shape) for name, shape in shapes(config).items()}
+
+
+def _bridge_key(name: str) -> str:
+    """`blocks.0.attn.W_Q` → `blocks.0.attn.q.weight`, where the bridge keeps it."""
+    module, _, weight = name.rpartition(".")
+    kind, _, part = weight.partition("_")
+    inner = f".{part.lower()}" if module.endswith((".attn", ".mlp")) else ""
+    return f"{module}{inner}.{'weight' if kind in ('W', 'w') else 'bias'}"
+
+
+def _from_linear(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Undo torch.nn.Linear's [out, in] layout and its merged heads; embeddings and vectors are only reshaped."""
+    tensor = tensor.detach().clone()
+    if name.endswith((".W_Q", ".W_K", ".W_V")):
+        n_heads, d_model, d_head = shape
+        return tensor.reshape(n_heads, d_head, d_model).transpose(1, 2).contiguous()
+    if name.endswith((".W_O", ".W_in", ".W_out", ".W_U")):
+        return tensor.T.reshape(shape).contiguous()
+    return tensor.reshape(shape)
+
+
+def canonical(state_dict: Mapping[str, Tensor]) -> bytes:
+    """The safetensors file of a state dict, the same bytes whatever the order of its keys; dtypes are kept."""
+    from safetensors.torch import save as to_safetensors
+
+    return to_safetensors({name: state_dict[name].detach().cpu().clone().contiguous() for name in sorted(state_dict)})
+
+
+def save(state_dict: Mapping[str, Tensor], path: str | Path) -> str:
+    """Write weights to a canonical safetensors file, atomically.
+
+    Args:
+        state_dict: in HookedTransformer names, as `state` gives it; halve it first to save half the bytes.
+
+    Returns:
+        sha256 of the file, hexadecimal: the model's `weights_sha256`.
+    """
+    weights = canonical(state_dict)
+    replace(Path(path), weights)
+    return hashlib.sha256(weights).hexdigest()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, even if the power goes.
+
+    Raises:
+        Unsupported: the file system has no fsync.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            sync(file.fileno(), path)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def checked(found: Mapping[str, Tensor], config: ModelConfig, source: str) -> dict[str, Tensor]:
+    """The weights of a state dict, without a HookedTransformer's buffers.
+
+    Raises:
+        BadInput: a weight is missing, unknown, of another shape than the configuration's, not dense, of none of DTYPES, or
+            not finite in float32.
+    """
+    expected = shapes(config)
+    held = {key: tensor for key, tensor in found.items() if not key.endswith(BUFFERS)}
+    for key in held:
+        if key not in expected:
+            raise BadInput(f"{source}: unknown weight {key!r}{nearest(key, expected)}; {_expectation(config)}")
+    for key, shape in expected.items():
+        if key not in held:
+            raise BadInput(f"{source}: weight {key!r} is missing; {_expectation(config)}")
+        _check_tensor(held[key], shape, f"{source}: weight {key!r}")
+    return held
+
+
+def _check_tensor(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
+    import torch
+
+    if tensor.is_meta:
+        raise BadInput(
+            f"{what} is a meta tensor, which has a shape and no numbers; save the model once its weights are loaded"
+        )
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise BadInput(f"{what} is a {layout} tensor; save a dense one, as its `.to_dense()` is")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        got = f"{dtype} {list(tensor.shape)}"
+        raise BadInput(f"{what} is {got}, which the configuration makes float {list(shape)}; mend one of them")
+    if dtype not in DTYPES:
+        raise BadInput(f"{what} is {dtype}; save it as one of {', '.join(DTYPES)}")
+    if n_bad := int((~torch.isfinite(tensor.float())).sum()):
+        raise BadInput(
+            f"{what} holds {n_bad} NaN or infinite numbers in float32, in which models run; take another checkpoint"
+        )
+
+
+def _expectation(config: ModelConfig) -> str:
+    return (
+        f"expected the state dict of a HookedTransformer with {config.n_layers} layers "
+        "(embed.W_E, pos_embed.W_pos, blocks.N.…, ln_final.w, ln_final.b, unembed.W_U, unembed.b_U)"
+    )
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: a `HookedTransformer` state dict as .pt, or safetensors.
+
+    A .pt is unpickled with weights_only, so it cannot run code.
+
+    Raises:
+        BadInput: no such file, another kind of file, cut short, or a pickle of anything but tensors.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise BadInput(f"{path} is no checkpoint: expected a file in {', '.join(SUFFIXES)}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read a checkpoint: {error.strerror}") from None
+    return parse(content, str(path)) if path.suffix == ".safetensors" else _unpickle(content, path)
+
+
+def _unpickle(content: bytes, path: Path) -> dict[str, Tensor]:
+    import torch
+
+    wanted = "expected the state dict of a HookedTransformer, as torch.save(model.state_dict(), …) writes it"
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what torch would say, the one line below says
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise BadInput(f"{path} is damaged, or a pickle of code, which was not run; {wanted}") from None
+    except Exception as error:  # whatever broken bytes make the unpickler stumble over
+        raise BadInput(f"{path} is cut short or no torch.save file ({type(error).__name__}); {wanted}") from None
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        inside = f"a dict of {list(found)[:3]}, …" if isinstance(found, dict) else type(found).__name__
+        raise BadInput(f"{path} holds {inside}; {wanted}")
+    return {str(key): tensor for key, tensor in found.items()}
+
+
+def parse(weights: bytes, source: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; `source` names it in the message.
+
+    Raises:
+        BadInput: the bytes are no such file.
+    """
+    from safetensors.torch import load as parse_safetensors
+
+    try:
+        return parse_safetensors(weights)
+    except SafetensorError as error:
+        raise BadInput(f"{source} is cut short or no safetensors file ({error}); get it again") from None
+    except KeyError as error:  # a dtype that this torch lacks
+        raise BadInput(f"{source} holds numbers of dtype {error}; save them as one of {', '.join(DTYPES)}") from None

@@ -1,0 +1,1 @@
+"""A stored run made again, and compared with what is stored."""

@@ -1,0 +1,128 @@
+"""Rows of a run's definition that are damaged, and lost with the catalog: made again from what the rest of the store says.
+
+Each row is a guess until it has the hash that the manifest names, so a wrong guess does no harm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import xxhash
+
+from actstore.commits import log
+from actstore.commits.log import ARRAYS, WEIGHTS, Manifest, Part
+from actstore.errors import ActstoreError
+from actstore.ingest.jobs import job
+from actstore.ingest.models import load
+from actstore.ingest.trees.draw import DISTRIBUTIONS
+from actstore.ingest.trees.tokens import n_positions
+from actstore.ingest.trees.variants import CHANGES
+from actstore.writing import writer
+
+SEEDS = 256  # that are tried where nothing says which one a set has
+BATCH_SIZES = (128, 64, 256, 32, 512, 16, 8, 1)  # trees a forward pass that are tried
+
+Row = dict[str, Any]
+
+
+def lost_rows(root: Path, sound: list[Manifest], run: str) -> dict[str, Row]:
+    """Path → row of each part of a run's definition that can be made again; `sites` follows from them (see recompute).
+
+    Args:
+        sound: the commits without the parts that are damaged.
+        run: whose definition.
+    """
+    whole = log.manifests(root)
+    lost = {file.path for one in whole for file in one.parts} - {file.path for one in sound for file in one.parts}
+    rows = {name: writer.table(root, sound, name).to_dicts() for name in ("models", "datasets", "runs")}
+    found: dict[str, Row] = {}
+    of_run = [one for one in whole if one.kind == "run" and one.run == run]
+    for table, guesses in (("models", _models), ("datasets", _datasets), ("runs", _runs)):
+        for part in [part for one in of_run for part in one.parts if part.table == table and part.path in lost]:
+            row = _with_hash(part, guesses(root, whole, part, run, rows))
+            if row is not None:
+                found[part.path] = row
+                rows[table].append(row)
+    return found
+
+
+def as_part(table: str, rows: list[Row]) -> bytes:
+    """The bytes of a part of these rows."""
+    return writer.as_parquet(table, pl.DataFrame(rows, infer_schema_length=None))
+
+
+def _with_hash(part: Part, guesses: Iterable[Row]) -> Row | None:
+    for row in guesses:
+        if xxhash.xxh3_128_hexdigest(as_part(part.table, [row])) == part.xxh3_128:
+            return row
+    return None
+
+
+def _models(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[str, list[Row]]) -> Iterator[Row]:
+    """Of every model that can be named and has these weights."""
+    for name in load.available():
+        path = load.place(name)
+        if path and hashlib.sha256(path.read_bytes()).hexdigest().startswith(Path(part.path).stem):
+            with suppress(ActstoreError):
+                yield job.model_row(load.load(name))
+
+
+def _datasets(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[str, list[Row]]) -> Iterator[Row]:
+    """A set like another one of the store, or one that its name, its trees and small seeds give."""
+    name = Path(part.path).stem
+    about = next((row for row in rows["runs"] if row["dataset"] == name), None)
+    batches = {of.path: of for one in whole for of in one.parts if Path(of.path).stem == f"{name}-000000"}
+    trees, edges = (batches.get(f"parts/{table}/{name}-000000.parquet") for table in ("trees", "edges"))
+    if about is None or trees is None or edges is None:
+        return
+    fixed = {"dataset": name, "first_tree_id": about["first_tree_id"], "n_trees": about["n_trees"]}
+    of_variant: list[tuple[str | None, str | None]] = [(None, None)]
+    of_variant += [(name.removesuffix(f"-{change}"), change) for change in CHANGES if name.endswith(f"-{change}")]
+    for like, (variant_of, change) in product(rows["datasets"], of_variant):
+        yield {**like, **fixed, "variant_of": variant_of, "change": change}
+    n_nodes = edges.rows // trees.rows + 1
+    depths: list[list[int] | None] = [None]
+    with suppress(OSError):
+        seen = writer.table(root, [Manifest(1, "batch", parts=[trees])], "trees")["depth"].unique().to_list()
+        depths += [sorted(seen), list(range(1, max(seen) + 1))]
+    of_name = name.partition("-seed")[2].partition("-")[0]
+    seeds = [*([int(of_name)] if of_name.isdecimal() else []), *range(SEEDS)]
+    sizes = {"n_nodes": n_nodes, "n_positions": n_positions(n_nodes), "trees_per_shard": trees.rows}
+    for seed, distribution, some, (variant_of, change) in product(seeds, DISTRIBUTIONS, depths, of_variant):
+        of_stream = {"distribution": distribution, "seed": seed, "depths": some}
+        yield {**fixed, **sizes, **of_stream, "variant_of": variant_of, "change": change}
+
+
+def _runs(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[str, list[Row]]) -> Iterator[Row]:
+    """A run of today's versions, or of those of another run of the store."""
+    own = [one for one in whole if one.run == run]
+    weights = [Path(file.path).stem for one in own for file in one.others if file.path.startswith(f"{WEIGHTS}/")]
+    weights += [row["weights_sha256"] for row in rows["models"]]
+    generated = any(of.table == "generations" for one in own for of in one.parts)
+    prompts = [("tree", samples) for samples in range(9)] if generated else [("task", None)]
+    versions = [json.loads(row["versions"]) for row in rows["runs"]] + [job.versions()]
+    sizes = [*(about["batch_size"] for about in versions if "batch_size" in about), *BATCH_SIZES]
+    tried = dict.fromkeys(json.dumps({**about, "batch_size": size}) for about in versions for size in sizes)
+    for sha256, dataset, about, (prompt, samples), device in product(
+        dict.fromkeys(weights), rows["datasets"], tried, prompts, ("cpu", "cuda:0")
+    ):
+        yield {
+            **{"run": run, "weights_sha256": sha256, "dataset": dataset["dataset"]},
+            **{"first_tree_id": dataset["first_tree_id"], "n_trees": dataset["n_trees"], "prompt": prompt},
+            **{"samples": samples, "device": device, "versions": about},
+        }
+
+
+def site_names(root: Path, run: str) -> list[str]:
+    """TransformerLens' names of the sites of a run, as its manifest names their arrays."""
+    under = f"{ARRAYS}/{run}/"
+    paths = [file.path for one in log.manifests(root) if one.run == run for file in one.others]
+    names = [path.removeprefix(under).rpartition("/")[0] for path in paths if path.startswith(under)]
+    return [name for name in names if name]

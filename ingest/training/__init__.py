@@ -1,0 +1,1 @@
+"""Train a model, evaluate it, and write its card."""

@@ -1,0 +1,204 @@
+"""Attention patterns of one tree, drawn with their tokens: a figure of one or all layers, and a page for a browser.
+
+The page holds everything it needs, so it works without a network; hover over a token, or click to keep it, and see what it
+looks at, and who looks at it.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actstore.cli.output import save_figure, write_text
+from actstore.errors import BadInput, NotStored
+from actstore.queries.attention.study import pattern_run, pattern_sites
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from actstore.store import Store
+
+ENDINGS = (".png", ".svg", ".pdf", ".html")
+HTMLS_OWN = "<>&\u2028\u2029"  # the last two end a line of older JavaScript
+DIGITS = 4  # of a weight on the page: finer than an eye tells colours apart
+
+
+def patterns_of(store: Store, run: str, tree_id: int) -> tuple[list[str], dict[str, np.ndarray]]:
+    """A tree's tokens, and by site its patterns float32 [head, query, key] of as many queries and keys as tokens.
+
+    Args:
+        run: whose; where it holds no pattern, the same model's run over the same trees that does is found by its weights.
+
+    Raises:
+        NotStored: no such tree, or the run holds no pattern of it.
+    """
+    run = pattern_run(store, run)
+    tokens = store.sql(
+        "select token::varchar as token from tokens where tree_id = $t order by position", {"t": tree_id}
+    )
+    if not len(tokens):
+        raise NotStored(f"{store.path} has no tree {tree_id} (select tree_id from trees)")
+    query, n = "select token_id from tokens where tree_id = $t order by position", len(tokens)
+    read = {site: store.read(query, run, site, {"t": tree_id})[0] for site in pattern_sites(store, run)}
+    return list(tokens["token"]), {site: X[:, :, :n].transpose(1, 0, 2) for site, X in read.items()}
+
+
+def draw_patterns(store: Store, run: str, tree_id: int, layer: int | None = None, head: int = 0) -> Figure:
+    """Draw a tree's patterns with its tokens.
+
+    Args:
+        layer: one of them; all side by side unless told.
+        head: of each layer.
+
+    Raises:
+        NotStored: no such tree, layer or pattern.
+        BadInput: no such head.
+    """
+    from matplotlib.figure import Figure
+
+    tokens, patterns = patterns_of(store, run, tree_id)
+    if layer is not None:
+        wanted = f"pattern.{layer}"
+        if wanted not in patterns:
+            raise NotStored(f"run {run!r} holds no {wanted}; it holds {', '.join(patterns)}")
+        patterns = {wanted: patterns[wanted]}
+    n_heads = next(iter(patterns.values())).shape[0]
+    if not 0 <= head < n_heads:
+        raise BadInput(f"got head {head}; there are {n_heads}, from 0")
+    alone = len(patterns) == 1
+    columns = 1 if alone else 3
+    rows = -(-len(patterns) // columns)
+    size = 9.0 if alone else 5.4
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
+    for axis, (site, pattern) in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, patterns.items(), strict=False
+    ):
+        shown = axis.imshow(pattern[head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        ticks = range(len(tokens))
+        axis.set_xticks(ticks, tokens, rotation=90, fontsize=7 if alone else 4)
+        axis.set_yticks(ticks, tokens, fontsize=7 if alone else 4)
+        axis.set_xlabel("looked at (key)")
+        axis.set_ylabel("looking (query)")
+        axis.set_title(f"{site}, head {head}", fontsize=10)
+    figure.colorbar(shown, ax=figure.axes, shrink=0.6, label="share of the attention")
+    figure.suptitle(f"Tree {tree_id}, run {run}")
+    return figure
+
+
+def page(store: Store, run: str, tree_id: int) -> str:
+    """The page of one tree, all its layers and heads: HTML that needs nothing else."""
+    tokens, patterns = patterns_of(store, run, tree_id)
+    data = {
+        "tokens": tokens,
+        "patterns": {
+            f"{site}, head {head}": [[round(float(w), DIGITS) for w in row[: q + 1]] for q, row in enumerate(pattern)]
+            for site, heads in patterns.items()
+            for head, pattern in enumerate(heads)
+        },
+    }
+    title = html.escape(f"Attention: tree {tree_id}, run {run}")
+    return Template(PAGE).substitute(title=title, data=script_json(data))
+
+
+def script_json(data: object) -> str:
+    """JSON that means the same inside a <script> and holds no character that HTML could take for its own."""
+    text = json.dumps(data, ensure_ascii=False)
+    return "".join(f"\\u{ord(character):04x}" if character in HTMLS_OWN else character for character in text)
+
+
+def save(store: Store, run: str, tree_id: int, out: str, layer: int | None = None, head: int = 0) -> None:
+    """Write a tree's patterns as a figure (.png, .svg, .pdf) or a page (.html), whole or not at all."""
+    if Path(out).suffix == ".html":
+        write_text(out, page(store, run, tree_id))
+    else:
+        save_figure(out, draw_patterns(store, run, tree_id, layer, head), dpi=120)
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+  body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a; }
+  h1 { font-size: 1.3rem; }
+  .tokens { display: flex; flex-wrap: wrap; gap: 2px; font-family: ui-monospace, monospace; margin: 1rem 0; }
+  .tokens button { font: inherit; border: 1px solid #ccc; border-radius: 3px; padding: 1px 5px; background: #fff; }
+  .tokens button { cursor: pointer; min-width: 1.9em; }
+  .tokens button.chosen { outline: 3px solid #D55E00; }
+  .tokens button:focus-visible { outline: 3px solid #000; }
+  label { margin-right: 1.5rem; }
+  canvas { border: 1px solid #ccc; image-rendering: pixelated; max-width: 100%; }
+  #said { min-height: 3em; }
+  .key { display: inline-block; width: 8rem; height: .8rem; border: 1px solid #ccc; vertical-align: middle; }
+  .key { background: linear-gradient(90deg, #fff, #0072B2); }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p>
+  <label>Layer <select id="site"></select></label>
+  <label><input type="checkbox" id="turned"> who looks at the token, in place of what it looks at</label>
+  0 <span class="key"></span> 1
+</p>
+<div class="tokens" id="tokens"></div>
+<p id="said" aria-live="polite">Point at a token, or click to keep it.</p>
+<canvas id="matrix" width="720" height="720" aria-label="The whole pattern: rows look at columns"></canvas>
+<p>Rows look at columns; both are the tokens above, from left to right.</p>
+<script type="application/json" id="data">$data</script>
+<script>
+const data = JSON.parse(document.getElementById("data").textContent);
+const site = document.getElementById("site"), turned = document.getElementById("turned");
+const said = document.getElementById("said"), canvas = document.getElementById("matrix");
+let kept = null, at = data.tokens.length - 1;
+for (const name of Object.keys(data.patterns)) site.add(new Option(name, name));
+const buttons = data.tokens.map((token, i) => {
+  const button = document.createElement("button");
+  button.textContent = token;
+  button.title = "position " + i;
+  button.addEventListener("mouseenter", () => { if (kept === null) { at = i; show(); } });
+  button.addEventListener("focus", () => { if (kept === null) { at = i; show(); } });
+  button.addEventListener("click", () => { kept = kept === i ? null : i; at = i; show(); });
+  document.getElementById("tokens").append(button);
+  return button;
+});
+const weight = (q, k) => data.patterns[site.value][q][k] || 0;
+const blue = w => `rgb($${Math.round(255 * (1 - w))}, $${Math.round(255 - 141 * w)}, $${Math.round(255 - 77 * w)})`;
+function show() {
+  const weights = buttons.map((_, i) => turned.checked ? weight(i, at) : weight(at, i));
+  buttons.forEach((button, i) => {
+    button.style.background = blue(weights[i]);
+    button.style.color = weights[i] > 0.6 ? "#fff" : "#1a1a1a";
+    button.classList.toggle("chosen", i === at);
+  });
+  const most = weights.map((w, i) => [w, i]).sort((a, b) => b[0] - a[0]).slice(0, 5).filter(([w]) => w > 0.0005);
+  said.textContent = `$${data.tokens[at]} at position $${at} ` + (turned.checked ? "is looked at by " : "looks at ")
+    + most.map(([w, i]) => `$${data.tokens[i]} (position $${i}): $${(100 * w).toFixed(1)} %`).join(", ");
+  matrix();
+}
+function matrix() {
+  const n = data.tokens.length, side = canvas.width / n, draw = canvas.getContext("2d");
+  draw.fillStyle = "#fff";
+  draw.fillRect(0, 0, canvas.width, canvas.height);
+  for (let q = 0; q < n; q++) for (let k = 0; k <= q; k++) {
+    draw.fillStyle = blue(weight(q, k));
+    draw.fillRect(k * side, q * side, side + 0.5, side + 0.5);
+  }
+  draw.strokeStyle = "#D55E00";
+  draw.lineWidth = 2;
+  if (turned.checked) draw.strokeRect(at * side, 0, side, canvas.height);
+  else draw.strokeRect(0, at * side, canvas.width, side);
+}
+site.addEventListener("change", show);
+turned.addEventListener("change", show);
+show();
+</script>
+</body>
+</html>
+"""

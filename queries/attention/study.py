@@ -1,0 +1,354 @@
+"""The study `attention`: what an edge's tokens and the path's look at, layer by layer, and whether the last edge differs.
+
+The paper's claim is that a target token gathers its edge's source in the first layer. Read at an edge's target: how
+much attention falls on its own source, on itself, on edges before; at its separator (the bar behind the last edge):
+how much falls on the edge it closes; at the root and the path's tokens: how much falls on the edge that must be taken
+next. Chance is even attention, one part in as many as there are tokens up to there. The edge listed last is compared
+with the one before it on the same trees, since a token late in the list has more to look at.
+
+Neighbours in the list differ wherever they stand, and with many trees each difference has an interval that leaves 0 out. So
+the last pair is held against all pairs of neighbours: its p is the share of them that lie as far from their median (of n
+pairs 1 / n at least), adjusted for all sites and heads (Holm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from actstore.advice import ingest_more
+from actstore.errors import BadInput, NotStored
+from actstore.intervals import n_as_far, share_over_trees
+from actstore.queries.figures import GREY, panels, points
+from actstore.queries.last_edge import interval
+from actstore.queries.study import Progress, Study, Test, adjusted, adjustment, p_shown, result_rows, test_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from actstore.store import Store
+
+NAME = "attention"
+TOKENS = """
+-- one row a token of the list or of the path that has something to look at; e: its edge, or the edge that its next step takes
+with held as (
+    select distinct unnest(range(first_tree_id, first_tree_id + n_trees)) as tree_id from shards where run = $run
+)
+select token_id, tree_id, position, role::varchar as role, edge as e, is_last
+from tokens join edges using (tree_id, edge) semi join held using (tree_id)
+where role in ('edge_target', 'separator', 'bar')
+union all
+select token_id, tree_id, (token_id - tree_id::bigint * 256)::utinyint, 'path', edges.edge, is_last
+from answer_tokens join edges using (tree_id, step) semi join held using (tree_id)
+order by token_id
+"""
+N_NODES = "select n_nodes from runs join datasets using (dataset) where run = $run"
+HOLDERS = """
+select run from runs semi join (from sites where kind = 'pattern') as patterns using (run)
+where (weights_sha256, dataset) = (select (weights_sha256, dataset) from runs where run = $run)
+order by run = $run desc, runs.rowid
+"""
+LOOKS = {  # kind of token → what its attention is summed over
+    "edge_target": ("own source", "itself", "before"),
+    "separator": ("own edge", "itself", "before"),
+    "bar": ("own edge", "itself", "before"),
+    "path": ("next edge", "itself", "elsewhere"),
+}
+ROUNDING = 1e-6  # of weights stored in float32
+FIRST = {role: looks[0] for role, looks in LOOKS.items()}  # what the study is about
+LAST = "last less the one before"
+CLOSES = {
+    "edge_target": ("edge_target",),
+    "bar": ("separator", "bar"),
+}  # of each edge in the list one token, by the last one's role
+
+
+def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
+    """Sum attention by what it falls on, at every layer and head whose pattern the run holds.
+
+    Args:
+        store: an open store.
+        run: which; where it holds no pattern, the same model's run over the same trees that does is found by its weights.
+        seed: of the bootstrap.
+        progress: called when a layer is done.
+
+    Raises:
+        NotStored: there is no pattern; says which ingest command adds them.
+        BadInput: the trees have one edge.
+    """
+    holder = pattern_run(store, run)
+    if store.sql(N_NODES, {"run": run}).item() == 2:
+        raise BadInput(
+            f"run {run!r} is over trees of 2 nodes, whose one edge has no other to be held against; ingest larger ones (--nodes)"
+        )
+    sites, params = pattern_sites(store, holder), {"run": holder}
+    rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
+    for done, site in enumerate(sites, start=1):
+        patterns, tokens = store.read(TOKENS, run=holder, site=site, params=params)
+        for head in range(patterns.shape[1]):
+            name = f"{site} head {head}" if head else site
+            rows += _of_head(patterns[:, head], tokens, {"site": name}, seed)
+            of_pairs, its = _neighbours(patterns[:, head], tokens, name, seed)
+            rows += of_pairs
+            tests += its
+        progress(done, len(sites), site)
+    tests = list(adjusted(tests))
+    results = result_rows(
+        [*rows, *test_rows(tests)],
+        study=NAME,
+        run=run,
+        query=TOKENS,
+        params=params,
+        snapshot=store.snapshot,
+        seed=seed,
+    )
+    return Study(NAME, table(results), results, sentence(results, tests), tuple(tests))
+
+
+def pattern_run(store: Store, run: str) -> str:
+    """The run that holds a run's attention patterns: itself, else one of the same model over the same trees.
+
+    Raises:
+        NotStored: there is none; says which ingest command adds one.
+    """
+    found = store.sql(HOLDERS, {"run": run})["run"].to_list()
+    if not found:
+        command = ingest_more(store, run, f"{run}-patterns", "--sites", "pattern")
+        raise NotStored(
+            f"run {run!r} holds no attention patterns, nor does another run of its model over its trees; {command} adds one "
+            "that does"
+        )
+    return str(found[0])
+
+
+def pattern_sites(store: Store, run: str) -> list[str]:
+    """Short names of a run's pattern sites, in the order of the layers."""
+    query = "select short from sites where run = $run and kind = 'pattern' order by rowid"
+    held = store.whole.sql(query, {"run": run})
+    return list(held["short"])
+
+
+def looks(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> dict[str, np.ndarray]:
+    """How much attention of each token falls on what.
+
+    Args:
+        pattern: float32 [n, key], each row's sum 1.
+        tokens: columns `position`, the token's, and `e`, its edge.
+        role: of all of them, one of LOOKS.
+
+    Returns:
+        float64 [n] by name, as in LOOKS; they sum to 1; and `even`, what the first would be if all were looked at alike.
+    """
+    rows, e = np.arange(len(pattern)), tokens["e"].to_numpy().astype(np.intp)
+    position = tokens["position"].to_numpy().astype(np.intp)
+    wide = pattern.astype(np.float64)
+    source, target = wide[rows, 3 * e], wide[rows, 3 * e + 1]
+    itself = wide[rows, position]
+    first = source if role == "edge_target" else source + target
+    n_first = 1 if role == "edge_target" else 2
+    names = LOOKS[role]
+    return {
+        names[0]: first,
+        names[1]: itself,
+        names[2]: np.nansum(wide, axis=1) - first - itself,
+        "even": n_first / (position + 1.0),
+    }
+
+
+def _of_head(pattern: np.ndarray, tokens: pl.DataFrame, at: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Means over edges but the last, and over last edges."""
+    rows = []
+    for role in LOOKS:
+        which = (tokens["role"] == role).to_numpy()
+        some = tokens.filter(which)
+        for name, values in looks(pattern[which], some, role).items():
+            for kind, chosen in _kinds(role, some["is_last"].to_numpy()).items():
+                rows.append(
+                    _mean(
+                        values[chosen],
+                        some["tree_id"].to_numpy()[chosen],
+                        seed,
+                        **at,
+                        token_role=role,
+                        label=kind,
+                        metric=name,
+                    )
+                )
+    return rows
+
+
+def _kinds(role: str, last: np.ndarray) -> dict[str, np.ndarray]:
+    if role in ("separator", "bar"):  # the bar is the last edge's
+        return {"last" if role == "bar" else "others": np.ones(len(last), bool)}
+    return {"others": ~last, "last": last}
+
+
+def _neighbours(
+    pattern: np.ndarray, tokens: pl.DataFrame, site: str, seed: int
+) -> tuple[list[dict[str, Any]], list[Test]]:
+    """What each edge's target gives its own edge less what the edge before gives, tree by tree; separators and the bar likewise.
+
+    Both beyond even attention, which a later token spreads over more. A row a pair of neighbours, labels `edge 3 less 2` and
+    LAST; one with the metric `as_far`, of n pairs how many lie as far from the median of all as the last one; and the last
+    one's test, where there is another pair.
+    """
+    rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
+    n_edges = int(tokens["e"].to_numpy().max()) + 1
+    for role, roles in CLOSES.items():
+        which = tokens["role"].is_in(roles).to_numpy()
+        some = tokens.filter(which)  # by tree, and within it in the order of the list
+        apart = np.diff(_beyond_even(pattern[which], some, roles[0]).reshape(-1, n_edges), axis=1)
+        trees, n_pairs = some["tree_id"].to_numpy()[::n_edges], apart.shape[1]
+        about = {"site": site, "token_role": role}
+        labels = [*(f"edge {edge + 1} less {edge}" for edge in range(n_pairs - 1)), LAST]
+        pairs = [
+            _mean(apart[:, pair], trees, seed, **about, label=label, metric=FIRST[role])
+            for pair, label in enumerate(labels)
+        ]
+        as_far = n_as_far([row["value"] for row in pairs], n_pairs - 1, ROUNDING)
+        rows += [*pairs, {**about, "label": LAST, "metric": "as_far", "value": float(as_far), "n": n_pairs}]
+        if n_pairs > 1:
+            last = pairs[-1]
+            p, ends = as_far / n_pairs, (last["low"], last["high"])
+            tests.append(Test(LAST, last["value"], p, last["n"], *ends, WHAT[role], site, role))
+    return rows, tests
+
+
+WHAT = {"edge_target": "the last edge's target", "bar": "the bar behind it"}
+
+
+def _beyond_even(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> np.ndarray:
+    """float64 [n]: the attention on a token's own edge, less what it would get if all were looked at alike."""
+    found = looks(pattern, tokens, role)
+    return found[FIRST[role]] - found["even"]
+
+
+def _mean(values: np.ndarray, trees: np.ndarray, seed: int, **about: Any) -> dict[str, Any]:
+    if not len(values):
+        return {**about, "value": None, "n": 0}
+    low, high = share_over_trees(values, trees, seed)
+    return {**about, "value": float(values.mean()), "low": low, "high": high, "n": len(values)}
+
+
+def table(results: pl.DataFrame) -> pl.DataFrame:
+    """One row a layer, percent of the attention."""
+    rows = []
+    for (site,), some in results.group_by("site", maintain_order=True):
+        row: dict[str, Any] = {"site": site}
+        for role, what in FIRST.items():
+            for kind in ("others", "last"):
+                found = some.filter(token_role=role, metric=what, label=kind)
+                if len(found) and role != "path":
+                    row[f"{_NAMES[role]}{', last' if kind == 'last' and role == 'edge_target' else ''} %"] = _percent(
+                        found
+                    )
+        both = some.filter(token_role="path", metric="next edge")
+        row["path → next edge %"] = round(100 * float(np.average(both["value"].fill_null(0), weights=both["n"])), 2)
+        last, spread, as_far, n_pairs = _last_pair(results, str(site), "edge_target")
+        row[f"{LAST}, points"] = interval(last)
+        if n_pairs > 1:
+            row["other neighbours (half of them), points"] = f"{_ends(spread, 0, 4)} ({_ends(spread, 1, 3)})"
+            row["pairs as far from their median"] = f"{as_far} of {n_pairs}"
+        rows.append(row)
+    return pl.DataFrame(rows)
+
+
+def _last_pair(results: pl.DataFrame, site: str, role: str) -> tuple[dict[str, Any], np.ndarray, int, int]:
+    """The last pair's row; quartiles of what the other pairs differ by, points, from the least to the most (empty where there are
+    none); how many of n pairs lie as far from their median; n.
+    """
+    some = results.filter(site=site, token_role=role)
+    others = 100 * some.filter(pl.col("label").str.starts_with("edge "))["value"].to_numpy()
+    last = some.filter(label=LAST, metric=FIRST[role]).row(0, named=True)
+    far = some.filter(label=LAST, metric="as_far").row(0, named=True)
+    spread = np.quantile(others, [0, 0.25, 0.5, 0.75, 1]) if len(others) else others
+    return last, spread, int(far["value"]), far["n"]
+
+
+def _ends(spread: np.ndarray, first: int, last: int) -> str:
+    return f"{spread[first]:+.3f} to {spread[last]:+.3f}"
+
+
+_NAMES = {
+    "edge_target": "target → its source",
+    "separator": "separator → its edge",
+    "bar": "bar → last edge",
+    "path": "path",
+}
+
+
+def _percent(found: pl.DataFrame) -> float | None:
+    value = found["value"][0]
+    return None if value is None else round(100 * value, 2)
+
+
+def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
+    """In which layer a target token looks at its own source, and whether the last edge's does so less than neighbours differ by."""
+    own = results.filter(token_role="edge_target", metric="own source", label="others")
+    even = results.filter(token_role="edge_target", metric="even", label="others")
+    best = own.sort("value", descending=True, maintain_order=True).row(0, named=True)
+    chance = even.filter(site=best["site"])["value"].item()
+    answer = (
+        f"In run {best['run']!r} the target tokens give most attention to their own source at {best['site']}: "
+        f"{100 * best['value']:.2f} % ({100 * best['low']:.2f} to {100 * best['high']:.2f}, n = {best['n']:,} edges), where even "
+        f"attention would give {100 * chance:.2f} %"
+    )
+    if best["low"] - ROUNDING <= chance <= best["high"] + ROUNDING:
+        answer += ", so no more than chance"
+    by_key = {test.key: test for test in tests}
+    beside = "; and ".join(_beside(results, best["site"], role, by_key) for role in CLOSES)
+    return (
+        f"{answer}. Beside the edge before it on the same trees, and beyond even attention, {beside}"
+        f"{f' ({adjustment(tests)})' if tests else ''}."
+    )
+
+
+def _beside(results: pl.DataFrame, site: str, role: str, tests: Mapping[Any, Test]) -> str:
+    """What the last pair of neighbours differs by, and what of that neighbours differ by anyway."""
+    last, spread, as_far, n_pairs = _last_pair(results, site, role)
+    answer = f"{WHAT[role]} gives its own edge {interval(last)} points there (n = {last['n']:,} trees)"
+    test = tests.get((site, role, LAST))
+    if test is None:
+        return f"{answer}, with no other pair of neighbours to hold that against"
+    verdict = "no more than neighbours differ by anyway"
+    if test.found:
+        verdict = "more than neighbours differ by"
+    elif as_far == 1:
+        verdict = f"the farthest out, which so few as {n_pairs} pairs do not tell from chance"
+    return (
+        f"{answer}, where the other {n_pairs - 1} pairs of neighbours differ by {_ends(spread, 0, 4)} (half of them by "
+        f"{_ends(spread, 1, 3)}): {as_far} of {n_pairs} lie as far from their median, {p_shown(test.p_holm)} by rank, so {verdict}"
+    )
+
+
+def plot(study: Study) -> Figure:
+    """By layer: attention of a target on its source, of separators on their edge, of the path on the next edge."""
+    figure, axes = panels(3, width=4.4)
+    for axis, (title, series) in zip(axes, _PANELS.items(), strict=True):
+        for turn, (role, kind, name) in enumerate(series):
+            rows = study.results.filter(token_role=role, metric=FIRST[role], label=kind).drop_nulls("value")
+            x = list(range(len(rows)))
+            points(axis, x, rows, name, turn)
+        chance = study.results.filter(token_role=series[0][0], metric="even", label=series[0][1]).drop_nulls("value")
+        axis.plot(range(len(chance)), 100 * chance["value"].to_numpy(), "--", color=GREY, label="even attention")
+        axis.set_xticks(range(len(chance)), chance["site"].to_list(), rotation=30)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(-2, 102)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("share of the attention (%)")
+    figure.suptitle(
+        f"What tokens look at, run {study.results['run'][0]}; bars are 95 % intervals over trees", fontsize=10
+    )
+    return figure
+
+
+_PANELS = {
+    "target → its own source": [("edge_target", "others", "other edges"), ("edge_target", "last", "the last edge")],
+    "separator → its own edge": [("separator", "others", "separators"), ("bar", "last", "the bar, behind the last")],
+    "root and path → the edge to take next": [("path", "others", "other edges"), ("path", "last", "the last edge")],
+}

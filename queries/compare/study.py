@@ -1,0 +1,448 @@
+"""The study `compare`: two models on the same trees: who fails where, do their layers hold the same, do probes carry over?
+
+Similarity is linear CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) of the residual stream at the
+edges' target tokens, test trees alone; its control pairs each row with another's. A probe for the edge's source is
+fitted on one model's training trees and scored on the other's test trees, as it is, and behind the best linear map
+from the other's activations to its own (least squares, training trees), which says whether what it reads is there in
+another basis.
+
+Such a map has d_model × d_model numbers to fit, and may find much that the other model has not made. Its controls are
+the same map, to the same activations and before the same probe, from what no training made: from the other's embedding of the
+token; from random features of all tokens up to there (see controls.py); and from the site itself, rows shuffled.
+What the map reads above the best of them is tested at each site and both ways, and with McNemar's test of the answers all are
+adjusted for each other (Holm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from actstore.advice import ingest_command
+from actstore.errors import BadInput, NotStored
+from actstore.intervals import bootstrap, paired, share_over_trees, sign_flip
+from actstore.queries import load
+from actstore.queries.compare.controls import CONTROLS, best_control, map_controls, random_features, words_of
+from actstore.queries.figures import GREY, panels, points
+from actstore.queries.probes.figures import CAVEAT
+from actstore.queries.study import (
+    RUNS,
+    Progress,
+    Study,
+    Test,
+    adjusted,
+    adjustment,
+    most_alike,
+    p_shown,
+    result_rows,
+    test_rows,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from actstore.store import Store
+
+NAME, QUERY = "compare", "edge_tokens"
+MAX_TREES = 2000  # whose activations are compared: intervals of a point, and the heat map of all layers in seconds
+MAX_ITER = 300  # of a probe's fit; one that finds its answer takes some 10
+LEAST = 10  # test trees
+SYSTEM = "select system from runs join models using (weights_sha256) where run = $run"
+BOTH = """
+-- one row a tree that both runs answered
+select trees.tree_id, depth, mine.greedy_right as right, theirs.greedy_right as other_right
+from trees
+join outcomes as mine on mine.run = $run and mine.tree_id = trees.tree_id
+join outcomes as theirs on theirs.run = $other and theirs.tree_id = trees.tree_id
+order by trees.tree_id
+"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both runs' activations of the same tokens at one site.
+
+    Attributes:
+        mine, theirs: float32 [n, d_model].
+        tokens: their rows, as the query yields them.
+    """
+
+    mine: np.ndarray
+    theirs: np.ndarray
+    tokens: pl.DataFrame
+
+
+def study(
+    store: Store, run: str, seed: int, progress: Progress, other: str | None = None, max_trees: int = MAX_TREES
+) -> Study:
+    """Compare two runs over the same trees.
+
+    Args:
+        store: an open store.
+        run: one of them.
+        seed: of the bootstrap and the shuffles.
+        progress: called when a site is done.
+        other: the other; by default a run of another model over the same trees, the first, or the one of that model that
+            shares most residual sites.
+        max_trees: trees whose activations are compared, the first of the set.
+
+    Raises:
+        NotStored: no such other run; says which ingest command adds one.
+        BadInput: `other` is over other trees, or there are too few.
+    """
+    other = _other(store, run, other)
+    rows, tests = _failures(store.sql(BOTH, {"run": run, "other": other}))
+    sites = [site for site in _vectors(store, run) if site in _vectors(store, other)]
+    read = f"from ({load(QUERY).sql.rstrip()}) where tree_id < (select min(tree_id) + $max_trees from trees where dataset = $d)"
+    dataset = store.sql("select dataset from runs where run = $run", {"run": run}).item()
+    params = {"run": run, "token_role": "edge_target", "max_trees": max_trees, "d": dataset}
+    words = words_of(store, dataset, max_trees)
+    embedded = [
+        store.read(read, name, "embed", params)[0] if sites and "embed" in _vectors(store, name) else None
+        for name in (run, other)
+    ]
+    made: dict[str, list[np.ndarray | None]] = {"embed": embedded}
+    held: dict[str, Pair] = {}
+    for done, site in enumerate(sites, start=1):
+        pair = _read(store, run, other, site, read, params)
+        if "random" not in made:  # the tokens are the same at every site
+            ids = pair.tokens["token_id"].to_numpy()
+            made["random"] = [random_features(words, ids, X.shape[1], seed) for X in (pair.mine, pair.theirs)]
+        found, its = _transfer(pair, site, made, seed)
+        rows += found
+        tests += its
+        test = (pair.tokens["split"] == "test").to_numpy()
+        held[site] = Pair(pair.mine[test], pair.theirs[test], pair.tokens.filter(test))
+        progress(done, len(sites) + 1, site)
+    rows += _similarities(held, seed)
+    progress(len(sites) + 1, len(sites) + 1, "similarity")
+    used = {**params, "other": other}
+    tests = list(adjusted(tests))
+    rows += test_rows(tests)
+    results = result_rows(
+        rows, study=NAME, run=run, query=f"{BOTH};\n{read}", params=used, snapshot=store.snapshot, seed=seed
+    )
+    return Study(NAME, table(results), results, sentence(results, other, tests), tuple(tests))
+
+
+def _other(store: Store, run: str, other: str | None) -> str:
+    runs = list(store.sql(RUNS).iter_rows(named=True))
+    base = next(row for row in runs if row["run"] == run)
+    if other is not None:
+        theirs = next(row for row in runs if row["run"] == store.run(other))
+        if most_alike(base, [theirs]):
+            return other
+        found = [row["run"] for row in runs if most_alike(base, [row])]
+        raise BadInput(
+            f"runs {run!r} and {other!r} are not two models over the same trees; beside {run!r} there are: "
+            f"{', '.join(found) if found else 'none'}"
+        )
+    found = most_alike(base, runs)
+    if not found:
+        system = store.sql(SYSTEM, {"run": run}).item()
+        model = "reproduction" if system == "baseline" else "baseline"
+        command = ingest_command(store, ("--model", model), base["dataset"], model)
+        raise NotStored(f"no other model ran over the trees of {run!r}; {command} adds one")
+    return str(found[0]["run"])
+
+
+def _vectors(store: Store, run: str) -> list[str]:
+    return store.sql("select short from sites where run = $run and kind = 'resid' order by rowid", {"run": run})[
+        "short"
+    ].to_list()
+
+
+def _read(store: Store, run: str, other: str, site: str, query: str, params: dict[str, Any]) -> Pair:
+    mine, tokens = store.read(query, run, site, params)
+    theirs, again = store.read(query, other, site, params)
+    n_test = tokens.filter(split="test")["tree_id"].n_unique()
+    if n_test < LEAST:
+        raise BadInput(
+            f"runs {run!r} and {other!r} share {n_test} test trees; {LEAST} are needed: ingest about {10 * LEAST} trees or more"
+        )
+    if not again["token_id"].equals(tokens["token_id"]):
+        raise BadInput(f"run {other!r} does not hold all trees of {run!r} yet; let its ingest go on")
+    return Pair(mine, theirs, tokens)
+
+
+def _failures(both: pl.DataFrame) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Who fails where: the four outcomes, and McNemar's exact p, over all trees and by depth; the test is that over all."""
+    from scipy.stats import binomtest
+
+    rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
+    for depth in (None, *sorted(both["depth"].unique().to_list())):
+        some = both if depth is None else both.filter(depth=depth)
+        mine, theirs = some["right"].to_numpy(), some["other_right"].to_numpy()
+        label, n = "all" if depth is None else f"depth {depth}", len(some)
+        lost, won = int((mine & ~theirs).sum()), int((~mine & theirs).sum())
+        change, low, high = paired(mine, theirs)
+        counts = {"both_right": int((mine & theirs).sum()), "only_run": lost, "only_other": won}
+        counts["both_wrong"] = n - sum(counts.values())
+        rows += [{"label": label, "metric": metric, "value": float(count), "n": n} for metric, count in counts.items()]
+        rows.append({"label": label, "metric": "other_less_run", "value": change, "low": low, "high": high, "n": n})
+        p = binomtest(lost, lost + won).pvalue if lost + won else 1.0
+        rows.append({"label": label, "metric": "mcnemar_p", "value": float(p), "n": n})
+        if depth is None:
+            tests.append(Test(label, change, float(p), n, low, high, "right by the second, less by the first"))
+    return rows, tests
+
+
+def _transfer(
+    pair: Pair, site: str, made: dict[str, list[np.ndarray | None]], seed: int
+) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Probes for an edge's source, fitted on one model and scored on the other, both ways, with the controls of the map.
+
+    Args:
+        made: by control, float32 [n, d] of `run` and of `other`, what the map is fitted from in place of the site; None where a
+            run does not hold it.
+    """
+    from sklearn.linear_model import LinearRegression, LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    train = (pair.tokens["split"] == "train").to_numpy()
+    y, trees = pair.tokens["source"].to_numpy(), pair.tokens["tree_id"].to_numpy()[~train]
+    rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
+    for direction, fitted, scored, its_place in (
+        ("run to other", pair.mine, pair.theirs, 1),
+        ("other to run", pair.theirs, pair.mine, 0),
+    ):
+        ours, its = StandardScaler().fit(fitted[train]), StandardScaler().fit(scored[train])
+        X, Z = ours.transform(fitted), its.transform(scored)
+        probe = LogisticRegression(max_iter=MAX_ITER).fit(X[train], y[train])
+        sources = {name: of_both[its_place] for name, of_both in made.items()}
+        at = {
+            "own": X,
+            "as_it_is": Z,
+            "mapped": LinearRegression().fit(Z[train], X[train]).predict(Z),
+            **map_controls(X, Z, sources, train, seed),
+        }
+        right = {
+            metric: (probe.predict(rows_at[~train]) == y[~train]).astype(np.float64) for metric, rows_at in at.items()
+        }
+        above = right["mapped"] - right[best_control({name: float(of.mean()) for name, of in right.items()})]
+        about = {"site": site, "token_role": "edge_target", "label": f"source, {direction}"}
+        for metric, values in {**right, "mapped_above_controls": above}.items():
+            low, high = share_over_trees(values, trees, seed)
+            value = float(values.mean())
+            rows.append({**about, "metric": metric, "value": value, "low": low, "high": high, "n": len(values)})
+        by_tree = np.bincount(np.unique(trees, return_inverse=True)[1], weights=above)
+        tests.append(  # of what was measured last
+            Test(
+                about["label"],
+                value,
+                sign_flip(by_tree, seed),
+                len(above),
+                low,
+                high,
+                f"{about['label']}, mapped above the map's controls",
+                site,
+                about["token_role"],
+            )
+        )
+    return rows, tests
+
+
+def _similarities(held: dict[str, Pair], seed: int) -> list[dict[str, Any]]:
+    """CKA of every pair of sites, with intervals and the shuffled control where they are the same site."""
+    rows: list[dict[str, Any]] = []
+    order = np.random.default_rng(seed).permutation
+    for site, mine in held.items():
+        n, trees = len(mine.mine), mine.tokens["tree_id"].to_numpy()
+        for other_site, theirs in held.items():
+            row = {"site": site, "token_role": "edge_target", "label": other_site, "metric": "cka", "n": n}
+            row["value"] = cka(mine.mine, theirs.theirs)
+            if site == other_site:
+                row["low"], row["high"] = cka_interval(mine.mine, theirs.theirs, trees, seed)
+                value = cka(mine.mine, theirs.theirs[order(n)])
+                rows.append({**row, "metric": "cka_shuffled", "value": value, "low": None, "high": None})
+            rows.append(row)
+    return rows
+
+
+def cka(X: np.ndarray, Z: np.ndarray) -> float:
+    """Linear CKA of two float [n, d] and [n, e]: 1 where one is a rotation and scaling of the other; near d / n by chance."""
+    X, Z = X - X.mean(axis=0, dtype=np.float64), Z - Z.mean(axis=0, dtype=np.float64)
+    shared = np.square(X.T @ Z).sum()
+    own = np.linalg.norm(X.T @ X) * np.linalg.norm(Z.T @ Z)
+    return float(shared / own) if own else 0.0
+
+
+def cka_interval(X: np.ndarray, Z: np.ndarray, trees: np.ndarray, seed: int) -> tuple[float, float]:
+    """Its 95 % bootstrap interval over trees. Each tree's sums of products are formed once; a resample adds them up anew."""
+    order = np.argsort(trees, kind="stable")
+    starts = np.flatnonzero(np.diff(trees[order], prepend=-1))
+    X, Z = (values - values.mean(axis=0, dtype=np.float64) for values in (X[order], Z[order]))
+    n = np.diff(starts, append=len(X)).astype(np.float64)
+    sums = [np.add.reduceat(values, starts) for values in (X, Z)]
+    n_trees = len(starts)
+
+    def products(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+        by_tree = [a.T @ b for a, b in zip(np.split(A, starts[1:]), np.split(B, starts[1:]), strict=True)]
+        return np.stack(by_tree).reshape(n_trees, -1)
+
+    shared, own, others = products(X, Z), products(X, X), products(Z, Z)
+
+    def resampled(counts: np.ndarray) -> np.ndarray:
+        total = (counts @ n)[:, None]
+        (x, z) = (counts @ of / total for of in sums)
+        sizes = [
+            np.linalg.norm(counts @ of - total * (a[:, :, None] * b[:, None, :]).reshape(len(counts), -1), axis=1)
+            for of, a, b in ((shared, x, z), (own, x, x), (others, z, z))
+        ]
+        return np.asarray(sizes[0] ** 2 / (sizes[1] * sizes[2]))
+
+    return bootstrap(resampled, n_trees, seed)
+
+
+COUNTS = {
+    "both_right": "right by both",
+    "only_run": "by the first alone",
+    "only_other": "by the second alone",
+    "both_wrong": "by neither",
+}
+PROBED = {
+    "own": "own trees",
+    "as_it_is": "other, as it is",
+    "mapped": "other, mapped",
+}
+
+
+def table(results: pl.DataFrame) -> pl.DataFrame:
+    """One row a site: CKA and probe transfer; percent for the probes. Without a shared site: who is right, one row a depth."""
+    if not results["site"].count():
+        return _outcomes(results)
+    rows = []
+    for site in results.drop_nulls("site")["site"].unique(maintain_order=True):
+        some = results.filter(site=site)
+        same = some.filter(metric="cka", label=site).row(0, named=True)
+        row: dict[str, Any] = {"site": site, "CKA": round(same["value"], 3)}
+        row["95 %"] = f"[{same['low']:.3f}, {same['high']:.3f}]"
+        row["CKA, rows shuffled"] = round(some.filter(metric="cka_shuffled")["value"].item(), 3)
+        probes = some.filter(label="source, run to other")
+        for metric, name in PROBED.items():
+            row[f"source probe: {name} %"] = round(100 * probes.filter(metric=metric)["value"].item(), 2)
+        value, control = _best(probes)
+        row["best control of the map"] = f"{value:.2f} {control}"
+        above = probes.filter(metric="mapped_above_controls").row(0, named=True)
+        row["above it, points"] = f"{100 * above['value']:+.2f} [{100 * above['low']:+.2f}, {100 * above['high']:+.2f}]"
+        row["Holm"] = p_shown(probes.filter(metric="p_holm")["value"].item())
+        rows.append(row)
+    return pl.DataFrame(rows)
+
+
+def _best(probes: pl.DataFrame) -> tuple[float, str]:
+    """Of the map's controls at one site and one way the one that reads most: its percent, and its name in words."""
+    values = dict(probes.select("metric", "value").rows())
+    best = best_control(values)
+    return 100 * values[best], CONTROLS[best]
+
+
+def _outcomes(results: pl.DataFrame) -> pl.DataFrame:
+    counted = results.filter(pl.col("metric").is_in(COUNTS))
+    rows = [
+        {"trees": label, "n": some["n"][0], **{COUNTS[row["metric"]]: int(row["value"]) for row in some.to_dicts()}}
+        for (label,), some in counted.group_by("label", maintain_order=True)
+    ]
+    return pl.DataFrame(rows)
+
+
+def sentence(results: pl.DataFrame, other: str, tests: Sequence[Test]) -> str:
+    """Who is right more often, whether the two hold the same in the same places, and what a linear map makes of that by itself."""
+    run = results["run"][0]
+    found = {row["metric"]: row for row in results.filter(label="all").iter_rows(named=True)}
+    less = found["other_less_run"]
+    answer = (
+        f"Of {less['n']:,} trees {int(found['both_right']['value']):,} are right by both {run!r} and {other!r}, "
+        f"{int(found['only_run']['value']):,} by the first alone, {int(found['only_other']['value']):,} by the second alone, "
+        f"{int(found['both_wrong']['value']):,} by neither; the second is right {_oftener(less)}, McNemar's "
+        f"{p_shown(found['p_holm']['value'])})"
+    )
+    same = results.filter((pl.col("metric") == "cka") & (pl.col("label") == pl.col("site")))
+    if not len(same):
+        return f"{answer}; they share no residual site, so their layers are not compared."
+    most, least = same.sort("value")[-1].row(0, named=True), same.sort("value")[0].row(0, named=True)
+    shuffled = results.filter(metric="cka_shuffled")["value"].to_numpy().max()
+    as_it_is = results.filter(label="source, run to other", metric="as_it_is")["value"].to_numpy().max()
+    return (
+        f"{answer}. At the edges' target tokens their layers are most alike at {most['site']} (CKA {most['value']:.3f}) "
+        f"and least at {least['site']} ({least['value']:.3f}; rows shuffled give {shuffled:.3f} at most); a probe for the source "
+        f"carries over as it is with at most {100 * as_it_is:.2f} %; {_mapped(results, tests)} ({adjustment(tests)}). {CAVEAT}"
+    )
+
+
+def _mapped(results: pl.DataFrame, tests: Sequence[Test]) -> str:
+    """What a probe reads behind the linear map that no control of the map gives, over all sites and both ways."""
+    asked = [test for test in tests if test.site is not None]
+    above = [test for test in asked if test.found and test.estimate > 0]
+    if not above:
+        return (
+            f"behind a linear map it reads at none of {len(asked)} (sites, both ways) more than the same map from the embedding, "
+            "random features or shuffled rows"
+        )
+    best = max(above, key=lambda test: test.estimate)
+    probes = results.filter(site=best.site, label=best.label)
+    mapped, (value, control) = probes.filter(metric="mapped")["value"].item(), _best(probes)
+    return (
+        f"behind a linear map it reads more than the map's controls at {len(above)} of {len(asked)} (sites, both ways), most at "
+        f"{best.site}, {best.label.removeprefix('source, ')}: {100 * mapped:.2f} %, of its controls "
+        f"{control} {value:.2f} % ({p_shown(best.p_holm)})"
+    )
+
+
+def _oftener(less: dict[str, Any]) -> str:
+    """`2.50 points more often (95 % interval 1.00 to 4.00`: a difference with its interval, in the direction it has."""
+    sign = -1 if less["value"] < 0 else 1
+    low, high = sorted(100 * sign * end for end in (less["low"], less["high"]))
+    way = "less" if sign < 0 else "more"
+    return f"{100 * abs(less['value']):.2f} points {way} often (95 % interval {low:.2f} to {high:.2f}"
+
+
+def plot(study: Study) -> Figure:
+    """CKA of every pair of sites, and the transfer of probes by site; without a shared site, who is right by depth."""
+    results = study.results
+    if not results["site"].count():
+        return _plot_outcomes(results)
+    sites = results.drop_nulls("site")["site"].unique(maintain_order=True).to_list()
+    figure, (left, right) = panels(2, width=6.2, height=5)
+    grid = [[results.filter(site=site, label=of, metric="cka")["value"].item() for of in sites] for site in sites]
+    left.grid(False)
+    shown = left.imshow(grid, cmap="viridis", vmin=0, vmax=1, origin="lower")
+    for axis, ticks in ((left, left.set_yticks), (left, left.set_xticks), (right, right.set_xticks)):
+        ticks(range(len(sites)), sites, rotation=60 if ticks != left.set_yticks else 0, fontsize=8)
+        axis.tick_params(length=2)
+    other = str(results["params"].str.json_path_match("$.other")[0])
+    left.set_ylabel(f"sites of {results['run'][0]}")
+    left.set_xlabel(f"sites of {other}")
+    left.set_title("linear CKA at edges' target tokens", fontsize=10)
+    figure.colorbar(shown, ax=left, shrink=0.8)
+    for turn, metric in enumerate(("own", "as_it_is", "mapped")):
+        rows = results.filter(metric=metric, label="source, run to other")
+        points(right, list(range(len(rows))), rows, PROBED[metric], turn)
+    for (metric, name), marker in zip(CONTROLS.items(), "+x1", strict=True):
+        rows = results.filter(metric=metric, label="source, run to other")
+        at = [sites.index(site) for site in rows["site"]]
+        right.plot(at, 100 * rows["value"].to_numpy(), marker, color=GREY, label=f"map from {name}")
+    right.set_ylim(-2, 104)
+    right.set_ylabel("edge's source read right (%)")
+    right.set_title(f"probe fitted on {results['run'][0]}, scored on", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _plot_outcomes(results: pl.DataFrame) -> Figure:
+    """The second run's share of right answers less the first's, by depth."""
+    figure, (axis,) = panels(1, width=8)
+    rows = results.filter((pl.col("metric") == "other_less_run") & (pl.col("label") != "all"))
+    points(axis, [int(label.split()[1]) for label in rows["label"]], rows, "the second less the first", line=False)
+    axis.axhline(0, color=GREY, linewidth=1)
+    axis.set_xlabel("depth of the goal (steps of the path)")
+    axis.set_ylabel("right by the second, less by the first (points)")
+    other = str(results["params"].str.json_path_match("$.other")[0])
+    axis.set_title(f"{results['run'][0]} and {other}; bars are 95 % intervals", fontsize=10)
+    return figure

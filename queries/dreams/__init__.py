@@ -1,0 +1,1 @@
+"""What a model goes on with when it is given a tree alone."""

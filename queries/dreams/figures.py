@@ -1,0 +1,190 @@
+"""How the study `dreams` shows what it found: a table, a sentence and a figure, made of its rows of `results` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from actstore.queries.figures import panels, points
+from actstore.queries.study import Test, adjustment, p_shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LEAST = 20  # goals that are leaves, before their distribution is spoken of
+
+SHARES = {
+    "well_formed": "begins `goal : root`",
+    "stopped": "stops at once",
+    "first_step": "begins with a step, as if a goal stood there",
+    "first_word": "begins with",
+    "from_root": "of these steps, goes to a child of the root",
+    "from_root_elsewhere": "control: of another tree's root",
+    "to_leaf": "beginning inside, follows edges down to a leaf",
+    "to_leaf_elsewhere": "control: in another tree",
+    "root_right": "names the tree's root",
+    "leaf": "goal is a leaf",
+    "leaf_if_even": "would be, drawn evenly among nodes",
+    "not_root": "goal is not the root",
+    "way_found": "then finds the way",
+    "place 0": "the goal's edge is listed first",
+    "place last": "the goal's edge is listed last",
+}
+WALK = "to_leaf"  # the test that steps follow their own tree more than another
+EXPLANATIONS = {
+    "depth_p_as_given": "depths as given ones",
+    "depth_p_even_leaves": "depths as even among leaves",
+    "place_p_as_given": "places as given ones",
+    "place_p_even_leaves": "places as even among leaves",
+    "place_p_even_list": "places as even along the list",
+}
+
+
+def table(results: pl.DataFrame, tests: Sequence[Test]) -> pl.DataFrame:
+    """One row a question that arose: percent of n, or the p of an explanation, and p by Holm of what is tested."""
+    rows, by_label = [], {test.label: test for test in tests}
+    for kind in results["label"].unique(maintain_order=True):
+        some = _by_metric(results, kind)
+        if not some:
+            continue
+        for metric, name in (SHARES | {metric: f"{name}: p" for metric, name in EXPLANATIONS.items()}).items():
+            row = some.get(metric)
+            if row is None or row["value"] is None:
+                continue
+            name = f"{name} {row['metric'].split()[1]}" if metric == "first_word" else name
+            interval = "" if row["low"] is None else f"[{100 * row['low']:.2f}, {100 * row['high']:.2f}]"
+            shown = f"{row['value']:.3f}" if metric in EXPLANATIONS else f"{100 * row['value']:.2f} %"
+            test = by_label.get(f"{kind}, {metric}")
+            rows.append(
+                {
+                    "continuations": kind,
+                    "question": name,
+                    "answer": shown,
+                    "95 %": interval,
+                    "n": row["n"],
+                    "Holm": p_shown(test.p_holm) if test else "",
+                }
+            )
+    return pl.DataFrame(rows)
+
+
+def _by_metric(results: pl.DataFrame, kind: str) -> dict[str, dict[str, Any]]:
+    """The rows of one kind; `first_word` is that of the commonest, `place last` that of the last."""
+    some = {row["metric"]: row for row in results.filter(label=kind).iter_rows(named=True)}
+    places = [metric for metric in some if metric.startswith("place ") and metric.count(" ") == 1]
+    if places:
+        some["place last"] = some[places[-1]]
+    if "well_formed" not in some:  # a test's rows
+        return {}
+    some["first_word"] = next(row for metric, row in some.items() if metric.startswith("first_word "))
+    return some
+
+
+def sentence(results: pl.DataFrame, tests: Sequence[Test], given: str) -> str:
+    """Does the model make up goals, does it reach them, and where are they from?
+
+    Args:
+        given: what the trees' own goals are called.
+    """
+    kinds = {kind: _by_metric(results, kind) for kind in results["label"].unique(maintain_order=True)}
+    run, by_label = results["run"][0], {test.label: test for test in tests}
+    said = " ".join(_of_kind(run, kind, some, by_label, given) for kind, some in kinds.items() if some)
+    return f"{said} ({adjustment(tests)[0].upper()}{adjustment(tests)[1:]}.)" if tests else said
+
+
+def _of_kind(run: str, kind: str, some: dict[str, dict[str, Any]], tests: dict[str, Test], given: str) -> str:
+    formed, found, word = some["well_formed"], some["way_found"], some["first_word"]
+    said = (
+        f"Left alone with a tree ({kind}), run {run!r} makes up a well-formed goal in {percent(formed)} of {formed['n']:,} "
+        "continuations"
+    )
+    if found["value"] is not None:
+        said += f", and then finds the way in {percent(found)} of {found['n']:,}"
+    if formed["value"] < word["value"]:
+        stops = "stops at once" if some["stopped"]["value"] == word["value"] else f"begins with `{word['metric'][11:]}`"
+        said += f"; it {stops} in {percent(word)}{walks(some, tests.get(f'{kind}, {WALK}'))}"
+    of_kind = {name: tests[f"{kind}, {name}"] for name in EXPLANATIONS if f"{kind}, {name}" in tests}
+    return f"{said}; {origin(of_kind, given)}." if formed["value"] else f"{said}."
+
+
+def percent(row: dict[str, Any]) -> str:
+    """`99.80 % (99.72 to 99.85)`."""
+    return f"{100 * row['value']:.2f} % ({100 * row['low']:.2f} to {100 * row['high']:.2f})"
+
+
+def walks(some: dict[str, dict[str, Any]], test: Test | None) -> str:
+    """Whether steps that follow no goal follow the tree."""
+    walk, chance = some["to_leaf"], some["to_leaf_elsewhere"]
+    if walk["value"] is None or chance["value"] is None or test is None:
+        return ""
+    verdict = "more than the" if test.found and test.estimate > 0 else "not to be told from the"
+    return (
+        f", and where its first step goes to a node with children, the next follow edges down to a leaf in {percent(walk)} of "
+        f"{walk['n']:,}, {verdict} {100 * chance['value']:.2f} % on another tree ({p_shown(test.p_holm)})"
+    )
+
+
+def origin(tests: dict[str, Test], given: str) -> str:
+    """Which explanations the depths of the goals leave standing."""
+    if not tests:
+        return f"fewer than {LEAST} of these are goals that are leaves, so nothing is said of where goals are from"
+    as_given, even = tests["depth_p_as_given"], tests["depth_p_even_leaves"]
+    verdicts = {
+        (True, True): f"as {given} and as leaves drawn evenly, which these trees do not tell apart",
+        (True, False): f"as {given}, and not as leaves drawn evenly",
+        (False, True): f"as leaves drawn evenly, and not as {given}",
+        (False, False): f"neither as {given} nor as leaves drawn evenly",
+    }
+    spread = f"the depths of its {as_given.n:,} leaf goals are spread {verdicts[not as_given.found, not even.found]}"
+    return (
+        f"{spread} (total variation {as_given.estimate:.3f} from the given, {p_shown(as_given.p_holm)}; "
+        f"{even.estimate:.3f} from the even, {p_shown(even.p_holm)})"
+    )
+
+
+BARS = {
+    "well_formed": "begins\n`goal : root`",
+    "stopped": "stops\nat once",
+    "first_step": "begins with\na step",
+    "to_leaf": "walks down\nto a leaf",
+    "to_leaf_elsewhere": "control:\nother tree",
+}
+
+
+def draw(results: pl.DataFrame) -> Figure:
+    """What continuations begin with; where there are goals, their depth and place beside the explanations."""
+    drawn = [kind for kind in ("depth", "place") if results["metric"].str.starts_with(f"{kind} ").any()]
+    figure, axes = panels(1 + len(drawn))
+    kinds = results.filter(metric="well_formed")["label"].to_list()
+    for turn, kind in enumerate(kinds):
+        some = _by_metric(results, kind)
+        there = [(x, some[metric]) for x, metric in enumerate(BARS) if some[metric]["value"] is not None]
+        points(axes[0], [x for x, _ in there], pl.DataFrame([row for _, row in there]), kind, turn, line=False)
+    axes[0].set_xticks(range(len(BARS)), list(BARS.values()), fontsize=8)
+    axes[0].set_ylabel("share of the continuations (%)")
+    axes[0].legend(frameon=False, fontsize=8)
+    for axis, what in zip(axes[1:], drawn, strict=True):
+        _goals(axis, results, what)
+    figure.suptitle(f"Given the tree alone, run {results['run'][0]}; bars are 95 % intervals", fontsize=10)
+    return figure
+
+
+def _goals(axis: Axes, results: pl.DataFrame, what: str) -> None:
+    """The dreamed goals' depths, or places, and what explanations expect."""
+    for turn, kind in enumerate(results.filter(metric="well_formed")["label"]):
+        rows = results.filter((pl.col("label") == kind) & pl.col("metric").str.contains(f"^{what} \\d+$"))
+        if not len(rows):  # too few of this kind
+            continue
+        points(axis, [int(metric.split()[1]) for metric in rows["metric"]], rows, f"dreamed, {kind}", turn)
+    first = results.filter(pl.col("metric").str.starts_with(f"{what} "))["label"][0]
+    expected = {"as_given": ("--", "given goals"), "even_leaves": (":", "leaves drawn evenly")}
+    for name, (style, shown) in expected.items():
+        rows = results.filter((pl.col("label") == first) & pl.col("metric").str.contains(f"^{what} \\d+ {name}$"))
+        x = [int(metric.split()[1]) for metric in rows["metric"]]
+        axis.plot(x, 100 * rows["value"].to_numpy(), style, color="0.3", label=shown)
+    axis.set_xlabel("depth of the goal" if what == "depth" else "place in the list of the edge to the goal")
+    axis.set_ylabel("share of the goals (%)")
+    axis.legend(frameon=False, fontsize=8)

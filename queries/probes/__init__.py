@@ -1,0 +1,1 @@
+"""Linear probes: what each site says about the tree."""

@@ -1,0 +1,427 @@
+"""What the study `probes` says of its results: the table to print, the answer in a sentence, and the figure.
+
+All three are made from rows of the table `results` alone, so a study that was recorded can be told and drawn again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from actstore.intervals import Z_95
+from actstore.queries.figures import COLOURS, GREY, MARKERS
+from actstore.queries.study import LEVEL, Test, adjustment, p_shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LABELS = {  # what may be asked for: name, in words
+    "source": "source",
+    "target": "target",
+    "goal": "tree's goal",
+    "on_path": "being on the path",
+    "edge_depth": "depth",
+    "next_node": "next node on the path",
+}
+NODE_LABELS = ("source", "target", "goal", "next_node")  # their classes are the nodes
+PAIR = ["source", "target"]
+BASELINE, MAJORITY = "baseline_", "majority"  # metrics of what guesses from the tree alone
+PLACE, AT = "place_", ", edge "  # before a metric at one place in the list; between a label and its place
+TOKEN_ROLES = {  # where it may be read: name, in words
+    "edge_target": "target token of an edge",
+    "edge_source": "source token of an edge",
+    "separator": "separator of an edge",
+    "next_source": "source token behind an edge (the next one's)",
+    "path": "token of the path that a step is taken from",
+}
+
+# What the researchers' notebook prints, in percent: (source, target) by site. Another trained model of the same system and
+# another protocol: 6,400 trees with goal depths uniform over 1 to 15, the first 14 of 15 edges, rows (not trees) split
+# 80/20, a linear layer trained for 5 epochs with AdamW at 1e-3. Its separator row was interrupted after layer 1.
+NOTEBOOK = {
+    "edge_target": {
+        "embed": (6.64, 100.00),
+        "resid_post.0": (99.92, 100.00),
+        "resid_post.1": (94.60, 99.94),
+        "resid_post.2": (95.38, 99.21),
+        "resid_post.3": (94.30, 95.57),
+        "resid_post.4": (93.86, 96.48),
+        "resid_post.5": (94.08, 96.36),
+    },
+    "separator": {"embed": (6.43, 6.25), "resid_post.0": (93.52, 93.35), "resid_post.1": (93.59, 93.48)},
+}
+NOTEBOOK_NODES = 16
+
+ZOOM = 90.0  # percent from which the upper panel shows; whatever works at all lies there, squeezed by the whole scale
+
+
+def notebook_numbers(results: pl.DataFrame, role: str) -> dict[str, dict[str, float]]:
+    """The notebook's accuracy, percent, by label and site; empty where it has none for such a token, tree or system."""
+    params = _params(results)
+    if params.get("system") != "reproduction" or params["n_nodes"] != NOTEBOOK_NODES:
+        return {}
+    by_site = NOTEBOOK.get(role, {})
+    return {
+        label: {site: found[place] for site, found in by_site.items()} for place, label in enumerate(PAIR) if by_site
+    }
+
+
+def labels_in(results: pl.DataFrame) -> list[str]:
+    """The labels that were asked for, in the order of LABELS."""
+    return [label for label in LABELS if label in results["label"].to_list()]
+
+
+def table(results: pl.DataFrame) -> pl.DataFrame:
+    """What is printed, percent: one row a site where an edge's two nodes were asked for at one kind of token, else one a probe.
+
+    One row a probe and place where they were told by place. Beside each accuracy stands the highest baseline, with its name. The
+    notebook's columns are there where it has numbers for this token, those of its protocol where that was asked for,
+    `stopped early` where a probe was.
+    """
+    if len(by_place(results)):
+        return _one_row_a_place(by_place(results))
+    if labels_in(results) != PAIR or results["token_role"].n_unique() > 1:
+        return _one_row_a_probe(results)
+    notebook = notebook_numbers(results, results["token_role"][0])
+    stopped = results.filter(metric="converged", value=0.0)
+    rows = []
+    for (site,), of_site in results.group_by("site", maintain_order=True):
+        row: dict[str, Any] = {"site": site}
+        for label in PAIR:
+            found = of_site.filter(label=label, metric="accuracy").row(0, named=True)
+            row[f"{label} %"], row[f"{label} 95 %"] = _percent(found)
+            value, name = best_baseline(of_site.filter(label=label))
+            row[f"{label}, best baseline"] = f"{value:.2f} {name}"
+            row |= _own_baseline(of_site.filter(label=label), f"{label}, ")
+        for label, by_site in notebook.items():
+            row[f"notebook {label} %"] = by_site.get(str(site))
+        for metric, name in PROTOCOL.items():
+            for label in PAIR:
+                own = of_site.filter(label=label, metric=metric)
+                if len(own):
+                    row[f"{label}, {name} %"] = round(100 * own["value"].item(), 2)
+        if len(stopped):
+            row["stopped early"] = ", ".join(stopped.filter(site=site)["label"])
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def by_place(results: pl.DataFrame) -> pl.DataFrame:
+    """The rows that are of one place in the list, their metrics without `place_`, with the columns `asked` (label) and `edge`."""
+    rows = results.filter(pl.col("metric").str.starts_with(PLACE))
+    label, edge = pl.col("label").str.split(AT).list.get(0), pl.col("label").str.split(AT).list.get(1).cast(pl.Int64)
+    return rows.with_columns(asked=label, edge=edge, metric=pl.col("metric").str.strip_prefix(PLACE))
+
+
+def best_baseline(found: pl.DataFrame) -> tuple[float, str]:
+    """The highest of the baselines among one probe's rows, percent, and its name."""
+    metric = pl.col("metric")
+    guesses = found.filter(metric.str.starts_with(BASELINE) | (metric == MAJORITY))
+    best = guesses.sort("value", descending=True, maintain_order=True).row(0, named=True)
+    return 100 * best["value"], "most_frequent" if best["metric"] == MAJORITY else best["metric"].removeprefix(BASELINE)
+
+
+def _own_baseline(found: pl.DataFrame, before: str = "") -> dict[str, float]:
+    """Where a baseline of the caller's own was given: its column, percent, beside the highest; of one probe's rows."""
+    name = str(_params(found).get("baseline_name"))
+    own = found.filter(metric=name)["value"]
+    return {f"{before}{name.removeprefix(BASELINE)} %": round(100 * own.item(), 2)} if len(own) else {}
+
+
+def _points(found: dict[str, Any]) -> str:
+    """A difference and its interval, for the table."""
+    return f"{100 * found['value']:+.2f} [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
+
+
+PROTOCOL = {
+    "notebook_accuracy": "its protocol here",
+    "notebook_by_tree": "its, split by tree",
+    "without_last": "ours, last edge left out",
+}
+
+
+def _percent(found: dict[str, Any]) -> tuple[float, str]:
+    """A row's value and interval, for the table."""
+    return round(100 * found["value"], 2), f"[{100 * found['low']:.2f}, {100 * found['high']:.2f}]"
+
+
+def _in_order(results: pl.DataFrame, *keys: str) -> list[tuple[tuple[Any, ...], pl.DataFrame]]:
+    """The rows of each token_role, label and what else is named, in the order of TOKEN_ROLES and LABELS."""
+    order = {name: place for place, name in enumerate((*TOKEN_ROLES, *LABELS))}
+    groups = results.filter(pl.col("metric") != "direction").partition_by(*keys, as_dict=True, maintain_order=True)
+    return sorted(groups.items(), key=lambda item: [order[name] for name in item[0][:2]])
+
+
+def _one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
+    rows = []
+    for (role, label, site), some in _in_order(results, "token_role", "label", "site"):
+        found = {row["metric"]: row for row in some.iter_rows(named=True)}
+        row = {"token": role, "label": label, "site": site}
+        row["accuracy %"], row["95 %"] = _percent(found["accuracy"])
+        value, row["best baseline"] = best_baseline(some)
+        row |= {"baseline %": round(value, 2), "above it, points": _points(found["above_baseline"])}
+        row |= ({"Holm": p_shown(found["p_holm"]["value"])} if "p_holm" in found else {}) | _own_baseline(some)
+        for metric, name in (("above_shuffled", "above shuffled labels"), ("selectivity", "selectivity")):
+            row[f"{name}, points"] = _points(found[metric])
+        for metric, name in (("random_directions_accuracy", "random directions"), *PROTOCOL.items()):
+            if metric in found:
+                row[f"{name} %"] = round(100 * found[metric]["value"], 2)
+        numbers = notebook_numbers(some, role)
+        if label in numbers:
+            row["notebook %"] = numbers[label].get(site)
+        if not found["converged"]["value"]:
+            row["stopped early"] = "yes"
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _one_row_a_place(places: pl.DataFrame) -> pl.DataFrame:
+    rows = []
+    for (role, label, site, edge), some in _in_order(places, "token_role", "asked", "site", "edge"):
+        found = {row["metric"]: row for row in some.iter_rows(named=True)}
+        row = {"token": role, "label": label, "site": site, "edge": edge, "n": found["accuracy"]["n"]}
+        row["accuracy %"], row["95 %"] = _percent(found["accuracy"])
+        row["own probe %"], row["own 95 %"] = _percent(found["own_accuracy"])
+        value, row["best baseline"] = best_baseline(some)
+        row |= {"baseline %": round(value, 2), "above it, points": _points(found["above_baseline"])}
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+CAVEAT = (
+    "Intervals are over test trees: the fitted probes are held fixed, and the model is one, of one training and seed."
+)
+
+
+def sentence(results: pl.DataFrame, n_test_trees: int, tests: Sequence[Test]) -> str:
+    """The answer: where each label is read worst and best, and where above the tree's own baselines; which fits were cut short."""
+    accuracy = results.filter(metric="accuracy")
+    answer = " ".join(
+        _of_role(results.filter(token_role=role), n_test_trees)
+        for role in results["token_role"].unique(maintain_order=True)
+    )
+    answer += f" ({adjustment(tests)[0].upper()}{adjustment(tests)[1:]}.)"
+    if nothing_read(results):
+        answer += " That is no more than shuffled labels give: nothing is read anywhere."
+    if len(results.filter(metric="notebook_accuracy")):
+        answer += " " + _difference(results)
+    stopped = results.filter(metric="converged", value=0.0)
+    if len(stopped):
+        answer += (
+            f" Of {len(accuracy)} probes {len(stopped)} were stopped at {_params(results)['max_iter']:,} iterations, before "
+            "they converged, and may be too low (see the table): raise max_iter."
+        )
+    return f"{answer} {CAVEAT}"
+
+
+def nothing_read(results: pl.DataFrame) -> bool:
+    """No probe is above its shuffled labels, at the 5 % level for all of them together (Bonferroni)."""
+    from scipy.stats import norm
+
+    found = results.filter(metric="above_shuffled")
+    error = (found["high"] - found["low"]).to_numpy() / (2 * Z_95)
+    return bool((found["value"].to_numpy() <= norm.isf(0.025 / len(found)) * error).all())
+
+
+def _difference(results: pl.DataFrame) -> str:
+    """What makes the notebook's protocol and ours differ, on average over all probes."""
+    steps = ("notebook_accuracy", "notebook_by_tree", "without_last", "accuracy")
+    mean = [100 * float(results.filter(metric=metric)["value"].to_numpy().mean()) for metric in steps]
+    by_tree, fitted, last = np.diff(mean)
+    return (
+        f"By the notebook's protocol the same probes read {mean[0]:.2f} % on average, by ours {mean[3]:.2f} %: of the "
+        f"{mean[3] - mean[0]:+.2f} points {by_tree:+.2f} come of the split by tree in place of rows, {fitted:+.2f} of a fit of "
+        f"whitened rows that converges in place of 5 epochs, {last:+.2f} of the last edge, which the notebook leaves out."
+    )
+
+
+def _of_role(results: pl.DataFrame, n_test_trees: int) -> str:
+    first, accuracy = results.row(0, named=True), results.filter(metric="accuracy")
+    found = ", and ".join(_of_label(results.filter(label=label), LABELS[label]) for label in labels_in(results))
+    chance = " / ".join(f"{100 * value:.2f}" for value in results.filter(metric="chance")["value"].unique().sort())
+    shuffled = 100 * results.filter(metric="shuffled_accuracy")["value"].to_numpy()
+    n_rows = int(accuracy["n"].to_numpy().max())
+    answer = (
+        f"From the {TOKEN_ROLES[first['token_role']]} in run {first['run']!r}, linear probes read {found}; chance is {chance} %, "
+        f"shuffled labels give {shuffled.min():.2f} to {shuffled.max():.2f} % ({n_rows:,} rows of {n_test_trees:,} test trees)."
+    )
+    places = by_place(results)
+    asked = places["asked"].unique(maintain_order=True)
+    return " ".join([answer, *(_of_places(places.filter(asked=label), results) for label in asked)])
+
+
+def _of_label(found: pl.DataFrame, what: str) -> str:
+    """Where one label is read worst and best, and how far above what the tree alone gives; no more is claimed."""
+    above = found.filter(metric="above_baseline")
+    most = above.sort("value", descending=True, maintain_order=True).row(0, named=True)
+    value, name = best_baseline(found.filter(site=most["site"]))
+    n_above = _standing(above, found)
+    claim = "which none is above"
+    if n_above:
+        interval = " to ".join(f"{100 * most[end]:+.2f}" for end in ("low", "high"))
+        claim = (
+            f"above which are {n_above} of {len(above)} sites, by {100 * most['value']:+.2f} points ({interval}) at "
+            f"{most['site']}, {p_shown(found.filter(metric='p_holm', site=most['site'])['value'].item())}"
+        )
+    return f"its {what} at {_range(found.filter(metric='accuracy'))}, where the tree alone gives {value:.2f} % ({name}), {claim}"
+
+
+def _standing(above: pl.DataFrame, tested: pl.DataFrame) -> int:
+    """How many of the rows of what is above a baseline Holm leaves standing; their p are among the rows `tested`."""
+    left = tested.filter((pl.col("metric") == "p_holm") & (pl.col("value") < LEVEL))
+    return len(above.filter(pl.col("value") > 0).join(left, on=["token_role", "label", "site"], how="semi"))
+
+
+def _of_places(places: pl.DataFrame, results: pl.DataFrame) -> str:
+    """The site that reads a label best, place by place."""
+    label = places["asked"][0]
+    ranked = results.filter(label=label, metric="accuracy").sort("value", descending=True, maintain_order=True)
+    here = places.filter(site=ranked["site"][0])
+    shares = here.filter(metric="accuracy").sort("value", maintain_order=True)
+    (least, most), above = (shares.row(i, named=True) for i in (0, -1)), here.filter(metric="above_baseline")
+    return (
+        f"By place in the list its {LABELS[label]} at {ranked['site'][0]} runs from {100 * least['value']:.2f} % (edge "
+        f"{least['edge']}) to {100 * most['value']:.2f} % (edge {most['edge']}), above what the tree alone gives there at "
+        f"{_standing(above, results)} of {len(above)} places."
+    )
+
+
+def _range(accuracy: pl.DataFrame) -> str:
+    """`6.11 % (embed) to 100.00 % (resid_post.0)`, the worst and the best site."""
+    ranked = accuracy.sort("value", maintain_order=True)
+    worst, best = ranked.row(0, named=True), ranked.filter(value=ranked["value"].max()).row(0, named=True)
+    low, high = (f"{100 * row['value']:.2f} %" for row in (worst, best))
+    return f"{low} at every site" if low == high else f"{low} ({worst['site']}) to {high} ({best['site']})"
+
+
+def draw(results: pl.DataFrame) -> Figure:
+    """Draw the results of one run: one column a kind of token, two panels where anything is above 90 %; or place by place.
+
+    Args:
+        results: columns as in the table `results`; sites in the order of the forward pass.
+    """
+    from matplotlib.figure import Figure
+
+    if len(by_place(results)):
+        return _draw_places(by_place(results))
+    accuracy = results.filter(metric="accuracy")
+    roles = results["token_role"].unique(maintain_order=True).to_list()
+    zoomed = bool((100 * accuracy["value"] > ZOOM).any())
+    figure = Figure(figsize=(8.5 if len(roles) == 1 else 6 * len(roles), 6.5 if zoomed else 4.2), layout="constrained")
+    axes = figure.subplots(2 if zoomed else 1, len(roles), sharex=True, sharey="row", squeeze=False)
+    for column, role in zip(axes.T, roles, strict=True):
+        _column(column, results.filter(token_role=role), zoomed)
+    axes[-1, 0].set_ylabel("accuracy on test trees (%)")
+    if zoomed:
+        axes[0, 0].set_ylabel(f"the same, from {ZOOM:.0f} %")
+    first = accuracy.row(0, named=True)
+    figure.suptitle(
+        f"Linear probes, run {first['run']}, on trees not in training; bars are 95 % intervals over trees, fits held fixed",
+        fontsize=10,
+    )
+    handles, names = axes[-1, 0].get_legend_handles_labels()
+    ours_first = sorted(range(len(names)), key=lambda i: names[i] not in LABELS.values())  # matplotlib puts bars last
+    figure.legend(
+        [handles[i] for i in ours_first],
+        [names[i] for i in ours_first],
+        loc="outside lower center",
+        ncols=4,
+        fontsize=9,
+        frameon=False,
+    )
+    return figure
+
+
+def _column(axes: Any, results: pl.DataFrame, zoomed: bool) -> None:
+    """The panels of one kind of token."""
+    for axis in axes:
+        _panel(axis, results)
+    axes[-1].set_ylim(-2, 104)
+    if zoomed:
+        axes[0].set_ylim(ZOOM, 100.6)
+    sites = _sites(results)
+    axes[-1].set_xticks(range(len(sites)), sites, rotation=60 if len(sites) > 8 else 0, fontsize=8)
+    first = results.filter(metric="accuracy").row(0, named=True)
+    axes[0].set_title(f"{TOKEN_ROLES[first['token_role']]}, {first['n']:,} rows", fontsize=10)
+
+
+def _panel(axis: Axes, results: pl.DataFrame) -> None:
+    """All labels, what tells nothing, and the notebook's numbers, over the sites in their order."""
+    sites, n_nodes = _sites(results), _params(results)["n_nodes"]
+    notebook = notebook_numbers(results, results["token_role"][0])
+    for place, label in enumerate(labels_in(results)):
+        rows = results.filter(label=label, metric="accuracy")
+        value, low, high = (100 * rows[column].to_numpy() for column in ("value", "low", "high"))
+        shift = 0.08 * (place - 0.5)
+        x = np.arange(len(sites)) + shift
+        bars = np.clip([value - low, high - value], 0, None)
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        axis.errorbar(x, value, bars, fmt=f"-{marker}", color=colour, capsize=3, markersize=5, label=LABELS[label])
+        guessed = best_baseline(results.filter(label=label, site=sites[0]))[0]
+        alone = "_nolegend_" if place else "from the tree alone (the highest)"  # one entry for all labels
+        axis.axhline(guessed, color=colour, linestyle=":", linewidth=1, label=alone)
+        numbers = notebook.get(label, {})
+        there = [i for i, site in enumerate(sites) if site in numbers]
+        if there:
+            drawn, name = [numbers[sites[i]] for i in there], f"{label}, the notebook's model"
+            axis.plot(x[there] + 2 * shift, drawn, marker, color=colour, mfc="none", markersize=8, label=name)
+    shuffled = (
+        results.filter(metric="shuffled_accuracy").group_by("site", maintain_order=True).agg(pl.col("value").max())
+    )
+    axis.plot(100 * shuffled["value"].to_numpy(), "x", color=GREY, label="shuffled labels (the highest)")
+    if set(labels_in(results)) & set(NODE_LABELS):
+        name = f"chance, 1 of {n_nodes} nodes"
+        axis.axhline(100 / n_nodes, color=GREY, linestyle="--", linewidth=1, label=name)
+    axis.grid(axis="y", color="0.92")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _sites(results: pl.DataFrame) -> list[str]:
+    return results["site"].unique(maintain_order=True).to_list()
+
+
+def _params(results: pl.DataFrame) -> dict[str, Any]:
+    return dict(json.loads(results["params"][0]))
+
+
+def _draw_places(places: pl.DataFrame) -> Figure:
+    """One panel a kind of token and label: accuracy over the place in the list, a line a site, the highest baseline beside."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    panels = _in_order(places, "token_role", "asked")
+    figure = Figure(figsize=(6 * min(len(panels), 3), 4.2 * -(-len(panels) // 3)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3), squeeze=False, sharey=True).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, ((role, label), some) in zip(axes, panels, strict=False):
+        sites = _sites(some)
+        for place, site in enumerate(sites):
+            rows = some.filter(site=site, metric="accuracy").sort("edge")
+            value, low, high = (100 * rows[column].to_numpy() for column in ("value", "low", "high"))
+            bars = np.clip([value - low, high - value], 0, None)
+            colour = colormaps["viridis"](0.9 * place / max(1, len(sites) - 1))
+            x = rows["edge"].to_numpy() + 0.3 * (place / max(1, len(sites) - 1) - 0.5)
+            axis.errorbar(x, value, bars, fmt="-o", color=colour, markersize=3, linewidth=1, label=site)
+        first = some.filter(site=sites[0])
+        edges = first["edge"].unique().sort().to_list()
+        drawn = [best_baseline(first.filter(edge=edge))[0] for edge in edges]
+        axis.plot(edges, drawn, "--x", color=GREY, linewidth=1, label="the tree alone (the highest)")
+        axis.set_title(f"{TOKEN_ROLES[role]}: {LABELS[label]}", fontsize=10)
+        axis.set_xlabel("place in the list of edges")
+        axis.set_ylim(-2, 104)
+        axis.grid(axis="y", color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("accuracy on test trees (%)")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    run = places["run"][0]
+    figure.suptitle(
+        f"Linear probes by place, run {run}; bars are 95 % intervals over trees, fits held fixed", fontsize=10
+    )
+    return figure

@@ -1,0 +1,76 @@
+"""Probes by place in the list of edges: what a mean over all places hides.
+
+At each place the accuracy of the one probe that is fitted to all places, so that the places' accuracies, weighed by their rows,
+have the whole accuracy as their mean; and of a probe of its own, fitted to the rows of that place alone, which finds what is
+kept there in directions that no other place shares, and has as many times fewer rows to find it with. Baselines are those of
+that place's rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actstore.intervals import share_over_trees
+from actstore.queries.probes.baselines import highest, with_majority
+from actstore.queries.probes.figures import AT
+from actstore.queries.probes.fit import Whitening, fit_all
+from actstore.queries.study import Test
+
+if TYPE_CHECKING:
+    from actstore.queries.probes.study import Asked
+
+
+def place_rows(
+    X: np.ndarray, right: np.ndarray, asked: Asked, about: dict[str, str], seed: int, max_iter: int
+) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Rows of `results`, label `source, edge 3` and so on, and of each place the test that it is above the highest baseline there.
+
+    Places without a test row are left out.
+
+    Metrics: `place_accuracy`, `place_own_accuracy`, `place_above_baseline`, and each baseline's name behind `place_`.
+
+    Args:
+        X: float32 [n, d_model], as stored.
+        right: bool [n_test], which test rows the probe of all places gets right.
+        asked: the n rows.
+        about: run, site, token_role and label.
+        seed: of the intervals.
+        max_iter: of a fit.
+    """
+    from actstore.queries.probes.study import above_test  # which imports this module where it is needed
+
+    places, train, y = asked.tokens["edge"].to_numpy(), asked.train, asked.labels[about["label"]]
+    rows: list[dict[str, Any]] = []
+    tests: list[Test] = []
+    for place in np.unique(places):
+        here = places == place
+        in_test = here[~train]
+        if not (here & train).any() or not in_test.any():
+            continue
+        measured = {"accuracy": right[in_test].astype(np.float64)}
+        measured["own_accuracy"] = _own(X[here], y[here], train[here], max_iter)
+        guessed = {name: p[in_test] for name, p in asked.guessed[about["label"]].items()}
+        guessed = with_majority(guessed, y[here & train], y[here & ~train])
+        measured |= {"above_baseline": measured["accuracy"] - highest(guessed), **guessed}
+        trees, at = asked.test_trees[in_test], {**about, "label": f"{about['label']}{AT}{place}"}
+        for metric, values in measured.items():
+            low, high = share_over_trees(values, trees, seed)
+            row = {
+                "metric": f"place_{metric}",
+                "value": float(values.mean()),
+                "low": low,
+                "high": high,
+                "n": len(trees),
+            }
+            rows.append({**at, **row})
+            if metric == "above_baseline":
+                tests.append(above_test(at, values, trees, row, seed))
+    return rows, tests
+
+
+def _own(X: np.ndarray, y: np.ndarray, train: np.ndarray, max_iter: int) -> np.ndarray:
+    """bool [n_test]: which test rows of a place its own probe gets right."""
+    whitened = Whitening.of(X[train])(X)
+    return fit_all([(whitened, y)], train, max_iter)[0].right

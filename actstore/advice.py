@@ -43,7 +43,7 @@ def no_run(store: Store, run: object, held: Sequence[str]) -> ActstoreError:
         run: what was asked for.
         held: names of the runs there are.
     """
-    from actstore.ingest.models.load import available
+    from actstore.named import available
 
     holds = f"{store.path} holds {', '.join(held) if held else 'no run'}"
     if not isinstance(run, str):

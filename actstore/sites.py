@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actstore.advice import ingest_more
+from actstore.arrays.families import FAMILIES
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.models.sites import FAMILIES
 
 if TYPE_CHECKING:
     from actstore.store import Store

@@ -21,14 +21,18 @@ import polars as pl
 
 from actstore.advice import no_run
 from actstore.arrays.reader import SiteReader
-from actstore.catalog import build
-from actstore.commits.log import FORMAT_VERSION, check_sizes, log_hash, manifests
+from actstore.catalog import build, hash_note, tables
+from actstore.catalog.tables import one_line
+from actstore.commits.format import FORMAT_VERSION, check_format
+from actstore.commits.log import check_sizes, log_hash, manifests
 from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
 from actstore.reading import activations, given, scope
+from actstore.reading.rows import read_ids
+from actstore.reading.sites import open_site
 from actstore.sites import Site, wanted
 from actstore.sql.functions import Vectors, add_functions
-from actstore.sql.session import Session, one_line
-from actstore.storage.folder import CheckedFolder, Folder, check_format, place
+from actstore.sql.session import Session
+from actstore.storage.folder import CheckedFolder, Folder, place
 from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
@@ -78,17 +82,17 @@ class Store:
         hashes: dict[str, str] = {}
         self.folder: Folder = CheckedFolder(self.path, hashes) if self.check else Folder(self.path)
         opened.callback(self.folder.close)
-        build.refuse_replayed(self.path)
+        tables.refuse_replayed(self.path)
         self._session = self._open_session()
         opened.callback(self._session.close)
-        build.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
+        tables.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
         try:
-            build.check_tables(self._session.sql(build.TABLES_THERE).rows())
+            tables.check_tables(self._session.sql(tables.TABLES_THERE).rows())
             self.snapshot, hash_of_log = self._snapshot()
             self._vectors = add_functions(self._session, self)
         except (BadInput, ValueError, TypeError) as error:
             raise Damaged(
-                f"{self.path / build.NAME} is no catalog of a store ({error}); rebuild it with {advised('repair', self.path)}"
+                f"{self.path / tables.CATALOG} is no catalog of a store ({error}); rebuild it with {advised('repair', self.path)}"
             ) from error
         committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
         if log_hash(committed) != hash_of_log:
@@ -121,16 +125,16 @@ class Store:
 
     def _open_session(self) -> Session:
         if self.about["format"] == FORMAT_VERSION:
-            return self._open_checked() if self.check else Session(self.path / build.NAME)
+            return self._open_checked() if self.check else Session(self.path / tables.CATALOG)
         with build.of_older(self.path) as built:  # its own catalog lacks tables and columns of today
             return Session(built)
 
     def _open_checked(self) -> Session:
         """The catalog, once it was held against the hash that was noted for it."""
         while True:  # a writer may put another in its place meanwhile
-            session = Session(self.path / build.NAME)
+            session = Session(self.path / tables.CATALOG)
             try:
-                is_noted = build.is_noted(self.path, session.fileno())
+                is_noted = hash_note.is_noted(self.path, session.fileno())
             except FileNotFoundError:
                 is_noted = False
             if is_noted:
@@ -138,7 +142,7 @@ class Store:
             session.close()
             if is_noted is False:
                 raise Damaged(
-                    f"{self.path / build.NAME} is not what was put in place (its hash is not noted): look with "
+                    f"{self.path / tables.CATALOG} is not what was put in place (its hash is not noted): look with "
                     f"{advised('verify', self.path)}, then mend it with {advised('repair', self.path)}"
                 )
 
@@ -347,7 +351,7 @@ class Store:
         names = wanted(self, run, site, sites)
         readers = [self._reader(run, name) for name in names]
         activations.same_row_shape(readers, names)
-        token_ids, rows = activations.read_ids(self, run, query, params, timeout, memory)
+        token_ids, rows = read_ids(self, run, query, params, timeout, memory)
         return activations.read_activations(readers, token_ids, sites is None, dtype, out), rows
 
     def explain(
@@ -476,7 +480,7 @@ class Store:
     def _reader(self, run: str, site: str) -> SiteReader:
         self._session.check()
         if (run, site) not in self._readers:
-            self._readers[run, site] = activations.open_site(self, run, site)
+            self._readers[run, site] = open_site(self, run, site)
         return self._readers[run, site]
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 import actstore
-from actstore.cli.output import check_file, write_text
 from actstore.errors import ActstoreError, BadInput, NotStored
+from actstore.outputs import check_file, write_text
 from actstore.queries import study as studies
 from actstore.queries.study import Progress, Question, Study
 

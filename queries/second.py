@@ -12,9 +12,9 @@ import polars as pl
 
 from actstore.advice import ingest_command, together
 from actstore.errors import BadInput, NotStored
+from actstore.named import NAME
 from actstore.queries import nearest
 from actstore.queries.study import Question
-from actstore.writing.plan import NAME
 
 if TYPE_CHECKING:
     from actstore.store import Store

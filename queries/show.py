@@ -8,8 +8,8 @@ from rich.console import Group
 from rich.text import Text
 from rich.tree import Tree
 
-from actstore.cli.terminal import printable
 from actstore.errors import NotStored
+from actstore.outputs import printable
 from actstore.store import Store
 
 

@@ -26,8 +26,9 @@ def shipped():
 @pytest.fixture(scope="session")
 def demo_path(shipped, tmp_path_factory):
     """A store of 40 trees through the shipped model, at the default sites, in batches of 16."""
-    from actstore.ingest.jobs.job import Ingest, TreeSet
+    from actstore.ingest.jobs.job import Ingest
     from actstore.ingest.jobs.local import execute
+    from actstore.ingest.trees.task import TreeSet
 
     path = tmp_path_factory.mktemp("demo") / "demo.act"
     execute(Ingest(path, shipped, TreeSet("reproduction", 40, trees_per_shard=16), batch_size=8))

@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from actstore.commits import log
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
+from actstore.ingest.trees.task import TreeSet
 from actstore.queries import study
 from actstore.store import Store
 from actstore.writing.writer import open_writer

@@ -10,8 +10,10 @@ import numpy as np
 import polars as pl
 import torch
 
-from actstore.arrays.reader import Layout, ShardBuffer
-from actstore.ingest.trees.draw import Trees, edge_rows, tree_rows
+from actstore.arrays.layout import Layout
+from actstore.arrays.pack import ShardBuffer
+from actstore.ingest.trees.draw import Trees
+from actstore.ingest.trees.rows import edge_rows, tree_rows
 from actstore.ingest.trees.tokens import n_positions, token_rows
 from actstore.writing.plan import RunPlan, SitePlan
 from actstore.writing.writer import batch_contents, open_writer

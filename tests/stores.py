@@ -12,10 +12,11 @@ import numpy as np
 import polars as pl
 import torch
 
-from actstore.arrays.reader import Layout, ShardBuffer
-from actstore.catalog.build import HASHES
-from actstore.catalog.build import NAME as CATALOG
-from actstore.ingest.trees.draw import Trees, draw, edge_rows, tree_rows
+from actstore.arrays.layout import Layout
+from actstore.arrays.pack import ShardBuffer
+from actstore.catalog.tables import CATALOG, HASHES
+from actstore.ingest.trees.draw import Trees, draw
+from actstore.ingest.trees.rows import edge_rows, tree_rows
 from actstore.ingest.trees.tokens import n_positions, token_rows
 from actstore.writing.plan import RunPlan, SitePlan
 from actstore.writing.writer import Writer, batch_contents, open_writer

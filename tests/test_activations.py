@@ -8,8 +8,9 @@ from torch import Tensor
 
 from actstore.errors import BadInput
 from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
-from actstore.ingest.models.sites import SiteSpec, all_sites, forward, site_specs
+from actstore.ingest.models.sites import SiteSpec, all_sites, site_specs
 from actstore.ingest.trees.draw import draw
 from actstore.ingest.trees.tokens import encode
 from tests.reference import ACTIVATIONS, one_thread, random_model, reference, weights  # noqa: F401

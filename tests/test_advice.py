@@ -15,15 +15,16 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from actstore.catalog import build
+from actstore.catalog import tables
 from actstore.cli import main
-from actstore.commits import log
 from actstore.errors import BadInput, Damaged, advised
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.training.card import write_card
+from actstore.ingest.trees.task import TreeSet
+from actstore.storage import sealed
 from actstore.store import Store
-from actstore.writing.writer import create
+from actstore.writing.create import create
 from tests.test_old_stores import unpack
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,7 @@ class Case:
 
 
 def without_catalog(store: Path) -> None:
-    (store / build.NAME).unlink()
+    (store / tables.CATALOG).unlink()
 
 
 def flipped(name: str):
@@ -114,15 +115,15 @@ def changed(statement: str):
 
     def spoil(store: Path) -> None:
         sites(store)
-        (store / build.NAME).chmod(0o644)
-        with duckdb.connect(str(store / build.NAME)) as connection:
+        (store / tables.CATALOG).chmod(0o644)
+        with duckdb.connect(str(store / tables.CATALOG)) as connection:
             connection.execute(statement)
 
     return spoil
 
 
 def a_log_beside_the_catalog(store: Path) -> None:
-    (store / f"{build.NAME}.wal").write_bytes(b"left")
+    (store / f"{tables.CATALOG}.wal").write_bytes(b"left")
 
 
 def empty(store: Path) -> None:
@@ -138,7 +139,7 @@ def of_format_2(store: Path) -> None:
 def of_another_database(store: Path) -> None:
     """The catalog is a DuckDB file, and no store's."""
     without_catalog(store)
-    duckdb.connect(str(store / build.NAME)).close()
+    duckdb.connect(str(store / tables.CATALOG)).close()
 
 
 def another_past(store: Path) -> None:
@@ -146,7 +147,7 @@ def another_past(store: Path) -> None:
     path = max((store / "log").glob("*.json"))
     body = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
     path.chmod(0o644)
-    path.write_text(json.dumps({**body, "run": "other", "checksum": log._checksum({**body, "run": "other"})}))
+    path.write_text(json.dumps({**body, "run": "other", "checksum": sealed.checksum({**body, "run": "other"})}))
 
 
 def dreams_only(store: Path) -> None:
@@ -215,16 +216,16 @@ CASES = [
     ),
     Case("actstore/advice.py:no_run", ["query", "STORE", "accuracy_by_depth", "-p", "run", "baseline"], more=FEW),
     Case("actstore/sql/functions.py:_read_direction", DIRECTION, sites),
-    Case("actstore/catalog/build.py:not_a_table", ["sql", "STORE", "select 1"], changed(VIEW)),
+    Case("actstore/catalog/tables.py:not_a_table", ["sql", "STORE", "select 1"], changed(VIEW)),
     Case(
-        "actstore/reading/activations.py:_impossible",
+        "actstore/reading/sites.py:_impossible",
         [*EMBED, "--site", "embed"],
         changed("update sites set shape = []"),
     ),
-    Case("actstore/catalog/build.py:refuse_replayed", ["sql", "STORE", "select 1"], a_log_beside_the_catalog),
-    Case("actstore/storage/folder.py:_no_store", ["sql", "STORE", "select 1"], shutil.rmtree, more=FEW),
-    Case("actstore/storage/folder.py:check_format", ["study", "STORE", "depth"], of_format_2),
-    Case("actstore/storage/folder.py:_mend", ["info", "STORE"], flipped("store.json")),
+    Case("actstore/catalog/tables.py:refuse_replayed", ["sql", "STORE", "select 1"], a_log_beside_the_catalog),
+    Case("actstore/commits/format.py:_no_store", ["sql", "STORE", "select 1"], shutil.rmtree, more=FEW),
+    Case("actstore/commits/format.py:check_format", ["study", "STORE", "depth"], of_format_2),
+    Case("actstore/commits/format.py:_mend", ["info", "STORE"], flipped("store.json")),
     Case("actstore/storage/folder.py:_check_hash", READ, shard_flipped, commands=2),
     Case("actstore/sql/session.py:__init__", ["info", "STORE"], without_catalog),
     Case("actstore/store.py:_open", ["info", "STORE"], of_another_database),
@@ -235,17 +236,17 @@ CASES = [
         commands=2,
     ),
     Case(
-        "actstore/catalog/build.py:noted_hashes",
+        "actstore/catalog/hash_note.py:noted_hashes",
         ["query", "STORE", "role_counts", "--check"],
         text("catalog.json", "{"),
     ),
     Case("actstore/upkeep/verify.py:raise_if_damaged", ["verify", "STORE"], flipped("parts/tokens/*")),
 ]
 ELSEWHERE = {
-    "actstore/cli/read.py:kept",  # test_recording.py
-    "actstore/cli/read.py:ingest",  # below, as the rest
+    "actstore/cli/study.py:kept",  # test_recording.py
+    "actstore/cli/ingest.py:ingest",  # below, as the rest
     "actstore/store.py:_said_as_damage",  # test_content.py, as the next
-    "actstore/writing/writer.py:table",
+    "actstore/writing/parts.py:table",
     "actstore/reading/scope.py:_note",  # test_scope.py: a note, which refuses nothing
     "actstore/catalog/witness.py:in_conflict",  # test_witness.py: only who looks can know which of the two is right
     "actstore/upkeep/repair.py:_refuse_shared_places",  # test_links.py

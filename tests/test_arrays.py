@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
-from actstore.arrays.reader import Layout, ShardBuffer, SiteReader, metadata
+from actstore.arrays.layout import Layout
+from actstore.arrays.metadata import metadata
+from actstore.arrays.pack import ShardBuffer
+from actstore.arrays.reader import SiteReader
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.store import Store
 from tests.stores import Fake, fake
@@ -226,10 +229,10 @@ def test_gather_into_a_slice_casts_and_touches_nothing_else(
     some = np.array(data.draw(st.lists(st.integers(0, len(every) - 1), max_size=30)), np.intp)
     whole = np.full((len(some), 3, *layout.row_shape), 7, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actstore.arrays.mapped.ROWS_AT_ONCE", 4)
+        patch.setattr("actstore.arrays.copying.ROWS_AT_ONCE", 4)
         if by_threads:
-            patch.setattr("actstore.arrays.mapped.FLOATS_FOR_THREADS", 0)
-            patch.setattr("actstore.arrays.mapped.MOST_THREADS", 3)
+            patch.setattr("actstore.arrays.copying.FLOATS_FOR_THREADS", 0)
+            patch.setattr("actstore.arrays.copying.MOST_THREADS", 3)
             patch.setenv("OMP_NUM_THREADS", "3")
             patch.setattr("os.sched_getaffinity", lambda process: range(3), raising=False)
         out = whole[:, 1]
@@ -372,8 +375,9 @@ def test_padding_is_refused_by_name(run: Fake, reader: SiteReader) -> None:
 def test_padding_is_refused_into_a_slice_too_whichever_thread_meets_it(
     run: Fake, reader: SiteReader, n_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actstore.arrays.mapped.ROWS_AT_ONCE", 2)
-    monkeypatch.setattr("actstore.arrays.mapped.n_threads", lambda n_floats: n_threads)
+    monkeypatch.setattr("actstore.arrays.copying.ROWS_AT_ONCE", 2)
+    for module in ("copying", "mapped"):
+        monkeypatch.setattr(f"actstore.arrays.{module}.n_threads", lambda n_floats: n_threads)
     tree = int(run.lengths[:3].argmin())
     padding = (FIRST + tree) * 256 + int(run.lengths[tree])
     for place in range(9):

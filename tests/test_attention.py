@@ -8,9 +8,10 @@ import polars as pl
 import pytest
 
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.task import TreeSet
 from actstore.queries import study
 from actstore.queries.attention.page import draw_patterns, page, save
 from actstore.store import Store

@@ -8,18 +8,19 @@ import sys
 import duckdb
 import pytest
 
-from actstore.catalog import build
-from actstore.commits import log
+from actstore.catalog import tables
+from actstore.commits.manifest import manifest_path
 from actstore.errors import Damaged
 from actstore.ingest.replay.remake import files_of
 from actstore.store import Store
+from actstore.upkeep.rebuild import rebuild
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
-from actstore.writing.writer import open_writer, rebuild
+from actstore.writing.writer import open_writer
 from tests.damaged import damage, flip
 from tests.stores import catalog_rows, fake, files
 
-WAL = f"{build.NAME}.wal"
+WAL = f"{tables.CATALOG}.wal"
 DIES_WRITING = """
 import duckdb, os, sys
 os.chmod(sys.argv[1], 0o644)
@@ -35,13 +36,13 @@ def small(tmp_path):
     """A store of two batches, and its catalog's rows."""
     root = tmp_path / "s.act"
     fake().store(root)
-    return root, catalog_rows(root / build.NAME)
+    return root, catalog_rows(root / tables.CATALOG)
 
 
 def leave_a_log(root, statement=REPOINT):
     """What a client leaves that opened the catalog to write, wrote, and died."""
-    subprocess.run([sys.executable, "-c", DIES_WRITING, str(root / build.NAME), statement], check=True)
-    os.chmod(root / build.NAME, 0o444)
+    subprocess.run([sys.executable, "-c", DIES_WRITING, str(root / tables.CATALOG), statement], check=True)
+    os.chmod(root / tables.CATALOG, 0o444)
     assert (root / WAL).stat().st_size
 
 
@@ -55,7 +56,7 @@ def test_a_log_beside_the_catalog_is_damage_and_is_mended(small):
     done = repair(root, files_of)
     assert (done.mended, done.left) == ([WAL], [])
     assert verify(root).findings == []
-    assert catalog_rows(root / build.NAME) == rows
+    assert catalog_rows(root / tables.CATALOG) == rows
     Store(root).close()
 
 
@@ -71,14 +72,14 @@ def test_a_log_that_came_after_a_store_was_opened_is_told_by_a_query_with_limits
             store.sql("select path from shards", timeout=60)
 
 
-@pytest.mark.parametrize("ending", [*build.REPLAYED, ".tmp"])
+@pytest.mark.parametrize("ending", [*tables.REPLAYED, ".tmp"])
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "pipe"])
 def test_a_writer_removes_whatever_lies_beside_the_catalog(small, tmp_path, ending, kind):
     root, rows = small
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes").write_text("mine")
-    for path in (root / f"{build.NAME}{ending}", root / f".{build.NAME}.{os.getpid()}.tmp{ending}"):
+    for path in (root / f"{tables.CATALOG}{ending}", root / f".{tables.CATALOG}.{os.getpid()}.tmp{ending}"):
         if kind == "folder":
             path.mkdir()
             (path / "block-0.tmp").write_bytes(b"spilled")
@@ -88,13 +89,13 @@ def test_a_writer_removes_whatever_lies_beside_the_catalog(small, tmp_path, endi
             os.mkfifo(path)
         else:
             path.write_bytes(b"no log of DuckDB's")
-    is_damage = ending in build.REPLAYED
-    assert [found.path for found in verify(root).damage] == [f"{build.NAME}{ending}"] * is_damage
+    is_damage = ending in tables.REPLAYED
+    assert [found.path for found in verify(root).damage] == [f"{tables.CATALOG}{ending}"] * is_damage
     with open_writer(root):
         pass
-    assert not [path for path in os.listdir(root) if path.startswith((".catalog.", f"{build.NAME}."))]
+    assert not [path for path in os.listdir(root) if path.startswith((".catalog.", f"{tables.CATALOG}."))]
     assert verify(root).findings == []
-    assert catalog_rows(root / build.NAME) == rows
+    assert catalog_rows(root / tables.CATALOG) == rows
     assert (mine / "notes").read_text() == "mine"
 
 
@@ -103,13 +104,13 @@ def test_rebuilding_removes_it_too(small):
     leave_a_log(root)
     rebuild(root)
     assert not (root / WAL).exists()
-    assert catalog_rows(root / build.NAME) == rows
+    assert catalog_rows(root / tables.CATALOG) == rows
 
 
 def test_a_log_that_lowers_the_snapshot_hides_no_lost_manifest(small):
     root, _ = small
     leave_a_log(root, "update snapshot set snapshot = 1")
-    (root / log.manifest_path(3)).unlink()
+    (root / manifest_path(3)).unlink()
     before = files(root)
     with pytest.raises(Damaged, match="lacks manifest 3 of 3"), open_writer(root):
         pass
@@ -130,19 +131,19 @@ def test_a_part_is_mended_out_of_the_catalog_and_not_out_of_what_lies_beside_it(
 
 def test_a_log_beside_the_file_that_the_catalog_is_a_link_to_is_found(small, tmp_path):
     root, rows = small
-    (root / build.NAME).rename(tmp_path / "elsewhere.duckdb")
-    (root / build.NAME).symlink_to(tmp_path / "elsewhere.duckdb")
+    (root / tables.CATALOG).rename(tmp_path / "elsewhere.duckdb")
+    (root / tables.CATALOG).symlink_to(tmp_path / "elsewhere.duckdb")
     Store(root).close()
     with duckdb.connect() as connection:  # DuckDB looks there, or the test tests nothing
         os.chmod(tmp_path / "elsewhere.duckdb", 0o644)
         subprocess.run(
             [sys.executable, "-c", DIES_WRITING, str(tmp_path / "elsewhere.duckdb"), "delete from runs"], check=True
         )
-        connection.execute(f"attach '{root / build.NAME}' as there (read_only)")
+        connection.execute(f"attach '{root / tables.CATALOG}' as there (read_only)")
         assert connection.execute("select count(*) from there.runs").fetchall() == [(0,)]
     with pytest.raises(Damaged, match=r"elsewhere\.duckdb\.wal"):
         Store(root)
-    assert [found.path for found in verify(root).damage] == [build.NAME]
+    assert [found.path for found in verify(root).damage] == [tables.CATALOG]
     repair(root, files_of)
     assert verify(root).findings == []
-    assert catalog_rows(root / build.NAME) == rows
+    assert catalog_rows(root / tables.CATALOG) == rows

@@ -15,13 +15,17 @@ import duckdb
 import polars as pl
 import pytest
 
-from actstore.catalog import build
+from actstore.catalog import build, tables
 from actstore.commits import log
+from actstore.commits.format import FORMAT_VERSION
 from actstore.errors import BadInput, Damaged, NoRoom
 from actstore.ingest.trees import tokens
 from actstore.ingest.trees.draw import SPLITS
 from actstore.store import Store
-from actstore.writing.writer import as_parquet, create, open_writer, rebuild
+from actstore.upkeep.rebuild import rebuild
+from actstore.writing.create import create
+from actstore.writing.parts import as_parquet
+from actstore.writing.writer import open_writer
 from tests.stores import TABLES, Fake, catalog_rows, fake, files
 
 SIGNED = {
@@ -83,7 +87,7 @@ def test_a_catalog_holds_the_rows_that_were_committed(root: Path) -> None:
     assert len(rows["edges"]) == 5 * 3 + 5 * 6
     assert len(rows["predictions"]) == sum(int(run.trees.depth.sum()) for run in RUNS)
     assert len(rows["shards"]) == (2 + 2 + 1) * 2
-    assert rows["snapshot"] == [(log.FORMAT_VERSION, 12, log.log_hash(log.manifests(root)))]
+    assert rows["snapshot"] == [(FORMAT_VERSION, 12, log.log_hash(log.manifests(root)))]
     with Store(root) as store:
         found = store.sql("select dataset, depths, first_tree_id from datasets").rows()
     assert found == [("small", None, 0), ("deep", [2, 4], 5)]
@@ -231,7 +235,7 @@ def test_a_catalog_that_duckdb_has_no_room_for_is_no_room(root: Path, tmp_path: 
     code = """
 import resource, sys
 from actstore.errors import NoRoom
-from actstore.writing.writer import rebuild
+from actstore.upkeep.rebuild import rebuild
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     rebuild(sys.argv[1])
@@ -261,7 +265,7 @@ def test_every_column_of_every_table_has_its_comment(root: Path) -> None:
     comments = {(table, column): comment for table, column, comment in found if table in TABLES}
     assert {table for table, _ in comments} == set(TABLES)
     assert [name for name, comment in comments.items() if not comment] == []
-    text = build.schema()
+    text = tables.schema()
     for (_, column), comment in comments.items():
         assert re.search(rf"^    {column} .*, -- {re.escape(comment)}$", text, re.MULTILINE)
     assert comments["tokens", "position"] == "place in the sequence, 0 to 4 * n_nodes - 2"
@@ -285,12 +289,12 @@ def test_words_roles_and_splits_of_the_schema_are_those_of_the_tokens(root: Path
 
 
 def test_parts_have_the_columns_of_the_catalog_and_hold_small_numbers_unsigned(root: Path) -> None:
-    types = build.tables()
+    types = tables.tables()
     assert set(types) == set(TABLES)
     with Store(root) as store:
         for table, columns in types.items():
             schema = store.sql(f"from {table}").schema
-            assert [*columns] == [name for name in schema if name != build.DERIVED.get(table)]
+            assert [*columns] == [name for name in schema if name != tables.DERIVED.get(table)]
             for column, dtype in columns.items():
                 signed = pl.Categorical if isinstance(dtype, pl.Enum) else SIGNED.get(str(dtype), dtype)
                 assert schema[column] == (pl.UInt64 if column == "tree_hash" else signed), (table, column)
@@ -305,7 +309,7 @@ def test_parts_have_the_types_of_every_format_before(tmp_path: Path) -> None:
         archive.extractall(tmp_path, filter="data")
     seen = set()
     for part in tmp_path.glob("s.act/parts/*/*.parquet"):
-        types = build.tables()[part.parent.name]
+        types = tables.tables()[part.parent.name]
         assert pl.read_parquet_schema(part) == types, part
         assert as_parquet(part.parent.name, pl.read_parquet(part)) == part.read_bytes(), part
         seen.add(part.parent.name)

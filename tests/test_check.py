@@ -14,10 +14,10 @@ import zarr
 from torch.utils.data import DataLoader
 
 from actstore.arrays.foreign import ForeignReader
-from actstore.catalog import build
-from actstore.catalog.build import NAME as CATALOG
+from actstore.catalog import hash_note, tables
+from actstore.catalog.tables import CATALOG
 from actstore.errors import Damaged
-from actstore.reading import activations
+from actstore.reading import sites
 from actstore.storage import folder
 from actstore.storage.folder import CheckedFolder
 from actstore.storage.hashing import hash_of
@@ -210,14 +210,14 @@ def test_a_catalog_that_was_edited_is_refused_with_check(path):
 
 
 def test_a_catalog_whose_hash_nobody_noted_is_refused_with_check(path):
-    (path / build.HASHES).unlink()
+    (path / tables.HASHES).unlink()
     with pytest.raises(Damaged, match=r"catalog\.duckdb is not what was put in place"):
         Store(path, check=True)
 
 
 def test_a_catalog_that_writers_replace_meanwhile_is_opened_anew(path, monkeypatch):
     """Two publications later the first catalog's hash is no longer noted, and it is not damaged."""
-    real, seen = build.is_noted, []
+    real, seen = hash_note.is_noted, []
 
     def is_noted(root, descriptor):
         if not seen:
@@ -227,7 +227,7 @@ def test_a_catalog_that_writers_replace_meanwhile_is_opened_anew(path, monkeypat
         seen.append(real(root, descriptor))
         return seen[-1]
 
-    monkeypatch.setattr(build, "is_noted", is_noted)
+    monkeypatch.setattr(hash_note, "is_noted", is_noted)
     with Store(path, check=True) as store:
         assert store.sql("select count(*) from results").item() == 2
     assert seen == [None, True]
@@ -255,7 +255,7 @@ def test_a_store_of_an_older_format_is_checked_by_its_parts(name, tmp_path, monk
 def test_an_array_that_another_tool_wrote_is_read_without_check_alone(path, monkeypatch):
     with Store(path) as store:
         expected = store.read(ALL, "r", "embed")[0]
-    monkeypatch.setattr(activations, "mapped_dtype", lambda *_: None)  # as if it lay otherwise
+    monkeypatch.setattr(sites, "mapped_dtype", lambda *_: None)  # as if it lay otherwise
     with Store(path) as store:
         assert isinstance(store._reader("r", "embed"), ForeignReader)
         np.testing.assert_array_equal(store.read(ALL, "r", "embed")[0], expected)

@@ -9,9 +9,11 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
-from actstore.ingest.trees.draw import draw, tree_rows
+from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.rows import tree_rows
+from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import encode, token_rows
 from actstore.queries import study
 from actstore.queries.compare.controls import random_features

@@ -13,9 +13,11 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
-from actstore.ingest.trees.draw import draw, tree_rows
+from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.rows import tree_rows
+from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import n_positions, token_rows
 from actstore.intervals import holm
 from actstore.queries import confirm, load, study

@@ -16,18 +16,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import actstore.store
-from actstore.catalog import build
-from actstore.commits import log
-from actstore.commits.log import Manifest
+from actstore.catalog import hash_note, tables
+from actstore.commits.format import About, check_format
+from actstore.commits.manifest import Manifest, TableOfParts, manifest_path
 from actstore.errors import ActstoreError, Damaged, NotStored
 from actstore.ingest.replay.remake import files_of
 from actstore.storage import sealed
+from actstore.storage import sealed as storage_sealed
 from actstore.storage.content import check_inside
-from actstore.storage.folder import About, check_format
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
-from actstore.writing import writer
+from actstore.writing.committed import committed_dataset
 from actstore.writing.writer import open_writer
 from tests.stores import fake, files
 from tests.test_fuzz import NESTED
@@ -35,7 +35,7 @@ from tests.test_fuzz import NESTED
 FEW = settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MANY = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ALL = "select token_id, tree_id from tokens"
-LAST = log.manifest_path(3)
+LAST = manifest_path(3)
 TEXTS = ["", "x", "a\0b", "/etc/hostname", "../up", "a//b", "a" * 5000, "\ud800", "1", "0" * 32]
 NUMBERS = [-1, 0, 1, 2**31, 2**63, 10**400, 1.5, float("nan"), float("inf")]
 STRANGE = st.sampled_from([*TEXTS, *NUMBERS, None, True, [], {}, [[]], [None], [{}]])
@@ -65,7 +65,7 @@ def put(path, content):
 
 def with_checksum(body):
     body = {key: value for key, value in body.items() if key != "checksum"}
-    return json.dumps({**body, "checksum": log._checksum(body)}, indent=1).encode()
+    return json.dumps({**body, "checksum": storage_sealed.checksum(body)}, indent=1).encode()
 
 
 def paths_in(value, at=()):
@@ -107,7 +107,7 @@ def every_way_ends_well(root, and_mended=False):
         verify(root)
     assert files(root) == before
     with suppress(ActstoreError):
-        writer.committed_dataset(root, "d")
+        committed_dataset(root, "d")
     if and_mended:
         rebuild(root)
         return
@@ -121,7 +121,7 @@ def rebuild(root):
     """Mend a catalog as repair advises where it is whole and says otherwise than the manifests."""
     with suppress(Damaged):
         repair(root, files_of)
-    (root / build.NAME).unlink(missing_ok=True)
+    (root / tables.CATALOG).unlink(missing_ok=True)
     repair(root, files_of)
     assert verify(root).findings == []
     read(root)
@@ -210,7 +210,7 @@ def test_a_store_of_a_strange_manifest_ends_well_though_the_catalog_agrees(whole
 
 
 def test_the_types_of_a_manifest_name_the_tables_that_have_parts():
-    assert {*get_args(log.TableOfParts)} == {*build.tables()} - {"shards", "snapshot"}
+    assert {*get_args(TableOfParts)} == {*tables.tables()} - {"shards", "snapshot"}
     assert {field.name for field in fields(About)} == {"format", "made_by"}
 
 
@@ -219,12 +219,12 @@ def test_the_types_of_a_manifest_name_the_tables_that_have_parts():
 
 def change_catalog(root, *statements):
     """Change rows, and note the hash of what comes of it, as if it had been put in place."""
-    (root / build.NAME).chmod(0o644)
-    with duckdb.connect(str(root / build.NAME)) as connection:
+    (root / tables.CATALOG).chmod(0o644)
+    with duckdb.connect(str(root / tables.CATALOG)) as connection:
         for statement in statements:
             connection.execute(statement)
-    noted = xxhash.xxh3_128_hexdigest((root / build.NAME).read_bytes())
-    put(root / build.HASHES, sealed.to_json({"xxh3_128": [noted]}))
+    noted = xxhash.xxh3_128_hexdigest((root / tables.CATALOG).read_bytes())
+    put(root / tables.HASHES, sealed.to_json({"xxh3_128": [noted]}))
 
 
 VALUES = (
@@ -242,7 +242,7 @@ VALUES = (
     "[0, 5, 6]",
 )
 PLACES = [
-    (table, column) for table, column in build.column_comments() if table not in ("results", "generations", "edges")
+    (table, column) for table, column in tables.column_comments() if table not in ("results", "generations", "edges")
 ]
 
 
@@ -283,7 +283,7 @@ def test_a_path_of_the_catalog_leads_to_no_file_outside(root, tmp_path):
 def test_a_view_in_the_place_of_a_table_is_damage_and_reads_no_file(root, tmp_path, table):
     secret = tmp_path / "secret"
     secret.write_text("7")
-    with duckdb.connect(str(root / build.NAME), read_only=True) as connection:
+    with duckdb.connect(str(root / tables.CATALOG), read_only=True) as connection:
         columns = [row[0] for row in connection.execute(f"describe {table}").fetchall()]
     selected = ", ".join(f"content as {column}" for column in columns)
     views = ("edge_sources", "edge_targets", "edge_separators", "answer_tokens", "latest_results")
@@ -295,8 +295,8 @@ def test_a_view_in_the_place_of_a_table_is_damage_and_reads_no_file(root, tmp_pa
     )
     with pytest.raises(Damaged, match=rf"no catalog of a store \(it has no table {table} .*actstore repair"):
         Store(root)
-    assert build.snapshot(root) in (0, 3)
-    assert {found.path for found in verify(root).damage} == {build.NAME}
+    assert tables.snapshot(root) in (0, 3)
+    assert {found.path for found in verify(root).damage} == {tables.CATALOG}
     rebuild(root)
 
 
@@ -308,12 +308,12 @@ def forge(root, path, content):
     put(root / path, content)
     before = None
     for number in range(1, 4):
-        body = json.loads((root / log.manifest_path(number)).read_bytes())
+        body = json.loads((root / manifest_path(number)).read_bytes())
         for part in body["parts"]:
             if part["path"] == path:
                 part |= {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
         forged = with_checksum({**body, "previous": before})
-        put(root / log.manifest_path(number), forged)
+        put(root / manifest_path(number), forged)
         before = xxhash.xxh3_128_hexdigest(forged)
 
 
@@ -393,15 +393,15 @@ def test_a_store_json_of_strange_facts_is_damage_or_another_version(tmp_path, ve
 @given(NESTED | STRANGE)
 def test_a_note_of_the_catalogs_hash_is_one_or_damage(tmp_path, noted):
     try:
-        (tmp_path / build.HASHES).write_bytes(sealed.to_json({"xxh3_128": noted}))
+        (tmp_path / tables.HASHES).write_bytes(sealed.to_json({"xxh3_128": noted}))
     except (TypeError, UnicodeEncodeError):
         return
     with suppress(Damaged):
-        assert all(len(one) == 32 for one in build.noted_hashes(tmp_path))
+        assert all(len(one) == 32 for one in hash_note.noted_hashes(tmp_path))
 
 
 def test_a_catalog_without_what_a_run_needs_holds_no_site(root):
     change_catalog(root, "delete from datasets")
     with Store(root) as store, pytest.raises(NotStored):
         store.read(ALL, "r", "resid_post.0")
-    assert {found.path for found in verify(root).damage} == {build.NAME}
+    assert {found.path for found in verify(root).damage} == {tables.CATALOG}

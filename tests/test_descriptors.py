@@ -19,14 +19,15 @@ from torch.utils.data import DataLoader
 
 from actstore.arrays import mapped
 from actstore.arrays.foreign import ForeignReader
-from actstore.arrays.reader import Layout, SiteReader
+from actstore.arrays.layout import Layout
+from actstore.arrays.reader import SiteReader
 from actstore.errors import Damaged, LimitReached
 from actstore.reading import batches as batching
 from actstore.sql import process
 from actstore.storage import machine
 from actstore.store import Store
+from actstore.upkeep.rebuild import rebuild
 from actstore.upkeep.verify import verify
-from actstore.writing import writer
 from tests.stores import Fake, fake
 from tests.test_arrays import pack, planted
 
@@ -80,7 +81,7 @@ def read_everything(path: str) -> None:
         assert store.sql(f"select count(act(token_id, 'r', 'embed')) from ({ALL})", timeout=100).item() == len(X)
         assert len(os.listdir("/proc/self/fd")) < 64
     assert not verify(path).damage
-    assert writer.rebuild(path) == N_BATCHES + 1
+    assert rebuild(path) == N_BATCHES + 1
 
 
 def query_with_many_open(path: str) -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import actstore
 from actstore import queries
-from actstore.catalog import build
+from actstore.catalog import tables
 from actstore.cli import main
 from actstore.queries.study import STUDIES
 
@@ -30,7 +30,7 @@ def test_the_readme_names_every_command_and_no_other():
 
 
 def test_the_readme_names_every_table_and_view():
-    schema = build.schema()
+    schema = tables.schema()
     for name in re.findall(r"^create (?:table|view) (\w+)", schema, re.MULTILINE):
         assert f"`{name}`" in README or name == "snapshot"
 
@@ -127,7 +127,7 @@ def test_every_query_and_study_has_a_summary_that_the_listing_shows():
 
 
 def test_every_column_is_commented_with_what_it_holds():
-    commented = build.column_comments()
-    for table, body in re.findall(r"^create table (\w+) \((.*?)^\);", build.schema(), re.DOTALL | re.MULTILINE):
+    commented = tables.column_comments()
+    for table, body in re.findall(r"^create table (\w+) \((.*?)^\);", tables.schema(), re.DOTALL | re.MULTILINE):
         columns = [line.split()[0] for line in body.strip().splitlines()]
         assert columns == [column for name, column in commented if name == table]

@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actstore.arrays.foreign import ForeignReader
-from actstore.arrays.reader import Layout, ShardBuffer, SiteReader
+from actstore.arrays.layout import Layout
+from actstore.arrays.pack import ShardBuffer
+from actstore.arrays.reader import SiteReader
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
 from actstore.reading.explain import Cost, Explanation, cost

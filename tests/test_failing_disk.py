@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from actstore.cli import main
 from actstore.commits import log
 from actstore.errors import Busy, Damaged, NoRoom, Unsupported
+from actstore.storage import lease, local
 from actstore.store import Store
 from actstore.upkeep.verify import verify
 from actstore.writing.writer import open_writer
@@ -115,7 +116,7 @@ def zombie(tmp_path, monkeypatch):
     root, run = tmp_path / "s.act", fake()
     run.store(root, [0])
     with monkeypatch.context() as patch:
-        patch.setattr(log.fcntl, "flock", lambda *lock: None)
+        patch.setattr(lease.fcntl, "flock", lambda *lock: None)
         with open_writer(root) as writer:
             run.store(root)
             fake(run="q", weights=b"others").store(root)
@@ -162,7 +163,7 @@ def test_what_a_second_writer_swept_away_is_not_committed(tmp_path, monkeypatch)
         raise AssertionError("it was committed")
 
     with open_writer(root) as writer:
-        publish = log.publish
+        publish = local.publish
 
         def publish_and_lose(at, path, content):
             file = publish(at, path, content)
@@ -171,10 +172,12 @@ def test_what_a_second_writer_swept_away_is_not_committed(tmp_path, monkeypatch)
             return file
 
         monkeypatch.setattr(log, "publish", publish_and_lose)
+        monkeypatch.setattr(local, "publish", publish_and_lose)
         monkeypatch.setattr(log, "commit", swept)
         with pytest.raises(Damaged, match="is missing"):
             run.commit(writer, 0, 1)
         monkeypatch.setattr(log, "publish", publish)
+        monkeypatch.setattr(local, "publish", publish)
         monkeypatch.setattr(log, "commit", commit)
     run.store(root)
     assert verify(root).findings == []
@@ -189,7 +192,7 @@ def test_of_two_writers_at_once_one_is_told_who_the_other_is(tmp_path):
 
 LACKING = {
     "hard links": ("os", "link", errno.EPERM),
-    "locks (flock)": ("actstore.commits.log.fcntl", "flock", errno.ENOLCK),
+    "locks (flock)": ("actstore.storage.lease.fcntl", "flock", errno.ENOLCK),
     "fsync": ("os", "fsync", errno.EINVAL),
 }
 
@@ -227,7 +230,7 @@ def test_what_a_file_system_lacks_is_named_and_no_command_promised(tmp_path, mon
     if is_there:
         fake().store(root, [0])
     before = files(tmp_path)
-    monkeypatch.setattr("actstore.ingest.jobs.job.prepare", lambda store, **options: Job(store))
+    monkeypatch.setattr("actstore.ingest.jobs.prepare.prepare", lambda store, **options: Job(store))
     monkeypatch.setattr("actstore.ingest.jobs.local.execute", lambda job, advance: fake().store(job.root))
     with lacking(monkeypatch, ability):
         with pytest.raises(Unsupported, match="name a place on another file system"):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from actstore import queries
-from actstore.catalog import build
+from actstore.catalog import tables
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.ingest.trees.draw import draw
 from actstore.queries import study
@@ -201,7 +201,7 @@ def test_nothing_of_it_is_in_the_catalog(root: Path) -> None:
     with Store(root) as store:
         store.sql("select norm(act(1, 'r', 'resid_post.0'))")
     assert files(root) == before
-    with duckdb.connect(str(root / build.NAME), read_only=True) as other:
+    with duckdb.connect(str(root / tables.CATALOG), read_only=True) as other:
         made = other.execute("select function_name from duckdb_functions() where not internal").fetchall()
         assert made == []
         with pytest.raises(duckdb.CatalogException):

@@ -12,17 +12,18 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from actstore.catalog import build
-from actstore.commits import log
-from actstore.commits.log import Manifest
+from actstore.catalog import tables
+from actstore.commits.manifest import Manifest, manifest_path
 from actstore.errors import ActstoreError, BadInput, Damaged
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.config import ModelConfig
 from actstore.ingest.models.weights import read_state
 from actstore.ingest.training.recipe import read_config
+from actstore.ingest.trees.task import TreeSet
+from actstore.named import NAME
+from actstore.storage import sealed
 from actstore.store import Store
 from actstore.upkeep.verify import verify
-from actstore.writing.plan import NAME
 from tests.stores import TABLES, fake
 from tests.test_pipeline import small_model
 
@@ -139,7 +140,7 @@ def whole(tmp_path_factory):
 @OFTEN
 @given(st.data())
 def test_a_manifest_that_is_none_is_damage(whole, data):
-    content = (whole / log.manifest_path(2)).read_bytes()
+    content = (whole / manifest_path(2)).read_bytes()
     bad = data.draw(mutated(content))
     found = ends_well(lambda: Manifest.from_json(bad, Path("m")))
     assert found is None or found == Manifest.from_json(content, Path("m")), (
@@ -151,7 +152,7 @@ def test_a_manifest_that_is_none_is_damage(whole, data):
 @given(NESTED)
 def test_a_manifest_of_other_types_is_damage(value):
     body = {"format": 2, "number": value, "kind": value, "parts": value, "shards": value, "others": value}
-    content = json.dumps({**body, "checksum": log._checksum(body)}).encode()
+    content = json.dumps({**body, "checksum": sealed.checksum(body)}).encode()
     ends_well(lambda: Manifest.from_json(content, Path("m")))
 
 
@@ -196,7 +197,7 @@ def test_a_zarr_json_that_is_none_is_damage_or_read_right(whole, tmp_path, data)
 @given(cut=st.integers(0, 40_000))
 def test_a_catalog_that_is_cut_short_is_damage(whole, tmp_path, cut):
     root = copy_of(whole, tmp_path)
-    replace(root / build.NAME, (root / build.NAME).read_bytes()[:cut])
+    replace(root / tables.CATALOG, (root / tables.CATALOG).read_bytes()[:cut])
     with pytest.raises(Damaged, match="actstore repair"):
         Store(root)
     assert [finding.kind for finding in verify(root).damage] == ["catalog"]
@@ -206,9 +207,9 @@ def test_a_catalog_that_is_cut_short_is_damage(whole, tmp_path, cut):
 @given(st.data())
 def test_a_catalog_that_was_changed_anywhere_is_refused_or_read_right(whole, tmp_path, data):
     root = copy_of(whole, tmp_path)
-    content = (root / build.NAME).read_bytes()
+    content = (root / tables.CATALOG).read_bytes()
     bad = data.draw(mutated(content))
-    replace(root / build.NAME, bad)
+    replace(root / tables.CATALOG, bad)
 
     def read():
         with Store(root) as store:

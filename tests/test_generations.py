@@ -8,9 +8,10 @@ import torch
 
 from actstore.errors import BadInput
 from actstore.ingest.answers.continuations import Generator
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import COMMA, PAD, WORDS, encode
 from actstore.store import Store
 from tests.test_pipeline import small_model

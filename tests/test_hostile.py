@@ -20,9 +20,10 @@ import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
+from actstore.cli.read import Limited
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
-from actstore.sql import process as sql_process
-from actstore.sql.process import Limited, Limits
+from actstore.reading.worker import _as_sent
+from actstore.sql.process import Limits
 from actstore.store import Store
 from tests.stores import fake, files
 
@@ -512,7 +513,7 @@ def test_a_parameter_that_no_other_process_takes_is_refused(store: Store, value:
 
 
 def test_too_little_memory_is_told_whatever_the_limits() -> None:
-    kind, said = sql_process._as_sent(MemoryError(), None)
+    kind, said = _as_sent(MemoryError(), None)
     assert kind == "LimitReached"
     assert said == "the query needs more memory than there is; ask for less"
 

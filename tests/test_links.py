@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from actstore.catalog import build
-from actstore.commits import log
+from actstore.catalog import tables
+from actstore.commits.manifest import manifest_path
 from actstore.errors import Damaged
 from actstore.ingest.replay.remake import files_of
 from actstore.store import Store
@@ -18,7 +18,7 @@ from tests.stores import fake, files
 
 SITE = "activations.zarr/r/blocks.0.hook_resid_post"
 FIRST, SECOND = fake(n_trees=3, trees_per_shard=2), fake("s", "e", n_trees=2, seed=1)
-MOVED = ["log", "parts", "parts/trees", "activations.zarr/r", f"{SITE}/c", f"{SITE}/c/0/0/0", log.manifest_path(2)]
+MOVED = ["log", "parts", "parts/trees", "activations.zarr/r", f"{SITE}/c", f"{SITE}/c/0/0/0", manifest_path(2)]
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,6 @@ def test_a_part_is_mended_behind_its_link(root, tmp_path):
 
 
 def test_a_catalog_that_is_a_link_is_replaced_and_the_store_is_whole(root, tmp_path):
-    move(root / build.NAME, tmp_path / "disk" / "elsewhere.duckdb")
+    move(root / tables.CATALOG, tmp_path / "disk" / "elsewhere.duckdb")
     SECOND.store(root)
     assert verify(root).findings == []

@@ -24,32 +24,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actstore.commits import log
-from actstore.commits.log import File, Manifest, Part, Shard
+from actstore.commits.manifest import Manifest, Part, Shard, TableOfParts, manifest_path
 from actstore.errors import Busy, Damaged, NoRoom
+from actstore.storage.backend import File
+from actstore.storage.lease import lease
+from actstore.storage.local import BLOCK, DIRECT_FROM, check_room, publish
 from tests.stores import committed_files, fake, files, folders
 
 # Publishing.
 
 
 def test_what_is_published_is_there_and_described(tmp_path: Path) -> None:
-    file = log.publish(tmp_path, "parts/trees/x.parquet", b"content")
+    file = publish(tmp_path, "parts/trees/x.parquet", b"content")
     assert file == File("parts/trees/x.parquet", 7, xxhash.xxh3_128_hexdigest(b"content"))
     assert files(tmp_path) == {"parts/trees/x.parquet": b"content"}
     assert (tmp_path / file.path).stat().st_mode & 0o777 == 0o444
 
 
 def test_the_first_writer_wins(tmp_path: Path) -> None:
-    first = log.publish(tmp_path, "log/x", b"first")
-    assert log.publish(tmp_path, "log/x", b"first") == first
+    first = publish(tmp_path, "log/x", b"first")
+    assert publish(tmp_path, "log/x", b"first") == first
     with pytest.raises(Damaged, match="log/x exists with other content"):
-        log.publish(tmp_path, "log/x", b"other")
+        publish(tmp_path, "log/x", b"other")
     assert files(tmp_path) == {"log/x": b"first"}
 
 
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, bytes(content[:3])))
-    log.publish(tmp_path, "x", b"0123456789")
+    publish(tmp_path, "x", b"0123456789")
     assert files(tmp_path) == {"x": b"0123456789"}
 
 
@@ -83,19 +86,19 @@ def test_a_failure_anywhere_leaves_nothing_and_the_next_try_goes_through(
     with monkeypatch.context() as patch:
         fail_at(patch, call, turn, OSError(reason, os.strerror(reason), "somewhere"))
         with pytest.raises(OSError, match=os.strerror(reason)) as caught:
-            log.publish(tmp_path, "new/x", b"content")
+            publish(tmp_path, "new/x", b"content")
     assert isinstance(caught.value, NoRoom) == (reason != errno.EIO)
     if isinstance(caught.value, NoRoom):
         assert "new/x (7 bytes)" in str(caught.value)
     assert files(tmp_path) == {}
     if (call, turn) in CALLS[:3]:
         assert folders(tmp_path) == set(), "a folder that may not be durable must be made again"
-    log.publish(tmp_path, "new/x", b"content")
+    publish(tmp_path, "new/x", b"content")
     assert files(tmp_path) == {"new/x": b"content"}
 
 
 def test_the_calls_listed_are_all_that_a_publication_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [call for call, _ in traced(monkeypatch, lambda: log.publish(tmp_path, "new/x", b"content"))]
+    made = [call for call, _ in traced(monkeypatch, lambda: publish(tmp_path, "new/x", b"content"))]
     assert sorted(made) == sorted(call for call, _ in CALLS if call in made)
     assert {call for call, _ in CALLS} - set(made) == {"open", "write", "fchmod"}
 
@@ -105,11 +108,11 @@ def test_a_file_too_large_for_the_limits_is_no_room(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from actstore.commits import log
+from actstore.storage.local import publish
 from actstore.errors import NoRoom
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
-    log.publish(Path(sys.argv[1]), "x", bytes(20_000))
+    publish(Path(sys.argv[1]), "x", bytes(20_000))
 except NoRoom as error:
     print(error)
 """
@@ -204,7 +207,7 @@ def test_a_catalog_is_durable_before_it_takes_the_place_of_the_old_one(
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
 paths = st.lists(st.from_regex(r"[\w=,+-][\w. =,+-]{0,8}", fullmatch=True), min_size=1, max_size=4).map("/".join)
 sizes, counts = st.integers(0, 2**62 - 1), st.integers(0, 2**31 - 1)
-hashes, tables = st.text("0123456789abcdef", min_size=32, max_size=32), st.sampled_from(get_args(log.TableOfParts))
+hashes, tables = st.text("0123456789abcdef", min_size=32, max_size=32), st.sampled_from(get_args(TableOfParts))
 a_file = st.builds(File, paths, sizes, hashes)
 a_part = st.builds(Part, paths, sizes, hashes, table=tables, rows=sizes)
 a_shard = st.builds(
@@ -284,12 +287,12 @@ def test_a_manifest_names_the_one_before_it(root: Path) -> None:
     first, second, third, fourth = log.manifests(root)
     assert first.previous is None
     for before, manifest in ((first, second), (second, third), (third, fourth)):
-        assert manifest.previous == xxhash.xxh3_128_hexdigest((root / log.manifest_path(before.number)).read_bytes())
+        assert manifest.previous == xxhash.xxh3_128_hexdigest((root / manifest_path(before.number)).read_bytes())
 
 
 @pytest.mark.parametrize("edited", [1, 2, 3])
 def test_an_edit_of_a_past_manifest_shows_though_its_checksum_is_right(root: Path, edited: int) -> None:
-    path = root / log.manifest_path(edited)
+    path = root / manifest_path(edited)
     manifest = replace(log.read_manifest(path, edited), run="another")
     path.unlink()
     path.write_bytes(manifest.to_json())
@@ -302,7 +305,7 @@ def test_an_edit_of_a_past_manifest_shows_though_its_checksum_is_right(root: Pat
 
 @pytest.mark.parametrize("change", [{"previous": None}, {"previous": None, "format": 2}])
 def test_a_chain_that_was_cut_shows(root: Path, change: dict[str, Any]) -> None:
-    path = root / log.manifest_path(3)
+    path = root / manifest_path(3)
     cut = replace(log.read_manifest(path, 3), **change)
     path.unlink()
     path.write_bytes(cut.to_json())
@@ -344,8 +347,8 @@ def test_a_manifest_under_anothers_name_is_damaged(root: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from actstore.commits import log
-with log.lease(Path(sys.argv[1])):
+from actstore.storage.lease import lease
+with lease(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -370,14 +373,14 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
             pytest.raises(
                 Busy, match=f"is being written by process {process.pid} on .* ingest .*; wait for it"
             ) as caught,
-            log.lease(tmp_path),
+            lease(tmp_path),
         ):
             pass
         assert "\n" not in str(caught.value)
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(timeout=10) == 0
-    with log.lease(tmp_path):
+    with lease(tmp_path):
         pass
 
 
@@ -385,14 +388,14 @@ def test_a_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=10)
-    with log.lease(tmp_path), pytest.raises(Busy, match=f"by process {os.getpid()} "), log.lease(tmp_path):
+    with lease(tmp_path), pytest.raises(Busy, match=f"by process {os.getpid()} "), lease(tmp_path):
         pass
 
 
 def test_an_error_while_the_lease_is_held_gives_it_back(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), log.lease(tmp_path):
+    with pytest.raises(RuntimeError), lease(tmp_path):
         raise RuntimeError
-    with log.lease(tmp_path):
+    with lease(tmp_path):
         pass
 
 
@@ -429,7 +432,7 @@ def test_a_sweep_keeps_exactly_the_files_that_are_committed(
     tmp_path_factory: pytest.TempPathFactory, kept: set[str]
 ) -> None:
     root, here = tmp_path_factory.mktemp("sweep"), {"a/c", "a/d", "b/c/e", "b/c/f", "g"}
-    published = {path: log.publish(root, f"parts/{path}", path.encode()) for path in here}
+    published = {path: publish(root, f"parts/{path}", path.encode()) for path in here}
     manifest = Manifest(1, "batch", others=[published[path] for path in kept & here])
     log.commit(root, manifest)
     log.sweep(root, [manifest])
@@ -437,7 +440,7 @@ def test_a_sweep_keeps_exactly_the_files_that_are_committed(
 
 
 def test_missing_and_shortened_files_are_found_by_size(tmp_path: Path) -> None:
-    file = log.publish(tmp_path, "a/b", b"content")
+    file = publish(tmp_path, "a/b", b"content")
     committed = [Manifest(1, "batch"), Manifest(2, "batch", others=[file])]
     log.check_sizes(tmp_path, committed)
     (tmp_path / "a" / "b").chmod(0o644)
@@ -453,10 +456,10 @@ def test_missing_and_shortened_files_are_found_by_size(tmp_path: Path) -> None:
 
 
 def test_room_is_asked_for_where_the_store_will_be(tmp_path: Path) -> None:
-    free = log.check_room(tmp_path / "not" / "there", 0, "it")
+    free = check_room(tmp_path / "not" / "there", 0, "it")
     assert free > 0
     with pytest.raises(NoRoom, match=f"the run needs .* GB and {tmp_path} has .* GB free"):
-        log.check_room(tmp_path / "not" / "there", free * 1000, "the run")
+        check_room(tmp_path / "not" / "there", free * 1000, "the run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -466,7 +469,7 @@ def test_the_same_inputs_give_the_same_committed_bytes(tmp_path: Path) -> None:
     assert committed_files(tmp_path / "a.act") == committed_files(tmp_path / "b.act")
 
 
-@pytest.mark.parametrize("size", [log.DIRECT_FROM, log.DIRECT_FROM + 4, 3 * log.DIRECT_FROM + log.BLOCK - 1])
+@pytest.mark.parametrize("size", [DIRECT_FROM, DIRECT_FROM + 4, 3 * DIRECT_FROM + BLOCK - 1])
 @pytest.mark.parametrize("refused", [False, True])
 def test_large_content_written_past_the_page_cache_is_the_same_content(tmp_path, monkeypatch, size, refused):
     content = np.frombuffer(mmap.mmap(-1, size), np.uint8)
@@ -478,11 +481,11 @@ def test_large_content_written_past_the_page_cache_is_the_same_content(tmp_path,
             direct.append(len(data))
             if refused:
                 raise OSError(errno.EINVAL, "a file system that cannot")
-            data = data[: max(log.BLOCK, len(data) // 3 // log.BLOCK * log.BLOCK)]  # a short write
+            data = data[: max(BLOCK, len(data) // 3 // BLOCK * BLOCK)]  # a short write
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", watched)
-    file = log.publish(tmp_path, "a/b", content.data)
+    file = publish(tmp_path, "a/b", content.data)
     assert (tmp_path / "a/b").read_bytes() == content.tobytes()
     assert file.bytes == size
     assert direct, "nothing went past the cache: nothing was tested"

@@ -139,7 +139,7 @@ def test_a_mistake_is_told_with_what_was_got_what_there_is_and_what_to_do(
 def test_a_store_that_cannot_be_written_is_told_before_the_model_is_read(demo_path, tmp_path, monkeypatch, store):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
-    monkeypatch.setattr("actstore.ingest.jobs.job.load", lambda *_: pytest.fail("the model was read"))
+    monkeypatch.setattr("actstore.ingest.jobs.prepare.load", lambda *_: pytest.fail("the model was read"))
     place = str(demo_path if store == "STORE" else store)
     line = said(["ingest", place, "--model", "reproduction", "--trees", "40"], 2)
     assert "cannot be written" in line

@@ -21,8 +21,9 @@ from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_check
 
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.models.config import ACT_FNS, CONFIG_KEYS, NEEDED_KEYS, ModelConfig
-from actstore.ingest.models.load import add, available, build, from_bytes, listing, load
+from actstore.ingest.models.load import add, build, from_bytes, listing, load
 from actstore.ingest.models.weights import canonical, read_state, save, shapes, state
+from actstore.named import available
 from tests.reference import one_thread, random_model, random_state, weights  # noqa: F401
 
 ROOT = Path(__file__).parents[1]

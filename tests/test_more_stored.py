@@ -14,9 +14,10 @@ import pytest
 
 from actstore import queries
 from actstore.errors import SeveralRuns
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
+from actstore.ingest.trees.task import TreeSet
 from actstore.queries import study
 from actstore.store import Store
 

@@ -10,9 +10,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
+from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.variants import CHANGES
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "queries" / "notebooks").glob("*.ipynb"))

@@ -13,9 +13,10 @@ import duckdb
 import numpy as np
 import pytest
 
-from actstore.catalog.build import NAME as CATALOG
+from actstore.catalog.tables import CATALOG
 from actstore.commits import log
-from actstore.commits.log import FORMAT_VERSION
+from actstore.commits.format import FORMAT_VERSION
+from actstore.commits.manifest import manifest_path
 from actstore.errors import Damaged, TooNew, TooOld
 from actstore.ingest.replay.remake import files_of
 from actstore.store import Store
@@ -97,7 +98,7 @@ def test_what_is_written_to_an_older_store_is_chained_to_its_last_manifest(name,
 def test_an_older_store_whose_log_was_cut_short_is_damaged(name, tmp_path):
     root = unpack(name, tmp_path)
     last = len(log.manifests(root))
-    (root / log.manifest_path(last)).unlink()
+    (root / manifest_path(last)).unlink()
     with pytest.raises(Damaged, match=f"lacks manifest {last}"):
         Store(root)
 

@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from actstore.arrays.mapped import POSITIONS_PER_TREE
+from actstore.arrays.address import POSITIONS_PER_TREE
 from actstore.commits import log
 from actstore.errors import BadInput, Busy, NoRoom
-from actstore.ingest.jobs import job as jobs_job
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
+from actstore.ingest.jobs.prepare import _parse_depths, prepare
 from actstore.ingest.models.config import ModelConfig
 from actstore.ingest.models.load import load
 from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import decode, encode
+from actstore.storage import local
 from actstore.store import Store
 from tests.reference import random_model, reference, weights
 from tests.stores import files
@@ -95,7 +97,7 @@ def test_two_models_over_the_same_trees_share_them_and_join(tmp_path):
 def test_interrupted_after_any_commit_the_same_command_ends_with_the_same_bytes(tmp_path, monkeypatch):
     model, sites = small_model(), ["embed"]
     execute(Ingest(tmp_path / "whole.act", model, trees(6), sites=sites))
-    publish, calls = log.publish, []
+    publish, calls = local.publish, []
     for stop_after in range(1, 60):
         store = tmp_path / "cut.act"
         shutil.rmtree(store, ignore_errors=True)
@@ -108,6 +110,7 @@ def test_interrupted_after_any_commit_the_same_command_ends_with_the_same_bytes(
 
         calls.clear()
         monkeypatch.setattr(log, "publish", cut)
+        monkeypatch.setattr(local, "publish", cut)
         interrupted = True
         try:
             execute(Ingest(store, model, trees(6), sites=sites))
@@ -115,6 +118,7 @@ def test_interrupted_after_any_commit_the_same_command_ends_with_the_same_bytes(
         except KeyboardInterrupt:
             pass
         monkeypatch.setattr(log, "publish", publish)
+        monkeypatch.setattr(local, "publish", publish)
         execute(Ingest(store, model, trees(6), sites=sites))
         assert contents(store) == contents(tmp_path / "whole.act")
         if not interrupted:
@@ -137,7 +141,8 @@ COMMAND = """
 from pathlib import Path
 import sys
 from actstore.ingest.jobs.local import execute
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.trees.task import TreeSet
 from tests.test_pipeline import small_model
 print("ready", flush=True)
 execute(Ingest(Path(sys.argv[1]), small_model(), TreeSet("reproduction", 120, n_nodes=6, trees_per_shard=4), batch_size=4))
@@ -200,7 +205,7 @@ def test_a_run_with_other_weights_trees_or_sites_is_refused_and_changes_nothing(
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(log.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(NoRoom, match="GB free"):
         execute(Ingest(tmp_path / "s.act", small_model(), trees()))
     assert not list(tmp_path.iterdir())
@@ -265,9 +270,7 @@ def test_trees_longer_than_the_models_context_are_refused(tmp_path):
 def test_a_stored_set_of_trees_is_named_and_keeps_its_seed_and_batches(tmp_path):
     store = tmp_path / "s.act"
     execute(Ingest(store, small_model(), trees(10, seed=3)))
-    again = jobs_job.prepare(
-        store, "reproduction", dataset=trees(10, seed=3).row()["dataset"], run="other", sites="embed"
-    )
+    again = prepare(store, "reproduction", dataset=trees(10, seed=3).row()["dataset"], run="other", sites="embed")
     assert (again.trees.seed, again.trees.n_trees, again.trees.n_nodes) == (3, 10, 6)
     assert again.plan.dataset["trees_per_shard"] == 4
     execute(again)
@@ -277,9 +280,9 @@ def test_a_stored_set_of_trees_is_named_and_keeps_its_seed_and_batches(tmp_path)
 
 
 def test_depths_are_parsed_from_ranges_and_lists():
-    assert jobs_job._parse_depths("1-3,7") == (1, 2, 3, 7)
+    assert _parse_depths("1-3,7") == (1, 2, 3, 7)
     with pytest.raises(BadInput, match="range"):
-        jobs_job._parse_depths("deep")
+        _parse_depths("deep")
 
 
 def test_a_model_by_path_is_the_model_by_name(shipped):

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from actstore import queries
-from actstore.catalog.build import schema
+from actstore.catalog.tables import schema
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.trees.tokens import ROLES, WORDS, decode
 from actstore.queries import study

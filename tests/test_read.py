@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
-from actstore.arrays.foreign import ForeignReader, mapped_dtype
-from actstore.arrays.reader import Layout, SiteReader, metadata
+from actstore.arrays.foreign import ForeignReader
+from actstore.arrays.layout import Layout
+from actstore.arrays.metadata import mapped_dtype, metadata
+from actstore.arrays.reader import SiteReader
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.store import Store
 from tests.stores import Fake, fake
@@ -310,7 +312,7 @@ def test_a_store_whose_arrays_are_compressed_reads_the_same(run: Fake, tmp_path:
     array[:] = run.as_stored(site)
     monkeypatch.setattr("actstore.writing.writer.metadata", lambda *_: (tmp_path / "z" / "zarr.json").read_bytes())
     shards = iter([(tmp_path / "z" / layout.shard_name(batch)).read_bytes() for batch in range(3)])
-    monkeypatch.setattr("actstore.arrays.reader.ShardBuffer.seal", lambda *_: memoryview(next(shards)))
+    monkeypatch.setattr("actstore.arrays.pack.ShardBuffer.seal", lambda *_: memoryview(next(shards)))
     only = Fake(type(run.plan)(**{**vars(run.plan), "sites": run.plan.sites[:1]}), run.trees, run.activations)
     only.store(tmp_path / "z.act")
     with Store(tmp_path / "z.act") as store:

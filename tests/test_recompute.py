@@ -31,7 +31,7 @@ def test_a_store_of_what_its_weights_give_agrees(damageable):
 
 def planted(root, monkeypatch, change):
     """A store whose activations are what `change` makes of a batch's, and all its checksums right."""
-    from actstore.arrays.reader import ShardBuffer
+    from actstore.arrays.pack import ShardBuffer
 
     seal = ShardBuffer.seal
 

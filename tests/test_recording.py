@@ -16,10 +16,13 @@ from click.testing import CliRunner
 from actstore.cli import main
 from actstore.commits import log
 from actstore.errors import BadInput, Busy
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
+from actstore.ingest.trees.task import TreeSet
 from actstore.queries import study as studies
+from actstore.storage import lease
 from actstore.store import Store
+from actstore.upkeep import repair
 from actstore.writing import recording
 from actstore.writing.writer import open_writer
 from tests.answering import Answering, noise
@@ -30,8 +33,8 @@ from tests.test_pipeline import small_model
 HOLD = """
 import sys
 from pathlib import Path
-from actstore.commits import log
-with log.lease(Path(sys.argv[1])):
+from actstore.storage.lease import lease
+with lease(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -233,7 +236,8 @@ def test_what_a_store_that_cannot_be_written_answers_is_printed_and_kept(root, t
         raise OSError(30, "Read-only file system", str(root / ".lock"))
 
     with monkeypatch.context() as patched:
-        patched.setattr(log, "lease", read_only)
+        patched.setattr(lease, "lease", read_only)
+        patched.setattr(repair, "lease", read_only)
         answer = run("study", root, "depth", "--no-record")
         assert (answer.exit_code, answer.stderr) == (0, "")
         result = run("study", root, "depth")

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import duckdb
 import pytest
 
-from actstore.catalog import build
-from actstore.commits import log
+from actstore.catalog import tables
+from actstore.commits.manifest import manifest_path
 from actstore.errors import ActstoreError, Damaged, NotStored
 from actstore.ingest.replay.remake import files_of
 from actstore.storage import sealed
+from actstore.storage.lease import LOCK
+from actstore.storage.local import discard
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
@@ -20,8 +22,8 @@ from actstore.writing.writer import open_writer
 from tests.stores import fake, files
 
 SHARD = "activations.zarr/r/blocks.0.hook_resid_post/c/0/0/0"
-PART, MANIFEST = "parts/tokens/d-000001.parquet", log.manifest_path(2)
-FILES = (SHARD, PART, MANIFEST, build.NAME, build.HASHES, "store.json", "activations.zarr/zarr.json")
+PART, MANIFEST = "parts/tokens/d-000001.parquet", manifest_path(2)
+FILES = (SHARD, PART, MANIFEST, tables.CATALOG, tables.HASHES, "store.json", "activations.zarr/zarr.json")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,9 @@ def test_what_is_no_file_is_never_waited_for(root, name, put):
     put(root / name)
     before = sorted(path for path in root.rglob("*"))
     failed = ends(read, root)
-    assert (failed is None) == (name in (build.HASHES, "activations.zarr/zarr.json")), "which a plain read leaves alone"
+    assert (failed is None) == (name in (tables.HASHES, "activations.zarr/zarr.json")), (
+        "which a plain read leaves alone"
+    )
     assert sorted(path for path in root.rglob("*")) == before, "opening changed the store"
     found = {finding.path for finding in verify(root).damage}
     assert name in found
@@ -83,8 +87,8 @@ def test_what_is_no_file_is_never_waited_for(root, name, put):
 
 
 def test_a_mended_store_has_no_pipe_where_its_catalog_was(root):
-    (root / build.NAME).unlink()
-    os.mkfifo(root / build.NAME)
+    (root / tables.CATALOG).unlink()
+    os.mkfifo(root / tables.CATALOG)
     with within(60):
         repair(root, files_of)
     assert verify(root).findings == []
@@ -98,7 +102,7 @@ def test_a_manifest_of_any_number_is_a_gap_that_is_told_at_once(root, name):
     with within(60):
         first, *others = verify(root).damage
     assert (first.path, first.what) == (
-        log.manifest_path(4),
+        manifest_path(4),
         f"is missing, as are all up to {int(name.removesuffix('.json')) - 1}",
     )
     assert len(others) == 1
@@ -112,23 +116,23 @@ def test_names_that_no_commit_has_are_no_manifests(root):
 
 
 def test_a_catalog_of_two_thousand_million_commits_is_told_at_once(root):
-    (root / build.NAME).chmod(0o644)
-    with duckdb.connect(str(root / build.NAME)) as connection:
+    (root / tables.CATALOG).chmod(0o644)
+    with duckdb.connect(str(root / tables.CATALOG)) as connection:
         connection.execute("update snapshot set snapshot = 2000000000")
     for opening in (Store, write):
         with within(60), pytest.raises(Damaged, match="lacks manifest 4 of 2000000000"):
             opening(root)
     with within(60):
-        assert [finding.path for finding in verify(root).damage] == [log.manifest_path(4), build.NAME]
+        assert [finding.path for finding in verify(root).damage] == [manifest_path(4), tables.CATALOG]
 
 
 def test_a_lease_that_is_no_file_is_refused(root):
-    (root / log.LOCK).unlink()
+    (root / LOCK).unlink()
     for put in (os.mkdir, os.mkfifo):
-        put(root / log.LOCK)
+        put(root / LOCK)
         with within(60), pytest.raises(Damaged, match=r"\.lock .*remove (it|what stands there), then go on"):
             write(root)
-        log.discard(root / log.LOCK)
+        discard(root / LOCK)
     write(root)
 
 

@@ -7,11 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from actstore.catalog import build
+from actstore import named
+from actstore.catalog import tables
 from actstore.cli import main
-from actstore.commits import log
+from actstore.commits.manifest import manifest_path
 from actstore.errors import Damaged
+from actstore.ingest.jobs import stored
 from actstore.ingest.models import load
+from actstore.ingest.replay import definitions
 from actstore.ingest.replay.remake import files_of
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
@@ -59,10 +62,10 @@ def test_rows_are_computed_anew_where_the_catalog_is_gone_too(store):
     names = [f"parts/{table}/small-000001.parquet" for table in ("predictions", "outcomes")] + [
         "parts/tokens/d-000001.parquet"
     ]
-    for name in [*names, build.NAME]:
+    for name in [*names, tables.CATALOG]:
         damage(store / name, flip(50))
     done = repair(store, files_of)
-    assert set(done.mended) == {*names, build.NAME}
+    assert set(done.mended) == {*names, tables.CATALOG}
     assert without_catalog(store) == before
 
 
@@ -77,10 +80,10 @@ OF_BATCHES = [
 def test_a_part_is_made_again_though_the_catalog_is_damaged_too(store, name):
     path = f"parts/{name}.parquet"
     before = (store / path).read_bytes()
-    for damaged in (path, build.NAME):
+    for damaged in (path, tables.CATALOG):
         damage(store / damaged, flip(50))
     done = repair(store, files_of)
-    assert (set(done.mended), done.left) == ({path, build.NAME}, [])
+    assert (set(done.mended), done.left) == ({path, tables.CATALOG}, [])
     assert (store / path).read_bytes() == before
     if name in OF_DEFINITION[::3]:
         assert verify(store).findings == []
@@ -106,7 +109,7 @@ def test_all_parts_at_once_come_out_of_a_catalog_that_is_whole(store):
 def test_what_nothing_else_tells_is_left_with_the_command_that_makes_it_anew(store, table, said):
     (path,) = [file.path for file in committed(store) if file.path.startswith(f"parts/{table}/")]
     before = files(store)
-    for damaged in (path, build.NAME):
+    for damaged in (path, tables.CATALOG):
         damage(store / damaged, flip(50))
     done = repair(store, files_of)
     assert [(finding.path, "\n" in finding.what) for finding in done.left] == [(path, False)]
@@ -119,12 +122,17 @@ def test_what_nothing_else_tells_is_left_with_the_command_that_makes_it_anew(sto
 def test_a_models_row_comes_from_a_model_that_can_be_named(store, monkeypatch):
     (path,) = [file.path for file in committed(store) if file.path.startswith("parts/models/")]
     (weights,) = [store / file.path for file in committed(store) if file.path.startswith("models/")]
-    for damaged in (path, build.NAME):
+    for damaged in (path, tables.CATALOG):
         damage(store / damaged, flip(50))
+    monkeypatch.setattr(stored, "available", lambda: ["small"])
+    monkeypatch.setattr(named, "available", lambda: ["small"])
+    monkeypatch.setattr(definitions, "available", lambda: ["small"])
     monkeypatch.setattr(load, "available", lambda: ["small"])
     monkeypatch.setattr(load, "place", lambda name: weights)
+    monkeypatch.setattr(named, "place", lambda name: weights)
+    monkeypatch.setattr(definitions, "place", lambda name: weights)
     monkeypatch.setattr(load, "load", lambda name: small_model())
-    assert set(repair(store, files_of).mended) == {path, build.NAME}
+    assert set(repair(store, files_of).mended) == {path, tables.CATALOG}
     assert verify(store).findings == []
 
 
@@ -133,7 +141,7 @@ def test_a_file_that_is_gone_or_cut_short_comes_back(store):
     shutil.rmtree(store / "activations.zarr/small/hook_embed")
     damage(store / "parts/edges/d-000000.parquet", shorten)
     (store / "activations.zarr/zarr.json").unlink()
-    (store / build.NAME).unlink()
+    (store / tables.CATALOG).unlink()
     repair(store, files_of)
     assert without_catalog(store) == before
 
@@ -160,12 +168,12 @@ def test_what_is_computed_otherwise_is_not_put_in_place(store):
 
 @pytest.mark.parametrize("change", [shorten, lambda content: content.__init__(content[:20] + b"~~" + content[22:])])
 def test_a_manifest_of_which_more_than_a_bit_is_damaged_is_not_guessed_at(store, change):
-    damage(store / log.manifest_path(2), change)
+    damage(store / manifest_path(2), change)
     with pytest.raises(Damaged, match="restore it from a copy"):
         repair(store, files_of)
 
 
-@pytest.mark.parametrize("name", [log.manifest_path(2), "store.json", build.HASHES])
+@pytest.mark.parametrize("name", [manifest_path(2), "store.json", tables.HASHES])
 def test_a_bit_of_a_file_that_nothing_else_describes_is_flipped_back(store, name):
     before, rng = files(store), np.random.default_rng(3)
     for _ in range(8):

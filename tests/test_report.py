@@ -10,8 +10,9 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import Damaged, NoRoom, NotStored
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
+from actstore.ingest.trees.task import TreeSet
 from actstore.queries.report import TITLES, report
 from actstore.queries.study import STUDIES
 from actstore.store import Store
@@ -142,7 +143,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(path, tmp_path, mon
     with Store(path) as store:
         page = report(store, tmp_path / "out").page
         before = page.read_bytes()
-        monkeypatch.setattr("actstore.cli.output.fsync", lambda *args: (_ for _ in ()).throw(OSError(28, "No space")))
+        monkeypatch.setattr("actstore.outputs.fsync", lambda *args: (_ for _ in ()).throw(OSError(28, "No space")))
         with pytest.raises(NoRoom):
             report(store, tmp_path / "out", seed=1)
     assert page.read_bytes() == before

@@ -7,9 +7,9 @@ import polars as pl
 import pytest
 
 from actstore.errors import BadInput, NotStored
-from actstore.ingest.jobs.job import TreeSet
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.task import TreeSet
 from actstore.intervals import holm, share
 from actstore.queries import study, swap
 from actstore.queries.depth import against_the_others

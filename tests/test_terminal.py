@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from actstore.cli import main, progress
 from actstore.cli.output import print_table
-from actstore.cli.terminal import printable
+from actstore.outputs import printable
 
 ACTSTORE = [sys.executable, "-c", "from actstore.cli import main; main()"]
 COMMANDS = [

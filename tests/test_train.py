@@ -13,19 +13,20 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
-from actstore.commits.log import lease
 from actstore.errors import BadInput, Busy, NoRoom, NotStored
 from actstore.ingest.models import load
 from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.equations import forward
 from actstore.ingest.models.weights import canonical, read_state, state
 from actstore.ingest.training import checkpoints
 from actstore.ingest.training.card import write_card
 from actstore.ingest.training.evaluation import evaluate
 from actstore.ingest.training.learner import Learner, Tally
-from actstore.ingest.training.packing import every_goal, forward, pack
+from actstore.ingest.training.packing import every_goal, pack
 from actstore.ingest.training.recipe import Recipe, read_config, recipe_of, step_trees
 from actstore.ingest.training.train import to_wandb, train
 from actstore.ingest.trees.draw import draw
+from actstore.storage.lease import lease
 
 TINY = {
     "d_model": 32,

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, chisquare
 
 from actstore.errors import BadInput
-from actstore.ingest.trees.draw import DISTRIBUTIONS, MAX_NODES, NO_NODE, Trees, draw, edge_rows, sample, tree_rows
+from actstore.ingest.trees.draw import DISTRIBUTIONS, MAX_NODES, NO_NODE, Trees, draw, sample
+from actstore.ingest.trees.rows import edge_rows, tree_rows
 
 UNLIKELY = 1e-6  # seeds are fixed, so a test that passes once passes always; a wrong sampler gives far less than this
 

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from actstore.errors import BadInput
-from actstore.ingest.jobs.job import Ingest, TreeSet, prepare
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
+from actstore.ingest.jobs.prepare import prepare
 from actstore.ingest.trees import variants
-from actstore.ingest.trees.draw import draw, edge_rows
+from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.rows import edge_rows
+from actstore.ingest.trees.task import TreeSet
 from actstore.store import Store
 from tests.stores import committed_files
 from tests.test_pipeline import small_model
@@ -128,7 +131,7 @@ def test_another_model_runs_over_a_stored_variant(stored, tmp_path):
 
 def test_what_no_variant_can_be_made_of_is_refused(stored, monkeypatch):
     for looking in ("find", "load"):
-        monkeypatch.setattr(f"actstore.ingest.jobs.job.{looking}", lambda *args: small_model())
+        monkeypatch.setattr(f"actstore.ingest.jobs.prepare.{looking}", lambda *args: small_model())
     with pytest.raises(BadInput, match="no set 'nothing' is stored"):
         prepare(stored, "small", dataset="nothing", variant="swap_last")
     with pytest.raises(BadInput, match="no set was named"):

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from actstore.catalog import build
+from actstore.catalog import build, hash_note, tables
 from actstore.commits import log
+from actstore.commits.manifest import manifest_path
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.storage import hashing
@@ -25,8 +26,8 @@ def test_a_store_that_is_whole_has_nothing_wrong(damageable):
 
 def test_a_flipped_bit_in_any_file_is_found_and_named(store):
     rng = np.random.default_rng(0)
-    names = [file.path for file in committed(store)] + [build.NAME]
-    names += [log.manifest_path(number) for number in (1, 3, len(log.manifests(store)))]
+    names = [file.path for file in committed(store)] + [tables.CATALOG]
+    names += [manifest_path(number) for number in (1, 3, len(log.manifests(store)))]
     for name in names:
         before = (store / name).read_bytes()
         damage(store / name, flip(int(rng.integers(len(before))), int(rng.integers(8))))
@@ -65,10 +66,10 @@ def test_quick_does_not_read_what_chunks_hold(store):
 def test_a_catalog_that_was_put_in_place_and_is_not_what_its_parts_say_is_found(store):
     import duckdb
 
-    os.chmod(store / build.NAME, 0o644)
-    with duckdb.connect(str(store / build.NAME)) as connection:
+    os.chmod(store / tables.CATALOG, 0o644)
+    with duckdb.connect(str(store / tables.CATALOG)) as connection:
         connection.execute("update edges set source = target, target = source where tree_id = 3 and edge = 2")
-    (store / build.HASHES).write_text(json.dumps({"xxh3_128": [_hash(store / build.NAME)]}))
+    (store / tables.HASHES).write_text(json.dumps({"xxh3_128": [_hash(store / tables.CATALOG)]}))
     whats = [finding.what for finding in verify(store).damage]
     assert whats == ["the parts lack 1 rows of table edges", "it lacks 1 rows of table edges"]
 
@@ -87,7 +88,7 @@ def test_what_no_commit_names_is_no_damage(store):
 
 
 def test_a_manifest_that_is_gone_is_missed_even_where_it_was_the_last(store):
-    (store / log.manifest_path(len(log.manifests(store)))).unlink()
+    (store / manifest_path(len(log.manifests(store)))).unlink()
     assert [finding.what for finding in verify(store).damage] == ["is missing"]
 
 
@@ -99,16 +100,16 @@ def test_the_group_of_all_arrays_is_looked_at(store):
 def test_a_manifest_that_leads_outside_the_store_is_damage(store):
     manifest = log.manifests(store)[0]
     elsewhere = replace(manifest, others=[replace(manifest.others[0], path="../elsewhere/zarr.json")])
-    (store / log.manifest_path(1)).unlink()
-    (store / log.manifest_path(1)).write_bytes(elsewhere.to_json())
+    (store / manifest_path(1)).unlink()
+    (store / manifest_path(1)).write_bytes(elsewhere.to_json())
     assert "no path inside the store" in verify(store).damage[0].what
 
 
 def test_damage_of_the_catalog_is_not_carried_on_into_the_next_one(store):
-    damage(store / build.NAME, flip(os.path.getsize(store / build.NAME) - 1))
+    damage(store / tables.CATALOG, flip(os.path.getsize(store / tables.CATALOG) - 1))
     before = verify(store).damage
     execute(Ingest(store, small_model(), TREES, run="again", sites=["embed"]))
-    assert [found.path for found in before] == [build.NAME]
+    assert [found.path for found in before] == [tables.CATALOG]
     assert verify(store).findings == []
 
 
@@ -118,11 +119,11 @@ def test_a_catalog_that_a_writer_replaces_meanwhile_is_no_damage(store, monkeypa
     def slowly(descriptor):
         found = hash_of(descriptor)
         for _ in range(2 if not times else 0):  # two later catalogs, so that the one that was opened is noted no more
-            os.chmod(store / build.NAME, 0o644)
+            os.chmod(store / tables.CATALOG, 0o644)
             build.publish(store, from_nothing=True)
         times.append(found)
         return found
 
-    monkeypatch.setattr(build, "hash_of", slowly)
+    monkeypatch.setattr(hash_note, "hash_of", slowly)
     assert verify(store).findings == []
     assert len(times) == 2

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from actstore.catalog import build, witness
+from actstore.catalog import tables, witness
 from actstore.commits import log
-from actstore.commits.log import Manifest
+from actstore.commits.manifest import Manifest, manifest_path
 from actstore.errors import Damaged
 from actstore.ingest.replay.remake import files_of
 from actstore.store import Store
+from actstore.upkeep.rebuild import rebuild
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
-from actstore.writing.writer import open_writer, rebuild
+from actstore.writing.writer import open_writer
 from tests.stores import fake, files
 from tests.test_old_stores import unpack
 
@@ -40,7 +41,7 @@ def edit(root, number, chained=False, **changes):
         edited = replace(manifest, **changes if manifest.number == number else {})
         if chained and manifest.number > number:
             edited = replace(edited, previous=before)
-        path = root / log.manifest_path(manifest.number)
+        path = root / manifest_path(manifest.number)
         path.unlink()
         path.write_bytes(edited.to_json())
         before = Manifest.from_json(path.read_bytes(), path).xxh3_128
@@ -75,7 +76,7 @@ def test_a_manifest_that_dropped_files_is_refused_and_they_stay(root):
     dropped = last.shards[0].path
     edit(root, 5, shards=last.shards[1:])
     refused(root, "conflict", f"holds {dropped} with hash", "disagree, so one of them was edited .*nothing was touched")
-    (root / build.NAME).unlink()  # which the message advises where the manifests are right
+    (root / tables.CATALOG).unlink()  # which the message advises where the manifests are right
     repair(root, files_of)
     assert not (root / dropped).exists()
     assert verify(root).findings == []
@@ -101,8 +102,8 @@ def test_a_log_that_was_edited_and_chained_anew_is_not_the_one_the_catalog_was_b
 
 def test_a_catalog_that_is_damaged_is_no_witness(root):
     edit(root, 5, shards=log.manifests(root)[-1].shards[1:])
-    (root / build.NAME).chmod(0o644)
-    with (root / build.NAME).open("ab") as file:
+    (root / tables.CATALOG).chmod(0o644)
+    with (root / tables.CATALOG).open("ab") as file:
         file.write(b"x")
     repair(root, files_of)
     assert verify(root).findings == []
@@ -121,7 +122,7 @@ def test_a_catalog_that_is_damaged_is_no_witness(root):
 )
 def test_a_manifest_that_carries_the_name_of_another_run_is_found(root, number, change, said):
     edit(root, number, chained=True, **change)
-    (root / build.NAME).unlink()  # the manifests alone tell
+    (root / tables.CATALOG).unlink()  # the manifests alone tell
     before = files(root)
     assert said in " ".join(found.what for found in verify(root).damage if found.kind == "manifest")
     with pytest.raises(Damaged, match=r"nothing was touched|restore it from a copy"):

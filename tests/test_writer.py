@@ -18,10 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actstore.commits import log
+from actstore.commits.format import FORMAT_VERSION
 from actstore.errors import ActstoreError, BadInput, Busy, Damaged, NotStored, TooNew
+from actstore.named import NAME
+from actstore.storage.lease import lease
 from actstore.store import Store
-from actstore.writing.plan import NAME, RunPlan
-from actstore.writing.writer import Writer, committed_batches, create, open_writer, rebuild
+from actstore.upkeep.rebuild import rebuild
+from actstore.writing.committed import committed_batches
+from actstore.writing.create import create
+from actstore.writing.plan import RunPlan
+from actstore.writing.writer import Writer, open_writer
 from tests.stores import Fake, catalog_rows, committed_files, fake, files, folders
 
 SYSTEM_CALLS = ("mkdir", "open", "write", "fchmod", "fsync", "link", "unlink", "chmod", "replace", "rename")
@@ -386,13 +392,13 @@ def test_what_a_killed_maker_left_is_not_taken_over(tmp_path: Path) -> None:
     assert set(files(tmp_path)) == {
         f"s.act/{name}" for name in ("store.json", "catalog.duckdb", "catalog.json", "activations.zarr/zarr.json")
     }
-    assert json.loads((root / "store.json").read_text())["format"] == log.FORMAT_VERSION
+    assert json.loads((root / "store.json").read_text())["format"] == FORMAT_VERSION
 
 
 def test_two_that_make_the_same_store_do_not_mix(tmp_path: Path) -> None:
     root = tmp_path / "s.act"
     (tmp_path / ".s.act.new").mkdir()
-    with log.lease(tmp_path / ".s.act.new"), pytest.raises(Busy, match=f"by process {os.getpid()}"):
+    with lease(tmp_path / ".s.act.new"), pytest.raises(Busy, match=f"by process {os.getpid()}"):
         create(root)
     assert not root.exists()
     create(root)
@@ -487,7 +493,7 @@ def test_a_log_cut_short_is_damaged_and_what_it_named_is_not_swept(
 
 def test_store_json_says_the_format_and_who_made_it(whole: Path) -> None:
     about = json.loads((whole / "store.json").read_text())
-    assert about["format"] == log.FORMAT_VERSION
+    assert about["format"] == FORMAT_VERSION
     assert about["made_by"].startswith("actstore ")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", about["made_at"])
 

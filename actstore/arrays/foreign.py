@@ -14,41 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from actstore.arrays.mapped import flat_rows
-from actstore.arrays.reader import Layout, SiteReader, not_stored
+from actstore.arrays.copying import flat_rows
+from actstore.arrays.layout import Layout
+from actstore.arrays.reader import SiteReader, not_stored
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.storage.machine import limit_reached
 
 MOST_BYTES = 1 << 34  # of a decoded chunk
-
-
-def mapped_dtype(about: Mapping[str, Any], layout: Layout) -> str | None:
-    """The dtype of an array that lies as a layout says, so that its shards can be mapped; None where it lies otherwise.
-
-    Args:
-        about: the content of the array's zarr.json.
-    """
-    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    expected = {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(layout.shape),
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(layout.shard_shape)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "codecs": [
-            {
-                "name": "sharding_indexed",
-                "configuration": {
-                    "chunk_shape": list(layout.chunk_shape),
-                    "codecs": checked,
-                    "index_codecs": checked,
-                    "index_location": "end",
-                },
-            }
-        ],
-    }
-    same = all(about.get(key) == value for key, value in expected.items()) and not about.get("storage_transformers")
-    return about["data_type"] if same and about.get("data_type") in ("float32", "float16") else None
 
 
 class ForeignReader(SiteReader):

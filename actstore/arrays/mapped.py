@@ -27,19 +27,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import google_crc32c
 import numpy as np
 
-from actstore.errors import ActstoreError, BadInput, Damaged
-from actstore.storage.machine import limit_reached, n_processors
+from actstore.arrays.address import POSITION_BITS, POSITIONS_PER_TREE
+from actstore.arrays.copying import n_threads
+from actstore.errors import ActstoreError, Damaged
+from actstore.storage.machine import limit_reached
 from actstore.storage.regular import open_regular
 
 if TYPE_CHECKING:
-    from actstore.arrays.reader import Layout
+    from actstore.arrays.layout import Layout
 
-POSITIONS_PER_TREE = 256  # token_id = tree_id * 256 + position: more than the 255 positions of the largest tree
-POSITION_BITS, POSITION_MASK = 8, 255
 NOWHERE = -(2**62)  # in a table of offsets: that chunk is not mapped, or not there; it stays negative whatever is added
-ROWS_AT_ONCE = 512  # that are copied twice: few enough that the second copy finds them in the processor's own memory
-FLOATS_FOR_THREADS = 8 << 20  # 32 MB: below, a thread costs more than it saves
-MOST_THREADS = 4  # memory is the limit then
 NO_CHUNK = 2**64 - 1  # in a shard's index: this chunk was never written
 
 
@@ -214,55 +211,3 @@ class Shards:
                 f"the index of {path} of {self.where} is not what was committed; restore it from a copy of the store"
             )
         return np.where(there, (offset // layout.item_bytes).astype(np.int64), -1)
-
-
-def flat_rows(out: np.ndarray, n_rows: int, layout: Layout) -> np.ndarray:
-    """`out` as [n, numbers in a row], sharing its memory.
-
-    Raises:
-        ValueError: it has another shape, no float dtype, or rows that do not each lie in one piece.
-    """
-    if out.shape != (n_rows, *layout.row_shape) or out.dtype.kind != "f":
-        raise ValueError(f"got out {out.dtype} {list(out.shape)} for {n_rows} rows of {list(layout.row_shape)} floats")
-    flat = out.reshape(n_rows, layout.row_items)
-    if n_rows and (not np.shares_memory(flat, out) or (layout.row_items > 1 and flat.strides[1] != out.itemsize)):
-        raise ValueError("each row of out must lie in one piece, as in a slice of the sites of [n, n_sites, d_model]")
-    return flat
-
-
-def copy_rows(windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, dtype: str) -> bool:
-    """Copy windows[offsets], which hold numbers of a dtype, into X [n, numbers in a row]; by threads where it is much.
-
-    Returns:
-        Whether a row begins with NaN.
-
-    Raises:
-        BadInput: a number is too large for the dtype of X.
-    """
-
-    def copy(start: int) -> bool:
-        blank = False
-        with np.errstate(over="raise"):
-            for first in range(start, min(start + per_thread, len(X)), ROWS_AT_ONCE):
-                some = slice(first, min(first + ROWS_AT_ONCE, start + per_thread))
-                X[some] = windows[offsets[some]].view(dtype).reshape(-1, X.shape[1])
-                blank |= bool(np.isnan(X[some, 0].min(initial=0)))
-        return blank
-
-    threads_wanted = n_threads(X.size)
-    per_thread = max(-(-len(X) // threads_wanted), 1)
-    try:
-        if threads_wanted == 1:
-            return copy(0)
-        with ThreadPoolExecutor(threads_wanted) as threads:
-            return any(list(threads.map(copy, range(0, len(X), per_thread))))
-    except FloatingPointError:
-        raise BadInput(f"an activation is too large for {X.dtype}; read it as float32") from None
-
-
-def n_threads(n_floats: int) -> int:
-    """How many threads shall copy so many numbers: no more than processors, nor than OMP_NUM_THREADS allows."""
-    if n_floats < FLOATS_FOR_THREADS:
-        return 1
-    allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(n_processors(), MOST_THREADS, int(allowed) if allowed.isdecimal() else MOST_THREADS))

@@ -11,188 +11,21 @@ the inner chunks, then (offset, length) of each as little-endian u64, then the c
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import google_crc32c
 import numpy as np
 
-from actstore.arrays.mapped import (
-    POSITION_BITS,
-    POSITION_MASK,
-    POSITIONS_PER_TREE,
-    Shards,
-    copy_rows,
-    flat_rows,
-    n_threads,
-)
+from actstore.arrays.address import POSITION_BITS, POSITION_MASK, POSITIONS_PER_TREE
+from actstore.arrays.copying import copy_rows, flat_rows, n_threads
+from actstore.arrays.layout import Layout
+from actstore.arrays.mapped import Shards
 from actstore.errors import Damaged, NotStored
 from actstore.storage.regular import open_regular
 
 if TYPE_CHECKING:
-    import torch
-
-CRC_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one site's array lies on the disk.
-
-    Attributes:
-        shape: of the whole array, trees first.
-        position_axis: the axis that chunks cut one by one: 1 for [tree, position, d_model], 2 for [tree, head, query, key].
-        trees_per_shard: trees a shard and a chunk hold.
-        dtype: of the numbers stored: float32 or float16.
-    """
-
-    shape: tuple[int, ...]
-    position_axis: int
-    trees_per_shard: int
-    dtype: str = "float32"
-
-    @property
-    def item_bytes(self) -> int:
-        return np.dtype(self.dtype).itemsize
-
-    @property
-    def n_positions(self) -> int:
-        return self.shape[self.position_axis]
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Shape of one token's activation: (d_model,), or (head, key)."""
-        return tuple(size for axis, size in enumerate(self.shape) if axis not in (0, self.position_axis))
-
-    @property
-    def row_items(self) -> int:
-        return math.prod(self.row_shape)
-
-    @property
-    def chunk_shape(self) -> tuple[int, ...]:
-        return tuple(
-            self.trees_per_shard if axis == 0 else 1 if axis == self.position_axis else size
-            for axis, size in enumerate(self.shape)
-        )
-
-    @property
-    def shard_shape(self) -> tuple[int, ...]:
-        return (self.trees_per_shard, *self.shape[1:])
-
-    @property
-    def chunk_bytes(self) -> int:
-        """One inner chunk with its checksum; a multiple of item_bytes, so that every row starts on a float."""
-        return self.item_bytes * self.trees_per_shard * self.row_items + CRC_BYTES
-
-    @property
-    def index_bytes(self) -> int:
-        return self.n_positions * 16 + CRC_BYTES
-
-    @property
-    def shard_bytes(self) -> int:
-        return self.n_positions * self.chunk_bytes + self.index_bytes
-
-    def shard_name(self, batch: int) -> str:
-        """Of a shard's file inside its array's folder: `c/3/0/0`."""
-        return "/".join(["c", str(batch), *["0"] * (len(self.shape) - 1)])
-
-
-def metadata(layout: Layout, names: tuple[str, ...], attributes: Mapping[str, Any]) -> bytes:
-    """The array's zarr.json, as zarr-python writes it."""
-    import zarr
-    from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
-    from zarr.core.buffer import default_buffer_prototype
-    from zarr.core.sync import sync
-    from zarr.storage import MemoryStore
-
-    store = MemoryStore()
-    zarr.create_array(
-        store,
-        shape=layout.shape,
-        chunks=layout.shard_shape,
-        dtype=layout.dtype,
-        fill_value=float("nan"),
-        serializer=ShardingCodec(chunk_shape=layout.chunk_shape, codecs=[BytesCodec(endian="little"), Crc32cCodec()]),
-        compressors=None,
-        dimension_names=names,
-        attributes=dict(attributes),
-        config={"write_empty_chunks": True},
-    )
-    buffer = sync(store.get("zarr.json", default_buffer_prototype()))
-    assert buffer is not None
-    return buffer.to_bytes()
-
-
-class ShardBuffer:
-    """The bytes of one shard while it is filled; reused from batch to batch, since fresh memory costs page faults."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.n_put = 0  # trees since the last seal
-        self.bytes = np.frombuffer(mmap.mmap(-1, layout.shard_bytes), np.uint8)  # page-aligned, to be written directly
-        self.rows = np.ndarray(  # [position, tree, *row]: the order on the disk
-            (layout.n_positions, layout.trees_per_shard, *layout.row_shape),
-            layout.dtype,
-            self.bytes,
-            strides=(layout.chunk_bytes, *_contiguous_strides((1, *layout.row_shape), layout.item_bytes)),
-        )
-        index = np.ndarray((layout.n_positions, 2), "<u8", self.bytes, layout.n_positions * layout.chunk_bytes)
-        index[:, 0] = np.arange(layout.n_positions, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
-        index[:, 1] = layout.chunk_bytes
-
-    def put(self, first_row: int, activations: torch.Tensor) -> None:
-        """Copy a batch in, behind the first_row rows that are there.
-
-        Args:
-            activations: float [tree, position, d_model] or [tree, head, query, key], on any device.
-
-        Raises:
-            ValueError: they are of another shape, or more trees than the shard has room for.
-        """
-        import torch
-
-        rows = torch.from_numpy(self.rows)[:, first_row : first_row + len(activations)]
-        by_position = activations.movedim(self.layout.position_axis, 0)
-        if by_position.shape != rows.shape:  # which copy_ would broadcast
-            raise ValueError(
-                f"got activations {list(activations.shape)} for row {first_row} of a shard of {list(self.layout.shard_shape)}"
-            )
-        rows.copy_(by_position)
-        self.n_put += len(activations)
-
-    def seal(self, lengths: np.ndarray) -> memoryview:
-        """Blank what is no token, checksum every chunk and the index, and return the shard's bytes.
-
-        Args:
-            lengths: intp [n_trees], tokens of each tree; rows past the last tree are blanked too.
-
-        Raises:
-            ValueError: other trees were put in than there are lengths; what stood there before would be stored as theirs.
-        """
-        n_trees = len(lengths)
-        if self.n_put != n_trees:
-            raise ValueError(f"got {n_trees} lengths for {self.n_put} trees of activations")
-        self.n_put = 0
-        self.rows[:, n_trees:] = np.nan
-        for position in range(int(lengths.min()), self.layout.n_positions):
-            self.rows[position, :n_trees][lengths <= position] = np.nan
-        for position in range(self.layout.n_positions):
-            start = position * self.layout.chunk_bytes
-            self._checksum(start, start + self.layout.chunk_bytes - CRC_BYTES)
-        self._checksum(self.layout.n_positions * self.layout.chunk_bytes, self.layout.shard_bytes - CRC_BYTES)
-        return self.bytes.data
-
-    def _checksum(self, start: int, stop: int) -> None:
-        crc = google_crc32c.value(self.bytes[start:stop])
-        self.bytes[stop : stop + CRC_BYTES] = np.frombuffer(crc.to_bytes(CRC_BYTES, "little"), np.uint8)
-
-
-def _contiguous_strides(shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
-    return tuple(item_bytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    pass
 
 
 class SiteReader:

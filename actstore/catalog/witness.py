@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from actstore.catalog import build
+from actstore.catalog import hash_note, tables
 from actstore.commits import log
-from actstore.commits.log import ARRAYS, PARTS, WEIGHTS, Manifest, log_hash
+from actstore.commits.format import ARRAYS, PARTS, WEIGHTS
+from actstore.commits.log import log_hash
+from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged, advised
 
 OF_RUN = ("predictions", "outcomes", "generations")  # tables whose parts are named by a run, and not by a set of trees
@@ -76,8 +78,8 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         root: of a store whose catalog is what was put in place.
         manifests: all of them, each whole.
     """
-    with build.attached(root) as connection:
-        held, hash_of_log = build.snapshot_of(connection)
+    with tables.attached(root) as connection:
+        held, hash_of_log = tables.snapshot_of(connection)
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
         if hash_of_log is not None and log_hash(committed) != hash_of_log:
             yield f"the catalog was built from manifests of hash {hash_of_log}, and these have {log_hash(committed)}"
@@ -85,8 +87,8 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         rows = {"shards": len(named)}
         for part in [part for manifest in committed for part in manifest.parts]:
             rows[part.table] = rows.get(part.table, 0) + part.rows
-        there = {row[0] for row in connection.execute(build.TABLES_ATTACHED).fetchall()}
-        for table in [table for table in build.tables() if table in there and table != "snapshot"]:
+        there = {row[0] for row in connection.execute(tables.TABLES_ATTACHED).fetchall()}
+        for table in [table for table in tables.tables() if table in there and table != "snapshot"]:
             n = connection.execute(f"select count(*) from there.{table}").fetchall()[0][0]
             if n != rows.get(table, 0):
                 yield f"the catalog holds {n:,} rows of table {table}, and the manifests name {rows.get(table, 0):,}"
@@ -101,8 +103,8 @@ def conflict(root: Path, committed: list[Manifest]) -> str:
     """What a catalog that is whole says otherwise than the manifests, by their hash; nothing where they agree, or where the
     catalog is no witness: it is damaged, or of a format that noted no hash.
     """
-    held, hash_of_log = build.built_from(root)
-    if hash_of_log is None or log_hash(committed[:held]) == hash_of_log or not build.is_whole(root):
+    held, hash_of_log = tables.built_from(root)
+    if hash_of_log is None or log_hash(committed[:held]) == hash_of_log or not hash_note.is_whole(root):
         return ""
     return "; ".join(conflicts(root, committed))
 
@@ -126,5 +128,5 @@ def in_conflict(root: Path, what: str) -> str:
     return (
         f"the manifests of {root} and its catalog are each whole and disagree, so one of them was edited or replaced: {what}; "
         "nothing was touched. Restore the store from a copy; or, if the manifests are right, remove "
-        f"{root / build.NAME} and run {advised('repair', root)}, which removes what they do not name"
+        f"{root / tables.CATALOG} and run {advised('repair', root)}, which removes what they do not name"
     )

@@ -1,5 +1,9 @@
-"""The command line."""
+"""The command `actstore`: each command opens a store, makes one library call and prints.
 
-from actstore.cli.read import main
+Heavy imports stay inside the commands, so that `--help` answers at once.
+"""
+
+from actstore.cli import ingest, models, read, study, train, upkeep  # noqa: F401 (each adds its commands)
+from actstore.cli.group import main
 
 __all__ = ["main"]

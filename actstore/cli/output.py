@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 import polars as pl
 
-from actstore.cli.terminal import is_unicode, print_data, printable
-from actstore.commits.log import fsync, fsync_folder, needing_room
-from actstore.errors import BadInput, Unsupported
-from actstore.storage.folder import store_around
+from actstore.cli.terminal import print_data
+from actstore.errors import BadInput
+from actstore.outputs import check_ending, printable, replacing
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.table import Table
 
 ROWS_SHOWN = 60  # of a table; the other formats give every row
 ACTIVATION_FILES = (".npz", ".safetensors", ".parquet")
-FIGURES = (".png", ".svg", ".pdf")
 ARGUMENTS = ("file", "allow_pickle")  # np.savez takes arrays by keyword beside its own
 ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with cells cut short
 
@@ -174,80 +167,6 @@ def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
     replacing(path, writers[Path(path).suffix])
 
 
-def save_figure(path: str | Path, figure: Figure, dpi: float | None = None) -> None:
-    """Write a figure in the format that the file's ending names (one of FIGURES), whole or not at all."""
-    kind = Path(path).suffix.removeprefix(".")
-    replacing(path, lambda target: figure.savefig(target, format=kind, dpi=dpi or "figure"))
-
-
-def check_file(path: str | Path | None, option: str, endings: Sequence[str] = (), make: bool = False) -> None:
-    """Refuse a file that cannot be written, or must not be, before any work is done for it.
-
-    Args:
-        path: the file; None where none is asked for.
-        option: the argument that named it, as the message calls it.
-        endings: those that say a format; any will do where none is given.
-        make: whether the file's folder will be made.
-
-    Raises:
-        BadInput: the ending says no format, the file lies in a store, or no file can be written there.
-    """
-    if path is None:
-        return
-    check_ending(str(path), endings, option)
-    target, got = Path(os.path.realpath(path)), f"got {option} {path}"
-    _check_unicode(path, got)
-    _check_folder(Path(path).parent, got, make)
-    if around := store_around(target):
-        raise BadInput(f"{got}, which leads into the store {around}; name a file outside it")
-    try:
-        mode = target.stat().st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise BadInput(f"{got}: {error.strerror}; name another file") from error
-    if not stat.S_ISREG(mode):
-        raise BadInput(f"{got}, which is {'a folder' if stat.S_ISDIR(mode) else 'no plain file'}; name a file")
-
-
-def check_folder(path: str | Path, option: str) -> None:
-    """Refuse a folder, which will be made where there is none, as check_file refuses a file.
-
-    Raises:
-        BadInput: it is in a store, or no folder, or cannot be written.
-    """
-    _check_folder(Path(path), f"got {option} {path}", make=True)
-
-
-def _check_unicode(path: str | Path, got: str) -> None:
-    if not is_unicode(os.path.realpath(path)):
-        raise BadInput(f"{got}, a path that is not UTF-8, which not every library can write to; name another place")
-
-
-def _check_folder(path: Path, got: str, make: bool) -> None:
-    folder = Path(os.path.realpath(path))
-    _check_unicode(folder, got)
-    if around := store_around(folder):
-        raise BadInput(f"{got}, which lies in the store {around}; name a place outside it")
-    while make and not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        what = "is no folder" if os.path.lexists(folder) else "is not there"
-        raise BadInput(f"{got}, and the folder {folder} {what}; make it, or name another place")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput(f"{got}, and the folder {folder} cannot be written; name another place")
-
-
-def check_ending(path: str | None, endings: Sequence[str], option: str) -> None:
-    """Refuse a file whose ending says no format, before any work is done for it.
-
-    Raises:
-        BadInput: says which endings there are.
-    """
-    if path and endings and Path(path).suffix not in endings:
-        raise BadInput(f"got {option} {path}; a file ends in {', '.join(endings)}")
-
-
 def check_columns(columns: Sequence[str], path: str | None) -> None:
     """Refuse a query's column that has no place beside the activations, which the activations would replace or it them.
 
@@ -306,34 +225,3 @@ def _save_safetensors(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
     tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
     others = {name: _json(rows[name].to_list()) for name, array in arrays.items() if array is None}
     save_file({"X": X, **tensors}, target, metadata=others or None)
-
-
-def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: beside its place, durably, and then into it.
-
-    Args:
-        path: where; what stood there is replaced, and a link leads on to the file it names.
-        write: is given the path to write to, which has no ending.
-
-    Raises:
-        BadInput: the file lies in a store, or no file can be written there.
-        NoRoom: the disk is full.
-    """
-    check_file(path, "the file")
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{uuid4().hex}.tmp")
-    try:
-        with needing_room(target):
-            write(temporary)
-            with suppress(Unsupported):  # the file is whole all the same
-                fsync(temporary)
-            os.replace(temporary, target)
-            with suppress(OSError):  # some file systems cannot
-                fsync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write text in UTF-8, whole or not at all; raises as `replacing` does."""
-    replacing(path, lambda target: target.write_text(text, encoding="utf-8"))

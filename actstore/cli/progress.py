@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from actstore.cli.terminal import printable
+from actstore.outputs import printable
 
 if TYPE_CHECKING:
     from rich.live import Live

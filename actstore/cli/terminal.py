@@ -5,27 +5,14 @@ from __future__ import annotations
 import io
 import os
 import sys
-import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control, format, surrogate, line and paragraph separator
+from actstore.outputs import printable
+
 HANDLES_ANY_TEXT = "backslashreplace"  # `→` is `\u2192` where an encoding lacks it
-
-
-def printable(text: str) -> str:
-    """Text with its control characters written out (ESC as `\\x1b`); line breaks and tabs stay."""
-    if text.isprintable():
-        return text
-    return "".join(_written_out(character) for character in text)
-
-
-def _written_out(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) not in STEERING:
-        return character
-    return character.encode("unicode_escape").decode()
 
 
 @contextmanager
@@ -43,15 +30,6 @@ def notes(kind: type[Warning]) -> Iterator[None]:
 
         warnings.showwarning = show
         yield
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text holds no half of a character, as arguments and paths do that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def prepare() -> None:

@@ -19,11 +19,14 @@ import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from actstore.arrays.address import POSITION_BITS, POSITION_MASK
 from actstore.arrays.foreign import ForeignReader
-from actstore.arrays.mapped import POSITION_BITS, POSITION_MASK
-from actstore.arrays.reader import Layout, SiteReader, not_stored
+from actstore.arrays.layout import Layout
+from actstore.arrays.reader import SiteReader, not_stored
 from actstore.errors import BadInput, Damaged
 from actstore.reading import activations
+from actstore.reading.rows import read_ids
+from actstore.reading.sites import open_site
 from actstore.storage.folder import CheckedFolder, Folder
 from actstore.storage.machine import limit_reached
 
@@ -63,9 +66,9 @@ class Batches(IterableDataset):
         memory: str | int | None,
     ) -> None:
         _check_counts(batch_size=(batch_size, 1), window=(window, 1), seed=(seed, 0), start=(start, 0))
-        readers = [activations.open_site(store, run, site) for site in sites]
+        readers = [open_site(store, run, site) for site in sites]
         activations.same_row_shape(readers, sites)
-        ids, rows = activations.read_ids(store, run, query, params, timeout, memory)
+        ids, rows = read_ids(store, run, query, params, timeout, memory)
         _refuse_what_is_not_there(store, readers, ids)
         self._ids, self._columns = ids, {name: _column(rows[name]) for name in rows.columns}
         self._sites, self._one_site = [_Site.of(reader) for reader in readers], one_site

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actstore.arrays.address import POSITION_BITS
 from actstore.arrays.foreign import ForeignReader
-from actstore.arrays.mapped import POSITION_BITS
 from actstore.arrays.reader import SiteReader
-from actstore.reading.activations import read_ids
+from actstore.reading.rows import read_ids
 
 if TYPE_CHECKING:
     from actstore.reading.given import Tokens

@@ -17,7 +17,7 @@ import polars as pl
 from polars.io.plugins import register_io_source
 
 from actstore.arrays.reader import SiteReader
-from actstore.reading.activations import catalog_rows
+from actstore.reading.sites import catalog_rows
 from actstore.sql.pushdown import Column, Pushed, push
 from actstore.storage.content import Count, Positive
 

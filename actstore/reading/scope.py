@@ -11,7 +11,6 @@ the whole table in any of them.
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ import polars as pl
 from actstore.errors import SeveralRuns, advised
 from actstore.sql import late_act
 from actstore.sql.asked import MATTERS, Asked
+from actstore.sql.process import outside
 
 if TYPE_CHECKING:
     from actstore.sql.session import Session
@@ -82,14 +82,6 @@ def _note(store: Store, tables: Mapping[str, str], schema: str | None) -> None:
         SeveralRuns,
         stacklevel=outside(),
     )
-
-
-def outside() -> int:
-    """How many calls above the one that asks is the first that is not of this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "actstore":
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _schema(session: Session, run: str, answers: bool) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from actstore.catalog.build import column_comments
+from actstore.catalog.tables import column_comments
 from actstore.errors import BadInput
 from actstore.sql.session import Session
 

@@ -10,11 +10,9 @@ The macros live in the session's own database, never in the catalog, where they 
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -22,18 +20,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actstore.catalog import build
-from actstore.commits.log import WEIGHTS
-from actstore.errors import BadInput, Damaged, NotStored, advised
-from actstore.storage.machine import limit_reached
-from actstore.storage.regular import read_regular
+from actstore.catalog import tables
+from actstore.errors import BadInput, NotStored, advised
+from actstore.sql.logit_lens import Unembedding, read_unembedding
 
 if TYPE_CHECKING:
     from actstore.arrays.reader import SiteReader
     from actstore.sql.session import Session
     from actstore.store import Store
 
-LAYER_NORM_EPS = 1e-5  # TransformerLens' own, which every model here is built with
 MACROS = {  # `{vector}` is array where widths agree and list where they do not
     "dot(a, b)": "{vector}_inner_product(a, b)",
     "norm(x)": "sqrt({vector}_inner_product(x, x))",
@@ -70,7 +65,7 @@ def add_functions(session: Session, store: Store) -> Vectors:
     if not store.sql("select 1 from duckdb_views() where view_name = 'latest_results'").height:  # an older catalog
         with suppress(BadInput):  # one from before results had names
             store.sql("select name, direction from results limit 0")
-            session.add_view("main.latest_results", build.view("latest_results"))
+            session.add_view("main.latest_results", tables.view("latest_results"))
     for macro, body in MACROS.items():
         session.add_macro(macro, body.format(vector="array" if d_model else "list"))
     return vectors
@@ -79,30 +74,6 @@ def add_functions(session: Session, store: Store) -> Vectors:
 def _shared(widths: Sequence[int | None]) -> int | None:
     """The one width there is; None where there are several or none."""
     return widths[0] if len(widths) == 1 else None
-
-
-@dataclass(frozen=True)
-class Unembedding:
-    """What makes logits of a residual stream: a model's final LayerNorm and its unembedding.
-
-    Attributes:
-        w: float32 [d_model], scale of the LayerNorm.
-        b: float32 [d_model], its offset.
-        W_U: float32 [d_model, d_vocab].
-        b_U: float32 [d_vocab].
-    """
-
-    w: np.ndarray
-    b: np.ndarray
-    W_U: np.ndarray
-    b_U: np.ndarray  # noqa: N815
-
-    def logits(self, X: np.ndarray) -> np.ndarray:
-        """float32 [n, d_vocab] of float32 [n, d_model]."""
-        centred = X - X.mean(axis=1, keepdims=True)
-        scale = np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + np.float32(LAYER_NORM_EPS))
-        logits: np.ndarray = (centred / scale * self.w + self.b) @ self.W_U + self.b_U
-        return logits
 
 
 class Vectors:
@@ -177,7 +148,7 @@ class Vectors:
         if run not in self._unembeddings:
             store = self._store
             found = store.sql("select weights_sha256 from runs where run = $run", {"run": store.run(run)})
-            self._unembeddings[run] = _read_unembedding(store, str(found.item()))
+            self._unembeddings[run] = read_unembedding(store, str(found.item()))
         return self._unembeddings[run]
 
     def _direction(self, name: str) -> np.ndarray:
@@ -224,30 +195,6 @@ def _arrow(X: np.ndarray, width: int | None) -> pa.Array:
     if width:
         return pa.FixedSizeListArray.from_arrays(values, width)
     return pa.ListArray.from_arrays(pa.array(np.arange(len(X) + 1, dtype=np.int32) * np.int32(X.shape[1])), values)
-
-
-def _read_unembedding(store: Store, weights_sha256: str) -> Unembedding:
-    """The last layer of a model, out of the weights that the store keeps.
-
-    Raises:
-        Damaged: the file is not there, or is not the one that the run ran.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    path = store.path / WEIGHTS / f"{weights_sha256}.safetensors"
-    try:
-        content = read_regular(path, path.stat().st_size)
-        if hashlib.sha256(content).hexdigest() != weights_sha256:
-            raise ValueError("its sha256 is another")
-        held = load(content)
-        parts = [held[name] for name in ("ln_final.w", "ln_final.b", "unembed.W_U", "unembed.b_U")]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        what = error.strerror if isinstance(error, OSError) else error
-        raise limit_reached(error, f"cannot read the weights {path}") or Damaged(
-            f"the weights {path} cannot be read ({what}); restore them from a copy of the store"
-        ) from error
-    return Unembedding(*(part.astype(np.float32) for part in parts))
 
 
 def _read_direction(store: Store, name: str) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 DuckDB stops a query between two vectors of rows, and counts what its own operators hold. One function call on one vector
 can run for minutes or hold gigabytes in between (`repeat('x', 2^33)`, a list of 10^10 numbers, a regular expression), so a
-query with a limit runs in a fresh process, `python -m actstore.sql.process`, on the very catalog file that its store has open.
+query with a limit runs in a fresh process, `python -m actstore.reading.worker`, on the very catalog file that its store has open.
 
 The request goes in as a line of JSON (see parameters.py); out come a byte when the query is about to begin, then a byte
 that says what follows: a line of notes and the rows as an Arrow IPC stream, or an error as JSON. When the parent goes, the
@@ -32,10 +32,8 @@ from typing import IO, Any
 import polars as pl
 
 from actstore import errors
-from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
-from actstore.reading import scope
-from actstore.sql.parameters import from_json, to_json
-from actstore.sql.session import Session
+from actstore.errors import ActstoreError, BadInput, LimitReached
+from actstore.sql.parameters import to_json
 from actstore.storage.machine import OUT_OF_MEMORY, within_limits
 from actstore.store import Store
 
@@ -83,21 +81,6 @@ def _bytes(memory: str | int) -> int:
     return size
 
 
-class Limited:
-    """A store whose every query has limits, for what asks a store by itself, such as a named query."""
-
-    def __init__(self, store: Store, timeout: float | None, memory: str | int | None) -> None:
-        self.run, self._store, self._limits = store.run, store, (timeout, memory)
-
-    def of(self, run: str) -> Limited:
-        """As Store.of."""
-        return Limited(self._store.of(run), *self._limits)
-
-    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
-        """As Store.sql."""
-        return self._store.sql(query, params, *self._limits)
-
-
 def run(
     store: Store, query: str, params: Mapping[str, Any] | None, limits: Limits, reads: str | None = None
 ) -> pl.DataFrame:
@@ -131,7 +114,7 @@ def run(
     }
     with within_limits("cannot start the query's process"), tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "actstore.sql.process"],
+            [sys.executable, "-P", "-m", "actstore.reading.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
@@ -155,7 +138,7 @@ def run(
         if answer[:1] == ROWS:
             notes, rows = bytes(answer[1:]).split(b"\n", 1)
             for note in json.loads(notes):
-                warnings.warn(note, errors.SeveralRuns, stacklevel=scope.outside())
+                warnings.warn(note, errors.SeveralRuns, stacklevel=outside())
             return pl.read_ipc_stream(BytesIO(rows))
         if answer[:1] == ERROR:
             kind, message = json.loads(answer[1:])
@@ -185,7 +168,7 @@ def _wait(process: subprocess.Popen[bytes], limits: Limits) -> bytes:
                 "--timeout) or ask for less"
             )
         if limits.memory is not None and _resident(process.pid) - before > limits.memory:
-            raise _too_much(limits.memory)
+            raise too_much(limits.memory)
         if output.poll(1e3 * LOOK_UP):
             more = os.read(process.stdout.fileno(), 1 << 20)
             if not more:
@@ -194,7 +177,7 @@ def _wait(process: subprocess.Popen[bytes], limits: Limits) -> bytes:
             answer += more
 
 
-def _too_much(memory: int) -> LimitReached:
+def too_much(memory: int) -> LimitReached:
     return LimitReached(
         f"the query needed more than its limit of {memory / 1e6:,.0f} MB of memory and was stopped; raise it (memory=…, "
         "--memory) or ask for less"
@@ -205,7 +188,7 @@ def _died(code: int, limits: Limits, complaints: IO[bytes]) -> ActstoreError:
     complaints.seek(0)
     lines = complaints.read().decode(errors="replace").strip().splitlines()
     if limits.memory is not None and (code < 0 or any(OUT_OF_MEMORY.search(line) for line in lines)):
-        return _too_much(limits.memory)  # an allocation failed where nobody expected one to
+        return too_much(limits.memory)  # an allocation failed where nobody expected one to
     why = f"signal {-code}" if code < 0 else f"exit code {code}"
     said = f", saying {lines[-1].strip()!r}" if lines else ""
     return LimitReached(
@@ -215,10 +198,10 @@ def _died(code: int, limits: Limits, complaints: IO[bytes]) -> ActstoreError:
 
 def _resident(pid: int | str) -> int:
     """Bytes of memory that a process has for itself alone; 0 where the system does not say (then DuckDB's limit is left)."""
-    return _of_status(pid, "RssAnon")
+    return of_status(pid, "RssAnon")
 
 
-def _of_status(pid: int | str, what: str) -> int:
+def of_status(pid: int | str, what: str) -> int:
     with suppress(OSError, ValueError, IndexError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(f"{what}:"):
@@ -226,77 +209,9 @@ def _of_status(pid: int | str, what: str) -> int:
     return 0
 
 
-class _Inherited(Store):
-    """A store on a catalog file, and in the very folder, that another process has open (and has checked, where it checks)."""
-
-    def __init__(self, path: Path, identity: tuple[int, int], catalog: int, memory: int | None, check: bool) -> None:
-        self._identity, self._inherited, self._memory = identity, Path(f"/dev/fd/{catalog}"), memory
-        super().__init__(path, check)
-
-    def _open_session(self) -> Session:
-        if self.folder.identity() != self._identity:
-            raise Damaged(f"{self.path} was moved or replaced since it was opened; open the store again")
-        return Session(self._inherited, self._memory)
-
-
-def main() -> None:
-    """The process: one request in, one answer out."""
-    out = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever else prints does not mix with the answer
-    memory = None
-    try:
-        asked = _receive()
-        path, memory = Path(asked["path"]), asked["limits"]["memory"]
-        params = from_json(asked["params"])
-        with _Inherited(path, tuple(asked["identity"]), asked["catalog"], memory, asked["check"]) as store:
-            if store.snapshot != asked["snapshot"]:
-                raise Damaged(f"{path} is another store by now; open it again")
-            if memory is not None:
-                _limit_allocations(memory)
-            out.write(READY)
-            with warnings.catch_warnings(record=True) as notes:
-                warnings.simplefilter("always", errors.SeveralRuns)
-                asked_of = store if asked["of"] is None else store.of(asked["of"])
-                frame = asked_of._ask(asked["query"], params, None, None, asked["reads"])
-        said = [str(note.message) for note in notes if issubclass(note.category, errors.SeveralRuns)]
-        out.write(ROWS + json.dumps(said).encode() + b"\n")
-        frame.write_ipc_stream(out)
-    except (ActstoreError, MemoryError) as error:
-        out.write(ERROR + json.dumps(_as_sent(error, memory)).encode())
-    out.close()
-    os._exit(0)  # nothing is left to tidy, and threads of the query might still run
-
-
-def _receive() -> Any:
-    request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    return request
-
-
-def _as_sent(error: ActstoreError | MemoryError, memory: int | None) -> tuple[str, str]:
-    lacks = isinstance(error, MemoryError) or OUT_OF_MEMORY.search(
-        str(error).partition("\n")[0]
-    )  # not in the copy of the query
-    if memory is not None and lacks:
-        error = _too_much(memory)
-    elif isinstance(error, MemoryError):
-        error = LimitReached("the query needs more memory than there is; ask for less")
-    return type(error).__name__, str(error)
-
-
-def _limit_allocations(memory: int) -> None:
-    """Have the system refuse a single allocation that is larger than what is left, before a page of it is used."""
-    import resource
-
-    if held := _of_status("self", "VmData"):
-        most = held + memory + HEADROOM
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    main()
+def outside() -> int:
+    """How many calls above the one that asks is the first that is not of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "actstore":
+        frame, level = frame.f_back, level + 1
+    return level

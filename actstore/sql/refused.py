@@ -9,6 +9,7 @@ from difflib import get_close_matches
 import duckdb
 
 from actstore import queries
+from actstore.catalog.tables import in_parts
 
 SHUT = "has been disabled by configuration"  # what DuckDB says of the file system that a session shuts off
 COLUMN = re.compile(r'Referenced column "(.+?)" (?:was )?not found')
@@ -47,14 +48,6 @@ def refusal(error: duckdb.Error, query: str, tables: Callable[[], list[str]]) ->
     if advice := _advice(said, query.strip().rstrip(";"), tables):
         said += f" {advice[0].upper()}{advice[1:]}" if said[-1] in ".!?" else f"; {advice}"
     return "\n".join([f"the query was refused: {said}", *place])
-
-
-def in_parts(error: Exception) -> tuple[str, list[str]]:
-    """DuckDB's message as one line, and the lines that show the place in the query; none where it names no place."""
-    lines = str(error).splitlines()
-    first = next((i for i, line in enumerate(lines) if line.startswith("LINE ")), len(lines))
-    said = " ".join(line.strip() for line in lines[:first] if line.strip())
-    return said, [line.rstrip() for line in lines[first : first + 2]]
 
 
 def _advice(said: str, query: str, tables: Callable[[], list[str]]) -> str:

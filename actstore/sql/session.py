@@ -21,10 +21,10 @@ import polars as pl
 from duckdb.func import PythonUDFType
 
 from actstore import errors
-from actstore.catalog.build import located
-from actstore.cli.terminal import is_unicode
+from actstore.catalog.tables import located, one_line
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
-from actstore.sql.refused import in_parts, refusal
+from actstore.sql.refused import refusal
+from actstore.storage.folder import is_unicode
 from actstore.storage.machine import check_process, finalize_here, limit_reached
 from actstore.storage.regular import check_regular, open_regular
 
@@ -340,8 +340,3 @@ def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Callable[[], T]) ->
     if "error" in outcome:
         raise outcome["error"]
     return outcome["frame"]
-
-
-def one_line(error: Exception) -> str:
-    """DuckDB's message without the copy of the query that follows it."""
-    return in_parts(error)[0]

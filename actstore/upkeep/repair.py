@@ -20,16 +20,21 @@ import duckdb
 import polars as pl
 import xxhash
 
-from actstore.catalog import build, witness
+from actstore.catalog import build, tables, witness
 from actstore.commits import log
-from actstore.commits.log import ARRAYS, File, Manifest, Part
+from actstore.commits.format import ARRAYS, FOLDERS, FORMAT_VERSION, check_format
+from actstore.commits.log import refuse_astray
+from actstore.commits.manifest import Manifest, Part
 from actstore.errors import Damaged, advised
 from actstore.storage import links, sealed
-from actstore.storage.folder import check_format, place, refuse_astray
+from actstore.storage.backend import File
+from actstore.storage.folder import place
+from actstore.storage.lease import lease
+from actstore.storage.local import put
 from actstore.storage.regular import read_regular
 from actstore.upkeep.verify import Finding, read_manifests, verify
 from actstore.upkeep.verify_catalog import CONFLICT
-from actstore.writing.writer import GROUP, as_parquet
+from actstore.writing.parts import GROUP, as_parquet
 
 Recompute = Callable[
     [Path, list[Manifest], str, int | None], dict[str, bytes]
@@ -70,7 +75,7 @@ def repair(
     """
     root = place(path)
     _refuse_what_is_no_store(root)
-    with log.lease(root, wait):
+    with lease(root, wait):
         refuse_astray(root, read_manifests(root)[0])
         mended = _flip_back(root)
         about = check_format(root, older=True)
@@ -85,9 +90,9 @@ def repair(
             raise Damaged(witness.in_conflict(root, "; ".join(conflict)))
         _refuse_shared_places(root, manifests, [finding.path for finding in report.damage])
         log.sweep(root, manifests)  # what an interrupted repair left
-        build.discard_beside(root / build.NAME)
+        tables.discard_beside(root / tables.CATALOG)
         of_catalog = [finding.path for finding in report.damage if finding.kind == "catalog"]
-        is_whole = all(path.startswith(f"{build.NAME}.") for path in of_catalog)  # but for what was beside it
+        is_whole = all(path.startswith(f"{tables.CATALOG}.") for path in of_catalog)  # but for what was beside it
         damaged = {finding.path: finding for finding in report.damage}
         left: list[Finding] = []
         for manifest in manifests:
@@ -100,9 +105,9 @@ def repair(
         if not any(finding.kind == "part" for finding in left):
             build.publish(root, from_nothing=True)
             mended += dict.fromkeys(of_catalog)
-            if about["format"] < log.FORMAT_VERSION:
+            if about["format"] < FORMAT_VERSION:
                 about = {key: value for key, value in about.items() if key != sealed.CHECKSUM}
-                put(root / "store.json", sealed.to_json({**about, "format": log.FORMAT_VERSION}))
+                put(root / "store.json", sealed.to_json({**about, "format": FORMAT_VERSION}))
                 mended.append("store.json")
         return Repair(mended, left, len(manifests))
 
@@ -119,7 +124,7 @@ def _refuse_shared_places(root: Path, manifests: list[Manifest], damaged: list[s
         Damaged: it does, so that mending the one would damage the other.
     """
     files = {file.path: file for manifest in manifests for file in manifest.files}
-    if not links.linked(root, [*log.FOLDERS, *files]):
+    if not links.linked(root, [*FOLDERS, *files]):
         return
     there: dict[str, list[File]] = {}
     for file in files.values():
@@ -226,10 +231,10 @@ def _is(content: bytes, file: File) -> bool:
 
 def _from_catalog(root: Path, manifest: Manifest, part: Part) -> bytes:
     """A part's bytes out of the rows that the catalog holds of it."""
-    with build.attached(root) as connection:
+    with tables.attached(root) as connection:
         where, values = _rows_of(manifest, part)
         rows = connection.sql(f"from there.{part.table} {where}", params=values).pl()
-    rows = rows.drop(build.DERIVED.get(part.table, ""), strict=False)
+    rows = rows.drop(tables.DERIVED.get(part.table, ""), strict=False)
     return as_parquet(part.table, rows.head(part.rows))
 
 
@@ -275,18 +280,6 @@ def _zarr_group(root: Path) -> list[str]:
         pass
     put(root / path, GROUP)
     return [path]
-
-
-def put(path: Path, content: bytes) -> None:
-    """Put a file in the place of a damaged one, durably, whole or not at all."""
-    log.make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        log.write_durably(temporary, content)
-        log.replace_file(temporary, path)
-        log.fsync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def table(done: Repair) -> pl.DataFrame:

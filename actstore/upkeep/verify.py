@@ -18,17 +18,20 @@ from typing import Any
 import google_crc32c
 import polars as pl
 
-from actstore.catalog import build, witness
+from actstore.catalog import tables, witness
 from actstore.commits import log
-from actstore.commits.log import ARRAYS, File, Manifest, Part, Shard
+from actstore.commits.format import ARRAYS, FORMAT_VERSION, LOG, WEIGHTS, check_format
+from actstore.commits.log import led_astray
+from actstore.commits.manifest import Manifest, Part, Shard, manifest_path
 from actstore.errors import Damaged, TooNew, advised
 from actstore.storage import links
-from actstore.storage.folder import check_format, led_astray, place
+from actstore.storage.backend import File
+from actstore.storage.folder import place
 from actstore.storage.hashing import hash_of
 from actstore.storage.machine import limit_reached, n_processors
 from actstore.storage.regular import open_regular, read_regular
 from actstore.upkeep import verify_catalog
-from actstore.writing.writer import GROUP
+from actstore.writing.parts import GROUP
 
 COLUMNS = ("path", "kind", "what", "run", "site", "batch", "trees")
 
@@ -91,7 +94,7 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
     findings: list[Finding] = []
     is_older = False
     try:
-        is_older = check_format(root, older=True)["format"] < log.FORMAT_VERSION
+        is_older = check_format(root, older=True)["format"] < FORMAT_VERSION
     except TooNew:
         raise
     except Damaged as error:
@@ -122,7 +125,7 @@ def _catalog(
         return [Finding(path, kind, what) for path, kind, what in wrong]
     found = [Finding(path, verify_catalog.CATALOG, what) for path, what in verify_catalog.lacking_or_added(root)]
     if not found and manifests is not None and (what := witness.conflict(root, manifests)):
-        found.append(Finding(build.NAME, verify_catalog.CONFLICT, what))
+        found.append(Finding(tables.CATALOG, verify_catalog.CONFLICT, what))
     return found
 
 
@@ -131,29 +134,29 @@ def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
     found: list[Manifest] = []
     broken: list[Finding] = []
     there = log.numbers(root)
-    end = max([*there[-1:], build.snapshot(root)]) + 1
+    end = max([*there[-1:], tables.snapshot(root)]) + 1
     expected = 1
     for number in [*there, end]:
         if number > expected:  # as many as there may be: a name can be any number
             what = "is missing" + f", as are all up to {number - 1}" * (number > expected + 1)
-            if link := links.broken(root / log.LOG):
+            if link := links.broken(root / LOG):
                 what += f", since {link}"
-            broken.append(Finding(log.manifest_path(expected), "manifest", what))
+            broken.append(Finding(manifest_path(expected), "manifest", what))
         expected = number + 1
         if number == end:
             break
-        path = root / log.manifest_path(number)
+        path = root / manifest_path(number)
         try:
             manifest = log.read_manifest(path, number)
             before = found[-1] if found and found[-1].number == number - 1 else None
             if (before or number == 1) and (what := log.breaks_chain(before, manifest)):
-                broken.append(Finding(log.manifest_path(max(number - 1, 1)), "manifest", what))
+                broken.append(Finding(manifest_path(max(number - 1, 1)), "manifest", what))
             found.append(manifest)
         except Damaged as error:
-            broken.append(Finding(log.manifest_path(number), "manifest", str(error)))
+            broken.append(Finding(manifest_path(number), "manifest", str(error)))
         except OSError as error:
-            broken.append(Finding(log.manifest_path(number), "manifest", _said(error, path)))
-    broken += [Finding(log.manifest_path(number), "manifest", what) for number, what in witness.at_odds(found)]
+            broken.append(Finding(manifest_path(number), "manifest", _said(error, path)))
+    broken += [Finding(manifest_path(number), "manifest", what) for number, what in witness.at_odds(found)]
     return found, broken
 
 
@@ -205,7 +208,7 @@ def _finding(manifest: Manifest, file: File, what: str) -> Finding:
         assert shard is not None
         trees = f"{shard.first_tree_id} to {shard.first_tree_id + shard.n_trees - 1}"
     kind = "shard" if isinstance(file, Shard) else "part" if isinstance(file, Part) else "metadata"
-    kind = "weights" if file.path.startswith(log.WEIGHTS) else kind
+    kind = "weights" if file.path.startswith(WEIGHTS) else kind
     site = file.site if isinstance(file, Shard) else None
     return Finding(file.path, kind, what, manifest.run, site, manifest.batch, trees)
 

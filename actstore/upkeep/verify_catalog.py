@@ -10,11 +10,11 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from actstore.catalog import build, witness
+from actstore.catalog import hash_note, tables, witness
+from actstore.catalog.tables import one_line
 from actstore.commits import log
-from actstore.commits.log import Manifest
+from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged, LimitReached
-from actstore.sql.session import one_line
 from actstore.storage.machine import limit_reached
 from actstore.storage.regular import check_regular, open_regular
 
@@ -41,31 +41,31 @@ def wrong_with(
         is_noted = _is_noted(root)
     except FileNotFoundError:
         if not is_older:
-            yield build.HASHES, CATALOG, "is missing"
+            yield tables.HASHES, CATALOG, "is missing"
             return
         is_noted = True
     except Damaged as error:
-        yield build.HASHES, CATALOG, str(error)
+        yield tables.HASHES, CATALOG, str(error)
         return
     if not is_noted:
-        yield build.NAME, CATALOG, "its content is not what was put in place"
+        yield tables.CATALOG, CATALOG, "its content is not what was put in place"
     elif manifests is not None:
-        yield from ((build.NAME, *found) for found in _differing(root, manifests, parts_are_whole))
+        yield from ((tables.CATALOG, *found) for found in _differing(root, manifests, parts_are_whole))
 
 
 def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it) as far as names tell: the catalog is missing, or DuckDB would add a file to it."""
-    for left in build.replayed(root):
-        where = left.name if os.path.samefile(left.parent, root) else build.NAME
+    for left in tables.replayed(root):
+        where = left.name if os.path.samefile(left.parent, root) else tables.CATALOG
         yield where, f"{left} is no part of the store, and each read would take its changes for committed"
     if what := _lacking(root):
-        yield build.NAME, what
+        yield tables.CATALOG, what
 
 
 def _lacking(root: Path) -> str:
     """What is wrong where no file is under the catalog's name; nothing where there is one."""
     try:
-        check_regular(root / build.NAME)
+        check_regular(root / tables.CATALOG)
     except FileNotFoundError:
         return "is missing"
     except Damaged as error:
@@ -76,8 +76,8 @@ def _lacking(root: Path) -> str:
 def _is_noted(root: Path) -> bool:
     """Whether the catalog has a hash that was noted; one that a writer puts in its place meanwhile is looked at, too."""
     while True:
-        with os.fdopen(open_regular(root / build.NAME), "rb") as opened:
-            if (is_noted := build.is_noted(root, opened.fileno())) is not None:
+        with os.fdopen(open_regular(root / tables.CATALOG), "rb") as opened:
+            if (is_noted := hash_note.is_noted(root, opened.fileno())) is not None:
                 return is_noted
 
 
@@ -99,16 +99,16 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
     """Compare every row of every table with those of the parts, of as many commits as the catalog holds."""
     with (
         tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder,
-        build.attached(root) as connection,  # and keep that one
+        tables.attached(root) as connection,  # and keep that one
     ):
-        connection.execute(f"set temp_directory = {build.quoted(folder)}")  # else it would be where one happens to be
+        connection.execute(f"set temp_directory = {tables.quoted(folder)}")  # else it would be where one happens to be
         held = int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]
-        types = dict(build.tables()["shards"])
+        types = dict(tables.tables()["shards"])
         connection.register("shards_committed", pl.DataFrame(shards, schema=types))
-        there = {row[0] for row in connection.execute(build.TABLES_ATTACHED).fetchall()}
-        for table in [table for table in build.tables() if table in there and table != "snapshot"]:
+        there = {row[0] for row in connection.execute(tables.TABLES_ATTACHED).fetchall()}
+        for table in [table for table in tables.tables() if table in there and table != "snapshot"]:
             yield from _differences(connection, table, _committed_rows(root, connection, table, committed))
 
 
@@ -118,7 +118,7 @@ def _committed_rows(root: Path, connection: duckdb.DuckDBPyConnection, table: st
     if table == "shards":
         source = "shards_committed"
     elif parts:
-        source = build.source(connection, table, parts, "there.datasets")
+        source = tables.source(connection, table, parts, "there.datasets")
     else:
         return f"(from there.{table} limit 0)"
     held = {row[0] for row in connection.execute(f"describe from {source}").fetchall()}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actstore.arrays.reader import Layout
-from actstore.commits.log import ARRAYS
+from actstore.arrays.layout import Layout
+from actstore.commits.format import ARRAYS
 from actstore.errors import BadInput
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}")  # a run's and a dataset's name is also a folder's
+from actstore.named import NAME
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from uuid import uuid4
 
 import polars as pl
 
-from actstore.catalog import build
-from actstore.cli.output import replacing
-from actstore.commits import log
+from actstore.catalog import tables
+from actstore.commits.format import check_format, store_around
 from actstore.errors import BadInput, Unsupported
-from actstore.storage.folder import check_format, store_around
+from actstore.outputs import replacing
+from actstore.storage import lease
 from actstore.writing.writer import open_writer
 
 NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -37,7 +37,7 @@ def wait_until_free(root: Path, wait: float) -> str:
     """
     check_format(root)
     try:
-        log.wait_until_free(root, wait)
+        lease.wait_until_free(root, wait)
     except OSError as error:
         if error.errno not in NO_WRITING and not isinstance(error, Unsupported):
             raise
@@ -96,7 +96,7 @@ def read_kept(file: Path) -> list[pl.DataFrame]:
     Raises:
         BadInput: it is no such file.
     """
-    types = {name: dtype for name, dtype in build.tables()["results"].items() if name != "recorded"}
+    types = {name: dtype for name, dtype in tables.tables()["results"].items() if name != "recorded"}
     try:
         frame = pl.read_parquet(file.read_bytes())  # polars takes a path for a pattern
         answers = frame.partition_by(ANSWER, maintain_order=True, include_key=False)

@@ -14,13 +14,11 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear
 
-from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.decode import Cache
 from actstore.ingest.models.load import Model
 from actstore.ingest.models.weights import state
-from actstore.ingest.training.packing import ACTIVATIONS, LN_EPS
-from actstore.ingest.trees.draw import enum_series
+from actstore.ingest.trees.rows import enum_series
 from actstore.ingest.trees.tokens import COMMA, PAD, WORDS, goal_at, n_nodes_of
 
 
@@ -99,51 +97,6 @@ class Generator:
             bits.advance(first * n_said)
             drawn[:, sample] = np.random.Generator(bits).random((n_trees, n_said))
         return drawn.reshape(-1, n_said)
-
-
-class Cache:
-    """Keys and values of what a batch of sequences, all of one length, has said so far."""
-
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
-        self.config, self.weights, self.n_pos = config, weights, 0
-        self._held: list[tuple[Tensor, Tensor]] = []  # of each layer, float32 [sequence, head, pos, d_head]
-
-    def repeat(self, times: int) -> None:
-        """Every sequence from here on that often, one beside the other."""
-        self._held = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self._held]
-
-    def extend(self, ids: Tensor) -> Tensor:
-        """Say tokens, int64 [sequence, n_new], and return the logits behind the last: float32 [sequence, d_vocab]."""
-        w, n_new = self.weights, ids.shape[1]
-        resid = w["embed.W_E"][ids] + w["pos_embed.W_pos"][self.n_pos : self.n_pos + n_new]
-        mask = torch.ones(n_new, self.n_pos + n_new, dtype=torch.bool, device=ids.device).tril(self.n_pos)
-        for layer in range(self.config.n_layers):
-            block = f"blocks.{layer}."
-            resid = resid + self._attend(layer, _norm(w, block + "ln1", resid), mask)
-            x = _norm(w, block + "ln2", resid)
-            hidden = ACTIVATIONS[self.config.act_fn](linear(x, w[block + "mlp.W_in"].T, w[block + "mlp.b_in"]))
-            resid = resid + linear(hidden, w[block + "mlp.W_out"].T, w[block + "mlp.b_out"])
-        self.n_pos += n_new
-        return _norm(w, "ln_final", resid[:, -1]) @ w["unembed.W_U"] + w["unembed.b_U"]
-
-    def _attend(self, layer: int, x: Tensor, mask: Tensor) -> Tensor:
-        """What one layer's heads write for new tokens, float32 [sequence, n_new, d_model]; keeps their keys and values."""
-        w, block = self.weights, f"blocks.{layer}.attn."
-        q, k, v = (
-            torch.einsum("spd,hde->shpe", x, w[block + f"W_{name}"]) + w[block + f"b_{name}"][:, None] for name in "QKV"
-        )
-        if layer < len(self._held):
-            k, v = (torch.cat([held, new], 2) for held, new in zip(self._held[layer], (k, v), strict=True))
-            self._held[layer] = (k, v)
-        else:
-            self._held.append((k, v))
-        scores = (q @ k.transpose(2, 3)) * self.config.d_head**-0.5
-        pattern = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        return torch.einsum("shpe,hed->spd", pattern @ v, w[block + "W_O"]) + w[block + "b_O"]
-
-
-def _norm(w: dict[str, Tensor], name: str, resid: Tensor) -> Tensor:
-    return layer_norm(resid, resid.shape[-1:], w[name + ".w"], w[name + ".b"], LN_EPS)
 
 
 def _choose(logits: Tensor, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

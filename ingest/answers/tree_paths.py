@@ -15,9 +15,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
-from actstore.ingest.models.sites import forward
-from actstore.ingest.trees.draw import NO_NODE, at_label, enum_series, null_where_no_node
+from actstore.ingest.trees.draw import NO_NODE, at_label
+from actstore.ingest.trees.rows import enum_series, null_where_no_node
 from actstore.ingest.trees.tokens import (
     PAD,
     POSITIONS_PER_TREE,

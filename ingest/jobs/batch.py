@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from actstore.arrays.reader import ShardBuffer
+from actstore.arrays.pack import ShardBuffer
 from actstore.ingest.jobs.job import Buffers, Ingest
 from actstore.ingest.trees.tokens import Drawn
 from actstore.writing.writer import Content, batch_contents

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.arrays.reader import Layout, ShardBuffer
-from actstore.commits.log import check_room
+from actstore.arrays.layout import Layout
+from actstore.arrays.pack import ShardBuffer
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.models.config import ModelConfig, nearest, there_are
-from actstore.ingest.models.load import Model, check_device, find, load
-from actstore.ingest.models.sites import SiteSpec, forward, site_specs
-from actstore.ingest.trees.draw import Trees, draw
-from actstore.ingest.trees.tokens import Drawn, n_positions
-from actstore.ingest.trees.variants import vary
+from actstore.ingest.models.forward import forward
+from actstore.ingest.models.load import Model
+from actstore.ingest.models.sites import SiteSpec, site_specs
+from actstore.ingest.trees.task import TreeSet
+from actstore.ingest.trees.tokens import Drawn
 from actstore.storage.folder import place
+from actstore.storage.local import check_room
+from actstore.writing.committed import committed_batches
 from actstore.writing.plan import RunPlan, SitePlan
-from actstore.writing.writer import check_plan, committed_batches, committed_dataset, committed_datasets
 
 if TYPE_CHECKING:
     import torch
@@ -34,61 +34,9 @@ if TYPE_CHECKING:
 PROMPTS = ("task", "tree")
 MOST_SAMPLES = 255  # a sample's number is a byte
 DREAMS = "dreams"  # what a run of continuations is named by
-SHARD_ROWS = 64 * 1024  # positions × trees: 32 MiB a site at d_model 128, large enough to write and map in one go
 CATALOG_BYTES = 4_000_000  # of a small one: DuckDB gives every column blocks of its own
 BYTES_PER_TOKEN_ROW = 20  # in parts and catalog, tree, edge and answer rows counted in; rounded up from a real store
 Buffers = Mapping[str, ShardBuffer]  # of each site, by its TransformerLens name
-
-
-@dataclass(frozen=True)
-class TreeSet:
-    """A set of trees to run over: the first n_trees of a seed's stream.
-
-    Attributes:
-        variant_of: the stored set whose tree i tree i of this one is made from, by `change`; see ingest/trees/variants.py.
-    """
-
-    distribution: str
-    n_trees: int
-    seed: int = 0
-    n_nodes: int = 16
-    depths: tuple[int, ...] | None = None
-    name: str | None = None
-    trees_per_shard: int | None = None
-    variant_of: str | None = None
-    change: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.n_trees < 1:
-            raise BadInput(f"got {self.n_trees} trees; ask for 1 or more (--trees)")
-        draw(self.distribution, self.seed, 0, 0, self.n_nodes, depths=self.depths)  # refuses what no tree can be
-
-    def slice(self, start: int, stop: int) -> Trees:
-        return self.drawn(start, stop).trees
-
-    def drawn(self, start: int, stop: int) -> Drawn:
-        """Trees start…stop-1 of the set, as words and as rows."""
-        trees = draw(self.distribution, self.seed, start, stop, self.n_nodes, depths=self.depths)
-        trees, changes = vary(trees, self.change, self.seed, start) if self.change else (trees, None)
-        return Drawn(start, trees, changes)
-
-    def row(self) -> dict[str, Any]:
-        """The row of `datasets`, but for first_tree_id."""
-        depths = "" if self.depths is None else f"-depth{'_'.join(map(str, self.depths))}"
-        name = f"{self.distribution}{depths}-{self.n_nodes}nodes-seed{self.seed}-{self.n_trees}"
-        fitting = SHARD_ROWS // n_positions(self.n_nodes) // 64 * 64
-        return {
-            "dataset": self.name or name,
-            "distribution": self.distribution,
-            "seed": self.seed,
-            "n_nodes": self.n_nodes,
-            "depths": None if self.depths is None else list(self.depths),
-            "n_trees": self.n_trees,
-            "n_positions": n_positions(self.n_nodes),
-            "trees_per_shard": self.trees_per_shard or min(self.n_trees, fitting),
-            "variant_of": self.variant_of,
-            "change": self.change,
-        }
 
 
 @dataclass
@@ -119,7 +67,7 @@ class Ingest:
     plan: RunPlan = field(init=False)
 
     def __post_init__(self) -> None:
-        _check_batch_size(self.batch_size)
+        check_batch_size(self.batch_size)
         self.store = place(self.store)
         self.plan, self.specs = draft(
             self.model.name, self.model.config, self.trees, self.run, self.sites, self.prompt, self.samples
@@ -293,141 +241,9 @@ def draft(
     return plan, specs
 
 
-def prepare(
-    store: Path,
-    model: str | None = None,
-    config: str | None = None,
-    trees: int | None = None,
-    distribution: str | None = None,
-    depths: str | None = None,
-    nodes: int | None = None,
-    seed: int | None = None,
-    dataset: str | None = None,
-    run: str | None = None,
-    sites: str | None = None,
-    batch_size: int = 128,
-    device: str = "cpu",
-    checkpoint: int | None = None,
-    variant: str | None = None,
-    prompt: str = "task",
-    samples: int | None = None,
-    wait: float = 0.0,
-    model_of: str | None = None,
-) -> Ingest:
-    """Turn what `actstore ingest` was given into a run to be stored; nothing is written yet.
-
-    Args:
-        trees, distribution, depths, nodes, seed: what is not given comes from the stored set of that name (`dataset`),
-            else 10,000 trees of seed 0 from the model's own distribution, with as many nodes as it has labels.
-        depths: goal depths of `deep` trees, `1-15` or `3,5,7`.
-        sites: names with commas between, as in `site_specs`, or `none`.
-        checkpoint: a step of the model's training, as in `models.load`.
-        variant: one of variants.CHANGES, made from the stored set `dataset`.
-        prompt, samples, wait: as of Ingest.
-        model_of: in place of `model`: the model of this stored run, by the weights that the store keeps.
-
-    Raises:
-        BadInput: an argument that means nothing, or a model that cannot take these trees.
-        NotStored: no such model or checkpoint.
-    """
-    _check_batch_size(batch_size)
-    for option, name in (("--run", run), ("--dataset", dataset)):
-        if name == "":
-            raise BadInput(f"got an empty name for {option}; give one, or leave {option} out")
-    store = place(store)
-    if (model is None) == (model_of is None):
-        raise BadInput(
-            "name a model, by --model (`actstore models list` names those there are) or as that of a stored run (--model-of), "
-            "and not by both"
-        )
-    if model_of is not None:
-        name, shape = _model_of(store, model_of, config, checkpoint)
-    else:
-        found = find(str(model), config, checkpoint)
-        name, shape = found.name, found.config
-    defaults = {"distribution": shape.system, "n_trees": 10_000, "seed": 0, "n_nodes": shape.n_nodes}
-    stored = (committed_dataset(store, dataset) if dataset else None) or {}
-    given: dict[str, Any] = {
-        "distribution": distribution,
-        "n_trees": trees,
-        "seed": seed,
-        "n_nodes": nodes,
-        "depths": _parse_depths(depths),
-    }
-    chosen: dict[str, Any] = {
-        key: value if value is not None else stored.get(key, defaults.get(key)) for key, value in given.items()
-    }
-    if chosen["depths"] is not None:
-        chosen["depths"] = tuple(chosen["depths"])
-    chosen |= {key: stored.get(key) for key in ("trees_per_shard", "variant_of", "change")}
-    chosen_set = TreeSet(**chosen, name=dataset)
-    if variant:
-        chosen_set = _variant(store, chosen_set, variant, bool(stored))
-    if not chosen_set.trees_per_shard:  # a set that is stored keeps its batches
-        stored = committed_dataset(store, chosen_set.row()["dataset"]) or {}
-        chosen_set = replace(chosen_set, trees_per_shard=stored.get("trees_per_shard"))
-    names = _parse_sites(sites)
-    plan, _ = draft(name, shape, chosen_set, run, names, prompt, samples)
-    check_device(device)
-    check_plan(store, plan)
-    if model_of is not None:
-        from actstore.ingest.replay import remake
-
-        loaded = remake.model_of(store, model_of, device)
-    else:
-        loaded = load(str(model), config, device, checkpoint)
-    return Ingest(store, loaded, chosen_set, run, names, batch_size, prompt=prompt, samples=samples, wait=wait)
-
-
-def _model_of(store: Path, run: str, config: str | None, checkpoint: int | None) -> tuple[str, ModelConfig]:
-    """The name and the shape of the model of a stored run."""
-    from actstore.ingest.replay import remake
-
-    if config or checkpoint is not None:
-        raise BadInput("--model-of takes the model as the store keeps it; leave --config and --checkpoint out")
-    return remake.shape_of(store, run)
-
-
-def _check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise BadInput(f"got a batch size of {batch_size}; a forward pass takes 1 tree or more (--batch-size)")
-
-
-def _parse_sites(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",")]
-    if "none" in names and len(names) > 1:
-        raise BadInput(f"got --sites {text}; none stands alone, for a run without activations")
-    return [] if names == ["none"] else names
-
-
-def _variant(store: Path, original: TreeSet, change: str, is_stored: bool) -> TreeSet:
-    """The set that a stored one is changed into.
-
-    Raises:
-        BadInput: the set is not stored, is itself a variant, or there is no such change.
-    """
-    if not is_stored or original.name is None:
-        named = f"no set {original.name!r} is stored" if original.name else "no set was named"
-        raise BadInput(
-            f"--variant {change} is made from a stored set of trees, and {named} (--dataset); "
-            f"{there_are(committed_datasets(store))}: name one, or ingest it first, without --variant"
-        )
-    if original.variant_of:
-        raise BadInput(f"{original.name} is a variant of {original.variant_of} already; name the drawn set (--dataset)")
-    vary(original.slice(0, 0), change, original.seed, 0)  # refuses what is no change
-    return replace(original, name=f"{original.name}-{change}", variant_of=original.name, change=change)
-
-
-def _parse_depths(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    ranges = [re.fullmatch(r"\s*(\d{1,2})(?:\s*-\s*(\d{1,2}))?\s*", part) for part in text.split(",")]
-    ends = [(int(found[1]), int(found[2] or found[1])) for found in ranges if found]
-    if len(ends) < len(ranges) or any(low > high for low, high in ends):
-        raise BadInput(f"got --depths {text}; write a range (1-15) or a list (3,5,7)")
-    return tuple(sorted({depth for low, high in ends for depth in range(low, high + 1)}))
 
 
 def _site_plan(spec: SiteSpec, config: Any, dataset: dict[str, Any]) -> SitePlan:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from actstore.arrays.reader import ShardBuffer
-from actstore.commits.log import check_room
+from actstore.arrays.pack import ShardBuffer
 from actstore.ingest.jobs.batch import Batch, run_batch
 from actstore.ingest.jobs.job import Ingest
+from actstore.storage.local import check_room
 from actstore.writing.writer import Writer, open_writer
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +15,7 @@ from actstore.errors import BadInput, NotStored
 from actstore.ingest.models.config import MODEL_FIELDS, ModelConfig, nearest, parse_yaml, read_text, there_are
 from actstore.ingest.models.weights import SUFFIXES, canonical, checked, parse, read_state, replace, save, state
 from actstore.ingest.trees.tokens import SYSTEMS
+from actstore.named import SHIPPED, available, by_name, own_folder, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +34,6 @@ __all__ = [
     "save",
     "state",
 ]
-
-SHIPPED = Path(str(resources.files("actstore.data")))
 
 
 @dataclass
@@ -122,41 +119,6 @@ def check_device(device: str) -> None:
         raise BadInput(f"got device {device!r}; there are cpu and cuda:0 to cuda:{torch.cuda.device_count() - 1}")
 
 
-def own_folder() -> Path:
-    """Where `add` puts a model by default: $ACTSTORE_MODELS, or the user's own folder, which is looked into from anywhere."""
-    told = os.environ.get("ACTSTORE_MODELS")
-    return Path(told).expanduser() if told else _user_folder()
-
-
-def _user_folder() -> Path:
-    data = os.environ.get("XDG_DATA_HOME", "")  # absolute, or to be ignored: the XDG base directory specification
-    return Path(data if os.path.isabs(data) else "~/.local/share").expanduser() / "actstore" / "models"
-
-
-def folders() -> list[Path]:
-    """Where models are looked up by name, first to last; the nearer comes first."""
-    told = [own_folder()] if os.environ.get("ACTSTORE_MODELS") else []
-    return [*told, Path("data/checkpoints"), _user_folder(), SHIPPED / "checkpoints"]
-
-
-def _by_name() -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for folder in folders():
-        for path in sorted(folder.glob("[!.]*.safetensors")):
-            found.setdefault(path.stem, path)
-    return dict(sorted(found.items()))
-
-
-def place(name: str) -> Path | None:
-    """The file that a name means, seen from the folder one stands in."""
-    return _by_name().get(name)
-
-
-def available() -> list[str]:
-    """Names of the models that `load` knows."""
-    return list(_by_name())
-
-
 def listing() -> pl.DataFrame:
     """A row for each model that can be named, and where it is; nothing but its YAML and its file's bytes are looked at.
 
@@ -165,7 +127,7 @@ def listing() -> pl.DataFrame:
         checkpoints (the steps of its training), weights (the first 12 digits of the file's sha256, as `Store.info` says them of a
         run) and file.
     """
-    found = [(name, _config_or_none(path.with_suffix(".yaml")), path) for name, path in _by_name().items()]
+    found = [(name, _config_or_none(path.with_suffix(".yaml")), path) for name, path in by_name().items()]
     sizes = dict.fromkeys(("n_nodes", "n_layers", "n_heads", "d_model", "n_ctx"), pl.Int64)
     return pl.DataFrame(
         [

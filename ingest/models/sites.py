@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from actstore.arrays.families import FAMILIES
 from actstore.errors import BadInput
 from actstore.ingest.models.config import ModelConfig, nearest
 
 if TYPE_CHECKING:
-    from jaxtyping import Float32, Int64
-    from torch import Tensor
+    pass
 
-    from actstore.ingest.models.load import Model
-
-FAMILIES = {  # short name → TransformerLens' name within a block
-    "resid_pre": "hook_resid_pre",
-    "resid_mid": "hook_resid_mid",
-    "resid_post": "hook_resid_post",
-    "pattern": "attn.hook_pattern",
-}
 DEFAULT_SITES = ("embed", "resid_post")  # what the notebook probes
 
 
@@ -78,28 +70,3 @@ def _what_exists(config: ModelConfig) -> str:
         f"there are embed, and {families} of all or of one, resid_post.0 to resid_post.{config.n_layers - 1} (--sites)"
     )
     return f"of {config.n_layers} layers {there}"
-
-
-def forward(
-    model: Model,
-    ids: Int64[Tensor, "tree pos"],  # noqa: F722
-    sites: Sequence[SiteSpec],
-    take: Callable[[SiteSpec, Tensor], None],
-) -> Float32[Tensor, "tree pos d_vocab"]:  # noqa: F722
-    """Run the model once, with hooks on the wanted sites only.
-
-    Args:
-        ids: token ids, on the model's device; no more positions than its n_ctx.
-        take: called with each site and its activations, float32 [tree, pos, d_model] or, for a pattern,
-            [tree, head, query, key], while the network computes on; it must copy what it keeps, and not change it.
-
-    Returns:
-        The logits.
-    """
-    import torch
-
-    def hook(site: SiteSpec) -> Callable[..., None]:
-        return lambda activations, hook: take(site, activations)
-
-    with torch.no_grad():
-        return model.bridge.run_with_hooks(ids, fwd_hooks=[(site.name, hook(site)) for site in sites])

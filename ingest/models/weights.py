@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from actstore.commits.log import fsync_folder, sync
 from actstore.errors import BadInput
 from actstore.ingest.models.config import ModelConfig, nearest
+from actstore.storage.local import fsync_folder, sync
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,14 +16,15 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from actstore.catalog.build import DERIVED
+from actstore.catalog.tables import DERIVED
 from actstore.commits.log import manifests
 from actstore.ingest.answers.continuations import generation_rows
 from actstore.ingest.answers.tree_paths import answer, concatenate, outcome_rows, prediction_rows
 from actstore.ingest.jobs.job import Ingest
-from actstore.ingest.models.sites import forward
+from actstore.ingest.models.forward import forward
 from actstore.ingest.replay.difference import Difference
-from actstore.ingest.replay.remake import originals_of, rehydrate
+from actstore.ingest.replay.rehydrate import rehydrate
+from actstore.ingest.replay.remake import originals_of
 from actstore.ingest.trees.draw import Trees
 from actstore.ingest.trees.tokens import PAD, POSITIONS_PER_TREE, WORDS, arrow_word, encode, path_at, root_at
 from actstore.store import Store

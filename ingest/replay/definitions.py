@@ -17,14 +17,17 @@ import polars as pl
 import xxhash
 
 from actstore.commits import log
-from actstore.commits.log import ARRAYS, WEIGHTS, Manifest, Part
+from actstore.commits.format import ARRAYS, WEIGHTS
+from actstore.commits.manifest import Manifest, Part
 from actstore.errors import ActstoreError
 from actstore.ingest.jobs import job
 from actstore.ingest.models import load
 from actstore.ingest.trees.draw import DISTRIBUTIONS
 from actstore.ingest.trees.tokens import n_positions
 from actstore.ingest.trees.variants import CHANGES
-from actstore.writing import writer
+from actstore.named import available, place
+from actstore.writing import parts
+from actstore.writing.parts import as_parquet
 
 SEEDS = 256  # that are tried where nothing says which one a set has
 BATCH_SIZES = (128, 64, 256, 32, 512, 16, 8, 1)  # trees a forward pass that are tried
@@ -41,7 +44,7 @@ def lost_rows(root: Path, sound: list[Manifest], run: str) -> dict[str, Row]:
     """
     whole = log.manifests(root)
     lost = {file.path for one in whole for file in one.parts} - {file.path for one in sound for file in one.parts}
-    rows = {name: writer.table(root, sound, name).to_dicts() for name in ("models", "datasets", "runs")}
+    rows = {name: parts.table(root, sound, name).to_dicts() for name in ("models", "datasets", "runs")}
     found: dict[str, Row] = {}
     of_run = [one for one in whole if one.kind == "run" and one.run == run]
     for table, guesses in (("models", _models), ("datasets", _datasets), ("runs", _runs)):
@@ -55,7 +58,7 @@ def lost_rows(root: Path, sound: list[Manifest], run: str) -> dict[str, Row]:
 
 def as_part(table: str, rows: list[Row]) -> bytes:
     """The bytes of a part of these rows."""
-    return writer.as_parquet(table, pl.DataFrame(rows, infer_schema_length=None))
+    return as_parquet(table, pl.DataFrame(rows, infer_schema_length=None))
 
 
 def _with_hash(part: Part, guesses: Iterable[Row]) -> Row | None:
@@ -67,8 +70,8 @@ def _with_hash(part: Part, guesses: Iterable[Row]) -> Row | None:
 
 def _models(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[str, list[Row]]) -> Iterator[Row]:
     """Of every model that can be named and has these weights."""
-    for name in load.available():
-        path = load.place(name)
+    for name in available():
+        path = place(name)
         if path and hashlib.sha256(path.read_bytes()).hexdigest().startswith(Path(part.path).stem):
             with suppress(ActstoreError):
                 yield job.model_row(load.load(name))
@@ -90,7 +93,7 @@ def _datasets(root: Path, whole: list[Manifest], part: Part, run: str, rows: dic
     n_nodes = edges.rows // trees.rows + 1
     depths: list[list[int] | None] = [None]
     with suppress(OSError):
-        seen = writer.table(root, [Manifest(1, "batch", parts=[trees])], "trees")["depth"].unique().to_list()
+        seen = parts.table(root, [Manifest(1, "batch", parts=[trees])], "trees")["depth"].unique().to_list()
         depths += [sorted(seen), list(range(1, max(seen) + 1))]
     of_name = name.partition("-seed")[2].partition("-")[0]
     seeds = [*([int(of_name)] if of_name.isdecimal() else []), *range(SEEDS)]

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from actstore.commits.log import lease
 from actstore.errors import BadInput, NoRoom
 from actstore.ingest.models import load
 from actstore.ingest.models.config import ModelConfig
 from actstore.ingest.models.weights import read_state, save
 from actstore.ingest.training.recipe import Recipe, Row
+from actstore.storage.lease import lease
 
 if TYPE_CHECKING:
     from actstore.ingest.training.learner import Learner

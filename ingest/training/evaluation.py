@@ -14,7 +14,7 @@ import polars as pl
 
 from actstore.errors import BadInput
 from actstore.ingest.models.config import ModelConfig
-from actstore.ingest.models.sites import forward
+from actstore.ingest.models.forward import forward
 from actstore.ingest.training.recipe import Recipe, step_trees
 from actstore.ingest.trees.draw import DISTRIBUTIONS, Trees, draw
 from actstore.ingest.trees.tokens import PAD, encode, is_arrow, n_positions, root_at

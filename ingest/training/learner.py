@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from actstore.ingest.models import load, weights
 from actstore.ingest.models.config import ModelConfig
-from actstore.ingest.training.packing import Packed, forward, pack
+from actstore.ingest.models.equations import Packed, forward
+from actstore.ingest.training.packing import pack
 from actstore.ingest.training.recipe import Recipe, Row, step_trees
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from actstore.errors import BadInput
-from actstore.ingest.models import load
 from actstore.ingest.models.config import ModelConfig, nearest, parse_yaml, read_text, there_are
 from actstore.ingest.trees.draw import Trees, draw, leaves
+from actstore.named import SHIPPED
 
 SHARES = ("warmup", "decay", "curriculum", "shallow", "deep_share")
 SHALLOW = (2, 3, 4, 5)  # depths of the deepest goals, in equal times
@@ -161,7 +161,7 @@ def read_config(
     Raises:
         BadInput: no such configuration, or it contradicts itself.
     """
-    shipped = sorted((load.SHIPPED / "configs").glob("*.yaml"))
+    shipped = sorted((SHIPPED / "configs").glob("*.yaml"))
     path = {path.stem: path for path in shipped}.get(name_or_path, Path(name_or_path))
     if not path.is_file():
         names = [path.stem for path in shipped]

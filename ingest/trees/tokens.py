@@ -20,17 +20,8 @@ import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput
-from actstore.ingest.trees.draw import (
-    MAX_NODES,
-    MIN_NODES,
-    NO_NODE,
-    Trees,
-    at_label,
-    edge_rows,
-    enum_series,
-    null_where_no_node,
-    tree_rows,
-)
+from actstore.ingest.trees.draw import MAX_NODES, MIN_NODES, NO_NODE, Trees, at_label
+from actstore.ingest.trees.rows import edge_rows, enum_series, null_where_no_node, tree_rows
 
 PAD, COMMA, BAR, COLON = 0, 1, 2, 3
 WORDS = ("<PAD>", ",", "|", ":", *(word for k in range(MAX_NODES) for word in (str(k), f"→{k}")))

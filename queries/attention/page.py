@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actstore.cli.output import save_figure, write_text
 from actstore.errors import BadInput, NotStored
+from actstore.outputs import save_figure, write_text
 from actstore.queries.attention.study import pattern_run, pattern_sites
 
 if TYPE_CHECKING:

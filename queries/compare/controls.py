@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actstore.arrays.mapped import POSITION_BITS, POSITION_MASK
+from actstore.arrays.address import POSITION_BITS, POSITION_MASK
 
 if TYPE_CHECKING:
     from actstore.store import Store

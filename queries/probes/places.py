@@ -19,7 +19,7 @@ from actstore.queries.probes.fit import Whitening, fit_all
 from actstore.queries.study import Test
 
 if TYPE_CHECKING:
-    from actstore.queries.probes.study import Asked
+    from actstore.queries.probes.asked import Asked
 
 
 def place_rows(
@@ -39,7 +39,7 @@ def place_rows(
         seed: of the intervals.
         max_iter: of a fit.
     """
-    from actstore.queries.probes.study import above_test  # which imports this module where it is needed
+    from actstore.queries.probes.asked import above_test  # which imports this module where it is needed
 
     places, train, y = asked.tokens["edge"].to_numpy(), asked.train, asked.labels[about["label"]]
     rows: list[dict[str, Any]] = []

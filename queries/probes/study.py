@@ -19,7 +19,6 @@ of one training and seed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,10 @@ import xxhash
 
 from actstore.advice import ingest_more
 from actstore.errors import BadInput, NotStored
-from actstore.intervals import N_RESAMPLES, share_over_trees, sign_flip
+from actstore.intervals import N_RESAMPLES, share_over_trees
 from actstore.queries import load, nearest
 from actstore.queries.probes import baselines
+from actstore.queries.probes.asked import Asked, above_test
 from actstore.queries.probes.figures import LABELS, NODE_LABELS, TOKEN_ROLES, draw, sentence, table
 from actstore.queries.probes.fit import (
     MAX_ITER,
@@ -72,30 +72,6 @@ PROTOCOLS = ("ours", "notebook")
 BY = "place"
 MIN_TEST_TREES = 2  # one tree resampled is always itself, so it gives no interval
 ENOUGH_TREES = 60  # every label is a source in half of all trees at least, and one tree in five is for testing
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One kind of token and what is asked of it.
-
-    Attributes:
-        tokens: the n rows of `probe_tokens`, without their activations.
-        train: bool [n], rows of training trees.
-        labels: int64 [n] by label.
-        guessed: by label and baseline, float64 [n_test]: how likely a guess from the tree alone is right.
-        n_nodes: of each tree.
-    """
-
-    tokens: pl.DataFrame
-    train: np.ndarray
-    labels: dict[str, np.ndarray]
-    guessed: dict[str, dict[str, np.ndarray]]
-    n_nodes: int
-
-    @property
-    def test_trees(self) -> np.ndarray:
-        """int64 [n_test], the tree of each test row."""
-        return self.tokens["tree_id"].to_numpy()[~self.train]
 
 
 def study(
@@ -392,27 +368,6 @@ def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int
         rows.append({**about, "metric": metric, "value": float(value), "n": n})
     above = next(row for row in rows if row["metric"] == "above_baseline")
     return rows, above_test(about, measured["above_baseline"], trees, above, seed)
-
-
-def above_test(about: dict[str, str], above: np.ndarray, trees: np.ndarray, found: dict[str, Any], seed: int) -> Test:
-    """Whether a probe is above the highest baseline.
-
-    Args:
-        about: run, site, token_role and label.
-        above: float64 [n], what each test row is above it.
-        trees: int64 [n], the tree of each.
-        found: the row of `results` that says so of all of them.
-        seed: of the sign flips.
-    """
-    _, tree = np.unique(trees, return_inverse=True)
-    p, what = (
-        sign_flip(np.bincount(tree, weights=above), seed),
-        f"the {about['label']} read by a probe, less what the tree alone gives",
-    )
-    numbers = {"n": found["n"], "low": found["low"], "high": found["high"]}
-    return Test(
-        about["label"], found["value"], p, **numbers, what=what, site=about["site"], token_role=about["token_role"]
-    )
 
 
 def _directions(made: Fit, classes: np.ndarray, whiten: Whitening, about: dict[str, str]) -> list[dict[str, Any]]:

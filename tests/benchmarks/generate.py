@@ -11,7 +11,8 @@ os.environ.setdefault("POLARS_MAX_THREADS", "1")  # one core is what the goal is
 
 import polars as pl
 
-from actstore.ingest.trees.draw import DISTRIBUTIONS, Trees, draw, edge_rows, tree_rows
+from actstore.ingest.trees.draw import DISTRIBUTIONS, Trees, draw
+from actstore.ingest.trees.rows import edge_rows, tree_rows
 from actstore.ingest.trees.tokens import token_rows
 from tests.benchmarks import Row, median
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
+from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import encode
 from tests.benchmarks import Row, median
 
@@ -25,7 +26,8 @@ CHILD = """
 import json, resource, sys
 from pathlib import Path
 from actstore.ingest.models.load import load
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.trees.task import TreeSet
 store, n_trees = sys.argv[1:]
 execute(Ingest(Path(store), load("reproduction"), TreeSet("reproduction", int(n_trees))))
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
+from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import encode
 from actstore.queries import load as load_query
 from actstore.queries import study

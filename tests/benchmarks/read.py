@@ -19,9 +19,10 @@ import duckdb
 import numpy as np
 import polars as pl
 
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
+from actstore.ingest.trees.task import TreeSet
 from actstore.store import Store
 from tests.benchmarks import Row, median, peers
 from tests.benchmarks.timing import Action, alternate, drop_pages, milliseconds, plus, ratio, timed

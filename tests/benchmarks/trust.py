@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-from actstore.arrays.reader import ShardBuffer
+from actstore.arrays.pack import ShardBuffer
 from actstore.commits import log
-from actstore.ingest.jobs.job import Ingest, TreeSet
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
+from actstore.ingest.trees.task import TreeSet
 from actstore.storage.hashing import BLOCK
 from actstore.store import Store
 from actstore.upkeep.verify import verify

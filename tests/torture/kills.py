@@ -33,8 +33,9 @@ max_iters: 120
 
 def ingest(root: Path, model: object) -> None:
     """20 batches, with a catalog put in place after each."""
-    from actstore.ingest.jobs.job import Ingest, TreeSet
+    from actstore.ingest.jobs.job import Ingest
     from actstore.ingest.jobs.local import execute
+    from actstore.ingest.trees.task import TreeSet
 
     trees = TreeSet("reproduction", N_TREES, n_nodes=6, trees_per_shard=PER_SHARD, name="d")
     execute(Ingest(root, model, trees, sites=["embed", "resid_post.1"], publish_every=0.0))  # type: ignore[arg-type]

@@ -69,10 +69,11 @@ def cut(image: Path, mounted: Path, whole: Path, model: object, rng: random.Rand
 
     def work() -> None:
         from actstore.commits import log
+        from actstore.commits.manifest import Manifest
 
         commit = log.commit
 
-        def reporting(at: Path, manifest: log.Manifest) -> None:
+        def reporting(at: Path, manifest: Manifest) -> None:
             commit(at, manifest)
             with told.open("a") as file:  # on a disk that keeps its power
                 file.write(f"{manifest.number}\n")

@@ -24,8 +24,9 @@ TABLES = ("trees", "outcomes", "(select distinct tree_id from tokens)", "(select
 
 
 def ingest(root: Path, model: object, n_trees: int) -> None:
-    from actstore.ingest.jobs.job import Ingest, TreeSet
+    from actstore.ingest.jobs.job import Ingest
     from actstore.ingest.jobs.local import execute
+    from actstore.ingest.trees.task import TreeSet
 
     trees = TreeSet("reproduction", n_trees, n_nodes=6, trees_per_shard=PER_SHARD, name="d")
     execute(Ingest(root, model, trees, sites=["embed"], publish_every=0.2))  # type: ignore[arg-type]

@@ -1,0 +1,5 @@
+"""`python -m actstore`."""
+
+from actstore.cli import main
+
+main()

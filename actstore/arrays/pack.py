@@ -1,0 +1,83 @@
+"""One batch of one site, packed into the bytes of a shard."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from typing import TYPE_CHECKING
+
+import google_crc32c
+import numpy as np
+
+from actstore.arrays.layout import CRC_BYTES, Layout
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ShardBuffer:
+    """The bytes of one shard while it is filled; reused from batch to batch, since fresh memory costs page faults."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.n_put = 0  # trees since the last seal
+        self.bytes = np.frombuffer(mmap.mmap(-1, layout.shard_bytes), np.uint8)  # page-aligned, to be written directly
+        self.rows = np.ndarray(  # [position, tree, *row]: the order on the disk
+            (layout.n_positions, layout.trees_per_shard, *layout.row_shape),
+            layout.dtype,
+            self.bytes,
+            strides=(layout.chunk_bytes, *_contiguous_strides((1, *layout.row_shape), layout.item_bytes)),
+        )
+        index = np.ndarray((layout.n_positions, 2), "<u8", self.bytes, layout.n_positions * layout.chunk_bytes)
+        index[:, 0] = np.arange(layout.n_positions, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
+        index[:, 1] = layout.chunk_bytes
+
+    def put(self, first_row: int, activations: torch.Tensor) -> None:
+        """Copy a batch in, behind the first_row rows that are there.
+
+        Args:
+            activations: float [tree, position, d_model] or [tree, head, query, key], on any device.
+
+        Raises:
+            ValueError: they are of another shape, or more trees than the shard has room for.
+        """
+        import torch
+
+        rows = torch.from_numpy(self.rows)[:, first_row : first_row + len(activations)]
+        by_position = activations.movedim(self.layout.position_axis, 0)
+        if by_position.shape != rows.shape:  # which copy_ would broadcast
+            raise ValueError(
+                f"got activations {list(activations.shape)} for row {first_row} of a shard of {list(self.layout.shard_shape)}"
+            )
+        rows.copy_(by_position)
+        self.n_put += len(activations)
+
+    def seal(self, lengths: np.ndarray) -> memoryview:
+        """Blank what is no token, checksum every chunk and the index, and return the shard's bytes.
+
+        Args:
+            lengths: intp [n_trees], tokens of each tree; rows past the last tree are blanked too.
+
+        Raises:
+            ValueError: other trees were put in than there are lengths; what stood there before would be stored as theirs.
+        """
+        n_trees = len(lengths)
+        if self.n_put != n_trees:
+            raise ValueError(f"got {n_trees} lengths for {self.n_put} trees of activations")
+        self.n_put = 0
+        self.rows[:, n_trees:] = np.nan
+        for position in range(int(lengths.min()), self.layout.n_positions):
+            self.rows[position, :n_trees][lengths <= position] = np.nan
+        for position in range(self.layout.n_positions):
+            start = position * self.layout.chunk_bytes
+            self._checksum(start, start + self.layout.chunk_bytes - CRC_BYTES)
+        self._checksum(self.layout.n_positions * self.layout.chunk_bytes, self.layout.shard_bytes - CRC_BYTES)
+        return self.bytes.data
+
+    def _checksum(self, start: int, stop: int) -> None:
+        crc = google_crc32c.value(self.bytes[start:stop])
+        self.bytes[stop : stop + CRC_BYTES] = np.frombuffer(crc.to_bytes(CRC_BYTES, "little"), np.uint8)
+
+
+def _contiguous_strides(shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
+    return tuple(item_bytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

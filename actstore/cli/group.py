@@ -1,0 +1,97 @@
+"""The group of all commands, which turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import click
+
+from actstore import __version__
+from actstore.cli import terminal
+from actstore.errors import ActstoreError, SeveralRuns
+from actstore.outputs import printable
+from actstore.storage.machine import check_memory, limit_reached, raise_descriptors
+
+KEPT = "actstore.kept"  # where a command that can be stopped and gone on with leaves what says how far it is
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a line for eyes."""
+    click.echo(printable(text), err=err)
+
+
+class Command(click.Command):
+    """A command of a store's; `--help` is answered before it begins."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        check_memory()
+        return super().invoke(ctx)
+
+
+class Commands(click.Group):
+    """A group that turns the package's own errors, a full disk and Ctrl-C into one line and an exit code."""
+
+    command_class = Command
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        terminal.prepare()
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:  # of printing help; a command's own are met below
+            say(f"actstore: {error.strerror or error}", err=True)
+            raise SystemExit(1) from None
+        finally:
+            terminal.finish()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with terminal.notes(SeveralRuns):
+                return super().invoke(ctx)
+        except ActstoreError as error:
+            say(f"actstore: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except click.exceptions.NoArgsIsHelpError:  # a group's help
+            raise
+        except click.UsageError as error:
+            of = [*error.ctx.command_path.split()[1:]] if error.ctx else [*filter(None, [ctx.invoked_subcommand])]
+            command = " ".join(["actstore", *of])
+            say(f"actstore: {error.format_message().rstrip('.')}; `{command} --help` says what there is", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            say(f"actstore: stopped{_goes_on(ctx)}", err=True)
+            ctx.exit(1)
+        except BrokenPipeError:  # `actstore sql … | head`
+            ctx.exit(1)
+        except OSError as error:
+            where = error.filename or "the system"
+            said = limit_reached(error, where) or f"{where}: {error.strerror or error}"
+            say(f"actstore: {said}{_goes_on(ctx)}", err=True)
+            ctx.exit(1)
+        except BaseException as error:  # of any library that could have no more memory, or not be loaded for want of it
+            if not (reached := limit_reached(error, f"cannot run {ctx.command_path}")):
+                raise
+            say(f"actstore: {reached}{_goes_on(ctx)}", err=True)
+            ctx.exit(1)
+
+
+def _goes_on(ctx: click.Context) -> str:
+    """What was kept of a command's work, where it has said how to tell."""
+    with suppress(ActstoreError, OSError):
+        return f"; {ctx.meta[KEPT]()}" if KEPT in ctx.meta else ""
+    return ""
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="actstore")
+def main() -> None:
+    """Residual streams of path-finding transformers in Zarr, what they mean in DuckDB, studies in SQL.
+
+    Example:
+
+    \b
+        actstore ingest demo.act --model reproduction --trees 2000
+        actstore sql demo.act "select role, count(*) from tokens group by all"
+        actstore study demo.act probes --plot probes.png
+    """
+    raise_descriptors()

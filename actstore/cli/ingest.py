@@ -1,0 +1,72 @@
+"""The command that fills a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actstore.cli.group import KEPT, main, say
+from actstore.cli.options import checkpoint_option, store_argument, wait_option
+from actstore.errors import advised
+
+
+@main.command()
+@store_argument
+@click.option("--model", help="A model's name (`actstore models list`) or a checkpoint's path.")
+@click.option(
+    "--model-of", metavar="RUN", help="In its place: the model of a stored run, whose weights the store keeps."
+)
+@click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
+@checkpoint_option
+@click.option("--trees", type=int, help="How many trees; default 10,000.")
+@click.option("--distribution", help="reproduction, baseline or deep; the model's own by default.")
+@click.option("--depths", help="Goal depths of `deep` trees: 1-15 or 3,5,7.")
+@click.option("--nodes", type=int, help="Nodes of each tree, 2 to 64; as many as the model has labels by default.")
+@click.option("--seed", type=int, help="Names the stream of trees; default 0.")
+@click.option("--dataset", help="Name of the set of trees: a stored one, or a new one of the above.")
+@click.option("--run", help="Name of the run; the model's name by default.")
+@click.option(
+    "--sites",
+    help="embed, resid_pre, resid_mid, resid_post, pattern, or one layer's (resid_post.0); with commas; or none.",
+)
+@click.option(
+    "--variant", help="swap_last or swap_inner: an edge of each path of the stored set --dataset trades places."
+)
+@click.option(
+    "--prompt",
+    default="task",
+    show_default=True,
+    help="tree: give the edges alone, and store what the model goes on with.",
+)
+@click.option("--samples", type=int, help="Of --prompt tree: continuations drawn beside the greedy one; 1 by default.")
+@click.option("--batch-size", default=128, show_default=True, help="Trees a forward pass.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@wait_option
+def ingest(store: Path, **options: Any) -> None:
+    """Run a model over generated trees, and store its activations and answers.
+
+    Stopped or killed, the same command goes on where the last commit was, and ends with the same bytes.
+
+    Example:
+
+    \b
+        actstore ingest demo.act --model reproduction --trees 2000
+        actstore ingest demo.act --model reproduction --run patterns --trees 500 --sites pattern,resid_post.0
+        actstore ingest demo.act --model reproduction --trees 2000 --checkpoint 1000
+        actstore ingest demo.act --model mine.pt --config mine.yaml --dataset reproduction-16nodes-seed0-2000
+        actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --variant swap_last
+        actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --prompt tree
+    """
+    from actstore.cli.progress import progress
+    from actstore.ingest.jobs.local import execute
+    from actstore.ingest.jobs.prepare import prepare
+
+    job = prepare(store, **options)
+    click.get_current_context().meta[KEPT] = job.kept
+    say(job.announcement())
+    with progress(f"ingest {job.plan.run}", job.trees.n_trees, "trees") as advance:
+        execute(job, advance)
+    look = advised("info", store)
+    say(f"{store}: run {job.plan.run} holds {job.trees.n_trees:,} trees; look with {look}")

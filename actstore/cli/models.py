@@ -1,0 +1,80 @@
+"""The commands that list and add models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from actstore.cli.group import main, say
+from actstore.cli.options import output_options
+
+if TYPE_CHECKING:
+    from actstore.cli.output import Output
+
+
+@main.group()
+def models() -> None:
+    """The models that can be named.
+
+    Example:
+
+    \b
+        actstore models list
+    """
+
+
+@models.command(name="list")
+@output_options
+def models_list(output: Output) -> None:
+    """Name the models there are, and where.
+
+    Example:
+
+    \b
+        actstore models list
+    """
+    from actstore.ingest.models.load import listing
+
+    output.write(listing())
+
+
+@models.command(name="add")
+@click.argument("name")
+@click.argument("weights", type=click.Path(dir_okay=False))
+@click.option(
+    "--config", type=click.Path(dir_okay=False), help="The notebook's YAML; by default the file beside the weights."
+)
+@click.option("--system", help="reproduction or baseline, where there is no YAML.")
+@click.option(
+    "--into",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="By default $ACTSTORE_MODELS, or the user's own folder, ~/.local/share/actstore/models.",
+)
+def models_add(name: str, weights: str, config: str | None, system: str | None, into: Path | None) -> None:
+    """Import a checkpoint: a HookedTransformer state dict (.pt), or safetensors.
+
+    It is then found by its name from any folder.
+
+    Example:
+
+    \b
+        actstore models add mine checkpoints/6L_step=220000.pt --config conf/6L.yaml
+        actstore models add baseline model.pt --system baseline
+    """
+    from actstore.ingest.models.load import add
+    from actstore.named import own_folder, place
+    from actstore.outputs import check_folder
+
+    if into:
+        check_folder(into, "--into")
+
+    model = add(name, weights, config, system, into)
+    target = (into or own_folder()) / f"{name}.safetensors"
+    say(f"{target}: {model.config.system}, weights sha256 {model.weights_sha256}")
+    found = place(name)
+    if found is None or not found.samefile(target):
+        by_name = f"here the name {name} means {found}" if found else f"the name {name} is not looked up there"
+        say(f"actstore: {by_name}; set ACTSTORE_MODELS to that folder, or give the path of the file", err=True)

@@ -1,0 +1,95 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    pass
+
+
+def store_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Every command's first argument."""
+    return click.argument("store", callback=_place)(command)
+
+
+def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> Path:
+    from actstore.storage.folder import place
+
+    return place(value)
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--csv, --json, --parquet FILE; a table without them."""
+
+    def wrapped(*args: Any, as_csv: bool, as_json: bool, parquet: str | None, **options: Any) -> Any:
+        from actstore.cli.output import Output
+        from actstore.outputs import check_file
+
+        check_file(parquet, "--parquet")
+        if as_csv + as_json + bool(parquet) > 1:
+            raise click.UsageError("choose one of --csv, --json and --parquet")
+        return command(*args, output=Output("csv" if as_csv else "json" if as_json else "table", parquet), **options)
+
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in (
+        click.option("--parquet", metavar="FILE", help="Write the rows to a Parquet file."),
+        click.option("--json", "as_json", is_flag=True, help="Print rows as JSON."),
+        click.option("--csv", "as_csv", is_flag=True, help="Print rows as CSV."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+param_option = click.option(
+    "-p",
+    "--param",
+    "params",
+    type=(str, str),
+    multiple=True,
+    metavar="NAME VALUE",
+    help="Value of a $NAME, as text; cast it where a number is meant (`$NAME::int`).",
+)
+
+
+def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--timeout and --memory of the query."""
+    command = click.option("--memory", metavar="SIZE", help="Stop it when it holds more than this: 2GB, 512MB.")(
+        command
+    )
+    return click.option("--timeout", type=float, metavar="SECONDS", help="Stop the query after so long.")(command)
+
+
+check_option = click.option(
+    "--check", is_flag=True, help="Hold what is read against the hashes it was committed with (see Store)."
+)
+no_check_option = click.option(
+    "--no-check",
+    "check",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Do not hold what is read against the hashes it was committed with.",
+)
+wait_option = click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=10,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for another process that writes to the store.",
+)
+checkpoint_option = click.option(
+    "--checkpoint",
+    type=int,
+    metavar="STEP",
+    help="Its weights at this step of training (`actstore models list`), not the trained ones.",
+)
+
+
+no_record_option = click.option("--no-record", is_flag=True, help="Do not write the results into the store.")

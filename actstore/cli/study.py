@@ -1,0 +1,204 @@
+"""The commands that answer questions: study, report, and record for what they kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from actstore.cli.group import main, say
+from actstore.cli.options import no_check_option, no_record_option, output_options, store_argument, wait_option
+from actstore.errors import BadInput, NotStored, advised
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from actstore.cli.output import Output
+
+
+def _look_before(store: Path, wait: float) -> None:
+    """Wait for another writer before anything is computed; say it where nobody can write to the store."""
+    from actstore.writing import recording
+
+    if why := recording.wait_until_free(store, wait):
+        say(f"actstore: {store} cannot be written ({why}): the answers are printed, and not recorded in it", err=True)
+
+
+def _record(store: Path, results: list[pl.DataFrame], wait: float) -> None:
+    """Record results; where the store cannot take them, say where they are kept, and how to record them from there."""
+    from actstore.writing import recording
+
+    def kept(file: Path) -> None:
+        command = advised("record", store, file)
+        say(f"actstore: not recorded; {file} keeps the results, and {command} records them", err=True)
+
+    recording.record(store, results, wait, kept)
+
+
+@main.command()
+@store_argument
+@click.argument("name")
+@click.option("--run", "runs", multiple=True, help="Which run; every one that was given whole tasks by default.")
+@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option(
+    "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="One of the study's own."
+)
+@click.option(
+    "--confirm",
+    metavar="DATASET",
+    help="Put what is found to this stored set of trees, too, drawn apart from the run's own.",
+)
+@click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; of several runs FILE-RUN.")
+@no_record_option
+@wait_option
+@no_check_option
+@output_options
+def study(
+    store: Path,
+    name: str,
+    runs: tuple[str, ...],
+    seed: int,
+    options: tuple[tuple[str, str], ...],
+    confirm: str | None,
+    plot: str | None,
+    no_record: bool,
+    wait: float,
+    check: bool,
+    output: Output,
+) -> None:
+    """Run a study, print its table, record it in `results`, draw its figure.
+
+    The studies are probes, depth, last-edge, swap, dreams, attention and compare; one that needs what the store lacks says
+    which `actstore ingest` adds it. `compare` takes every pair of models over the same trees among the runs named; of one run
+    every pair that it is in; by default, for each set of trees, its first run against every other model.
+
+    With --confirm what was found (left standing by Holm) is put to a second set of trees, to the same model's run over it, without
+    the trees that both sets hold; each claim is then told as found here, and confirmed there or not.
+
+    Example:
+
+    \b
+        actstore study demo.act probes --plot probes.png
+        actstore study demo.act depth --run reproduction --confirm fresh
+        actstore study demo.act probes --run reproduction -o token_role separator -o labels source,goal
+        actstore study demo.act compare --run reproduction --run baseline
+        actstore study demo.act depth --json
+    """
+    from actstore.cli.progress import progress
+    from actstore.outputs import FIGURES, check_file, save_figure
+    from actstore.queries import confirm as confirming
+    from actstore.queries import second
+    from actstore.queries import study as studies
+    from actstore.store import Store
+
+    check_file(plot, "--plot", FIGURES)
+    chosen = {key: int(value) if value.isdecimal() and len(value) < 19 else value for key, value in options}
+    with Store(store, check) as opened:
+        asked = studies.questions(opened, name, runs, **chosen)
+        if confirm is not None:
+            asked = confirming.of_other_sets(opened, asked, confirm, bool(runs))
+        if not no_record:
+            _look_before(store, wait)
+        answers, confirmed, lacking, failed = [], [], [], []
+        for question in asked:
+            with progress(f"study {name} {question.of}", None, "parts") as advance:
+                try:
+                    if confirm is not None:  # what lacks is told before anything is computed
+                        second.look(opened, question, confirm)
+                    given = {**question.options, "seed": seed, "progress": advance}
+                    answers.append(studies.run(opened, name, run=question.run, **given))
+                    if confirm is not None:
+                        given = {**question.options, "progress": advance}
+                        confirmed.append(confirming.confirm(opened, answers[-1], confirm, seed, **given))
+                except (NotStored, BadInput) as error:  # another run may have what this one lacks
+                    lacking.append(error)
+                except Exception as error:  # what the others answered is not lost with it
+                    failed.append(error)
+    if not answers:
+        raise [*failed, *lacking][0]
+    for lack in lacking:
+        say(f"actstore: {lack}", err=True)
+    try:
+        as_table = output.format == "table" and not output.parquet
+        output.write(*confirming.rows(studies.tables(answers), confirmed, as_table))
+        sentences = [answer.sentence for answer in answers] + [one.sentence for one in confirmed]
+        for line in "\n".join(sentences).splitlines():
+            say(line, err=not as_table)
+        for answer in answers if plot else []:
+            file = studies.figure_file(Path(str(plot)), answer, alone=len(answers) == 1)
+            save_figure(file, studies.plot(answer))
+            say(f"figure: {file}", err=True)
+    finally:
+        if not no_record:
+            found = [answer.results for answer in answers] + [one.results for one in confirmed if len(one.results)]
+            _record(store, found, wait)
+    if failed:
+        raise failed[0]
+    if confirm is not None and not confirmed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@store_argument
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--run", "runs", multiple=True, help="Which; every run over drawn trees by default.")
+@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@no_record_option
+@wait_option
+@no_check_option
+def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: bool, wait: float, check: bool) -> None:
+    """Run every study, and write one page of them all, OUT/index.html, that needs nothing beside itself.
+
+    A study that needs what the store lacks stands there with the `actstore ingest` that adds it; one that fails, with the
+    reason, and the exit code is 1. Each pair of models over the same trees is compared.
+
+    Example:
+
+    \b
+        actstore report demo.act report/
+        actstore report demo.act report/ --run reproduction --run baseline
+    """
+    from actstore.cli.progress import progress
+    from actstore.outputs import check_file
+    from actstore.queries.report import PAGE
+    from actstore.queries.report import report as make
+    from actstore.store import Store
+
+    check_file(out / PAGE, "OUT", make=True)
+    with Store(store, check) as opened, progress("report", None, "questions") as advance:
+        if not no_record:
+            _look_before(store, wait)
+        made = make(opened, out, runs, seed, advance)
+    say(str(made))
+    for fault in made.faults:
+        say(f"actstore: {fault}", err=True)
+    if not no_record:
+        _record(store, [answer.results for answer in made.studies], wait)
+    if made.faults:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@store_argument
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
+@wait_option
+def record(store: Path, files: tuple[Path, ...], wait: float) -> None:
+    """Record results that a study kept in a file, because another process was writing to the store.
+
+    Example:
+
+    \b
+        actstore record demo.act results-3f9c0a1b2d4e.parquet
+    """
+    from actstore.store import Store
+    from actstore.writing import recording
+    from actstore.writing.writer import open_writer
+
+    results = [frame for file in files for frame in recording.read_kept(file)]
+    with Store(store) as opened:
+        recording.check_belongs(store, results, opened.runs(), opened.snapshot)
+    with open_writer(store, wait=wait) as writer:
+        for frame in results:
+            writer.record(frame)
+    say(f"{store}: {len(results)} answers recorded, {sum(map(len, results)):,} rows of `results`")

@@ -1,0 +1,90 @@
+"""The commands that look after a store: verify and repair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from actstore.cli.group import main, say
+from actstore.cli.options import output_options, store_argument, wait_option
+
+if TYPE_CHECKING:
+    from actstore.cli.output import Output
+
+
+@main.command()
+@store_argument
+@click.option("--quick", is_flag=True, help="Look at sizes and index checksums alone.")
+@click.option(
+    "--recompute", type=click.IntRange(1), metavar="N", help="Run N random trees of each run anew, and compare."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random trees.")
+@output_options
+def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: Output) -> None:
+    """Read everything that was committed, and find what is not as it was.
+
+    With --recompute, models run again by the weights that the store keeps, and every site, token and prediction of the trees
+    drawn is held against what is stored: to a 10,000th of a site's largest number and to 0.001 of a probability, since sums of
+    float32 round differently in other batches and on other machines.
+
+    Example:
+
+    \b
+        actstore verify demo.act
+        actstore verify demo.act --quick
+        actstore verify demo.act --recompute 20
+    """
+    from actstore.cli.progress import progress
+    from actstore.upkeep import verify as verifying
+
+    total = sum(file.bytes for manifest in verifying.read_manifests(store)[0] for file in manifest.files)
+    with progress("verify", total, "bytes") as advance:
+        report = verifying.verify(store, quick, advance)
+    if recompute is None or report.damage:
+        output.write(report.table())
+    say(f"{store}: {report.n_files:,} files, {report.n_bytes / 1e9:.2f} GB, {len(report.damage)} damaged", err=True)
+    verifying.raise_if_damaged(report, store)
+    if recompute is not None:
+        from actstore.ingest.replay import compare, difference
+
+        with progress("recompute", None, "runs") as advance:
+            found = compare.compare(store, recompute, seed, advance)
+        output.write(difference.table(found))
+        difference.raise_if_apart(found, store)
+
+
+@main.command()
+@store_argument
+@wait_option
+@output_options
+def repair(store: Path, wait: float, output: Output) -> None:
+    """Mend what is damaged, to the bytes that were committed, and build the catalog anew.
+
+    A store of an earlier version is brought up to date. Rows come from the catalog or from the definition of the trees,
+    activations from the run's own weights.
+
+    Example:
+
+    \b
+        actstore repair demo.act
+    """
+    from actstore.cli.progress import progress
+    from actstore.errors import Damaged
+    from actstore.upkeep import repair as repairing
+    from actstore.upkeep import verify as verifying
+
+    def recompute(*asked: Any) -> dict[str, bytes]:
+        from actstore.ingest.replay.remake import files_of
+
+        return files_of(*asked)
+
+    total = sum(file.bytes for manifest in verifying.read_manifests(store)[0] for file in manifest.files)
+    with progress("verify", total, "bytes") as advance:
+        done = repairing.repair(store, recompute, advance, wait)
+    if done.mended or done.left:
+        output.write(repairing.table(done))
+    say(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended")
+    if done.left:
+        raise Damaged(f"{len(done.left)} files could not be mended, the first {done.left[0].path}: {done.left[0].what}")

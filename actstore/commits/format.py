@@ -1,0 +1,118 @@
+"""The format of a store: its number, its folders, and store.json, which names it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from actstore.errors import Damaged, NotStored, TooNew, TooOld, advised
+from actstore.storage import sealed
+from actstore.storage.content import Positive, Text, as_a, json_object
+from actstore.storage.folder import check_path
+from actstore.storage.machine import within_limits
+from actstore.storage.regular import read_regular
+
+FORMAT_VERSION = 3  # 1 had no variants, prompts, generations and hash of its catalog; 2 did not chain its manifests
+CHAINED_FROM = 3  # the format from which on a manifest names the one before it
+LOG, PARTS, ARRAYS, WEIGHTS = "log", "parts", "activations.zarr", "models"
+FOLDERS = (LOG, PARTS, ARRAYS, WEIGHTS)
+
+
+MOST_BESIDE = 100  # stores that are looked at for a name like one that is not there
+
+
+@dataclass(frozen=True)
+class About:
+    """What store.json says, of any format."""
+
+    format: Positive
+    made_by: Text = "an unknown version"
+
+
+WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # what store.json holds where a development version made it
+
+
+def check_format(root: Path, older: bool = False) -> dict[str, Any]:
+    """The content of a store's store.json.
+
+    Args:
+        older: whether an earlier version's store will do.
+
+    Raises:
+        BadInput: DuckDB cannot open a path like this one.
+        NotStored: the folder is no store.
+        TooNew: a later version of actstore made it.
+        TooOld: an earlier one did.
+        Damaged: store.json cannot be read.
+    """
+    check_path(root)
+    content = b""
+    try:
+        with within_limits(f"cannot read {root / 'store.json'}"):
+            content = read_regular(root / "store.json")
+        about = json_object(content)
+        if "format" not in about:
+            raise ValueError("it has no format")
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_store(root) from None
+    except ValueError as error:
+        raise Damaged(f"{root / 'store.json'} cannot be read ({error}); {_mend(root, content)}") from error
+    try:
+        described = as_a(About, about)
+    except ValueError as error:
+        raise Damaged(
+            f"{root / 'store.json'} names no format, or no maker ({error}); {_mend(root, content)}"
+        ) from error
+    version, maker = described.format, described.made_by
+    if not about.keys() <= WITHOUT_CHECKSUM and not sealed.is_whole(content):
+        raise Damaged(
+            f"{root / 'store.json'} is not what was written (its checksum does not match); {_mend(root, content)}"
+        )
+    if version < FORMAT_VERSION and not older:
+        raise TooOld(
+            f"{root} has format {version}, made by {maker}; this version "
+            f"reads it as it is, and writes format {FORMAT_VERSION} alone: bring it up to date with "
+            f"{advised('repair', root)}, which keeps all that it holds"
+        )
+    if version > FORMAT_VERSION:
+        raise TooNew(
+            f"{root} has format {version}, made by {maker}; this version reads format "
+            f"{FORMAT_VERSION}: install the version that made it, or a later one"
+        )
+    return about
+
+
+def _no_store(root: Path) -> NotStored:
+    """Says which store is near, if only by its name, and else how to make one."""
+    around = store_around(root)
+    if around and around != Path(os.path.realpath(root)):
+        return NotStored(f"{root} lies in a store; name the store itself, {around}")
+    what = "is no actstore store (it has no store.json)" if root.exists() else "does not exist"
+    with suppress(OSError):
+        beside = [folder.parent.name for folder in islice(root.absolute().parent.glob("*/store.json"), MOST_BESIDE)]
+        if near := get_close_matches(root.name, beside, 1, cutoff=0.75):
+            return NotStored(f"{root} {what}; did you mean {root.with_name(near[0])}, beside it?")
+    return NotStored(f"{root} {what}; make one with {advised('ingest', root, '--model', 'reproduction')}")
+
+
+def _mend(root: Path, content: bytes) -> str:
+    """What to do about a store.json that is not whole: of what repair cannot mend, a copy alone will do."""
+    if sealed.flipped_back(content) is None:
+        return "it cannot be made again: restore it from a copy of the store"
+    return f"mend it with {advised('repair', root)}"
+
+
+def store_around(path: Path) -> Path | None:
+    """The store that a path is, or lies in, after links and `..`; None outside any. A damaged store counts."""
+    place = Path(os.path.realpath(path))
+    return next((folder for folder in (place, *place.parents) if _looks_like_a_store(folder)), None)
+
+
+def _looks_like_a_store(folder: Path) -> bool:
+    described = os.path.lexists(folder / "store.json") or os.path.lexists(folder / "catalog.duckdb")
+    return described and any((folder / name).is_dir() for name in (LOG, PARTS, ARRAYS))

@@ -1,0 +1,114 @@
+"""A commit's manifest: what the commit is, and every file that it brought."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from actstore.commits.format import CHAINED_FROM, FORMAT_VERSION, LOG
+from actstore.errors import Damaged
+from actstore.storage.backend import File
+from actstore.storage.content import Count, Hash, Positive, Size, Text, as_a, check_inside, json_object
+from actstore.storage.sealed import checksum
+
+TableOfParts = Literal[
+    "models",
+    "datasets",
+    "runs",
+    "sites",
+    "trees",
+    "edges",
+    "tokens",
+    "predictions",
+    "outcomes",
+    "generations",
+    "results",
+]
+MANIFEST = re.compile(r"[0-9]{8,}\.json")
+
+
+@dataclass(frozen=True)
+class Part(File):
+    """The rows that one commit brought to one table, as Parquet."""
+
+    table: TableOfParts
+    rows: Size
+
+
+@dataclass(frozen=True)
+class Shard(File):
+    """One batch of trees of one site of a run."""
+
+    run: Text
+    site: Text
+    batch: Count
+    first_tree_id: Count
+    n_trees: Positive
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One commit: what it is, and every file it brought. Numbers run from 1 without a gap.
+
+    `run` and `batch` say which batch of which run it committed; a run's definition has no batch, a study's results neither.
+    `previous` is the xxh3-128 of the manifest before it, so that an edit of a past one shows; the first has none, and those
+    of formats 1 and 2 have none either. `xxh3_128` is that of its own bytes, once they are written or read; it is no part
+    of them.
+    """
+
+    number: Positive
+    kind: Literal["run", "batch", "results"]
+    run: Text | None = None
+    batch: Count | None = None
+    parts: list[Part] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)
+    others: list[File] = field(default_factory=list)
+    previous: Hash | None = None
+    format: Positive = FORMAT_VERSION
+    xxh3_128: str = field(default="", compare=False)
+
+    @property
+    def files(self) -> list[File]:
+        return [*self.parts, *self.shards, *self.others]
+
+    def to_json(self) -> bytes:
+        """The manifest's bytes; its checksum is over everything else in it, so that a flipped bit shows."""
+        body = self._body()
+        return json.dumps({**body, "checksum": checksum(body)}, indent=1).encode()
+
+    def _body(self) -> dict[str, Any]:
+        body = {"format": self.format, **asdict(self)}
+        del body["xxh3_128"]
+        if self.format < CHAINED_FROM:
+            del body["previous"]
+        return body
+
+    @classmethod
+    def from_json(cls, content: bytes, path: Path) -> Manifest:
+        try:
+            body = json_object(content)
+            if body.pop("checksum", None) != checksum(body):
+                raise ValueError("its checksum does not match")
+            manifest = as_a(cls, {**body, "xxh3_128": xxhash.xxh3_128_hexdigest(content)})
+            named = {key.name for key in fields(cls)} - {
+                "xxh3_128",
+                "previous" if manifest.format < CHAINED_FROM else "",
+            }
+            listed = [*body["parts"], *body["shards"], *body["others"]] if body.keys() == named else None
+            if listed != [vars(file) for file in manifest.files]:
+                raise ValueError("it has other keys than a manifest")
+            for file in manifest.files:
+                check_inside(file.path)
+            return manifest
+        except ValueError as error:
+            raise Damaged(f"manifest {path} cannot be read ({error}); restore it from a copy of the store") from error
+
+
+def manifest_path(number: int) -> str:
+    """Of a commit's manifest, inside the store."""
+    return f"{LOG}/{number:08d}.json"

@@ -1,0 +1,143 @@
+"""Files that a user asked for, written whole or not at all and outside every store; text that a terminal shows."""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from actstore.commits.format import store_around
+from actstore.errors import BadInput, Unsupported
+from actstore.storage.folder import is_unicode
+from actstore.storage.local import fsync, fsync_folder, needing_room
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURES = (".png", ".svg", ".pdf")
+
+
+def save_figure(path: str | Path, figure: Figure, dpi: float | None = None) -> None:
+    """Write a figure in the format that the file's ending names (one of FIGURES), whole or not at all."""
+    kind = Path(path).suffix.removeprefix(".")
+    replacing(path, lambda target: figure.savefig(target, format=kind, dpi=dpi or "figure"))
+
+
+def check_file(path: str | Path | None, option: str, endings: Sequence[str] = (), make: bool = False) -> None:
+    """Refuse a file that cannot be written, or must not be, before any work is done for it.
+
+    Args:
+        path: the file; None where none is asked for.
+        option: the argument that named it, as the message calls it.
+        endings: those that say a format; any will do where none is given.
+        make: whether the file's folder will be made.
+
+    Raises:
+        BadInput: the ending says no format, the file lies in a store, or no file can be written there.
+    """
+    if path is None:
+        return
+    check_ending(str(path), endings, option)
+    target, got = Path(os.path.realpath(path)), f"got {option} {path}"
+    _check_unicode(path, got)
+    _check_folder(Path(path).parent, got, make)
+    if around := store_around(target):
+        raise BadInput(f"{got}, which leads into the store {around}; name a file outside it")
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise BadInput(f"{got}: {error.strerror}; name another file") from error
+    if not stat.S_ISREG(mode):
+        raise BadInput(f"{got}, which is {'a folder' if stat.S_ISDIR(mode) else 'no plain file'}; name a file")
+
+
+def check_folder(path: str | Path, option: str) -> None:
+    """Refuse a folder, which will be made where there is none, as check_file refuses a file.
+
+    Raises:
+        BadInput: it is in a store, or no folder, or cannot be written.
+    """
+    _check_folder(Path(path), f"got {option} {path}", make=True)
+
+
+def _check_unicode(path: str | Path, got: str) -> None:
+    if not is_unicode(os.path.realpath(path)):
+        raise BadInput(f"{got}, a path that is not UTF-8, which not every library can write to; name another place")
+
+
+def _check_folder(path: Path, got: str, make: bool) -> None:
+    folder = Path(os.path.realpath(path))
+    _check_unicode(folder, got)
+    if around := store_around(folder):
+        raise BadInput(f"{got}, which lies in the store {around}; name a place outside it")
+    while make and not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        what = "is no folder" if os.path.lexists(folder) else "is not there"
+        raise BadInput(f"{got}, and the folder {folder} {what}; make it, or name another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{got}, and the folder {folder} cannot be written; name another place")
+
+
+def check_ending(path: str | None, endings: Sequence[str], option: str) -> None:
+    """Refuse a file whose ending says no format, before any work is done for it.
+
+    Raises:
+        BadInput: says which endings there are.
+    """
+    if path and endings and Path(path).suffix not in endings:
+        raise BadInput(f"got {option} {path}; a file ends in {', '.join(endings)}")
+
+
+def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: beside its place, durably, and then into it.
+
+    Args:
+        path: where; what stood there is replaced, and a link leads on to the file it names.
+        write: is given the path to write to, which has no ending.
+
+    Raises:
+        BadInput: the file lies in a store, or no file can be written there.
+        NoRoom: the disk is full.
+    """
+    check_file(path, "the file")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid4().hex}.tmp")
+    try:
+        with needing_room(target):
+            write(temporary)
+            with suppress(Unsupported):  # the file is whole all the same
+                fsync(temporary)
+            os.replace(temporary, target)
+            with suppress(OSError):  # some file systems cannot
+                fsync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write text in UTF-8, whole or not at all; raises as `replacing` does."""
+    replacing(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control, format, surrogate, line and paragraph separator
+
+
+def printable(text: str) -> str:
+    """Text with its control characters written out (ESC as `\\x1b`); line breaks and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(_written_out(character) for character in text)
+
+
+def _written_out(character: str) -> str:
+    if character in "\n\t" or unicodedata.category(character) not in STEERING:
+        return character
+    return character.encode("unicode_escape").decode()

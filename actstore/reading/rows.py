@@ -1,0 +1,87 @@
+"""The rows of a query that names tokens, and their token ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from actstore.errors import BadInput, NotStored
+from actstore.reading.given import Tokens, frame_of
+
+if TYPE_CHECKING:
+    from actstore.store import Store
+
+RENAMED = re.compile(r"(.+)_\d+")  # DuckDB hands a second column `a` on as `a_1`
+
+
+def read_ids(
+    store: Store,
+    run: str,
+    query: Tokens,
+    params: Mapping[str, Any] | None,
+    timeout: float | None = None,
+    memory: str | int | None = None,
+) -> tuple[np.ndarray, pl.DataFrame]:
+    """The token ids that a query of a run yields, int64 [n], and its frame; limits as of Store.sql. Ids and frames stand for
+    themselves.
+
+    Raises:
+        NotStored: an id is too large for any token.
+        BadInput: the query is refused, has two columns of one name, yields no integer token_id without NULLs, or one that is
+            another id renamed.
+        LimitReached: it took longer, or held more.
+    """
+    if not isinstance(query, str):
+        rows, of = frame_of(query, params)
+        return token_ids(rows, of), rows
+    rows = store._ask(query, params, timeout, memory, reads=run)
+    _refuse_twins(store, query, params, rows.columns, timeout, memory)
+    return token_ids(rows), rows
+
+
+def token_ids(rows: pl.DataFrame, of: str = "the query") -> np.ndarray:
+    """int64 [n] from the column token_id of a frame, which a message calls `of`; raises as read_ids."""
+    if "token_id" not in rows.columns:
+        raise BadInput(
+            f"{of} yields {', '.join(rows.columns) or 'nothing'} and no token_id; select token_id to say which tokens to read"
+        )
+    ids = rows["token_id"]
+    if not ids.dtype.is_integer():
+        raise BadInput(f"{of}'s token_id is {ids.dtype}; it must be an integer, as in the tables")
+    if ids.null_count():
+        raise BadInput(
+            f"{ids.null_count():,} of {len(ids):,} token_ids are NULL; add `where token_id is not null`, or join the tokens"
+        )
+    as_stored = ids.cast(pl.Int64, strict=False)  # NULL where an id does not fit
+    if as_stored.null_count():
+        raise NotStored(f"no token has token_id {ids.filter(as_stored.is_null())[0]}; select token_id from the tables")
+    return as_stored.to_numpy()
+
+
+def _refuse_twins(
+    store: Store,
+    query: str,
+    params: Mapping[str, Any] | None,
+    columns: Sequence[str],
+    timeout: float | None,
+    memory: str | int | None,
+) -> None:
+    """Two columns of one name would come back as `a` and `a_1`, and nobody could say which is which."""
+    known = {name.lower() for name in columns}
+    if not any((found := RENAMED.fullmatch(name.lower())) and found[1] in known for name in columns):
+        return
+    try:
+        described = store.sql(f"describe {store._session.statement(query)}", params, timeout, memory)[
+            "column_name"
+        ].to_list()
+    except BadInput as error:  # a query that DESCRIBE does not take, such as SHOW
+        raise BadInput(
+            f"the query yields {', '.join(columns)}, where a name may be of a second column; write it as SELECT, or rename"
+        ) from error
+    names = [name.lower() for name in described]
+    if twins := [name for place, name in enumerate(described) if name.lower() in names[:place]]:
+        raise BadInput(f"the query yields two columns named {twins[0]}; rename one (`… as other`), or leave it out")

@@ -1,0 +1,141 @@
+"""A site of a run, opened for reading."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from msgspec import Meta
+
+from actstore.arrays.address import POSITIONS_PER_TREE
+from actstore.arrays.foreign import ForeignReader
+from actstore.arrays.layout import Layout
+from actstore.arrays.metadata import mapped_dtype
+from actstore.arrays.reader import SiteReader
+from actstore.catalog.tables import CATALOG
+from actstore.errors import Damaged, advised
+from actstore.sites import not_held
+from actstore.storage.content import Count, Positive, T, Text, as_a, check_inside, json_object
+from actstore.storage.machine import limit_reached
+
+if TYPE_CHECKING:
+    from actstore.store import Store
+
+MOST_BATCHES = 1 << 20  # that a site can have: a reader keeps 2 kB of each, and a process maps 65,530 by default
+MOST_NUMBERS = 1 << 36  # of one tree at one site
+
+
+def open_site(store: Store, run: str, site: str) -> SiteReader:
+    """A reader of one site of a run: of mapped shards where they lie as actstore writes them, else through zarr-python.
+
+    Raises:
+        NotStored: the run holds no such site.
+        Damaged: its metadata cannot be read.
+    """
+    wanted = (
+        "from sites join runs using (run) join datasets using (dataset) where run = $run and $site in (site, short)"
+    )
+    rows = store.sql(
+        f"select site, kind, shape, path, trees_per_shard, datasets.first_tree_id {wanted}", {"run": run, "site": site}
+    ).to_dicts()
+    if not rows:
+        raise not_held(store, run, site)
+    found = catalog_rows(store, SiteRow, rows)[0]
+    shards = store.sql(
+        "select batch, path from shards where run = $run and site = $site", {"run": run, "site": found.site}
+    ).to_dicts()
+    paths = {row.batch: store.path / row.path for row in catalog_rows(store, ShardRow, shards)}
+    where, first = f"{found.site} of run {run!r}", found.first_tree_id
+    if max(paths, default=0) >= found.n_batches:
+        raise _impossible(store, f"batch {max(paths)} of {found.n_batches} of {where}")
+
+    def is_token(ids: np.ndarray) -> np.ndarray:
+        asked = {"ids": np.unique(ids).tolist()}
+        known = store.sql("select token_id from tokens where token_id in (select unnest($ids::bigint[]))", asked)
+        return np.isin(ids, known["token_id"].to_numpy())
+
+    layout = Layout(tuple(found.shape), found.position_axis, found.trees_per_shard)
+    dtype = mapped_dtype(_zarr_json(store, found.path), layout)
+    if dtype is None and store.check:
+        raise Damaged(
+            f"{store.path / found.path} of {where} does not lie as actstore writes arrays, so no hash says whether what is "
+            "read is what was committed; read it without check (check=False, --no-check)"
+        )
+    if dtype is None:
+        return ForeignReader(store.path / found.path, layout, first, paths, where, is_token, store.folder.check)
+    return SiteReader(replace(layout, dtype=dtype), first, paths, where, is_token, store.folder.open, store.check)
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """What the catalog says of a shard."""
+
+    batch: Count
+    path: Text
+
+    def __post_init__(self) -> None:
+        check_inside(self.path)
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """What the catalog says of a site, and of its run's set of trees."""
+
+    site: Text
+    kind: Literal["resid", "pattern"]
+    shape: Annotated[list[Positive], Meta(min_length=3, max_length=4)]
+    path: Text
+    trees_per_shard: Positive
+    first_tree_id: Count
+
+    def __post_init__(self) -> None:
+        check_inside(self.path)
+        n_axes = 3 if self.kind == "resid" else 4
+        if len(self.shape) != n_axes or self.shape[self.position_axis] > POSITIONS_PER_TREE:
+            raise ValueError(f"{self.site} has shape {self.shape}, and no {self.kind} has it")
+        if self.n_batches > MOST_BATCHES or math.prod(self.shape[1:]) > MOST_NUMBERS:
+            raise ValueError(f"{self.site} has shape {self.shape}, which is larger than any array")
+
+    @property
+    def position_axis(self) -> int:
+        return 1 if self.kind == "resid" else 2
+
+    @property
+    def n_batches(self) -> int:
+        """Batches that are planned, whether they are there or not."""
+        return -(-self.shape[0] // self.trees_per_shard)
+
+
+def catalog_rows(store: Store, kind: type[T], rows: list[Any]) -> list[T]:
+    """Rows of the catalog as what they must be.
+
+    Raises:
+        Damaged: one is not.
+    """
+    try:
+        return [as_a(kind, row) for row in rows]
+    except ValueError as error:
+        raise _impossible(store, str(error)) from error
+
+
+def _impossible(store: Store, what: str) -> Damaged:
+    return Damaged(
+        f"{store.path / CATALOG} says what cannot be ({what}); rebuild it with {advised('repair', store.path)}"
+    )
+
+
+def _zarr_json(store: Store, path: str) -> dict[str, Any]:
+    """An array's metadata; empty where it is of Zarr v2, whose metadata has another name."""
+    file = store.path / path / "zarr.json"
+    try:
+        return json_object(store.folder.read(file))
+    except Damaged:
+        raise
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise limit_reached(error, f"cannot read {file}") or Damaged(
+            f"{file} cannot be read ({error}); restore it from a copy of the store"
+        ) from error

@@ -1,0 +1,95 @@
+"""The process in which a query with limits runs; see sql/process.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+from actstore import errors
+from actstore.errors import ActstoreError, Damaged, LimitReached
+from actstore.sql.parameters import from_json
+from actstore.sql.process import ERROR, HEADROOM, READY, ROWS, of_status, too_much
+from actstore.sql.session import Session
+from actstore.storage.machine import OUT_OF_MEMORY
+from actstore.store import Store
+
+
+class _Inherited(Store):
+    """A store on a catalog file, and in the very folder, that another process has open (and has checked, where it checks)."""
+
+    def __init__(self, path: Path, identity: tuple[int, int], catalog: int, memory: int | None, check: bool) -> None:
+        self._identity, self._inherited, self._memory = identity, Path(f"/dev/fd/{catalog}"), memory
+        super().__init__(path, check)
+
+    def _open_session(self) -> Session:
+        if self.folder.identity() != self._identity:
+            raise Damaged(f"{self.path} was moved or replaced since it was opened; open the store again")
+        return Session(self._inherited, self._memory)
+
+
+def main() -> None:
+    """The process: one request in, one answer out."""
+    out = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever else prints does not mix with the answer
+    memory = None
+    try:
+        asked = _receive()
+        path, memory = Path(asked["path"]), asked["limits"]["memory"]
+        params = from_json(asked["params"])
+        with _Inherited(path, tuple(asked["identity"]), asked["catalog"], memory, asked["check"]) as store:
+            if store.snapshot != asked["snapshot"]:
+                raise Damaged(f"{path} is another store by now; open it again")
+            if memory is not None:
+                _limit_allocations(memory)
+            out.write(READY)
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always", errors.SeveralRuns)
+                asked_of = store if asked["of"] is None else store.of(asked["of"])
+                frame = asked_of._ask(asked["query"], params, None, None, asked["reads"])
+        said = [str(note.message) for note in notes if issubclass(note.category, errors.SeveralRuns)]
+        out.write(ROWS + json.dumps(said).encode() + b"\n")
+        frame.write_ipc_stream(out)
+    except (ActstoreError, MemoryError) as error:
+        out.write(ERROR + json.dumps(_as_sent(error, memory)).encode())
+    out.close()
+    os._exit(0)  # nothing is left to tidy, and threads of the query might still run
+
+
+def _receive() -> Any:
+    request = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return request
+
+
+def _as_sent(error: ActstoreError | MemoryError, memory: int | None) -> tuple[str, str]:
+    lacks = isinstance(error, MemoryError) or OUT_OF_MEMORY.search(
+        str(error).partition("\n")[0]
+    )  # not in the copy of the query
+    if memory is not None and lacks:
+        error = too_much(memory)
+    elif isinstance(error, MemoryError):
+        error = LimitReached("the query needs more memory than there is; ask for less")
+    return type(error).__name__, str(error)
+
+
+def _limit_allocations(memory: int) -> None:
+    """Have the system refuse a single allocation that is larger than what is left, before a page of it is used."""
+    import resource
+
+    if held := of_status("self", "VmData"):
+        most = held + memory + HEADROOM
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The catalog made again from the committed parts alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from actstore.catalog import build, witness
+from actstore.catalog import tables as catalog_tables
+from actstore.commits import log
+from actstore.commits.format import check_format
+from actstore.storage import lease as storage_lease
+from actstore.storage.folder import place
+
+
+def rebuild(path: str | Path) -> int:
+    """Make the catalog anew from the committed parts alone, and return how many commits it holds.
+
+    Raises:
+        Damaged: a part or a manifest is missing or unreadable, or the catalog that is there was built from other manifests.
+        Busy: another process writes to the store.
+    """
+    root = place(path)
+    check_format(root)
+    with storage_lease.lease(root):
+        # what the old catalog knows must not be forgotten
+        committed = log.manifests(root, least=catalog_tables.snapshot(root))
+        witness.refuse_conflict(root, committed)
+        return build.publish(root, from_nothing=True)

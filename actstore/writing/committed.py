@@ -1,0 +1,103 @@
+"""What a store holds already, and whether a run that is planned agrees with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from actstore.commits import log
+from actstore.commits.format import check_format
+from actstore.commits.manifest import Manifest
+from actstore.errors import BadInput
+from actstore.writing.create import is_store
+from actstore.writing.parts import table
+from actstore.writing.plan import RunPlan
+
+Rows = list[dict[str, Any]]  # of a table
+
+
+def check_plan(root: Path, plan: RunPlan) -> None:
+    """Refuse a plan that `Writer.define` would refuse, without holding the store; no store there is none yet.
+
+    Args:
+        plan: where its `model` is empty, whatever is said of the run's weights is taken to be right.
+
+    Raises:
+        BadInput: the folder can become no store, or cannot be written, or the run's or dataset's name is taken.
+    """
+    if is_store(root):
+        check_format(root)
+        committed = log.manifests(root)
+        datasets, runs, sites = (table(root, committed, name).to_dicts() for name in ("datasets", "runs", "sites"))
+        stored_dataset(datasets, plan.dataset)
+        stored_run(runs, sites, plan)
+    above = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "is read-only, or another user's" if above.is_dir() else "is no folder"
+        raise BadInput(f"{root} cannot be written, since {above} {what}; name another folder")
+
+
+def stored_dataset(datasets: Rows, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The stored row of a set of trees, which must be the one that is wanted; None where the name is free."""
+    row = next((row for row in datasets if row["dataset"] == wanted["dataset"]), None)
+    if row:
+        must_agree(f"dataset {row['dataset']!r}", row, wanted, "name the new set otherwise (--dataset)")
+    return row
+
+
+def stored_run(runs: Rows, sites: Rows, plan: RunPlan) -> dict[str, Any] | None:
+    """The stored row of a run, which must be the one that is planned; None where the name is free."""
+    row = next((row for row in runs if row["run"] == plan.run), None)
+    if row:
+        wanted = {
+            "weights_sha256": plan.model.get("weights_sha256", row["weights_sha256"]),
+            "dataset": plan.dataset["dataset"],
+            "sites": ", ".join(site.short for site in plan.sites) or "none",
+            "prompt": plan.facts.get("prompt", "task"),
+            "samples": plan.facts.get("samples"),
+        }
+        shorts = ", ".join(site["short"] for site in sites if site["run"] == plan.run)
+        stored = {**row, "sites": shorts or "none", "prompt": row.get("prompt") or "task"}
+        must_agree(f"run {plan.run!r}", stored, wanted, "name the new run otherwise (--run)")
+    return row
+
+
+def committed_batches(root: Path, run: str) -> set[int]:
+    """The batches of a run that are committed, without holding the store.
+
+    Raises:
+        NotStored: there is no store.
+    """
+    check_format(root)
+    return batches_of(log.manifests(root), run)
+
+
+def committed_dataset(root: Path, name: str) -> dict[str, Any] | None:
+    """The row of `datasets` of that name, without holding the store; None where there is none, or no store."""
+    return next((row for row in _datasets(root) if row["dataset"] == name), None)
+
+
+def committed_datasets(root: Path) -> list[str]:
+    """Names of the sets of trees that are stored, without holding the store; none where there is no store."""
+    return [row["dataset"] for row in _datasets(root)]
+
+
+def _datasets(root: Path) -> Rows:
+    if not (root / "store.json").exists():
+        return []
+    check_format(root)
+    return table(root, log.manifests(root), "datasets").to_dicts()
+
+
+def batches_of(committed: Sequence[Manifest], run: str) -> set[int]:
+    return {m.batch for m in committed if m.kind == "batch" and m.run == run and m.batch is not None}
+
+
+def must_agree(what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], advice: str) -> None:
+    for key, value in wanted.items():
+        if stored.get(key) != value:
+            raise BadInput(
+                f"{what} is stored with {key} {stored.get(key)}, not {value}; {advice}, or ask for what is stored"
+            )

@@ -1,0 +1,80 @@
+"""Parts: the rows that one commit brings to one table, as Parquet."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from actstore.catalog import tables as catalog_tables
+from actstore.commits.manifest import Manifest
+from actstore.errors import BadInput, Damaged, advised
+from actstore.storage.machine import limit_reached
+from actstore.storage.regular import read_regular
+
+GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
+NEVER_NULL = {  # what rows are found by, and counted with
+    "models": ("weights_sha256",),
+    "datasets": ("dataset", "n_nodes", "n_trees", "first_tree_id", "trees_per_shard"),
+    "runs": ("run", "weights_sha256", "dataset", "first_tree_id"),
+    "sites": ("run", "site", "short", "shape", "path"),
+}
+
+
+def table(root: Path, committed: Sequence[Manifest], name: str) -> pl.DataFrame:
+    """All rows that these commits brought to one of the small tables.
+
+    Raises:
+        Damaged: a part holds none of its rows, or one without what names it.
+    """
+    parts = [part for manifest in committed for part in manifest.parts if part.table == name]
+    if not parts:
+        return pl.DataFrame()
+    try:
+        rows = as_stored(name, pl.concat([read_part(root / part.path) for part in parts], how="diagonal_relaxed"))
+    except (BadInput, pl.exceptions.PolarsError) as error:
+        raise Damaged(
+            f"the parts of {name} in {root} hold no rows of it ({error}); see {advised('verify', root)}"
+        ) from error
+    for column in NEVER_NULL.get(name, ()):
+        if rows[column].null_count() or (rows[column].dtype.is_integer() and (rows[column] < 0).any()):
+            raise Damaged(f"a part of {name} in {root} has a row whose {column} is none; see {advised('verify', root)}")
+    return rows
+
+
+def read_part(path: Path) -> pl.DataFrame:
+    """The rows of a part.
+
+    Raises:
+        Damaged: it is no Parquet file.
+    """
+    try:
+        return pl.read_parquet(read_regular(path, path.stat().st_size))
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise (isinstance(error, OSError) and limit_reached(error, f"cannot read {path}")) or Damaged(
+            f"part {path} cannot be read ({str(error).splitlines()[0]}); restore it from a copy of the store"
+        ) from error
+
+
+def as_parquet(table: str, rows: pl.DataFrame) -> bytes:
+    """The bytes of a part: all columns of its table."""
+    buffer = io.BytesIO()
+    as_stored(table, rows).write_parquet(buffer, compression="zstd", statistics=False)
+    return buffer.getvalue()
+
+
+def as_stored(table: str, frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows with all columns of their table and its types, so that no committed part is one the catalog cannot take."""
+    types = catalog_tables.tables()[table]
+    if unknown := [name for name in frame.columns if name not in types]:
+        raise BadInput(f"table {table} has no column {', '.join(unknown)}; it has {', '.join(types)}")
+    lacking = [pl.lit(None, dtype).alias(name) for name, dtype in types.items() if name not in frame.columns]
+    try:
+        return frame.with_columns(lacking).select(pl.col(name).cast(dtype) for name, dtype in types.items())
+    except pl.exceptions.PolarsError as error:
+        raise BadInput(f"the rows do not fit table {table}: {str(error).splitlines()[0]}") from error

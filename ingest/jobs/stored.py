@@ -1,0 +1,87 @@
+"""The model of a stored run, by the weights that the store keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actstore.commits.format import WEIGHTS, check_format
+from actstore.commits.log import manifests as read_all
+from actstore.errors import ActstoreError, Damaged, NotStored
+from actstore.ingest.models import load
+from actstore.ingest.models.config import ModelConfig, nearest, there_are
+from actstore.ingest.models.load import Model
+from actstore.named import available
+from actstore.writing import parts as writing_parts
+
+
+def model_of(root: Path, run: str, device: str = "cpu") -> Model:
+    """The model of a stored run.
+
+    Raises:
+        NotStored: no such run, or no store.
+        BadInput: no such device.
+        Damaged: its weights are not there, or not those it ran, and no model that can be named has them either.
+    """
+    load.check_device(device)
+    return model_of_row(root, _model_row(root, run), device)
+
+
+def shape_of(root: Path, run: str) -> tuple[str, ModelConfig]:
+    """The name and the configuration of the model of a stored run; quick, since its weights are not read.
+
+    Raises:
+        NotStored: no such run, or no store.
+    """
+    row = _model_row(root, run)
+    return row["model"], _config(row)
+
+
+def _model_row(root: Path, run: str) -> dict[str, Any]:
+    """The row of `models` of the model of a stored run."""
+    check_format(root)
+    manifests = read_all(root)
+    runs = writing_parts.table(root, manifests, "runs").to_dicts()
+    about = next((row for row in runs if row["run"] == run), None)
+    if about is None:
+        held = [row["run"] for row in runs]
+        raise NotStored(f"{root} holds no run {run!r}{nearest(run, held)}; {there_are(held)}")
+    models_there = writing_parts.table(root, manifests, "models").to_dicts()
+    return row_where(models_there, "weights_sha256", about["weights_sha256"], "models")
+
+
+def _config(row: dict[str, Any]) -> ModelConfig:
+    return ModelConfig.from_mapping(json.loads(row["config"]), f"models.config of {row['model']}")
+
+
+def row_where(rows: list[dict[str, Any]], column: str, wanted: object, table: str) -> dict[str, Any]:
+    for row in rows:
+        if row[column] == wanted:
+            return row
+    raise Damaged(f"the row of {table} whose {column} is {wanted!r} is damaged, and needed; restore it from a copy")
+
+
+def model_of_row(root: Path, row: dict[str, Any], device: str) -> Model:
+    """A model out of the store's own weights, else out of a named model, or a checkpoint of one, that has the same."""
+    wanted, name = row["weights_sha256"], row["model"]
+    import torch
+
+    where = device if device == "cpu" or torch.cuda.is_available() else "cpu"
+    path = root / WEIGHTS / f"{wanted}.safetensors"
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() == wanted:
+        return load.from_bytes(content, _config(row), name, row["source"], where)
+    of, _, step = name.rpartition("-step")
+    for called, checkpoint in ((name, None), (of, int(step) if step.isdigit() else None)):
+        with suppress(ActstoreError):
+            if called in available():
+                found = load.load(called, device=where, checkpoint=checkpoint)
+                if found.weights_sha256 == wanted:
+                    return replace(found, name=name, source=row["source"])
+    raise Damaged(
+        f"the weights {path} are not those that were run, and no model {name!r} has them; restore them from a copy"
+    )

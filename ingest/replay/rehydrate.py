@@ -1,0 +1,57 @@
+"""The job that a stored run was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from actstore.commits.manifest import Manifest
+from actstore.errors import NotStored
+from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.jobs.stored import model_of_row, row_where
+from actstore.ingest.replay import definitions
+from actstore.ingest.trees.task import TreeSet
+from actstore.writing import parts as writing_parts
+
+
+def rehydrate(
+    root: Path, manifests: list[Manifest], run: str, lost: Mapping[str, dict[str, Any]] | None = None
+) -> tuple[Ingest, dict[str, Any]]:
+    """The ingest that a stored run was, and its row of `runs`.
+
+    Args:
+        lost: rows of its definition that no sound part holds, by the path of their part.
+
+    Raises:
+        NotStored: no such run.
+        Damaged: its weights are not there, or not those it ran, and no model that can be named has them either.
+    """
+    rows = {
+        name: writing_parts.table(root, manifests, name).to_dicts() for name in ("runs", "models", "datasets", "sites")
+    }
+    for path, row in (lost or {}).items():
+        rows[path.split("/")[1]].append(row)
+    about = next((row for row in rows["runs"] if row["run"] == run), None)
+    if about is None:
+        raise NotStored(f"{root} holds no run {run!r}")
+    model = row_where(rows["models"], "weights_sha256", about["weights_sha256"], "models")
+    dataset = row_where(rows["datasets"], "dataset", about["dataset"], "datasets")
+    sites = [row["short"] for row in rows["sites"] if row["run"] == run] or definitions.site_names(root, run)
+    depths = dataset.get("depths")
+    trees = TreeSet(
+        dataset["distribution"],
+        dataset["n_trees"],
+        dataset["seed"],
+        dataset["n_nodes"],
+        None if depths is None else tuple(depths),
+        dataset["dataset"],
+        dataset["trees_per_shard"],
+        dataset.get("variant_of"),
+        dataset.get("change"),
+    )
+    batch_size = json.loads(about["versions"]).get("batch_size", 128)
+    prompt, samples = about.get("prompt") or "task", about.get("samples")
+    held = model_of_row(root, model, about["device"])
+    return Ingest(root, held, trees, run, sites, batch_size, prompt=prompt, samples=samples), about

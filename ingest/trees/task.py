@@ -1,0 +1,64 @@
+"""A set of trees to run a model over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from actstore.errors import BadInput
+from actstore.ingest.trees.draw import Trees, draw
+from actstore.ingest.trees.tokens import Drawn, n_positions
+from actstore.ingest.trees.variants import vary
+
+SHARD_ROWS = 64 * 1024  # positions × trees: 32 MiB a site at d_model 128, large enough to write and map in one go
+
+
+@dataclass(frozen=True)
+class TreeSet:
+    """A set of trees to run over: the first n_trees of a seed's stream.
+
+    Attributes:
+        variant_of: the stored set whose tree i tree i of this one is made from, by `change`; see ingest/trees/variants.py.
+    """
+
+    distribution: str
+    n_trees: int
+    seed: int = 0
+    n_nodes: int = 16
+    depths: tuple[int, ...] | None = None
+    name: str | None = None
+    trees_per_shard: int | None = None
+    variant_of: str | None = None
+    change: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_trees < 1:
+            raise BadInput(f"got {self.n_trees} trees; ask for 1 or more (--trees)")
+        draw(self.distribution, self.seed, 0, 0, self.n_nodes, depths=self.depths)  # refuses what no tree can be
+
+    def slice(self, start: int, stop: int) -> Trees:
+        return self.drawn(start, stop).trees
+
+    def drawn(self, start: int, stop: int) -> Drawn:
+        """Trees start…stop-1 of the set, as words and as rows."""
+        trees = draw(self.distribution, self.seed, start, stop, self.n_nodes, depths=self.depths)
+        trees, changes = vary(trees, self.change, self.seed, start) if self.change else (trees, None)
+        return Drawn(start, trees, changes)
+
+    def row(self) -> dict[str, Any]:
+        """The row of `datasets`, but for first_tree_id."""
+        depths = "" if self.depths is None else f"-depth{'_'.join(map(str, self.depths))}"
+        name = f"{self.distribution}{depths}-{self.n_nodes}nodes-seed{self.seed}-{self.n_trees}"
+        fitting = SHARD_ROWS // n_positions(self.n_nodes) // 64 * 64
+        return {
+            "dataset": self.name or name,
+            "distribution": self.distribution,
+            "seed": self.seed,
+            "n_nodes": self.n_nodes,
+            "depths": None if self.depths is None else list(self.depths),
+            "n_trees": self.n_trees,
+            "n_positions": n_positions(self.n_nodes),
+            "trees_per_shard": self.trees_per_shard or min(self.n_trees, fitting),
+            "variant_of": self.variant_of,
+            "change": self.change,
+        }

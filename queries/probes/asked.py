@@ -1,0 +1,57 @@
+"""What a probe is asked: tokens, their labels, and which of them are for testing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from actstore.intervals import sign_flip
+from actstore.queries.study import Test
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One kind of token and what is asked of it.
+
+    Attributes:
+        tokens: the n rows of `probe_tokens`, without their activations.
+        train: bool [n], rows of training trees.
+        labels: int64 [n] by label.
+        guessed: by label and baseline, float64 [n_test]: how likely a guess from the tree alone is right.
+        n_nodes: of each tree.
+    """
+
+    tokens: pl.DataFrame
+    train: np.ndarray
+    labels: dict[str, np.ndarray]
+    guessed: dict[str, dict[str, np.ndarray]]
+    n_nodes: int
+
+    @property
+    def test_trees(self) -> np.ndarray:
+        """int64 [n_test], the tree of each test row."""
+        return self.tokens["tree_id"].to_numpy()[~self.train]
+
+
+def above_test(about: dict[str, str], above: np.ndarray, trees: np.ndarray, found: dict[str, Any], seed: int) -> Test:
+    """Whether a probe is above the highest baseline.
+
+    Args:
+        about: run, site, token_role and label.
+        above: float64 [n], what each test row is above it.
+        trees: int64 [n], the tree of each.
+        found: the row of `results` that says so of all of them.
+        seed: of the sign flips.
+    """
+    _, tree = np.unique(trees, return_inverse=True)
+    p, what = (
+        sign_flip(np.bincount(tree, weights=above), seed),
+        f"the {about['label']} read by a probe, less what the tree alone gives",
+    )
+    numbers = {"n": found["n"], "low": found["low"], "high": found["high"]}
+    return Test(
+        about["label"], found["value"], p, **numbers, what=what, site=about["site"], token_role=about["token_role"]
+    )

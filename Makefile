@@ -5,8 +5,9 @@ STORE ?= demo.act
 FULL ?= full.act
 SITES := embed,resid_post,pattern
 
-.PHONY: install demo full test lint torture bench clean
+.PHONY: help install demo full test lint torture bench clean types format
 
+# a virtual environment in .venv, with everything that constraints.txt pins
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -15,6 +16,11 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+# list the targets
+help:
+	@awk '/^# /{said=substr($$0,3)} /^[a-z]+:/&&said{sub(":.*","");printf "make %-8s %s\n",$$0,said} !/^# /{said=""}' Makefile
+
+# a small store of the reproduction, asked and probed; see README.md
 demo: install
 	$(BIN)/actstore ingest $(STORE) --model reproduction --trees 2000
 	$(BIN)/actstore info $(STORE)
@@ -53,17 +59,29 @@ full: install
 	    $(BIN)/actstore study $(FULL) $$study --run reproduction --run baseline --confirm fresh-sites; \
 	done
 
+# everything that has to pass: lint, then all tests
 test: lint
 	$(BIN)/python -m pytest -n 2
 
+# ruff's checks, ruff's format, and mypy
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+# mypy alone
+types: install
 	@# mypy knows folders, not setuptools' package-dir: show it the package as it is installed
 	rm -rf build/types && mkdir -p build/types/actstore
 	ln -s $(CURDIR)/actstore/* $(CURDIR)/ingest $(CURDIR)/queries $(CURDIR)/data build/types/actstore
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p actstore
 
+# ruff's fixes, and its format
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# kills, faults of the disk, flipped bits and power cuts; see actstore/README.md
 torture: install
 	$(BIN)/python -m tests.torture.kills 200
 	$(BIN)/python -m tests.torture.readers
@@ -71,6 +89,7 @@ torture: install
 	$(BIN)/python -m tests.torture.flips 1000
 	$(BIN)/python -m tests.torture.power 40
 
+# measure everything that tests/benchmarks/README.md shows, in ten minutes, and rewrite its figures
 bench: .venv/bench
 	$(BIN)/python -m tests.benchmarks
 
@@ -78,5 +97,6 @@ bench: .venv/bench
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
 	touch $@
 
+# remove .venv and what builds leave
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from actstore.errors import ActstoreError, BadInput, Busy, Damaged, LimitReached, NoRoom, NotStored, SeveralRuns, TooNew
+from actstore.version import __version__
 
 if TYPE_CHECKING:
     from actstore.store import Store
 
-__version__ = "0.1.0"
 __all__ = [
     "ActstoreError",
     "BadInput",

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain, count
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from actstore.errors import ActstoreError, BadInput, NotStored, advised
 
 if TYPE_CHECKING:
-    from actstore.store import Store
+    import polars as pl
 
 
-def ingest_more(store: Store, run: str, name: str, *more: str) -> str:
+class Held(Protocol):
+    """A store, as far as advice asks it."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def runs(self) -> list[str]: ...
+
+    def sites(self, run: str) -> list[str]: ...
+
+    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame: ...
+
+
+def ingest_more(store: Held, run: str, name: str, *more: str) -> str:
     """The command, as a message shows it, that stores more of a run's own model over its own trees.
 
     Args:
@@ -24,7 +38,7 @@ def ingest_more(store: Store, run: str, name: str, *more: str) -> str:
     return ingest_command(store, ("--model-of", run), dataset, name, *more)
 
 
-def ingest_command(store: Store, model: tuple[str, str], dataset: str, name: str, *more: str) -> str:
+def ingest_command(store: Held, model: tuple[str, str], dataset: str, name: str, *more: str) -> str:
     """The command, as a message shows it, that stores a new run over a stored set of trees.
 
     Args:
@@ -36,7 +50,7 @@ def ingest_command(store: Store, model: tuple[str, str], dataset: str, name: str
     return advised("ingest", store.path, *model, "--dataset", dataset, "--run", free, *more)
 
 
-def no_run(store: Store, run: object, held: Sequence[str]) -> ActstoreError:
+def no_run(store: Held, run: object, held: Sequence[str]) -> ActstoreError:
     """What to raise where a store holds no such run; a misspelt one is not offered to be stored.
 
     Args:

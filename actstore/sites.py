@@ -14,7 +14,7 @@ from actstore.arrays.families import FAMILIES
 from actstore.errors import BadInput, NotStored
 
 if TYPE_CHECKING:
-    from actstore.store import Store
+    from actstore.advice import Held
 
 SITE = "resid_post.0"  # read where none is named
 Site = str | tuple[str, int]  # `resid_post.0`, `blocks.0.hook_resid_post` or TransformerLens' key ("resid_post", 0)
@@ -22,7 +22,7 @@ OF_A_BLOCK = re.compile(r"blocks\.(\d+)\.(?:attn\.)?hook_(\w+)")
 SPELLINGS = "a site is spelled 'embed', 'resid_post.0', 'blocks.0.hook_resid_post' or ('resid_post', 0)"
 
 
-def wanted(store: Store, run: str, site: Site | None, sites: Sequence[Site] | None) -> list[str]:
+def wanted(store: Held, run: str, site: Site | None, sites: Sequence[Site] | None) -> list[str]:
     """The names of the sites meant; whether the run holds them is not looked at here.
 
     Args:
@@ -62,7 +62,7 @@ def _is_key(site: Any) -> bool:
     return layer.isdecimal() if isinstance(layer, str) else isinstance(layer, (int, np.integer)) and layer is not True
 
 
-def _name(store: Store, run: str, site: Any) -> str:
+def _name(store: Held, run: str, site: Any) -> str:
     if isinstance(site, str):
         return site
     if not _is_key(site):
@@ -72,18 +72,18 @@ def _name(store: Store, run: str, site: Any) -> str:
     return f"{family}.{layer + n_layers if layer < 0 and n_layers else layer}"  # -1 is the last, as there
 
 
-def _layers(store: Store, run: str, name: str) -> list[str]:
+def _layers(store: Held, run: str, name: str) -> list[str]:
     """The sites of a family that a run holds; none where the name is of no family."""
     return [held for held in store.sites(run) if held.partition(".")[0] == name] if name in FAMILIES else []
 
 
-def _n_layers(store: Store, run: str) -> int | None:
+def _n_layers(store: Held, run: str) -> int | None:
     return store.sql(
         "select n_layers from runs join models using (weights_sha256) where run = $run", {"run": run}
     ).item()
 
 
-def not_held(store: Store, run: str, site: str) -> NotStored:
+def not_held(store: Held, run: str, site: str) -> NotStored:
     """What to say of a site that a run does not hold: whether its model has it, which is near, and what stores it."""
     held, n_layers = store.sites(run), _n_layers(store, run)
     found = OF_A_BLOCK.fullmatch(site)

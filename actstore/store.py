@@ -8,32 +8,20 @@ two in step. Opening takes one snapshot and keeps it, whatever is ingested meanw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import duckdb
 import numpy as np
 import polars as pl
 
-from actstore.advice import no_run
-from actstore.arrays.reader import SiteReader
-from actstore.catalog import build, hash_note, tables
-from actstore.catalog.tables import one_line
-from actstore.commits.format import FORMAT_VERSION, check_format
-from actstore.commits.log import check_sizes, log_hash, manifests
-from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
-from actstore.reading import activations, given, scope
+from actstore.errors import BadInput
+from actstore.reading import activations, given
+from actstore.reading.opened import Opened
 from actstore.reading.rows import read_ids
-from actstore.reading.sites import open_site
 from actstore.sites import Site, wanted
-from actstore.sql.functions import Vectors, add_functions
-from actstore.sql.session import Session
-from actstore.storage.folder import CheckedFolder, Folder, place
-from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
     import torch
@@ -67,48 +55,37 @@ class Store:
     """
 
     def __init__(self, path: str | Path, check: bool = False) -> None:
-        self.path, self.check = place(path), check
-        self._readers: dict[tuple[str, str], SiteReader] = {}
-        self._runs: list[str] | None = None
-        self._vectors: Vectors | None = None
-        self.only: str | None = None  # the run that this is of, see `of`
-        self._whole: Store | None = None  # and the store that it is of
-        with _said_as_damage(self.path), ExitStack() as opened:
-            self._open(opened)
-            self._opened = opened.pop_all()
+        self._opened = Opened(path, check)
+        self._whole: Store | None = None
 
-    def _open(self, opened: ExitStack) -> None:
-        self.about = check_format(self.path, older=True)
-        hashes: dict[str, str] = {}
-        self.folder: Folder = CheckedFolder(self.path, hashes) if self.check else Folder(self.path)
-        opened.callback(self.folder.close)
-        tables.refuse_replayed(self.path)
-        self._session = self._open_session()
-        opened.callback(self._session.close)
-        tables.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
-        try:
-            tables.check_tables(self._session.sql(tables.TABLES_THERE).rows())
-            self.snapshot, hash_of_log = self._snapshot()
-            self._vectors = add_functions(self._session, self)
-        except (BadInput, ValueError, TypeError) as error:
-            raise Damaged(
-                f"{self.path / tables.CATALOG} is no catalog of a store ({error}); rebuild it with {advised('repair', self.path)}"
-            ) from error
-        committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
-        if log_hash(committed) != hash_of_log:
-            raise Damaged(
-                f"the manifests of {self.path} are not those that its catalog was built from; see "
-                f"{advised('verify', self.path)}"
-            )
-        check_sizes(self.path, committed)
-        hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
-        if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was built of them just now
-            for part in [part for manifest in committed for part in manifest.parts]:
-                self.folder.read(self.path / part.path)
-        self.folder.check()  # else the session and the arrays may be of two stores
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._opened.path
+
+    @property
+    def check(self) -> bool:
+        """Whether what is read is held against the hashes that it was committed with."""
+        return self._opened.check
+
+    @property
+    def snapshot(self) -> int:
+        """Number of the last commit that this store shows."""
+        return self._opened.snapshot
+
+    @property
+    def only(self) -> str | None:
+        """The run that this is of, see `of`; None for the whole store."""
+        return self._opened.only
+
+    @classmethod
+    def _around(cls, opened: Opened, whole: Store) -> Store:
+        store = cls.__new__(cls)
+        vars(store).update(_opened=opened, _whole=whole)
+        return store
 
     def __enter__(self) -> Store:
-        self._session.check()
+        self._opened.session.check()
         return self
 
     def __exit__(
@@ -123,37 +100,9 @@ class Store:
         except BadInput:
             return f"Store({str(self.path)!r}, closed)"
 
-    def _open_session(self) -> Session:
-        if self.about["format"] == FORMAT_VERSION:
-            return self._open_checked() if self.check else Session(self.path / tables.CATALOG)
-        with build.of_older(self.path) as built:  # its own catalog lacks tables and columns of today
-            return Session(built)
-
-    def _open_checked(self) -> Session:
-        """The catalog, once it was held against the hash that was noted for it."""
-        while True:  # a writer may put another in its place meanwhile
-            session = Session(self.path / tables.CATALOG)
-            try:
-                is_noted = hash_note.is_noted(self.path, session.fileno())
-            except FileNotFoundError:
-                is_noted = False
-            if is_noted:
-                return session
-            session.close()
-            if is_noted is False:
-                raise Damaged(
-                    f"{self.path / tables.CATALOG} is not what was put in place (its hash is not noted): look with "
-                    f"{advised('verify', self.path)}, then mend it with {advised('repair', self.path)}"
-                )
-
     def close(self) -> None:
         """Close it; in a process forked since it was opened, nothing."""
         self._opened.close()
-        self._readers.clear()
-
-    def _snapshot(self) -> tuple[int, str]:
-        ((number, hash_of_log),) = self.sql("select snapshot, log_xxh3_128 from snapshot").rows()
-        return int(number), str(hash_of_log)
 
     def sql(
         self,
@@ -192,24 +141,7 @@ class Store:
             NotStored: `act` or another function is asked for what is not there.
             LimitReached: it took longer, or held more.
         """
-        return self._ask(query, params, timeout, memory)
-
-    def _ask(
-        self,
-        query: str,
-        params: Mapping[str, Any] | None,
-        timeout: float | None,
-        memory: str | int | None,
-        reads: str | None = None,
-    ) -> pl.DataFrame:
-        """As sql; `reads` is the run whose activations are read at the query's token_id (see scope.ask)."""
-        given.check_query(query)
-        params = given.parameters(params)
-        if timeout is None and memory is None:
-            return scope.ask(self, query, params, reads)
-        from actstore.sql import process
-
-        return process.run(self, query, params, process.Limits.of(timeout, memory), reads)
+        return self._opened.sql(query, params, timeout, memory)
 
     @property
     def whole(self) -> Store:
@@ -229,7 +161,7 @@ class Store:
             NotStored: there is no such run.
             BadInput: this store is of another run, or is closed.
         """
-        return scope.of(self, run)
+        return Store._around(self._opened.of(run), self.whole)
 
     def info(self) -> pl.DataFrame:
         """One row a run: its model, trees, sites and size, and how often its greedy answers are right."""
@@ -238,14 +170,11 @@ class Store:
 
     def runs(self) -> list[str]:
         """Names of the runs, in the order they were defined."""
-        self._session.check()
-        if self._runs is None:  # a snapshot's runs stay as they are
-            self._runs = self.sql("select run from runs")["run"].to_list()
-        return list(self._runs)
+        return self._opened.runs()
 
     def sites(self, run: str) -> list[str]:
         """Short names of the sites of a run, in the order of the forward pass."""
-        return self.sql("select short from sites where run = $run", {"run": self.run(run)})["short"].to_list()
+        return self._opened.sites(run)
 
     def run(self, run: str | None) -> str:
         """The run meant: the one named, or the only one there is.
@@ -254,20 +183,7 @@ class Store:
             NotStored: there is no such run.
             BadInput: none was named and there are several; or the store is closed, or of another process.
         """
-        self._session.check()
-        if self.only is not None and run not in (None, self.only):
-            raise BadInput(f"this is run {self.only!r} of {self.path}, and not run {run!r}; ask the whole store")
-        runs = self.runs()
-        if run in runs and run is not None:
-            return run
-        if run is not None:
-            raise no_run(self, run, runs)
-        held = f"{self.path} holds {', '.join(runs) if runs else 'no run'}"
-        if len(runs) == 1:
-            return runs[0]
-        if not runs:
-            raise NotStored(f"{held} yet; ingest one with {advised('ingest', self.path, '--model', 'reproduction')}")
-        raise BadInput(f"which run? {held}: name one (run={runs[0]!r}, --run {runs[0]})")
+        return self._opened.run(run)
 
     @overload
     def read(
@@ -348,10 +264,10 @@ class Store:
         """
         dtype = activations.check_form(dtype, out)
         run = self.run(run)
-        names = wanted(self, run, site, sites)
-        readers = [self._reader(run, name) for name in names]
+        names = wanted(self._opened, run, site, sites)
+        readers = [self._opened.reader(run, name) for name in names]
         activations.same_row_shape(readers, names)
-        token_ids, rows = read_ids(self, run, query, params, timeout, memory)
+        token_ids, rows = read_ids(self._opened, run, query, params, timeout, memory)
         return activations.read_activations(readers, token_ids, sites is None, dtype, out), rows
 
     def explain(
@@ -375,7 +291,7 @@ class Store:
         from actstore.reading.explain import explain
 
         run = self.run(run)
-        return explain(self, query, run, wanted(self, run, site, sites), params, timeout, memory)
+        return explain(self._opened, query, run, wanted(self._opened, run, site, sites), params, timeout, memory)
 
     def scan(self, run: str | None = None, site: Site | None = None) -> pl.LazyFrame:
         """The tokens of a run as a polars LazyFrame, one row a token, in the order of token_id.
@@ -399,8 +315,8 @@ class Store:
         from actstore.reading.scan import scan
 
         run = self.run(run)
-        (name,) = wanted(self, run, site, None)
-        return scan(self, run, name)
+        (name,) = wanted(self._opened, run, site, None)
+        return scan(self._opened, run, name)
 
     def batches(
         self,
@@ -461,10 +377,10 @@ class Store:
 
         run = self.run(run)
         return Batches(
-            self,
+            self._opened,
             query,
             run,
-            wanted(self, run, site, sites),
+            wanted(self._opened, run, site, sites),
             params,
             one_site=sites is None,
             batch_size=batch_size,
@@ -476,27 +392,3 @@ class Store:
             timeout=timeout,
             memory=memory,
         )
-
-    def _reader(self, run: str, site: str) -> SiteReader:
-        self._session.check()
-        if (run, site) not in self._readers:
-            self._readers[run, site] = open_site(self, run, site)
-        return self._readers[run, site]
-
-
-@contextmanager
-def _said_as_damage(path: Path) -> Iterator[None]:
-    """Turn what the system or a library says while a store is opened into the package's errors.
-
-    Raises:
-        LimitReached: the system allows this process no more.
-        Damaged: it is something else.
-    """
-    try:
-        yield
-    except ActstoreError:
-        raise
-    except (OSError, ValueError, duckdb.Error, pl.exceptions.PolarsError) as error:
-        raise limit_reached(error, f"cannot open {path}") or Damaged(
-            f"{path} cannot be opened ({one_line(error)}); see {advised('verify', path)}"
-        ) from error

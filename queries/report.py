@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-import actstore
 from actstore.errors import ActstoreError, BadInput, NotStored
 from actstore.outputs import check_file, write_text
 from actstore.queries import study as studies
 from actstore.queries.study import Progress, Question, Study
+from actstore.version import __version__
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -149,7 +149,7 @@ def render(store: Store, answers: Sequence[Answer], seed: int) -> str:
     name = escape(store.path.resolve().name)
     parts = [HEAD.replace("TITLE", name), f"<h1>Studies over {name}</h1>"]
     parts.append(
-        f"<p>Snapshot {store.snapshot}, seed {seed}, actstore {escape(actstore.__version__)}. Each number stands in the store's "
+        f"<p>Snapshot {store.snapshot}, seed {seed}, actstore {escape(__version__)}. Each number stands in the store's "
         "table <code>results</code> with the query that made it, and comes out the same when the page is made again.</p>"
     )
     names = [study for study in TITLES if any(answer.question.study == study for answer in answers)]

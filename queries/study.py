@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-import actstore
 from actstore.errors import NotStored, advised
 from actstore.intervals import holm
 from actstore.queries import check_names, nearest
+from actstore.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -350,7 +350,7 @@ def result_rows(
         "query": query,
         "params": json.dumps(dict(params), sort_keys=True),
     }
-    shared |= {"snapshot": snapshot, "seed": seed, "version": actstore.__version__}
+    shared |= {"snapshot": snapshot, "seed": seed, "version": __version__}
     return pl.DataFrame([{**row, **shared} for row in rows], schema=RESULTS)
 
 

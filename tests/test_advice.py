@@ -205,7 +205,7 @@ CASES = [
     ),
     Case("queries/study.py:questions", ["study", "STORE", "depth"], empty, more=FEW),
     Case(
-        "actstore/store.py:run",
+        "actstore/reading/opened.py:run",
         ["read", "STORE", "select token_id from edge_targets", "--site", "embed"],
         empty,
         more=("--trees", "20", "--sites", "embed"),
@@ -228,9 +228,9 @@ CASES = [
     Case("actstore/commits/format.py:_mend", ["info", "STORE"], flipped("store.json")),
     Case("actstore/storage/folder.py:_check_hash", READ, shard_flipped, commands=2),
     Case("actstore/sql/session.py:__init__", ["info", "STORE"], without_catalog),
-    Case("actstore/store.py:_open", ["info", "STORE"], of_another_database),
+    Case("actstore/reading/opened.py:_open", ["info", "STORE"], of_another_database),
     Case(
-        "actstore/store.py:_open_checked",
+        "actstore/reading/opened.py:_open_checked",
         ["query", "STORE", "role_counts", "--check"],
         flipped("catalog.duckdb"),
         commands=2,
@@ -245,7 +245,7 @@ CASES = [
 ELSEWHERE = {
     "actstore/cli/study.py:kept",  # test_recording.py
     "actstore/cli/ingest.py:ingest",  # below, as the rest
-    "actstore/store.py:_said_as_damage",  # test_content.py, as the next
+    "actstore/reading/opened.py:_said_as_damage",  # test_content.py, as the next
     "actstore/writing/parts.py:table",
     "actstore/reading/scope.py:_note",  # test_scope.py: a note, which refuses nothing
     "actstore/catalog/witness.py:in_conflict",  # test_witness.py: only who looks can know which of the two is right

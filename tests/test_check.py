@@ -257,7 +257,7 @@ def test_an_array_that_another_tool_wrote_is_read_without_check_alone(path, monk
         expected = store.read(ALL, "r", "embed")[0]
     monkeypatch.setattr(sites, "mapped_dtype", lambda *_: None)  # as if it lay otherwise
     with Store(path) as store:
-        assert isinstance(store._reader("r", "embed"), ForeignReader)
+        assert isinstance(store._opened.reader("r", "embed"), ForeignReader)
         np.testing.assert_array_equal(store.read(ALL, "r", "embed")[0], expected)
     with (
         Store(path, check=True) as store,

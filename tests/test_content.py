@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import actstore.store
+import actstore.reading.opened
 from actstore.catalog import hash_note, tables
 from actstore.commits.format import About, check_format
 from actstore.commits.manifest import Manifest, TableOfParts, manifest_path
@@ -205,7 +205,7 @@ def test_a_store_of_a_strange_manifest_ends_well_though_the_catalog_agrees(whole
     with pytest.MonkeyPatch.context() as patch:
         with Store(whole) as store:
             noted = store.sql("select log_xxh3_128 from snapshot").item()
-        patch.setattr(actstore.store, "log_hash", lambda committed: noted)
+        patch.setattr(actstore.reading.opened, "log_hash", lambda committed: noted)
         every_way_ends_well(root)
 
 
@@ -360,7 +360,9 @@ ZARR = {
 
 @pytest.mark.parametrize("what", [*ZARR, "chunks of nothing", "chunks beyond memory", "no codec of any"])
 def test_metadata_of_strange_content_is_damage(root, what, monkeypatch):
-    monkeypatch.setattr(actstore.store, "check_sizes", lambda root, committed: None)  # as if it had the right length
+    monkeypatch.setattr(
+        actstore.reading.opened, "check_sizes", lambda root, committed: None
+    )  # as if it had the right length
     path = next(root.glob("activations.zarr/r/*/zarr.json"))
     about = json.loads(path.read_bytes())
     if what == "chunks of nothing":

@@ -114,7 +114,7 @@ def test_the_long_name_of_a_site_means_the_same(store: Store) -> None:
 
 def test_only_rows_that_are_left_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    reader = store._reader("r", "resid_post.0")
+    reader = store._opened.reader("r", "resid_post.0")
     gather = type(reader).gather
     monkeypatch.setattr(
         type(reader), "gather", lambda self, ids, *a, **k: (read.extend(ids), gather(self, ids, *a, **k))[1]

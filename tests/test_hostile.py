@@ -491,7 +491,7 @@ def test_limits_never_read_another_store_in_its_place(
         ours.rename(tmp_path / "gone.act")
         other.rename(ours)
         if at_once:
-            monkeypatch.setattr(store.folder, "check", lambda: None)
+            monkeypatch.setattr(store._opened.folder, "check", lambda: None)
         with pytest.raises(Damaged, match=r"s\.act was moved or replaced since it was opened; open the store again"):
             store.sql("select act(token_id, 'r', 'resid_post.0') as x from tokens", timeout=60)
 

@@ -59,11 +59,11 @@ NOT_TAKEN = [
 
 def plain(store, query, params=None):
     """What DuckDB itself makes of it."""
-    return store._session.sql(query, params)
+    return store._opened.session.sql(query, params)
 
 
 def is_taken(store, query, **params):
-    return late_act.take_out(store._session, query, params) is not None
+    return late_act.take_out(store._opened.session, query, params) is not None
 
 
 @pytest.mark.parametrize("query", TAKEN)

@@ -236,7 +236,7 @@ def test_ctrl_c_in_a_query_promises_nothing_about_going_on(root, monkeypatch, co
 
     def opened(store, *args, **options):
         opens(store, *args, **options)
-        store.sql = stopped
+        store.sql = store._opened.sql = store._opened.ask = stopped
 
     opens = Store.__init__
     monkeypatch.setattr(Store, "__init__", opened)

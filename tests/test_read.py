@@ -68,9 +68,9 @@ def test_several_sites_come_in_one_array_in_the_order_asked(store: Store, run: F
 
 
 def test_order_and_repeats_are_kept_and_ids_are_queried_once(store: Store, run: Fake, monkeypatch) -> None:
-    asked, sql = [], store._session.sql
+    asked, sql = [], store._opened.session.sql
     store.read(EVERY, sites=["embed", "resid_post.1"])  # opens them
-    monkeypatch.setattr(store._session, "sql", lambda query, *rest: asked.append(query) or sql(query, *rest))
+    monkeypatch.setattr(store._opened.session, "sql", lambda query, *rest: asked.append(query) or sql(query, *rest))
     twice = f"from ({EVERY}) union all from ({EVERY})"
     X, rows = store.read(twice, sites=["embed", "resid_post.1"])
     assert asked.count(twice) == 1
@@ -316,7 +316,7 @@ def test_a_store_whose_arrays_are_compressed_reads_the_same(run: Fake, tmp_path:
     only = Fake(type(run.plan)(**{**vars(run.plan), "sites": run.plan.sites[:1]}), run.trees, run.activations)
     only.store(tmp_path / "z.act")
     with Store(tmp_path / "z.act") as store:
-        assert isinstance(store._reader("r", "embed"), ForeignReader)
+        assert isinstance(store._opened.reader("r", "embed"), ForeignReader)
         X, rows = store.read(EVERY, site="embed")
         np.testing.assert_array_equal(X, planted(run, "embed", rows))
         padding = int(run.lengths.argmin()) * 256 + int(run.lengths.min())
@@ -368,7 +368,7 @@ def test_the_general_path_refuses_a_store_in_anothers_place(folder: Path, root: 
     write_array(folder / "g", layout := Layout((8, 7, 5), 1, 3), "float32", {"chunks": (4, 2, 5)}, 0, np.nan)
     shutil.copytree(root, folder / "g.act")
     with Store(folder / "g.act") as store:
-        reader = ForeignReader(folder / "g", layout, 0, None, "a site", check=store.folder.check)
+        reader = ForeignReader(folder / "g", layout, 0, None, "a site", check=store._opened.folder.check)
         assert reader.gather(np.array([0])).shape == (1, 5)
         os.rename(folder / "g.act", folder / "moved.act")
         with pytest.raises(Damaged, match=r"g\.act was moved or replaced since it was opened; open the store again"):

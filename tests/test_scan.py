@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from actstore.arrays.reader import SiteReader
 from actstore.errors import NotStored
 from actstore.reading import scan
+from actstore.reading.opened import Opened
 from actstore.sql.pushdown import push
 from actstore.store import Store
 from tests import stores
@@ -118,8 +119,8 @@ def test_the_order_and_rows_are_the_same_whatever_the_pieces(lazy, whole, monkey
 
 
 def test_a_join_that_comes_back_in_disorder_is_put_in_order(lazy, whole, monkeypatch):
-    asked = Store.sql
-    monkeypatch.setattr(Store, "sql", lambda self, *args: asked(self, *args).reverse())
+    asked = Opened.sql
+    monkeypatch.setattr(Opened, "sql", lambda self, *args: asked(self, *args).reverse())
     assert lazy.filter(pl.col("position") > 3).collect().equals(whole.filter(pl.col("position") > 3))
     assert lazy.head(20).collect().equals(whole.head(20))
 
@@ -384,8 +385,8 @@ def test_a_stream_stops_when_it_has_enough(lazy, whole, gathered, monkeypatch):
 
 def test_tables_that_are_not_needed_are_not_joined(store, lazy, monkeypatch):
     queries = []
-    asked = Store.sql
-    monkeypatch.setattr(Store, "sql", lambda self, query, *rest: queries.append(query) or asked(self, query, *rest))
+    asked = Opened.sql
+    monkeypatch.setattr(Opened, "sql", lambda self, query, *rest: queries.append(query) or asked(self, query, *rest))
     lazy.filter(pl.col("role") == "path").select("position").collect()
     lazy.filter(pl.col("on_path")).select("position").collect()
     lazy.select("goal").collect()

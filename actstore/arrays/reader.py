@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,9 +22,6 @@ from actstore.arrays.layout import Layout
 from actstore.arrays.mapped import Shards
 from actstore.errors import Damaged, NotStored
 from actstore.storage.regular import open_regular
-
-if TYPE_CHECKING:
-    pass
 
 
 class SiteReader:

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from actstore import __version__
 from actstore.cli import terminal
 from actstore.errors import ActstoreError, SeveralRuns
 from actstore.outputs import printable
 from actstore.storage.machine import check_memory, limit_reached, raise_descriptors
+from actstore.version import __version__
 
 KEPT = "actstore.kept"  # where a command that can be stopped and gone on with leaves what says how far it is
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    pass
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def store_argument(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,7 +45,7 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-param_option = click.option(
+param_option: Option = click.option(
     "-p",
     "--param",
     "params",
@@ -65,10 +64,10 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--timeout", type=float, metavar="SECONDS", help="Stop the query after so long.")(command)
 
 
-check_option = click.option(
+check_option: Option = click.option(
     "--check", is_flag=True, help="Hold what is read against the hashes it was committed with (see Store)."
 )
-no_check_option = click.option(
+no_check_option: Option = click.option(
     "--no-check",
     "check",
     is_flag=True,
@@ -76,7 +75,7 @@ no_check_option = click.option(
     default=True,
     help="Do not hold what is read against the hashes it was committed with.",
 )
-wait_option = click.option(
+wait_option: Option = click.option(
     "--wait",
     type=click.FloatRange(min=0),
     default=10,
@@ -84,7 +83,7 @@ wait_option = click.option(
     metavar="SECONDS",
     help="How long to wait for another process that writes to the store.",
 )
-checkpoint_option = click.option(
+checkpoint_option: Option = click.option(
     "--checkpoint",
     type=int,
     metavar="STEP",
@@ -92,4 +91,4 @@ checkpoint_option = click.option(
 )
 
 
-no_record_option = click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
+no_record_option: Option = click.option("--no-record", is_flag=True, help="Do not write the results into the store.")

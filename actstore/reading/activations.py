@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from actstore.arrays.reader import SiteReader
 from actstore.errors import BadInput
-
-if TYPE_CHECKING:
-    pass
 
 DTYPES = ("float32", "float16", "float64", "bfloat16")
 

@@ -32,7 +32,7 @@ from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
     from actstore.reading.given import Tokens
-    from actstore.store import Store
+    from actstore.reading.opened import Opened
 
 Batch = tuple[torch.Tensor, dict[str, Any]]
 SIGNED: dict[Any, Any] = {pl.UInt16: pl.Int32, pl.UInt32: pl.Int64}  # torch can hardly compute with these
@@ -49,7 +49,7 @@ class Batches(IterableDataset):
 
     def __init__(
         self,
-        store: Store,
+        store: Opened,
         query: Tokens,
         run: str,
         sites: Sequence[str],
@@ -286,7 +286,7 @@ def _column(values: pl.Series) -> _Values | _Numbers:
     return _Numbers(values.to_numpy())
 
 
-def _refuse_what_is_not_there(store: Store, readers: Sequence[SiteReader], ids: np.ndarray) -> None:
+def _refuse_what_is_not_there(store: Opened, readers: Sequence[SiteReader], ids: np.ndarray) -> None:
     """Look up every id before the first epoch begins.
 
     Raises:

@@ -16,7 +16,7 @@ from actstore.reading.rows import read_ids
 
 if TYPE_CHECKING:
     from actstore.reading.given import Tokens
-    from actstore.store import Store
+    from actstore.reading.opened import Opened
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Cost:
 
 
 def explain(
-    store: Store,
+    store: Opened,
     query: Tokens,
     run: str,
     sites: Sequence[str],
@@ -82,7 +82,7 @@ def explain(
     memory: str | int | None,
 ) -> Explanation:
     """See Store.explain."""
-    readers = [store._reader(run, site) for site in sites]
+    readers = [store.reader(run, site) for site in sites]
     token_ids, _ = read_ids(store, run, query, params, timeout, memory)
     tokens = np.unique(token_ids)
     of_sites = [cost(reader, tokens, store.check) for reader in readers]

@@ -13,13 +13,13 @@ from actstore.errors import BadInput, NotStored
 from actstore.reading.given import Tokens, frame_of
 
 if TYPE_CHECKING:
-    from actstore.store import Store
+    from actstore.reading.opened import Opened
 
 RENAMED = re.compile(r"(.+)_\d+")  # DuckDB hands a second column `a` on as `a_1`
 
 
 def read_ids(
-    store: Store,
+    store: Opened,
     run: str,
     query: Tokens,
     params: Mapping[str, Any] | None,
@@ -38,7 +38,7 @@ def read_ids(
     if not isinstance(query, str):
         rows, of = frame_of(query, params)
         return token_ids(rows, of), rows
-    rows = store._ask(query, params, timeout, memory, reads=run)
+    rows = store.ask(query, params, timeout, memory, reads=run)
     _refuse_twins(store, query, params, rows.columns, timeout, memory)
     return token_ids(rows), rows
 
@@ -63,7 +63,7 @@ def token_ids(rows: pl.DataFrame, of: str = "the query") -> np.ndarray:
 
 
 def _refuse_twins(
-    store: Store,
+    store: Opened,
     query: str,
     params: Mapping[str, Any] | None,
     columns: Sequence[str],
@@ -75,7 +75,7 @@ def _refuse_twins(
     if not any((found := RENAMED.fullmatch(name.lower())) and found[1] in known for name in columns):
         return
     try:
-        described = store.sql(f"describe {store._session.statement(query)}", params, timeout, memory)[
+        described = store.sql(f"describe {store.session.statement(query)}", params, timeout, memory)[
             "column_name"
         ].to_list()
     except BadInput as error:  # a query that DESCRIBE does not take, such as SHOW

@@ -22,7 +22,7 @@ from actstore.sql.pushdown import Column, Pushed, push
 from actstore.storage.content import Count, Positive
 
 if TYPE_CHECKING:
-    from actstore.store import Store
+    from actstore.reading.opened import Opened
 
 X = "x"
 BATCH_ROWS = 16_384  # handed to polars at once: at d_model 128, 8 MiB of activations
@@ -30,9 +30,9 @@ QUERY_ROWS = 2**20  # tokens one query looks at, so that the columns of a large 
 RENAMED = {("edges", "step"): "edge_step"}  # the path's step that the edge is, where `step` is the token's own
 
 
-def scan(store: Store, run: str, site: str) -> pl.LazyFrame:
+def scan(store: Opened, run: str, site: str) -> pl.LazyFrame:
     """See Store.scan."""
-    reader = store._reader(run, site)
+    reader = store.reader(run, site)
     x = pl.Series(X, reader.gather(np.empty(0, np.int64)))
     source = _Source(store, reader, _columns(store), *_extent(store, run, site))
     schema = {**{name: column.dtype for name, column in source.columns.items()}, X: x.dtype}
@@ -50,7 +50,7 @@ class _Source:
         fewest: tokens that every tree has.
     """
 
-    store: Store
+    store: Opened
     reader: SiteReader
     columns: dict[str, Column]
     spans: list[tuple[int, int]]
@@ -120,7 +120,7 @@ class _Source:
         return f'{f"enum_code({column.sql})" if isinstance(column.dtype, pl.Enum) else column.sql} as "{name}"'
 
 
-def _columns(store: Store) -> dict[str, Column]:
+def _columns(store: Opened) -> dict[str, Column]:
     """The columns of tokens, then those that edges adds, then those that trees adds."""
     columns: dict[str, Column] = {}
     for table in ("tokens", "edges", "trees"):
@@ -132,12 +132,12 @@ def _columns(store: Store) -> dict[str, Column]:
     return columns
 
 
-def _enum(store: Store, table: str, column: str) -> pl.Enum:
+def _enum(store: Opened, table: str, column: str) -> pl.Enum:
     """DuckDB hands its enums over as Categorical, which does not say what values there are."""
     return pl.Enum(store.sql(f"select unnest(enum_range((select {column} from {table} limit 0)))").to_series())
 
 
-def _extent(store: Store, run: str, site: str) -> tuple[list[tuple[int, int]], int, int]:
+def _extent(store: Opened, run: str, site: str) -> tuple[list[tuple[int, int]], int, int]:
     """Spans of the trees that a site has, the most tokens that a tree has, and the fewest."""
     shards = store.sql(
         "select shards.first_tree_id, shards.first_tree_id + shards.n_trees from shards join sites using (run, site) "

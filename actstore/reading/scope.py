@@ -10,7 +10,6 @@ the whole table in any of them.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,20 +23,10 @@ from actstore.sql.process import outside
 
 if TYPE_CHECKING:
     from actstore.sql.session import Session
-    from actstore.store import Store
+    from actstore.sql.snapshot import Snapshot
 
 
-def of(store: Store, run: str) -> Store:
-    """See Store.of."""
-    run = store.run(run)
-    whole = store.whole
-    scoped = copy.copy(whole)
-    scoped._whole = whole  # which the functions of its session hold by a weak reference alone
-    scoped.only, scoped._runs = run, [run]
-    return scoped
-
-
-def ask(store: Store, query: str, params: Mapping[str, Any] | None, reads: str | None) -> pl.DataFrame:
+def ask(store: Snapshot, query: str, params: Mapping[str, Any] | None, reads: str | None) -> pl.DataFrame:
     """Run a query on what it is to see.
 
     Args:
@@ -49,7 +38,7 @@ def ask(store: Store, query: str, params: Mapping[str, Any] | None, reads: str |
         BadInput: DuckDB refuses the query, or it takes another id for a token_id.
         NotStored: a function is asked for what is not there.
     """
-    session, schema, asked = store._session, None, None
+    session, schema, asked = store.session, None, None
     if reads is not None or MATTERS.search(query):
         session.check()
         asked = Asked(session, query)
@@ -59,17 +48,17 @@ def ask(store: Store, query: str, params: Mapping[str, Any] | None, reads: str |
         schema = _schema(session, of_run, answers=True)
     elif reads is not None:
         schema = _schema(session, reads, answers=False)
-    rows = late_act.sql(session, store._vectors, query, params, schema)
+    rows = late_act.sql(session, store.vectors, query, params, schema)
     if asked and of_run is None:
         _note(store, asked.without_run(rows.columns), schema)
     return rows
 
 
-def _note(store: Store, tables: Mapping[str, str], schema: str | None) -> None:
+def _note(store: Snapshot, tables: Mapping[str, str], schema: str | None) -> None:
     """Warn where tables, given by alias, of which no run was named hold the answers of several."""
     found = {}
     for table in set(tables.values()):
-        found[table] = store._session.sql(f"select distinct run from {table}", schema=schema)["run"].to_list()
+        found[table] = store.session.sql(f"select distinct run from {table}", schema=schema)["run"].to_list()
     mixed = {alias: table for alias, table in tables.items() if len(found[table]) > 1}
     if not mixed:
         return

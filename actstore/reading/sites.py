@@ -21,13 +21,13 @@ from actstore.storage.content import Count, Positive, T, Text, as_a, check_insid
 from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
-    from actstore.store import Store
+    from actstore.sql.snapshot import Snapshot
 
 MOST_BATCHES = 1 << 20  # that a site can have: a reader keeps 2 kB of each, and a process maps 65,530 by default
 MOST_NUMBERS = 1 << 36  # of one tree at one site
 
 
-def open_site(store: Store, run: str, site: str) -> SiteReader:
+def open_site(store: Snapshot, run: str, site: str) -> SiteReader:
     """A reader of one site of a run: of mapped shards where they lie as actstore writes them, else through zarr-python.
 
     Raises:
@@ -108,7 +108,7 @@ class SiteRow:
         return -(-self.shape[0] // self.trees_per_shard)
 
 
-def catalog_rows(store: Store, kind: type[T], rows: list[Any]) -> list[T]:
+def catalog_rows(store: Snapshot, kind: type[T], rows: list[Any]) -> list[T]:
     """Rows of the catalog as what they must be.
 
     Raises:
@@ -120,13 +120,13 @@ def catalog_rows(store: Store, kind: type[T], rows: list[Any]) -> list[T]:
         raise _impossible(store, str(error)) from error
 
 
-def _impossible(store: Store, what: str) -> Damaged:
+def _impossible(store: Snapshot, what: str) -> Damaged:
     return Damaged(
         f"{store.path / CATALOG} says what cannot be ({what}); rebuild it with {advised('repair', store.path)}"
     )
 
 
-def _zarr_json(store: Store, path: str) -> dict[str, Any]:
+def _zarr_json(store: Snapshot, path: str) -> dict[str, Any]:
     """An array's metadata; empty where it is of Zarr v2, whose metadata has another name."""
     file = store.path / path / "zarr.json"
     try:

@@ -7,19 +7,20 @@ import os
 import sys
 import threading
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from actstore import errors
 from actstore.errors import ActstoreError, Damaged, LimitReached
+from actstore.reading.opened import Opened
 from actstore.sql.parameters import from_json
 from actstore.sql.process import ERROR, HEADROOM, READY, ROWS, of_status, too_much
 from actstore.sql.session import Session
 from actstore.storage.machine import OUT_OF_MEMORY
-from actstore.store import Store
 
 
-class _Inherited(Store):
+class _Inherited(Opened):
     """A store on a catalog file, and in the very folder, that another process has open (and has checked, where it checks)."""
 
     def __init__(self, path: Path, identity: tuple[int, int], catalog: int, memory: int | None, check: bool) -> None:
@@ -41,7 +42,7 @@ def main() -> None:
         asked = _receive()
         path, memory = Path(asked["path"]), asked["limits"]["memory"]
         params = from_json(asked["params"])
-        with _Inherited(path, tuple(asked["identity"]), asked["catalog"], memory, asked["check"]) as store:
+        with closing(_Inherited(path, tuple(asked["identity"]), asked["catalog"], memory, asked["check"])) as store:
             if store.snapshot != asked["snapshot"]:
                 raise Damaged(f"{path} is another store by now; open it again")
             if memory is not None:
@@ -50,7 +51,7 @@ def main() -> None:
             with warnings.catch_warnings(record=True) as notes:
                 warnings.simplefilter("always", errors.SeveralRuns)
                 asked_of = store if asked["of"] is None else store.of(asked["of"])
-                frame = asked_of._ask(asked["query"], params, None, None, asked["reads"])
+                frame = asked_of.ask(asked["query"], params, None, None, asked["reads"])
         said = [str(note.message) for note in notes if issubclass(note.category, errors.SeveralRuns)]
         out.write(ROWS + json.dumps(said).encode() + b"\n")
         frame.write_ipc_stream(out)

@@ -27,7 +27,7 @@ from actstore.sql.logit_lens import Unembedding, read_unembedding
 if TYPE_CHECKING:
     from actstore.arrays.reader import SiteReader
     from actstore.sql.session import Session
-    from actstore.store import Store
+    from actstore.sql.snapshot import Snapshot
 
 MACROS = {  # `{vector}` is array where widths agree and list where they do not
     "dot(a, b)": "{vector}_inner_product(a, b)",
@@ -45,7 +45,7 @@ MACROS = {  # `{vector}` is array where widths agree and list where they do not
 }
 
 
-def add_functions(session: Session, store: Store) -> Vectors:
+def add_functions(session: Session, store: Snapshot) -> Vectors:
     """Give a session the functions and macros of this module, over the runs of its store, and return what they read with.
 
     Args:
@@ -82,7 +82,7 @@ class Vectors:
     What they need of the store is looked up once: a query of a million rows calls them 500 times.
     """
 
-    def __init__(self, store: Callable[[], Store | None], d_model: int | None, d_vocab: int | None) -> None:
+    def __init__(self, store: Callable[[], Snapshot | None], d_model: int | None, d_vocab: int | None) -> None:
         self._opened, self.d_model, self._d_vocab = store, d_model, d_vocab
         self._checked: set[tuple[str, str]] = set()  # and not the readers, which hold the store
         self._unembeddings: dict[str, Unembedding] = {}
@@ -111,7 +111,7 @@ class Vectors:
         return pa.array([found[where] for where in asked], pa.list_(batch))
 
     @property
-    def _store(self) -> Store:
+    def _store(self) -> Snapshot:
         store = self._opened()
         if store is None:
             raise BadInput("the store is closed; open it again")
@@ -125,7 +125,7 @@ class Vectors:
             BadInput: it is a pattern, or the store is closed.
         """
         store = self._store
-        reader = store._reader(run if (run, site) in self._checked else store.run(run), site)
+        reader = store.reader(run if (run, site) in self._checked else store.run(run), site)
         if (run, site) not in self._checked:
             if len(reader.layout.row_shape) != 1:
                 raise BadInput(
@@ -197,7 +197,7 @@ def _arrow(X: np.ndarray, width: int | None) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(np.arange(len(X) + 1, dtype=np.int32) * np.int32(X.shape[1])), values)
 
 
-def _read_direction(store: Store, name: str) -> np.ndarray:
+def _read_direction(store: Snapshot, name: str) -> np.ndarray:
     """float32 [d_model]: the direction last recorded under a name.
 
     Raises:

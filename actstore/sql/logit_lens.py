@@ -14,7 +14,7 @@ from actstore.storage.machine import limit_reached
 from actstore.storage.regular import read_regular
 
 if TYPE_CHECKING:
-    from actstore.store import Store
+    from actstore.sql.snapshot import Snapshot
 
 LAYER_NORM_EPS = 1e-5  # TransformerLens' own, which every model here is built with
 
@@ -43,7 +43,7 @@ class Unembedding:
         return logits
 
 
-def read_unembedding(store: Store, weights_sha256: str) -> Unembedding:
+def read_unembedding(store: Snapshot, weights_sha256: str) -> Unembedding:
     """The last layer of a model, out of the weights that the store keeps.
 
     Raises:

@@ -34,8 +34,8 @@ import polars as pl
 from actstore import errors
 from actstore.errors import ActstoreError, BadInput, LimitReached
 from actstore.sql.parameters import to_json
+from actstore.sql.snapshot import Snapshot
 from actstore.storage.machine import OUT_OF_MEMORY, within_limits
-from actstore.store import Store
 
 READY, ROWS, ERROR = b"!", b"+", b"-"
 LOOK_UP = 0.02  # seconds between looks at the clock and at the memory: a process fills some 50 MB in it
@@ -82,7 +82,7 @@ def _bytes(memory: str | int) -> int:
 
 
 def run(
-    store: Store, query: str, params: Mapping[str, Any] | None, limits: Limits, reads: str | None = None
+    store: Snapshot, query: str, params: Mapping[str, Any] | None, limits: Limits, reads: str | None = None
 ) -> pl.DataFrame:
     """Run one query of a store in a process of its own, which reads the same snapshot though a new one is there.
 
@@ -98,7 +98,7 @@ def run(
         Damaged: the folder was moved or replaced since it was opened.
         ActstoreError: what Store.sql would have raised.
     """
-    catalog, folder = store._session.fileno(), store.folder
+    catalog, folder = store.session.fileno(), store.folder
     folder.check()
     request = {
         "path": os.fspath(folder.path),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
+from importlib.resources import files
 
 import duckdb
 
-from actstore import queries
 from actstore.catalog.tables import in_parts
 
 SHUT = "has been disabled by configuration"  # what DuckDB says of the file system that a session shuts off
@@ -73,7 +73,7 @@ def _advice(said: str, query: str, tables: Callable[[], list[str]]) -> str:
 def _of_a_word(word: str, tables: list[str]) -> str:
     if word in tables:
         return f"to read the table write: from {word}"
-    if word in queries.names():
+    if files("actstore.queries").joinpath(f"{word}.sql").is_file():
         return f"{word} is a named query: actstore query STORE {word}, or queries.select(store, {word!r}, …)"
     return f"a query is SQL, such as: from {(get_close_matches(word, tables, 1) or ['tokens'])[0]}"
 

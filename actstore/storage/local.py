@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from actstore.errors import Damaged, NoRoom, Unsupported
@@ -141,6 +140,8 @@ def _write_blocks_directly(descriptor: int, content: memoryview) -> memoryview:
     The copy into the page cache would take more of the processor than all the rest of a commit, and take it from the model
     that runs beside. Where the file system cannot do without it, everything is left.
     """
+    import numpy as np
+
     o_direct = getattr(os, "O_DIRECT", 0)  # Linux has it
     if not o_direct or np.frombuffer(content, np.uint8).ctypes.data % BLOCK:
         return content

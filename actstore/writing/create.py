@@ -6,7 +6,6 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-import actstore
 from actstore.catalog import build
 from actstore.commits.format import ARRAYS, FORMAT_VERSION, LOG, PARTS, WEIGHTS, store_around
 from actstore.errors import BadInput, Unsupported
@@ -15,6 +14,7 @@ from actstore.storage import local, sealed
 from actstore.storage.folder import check_path
 from actstore.storage.lease import LOCK
 from actstore.storage.local import fsync_folder, make_folder, needing_room
+from actstore.version import __version__
 from actstore.writing.parts import GROUP
 
 
@@ -77,7 +77,7 @@ def _fill(root: Path) -> None:
     build.publish(root)
     about = {
         "format": FORMAT_VERSION,
-        "made_by": f"actstore {actstore.__version__}",
+        "made_by": f"actstore {__version__}",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     local.publish(root, "store.json", sealed.to_json(about))

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from actstore.arrays.families import FAMILIES
 from actstore.errors import BadInput
 from actstore.ingest.models.config import ModelConfig, nearest
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_SITES = ("embed", "resid_post")  # what the notebook probes
 

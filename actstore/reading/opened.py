@@ -1,0 +1,208 @@
+"""A store that is open: its folder, a session on one snapshot of its catalog, and a reader of each site that was asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars as pl
+
+from actstore.advice import no_run
+from actstore.arrays.reader import SiteReader
+from actstore.catalog import build, hash_note, tables
+from actstore.catalog.tables import one_line
+from actstore.commits.format import FORMAT_VERSION, check_format
+from actstore.commits.log import check_sizes, log_hash, manifests
+from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
+from actstore.reading import given, scope
+from actstore.reading.sites import open_site
+from actstore.sql.functions import Vectors, add_functions
+from actstore.sql.session import Session
+from actstore.storage.folder import CheckedFolder, Folder, place
+from actstore.storage.machine import limit_reached
+
+
+class Opened:
+    """What is open of a store. Store is its face: it says what each method takes, gives and raises.
+
+    Attributes:
+        path: the store's folder.
+        folder: the same, held open.
+        session: on the catalog.
+        snapshot: number of the last commit that the catalog holds.
+        check: whether what is read is held against the hashes that it was committed with.
+    """
+
+    def __init__(self, path: str | Path, check: bool = False) -> None:
+        self.path, self.check = place(path), check
+        self._readers: dict[tuple[str, str], SiteReader] = {}
+        self.run_names: list[str] | None = None
+        self.vectors: Vectors | None = None
+        self.only: str | None = None  # the run that this is of, see `of`
+        self.parent: Opened | None = None  # and the store that it is of
+        with _said_as_damage(self.path), ExitStack() as opened:
+            self._open(opened)
+            self._opened = opened.pop_all()
+
+    def _open(self, opened: ExitStack) -> None:
+        self.about = check_format(self.path, older=True)
+        hashes: dict[str, str] = {}
+        self.folder: Folder = CheckedFolder(self.path, hashes) if self.check else Folder(self.path)
+        opened.callback(self.folder.close)
+        tables.refuse_replayed(self.path)
+        self.session = self._open_session()
+        opened.callback(self.session.close)
+        tables.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
+        try:
+            tables.check_tables(self.session.sql(tables.TABLES_THERE).rows())
+            self.snapshot, hash_of_log = self._snapshot()
+            self.vectors = add_functions(self.session, self)
+        except (BadInput, ValueError, TypeError) as error:
+            raise Damaged(
+                f"{self.path / tables.CATALOG} is no catalog of a store ({error}); rebuild it with {advised('repair', self.path)}"
+            ) from error
+        committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
+        if log_hash(committed) != hash_of_log:
+            raise Damaged(
+                f"the manifests of {self.path} are not those that its catalog was built from; see "
+                f"{advised('verify', self.path)}"
+            )
+        check_sizes(self.path, committed)
+        hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
+        if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was built of them just now
+            for part in [part for manifest in committed for part in manifest.parts]:
+                self.folder.read(self.path / part.path)
+        self.folder.check()  # else the session and the arrays may be of two stores
+
+    def _open_session(self) -> Session:
+        if self.about["format"] == FORMAT_VERSION:
+            return self._open_checked() if self.check else Session(self.path / tables.CATALOG)
+        with build.of_older(self.path) as built:  # its own catalog lacks tables and columns of today
+            return Session(built)
+
+    def _open_checked(self) -> Session:
+        """The catalog, once it was held against the hash that was noted for it."""
+        while True:  # a writer may put another in its place meanwhile
+            session = Session(self.path / tables.CATALOG)
+            try:
+                is_noted = hash_note.is_noted(self.path, session.fileno())
+            except FileNotFoundError:
+                is_noted = False
+            if is_noted:
+                return session
+            session.close()
+            if is_noted is False:
+                raise Damaged(
+                    f"{self.path / tables.CATALOG} is not what was put in place (its hash is not noted): look with "
+                    f"{advised('verify', self.path)}, then mend it with {advised('repair', self.path)}"
+                )
+
+    def close(self) -> None:
+        """See Store.close."""
+        self._opened.close()
+        self._readers.clear()
+
+    def _snapshot(self) -> tuple[int, str]:
+        ((number, hash_of_log),) = self.sql("select snapshot, log_xxh3_128 from snapshot").rows()
+        return int(number), str(hash_of_log)
+
+    def sql(
+        self,
+        query: str,
+        params: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        memory: str | int | None = None,
+    ) -> pl.DataFrame:
+        """See Store.sql."""
+        return self.ask(query, params, timeout, memory)
+
+    def ask(
+        self,
+        query: str,
+        params: Mapping[str, Any] | None,
+        timeout: float | None,
+        memory: str | int | None,
+        reads: str | None = None,
+    ) -> pl.DataFrame:
+        """As sql; `reads` is the run whose activations are read at the query's token_id (see scope.ask)."""
+        given.check_query(query)
+        params = given.parameters(params)
+        if timeout is None and memory is None:
+            return scope.ask(self, query, params, reads)
+        from actstore.sql import process
+
+        return process.run(self, query, params, process.Limits.of(timeout, memory), reads)
+
+    @property
+    def whole(self) -> Opened:
+        """See Store.whole."""
+        return self.parent or self
+
+    def of(self, run: str) -> Opened:
+        """See Store.of."""
+        run = self.run(run)
+        scoped = copy.copy(self.whole)  # the functions hold the whole store by a weak reference
+        scoped.parent, scoped.only, scoped.run_names = self.whole, run, [run]
+        return scoped
+
+    def runs(self) -> list[str]:
+        """See Store.runs."""
+        self.session.check()
+        if self.run_names is None:  # a snapshot's runs stay as they are
+            self.run_names = self.sql("select run from runs")["run"].to_list()
+        return list(self.run_names)
+
+    def sites(self, run: str) -> list[str]:
+        """See Store.sites."""
+        return self.sql("select short from sites where run = $run", {"run": self.run(run)})["short"].to_list()
+
+    def run(self, run: str | None) -> str:
+        """See Store.run."""
+        self.session.check()
+        if self.only is not None and run not in (None, self.only):
+            raise BadInput(f"this is run {self.only!r} of {self.path}, and not run {run!r}; ask the whole store")
+        runs = self.runs()
+        if run in runs and run is not None:
+            return run
+        if run is not None:
+            raise no_run(self, run, runs)
+        held = f"{self.path} holds {', '.join(runs) if runs else 'no run'}"
+        if len(runs) == 1:
+            return runs[0]
+        if not runs:
+            raise NotStored(f"{held} yet; ingest one with {advised('ingest', self.path, '--model', 'reproduction')}")
+        raise BadInput(f"which run? {held}: name one (run={runs[0]!r}, --run {runs[0]})")
+
+    def reader(self, run: str, site: str) -> SiteReader:
+        """A reader of a site, the same whenever it is asked for.
+
+        Raises:
+            NotStored: the run holds no such site.
+            BadInput: the store is closed, or of another process.
+        """
+        self.session.check()
+        if (run, site) not in self._readers:
+            self._readers[run, site] = open_site(self, run, site)
+        return self._readers[run, site]
+
+
+@contextmanager
+def _said_as_damage(path: Path) -> Iterator[None]:
+    """Turn what the system or a library says while a store is opened into the package's errors.
+
+    Raises:
+        LimitReached: the system allows this process no more.
+        Damaged: it is something else.
+    """
+    try:
+        yield
+    except ActstoreError:
+        raise
+    except (OSError, ValueError, duckdb.Error, pl.exceptions.PolarsError) as error:
+        raise limit_reached(error, f"cannot open {path}") or Damaged(
+            f"{path} cannot be opened ({one_line(error)}); see {advised('verify', path)}"
+        ) from error

@@ -1,0 +1,36 @@
+"""What a query's functions, its process and a site's reader need of the store that is open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from actstore.arrays.reader import SiteReader
+    from actstore.sql.session import Session
+    from actstore.storage.folder import Folder
+
+
+class Snapshot(Protocol):
+    """A store that is open, at one snapshot; reading.opened.Opened is one."""
+
+    path: Path
+    check: bool
+    folder: Folder
+    session: Session
+    snapshot: int
+    vectors: Any  # sql.functions.Vectors, which read by means of this
+    only: str | None
+
+    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame: ...
+
+    def runs(self) -> list[str]: ...
+
+    def run(self, run: str | None) -> str: ...
+
+    def sites(self, run: str) -> list[str]: ...
+
+    def reader(self, run: str, site: str) -> SiteReader: ...

@@ -9,7 +9,19 @@ Row i of X is the activation of row i of rows, always.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from actstore.errors import ActstoreError, BadInput, Busy, Damaged, LimitReached, NoRoom, NotStored, SeveralRuns, TooNew
+from actstore.errors import (
+    ActstoreError,
+    BadInput,
+    Busy,
+    Damaged,
+    LimitReached,
+    NoRoom,
+    NotStored,
+    SeveralRuns,
+    TooNew,
+    TooOld,
+    Unsupported,
+)
 from actstore.version import __version__
 
 if TYPE_CHECKING:
@@ -26,6 +38,8 @@ __all__ = [
     "SeveralRuns",
     "Store",
     "TooNew",
+    "TooOld",
+    "Unsupported",
     "__version__",
 ]
 

@@ -11,8 +11,11 @@ ActstoreError
 ├── LimitReached (also a RuntimeError)  raise the limit, or ask for less            exit code 1
 └── Busy        (also a TimeoutError)   another writer holds the store              exit code 1
 
-Each message is one line: what was got, what exists, what to do.
+Each message is one line: what was got, what exists, what to do. Each class has a `kind`, a name that stays the same whatever
+the class is called: the process of a query with limits, and DuckDB, hand an error on by its kind.
 """
+
+from __future__ import annotations
 
 import shlex
 from pathlib import PurePath
@@ -31,10 +34,18 @@ class ActstoreError(Exception):
     """The root: catch it to catch whatever actstore refuses on purpose."""
 
     exit_code = 1
+    kind = "error"
+
+    @classmethod
+    def of_kind(cls, kind: str, message: str) -> ActstoreError:
+        """An error of the class of that kind."""
+        return next(each for each in (cls, *cls.__subclasses__()) if each.kind == kind)(message)
 
 
 class NotStored(ActstoreError, LookupError):
     """The store does not hold what was asked for."""
+
+    kind = "not_stored"
 
     def __str__(self) -> str:  # a LookupError such as KeyError would print its repr
         return str(self.args[0]) if self.args else ""
@@ -43,31 +54,44 @@ class NotStored(ActstoreError, LookupError):
 class BadInput(ActstoreError, ValueError):
     """An argument, a query, a configuration or a checkpoint cannot mean anything."""
 
+    kind = "bad_input"
     exit_code = 2
 
 
 class Damaged(ActstoreError, OSError):
     """Files of the store are missing, cut short or changed since they were committed."""
 
+    kind = "damaged"
+
 
 class TooNew(ActstoreError, OSError):
     """The store was made by a later version, whose format this one does not know."""
+
+    kind = "too_new"
 
 
 class TooOld(ActstoreError, OSError):
     """The store was made by an earlier version; `actstore repair` brings it up to date, and loses nothing."""
 
+    kind = "too_old"
+
 
 class NoRoom(ActstoreError, OSError):
     """The disk lacks the room for what was to be written."""
+
+    kind = "no_room"
 
 
 class Unsupported(ActstoreError, OSError):
     """A file system lacks what a safe write rests on: hard links, locks or fsync."""
 
+    kind = "unsupported"
+
 
 class LimitReached(ActstoreError, RuntimeError):
     """A query took more time or memory than it was given, or the system allows no more open files, maps or memory."""
+
+    kind = "limit_reached"
 
 
 class SeveralRuns(UserWarning):
@@ -79,3 +103,5 @@ class SeveralRuns(UserWarning):
 
 class Busy(ActstoreError, TimeoutError):
     """Another process holds the store's writing lease."""
+
+    kind = "busy"

@@ -75,7 +75,7 @@ def _as_sent(error: ActstoreError | MemoryError, memory: int | None) -> tuple[st
         error = too_much(memory)
     elif isinstance(error, MemoryError):
         error = LimitReached("the query needs more memory than there is; ask for less")
-    return type(error).__name__, str(error)
+    return error.kind, str(error)
 
 
 def _limit_allocations(memory: int) -> None:

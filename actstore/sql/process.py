@@ -142,7 +142,7 @@ def run(
             return pl.read_ipc_stream(BytesIO(rows))
         if answer[:1] == ERROR:
             kind, message = json.loads(answer[1:])
-            raise getattr(errors, kind)(message)
+            raise ActstoreError.of_kind(kind, message)
         raise _died(process.returncode, limits, complaints)
 
 

@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,6 @@ import duckdb
 import polars as pl
 from duckdb.func import PythonUDFType
 
-from actstore import errors
 from actstore.catalog.tables import located, one_line
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
 from actstore.sql.refused import refusal
@@ -41,7 +40,7 @@ LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more,
 EXPLAIN = re.compile(  # what stands before the statement that is explained, as DuckDB hands it on: without a comment
     r"explain\b\s*(?:analyze\b\s*)?(?:\(\s*(?:analyze|format)\b[^()]*\)\s*)?", re.IGNORECASE
 )
-RAISED = re.compile(r"Python exception occurred while executing the UDF: (\w+): (.*)", re.DOTALL)
+RAISED = re.compile(r"while executing the UDF: RuntimeError: actstore (\w+): (.*)", re.DOTALL)  # see add_function
 LOOK_UP = 0.1  # seconds between looks for a Ctrl-C while a query runs
 READING = (  # all else would write, if only into memory, or change the session for the queries that follow
     duckdb.StatementType.SELECT,  # DESCRIBE, SHOW and SUMMARIZE are of this type, too
@@ -119,7 +118,15 @@ class Session:
             takes: SQL type of each argument.
             gives: SQL type of what it returns.
         """
-        self._connection.create_function(name, function, list(takes), gives, type=PythonUDFType.ARROW)
+
+        @wraps(function)  # DuckDB counts its parameters
+        def passed_on(*columns: Any) -> Any:
+            try:
+                return function(*columns)
+            except ActstoreError as error:  # of which DuckDB keeps the text alone
+                raise RuntimeError(f"actstore {error.kind}: {error}") from error
+
+        self._connection.create_function(name, passed_on, list(takes), gives, type=PythonUDFType.ARROW)
 
     def add_macro(self, signature: str, body: str) -> None:
         """Add a macro to this session alone.
@@ -248,10 +255,7 @@ def _attach(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:
 def _raised(error: duckdb.Error) -> ActstoreError | None:
     """The package's own error that a function raised, which DuckDB passes on as text."""
     found = RAISED.search(str(error))
-    kind = getattr(errors, found[1], None) if found else None
-    if found and isinstance(kind, type) and issubclass(kind, ActstoreError):
-        return kind(" ".join(found[2].split()))
-    return None
+    return ActstoreError.of_kind(found[1], " ".join(found[2].split())) if found else None
 
 
 def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> None:

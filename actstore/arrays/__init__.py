@@ -1,1 +1,1 @@
-"""The numbers of one site: their address, their layout on the disk, how they are packed and read."""
+"""One site's numbers: their address, their layout on the disk, packing and reading."""

@@ -14,16 +14,22 @@ from actstore.storage.machine import n_processors
 if TYPE_CHECKING:
     from actstore.arrays.layout import Layout
 
-ROWS_AT_ONCE = 512  # that are copied twice: few enough that the second copy finds them in the processor's own memory
+ROWS_AT_ONCE = 512  # rows are copied twice: so few are still in the processor's cache at the second copy
 FLOATS_FOR_THREADS = 8 << 20  # 32 MB: below, a thread costs more than it saves
-MOST_THREADS = 4  # memory is the limit then
+MOST_THREADS = 4  # with more, the memory's bandwidth is the limit
 
 
 def flat_rows(out: np.ndarray, n_rows: int, layout: Layout) -> np.ndarray:
-    """`out` as [n, numbers in a row], sharing its memory.
+    """Returns `out` as [n, row_items], sharing its memory.
+
+    Args:
+        out: float [n, *layout.row_shape], of any float dtype.
+        n_rows: the n that `out` must have.
+        layout: the site's layout.
 
     Raises:
-        ValueError: it has another shape, no float dtype, or rows that do not each lie in one piece.
+        ValueError: `out` has another shape, is not of a float dtype, or has a row that is not
+            contiguous.
     """
     if out.shape != (n_rows, *layout.row_shape) or out.dtype.kind != "f":
         raise ValueError(f"got out {out.dtype} {list(out.shape)} for {n_rows} rows of {list(layout.row_shape)} floats")
@@ -34,10 +40,16 @@ def flat_rows(out: np.ndarray, n_rows: int, layout: Layout) -> np.ndarray:
 
 
 def copy_rows(windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, dtype: str) -> bool:
-    """Copy windows[offsets], which hold numbers of a dtype, into X [n, numbers in a row]; by threads where it is much.
+    """Copy windows[offsets] into X, with several threads when there is much to copy.
+
+    Args:
+        windows: V<row bytes> [m], see `mapped.View`.
+        offsets: int64 [n], into `windows`.
+        X: float [n, row_items]; overwritten.
+        dtype: the dtype of the numbers in `windows`.
 
     Returns:
-        Whether a row begins with NaN.
+        True if a row begins with NaN.
 
     Raises:
         BadInput: a number is too large for the dtype of X.
@@ -47,9 +59,9 @@ def copy_rows(windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, dtype: st
         blank = False
         with np.errstate(over="raise"):
             for first in range(start, min(start + per_thread, len(X)), ROWS_AT_ONCE):
-                some = slice(first, min(first + ROWS_AT_ONCE, start + per_thread))
-                X[some] = windows[offsets[some]].view(dtype).reshape(-1, X.shape[1])
-                blank |= bool(np.isnan(X[some, 0].min(initial=0)))
+                block = slice(first, min(first + ROWS_AT_ONCE, start + per_thread))
+                X[block] = windows[offsets[block]].view(dtype).reshape(-1, X.shape[1])
+                blank |= bool(np.isnan(X[block, 0].min(initial=0)))
         return blank
 
     threads_wanted = n_threads(X.size)
@@ -64,7 +76,10 @@ def copy_rows(windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, dtype: st
 
 
 def n_threads(n_floats: int) -> int:
-    """How many threads shall copy so many numbers: no more than processors, nor than OMP_NUM_THREADS allows."""
+    """Number of threads that shall copy n_floats numbers.
+
+    The number is at most that of the processors, and at most OMP_NUM_THREADS.
+    """
     if n_floats < FLOATS_FOR_THREADS:
         return 1
     allowed = os.environ.get("OMP_NUM_THREADS", "")

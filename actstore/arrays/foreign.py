@@ -1,8 +1,8 @@
-"""The general path to a site's array: whatever zarr-python reads, with any chunks, shards, codecs and float dtype.
+"""Read a site's array through zarr-python: any chunks, shards, codecs and float dtype.
 
-Rows come out of whole inner chunks, each read and decoded once a gather, never through `oindex`, which would decode a
-chunk once for each row wanted. It is slower by far than the mapped shards that actstore itself writes; the numbers and the
-errors are the same.
+A gather reads and decodes each inner chunk once. `oindex` is not used, since it decodes a chunk
+once per row. This reader is much slower than the mapped shards that actstore writes, with the same
+numbers and errors.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from actstore.arrays.reader import SiteReader, not_stored
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.storage.machine import limit_reached
 
-MOST_BYTES = 1 << 34  # of a decoded chunk
+MOST_BYTES = 1 << 34  # the largest decoded chunk that is read
 
 
 class ForeignReader(SiteReader):
-    """A site's array that is read through zarr-python; else as SiteReader.
+    """A site's array, read through zarr-python; a SiteReader in all else.
 
     Args:
-        path: of the array's folder, Zarr v3 or v2.
-        layout: the shape it must have; its trees_per_shard says which batch of `shards` a tree belongs to.
-        first_tree_id, where, is_token: as of SiteReader. Where what was never written does not read as NaN, is_token is
-            asked about every id.
-        shards: the batches that are there, or None for all.
-        check: called after what was read, to raise where it may have been another store's.
+        path: the array's folder, Zarr v3 or v2.
+        layout: the shape that the array must have. Its trees_per_shard says which batch of `shards`
+            a tree belongs to.
+        first_tree_id: see SiteReader.
+        shards: the batches that are stored; None means all.
+        where: see SiteReader.
+        is_token: see SiteReader. It is asked about every id if unwritten numbers do not read as
+            NaN.
+        check: called after each read; raises if the folder may have been another store's.
 
     Raises:
-        Damaged: zarr-python cannot open it, or it has another shape.
-        BadInput: it holds no floats.
+        Damaged: zarr-python cannot open the array, or the array has another shape.
+        BadInput: the array does not hold floats.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class ForeignReader(SiteReader):
         super().__init__(
             layout, first_tree_id, dict.fromkeys(every, path) if shards is None else shards, where, is_token
         )
-        chunks = self._array.chunks  # of a sharded array: the inner ones
+        chunks = self._array.chunks  # the inner chunks, if the array is sharded
         self.trees_per_chunk, self.positions_per_chunk = int(chunks[0]), int(chunks[layout.position_axis])
 
     def _open(self) -> Any:
@@ -80,36 +83,41 @@ class ForeignReader(SiteReader):
 
     @property
     def row_bytes(self) -> int:
-        """Of one activation, as stored."""
+        """Bytes of one activation, as stored."""
         return self.layout.row_items * int(self._array.dtype.itemsize)
 
     @property
     def chunk_bytes(self) -> int:
-        """Of one decoded inner chunk."""
+        """Bytes of one decoded inner chunk."""
         return math.prod(self._array.chunks) * int(self._array.dtype.itemsize)
 
     @property
-    def chunks_a_row(self) -> int:
-        """Inner chunks that one row lies in."""
-        return self._pieces_of_a_row(self._array.chunks)
+    def chunks_per_row(self) -> int:
+        """Inner chunks that hold one row."""
+        return self._pieces_per_row(self._array.chunks)
 
     @property
-    def shards_a_row(self) -> int:
-        """Stored objects that one row lies in."""
-        return self._pieces_of_a_row(self._array.shards or self._array.chunks)
+    def shards_per_row(self) -> int:
+        """Stored objects that hold one row."""
+        return self._pieces_per_row(self._array.shards or self._array.chunks)
 
     @property
-    def chunks_a_shard(self) -> tuple[int, int]:
-        """Inner chunks of a stored object along trees and along positions."""
+    def chunks_per_shard(self) -> tuple[int, int]:
+        """Inner chunks per stored object: (along trees, along positions)."""
         stored, axis = self._array.shards or self._array.chunks, self.layout.position_axis
         return int(stored[0]) // self.trees_per_chunk, int(stored[axis]) // self.positions_per_chunk
 
-    def _pieces_of_a_row(self, size: Sequence[int]) -> int:
-        counts = [-(-n // int(some)) for n, some in zip(self.layout.shape, size, strict=True)]
+    def _pieces_per_row(self, size: Sequence[int]) -> int:
+        counts = [-(-n // int(length)) for n, length in zip(self.layout.shape, size, strict=True)]
         return math.prod(n for axis, n in enumerate(counts) if axis not in (0, self.layout.position_axis))
 
     def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """As SiteReader.gather; a row that is longer than a chunk is put together from several."""
+        """Read rows as SiteReader.gather does, from one or several chunks per row.
+
+        Args:
+            token_ids: see SiteReader.gather.
+            out: see SiteReader.gather.
+        """
         token_ids = np.asarray(token_ids).astype(np.int64, casting="safe", copy=False)
         row, position = self.places(token_ids)
         whole = np.empty((len(token_ids), *self.layout.row_shape), np.float32) if out is None else out
@@ -129,7 +137,16 @@ class ForeignReader(SiteReader):
         return whole
 
     def by_chunk(self, row: np.ndarray, position: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-        """Number along trees and along positions of each chunk that rows lie in, and which rows, intp [n]."""
+        """Group rows by the chunk that holds them.
+
+        Args:
+            row: int64 [n], rows of the array.
+            position: int64 [n].
+
+        Yields:
+            (chunk's number along trees, along positions), and intp [m]: which of the n lie in the
+            chunk.
+        """
         n_along_positions = -(-self.layout.n_positions // self.positions_per_chunk)
         key = row // self.trees_per_chunk * n_along_positions + position // self.positions_per_chunk
         order = np.argsort(key, kind="stable")
@@ -139,7 +156,7 @@ class ForeignReader(SiteReader):
             yield (number // n_along_positions, number % n_along_positions), places
 
     def _block(self, chunk: tuple[int, int], token_ids: np.ndarray) -> np.ndarray:
-        """All rows of a chunk, [tree, position, numbers in a row]."""
+        """All rows of a chunk, [tree, position, row_items]."""
         axis = self.layout.position_axis
         span = [slice(None)] * len(self.layout.shape)
         span[0] = slice(chunk[0] * self.trees_per_chunk, (chunk[0] + 1) * self.trees_per_chunk)
@@ -150,14 +167,14 @@ class ForeignReader(SiteReader):
             block = np.moveaxis(np.asarray(self._array[tuple(span)]), axis, 1)
         except NotStored:
             raise
-        except Exception as error:  # as _open
+        except Exception as error:  # for the reasons given in _open
             raise limit_reached(error, f"cannot read a chunk of {self.path} of {self.where}") or Damaged(
                 f"a chunk of {self.path} of {self.where} cannot be read ({_one_line(error)}); restore it from a copy"
             ) from error
         return block.reshape(*block.shape[:2], -1)
 
     def _is_written(self, span: list[slice]) -> bool:
-        """Whether the stored object that a chunk begins in is there: one that is not would read as the fill value."""
+        """False if the object in which a chunk begins is missing; zarr reads fill values for it."""
         from zarr.core.sync import sync
 
         stored = self._array.shards or self._array.chunks

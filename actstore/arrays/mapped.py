@@ -1,13 +1,14 @@
-"""The shards of one site mapped into memory, seen as one stretch of rows, so that one call copies rows out of any of them.
+"""The shards of one site, mapped into memory and seen as one array of rows.
 
-numpy copies rows of one array by one call, and each call costs; a selection has rows in every shard. So all maps of a site
-are seen through one view whose item i is the row that would start i numbers behind the first map. What lies between the
-maps is never touched: an offset into the view comes only from a shard's own index of chunks, which is checked when the
-shard is mapped.
+numpy copies rows out of one array with one call, and each call costs; a selection has rows in every
+shard. One strided view therefore starts at the lowest map; item i is the row beginning i numbers
+later. Addresses between maps are never read: each offset comes from a shard's own index of chunks,
+which is checked when the shard is mapped.
 
-A mapped shard holds no descriptor, so a store may have more shards than a process may have files open; each takes one of
-the maps that the system allows a process (65,530 by default). Whoever cuts a shard short while it is mapped kills every
-process that then reads it, by SIGBUS: committed files are read-only, and actstore itself never shortens one.
+A mapped shard holds no descriptor, so a store may have more shards than a process may open files.
+Each shard takes one of the maps that the system allows a process (65,530 by default). Shortening a
+mapped file kills every process that reads it, by SIGBUS. Committed files are therefore read-only,
+and actstore never shortens one.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from actstore.storage.regular import open_regular
 if TYPE_CHECKING:
     from actstore.arrays.layout import Layout
 
-NOWHERE = -(2**62)  # in a table of offsets: that chunk is not mapped, or not there; it stays negative whatever is added
-NO_CHUNK = 2**64 - 1  # in a shard's index: this chunk was never written
+NOWHERE = -(2**62)  # the offset of a chunk that is not mapped; it stays negative whatever is added
+NO_CHUNK = 2**64 - 1  # in a shard's index: the chunk was never written
 
 
 @cache
@@ -50,12 +51,13 @@ def _libc() -> ctypes.CDLL:
 
 
 class _Map:
-    """A file in memory, read-only, until no array is left that shows it.
+    """A file in memory, read-only, mapped as long as an array shows it.
 
-    Python's own mmap keeps a duplicate of the descriptor as long (`trackfd=False` is of Python 3.13).
+    Python's own mmap would keep a duplicate of the descriptor as long (`trackfd=False` is new in
+    Python 3.13).
 
     Raises:
-        OSError: the system maps no more, or not this file.
+        OSError: the system allows no more maps, or cannot map this file.
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
@@ -68,13 +70,14 @@ class _Map:
 
 
 class View(NamedTuple):
-    """What is mapped at one moment; never changed, so that a reader in another thread may go on with the one it has.
+    """What is mapped at one moment; never changed, so a reader in another thread may keep it.
 
     Attributes:
-        windows: V<bytes of a row> [numbers in the stretch]: item i is the row that would start at number i.
-        table: int64 [batches * 256]: for each batch and position, where the row of the array's tree 0 would start; add
-            tree * numbers in a row. NOWHERE where nothing is mapped.
-        maps: of each batch that is mapped: its bytes, and where its chunks start in them (int64 [n_positions], in numbers).
+        windows: V<row bytes> [numbers in the view]: item i is the row beginning at number i.
+        table: int64 [batches * 256]: table[batch, position] is the offset of tree 0; add tree *
+            row_items. NOWHERE if nothing is mapped there.
+        maps: by batch: its bytes, and where its chunks start in them (int64 [n_positions], in
+            numbers).
     """
 
     windows: np.ndarray
@@ -83,14 +86,14 @@ class View(NamedTuple):
 
 
 class Shards:
-    """The shard files of one site; each is mapped when first asked for.
+    """The shard files of one site; each is mapped when it is first needed.
 
     Args:
-        layout: how the array lies on the disk.
-        paths: of the shard file of each batch that is there.
+        layout: the array's layout on the disk.
+        paths: the shard file of each stored batch.
         where: run and site, for messages.
-        opener: opens a path, and returns its descriptor.
-        opener_reads: whether the opener reads the whole file, to check it.
+        opener: opens a path and returns its descriptor.
+        opener_reads: True if the opener reads the whole file, to check it.
     """
 
     def __init__(
@@ -107,18 +110,19 @@ class Shards:
         self._view = self._see({})
 
     def find(self, row: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Where rows start, mapping what is not mapped yet.
+        """Locate rows, after mapping the shards that hold them.
 
         Args:
-            row: int64 [n]: rows of the array, each inside it; overwritten.
+            row: int64 [n], rows inside the array; overwritten.
             position: int64 [n], each in [0, 256); overwritten.
 
         Returns:
-            windows: see View.
-            offsets: int64 [n], into windows; None in place of both where a row is in no shard or no chunk.
+            (windows, offsets): View.windows, and int64 [n] into it. None if a row lies in no shard
+            or no chunk.
 
         Raises:
-            Damaged: a shard cannot be mapped, or is not as long as it was committed, or its index is not its own.
+            Damaged: a shard cannot be mapped, has another length than was committed, or has a wrong
+                index.
             LimitReached: the system allows this process no more open files, maps or memory.
         """
         layout, key = self.layout, row // self.layout.trees_per_shard
@@ -134,11 +138,11 @@ class Shards:
         return None
 
     def chunk_starts(self, batch: int) -> np.ndarray:
-        """int64 [n_positions]: the byte of its file where each chunk of a batch that is there starts."""
+        """int64 [n_positions]: the byte of the batch's file at which each chunk starts."""
         return self._map([batch]).maps[batch][1] * self.layout.item_bytes
 
     def _map(self, batches: list[int]) -> View:
-        """What is mapped once these batches are, too; those that there are."""
+        """Returns a view in which these batches are mapped too, as far as they are stored."""
         with self._lock:
             wanted = [batch for batch in batches if batch in self.paths and batch not in self._view.maps]
             if wanted:
@@ -146,7 +150,7 @@ class Shards:
             return self._view
 
     def _map_all(self, batches: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """By threads where the opener reads much; to map a shard alone costs less than a thread."""
+        """Map shards, with threads if the opener reads them; one map costs less than a thread."""
         paths = [self.paths[batch] for batch in batches]
         n_floats = len(paths) * math.prod(self.layout.shard_shape) if self._opener_reads else 0
         if (threads_wanted := n_threads(n_floats)) == 1:
@@ -197,7 +201,7 @@ class Shards:
         return mapped, self._chunks(index, path)
 
     def _chunks(self, index: bytes, path: Path) -> np.ndarray:
-        """int64 [n_positions]: where the index says that each chunk starts, in numbers; -1 where there is none."""
+        """int64 [n_positions]: the number at which each chunk starts; -1 for a missing chunk."""
         layout = self.layout
         offset, length = np.frombuffer(index[:-4], "<u8").reshape(-1, 2).T
         there = offset != NO_CHUNK

@@ -9,7 +9,13 @@ from actstore.arrays.layout import Layout
 
 
 def metadata(layout: Layout, names: tuple[str, ...], attributes: Mapping[str, Any]) -> bytes:
-    """The array's zarr.json, as zarr-python writes it."""
+    """Build the array's zarr.json, as zarr-python writes it.
+
+    Args:
+        layout: the array's layout on the disk.
+        names: the axes' names.
+        attributes: the array's attributes.
+    """
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
     from zarr.core.buffer import default_buffer_prototype
@@ -35,10 +41,13 @@ def metadata(layout: Layout, names: tuple[str, ...], attributes: Mapping[str, An
 
 
 def mapped_dtype(about: Mapping[str, Any], layout: Layout) -> str | None:
-    """The dtype of an array that lies as a layout says, so that its shards can be mapped; None where it lies otherwise.
+    """Returns the dtype of an array that has the given layout; None if it is laid out otherwise.
+
+    Only shards of an array with this layout can be mapped.
 
     Args:
         about: the content of the array's zarr.json.
+        layout: the layout to compare with.
     """
     checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     expected = {

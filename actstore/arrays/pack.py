@@ -1,4 +1,4 @@
-"""One batch of one site, packed into the bytes of a shard."""
+"""Pack one batch of one site into the bytes of a shard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ShardBuffer:
-    """The bytes of one shard while it is filled; reused from batch to batch, since fresh memory costs page faults."""
+    """The bytes of one shard; reused for each batch, since fresh memory costs page faults."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -33,13 +33,14 @@ class ShardBuffer:
         index[:, 1] = layout.chunk_bytes
 
     def put(self, first_row: int, activations: torch.Tensor) -> None:
-        """Copy a batch in, behind the first_row rows that are there.
+        """Copy trees in, after the first_row trees that were put before.
 
         Args:
+            first_row: number of the first tree's row.
             activations: float [tree, position, d_model] or [tree, head, query, key], on any device.
 
         Raises:
-            ValueError: they are of another shape, or more trees than the shard has room for.
+            ValueError: `activations` has another shape, or more trees than the shard has room for.
         """
         import torch
 
@@ -53,13 +54,14 @@ class ShardBuffer:
         self.n_put += len(activations)
 
     def seal(self, lengths: np.ndarray) -> memoryview:
-        """Blank what is no token, checksum every chunk and the index, and return the shard's bytes.
+        """Blank padding, checksum every chunk and the index, and return the shard's bytes.
 
         Args:
-            lengths: intp [n_trees], tokens of each tree; rows past the last tree are blanked too.
+            lengths: intp [n_trees], tokens of each tree. Rows after the last tree are blanked too.
 
         Raises:
-            ValueError: other trees were put in than there are lengths; what stood there before would be stored as theirs.
+            ValueError: the number of trees put in is not the number of lengths; rows of the batch
+                before would be stored.
         """
         n_trees = len(lengths)
         if self.n_put != n_trees:

@@ -1,12 +1,14 @@
-"""The Zarr half of a store: one array a site, float32 [tree, position, d_model] (patterns: [tree, head, query, key]).
+"""One Zarr array per site: float32 [tree, position, d_model], or [tree, head, query, key].
 
-A shard holds a batch of trees, an inner chunk one position of that batch, because every study reads a few positions (the
-target token of each edge, say) of many trees, and none reads every position of one tree. Chunks are uncompressed
-(residual streams hardly compress) with a crc32c behind each, so a reader can map a shard into memory and copy rows out
-of it. What was never written, padding included, is NaN.
+A shard holds a batch of trees, an inner chunk one position of that batch. Every study reads a few
+positions (the target token of each edge, say) of many trees, and no study reads every position of
+one tree. Chunks are uncompressed, since residual streams hardly compress, and a crc32c follows
+each. A reader can therefore map a shard into memory and copy rows out of it. Numbers that were
+never written are NaN, padding too.
 
-Shards are packed here, from the Zarr v3 specification (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/):
-the inner chunks, then (offset, length) of each as little-endian u64, then the crc32c of that index.
+Shards follow the Zarr v3 specification
+(https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/): the inner chunks, then
+offset and length of each as little-endian u64, then the crc32c of that index.
 """
 
 from __future__ import annotations
@@ -28,14 +30,15 @@ class SiteReader:
     """The committed shards of one site of one run, mapped into memory.
 
     Args:
-        layout: how the array lies on the disk.
-        first_tree_id: tree_id of row 0 of the array.
-        shards: path of the shard file of each batch that is there.
+        layout: the array's layout on the disk.
+        first_tree_id: tree_id of the array's row 0.
+        shards: the shard file of each stored batch.
         where: run and site, for messages.
-        is_token: whether each of some token ids is a token, bool [n]; what is none is padding. Asked only about rows that
-            begin with NaN, so that an activation that is NaN can be told from padding; without it they count as padding.
-        opener: opens a shard's path, and returns its descriptor.
-        opener_reads: whether the opener reads the whole shard, to check it.
+        is_token: takes token ids, int64 [n]; returns bool [n], False for padding. It is asked only
+            about rows that begin with NaN, to tell an activation that is NaN from padding. By
+            default all such rows are padding.
+        opener: opens a shard's path and returns its descriptor.
+        opener_reads: True if the opener reads the whole shard, to check it.
     """
 
     def __init__(
@@ -54,20 +57,22 @@ class SiteReader:
     def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Read the activations of the given tokens.
 
-        Each row is copied out of the mapped shard it lies in; ids need no sorting, though sorted ones are read faster.
+        Each row is copied out of its mapped shard. Ids need no sorting, though sorted ids are read
+        faster.
 
         Args:
             token_ids: int64 [n], in any order; repeats are allowed.
-            out: where to put them, of any float dtype and the shape of what is returned; its rows may lie apart
-                (`X[:, 0]`). A new float32 array without it.
+            out: array to fill, of any float dtype, with the shape of the result; its rows may lie
+                apart (`X[:, 0]`). Default: a new float32 array.
 
         Returns:
-            float32 [n, d_model] (patterns: [n, head, key]), in the order of `token_ids` and in the model's own units; `out`
-            where it was given.
+            float32 [n, d_model] (patterns: [n, head, key]), in the order of `token_ids` and in the
+            model's own units; `out` if given.
 
         Raises:
-            NotStored: an id has no activation here (another dataset's, padding, or not yet ingested).
-            Damaged: a shard is not there or not as it was committed.
+            NotStored: an id has no activation here (it is another dataset's, padding, or not yet
+                ingested).
+            Damaged: a shard is missing or is not as committed.
             BadInput: a number is too large for `out`.
         """
         layout, token_ids = self.layout, np.asarray(token_ids).astype(np.int64, casting="safe", copy=False)
@@ -84,14 +89,17 @@ class SiteReader:
         return X.reshape(-1, *layout.row_shape) if out is None else out
 
     def _find(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Windows and offsets, as of Shards.find; two dozen nanoseconds a row are what a row costs, so each pass counts."""
+        """Windows and offsets, see Shards.find.
+
+        A row costs two dozen nanoseconds in all, so each pass over the ids counts.
+        """
         row = token_ids - self.first_tree_id * POSITIONS_PER_TREE
         inside = row.min(initial=0) >= 0 and row.max(initial=0) < self.layout.shape[0] * POSITIONS_PER_TREE
         position = row & POSITION_MASK
         row >>= POSITION_BITS
         found = self.mapped.find(row, position) if inside else None
         if found is None:
-            self.places(token_ids)  # says which, and why
+            self.places(token_ids)  # raises, with which and why
             raise Damaged(
                 f"a shard of {self.where} lacks chunks that were committed; restore it from a copy of the store"
             )
@@ -100,8 +108,11 @@ class SiteReader:
     def places(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row of the array and position of each id, int64 [n] each.
 
+        Args:
+            token_ids: int64 [n].
+
         Raises:
-            NotStored: an id has none, or its batch is not ingested yet.
+            NotStored: an id lies outside the array, or its batch is not ingested yet.
         """
         layout = self.layout
         row, position = (token_ids >> POSITION_BITS) - self.first_tree_id, token_ids & POSITION_MASK
@@ -114,7 +125,7 @@ class SiteReader:
         return row, position
 
     def _refuse_padding(self, token_ids: np.ndarray, X: np.ndarray) -> None:
-        """Padding reads as NaN throughout; a row of a token may hold NaN because the model computed it."""
+        """Raise for padding, which reads as NaN throughout; a token's row may hold computed NaN."""
         padding = np.isnan(X[:, 0])
         if self._is_token:
             padding[padding] = ~self._is_token(token_ids[padding])
@@ -123,7 +134,14 @@ class SiteReader:
 
 
 def not_stored(where: str, token_ids: np.ndarray, bad: np.ndarray, why: str) -> NotStored:
-    """The error that says how many of the ids are bad, and names the first."""
+    """Build the error that counts the bad ids and names the first.
+
+    Args:
+        where: run and site.
+        token_ids: int64 [n].
+        bad: bool [n].
+        why: what is wrong with the bad ids.
+    """
     return NotStored(
         f"{where} has no activation for {int(bad.sum()):,} of {len(token_ids):,} token ids, the first being "
         f"{int(token_ids[np.argmax(bad)])} ({why}); choose tokens of the run's own dataset (where dataset = …)"

@@ -1,7 +1,8 @@
-"""The DuckDB half of a store: `catalog.duckdb`, every table native, built from the committed parts and replaced whole.
+"""Build `catalog.duckdb` from the committed parts; every table is native, the file replaced whole.
 
-Nobody holds it open for writing: a new one is made beside it (a copy of the last one plus what was committed since),
-checkpointed, fsynced and put in its place, so a reader keeps the snapshot it opened and never waits for the writer.
+Nobody holds a catalog open for writing. A writer makes a new file beside it: a copy of the last
+catalog, plus what was committed since. The new file is checkpointed, fsynced and renamed into
+place. A reader therefore keeps the snapshot that it opened, and never waits for the writer.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
 
     Args:
         root: the store.
-        from_nothing: do not trust the catalog that is there; read every part again.
+        from_nothing: read every part again, and do not trust the present catalog.
 
     Returns:
-        The snapshot's number: how many commits it holds.
+        The snapshot's number: how many commits the catalog holds.
 
     Raises:
         Damaged: a committed part or manifest is missing or unreadable.
-        NoRoom: the disk is full; the catalog that was there is unchanged.
+        NoRoom: the disk is full; the present catalog is unchanged.
     """
     temporary = root / f".{CATALOG}.{os.getpid()}.tmp"
     try:
         with _building(root):
-            discard_beside(temporary)  # of a process that had the same id
+            discard_beside(temporary)  # left by a process of the same id
             discard_beside(root / CATALOG)
             held = 0 if from_nothing else _copy_of_last(root, temporary)
             new = manifests(root, after=held, least=held)
@@ -66,8 +67,12 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
 
 @contextmanager
 def of_older(root: Path) -> Iterator[Path]:
-    """Today's catalog of a store of an earlier version, which stays as it is: built from its parts, in a folder that is
-    removed at the end.
+    """Build today's catalog of a store of an earlier version, which is not changed.
+
+    The catalog is built from the store's parts, in a folder that is removed at the end.
+
+    Args:
+        root: the store.
 
     Raises:
         Damaged: a committed part or manifest is missing or unreadable.
@@ -82,7 +87,7 @@ def of_older(root: Path) -> Iterator[Path]:
 
 @contextmanager
 def _building(root: Path) -> Iterator[None]:
-    """Turn what DuckDB and the system say while a catalog is built into the package's errors."""
+    """Turn errors of DuckDB and the system into the package's own while a catalog is built."""
     try:
         yield
     except (duckdb.Error, RuntimeError) as error:
@@ -108,13 +113,13 @@ def _building(root: Path) -> Iterator[None]:
 
 
 def _copy_of_last(root: Path, temporary: Path) -> int:
-    """Copy the catalog that is there, and say how many commits it holds; 0, and no copy, where none can be used."""
+    """Copy the present catalog and return its number of commits; 0 without a copy if unusable."""
     try:
         check_regular(root / CATALOG)
     except (FileNotFoundError, Damaged):
         return 0
     shutil.copyfile(root / CATALOG, temporary)
-    if not holds_noted(root, temporary):  # damage must not be carried on into the next one
+    if not holds_noted(root, temporary):  # damage must not spread to the next catalog
         temporary.unlink()
         return 0
     try:

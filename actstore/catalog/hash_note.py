@@ -1,4 +1,4 @@
-"""catalog.json: the hashes of the catalogs that were put in place."""
+"""catalog.json: hashes of the catalogs that were put in place."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from actstore.storage.regular import read_regular
 
 
 def noted_hashes(root: Path) -> list[str]:
-    """xxh3-128 of the catalogs that were last put in place; two of them, since noting one and putting it there are two steps.
+    """Read the xxh3-128 of the catalogs that were last put in place.
+
+    There are two hashes, since noting one and replacing the catalog are two steps.
+
+    Args:
+        root: the store.
 
     Raises:
         Damaged: the note is not what was written.
-        FileNotFoundError: there is none; stores of format 1 have none.
+        FileNotFoundError: the store has no note, as a store of format 1.
     """
     content = read_regular(root / HASHES)
     try:
@@ -33,7 +38,7 @@ def noted_hashes(root: Path) -> list[str]:
 
 
 def note_hash(root: Path, new: Path) -> None:
-    """Note the hash of a catalog before it is put in place, beside that of the one there."""
+    """Note a catalog's hash, beside the present catalog's, before the catalog is put in place."""
     both = [hash_of_file(new)]
     with suppress(FileNotFoundError, Damaged):  # none is there, or nothing that was ever noted
         both.append(hash_of_file(root / CATALOG))
@@ -44,14 +49,20 @@ def note_hash(root: Path, new: Path) -> None:
 
 
 def note_under_way(root: Path) -> Path:
+    """Path of this process's unfinished note."""
     return root / f".{HASHES}.{os.getpid()}.tmp"
 
 
 def is_noted(root: Path, descriptor: int) -> bool | None:
-    """Whether a catalog that is open has a hash that was noted; None where another is in its place by now.
+    """Returns whether an open catalog has a noted hash; None if another catalog replaced it.
+
+    Args:
+        root: the store.
+        descriptor: of the open catalog.
 
     Raises:
-        Damaged, FileNotFoundError: as noted_hashes.
+        Damaged: the note is not what was written.
+        FileNotFoundError: the store has no note.
     """
     found = hash_of(descriptor)
     if found in noted_hashes(root):  # read afterwards: a hash is noted before its catalog is put in place
@@ -60,11 +71,12 @@ def is_noted(root: Path, descriptor: int) -> bool | None:
 
 
 def is_whole(root: Path) -> bool:
-    """Whether the catalog that is there is one that was put in place, by the note of its hash."""
+    """True if the present catalog has a noted hash."""
     return holds_noted(root, root / CATALOG)
 
 
 def holds_noted(root: Path, path: Path) -> bool:
+    """True if a copy of the catalog has a noted hash."""
     try:
         return hash_of_file(path) in noted_hashes(root)
     except (FileNotFoundError, Damaged):

@@ -1,4 +1,4 @@
--- info: what a store holds, one row a run.
+-- info: what a store holds, one row per run.
 with
     stored as (
         select run, count(distinct site) as n_sites, sum(bytes) as bytes, max(batch) + 1 as n_batches
@@ -10,7 +10,7 @@ with
     graded as (
         select run, count(*) as n_trees, avg(greedy_right::int) as right from outcomes group by run
         union all
-        select run, count(distinct tree_id), null from generations group by run  -- continuations, which nothing grades
+        select run, count(distinct tree_id), null from generations group by run  -- continuations are not graded
     ),
     counted as (
         select trees.dataset, count(*) as n_tokens from tokens join trees using (tree_id) group by trees.dataset

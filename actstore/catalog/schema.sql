@@ -1,9 +1,9 @@
--- The tables of a store. `catalog.duckdb` holds them natively; each is filled from the committed parts, and a reader
+-- The tables of a store. `catalog.duckdb` holds them natively. Each is filled from the committed parts, and a reader
 -- never writes them. Every line `name type, -- …` becomes the column's comment in the catalog. Numbers are signed here, so
--- that they can be subtracted (`depth - 2`); the parts hold the small ones unsigned.
+-- that they can be subtracted (`depth - 2`); the parts hold small numbers unsigned.
 --
--- A token is named by one number: token_id = tree_id * 256 + position. Where a tree lies in the arrays follows too: it is
--- row tree_id - datasets.first_tree_id of every array of a run over that dataset.
+-- A token has one number: token_id = tree_id * 256 + position. A tree is row tree_id - datasets.first_tree_id of every
+-- array of a run over its dataset.
 
 create type token_word as enum (  -- word numbers as in ingest/tokens.py; both systems' tokens, spelled the reproduction's way
     '<PAD>', ',', '|', ':', '0', '→0', '1', '→1', '2', '→2', '3', '→3', '4', '→4', '5', '→5', '6', '→6', '7', '→7',
@@ -25,16 +25,16 @@ create type failure_kind as enum ('wrong_child', 'not_a_child', 'not_a_step');
 create table snapshot (
     format_version integer, -- of the store's files, see store.json
     snapshot integer, -- commits this catalog holds: the number of manifests, recorded with every result
-    log_xxh3_128 varchar, -- hash of these manifests, see README
+    log_xxh3_128 varchar, -- hash of these manifests, see actstore/README.md
 );
 
 create table models (
     weights_sha256 varchar, -- of the canonical safetensors file: `sha256sum data/checkpoints/NAME.safetensors` prints it
     model varchar, -- name it was loaded by
-    system varchar, -- 'reproduction' or 'baseline': which vocabulary, padding and loss
+    system varchar, -- 'reproduction' or 'baseline': the vocabulary, padding and loss
     n_nodes smallint, -- labels in the vocabulary, 2 to 64
     n_layers smallint, -- transformer blocks
-    n_heads smallint, -- attention heads a block
+    n_heads smallint, -- attention heads per block
     d_model integer, -- width of the residual stream
     d_head integer, -- width of a head
     d_mlp integer, -- hidden width of the MLP
@@ -49,15 +49,15 @@ create table models (
 create table datasets (
     dataset varchar, -- name of the set of trees
     distribution varchar, -- 'reproduction', 'baseline' or 'deep'
-    seed bigint, -- names the endless stream of trees; the set is its first n_trees
+    seed bigint, -- seed of the endless stream of trees; the set is its first n_trees
     n_nodes smallint, -- nodes of each tree, 2 to 64
-    depths smallint[], -- goal depths drawn from, NULL where the distribution draws its own
+    depths smallint[], -- goal depths to draw from, NULL for the distribution's own
     n_trees integer, -- trees planned; `trees` holds those committed
     n_positions smallint, -- tokens of the longest prompt and path, 4 * n_nodes - 1
     first_tree_id integer, -- tree_id of the first tree
-    trees_per_shard integer, -- trees a batch, so rows a chunk of every array
-    variant_of varchar, -- set whose tree i tree i of this one was made from, NULL for a drawn set
-    change varchar, -- what was changed in each tree: 'swap_last' or 'swap_inner', NULL for a drawn set
+    trees_per_shard integer, -- trees per batch, and so rows per chunk of every array
+    variant_of varchar, -- original set: its tree i became tree i here; NULL for a drawn set
+    change varchar, -- change made to each tree: 'swap_last' or 'swap_inner', NULL for a drawn set
 );
 
 create table trees (
@@ -65,15 +65,15 @@ create table trees (
     dataset varchar, -- datasets.dataset
     root smallint, -- label of the root, [0, n_nodes)
     goal smallint, -- label of the goal, a leaf
-    depth smallint, -- edges from root to goal, so steps of the path, 1 to n_nodes - 1
+    depth smallint, -- edges from root to goal, the steps of the path, 1 to n_nodes - 1
     height smallint, -- edges from root to the deepest leaf
     n_leaves smallint, -- nodes without children
     path smallint[], -- labels from the root's child to the goal
     backward boolean, -- every edge is listed after all the edges below it
-    tree_hash ubigint, -- xxh3-64 of the labelled tree, whatever its goal and edge order
-    split tree_split, -- by tree_hash, never by row: 'test' for one tree in five
-    variant_of integer, -- tree_id of the tree this one was made from, NULL for a drawn tree
-    change varchar, -- what was changed, 'edge 3 <-> edge 14'; NULL for a drawn tree, or where nothing could be
+    tree_hash ubigint, -- xxh3-64 of the labelled tree; goal and edge order do not count
+    split tree_split, -- chosen by tree_hash, never by row: 'test' for one tree in five
+    variant_of integer, -- tree_id of the original tree, NULL for a drawn tree
+    change varchar, -- the change made, 'edge 3 <-> edge 14'; NULL for a drawn tree, or if no change was possible
 );
 
 create table edges (
@@ -82,21 +82,21 @@ create table edges (
     source smallint, -- label of the parent, [0, n_nodes)
     target smallint, -- label of the child, [0, n_nodes)
     source_depth smallint, -- edges from the root to the source
-    on_path boolean, -- the way from root to goal takes this edge
-    step smallint, -- which step of the path it is, 0 to depth - 1; NULL off the path
-    is_last boolean, -- listed last, so followed by the bar and not by a separator
+    on_path boolean, -- the path from root to goal takes this edge
+    step smallint, -- number of the step along the path, 0 to depth - 1; NULL off the path
+    is_last boolean, -- listed last, and so followed by the bar instead of a separator
 );
 
 create table tokens (
     token_id bigint, -- tree_id * 256 + position, unique in the store
     tree_id integer, -- trees.tree_id
     position smallint, -- place in the sequence, 0 to 4 * n_nodes - 2
-    token token_word, -- what stands there, spelled the same for both systems
+    token token_word, -- the token, spelled the same for both systems
     role token_role, -- what the position is
-    edge smallint, -- edges.edge this token writes; NULL past the bar
-    node smallint, -- label it names, [0, n_nodes); NULL for punctuation
-    step smallint, -- which step of the path it is, 0 to depth - 1; NULL before the path
-    dataset varchar, -- trees.dataset, which the tree_id tells; of the catalog alone, the parts have no such column
+    edge smallint, -- edges.edge that this token writes; NULL after the bar
+    node smallint, -- label that the token names, [0, n_nodes); NULL for punctuation
+    step smallint, -- number of the step along the path, 0 to depth - 1; NULL before the path
+    dataset varchar, -- trees.dataset, derived from tree_id; the parts have no such column
 );
 
 create table runs (
@@ -105,15 +105,15 @@ create table runs (
     dataset varchar, -- datasets.dataset
     first_tree_id integer, -- tree_id of row 0 of every array of the run
     n_trees integer, -- trees planned, rows of every array
-    prompt varchar, -- what the model is given: 'task' (tree, goal, root, path) or 'tree' (the edges up to the bar alone)
-    samples smallint, -- continuations of each tree that were drawn beside the greedy one; NULL for whole tasks
-    device varchar, -- where it ran
-    versions varchar, -- of actstore, torch and transformer_lens, and batch_size, trees a forward pass; JSON
+    prompt varchar, -- the model's input: 'task' (tree, goal, root, path) or 'tree' (only the edges, up to the bar)
+    samples smallint, -- continuations drawn per tree, besides the greedy one; NULL for whole tasks
+    device varchar, -- device that the model ran on
+    versions varchar, -- of actstore, torch and transformer_lens, and batch_size (trees per forward pass); JSON
 );
 
 create table sites (
     run varchar, -- runs.run
-    site varchar, -- as TransformerLens names it, 'blocks.0.hook_resid_post'
+    site varchar, -- TransformerLens' name, 'blocks.0.hook_resid_post'
     short varchar, -- the short form, 'resid_post.0'
     kind varchar, -- 'resid' [tree, position, d_model] or 'pattern' [tree, head, query, key]
     shape bigint[], -- of the array
@@ -124,8 +124,8 @@ create table shards (
     run varchar, -- runs.run
     site varchar, -- sites.site
     batch integer, -- index of the shard along the trees
-    first_tree_id integer, -- tree_id of its first row
-    n_trees integer, -- rows it holds
+    first_tree_id integer, -- tree_id of the shard's first row
+    n_trees integer, -- rows in the shard
     path varchar, -- of the file inside the store
     bytes bigint, -- size of the file
     xxh3_128 varchar, -- hash of the file
@@ -133,10 +133,10 @@ create table shards (
 
 create table predictions (
     run varchar, -- runs.run
-    token_id bigint, -- the token the model stands on: the root, or a step but the last; its activation predicts
+    token_id bigint, -- the token whose activation predicts: the root, or any step but the last
     tree_id integer, -- trees.tree_id
-    step smallint, -- which step of the path is predicted, 0 to depth - 1
-    target token_word, -- the step to take
+    step smallint, -- number of the predicted step, 0 to depth - 1
+    target token_word, -- the right step
     predicted token_word, -- the most probable token
     p_target float, -- probability of target, [0, 1]
     correct boolean, -- predicted = target
@@ -145,64 +145,64 @@ create table predictions (
 create table outcomes (
     run varchar, -- runs.run
     tree_id integer, -- trees.tree_id
-    teacher_forced_right boolean, -- every step right, given the right steps before it
-    greedy_path smallint[], -- nodes stepped to when the model goes on from its own answers
+    teacher_forced_right boolean, -- every step is right, given the right steps before it
+    greedy_path smallint[], -- nodes of the path when the model continues from its own answers
     greedy_right boolean, -- greedy_path = trees.path
-    first_wrong_step smallint, -- of the greedy answer, 0 to depth - 1; NULL when right
-    failure failure_kind, -- what the first wrong step is; NULL when right
+    first_wrong_step smallint, -- first wrong step of the greedy answer, 0 to depth - 1; NULL when right
+    failure failure_kind, -- kind of the first wrong step; NULL when right
 );
 
 create table generations (
-    run varchar, -- runs.run, one whose prompt is 'tree'
+    run varchar, -- runs.run, of a run whose prompt is 'tree'
     tree_id integer, -- trees.tree_id
-    sample smallint, -- 0 for the greedy continuation; 1 and on are drawn from the model's own distribution
-    position smallint, -- place in the sequence, from the one behind the bar, 3 * n_nodes - 3
-    token token_word, -- what the model said there, spelled the same for both systems
-    p float, -- probability it gave to that token, [0, 1]
-    p_best float, -- probability of its likeliest token, [0, 1]
+    sample smallint, -- 0 for the greedy continuation; 1 and up are drawn from the model's own distribution
+    position smallint, -- place in the sequence; the first is the one after the bar, 3 * n_nodes - 3
+    token token_word, -- the model's token there, spelled the same for both systems
+    p float, -- probability that the model gave to the token, [0, 1]
+    p_best float, -- probability of the model's likeliest token, [0, 1]
 );
 
 create table results (
-    study varchar, -- which study
+    study varchar, -- name of the study
     recorded integer, -- number of the commit that recorded it
     run varchar, -- runs.run
-    site varchar, -- short site name, NULL where the study reads none
-    token_role varchar, -- where it was read, NULL where the study reads none
-    label varchar, -- what was asked for
-    metric varchar, -- what value measures
+    site varchar, -- short site name, NULL if the study reads no site
+    token_role varchar, -- role of the tokens that were read, NULL if the study reads none
+    label varchar, -- the property asked for
+    metric varchar, -- what `value` measures
     value double, -- the answer
     low double, -- lower end of the 95 % interval
     high double, -- upper end of the 95 % interval
-    n bigint, -- what the value is over: rows, or trees where the metric says so
+    n bigint, -- number of rows behind the value, or of trees if the metric says so
     query varchar, -- SQL that chose the rows
-    params varchar, -- of the query and the study, JSON
-    snapshot integer, -- data version it read: snapshot.snapshot
-    seed bigint, -- of everything random
-    version varchar, -- of actstore
-    name varchar, -- of the direction, what probe_direction() takes: run/site/token_role/label=class; NULL without one
+    params varchar, -- parameters of the query and the study, JSON
+    snapshot integer, -- data version that the study read: snapshot.snapshot
+    seed bigint, -- seed of everything random
+    version varchar, -- version of actstore
+    name varchar, -- the direction's name for probe_direction(): run/site/token_role/label=class; NULL without a direction
     direction float[], -- weights [d_model] of metric 'direction', in the activations' own units: dot(x, direction) + value is the logit
 );
 
-create view edge_sources as  -- one row an edge, at the token that writes its source
+create view edge_sources as  -- one row per edge, at the token that writes its source
 select e.tree_id::bigint * 256 + 3 * e.edge as token_id, e.*, t.dataset, t.root, t.goal, t.depth, t.split
 from edges e join trees t using (tree_id);
 
-create view edge_targets as  -- one row an edge, at the token that writes its target
+create view edge_targets as  -- one row per edge, at the token that writes its target
 select e.tree_id::bigint * 256 + 3 * e.edge + 1 as token_id, e.*, t.dataset, t.root, t.goal, t.depth, t.split
 from edges e join trees t using (tree_id);
 
-create view edge_separators as  -- one row an edge, at the separator behind it (the bar behind the last)
+create view edge_separators as  -- one row per edge, at the separator after it (the last edge: the bar)
 select e.tree_id::bigint * 256 + 3 * e.edge + 2 as token_id, e.*, t.dataset, t.root, t.goal, t.depth, t.split
 from edges e join trees t using (tree_id);
 
-create view answer_tokens as  -- one row a step of the path, at the token that must predict it
+create view answer_tokens as  -- one row per step of the path, at the token that must predict it
 select
     t.tree_id::bigint * 256 + 3 * d.n_nodes - 1 + s.step as token_id,
     t.tree_id, s.step::smallint as step, t.path[s.step + 1] as next_node,
     t.dataset, t.root, t.goal, t.depth, t.split
 from trees t join datasets d using (dataset), lateral (select unnest(range(t.depth)) as step) s;
 
-create view latest_results as  -- of each number that a study recorded, the rows of the last time it did
+create view latest_results as  -- the latest rows of each number that a study recorded
 select * from results
 qualify rank() over (
     partition by study, run, site, token_role, label, metric, name, params order by recorded desc

@@ -1,4 +1,4 @@
-"""The tables of a catalog, as schema.sql declares them, and the file that holds them."""
+"""The tables of a catalog, as schema.sql declares them, and the catalog's file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from actstore.storage.regular import check_regular
 
 
 def in_parts(error: Exception) -> tuple[str, list[str]]:
-    """DuckDB's message as one line, and the lines that show the place in the query; none where it names no place."""
+    """Split DuckDB's message: its text as one line, and the lines that show the place in the query.
+
+    The second part is empty if the message shows no place.
+    """
     lines = str(error).splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith("LINE ")), len(lines))
     said = " ".join(line.strip() for line in lines[:first] if line.strip())
@@ -31,20 +34,18 @@ def in_parts(error: Exception) -> tuple[str, list[str]]:
 
 
 def one_line(error: Exception) -> str:
-    """DuckDB's message without the copy of the query that follows it."""
+    """DuckDB's message, without the copy of the query at its end."""
     return in_parts(error)[0]
 
 
 CATALOG = "catalog.duckdb"
-HASHES = "catalog.json"  # what its bytes hash to
-REPLAYED = (".wal", ".wal.checkpoint", ".wal.recovery")  # what DuckDB adds to a database that it opens, if only to read
+HASHES = "catalog.json"  # hashes of the catalog's bytes
+REPLAYED = (".wal", ".wal.checkpoint", ".wal.recovery")  # DuckDB adds these to a database, even to read it
 COLUMN = re.compile(r"^    (\w+) ([^-]*), -- (.+)$")
 TABLE = re.compile(r"^create table (\w+)")
 TABLES_ATTACHED = "select table_name from duckdb_tables() where database_name = 'there'"  # see attached
-DERIVED = {"tokens": "dataset"}  # the column of a table that no part holds; see source
-UNSIGNED: dict[
-    str, dict[str, pl.DataType]
-] = {  # what parts hold unsigned, beside every smallint, which they hold as uint8
+DERIVED = {"tokens": "dataset"}  # columns that parts do not hold; see source
+UNSIGNED: dict[str, dict[str, pl.DataType]] = {  # columns that parts hold unsigned, besides every smallint (uint8)
     "models": {
         **dict.fromkeys(("d_model", "d_head", "d_mlp", "n_ctx", "d_vocab"), pl.UInt16()),
         "n_params": pl.UInt64(),
@@ -60,14 +61,14 @@ def schema() -> str:
 
 
 def view(name: str) -> str:
-    """The SELECT of one of the views, from schema.sql."""
+    """The SELECT of a view, from schema.sql."""
     found = re.search(rf"^create view {name} as  -- [^\n]*\n(.*?);$", schema(), re.MULTILINE | re.DOTALL)
     assert found
     return found[1]
 
 
 def column_comments() -> dict[tuple[str, str], str]:
-    """(table, column) → what it holds, from schema.sql."""
+    """(table, column) → the column's comment in schema.sql."""
     comments, table = {}, ""
     for line in schema().splitlines():
         if begins := TABLE.match(line):
@@ -84,13 +85,13 @@ where database_name = 'store' and schema_name = 'main'"""
 
 
 def check_tables(there: Iterable[Sequence[str]]) -> None:
-    """Look whether a catalog has the tables of today, with the columns and their types; a view is no table.
+    """Check that a catalog has today's tables, columns and types; a view does not count as a table.
 
     Args:
         there: rows of TABLES_THERE.
 
     Raises:
-        ValueError: a column is not there.
+        ValueError: a column is missing.
     """
     held, table, wanted = {tuple(row) for row in there}, "", schema()
     for line in wanted.splitlines():
@@ -104,10 +105,10 @@ def check_tables(there: Iterable[Sequence[str]]) -> None:
 
 @cache
 def tables() -> dict[str, dict[str, pl.DataType]]:
-    """The columns of every table, and the polars type each is written to its parts with.
+    """The columns of every table, with the polars type of each in a part.
 
-    The catalog's numbers are signed. Parts hold the small ones unsigned, as the first format did, so that a row has the
-    same bytes in every format; they lack the columns that the catalog derives.
+    The catalog's numbers are signed. Parts hold small numbers unsigned, as format 1 did, so that a
+    row has the same bytes in every format. Columns that the catalog derives are left out.
     """
     with duckdb.connect() as connection:
         connection.execute(schema())
@@ -126,14 +127,15 @@ def tables() -> dict[str, dict[str, pl.DataType]]:
 
 
 def snapshot(root: Path) -> int:
-    """How many commits the catalog that is there holds; 0 where there is none that can be read."""
+    """Number of commits in the present catalog; 0 if no catalog can be read."""
     return built_from(root)[0]
 
 
 def built_from(root: Path) -> tuple[int, str | None]:
-    """How many commits the catalog that is there holds, and the hash of their manifests (see log_hash).
+    """Number of commits in the present catalog, and the hash of their manifests (see log_hash).
 
-    The number is 0 where no catalog can be read; the hash is None there too, and where an earlier format noted none.
+    If no catalog can be read, the number is 0 and the hash None. The hash of a catalog of an
+    earlier format is None, too.
     """
     try:
         with attached(root) as connection:
@@ -145,7 +147,7 @@ def built_from(root: Path) -> tuple[int, str | None]:
 
 
 def snapshot_of(connection: duckdb.DuckDBPyConnection) -> tuple[int, str | None]:
-    """As built_from, of a connection that has the catalog attached."""
+    """Read what built_from returns from a connection that has the catalog attached."""
     rows = connection.execute("from there.snapshot")
     row = dict(zip([column for column, *_ in rows.description], rows.fetchall()[0], strict=True))
     hash_of_log = row.get("log_xxh3_128")
@@ -154,13 +156,16 @@ def snapshot_of(connection: duckdb.DuckDBPyConnection) -> tuple[int, str | None]
 
 @contextmanager
 def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The catalog's own file as the database `there`, to be read, without what a log beside it would add.
+    """Attach the catalog's file for reading, as the database `there`, without a log beside it.
+
+    Args:
+        root: the store.
 
     Raises:
-        Damaged: no regular file stands there, or a view in the place of a table: its query would be run, and may read any
-            file.
-        FileNotFoundError: there is none.
-        duckdb.Error: it is no database.
+        Damaged: the catalog is not a regular file, or has a view in the place of a table. Such a
+            view's query would run, and may read any file.
+        FileNotFoundError: there is no catalog.
+        duckdb.Error: the file is not a database.
     """
     with ExitStack() as stack:
         path = root / CATALOG
@@ -179,25 +184,28 @@ def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def not_a_table(root: Path, name: str) -> str:
-    """What is wrong with a catalog that has something else in the place of a table."""
+    """The message for a catalog that has something else in the place of a table."""
     return f"{root / CATALOG} has a view {name} in the place of the table; rebuild it with {advised('repair', root)}"
 
 
 def replayed(root: Path) -> list[Path]:
-    """What lies beside the catalog and is no part of the store, though DuckDB would read it with the catalog.
+    """Files beside the catalog that DuckDB would read with it; they are not part of the store.
 
-    A client that opened the catalog to write, and died, leaves its write-ahead log there. DuckDB looks for one beside the
-    file that a link leads to.
+    A client that opened the catalog to write, and died, leaves its write-ahead log there. DuckDB
+    looks for a log beside the file that a link leads to.
     """
     paths = dict.fromkeys((str(root / CATALOG), os.path.realpath(root / CATALOG)))
     return [Path(path + ending) for path in paths for ending in REPLAYED if os.path.lexists(path + ending)]
 
 
 def refuse_replayed(root: Path) -> None:
-    """Look whether a read of the catalog would be of the catalog alone.
+    """Check that a read of the catalog reads the catalog alone.
+
+    Args:
+        root: the store.
 
     Raises:
-        Damaged: something lies beside it that DuckDB would add to it.
+        Damaged: DuckDB would add a file beside the catalog.
     """
     if found := replayed(root):
         raise Damaged(
@@ -207,24 +215,26 @@ def refuse_replayed(root: Path) -> None:
 
 
 def discard_beside(path: Path) -> None:
-    """Remove what DuckDB may have left beside a database: logs, and the folder it spills to."""
+    """Remove what DuckDB may have left beside a database: logs, and its temporary folder."""
     for ending in (*REPLAYED, ".tmp"):
         discard(path.with_name(path.name + ending))
 
 
 def rows_of(parts: list[Path]) -> str:
-    """SQL for the rows of some parts of one table."""
+    """SQL for the rows of several parts of one table."""
     listed = ", ".join(_without_wildcards(located(path)) for path in parts)
     # by name, since older parts may lack a column; else a folder `seed=7` fills column seed
     return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
 
 
 def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path], datasets: str) -> str:
-    """SQL for the rows of some parts of one table, with the columns that the catalog derives.
+    """SQL for the rows of several parts of one table, with the columns that the catalog derives.
 
     Args:
-        connection: of the catalog that holds the sets of trees.
-        datasets: name of that table, in full.
+        connection: a connection to the catalog that holds the datasets.
+        table: the table's name.
+        parts: paths of the parts.
+        datasets: the full name of the table `datasets`.
     """
     if table != "tokens":
         return rows_of(parts)
@@ -234,20 +244,26 @@ def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path],
 
 
 def _without_wildcards(path: str) -> str:
-    """A path that DuckDB reads as itself, though `*` and `[` stand in it."""
+    """Escape `*` and `[`, so that DuckDB reads the path as it stands."""
     return re.sub(r"([*\[])", r"[\1]", path)
 
 
 def located(path: Path) -> str:
-    """A path as SQL writes it: absolute, since DuckDB takes `~x` for a home folder, and `s3:x` for a place in the network.
+    """Write a path as a SQL string.
+
+    The path is made absolute: DuckDB takes `~x` for a home folder, and `s3:x` for a place in the
+    network.
+
+    Args:
+        path: the path.
 
     Raises:
-        BadInput: DuckDB cannot open it.
+        BadInput: DuckDB cannot open a path with these characters.
     """
     check_path(path)
     return quoted(path.absolute())
 
 
 def quoted(text: object) -> str:
-    """A text as SQL writes it."""
+    """Write a text as a SQL string."""
     return "'" + str(text).replace("'", "''") + "'"

@@ -1,7 +1,8 @@
-"""Do a store's manifests agree with one another, and with the catalog? Each is a witness of what was committed.
+"""Compare a store's manifests with each other and with the catalog: each witnesses the commits.
 
-A manifest's checksum says that it is whole, and not that it is the one that was written: whoever edits one can write its
-checksum anew. What it names must still be its own, and the catalog says what all manifests said when it was built.
+A manifest's checksum shows that the manifest is whole. It does not show that the manifest is the
+one that was written, since whoever edits a manifest can write its checksum anew. An edited manifest
+still must name its own files, and the catalog records what the manifests said when it was built.
 """
 
 from __future__ import annotations
@@ -16,11 +17,24 @@ from actstore.commits.log import log_hash
 from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged, advised
 
-OF_RUN = ("predictions", "outcomes", "generations")  # tables whose parts are named by a run, and not by a set of trees
+OF_RUN = (
+    "predictions",
+    "outcomes",
+    "generations",
+)  # tables whose parts bear a run's name; the others' bear a dataset's
 
 
 def at_odds(manifests: list[Manifest]) -> Iterator[tuple[int, str]]:
-    """(number of a manifest, what in it is another's): each names its own run's and batch's files, and no file twice."""
+    """Find manifests that name what belongs to another.
+
+    Each manifest must name files of its own run and batch, and no file twice.
+
+    Args:
+        manifests: all of them, in order.
+
+    Yields:
+        (number of the manifest, what is wrong with it).
+    """
     by_path: dict[str, int] = {}
     by_name: dict[tuple[str, str | None, int | None], int] = {}
     for manifest in manifests:
@@ -44,7 +58,7 @@ def _called(manifest: Manifest) -> str:
 
 
 def _of_another(manifest: Manifest) -> str:
-    """The first file of a manifest that is no file of what it says it commits; nothing where there is none."""
+    """The manifest's first file that does not belong to what it commits; "" if all files do."""
     if manifest.kind not in ("run", "batch", "results"):
         return ""
     for shard in manifest.shards:
@@ -62,7 +76,7 @@ def _of_another(manifest: Manifest) -> str:
 
 
 def _is_named_by(manifest: Manifest, table: str, name: str) -> bool:
-    """Whether a part of that name can be one that the manifest brought."""
+    """True if the manifest can have brought a part of that name."""
     if manifest.kind == "results":
         return (table, name) == ("results", f"{manifest.number:08d}")
     if manifest.kind == "run":
@@ -72,11 +86,14 @@ def _is_named_by(manifest: Manifest, table: str, name: str) -> bool:
 
 
 def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
-    """What a catalog says otherwise than the manifests, as far as they tell without their parts.
+    """Compare a catalog with the manifests, without reading parts.
 
     Args:
-        root: of a store whose catalog is what was put in place.
+        root: a store whose catalog has a noted hash.
         manifests: all of them, each whole.
+
+    Yields:
+        One sentence per difference.
     """
     with tables.attached(root) as connection:
         held, hash_of_log = tables.snapshot_of(connection)
@@ -100,8 +117,15 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
 
 
 def conflict(root: Path, committed: list[Manifest]) -> str:
-    """What a catalog that is whole says otherwise than the manifests, by their hash; nothing where they agree, or where the
-    catalog is no witness: it is damaged, or of a format that noted no hash.
+    """Compare a whole catalog with the manifests by their hash.
+
+    Args:
+        root: the store.
+        committed: all manifests.
+
+    Returns:
+        The differences; "" if there are none. Also "" if the catalog is no witness: it is damaged,
+        or of a format that recorded no hash.
     """
     held, hash_of_log = tables.built_from(root)
     if hash_of_log is None or log_hash(committed[:held]) == hash_of_log or not hash_note.is_whole(root):
@@ -110,20 +134,25 @@ def conflict(root: Path, committed: list[Manifest]) -> str:
 
 
 def refuse_conflict(root: Path, committed: list[Manifest]) -> None:
-    """Look whether the manifests are those that the catalog was built from, before what they do not name is removed.
+    """Check that the catalog was built from these manifests, before unnamed files are removed.
+
+    Args:
+        root: the store.
+        committed: all manifests.
 
     Raises:
-        Damaged: they are not, though the catalog is what was put in place.
+        Damaged: the catalog is whole and was built from other manifests.
     """
     if what := conflict(root, committed):
         raise Damaged(in_conflict(root, what))
 
 
 def in_conflict(root: Path, what: str) -> str:
-    """What is said of a store whose catalog and manifests are each whole and say different things.
+    """The message for a store whose catalog and manifests are whole and disagree.
 
     Args:
-        what: each of them says.
+        root: the store.
+        what: the differences.
     """
     return (
         f"the manifests of {root} and its catalog are each whole and disagree, so one of them was edited or replaced: {what}; "

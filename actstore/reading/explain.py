@@ -108,12 +108,12 @@ def cost(reader: SiteReader, tokens: np.ndarray, check: bool = False) -> Cost:
 
 def _of_chunks(reader: ForeignReader, row: np.ndarray, position: np.ndarray) -> Cost:
     chunks = np.array([chunk for chunk, _ in reader.by_chunk(row, position)], np.int64).reshape(-1, 2)
-    shards = np.unique(chunks // reader.chunks_a_shard, axis=0)
+    shards = np.unique(chunks // reader.chunks_per_shard, axis=0)
     return Cost(
-        chunks=len(chunks) * reader.chunks_a_row,
-        shards=len(shards) * reader.shards_a_row,
+        chunks=len(chunks) * reader.chunks_per_row,
+        shards=len(shards) * reader.shards_per_row,
         bytes_needed=len(row) * reader.row_bytes,
-        bytes_read=len(chunks) * reader.chunks_a_row * reader.chunk_bytes,
+        bytes_read=len(chunks) * reader.chunks_per_row * reader.chunk_bytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a store holds already, and whether a run that is planned agrees with it."""
+"""Read what a store holds, and check that a planned run agrees with it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from actstore.commits.format import check_format
 from actstore.commits.manifest import Manifest
 from actstore.errors import BadInput
 from actstore.writing.create import is_store
-from actstore.writing.parts import table
+from actstore.writing.parts import rows_committed
 from actstore.writing.plan import RunPlan
 
-Rows = list[dict[str, Any]]  # of a table
+Rows = list[dict[str, Any]]  # a table's rows
 
 
 def check_plan(root: Path, plan: RunPlan) -> None:
-    """Refuse a plan that `Writer.define` would refuse, without holding the store; no store there is none yet.
+    """Refuse a plan that `Writer.define` would refuse, without taking the lease.
 
     Args:
-        plan: where its `model` is empty, whatever is said of the run's weights is taken to be right.
+        root: the store's folder; it need not exist yet.
+        plan: the planned run. If its `model` is empty, the run's weights are not compared.
 
     Raises:
-        BadInput: the folder can become no store, or cannot be written, or the run's or dataset's name is taken.
+        BadInput: the folder can become no store, or cannot be written, or the run's or dataset's
+            name is taken.
     """
     if is_store(root):
         check_format(root)
         committed = log.manifests(root)
-        datasets, runs, sites = (table(root, committed, name).to_dicts() for name in ("datasets", "runs", "sites"))
+        datasets, runs, sites = (
+            rows_committed(root, committed, table).to_dicts() for table in ("datasets", "runs", "sites")
+        )
         stored_dataset(datasets, plan.dataset)
         stored_run(runs, sites, plan)
     above = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
@@ -40,7 +44,15 @@ def check_plan(root: Path, plan: RunPlan) -> None:
 
 
 def stored_dataset(datasets: Rows, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The stored row of a set of trees, which must be the one that is wanted; None where the name is free."""
+    """The stored row of a dataset; None if the name is free.
+
+    Args:
+        datasets: rows of `datasets`.
+        wanted: the planned row; the stored row must agree with it.
+
+    Raises:
+        BadInput: the stored row differs.
+    """
     row = next((row for row in datasets if row["dataset"] == wanted["dataset"]), None)
     if row:
         must_agree(f"dataset {row['dataset']!r}", row, wanted, "name the new set otherwise (--dataset)")
@@ -48,7 +60,16 @@ def stored_dataset(datasets: Rows, wanted: Mapping[str, Any]) -> dict[str, Any] 
 
 
 def stored_run(runs: Rows, sites: Rows, plan: RunPlan) -> dict[str, Any] | None:
-    """The stored row of a run, which must be the one that is planned; None where the name is free."""
+    """The stored row of a run; None if the name is free.
+
+    Args:
+        runs: rows of `runs`.
+        sites: rows of `sites`.
+        plan: the planned run; the stored row must agree with it.
+
+    Raises:
+        BadInput: the stored row differs.
+    """
     row = next((row for row in runs if row["run"] == plan.run), None)
     if row:
         wanted = {
@@ -65,7 +86,11 @@ def stored_run(runs: Rows, sites: Rows, plan: RunPlan) -> dict[str, Any] | None:
 
 
 def committed_batches(root: Path, run: str) -> set[int]:
-    """The batches of a run that are committed, without holding the store.
+    """Numbers of a run's committed batches, read without the lease.
+
+    Args:
+        root: the store.
+        run: the run's name.
 
     Raises:
         NotStored: there is no store.
@@ -75,12 +100,12 @@ def committed_batches(root: Path, run: str) -> set[int]:
 
 
 def committed_dataset(root: Path, name: str) -> dict[str, Any] | None:
-    """The row of `datasets` of that name, without holding the store; None where there is none, or no store."""
+    """A dataset's row, read without the lease; None if the store or the row does not exist."""
     return next((row for row in _datasets(root) if row["dataset"] == name), None)
 
 
 def committed_datasets(root: Path) -> list[str]:
-    """Names of the sets of trees that are stored, without holding the store; none where there is no store."""
+    """Names of the stored datasets, read without the lease; empty if there is no store."""
     return [row["dataset"] for row in _datasets(root)]
 
 
@@ -88,14 +113,23 @@ def _datasets(root: Path) -> Rows:
     if not (root / "store.json").exists():
         return []
     check_format(root)
-    return table(root, log.manifests(root), "datasets").to_dicts()
+    return rows_committed(root, log.manifests(root), "datasets").to_dicts()
 
 
 def batches_of(committed: Sequence[Manifest], run: str) -> set[int]:
+    """Numbers of a run's batches in these manifests."""
     return {m.batch for m in committed if m.kind == "batch" and m.run == run and m.batch is not None}
 
 
 def must_agree(what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], advice: str) -> None:
+    """Raise BadInput if a stored row differs from a wanted one.
+
+    Args:
+        what: what the row describes, for the message.
+        stored: the stored row.
+        wanted: the values to compare.
+        advice: what to do otherwise, for the message.
+    """
     for key, value in wanted.items():
         if stored.get(key) != value:
             raise BadInput(

@@ -1,4 +1,4 @@
-"""An empty store, made at once or not at all."""
+"""Make an empty store, at once or not at all."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from actstore.writing.parts import GROUP
 
 
 def create(root: Path, wait: float = 0.0) -> None:
-    """Make an empty store, at once or not at all; a store that is there stays as it is.
+    """Make an empty store, at once or not at all; an existing store stays as it is.
 
     Args:
-        wait: seconds to wait for another process that is making it.
+        root: the store's folder.
+        wait: seconds to wait for another process that is making the store.
 
     Raises:
-        BadInput: the folder holds something that is no store.
-        Busy: another process is making it.
+        BadInput: the folder holds something that is not a store.
+        Busy: another process is making the store.
         NoRoom: the disk is full.
         Unsupported: the file system lacks hard links, locks or fsync; nothing is left there.
     """
@@ -37,17 +38,17 @@ def create(root: Path, wait: float = 0.0) -> None:
         make_folder(under_way)
         try:
             _make(root, under_way, wait)
-        except Unsupported:  # no other process can be at work there
+        except Unsupported:  # so no other process can be at work there
             shutil.rmtree(under_way, ignore_errors=True)
             raise
 
 
 def _make(root: Path, under_way: Path, wait: float) -> None:
-    with storage_lease.lease(under_way, wait):  # which moves with the folder
+    with storage_lease.lease(under_way, wait):  # the lease moves with the folder
         if is_store(root):  # another process made it since
             shutil.rmtree(under_way, ignore_errors=True)
             return
-        for left in under_way.iterdir():  # by a process that was killed
+        for left in under_way.iterdir():  # left by a process that was killed
             if left.name != LOCK:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         _fill(under_way)
@@ -56,7 +57,14 @@ def _make(root: Path, under_way: Path, wait: float) -> None:
 
 
 def is_store(root: Path) -> bool:
-    """Whether a store is there; refuses what can become none."""
+    """True if a store is there, False if one can be made there.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        BadInput: the folder can become no store.
+    """
     check_path(root)
     if (root / "store.json").exists():
         return True
@@ -70,7 +78,7 @@ def is_store(root: Path) -> bool:
 
 
 def _fill(root: Path) -> None:
-    """Put everything into a folder that makes it a store without commits."""
+    """Put everything into a folder that a store without commits has."""
     for folder in (LOG, PARTS, WEIGHTS, ARRAYS):
         make_folder(root / folder)
     local.publish(root, f"{ARRAYS}/zarr.json", GROUP)

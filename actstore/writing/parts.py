@@ -16,7 +16,7 @@ from actstore.storage.machine import limit_reached
 from actstore.storage.regular import read_regular
 
 GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
-NEVER_NULL = {  # what rows are found by, and counted with
+NEVER_NULL = {  # columns by which rows are found and counted
     "models": ("weights_sha256",),
     "datasets": ("dataset", "n_nodes", "n_trees", "first_tree_id", "trees_per_shard"),
     "runs": ("run", "weights_sha256", "dataset", "first_tree_id"),
@@ -24,32 +24,42 @@ NEVER_NULL = {  # what rows are found by, and counted with
 }
 
 
-def table(root: Path, committed: Sequence[Manifest], name: str) -> pl.DataFrame:
-    """All rows that these commits brought to one of the small tables.
+def rows_committed(root: Path, committed: Sequence[Manifest], table: str) -> pl.DataFrame:
+    """All rows that the given commits brought to one of the small tables.
+
+    Args:
+        root: the store.
+        committed: the commits' manifests.
+        table: models, datasets, runs or sites.
 
     Raises:
-        Damaged: a part holds none of its rows, or one without what names it.
+        Damaged: a part does not hold rows of the table, or a row lacks its key.
     """
-    parts = [part for manifest in committed for part in manifest.parts if part.table == name]
+    parts = [part for manifest in committed for part in manifest.parts if part.table == table]
     if not parts:
         return pl.DataFrame()
     try:
-        rows = as_stored(name, pl.concat([read_part(root / part.path) for part in parts], how="diagonal_relaxed"))
+        rows = as_stored(table, pl.concat([read_part(root / part.path) for part in parts], how="diagonal_relaxed"))
     except (BadInput, pl.exceptions.PolarsError) as error:
         raise Damaged(
-            f"the parts of {name} in {root} hold no rows of it ({error}); see {advised('verify', root)}"
+            f"the parts of {table} in {root} hold no rows of it ({error}); see {advised('verify', root)}"
         ) from error
-    for column in NEVER_NULL.get(name, ()):
+    for column in NEVER_NULL.get(table, ()):
         if rows[column].null_count() or (rows[column].dtype.is_integer() and (rows[column] < 0).any()):
-            raise Damaged(f"a part of {name} in {root} has a row whose {column} is none; see {advised('verify', root)}")
+            raise Damaged(
+                f"a part of {table} in {root} has a row whose {column} is none; see {advised('verify', root)}"
+            )
     return rows
 
 
 def read_part(path: Path) -> pl.DataFrame:
-    """The rows of a part.
+    """Read the rows of a part.
+
+    Args:
+        path: the part's file.
 
     Raises:
-        Damaged: it is no Parquet file.
+        Damaged: the file is not Parquet.
     """
     try:
         return pl.read_parquet(read_regular(path, path.stat().st_size))
@@ -62,14 +72,22 @@ def read_part(path: Path) -> pl.DataFrame:
 
 
 def as_parquet(table: str, rows: pl.DataFrame) -> bytes:
-    """The bytes of a part: all columns of its table."""
+    """The bytes of a part, with all columns of its table."""
     buffer = io.BytesIO()
     as_stored(table, rows).write_parquet(buffer, compression="zstd", statistics=False)
     return buffer.getvalue()
 
 
 def as_stored(table: str, frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows with all columns of their table and its types, so that no committed part is one the catalog cannot take."""
+    """Give rows all columns and types of their table, so that the catalog can take every part.
+
+    Args:
+        table: the table's name.
+        frame: the rows; a column may be missing, and is then NULL.
+
+    Raises:
+        BadInput: the table has no such column, or a value does not fit its type.
+    """
     types = catalog_tables.tables()[table]
     if unknown := [name for name in frame.columns if name not in types]:
         raise BadInput(f"table {table} has no column {', '.join(unknown)}; it has {', '.join(types)}")

@@ -1,4 +1,4 @@
-"""What a run will store, said before anything of it is written: its model, its set of trees, its sites."""
+"""What a run will store, stated before anything is written: its model, dataset and sites."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from actstore.named import NAME
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One array of a run: its TransformerLens name, short name, kind, layout and the names of its axes."""
+    """One array of a run.
+
+    Attributes:
+        site: TransformerLens' name.
+        short: the short name.
+        kind: 'resid' or 'pattern'.
+        layout: the array's layout on the disk.
+        axes: names of the array's axes.
+    """
 
     site: str
     short: str
@@ -23,11 +31,11 @@ class SitePlan:
     axes: tuple[str, ...]
 
     def path(self, run: str) -> str:
-        """Of the array's folder, inside the store."""
+        """Path of the array's folder inside the store."""
         return f"{ARRAYS}/{run}/{self.site}"
 
     def row(self, run: str) -> dict[str, Any]:
-        """The row of `sites`."""
+        """The site's row of `sites`."""
         return {
             "run": run,
             "site": self.site,
@@ -40,13 +48,14 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One model over one set of trees: rows of `models`, `datasets` and `runs` as in schema.sql, and the weights.
+    """One model over one dataset: rows of `models`, `datasets` and `runs`, and the weights.
 
     Attributes:
-        run: its name.
-        model: a row of `models`.
+        run: the run's name.
+        model: a row of `models`, see schema.sql.
         weights: canonical safetensors bytes, whose sha256 is model["weights_sha256"].
-        dataset: a row of `datasets` but for first_tree_id, which the store gives.
+        dataset: a row of `datasets` without first_tree_id, which the store assigns.
+        sites: the arrays.
         facts: device, versions, prompt and samples, for the row of `runs`.
 
     Raises:
@@ -62,14 +71,14 @@ class RunPlan:
 
     def __post_init__(self) -> None:
         for name in (self.run, self.dataset["dataset"]):
-            if not NAME.fullmatch(name) or name == "zarr.json":  # which is a file where a run's folder would be
+            if not NAME.fullmatch(name) or name == "zarr.json":  # a file of that name lies beside the runs' folders
                 raise BadInput(
                     f"got the name {name!r}; a run (--run) or dataset (--dataset) is named with letters, digits and . _ = , + -, "
                     "100 of them at most"
                 )
 
     def row(self, first_tree_id: int) -> dict[str, Any]:
-        """The row of `runs`."""
+        """The run's row of `runs`."""
         return {
             "run": self.run,
             "weights_sha256": self.model["weights_sha256"],

@@ -1,4 +1,4 @@
-"""Results on their way into a store: recorded, or kept in a file where the store cannot take them now."""
+"""Record results in a store, or keep them in a file if the store cannot take them now."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def wait_until_free(root: Path, wait: float) -> str:
-    """Wait until results can be recorded; for work that takes long to find them, before it begins.
+    """Wait until results can be recorded; called before long work begins.
 
     Args:
         root: a store.
-        wait: seconds to wait for another process that writes to it.
+        wait: seconds to wait for another process that writes to the store.
 
     Returns:
-        Why the store cannot be written, by whomever (a read-only disk); nothing where it can.
+        Why nobody can write to the store (a read-only disk); "" if it can be written.
 
     Raises:
-        Busy: another process wrote to it all that time.
-        TooOld: it has an earlier format, which is read and not written.
+        Busy: another process wrote to the store all that time.
+        TooOld: the store has an earlier format, which can only be read.
     """
     check_format(root)
     try:
@@ -48,16 +48,16 @@ def wait_until_free(root: Path, wait: float) -> str:
 def record(
     root: Path, results: Sequence[pl.DataFrame], wait: float = 0.0, kept: Callable[[Path], None] = lambda file: None
 ) -> None:
-    """Record results, one commit each; where that fails, keep what is not recorded in a file.
+    """Record results, one commit each; on failure, keep what is not recorded in a file.
 
     Args:
         root: a store.
-        results: frames with the columns of the table `results`, but for `recorded`.
-        wait: as of wait_until_free.
-        kept: called with that file, before the error goes on its way.
+        results: frames with the columns of the table `results` except `recorded`.
+        wait: seconds to wait for another process that writes to the store.
+        kept: called with the file's path, before the error is raised.
 
     Raises:
-        Busy, NoRoom, Damaged, OSError: the store cannot take them.
+        Busy, NoRoom, Damaged, OSError: the store cannot take the results.
         BadInput: nobody can write to the store (a read-only disk).
     """
     left = list(results)
@@ -78,7 +78,7 @@ def record(
 
 
 def _keep(results: Sequence[pl.DataFrame]) -> Path:
-    """Write results to a new file in the working folder, or the system's for temporary files where that cannot be."""
+    """Write results to a new file in the working folder, or else in the temporary folder."""
     here = Path.cwd()
     folder = here if os.access(here, os.W_OK) and not store_around(here) else Path(tempfile.gettempdir())
     file = folder / f"results-{uuid4().hex[:12]}.parquet"
@@ -87,14 +87,17 @@ def _keep(results: Sequence[pl.DataFrame]) -> Path:
     return file.relative_to(here) if folder == here else file
 
 
-ANSWER = "answer"  # which of the answers that a file keeps a row belongs to
+ANSWER = "answer"  # the column that says which of the file's answers a row belongs to
 
 
 def read_kept(file: Path) -> list[pl.DataFrame]:
-    """The results that a file keeps.
+    """Read the results that a file keeps.
+
+    Args:
+        file: a file that `record` wrote.
 
     Raises:
-        BadInput: it is no such file.
+        BadInput: the file holds no results.
     """
     types = {name: dtype for name, dtype in tables.tables()["results"].items() if name != "recorded"}
     try:
@@ -111,13 +114,16 @@ def read_kept(file: Path) -> list[pl.DataFrame]:
 
 
 def check_belongs(root: Path, results: Sequence[pl.DataFrame], runs: Sequence[str], snapshot: int) -> None:
-    """Refuse results that another store gave.
+    """Refuse results that come from another store.
 
     Args:
-        runs, snapshot: of the store.
+        root: the store, for the message.
+        results: frames of results.
+        runs: names of the store's runs.
+        snapshot: number of the store's commits.
 
     Raises:
-        BadInput: a run is not there, or the results are of a later snapshot.
+        BadInput: the store has no such run, or the results are of a later snapshot.
     """
     for frame in results:
         strangers = [str(run) for run in frame["run"].unique() if run not in runs]

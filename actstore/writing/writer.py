@@ -1,7 +1,8 @@
-"""A store opened for writing: define a run, commit its batches, record a study's results, publish the catalog.
+"""A store opened for writing: define a run, commit batches, record results, publish the catalog.
 
-One process at a time holds a store for writing. Whatever it commits is a pure function of the run's definition and the
-batch's number, so an interrupted writer that starts again finds or makes the same bytes.
+One process at a time holds a store for writing. A commit is a pure function of the run's definition
+and the batch's number, so a writer that starts again after an interruption finds or makes the same
+bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from actstore.storage.lease import Lease
 from actstore.storage.local import needing_room
 from actstore.writing.committed import batches_of, must_agree, stored_dataset, stored_run
 from actstore.writing.create import create
-from actstore.writing.parts import GROUP, as_parquet, table
+from actstore.writing.parts import GROUP, as_parquet, rows_committed
 from actstore.writing.plan import RunPlan
 
 
@@ -41,15 +42,19 @@ def open_writer(path: str | Path, *, make: bool = False, wait: float = 0.0) -> I
 
     Args:
         path: the store's folder.
-        make: make the store if there is none.
-        wait: seconds to wait for another process that holds it.
+        make: make the store if it does not exist.
+        wait: seconds to wait for another process that holds the store.
+
+    Yields:
+        The Writer.
 
     Raises:
-        Busy: another process holds it, and did so for all that time.
-        NotStored: there is no store, and none is to be made.
+        Busy: another process held the store for all that time.
+        NotStored: the store does not exist, and `make` is false.
         NoRoom: the disk is full.
-        Damaged: a committed file is missing or has another size, a link on the way to one leads nowhere or into another
-            store, or the catalog was built from other manifests; nothing was touched.
+        Damaged: a committed file is missing or has another size, a link on the way to a file leads
+            nowhere or into another store, or the catalog was built from other manifests; nothing
+            was touched.
         Unsupported: the file system lacks hard links, locks or fsync.
     """
     root = place(path)
@@ -65,7 +70,7 @@ def open_writer(path: str | Path, *, make: bool = False, wait: float = 0.0) -> I
 
 
 class Writer:
-    """See `open_writer`, which makes one while it holds the lease."""
+    """The writing end of a store, while its lease is held; see `open_writer`."""
 
     def __init__(self, root: Path, lease: Lease) -> None:
         self.root, self._lease = root, lease
@@ -81,10 +86,10 @@ class Writer:
 
     def table(self, name: str) -> pl.DataFrame:
         """All committed rows of one of the small tables (models, datasets, runs, sites)."""
-        return table(self.root, self._log, name)
+        return rows_committed(self.root, self._log, name)
 
     def batches(self, run: str) -> set[int]:
-        """The batches of a run that are committed."""
+        """Numbers of the run's committed batches."""
         return batches_of(self._log, run)
 
     def publish(self) -> int:
@@ -93,13 +98,17 @@ class Writer:
         return build.publish(self.root)
 
     def define(self, plan: RunPlan) -> int:
-        """Commit a run's definition, or find that it is the one that was committed.
+        """Commit a run's definition; an equal definition that is committed already is kept.
+
+        Args:
+            plan: the run.
 
         Returns:
             tree_id of the first tree of the run's dataset.
 
         Raises:
-            BadInput: the run's or dataset's name is taken by another, or its rows do not fit the tables.
+            BadInput: the run's or dataset's name is taken by another, or the rows do not fit the
+                tables.
         """
         model = self._model(plan.model)
         first_tree_id = self._first_tree_id(plan.dataset)
@@ -125,7 +134,7 @@ class Writer:
         return first_tree_id
 
     def _model(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The row of `models` that these weights have, the stored one if there is one, under whatever name it came."""
+        """The row of `models` for these weights: the stored row if there is one, under any name."""
         for row in self.table("models").to_dicts():
             if row["weights_sha256"] == model["weights_sha256"]:
                 what = f"the model of weights {model['weights_sha256'][:12]}"
@@ -152,11 +161,14 @@ class Writer:
         """Commit one batch of trees of a run.
 
         Args:
-            first_tree_id: tree_id of the batch's first tree, n_trees: how many it has.
-            contents: its files; see batch_contents.
+            plan: the run.
+            batch: the batch's number.
+            first_tree_id: tree_id of the batch's first tree.
+            n_trees: number of trees in the batch.
+            contents: the batch's files; see batch_contents.
 
         Raises:
-            BadInput: the batch, or its trees by another run, is committed with other content.
+            BadInput: the batch, or the same trees by another run, are committed with other content.
         """
         parts, shards = list[Part](), list[Shard]()
         for content in contents:
@@ -178,7 +190,11 @@ class Writer:
         self._commit(Manifest(len(self._log) + 1, "batch", plan.run, batch, parts, shards))
 
     def record(self, results: pl.DataFrame) -> int:
-        """Commit a study's results (rows of `results` but for `recorded`) and return the commit's number."""
+        """Commit a study's results and return the commit's number.
+
+        Args:
+            results: rows of `results` without `recorded`.
+        """
         number = len(self._log) + 1
         rows = results.with_columns(recorded=pl.lit(number, pl.Int32))
         self._commit(Manifest(number, "results", parts=self._part(part_content("results", f"{number:08d}", rows))))
@@ -191,7 +207,7 @@ class Writer:
         self._files |= {file.path: file for file in manifest.files}
 
     def _part(self, part: Content) -> list[Part]:
-        """Publish rows of a table; an empty list where an earlier commit brought the very same rows."""
+        """Publish rows of a table; returns [] if an earlier commit brought the same rows."""
         if part.path in self._files and not self._has(part.path, part.content):
             held = pl.read_parquet(
                 (self.root / part.path).read_bytes()
@@ -203,7 +219,7 @@ class Writer:
         return [Part(**vars(file), table=table, rows=part.rows) for file in self._file(part.path, part.content)]
 
     def _file(self, path: str, content: bytes | memoryview) -> list[File]:
-        """Publish a file; an empty list where an earlier commit brought the very same."""
+        """Publish a file; returns [] if an earlier commit brought the same bytes."""
         if path in self._files:
             if not self._has(path, content):
                 raise _otherwise(self.root / path)
@@ -217,11 +233,14 @@ class Writer:
 
 @dataclass(frozen=True)
 class Content:
-    """A file to be committed: its path in the store, its bytes, and what its manifest says of it.
+    """A file to commit: its path in the store, its bytes, and facts for its manifest.
 
     Attributes:
-        table, rows: of a part: its table, and how many rows it has.
-        site: of a shard: its TransformerLens name.
+        path: relative to the store.
+        content: the file's bytes.
+        table: a part's table.
+        rows: a part's number of rows.
+        site: a shard's site, TransformerLens' name.
     """
 
     path: str
@@ -241,9 +260,12 @@ def batch_contents(
     """The files of one batch of a run.
 
     Args:
-        of_trees: the rows of `trees`, `edges`, `tokens`; left out where another run over the set brought them.
-        of_run: the rows of `predictions` and `outcomes`, or of `generations`.
-        arrays: packed shard of each site, by its TransformerLens name.
+        plan: the run.
+        batch: the batch's number.
+        of_trees: rows of `trees`, `edges`, `tokens`; empty if another run over the dataset brought
+            them.
+        of_run: rows of `predictions` and `outcomes`, or of `generations`.
+        arrays: the packed shard of each site, by TransformerLens' name.
 
     Raises:
         BadInput: the rows do not fit their tables.
@@ -259,7 +281,13 @@ def batch_contents(
 
 
 def part_content(table: str, name: str, rows: pl.DataFrame | Sequence[Mapping[str, Any]]) -> Content:
-    """A part of a table, named within it."""
+    """A part of a table.
+
+    Args:
+        table: the table's name.
+        name: the part's file name, without its ending.
+        rows: the rows.
+    """
     frame = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(rows, infer_schema_length=None)
     return Content(f"{PARTS}/{table}/{name}.parquet", as_parquet(table, frame), table, len(frame))
 

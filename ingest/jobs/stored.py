@@ -45,12 +45,12 @@ def _model_row(root: Path, run: str) -> dict[str, Any]:
     """The row of `models` of the model of a stored run."""
     check_format(root)
     manifests = read_all(root)
-    runs = writing_parts.table(root, manifests, "runs").to_dicts()
+    runs = writing_parts.rows_committed(root, manifests, "runs").to_dicts()
     about = next((row for row in runs if row["run"] == run), None)
     if about is None:
         held = [row["run"] for row in runs]
         raise NotStored(f"{root} holds no run {run!r}{nearest(run, held)}; {there_are(held)}")
-    models_there = writing_parts.table(root, manifests, "models").to_dicts()
+    models_there = writing_parts.rows_committed(root, manifests, "models").to_dicts()
     return row_where(models_there, "weights_sha256", about["weights_sha256"], "models")
 
 

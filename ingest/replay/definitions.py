@@ -44,7 +44,7 @@ def lost_rows(root: Path, sound: list[Manifest], run: str) -> dict[str, Row]:
     """
     whole = log.manifests(root)
     lost = {file.path for one in whole for file in one.parts} - {file.path for one in sound for file in one.parts}
-    rows = {name: parts.table(root, sound, name).to_dicts() for name in ("models", "datasets", "runs")}
+    rows = {name: parts.rows_committed(root, sound, name).to_dicts() for name in ("models", "datasets", "runs")}
     found: dict[str, Row] = {}
     of_run = [one for one in whole if one.kind == "run" and one.run == run]
     for table, guesses in (("models", _models), ("datasets", _datasets), ("runs", _runs)):
@@ -93,7 +93,7 @@ def _datasets(root: Path, whole: list[Manifest], part: Part, run: str, rows: dic
     n_nodes = edges.rows // trees.rows + 1
     depths: list[list[int] | None] = [None]
     with suppress(OSError):
-        seen = parts.table(root, [Manifest(1, "batch", parts=[trees])], "trees")["depth"].unique().to_list()
+        seen = parts.rows_committed(root, [Manifest(1, "batch", parts=[trees])], "trees")["depth"].unique().to_list()
         depths += [sorted(seen), list(range(1, max(seen) + 1))]
     of_name = name.partition("-seed")[2].partition("-")[0]
     seeds = [*([int(of_name)] if of_name.isdecimal() else []), *range(SEEDS)]

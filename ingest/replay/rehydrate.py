@@ -29,7 +29,8 @@ def rehydrate(
         Damaged: its weights are not there, or not those it ran, and no model that can be named has them either.
     """
     rows = {
-        name: writing_parts.table(root, manifests, name).to_dicts() for name in ("runs", "models", "datasets", "sites")
+        name: writing_parts.rows_committed(root, manifests, name).to_dicts()
+        for name in ("runs", "models", "datasets", "sites")
     }
     for path, row in (lost or {}).items():
         rows[path.split("/")[1]].append(row)

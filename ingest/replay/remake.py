@@ -52,6 +52,7 @@ def originals_of(root: Path, manifests: list[Manifest], job: Ingest) -> int | No
     if not job.trees.variant_of:
         return None
     known = {
-        row["dataset"]: row["first_tree_id"] for row in writing_parts.table(root, manifests, "datasets").to_dicts()
+        row["dataset"]: row["first_tree_id"]
+        for row in writing_parts.rows_committed(root, manifests, "datasets").to_dicts()
     }
     return int(known[job.trees.variant_of])

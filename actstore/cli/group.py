@@ -1,4 +1,4 @@
-"""The group of all commands, which turns errors into one line and an exit code."""
+"""The group of all commands; it turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from actstore.outputs import printable
 from actstore.storage.machine import check_memory, limit_reached, raise_descriptors
 from actstore.version import __version__
 
-KEPT = "actstore.kept"  # where a command that can be stopped and gone on with leaves what says how far it is
+KEPT = "actstore.kept"  # key of a resumable command's function that says how far the work is
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print a line for eyes."""
+    """Print a line for a person to read."""
     click.echo(printable(text), err=err)
 
 
 class Command(click.Command):
-    """A command of a store's; `--help` is answered before it begins."""
+    """A command; click answers `--help` before `invoke`."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Check that there is memory enough for the libraries, then run the command."""
         check_memory()
         return super().invoke(ctx)
 
 
 class Commands(click.Group):
-    """A group that turns the package's own errors, a full disk and Ctrl-C into one line and an exit code."""
+    """A group that turns the package's errors, a full disk and Ctrl-C into a line and a code."""
 
     command_class = Command
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command line; the exit code is 1 if help cannot be printed."""
         terminal.prepare()
         try:
             return super().main(*args, **extra)
@@ -45,6 +47,7 @@ class Commands(click.Group):
             terminal.finish()
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run a command, and turn its error into one line and an exit code."""
         try:
             with terminal.notes(SeveralRuns):
                 return super().invoke(ctx)
@@ -76,7 +79,7 @@ class Commands(click.Group):
 
 
 def _goes_on(ctx: click.Context) -> str:
-    """What was kept of a command's work, where it has said how to tell."""
+    """What was kept of a command's work, if the command has registered a way to tell."""
     with suppress(ActstoreError, OSError):
         return f"; {ctx.meta[KEPT]()}" if KEPT in ctx.meta else ""
     return ""
@@ -85,7 +88,8 @@ def _goes_on(ctx: click.Context) -> str:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="actstore")
 def main() -> None:
-    """Residual streams of path-finding transformers in Zarr, what they mean in DuckDB, studies in SQL.
+    """Residual streams of path-finding transformers in Zarr, their meaning in DuckDB, studies in
+    SQL.
 
     Example:
 

@@ -16,38 +16,40 @@ from actstore.errors import advised
 @store_argument
 @click.option("--model", help="A model's name (`actstore models list`) or a checkpoint's path.")
 @click.option(
-    "--model-of", metavar="RUN", help="In its place: the model of a stored run, whose weights the store keeps."
+    "--model-of", metavar="RUN", help="Instead of --model: the model of a stored run, by the weights in the store."
 )
 @click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
 @checkpoint_option
 @click.option("--trees", type=int, help="How many trees; default 10,000.")
-@click.option("--distribution", help="reproduction, baseline or deep; the model's own by default.")
+@click.option("--distribution", help="reproduction, baseline or deep; default: the model's own.")
 @click.option("--depths", help="Goal depths of `deep` trees: 1-15 or 3,5,7.")
-@click.option("--nodes", type=int, help="Nodes of each tree, 2 to 64; as many as the model has labels by default.")
-@click.option("--seed", type=int, help="Names the stream of trees; default 0.")
-@click.option("--dataset", help="Name of the set of trees: a stored one, or a new one of the above.")
-@click.option("--run", help="Name of the run; the model's name by default.")
+@click.option("--nodes", type=int, help="Nodes per tree, 2 to 64; default: the model's number of labels.")
+@click.option("--seed", type=int, help="Seed of the stream of trees; default 0.")
+@click.option("--dataset", help="Name of the set of trees: a stored set, or a new set drawn as the options above say.")
+@click.option("--run", help="Name of the run; default: the model's name.")
 @click.option(
     "--sites",
-    help="embed, resid_pre, resid_mid, resid_post, pattern, or one layer's (resid_post.0); with commas; or none.",
+    help="embed, resid_pre, resid_mid, resid_post, pattern, or one layer (resid_post.0), separated by commas; or none.",
 )
 @click.option(
-    "--variant", help="swap_last or swap_inner: an edge of each path of the stored set --dataset trades places."
+    "--variant",
+    help="swap_last or swap_inner: in each tree of the stored --dataset, an edge of the path trades places.",
 )
 @click.option(
     "--prompt",
     default="task",
     show_default=True,
-    help="tree: give the edges alone, and store what the model goes on with.",
+    help="tree: give the model only the edges, and store its continuations.",
 )
-@click.option("--samples", type=int, help="Of --prompt tree: continuations drawn beside the greedy one; 1 by default.")
-@click.option("--batch-size", default=128, show_default=True, help="Trees a forward pass.")
+@click.option("--samples", type=int, help="With --prompt tree: continuations drawn besides the greedy one; default 1.")
+@click.option("--batch-size", default=128, show_default=True, help="Trees per forward pass.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @wait_option
 def ingest(store: Path, **options: Any) -> None:
     """Run a model over generated trees, and store its activations and answers.
 
-    Stopped or killed, the same command goes on where the last commit was, and ends with the same bytes.
+    If the command is stopped or killed, the same command continues after the last commit, and ends
+    with the same bytes.
 
     Example:
 

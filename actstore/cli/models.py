@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @main.group()
 def models() -> None:
-    """The models that can be named.
+    """The models that have a name.
 
     Example:
 
@@ -28,7 +28,7 @@ def models() -> None:
 @models.command(name="list")
 @output_options
 def models_list(output: Output) -> None:
-    """Name the models there are, and where.
+    """List the named models, and their files.
 
     Example:
 
@@ -44,19 +44,19 @@ def models_list(output: Output) -> None:
 @click.argument("name")
 @click.argument("weights", type=click.Path(dir_okay=False))
 @click.option(
-    "--config", type=click.Path(dir_okay=False), help="The notebook's YAML; by default the file beside the weights."
+    "--config", type=click.Path(dir_okay=False), help="The notebook's YAML; default: the file beside the weights."
 )
-@click.option("--system", help="reproduction or baseline, where there is no YAML.")
+@click.option("--system", help="reproduction or baseline, if there is no YAML.")
 @click.option(
     "--into",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="By default $ACTSTORE_MODELS, or the user's own folder, ~/.local/share/actstore/models.",
+    help="Default: $ACTSTORE_MODELS, or the user's own folder, ~/.local/share/actstore/models.",
 )
 def models_add(name: str, weights: str, config: str | None, system: str | None, into: Path | None) -> None:
     """Import a checkpoint: a HookedTransformer state dict (.pt), or safetensors.
 
-    It is then found by its name from any folder.
+    Afterwards the model is found by its name from any folder.
 
     Example:
 

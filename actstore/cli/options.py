@@ -12,7 +12,7 @@ Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def store_argument(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Every command's first argument."""
+    """Add the argument STORE, the first argument of every command that takes a store."""
     return click.argument("store", callback=_place)(command)
 
 
@@ -23,7 +23,7 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> Path:
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--csv, --json, --parquet FILE; a table without them."""
+    """Add --csv, --json and --parquet FILE; default: a table."""
 
     def wrapped(*args: Any, as_csv: bool, as_json: bool, parquet: str | None, **options: Any) -> Any:
         from actstore.cli.output import Output
@@ -52,20 +52,18 @@ param_option: Option = click.option(
     type=(str, str),
     multiple=True,
     metavar="NAME VALUE",
-    help="Value of a $NAME, as text; cast it where a number is meant (`$NAME::int`).",
+    help="Value of a $NAME, as text; cast the text to a number in SQL (`$NAME::int`).",
 )
 
 
 def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--timeout and --memory of the query."""
-    command = click.option("--memory", metavar="SIZE", help="Stop it when it holds more than this: 2GB, 512MB.")(
-        command
-    )
-    return click.option("--timeout", type=float, metavar="SECONDS", help="Stop the query after so long.")(command)
+    """Add --timeout and --memory, limits of the query."""
+    command = click.option("--memory", metavar="SIZE", help="Stop the query when it holds more: 2GB, 512MB.")(command)
+    return click.option("--timeout", type=float, metavar="SECONDS", help="Stop the query after this time.")(command)
 
 
 check_option: Option = click.option(
-    "--check", is_flag=True, help="Hold what is read against the hashes it was committed with (see Store)."
+    "--check", is_flag=True, help="Compare every file that is read with its committed hash (see Store)."
 )
 no_check_option: Option = click.option(
     "--no-check",
@@ -73,7 +71,7 @@ no_check_option: Option = click.option(
     is_flag=True,
     flag_value=False,
     default=True,
-    help="Do not hold what is read against the hashes it was committed with.",
+    help="Do not compare the files that are read with their committed hashes.",
 )
 wait_option: Option = click.option(
     "--wait",
@@ -87,7 +85,7 @@ checkpoint_option: Option = click.option(
     "--checkpoint",
     type=int,
     metavar="STEP",
-    help="Its weights at this step of training (`actstore models list`), not the trained ones.",
+    help="The weights at this step of training (`actstore models list`), instead of the trained weights.",
 )
 
 

@@ -1,4 +1,4 @@
-"""Frames and activations on their way out: a table for eyes, CSV, JSON or Parquet for programs, files for other tools."""
+"""Print frames as a table, CSV, JSON or Parquet, and write activations to files for other tools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from actstore.outputs import check_ending, printable, replacing
 if TYPE_CHECKING:
     from rich.table import Table
 
-ROWS_SHOWN = 60  # of a table; the other formats give every row
+ROWS_SHOWN = 60  # rows of a printed table; the other formats give every row
 ACTIVATION_FILES = (".npz", ".safetensors", ".parquet")
 ARGUMENTS = ("file", "allow_pickle")  # np.savez takes arrays by keyword beside its own
 ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with cells cut short
@@ -28,13 +28,23 @@ ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with cells cut shor
 
 @dataclass(frozen=True)
 class Output:
-    """Where and how a command prints a frame; a table unless told otherwise."""
+    """The form in which a command prints a frame.
+
+    Attributes:
+        format: csv, json or table.
+        parquet: a file to write instead.
+    """
 
     format: str = "table"
     parquet: str | None = None
 
     def write(self, frame: pl.DataFrame, whole: Mapping[str, Any] | None = None) -> None:
-        """Print a frame; as JSON, `whole` in its place, where there is more to say than rows hold."""
+        """Print a frame.
+
+        Args:
+            frame: the rows.
+            whole: printed as JSON instead of the rows, if there is more to say than rows hold.
+        """
         if self.parquet:
             replacing(self.parquet, frame.write_parquet)
             print(printable(f"{len(frame):,} rows in {self.parquet}"), file=sys.stderr)
@@ -47,9 +57,10 @@ class Output:
 
 
 def print_table(frame: pl.DataFrame) -> None:
-    """Print a frame as a table; where a few rows are wider than the terminal, as one block of lines a row.
+    """Print a frame as a table, or as one block of lines per row.
 
-    Where there is no terminal, lines are as long as they need to be.
+    Blocks are used for few rows that are wider than the terminal. Without a terminal, lines are as
+    long as they need to be.
     """
     from rich.console import Console
     from rich.measure import Measurement
@@ -112,7 +123,7 @@ def _cell(value: Any) -> str:
 
 
 def _flat(frame: pl.DataFrame) -> pl.DataFrame:
-    """CSV has neither lists nor bytes: they become JSON and hexadecimal text."""
+    """Turn lists into JSON text and bytes into hexadecimal text, since CSV has neither."""
     return frame.with_columns(
         _as_json(column) if column.dtype.is_nested() else column.bin.encode("hex")
         for column in frame.iter_columns()
@@ -121,13 +132,17 @@ def _flat(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _as_json(column: pl.Series) -> pl.Series:
-    """Each value's JSON; NULL stays NULL."""
+    """The JSON of each value; NULL stays NULL."""
     texts = [None if value is None else _json(value) for value in column.to_list()]
     return pl.Series(column.name, texts, pl.String)
 
 
 def _json(value: Any) -> str:
-    """JSON text: NaN and the infinities, which JSON lacks, are null, bytes hexadecimal, whatever else it lacks is text."""
+    """Write a value as JSON.
+
+    NaN and the infinities become null, bytes hexadecimal text, and other values that JSON lacks
+    text.
+    """
     try:
         return json.dumps(value, default=_json_scalar, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError):  # a float that is not finite, or a MAP's key that is no text
@@ -147,15 +162,20 @@ def _in_json(value: Any) -> Any:
 
 
 def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
-    """Write activations and the rows they belong to into one file, whole or not at all.
+    """Write activations and their rows into one file, whole or not at all.
+
+    A .npz file holds X and one array per column; booleans with NULLs, dates and the like are text,
+    lists and structs JSON text. A .safetensors file holds X, the columns of numbers, and those of
+    booleans without NULLs; the other columns are JSON in the metadata. In both, DECIMAL and HUGEINT
+    become float64. A .parquet file holds the rows, and X as a fixed-size list column `x`.
 
     Args:
-        path: ends in .npz (X and a column an array; booleans with NULLs, dates and the like as text, lists and structs as JSON
-            text), .safetensors (X and the columns of numbers, and of booleans without NULLs; the others as JSON in the
-            metadata; of both, DECIMAL and HUGEINT as float64), or .parquet (the rows, and X as a fixed-size list column `x`).
+        path: the file; its ending says the format.
+        X: float [n, …].
+        rows: n rows.
 
     Raises:
-        BadInput: another ending, or a column whose name the file needs for itself.
+        BadInput: another ending, or a column whose name the format needs for itself.
     """
     check_ending(path, ACTIVATION_FILES, "--out")
     check_columns(rows.columns, path)
@@ -168,11 +188,11 @@ def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
 
 
 def check_columns(columns: Sequence[str], path: str | None) -> None:
-    """Refuse a query's column that has no place beside the activations, which the activations would replace or it them.
+    """Refuse a column whose name collides with `X` in the output file.
 
     Args:
-        columns: the query's.
-        path: the file to write, as of save_activations; None where rows are printed with a column `x`.
+        columns: the query's columns.
+        path: the file to write, see save_activations; None if rows are printed with a column `x`.
 
     Raises:
         BadInput: names the column.
@@ -200,7 +220,10 @@ def _save_npz(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
 
 
 def _plain_array(column: pl.Series) -> np.ndarray:
-    """An array that loads without pickle: text as fixed-width unicode (NULL as None), lists as their JSON."""
+    """A column as an array that loads without pickle.
+
+    Text becomes fixed-width unicode (NULL becomes None), lists become their JSON.
+    """
     if (numbers := _numbers(column)) is not None:
         return numbers
     plain = _flat(column.to_frame()).to_series()
@@ -208,7 +231,7 @@ def _plain_array(column: pl.Series) -> np.ndarray:
 
 
 def _numbers(column: pl.Series) -> np.ndarray | None:
-    """A column as an array of numbers or booleans; None where no such array holds it."""
+    """A column as an array of numbers or booleans; None if no such array holds it."""
     dtype = column.dtype
     if dtype == pl.Boolean:
         return None if column.null_count() else column.to_numpy()

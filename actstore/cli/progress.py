@@ -1,4 +1,4 @@
-"""Progress of long work: a bar or a spinner on a terminal, a plain line now and then where there is none; all on stderr."""
+"""Progress of long work, on stderr: a bar or a spinner on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Advance = Callable[..., None]  # (done, total=None, what=None): units done; a total or a name where they change
 
-SECONDS_BEFORE_A_BAR = 2.0  # short work says nothing but its result
+SECONDS_BEFORE_A_BAR = 2.0  # shorter work prints only its result
 SECONDS_BEFORE_A_LINE = 5.0
 
 
@@ -25,12 +25,13 @@ def progress(what: str, total: int | None, unit: str) -> Iterator[Advance]:
     """Show how far a piece of work is.
 
     Args:
-        what: named in front of the bar.
-        total: units in all, None where the work itself will say.
+        what: text in front of the bar.
+        total: number of units; None if the work itself will say.
         unit: plural noun, "trees".
 
     Yields:
-        A function to call with the units done so far (and the total, and the name of the part just done).
+        A function to call with the units done so far, and optionally the total and the name of the
+        part just done.
     """
     if sys.stderr.isatty():
         with _bar(what, total, unit) as advance:
@@ -76,10 +77,11 @@ def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Show for how long a piece of work that cannot say how far it is has been running.
+    """Show how long a piece of work has been running that cannot say how far it is.
 
     Args:
-        what: named beside the spinner, or in the lines: the first after five seconds, each later one after twice the time.
+        what: text beside the spinner, or in the lines. The first line comes after five seconds,
+            each later line after twice the time.
     """
     with _spinner(what) if sys.stderr.isatty() else _waiting_lines(what):
         yield
@@ -102,7 +104,7 @@ def _spinner(what: str) -> Iterator[None]:
 
 @contextmanager
 def _shown_late(live: Live) -> Iterator[None]:
-    """Show something from the third second on, so that short work flashes nothing."""
+    """Show something after two seconds, so that short work does not flash."""
     timer = threading.Timer(SECONDS_BEFORE_A_BAR, live.start)
     timer.daemon = True
     timer.start()

@@ -1,7 +1,4 @@
-"""The command `actstore`: each command opens a store, makes one library call and prints.
-
-Heavy imports stay inside the commands, so that `--help` answers at once.
-"""
+"""The commands that read a store: info, sql, read, query, show, attention."""
 
 from __future__ import annotations
 
@@ -25,11 +22,6 @@ from actstore.errors import ActstoreError
 if TYPE_CHECKING:
     import polars as pl
 
-    from actstore.store import Store
-
-if TYPE_CHECKING:
-    import polars as pl
-
     from actstore.cli.output import Output
     from actstore.store import Store
 
@@ -38,7 +30,7 @@ if TYPE_CHECKING:
 @store_argument
 @output_options
 def info(store: Path, output: Output) -> None:
-    """What a store holds: runs, models, sets of trees, sites, sizes.
+    """Print what a store holds: runs, models, sets of trees, sites, sizes.
 
     Example:
 
@@ -54,7 +46,7 @@ def info(store: Path, output: Output) -> None:
 @main.command()
 @store_argument
 @click.argument("query")
-@click.option("--run", help="Ask in the session of this run: every table holds its rows alone.")
+@click.option("--run", help="Ask in the session of this run, in which every table holds only this run's rows.")
 @param_option
 @limit_options
 @check_option
@@ -91,23 +83,23 @@ def sql(
 @main.command()
 @store_argument
 @click.argument("query")
-@click.option("--run", help="Whose activations; needed where the store holds several runs.")
+@click.option("--run", help="The run to read; required if the store holds several runs.")
 @click.option(
     "--site",
     "sites",
     multiple=True,
     default=("resid_post.0",),
     show_default=True,
-    help="Where in the network; several, repeated or with commas, or a family (resid_post: every layer that is stored) give "
-    "X [n, n_sites, d_model].",
+    help="Where in the network. Several sites (repeat --site, or use commas) or a family (resid_post: every stored layer) "
+    "give X [n, n_sites, d_model].",
 )
-@click.option("--dtype", default="float32", show_default=True, help="Of X: float32, float16 or float64.")
-@click.option("--explain", is_flag=True, help="Say what would be read, and read nothing.")
+@click.option("--dtype", default="float32", show_default=True, help="Dtype of X: float32, float16 or float64.")
+@click.option("--explain", is_flag=True, help="Print what would be read, and read nothing.")
 @click.option("--out", metavar="FILE", help="Write X and the rows to .npz, .safetensors or .parquet.")
 @click.option(
     "--check/--no-check",
     default=None,
-    help="Hold what is read against the hashes it was committed with; default with --out.",
+    help="Compare every file that is read with its committed hash; default with --out.",
 )
 @param_option
 @limit_options
@@ -144,7 +136,7 @@ def read(
     from actstore.store import Store
 
     check_file(out, "--out", ACTIVATION_FILES)
-    names = [name.strip() for some in sites for name in some.split(",")]
+    names = [name.strip() for listed in sites for name in listed.split(",")]
     where: dict[str, Any] = {"sites": names} if len(names) > 1 or names[0] in FAMILIES else {"site": names[0]}
     where |= {"timeout": timeout, "memory": memory}
     with Store(store, bool(out) if check is None else check) as opened:
@@ -168,7 +160,7 @@ def read(
 
 
 def _columns(opened: Store, query: str, params: dict[str, str], *limits: Any) -> list[str]:
-    """The names that a query will yield; none where DESCRIBE does not take it, and then they are looked at afterwards."""
+    """Names of a query's columns; [] if DESCRIBE refuses the query: they are checked later."""
     try:
         return opened.sql(f"describe {query}", params, *limits)["column_name"].to_list()
     except ActstoreError:  # what is wrong with the query itself, the read says
@@ -201,8 +193,6 @@ def query(
     """
     from actstore import queries
     from actstore.cli.progress import waiting
-
-    pass
     from actstore.store import Store
 
     with Store(store, check) as opened, waiting("query"):
@@ -214,7 +204,7 @@ def query(
 @store_argument
 @click.argument("tree", type=int)
 def show(store: Path, tree: int) -> None:
-    """Draw a tree, its prompt, and what each model answered.
+    """Draw a tree, its prompt, and each model's answer.
 
     Example:
 
@@ -233,9 +223,9 @@ def show(store: Path, tree: int) -> None:
 @main.command()
 @store_argument
 @click.argument("tree", type=int)
-@click.option("--run", help="Whose; needed where the store holds several.")
-@click.option("--layer", type=int, help="One layer; all of them unless told.")
-@click.option("--head", default=0, show_default=True, help="Of a figure; a page has them all.")
+@click.option("--run", help="The run to draw; required if the store holds several runs.")
+@click.option("--layer", type=int, help="One layer; default: all layers.")
+@click.option("--head", default=0, show_default=True, help="The head that a figure shows; a page shows all heads.")
 @click.option(
     "--out", metavar="FILE", required=True, help="A figure (.png, .svg, .pdf), or a page for a browser (.html)."
 )
@@ -260,15 +250,15 @@ def attention(store: Path, tree: int, run: str | None, layer: int | None, head: 
 
 
 class Limited:
-    """A store whose every query has limits, for what asks a store by itself, such as a named query."""
+    """A store that applies limits to every query, for code that queries by itself."""
 
     def __init__(self, store: Store, timeout: float | None, memory: str | int | None) -> None:
         self.run, self._store, self._limits = store.run, store, (timeout, memory)
 
     def of(self, run: str) -> Limited:
-        """As Store.of."""
+        """See Store.of."""
         return Limited(self._store.of(run), *self._limits)
 
     def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
-        """As Store.sql."""
+        """See Store.sql."""
         return self._store.sql(query, params, *self._limits)

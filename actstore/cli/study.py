@@ -1,4 +1,4 @@
-"""The commands that answer questions: study, report, and record for what they kept."""
+"""The commands that answer questions: study, report, and record for results that they kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _look_before(store: Path, wait: float) -> None:
-    """Wait for another writer before anything is computed; say it where nobody can write to the store."""
+    """Wait for another writer before the work; warn if nobody can write to the store."""
     from actstore.writing import recording
 
     if why := recording.wait_until_free(store, wait):
@@ -26,7 +26,7 @@ def _look_before(store: Path, wait: float) -> None:
 
 
 def _record(store: Path, results: list[pl.DataFrame], wait: float) -> None:
-    """Record results; where the store cannot take them, say where they are kept, and how to record them from there."""
+    """Record results; if the store cannot take them, print their file and how to record it."""
     from actstore.writing import recording
 
     def kept(file: Path) -> None:
@@ -39,17 +39,17 @@ def _record(store: Path, results: list[pl.DataFrame], wait: float) -> None:
 @main.command()
 @store_argument
 @click.argument("name")
-@click.option("--run", "runs", multiple=True, help="Which run; every one that was given whole tasks by default.")
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--run", "runs", multiple=True, help="The run to study; default: every run with prompt 'task'.")
+@click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 @click.option(
-    "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="One of the study's own."
+    "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="An option of the study."
 )
 @click.option(
     "--confirm",
     metavar="DATASET",
-    help="Put what is found to this stored set of trees, too, drawn apart from the run's own.",
+    help="Test the findings again on this stored set of trees, drawn apart from the run's own.",
 )
-@click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; of several runs FILE-RUN.")
+@click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; with several runs, FILE-RUN.")
 @no_record_option
 @wait_option
 @no_check_option
@@ -69,12 +69,14 @@ def study(
 ) -> None:
     """Run a study, print its table, record it in `results`, draw its figure.
 
-    The studies are probes, depth, last-edge, swap, dreams, attention and compare; one that needs what the store lacks says
-    which `actstore ingest` adds it. `compare` takes every pair of models over the same trees among the runs named; of one run
-    every pair that it is in; by default, for each set of trees, its first run against every other model.
+    The studies are probes, depth, last-edge, swap, dreams, attention and compare. If the store
+    lacks what a study needs, the message names the `actstore ingest` that adds it. `compare` takes
+    every pair of models over the same trees among the named runs; with one run, every pair of that
+    run; by default, for each set of trees, its first run against every other model.
 
-    With --confirm what was found (left standing by Holm) is put to a second set of trees, to the same model's run over it, without
-    the trees that both sets hold; each claim is then told as found here, and confirmed there or not.
+    With --confirm, each finding (each test that Holm leaves standing) is tested again on a second
+    set of trees, with the same model's run over it and without the trees that both sets hold. Each
+    claim is then reported as found here, and as confirmed there or not.
 
     Example:
 
@@ -142,16 +144,17 @@ def study(
 @main.command()
 @store_argument
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--run", "runs", multiple=True, help="Which; every run over drawn trees by default.")
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--run", "runs", multiple=True, help="A run to study; default: every run over drawn trees.")
+@click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 @no_record_option
 @wait_option
 @no_check_option
 def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: bool, wait: float, check: bool) -> None:
-    """Run every study, and write one page of them all, OUT/index.html, that needs nothing beside itself.
+    """Run every study, and write one self-contained page, OUT/index.html.
 
-    A study that needs what the store lacks stands there with the `actstore ingest` that adds it; one that fails, with the
-    reason, and the exit code is 1. Each pair of models over the same trees is compared.
+    If the store lacks what a study needs, the page shows the `actstore ingest` that adds it. If a
+    study fails, the page shows the reason, and the exit code is 1. Each pair of models over the
+    same trees is compared.
 
     Example:
 
@@ -184,7 +187,7 @@ def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: 
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
 @wait_option
 def record(store: Path, files: tuple[Path, ...], wait: float) -> None:
-    """Record results that a study kept in a file, because another process was writing to the store.
+    """Record results that a study kept in a file while another process was writing to the store.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What reaches a terminal: streams that are there and take any text, and no character that would steer the terminal."""
+"""The standard streams, made to exist and to take any text, and data printed to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HANDLES_ANY_TEXT = "backslashreplace"  # `→` is `\u2192` where an encoding lac
 
 @contextmanager
 def notes(kind: type[Warning]) -> Iterator[None]:
-    """Print each warning of a kind as one line to stderr, every time it is given; others are shown as ever."""
+    """Print each warning of a kind as one line to stderr, every time; ignore other warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", kind)
         as_ever = warnings.showwarning
@@ -33,8 +33,8 @@ def notes(kind: type[Warning]) -> Iterator[None]:
 
 
 def prepare() -> None:
-    """Open what is closed of stdin, stdout and stderr, and let stdout print any text in any encoding."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a file of the store would get the number
+    """Open those of stdin, stdout and stderr that are closed; let stdout print any text."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # or a file of the store would get the number
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
@@ -45,7 +45,7 @@ def prepare() -> None:
 
 
 def print_data(text: str) -> None:
-    """Print text that a program reads: as it is, in UTF-8 where stdout's own encoding lacks one of its characters."""
+    """Print text for a program, unchanged; in UTF-8 if stdout's encoding lacks a character."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         try:
             text.encode(sys.stdout.encoding)
@@ -58,7 +58,8 @@ def finish() -> None:
     """Write out what stdout still holds.
 
     Raises:
-        SystemExit: 1 where stdout takes it no more: silently where its reader has left (`| head`), else with the reason.
+        SystemExit: code 1 if stdout cannot be written: without a message if its reader has gone (`|
+            head`), otherwise with the reason.
     """
     try:
         sys.stdout.flush()
@@ -72,7 +73,7 @@ def finish() -> None:
 
 
 def _lead_nowhere(stream: TextIO) -> None:
-    """Let what a stream still holds go to /dev/null; else the interpreter complains at exit."""
+    """Send what a stream still holds to /dev/null, or the interpreter complains at exit."""
     try:
         descriptor = stream.fileno()
     except OSError:  # a stream of no file

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 @main.command()
 @click.argument("name")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--steps", type=int, help="Optimizer steps; the configuration's by default.")
-@click.option("--nodes", type=int, help="Nodes of each tree; the configuration's by default.")
-@click.option("--seed", type=int, help="Of weights and trees; the configuration's by default.")
+@click.option("--steps", type=int, help="Optimizer steps; default: the configuration's.")
+@click.option("--nodes", type=int, help="Nodes per tree; default: the configuration's.")
+@click.option("--seed", type=int, help="Seed of weights and trees; default: the configuration's.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
     "--grade",
     default=20_000,
     show_default=True,
     metavar="TREES",
-    help="Fresh trees of each distribution to grade it on at the end.",
+    help="Fresh trees per distribution that the model is graded on at the end.",
 )
-@click.option("--wandb", metavar="PROJECT", help="Send the log to this project of Weights & Biases too.")
+@click.option("--wandb", metavar="PROJECT", help="Also send the log to this project of Weights & Biases.")
 def train(
     name: str,
     out: Path,
@@ -42,8 +42,9 @@ def train(
 ) -> None:
     """Train a system (reproduction, baseline) or a YAML configuration, into the folder OUT.
 
-    Every 25 steps its state is saved and OUT/NAME.jsonl has a row more; killed, the same command goes on from there and ends
-    with the same weights. OUT/NAME.md, the model card, says how good it is on trees of each distribution.
+    Every 25 steps the state is saved and OUT/NAME.jsonl gets a row. After a kill, the same command
+    continues from there and ends with the same weights. OUT/NAME.md, the model card, says how good
+    the model is on trees of each distribution.
 
     Example:
 
@@ -86,12 +87,12 @@ def train(
 @click.argument("model")
 @click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
 @checkpoint_option
-@click.option("--distribution", help="reproduction, baseline or deep alone; each of them by default.")
-@click.option("--trees", default=20_000, show_default=True, help="How many fresh trees of each distribution.")
+@click.option("--distribution", help="reproduction, baseline or deep; default: each of them.")
+@click.option("--trees", default=20_000, show_default=True, help="Number of fresh trees per distribution.")
 @click.option(
-    "--seed", default=20_000_000, show_default=True, help="Names the stream of trees; far from those trained on."
+    "--seed", default=20_000_000, show_default=True, help="Seed of the stream of trees; far from those trained on."
 )
-@click.option("--nodes", type=int, help="Nodes of each tree; the model's own by default.")
+@click.option("--nodes", type=int, help="Nodes per tree; default: the model's own.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @output_options
 def evaluate(
@@ -105,10 +106,11 @@ def evaluate(
     checkpoint: int | None,
     output: Output,
 ) -> None:
-    """Grade a model on fresh trees: tokens, whole paths and greedy answers, by distribution and goal depth.
+    """Grade a model on fresh trees: tokens, whole paths, greedy answers; by distribution and depth.
 
-    Intervals are exact ones at 95 %. Each distribution is asked for, since a model that is right on its own trees may fail on
-    others; of the baseline's, those whose edges are listed backward and those shuffled stand apart.
+    Intervals are exact, at 95 %. Every distribution is tested, since a model that is right on its
+    own trees may fail on others. Baseline trees with edges listed backward are graded apart from
+    those with shuffled edges.
 
     Example:
 

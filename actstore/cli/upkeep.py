@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 @main.command()
 @store_argument
-@click.option("--quick", is_flag=True, help="Look at sizes and index checksums alone.")
+@click.option("--quick", is_flag=True, help="Check only sizes and the shards' index checksums.")
 @click.option(
-    "--recompute", type=click.IntRange(1), metavar="N", help="Run N random trees of each run anew, and compare."
+    "--recompute", type=click.IntRange(1), metavar="N", help="Run the model again on N random trees per run; compare."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the random trees.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random trees.")
 @output_options
 def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: Output) -> None:
-    """Read everything that was committed, and find what is not as it was.
+    """Read everything that was committed, and list what has changed.
 
-    With --recompute, models run again by the weights that the store keeps, and every site, token and prediction of the trees
-    drawn is held against what is stored: to a 10,000th of a site's largest number and to 0.001 of a probability, since sums of
-    float32 round differently in other batches and on other machines.
+    With --recompute, the stored weights run again on random trees, and every site, token and
+    prediction is compared with the stored values. The tolerance is 1/10,000 of a site's largest
+    number, and 0.001 of a probability, since sums of float32 round differently in other batches and
+    on other machines.
 
     Example:
 
@@ -60,10 +61,10 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
 @wait_option
 @output_options
 def repair(store: Path, wait: float, output: Output) -> None:
-    """Mend what is damaged, to the bytes that were committed, and build the catalog anew.
+    """Restore what is damaged to the committed bytes, and build the catalog anew.
 
-    A store of an earlier version is brought up to date. Rows come from the catalog or from the definition of the trees,
-    activations from the run's own weights.
+    A store of an earlier version is brought up to date. Rows come from the catalog or from the
+    definition of the trees, activations from the run's own weights.
 
     Example:
 

@@ -88,8 +88,7 @@ def _goes_on(ctx: click.Context) -> str:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="actstore")
 def main() -> None:
-    """Residual streams of path-finding transformers in Zarr, their meaning in DuckDB, studies in
-    SQL.
+    """Residual streams of path-finding transformers in Zarr, their meaning in DuckDB, SQL studies.
 
     Example:
 

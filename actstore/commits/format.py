@@ -17,18 +17,18 @@ from actstore.storage.folder import check_path
 from actstore.storage.machine import within_limits
 from actstore.storage.regular import read_regular
 
-FORMAT_VERSION = 3  # 1 had no variants, prompts, generations and hash of its catalog; 2 did not chain its manifests
-CHAINED_FROM = 3  # the format from which on a manifest names the one before it
+FORMAT_VERSION = 3  # 1 had no variants, prompts, generations or catalog hash; 2 did not chain its manifests
+CHAINED_FROM = 3  # from this format on, a manifest names the one before it
 LOG, PARTS, ARRAYS, WEIGHTS = "log", "parts", "activations.zarr", "models"
 FOLDERS = (LOG, PARTS, ARRAYS, WEIGHTS)
 
 
-MOST_BESIDE = 100  # stores that are looked at for a name like one that is not there
+MOST_BESIDE = 100  # stores that are searched for a similar name
 
 
 @dataclass(frozen=True)
 class About:
-    """What store.json says, of any format."""
+    """The content of store.json, of any format."""
 
     format: Positive
     made_by: Text = "an unknown version"
@@ -38,16 +38,17 @@ WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # what store.json holds whe
 
 
 def check_format(root: Path, older: bool = False) -> dict[str, Any]:
-    """The content of a store's store.json.
+    """Read a store's store.json, and refuse a format that cannot be used.
 
     Args:
-        older: whether an earlier version's store will do.
+        root: the store.
+        older: whether a store of an earlier version is accepted.
 
     Raises:
         BadInput: DuckDB cannot open a path like this one.
-        NotStored: the folder is no store.
-        TooNew: a later version of actstore made it.
-        TooOld: an earlier one did.
+        NotStored: the folder is not a store.
+        TooNew: a later version of actstore made the store.
+        TooOld: an earlier version made the store.
         Damaged: store.json cannot be read.
     """
     check_path(root)
@@ -88,7 +89,7 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
 
 
 def _no_store(root: Path) -> NotStored:
-    """Says which store is near, if only by its name, and else how to make one."""
+    """The message that names a store of a similar name, or else how to make one."""
     around = store_around(root)
     if around and around != Path(os.path.realpath(root)):
         return NotStored(f"{root} lies in a store; name the store itself, {around}")
@@ -101,14 +102,17 @@ def _no_store(root: Path) -> NotStored:
 
 
 def _mend(root: Path, content: bytes) -> str:
-    """What to do about a store.json that is not whole: of what repair cannot mend, a copy alone will do."""
+    """What to do about a damaged store.json: run repair if it can mend the file, or use a copy."""
     if sealed.flipped_back(content) is None:
         return "it cannot be made again: restore it from a copy of the store"
     return f"mend it with {advised('repair', root)}"
 
 
 def store_around(path: Path) -> Path | None:
-    """The store that a path is, or lies in, after links and `..`; None outside any. A damaged store counts."""
+    """The store that a path is, or lies in, after links and `..`; None outside any store.
+
+    A damaged store counts as a store.
+    """
     place = Path(os.path.realpath(path))
     return next((folder for folder in (place, *place.parents) if _looks_like_a_store(folder)), None)
 

@@ -1,8 +1,9 @@
-"""The commit: each file is published once, a manifest that names them is the commit, and a lease keeps a second writer out.
+"""The log of commits: files are published once, and the manifest that names them is the commit.
 
-A file is written to a temporary name, fsynced, `link()`ed to its own name (which fails where that name exists: the first
-writer wins) and its folder is fsynced. Last comes the manifest, published the same way, which lists every file of the
-commit with its size and xxh3-128 hash. A file that no manifest names does not exist.
+A file is written to a temporary name, fsynced, and `link()`ed to its own name. `link` fails if the
+name exists, so the first writer wins. Then the folder is fsynced. The manifest is published last,
+in the same way. It lists every file of the commit with size and xxh3-128 hash. A file that no
+manifest names does not exist. A lease keeps a second writer out.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
 
     Args:
         root: the store.
-        after: commits that the caller knows already.
-        least: commits that there must be, since the catalog holds them; a log cut short would else pass for a young one.
+        after: number of commits that the caller knows already.
+        least: number of commits that the catalog holds; with fewer, the log was cut short.
 
     Raises:
-        Damaged: a manifest is missing, cannot be read, is not the one its name says, or not the one that the next was
-            written after.
+        Damaged: a manifest is missing, cannot be read, has another number than its name, or does
+            not follow the one before it.
     """
     there = numbers(root)
     last = max([*there[-1:], least])
@@ -55,22 +56,23 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
 
 
 def numbers(root: Path) -> list[int]:
-    """The numbers that files of the log are named by, in order; as large as the names say, and with whatever gaps."""
+    """Numbers in the names of the log's files, in order; gaps and large numbers are possible."""
     names = [path.name for path in (root / LOG).glob("*.json") if MANIFEST.fullmatch(path.name)]
     found = ((int(name.removesuffix(".json")), name) for name in names)
     return sorted(number for number, name in found if manifest_path(number) == f"{LOG}/{name}")
 
 
 def first_gap(there: list[int]) -> int:
-    """The first number from 1 on that is not among those that are there, in order."""
+    """The first number from 1 on that is missing among the sorted numbers given."""
     return next((number for number, found in enumerate(there, 1) if found != number), len(there) + 1)
 
 
 def breaks_chain(before: Manifest | None, manifest: Manifest) -> str:
-    """What is wrong with the way from a manifest to the next one; nothing where they follow each other.
+    """What is wrong between a manifest and the one before it; "" if they follow each other.
 
     Args:
-        before: the one numbered one less; None for the first.
+        before: the manifest numbered one less; None before the first.
+        manifest: the manifest.
     """
     is_chained = manifest.format >= CHAINED_FROM
     if before is None:
@@ -85,11 +87,11 @@ def breaks_chain(before: Manifest | None, manifest: Manifest) -> str:
 
 
 def log_hash(committed: Iterable[Manifest], before: str = "") -> str:
-    """The hash of a log: it changes with any byte of any manifest.
+    """The hash of a log; it changes with any byte of any manifest.
 
     Args:
         committed: manifests, in order.
-        before: the hash of those that come before them; empty where there are none.
+        before: the hash of the manifests before those; "" if there are none.
     """
     for manifest in committed:
         before = xxhash.xxh3_128_hexdigest((before + manifest.xxh3_128).encode())
@@ -97,11 +99,15 @@ def log_hash(committed: Iterable[Manifest], before: str = "") -> str:
 
 
 def read_manifest(path: Path, number: int) -> Manifest:
-    """One commit.
+    """Read one manifest.
+
+    Args:
+        path: the manifest's file.
+        number: the number that it must have.
 
     Raises:
-        Damaged: it cannot be read, or is another's.
-        FileNotFoundError: it is not there.
+        Damaged: the file cannot be read, or has another number.
+        FileNotFoundError: the file does not exist.
     """
     try:
         content = read_regular(path)
@@ -118,11 +124,15 @@ def read_manifest(path: Path, number: int) -> Manifest:
 
 
 def check_sizes(root: Path, committed: list[Manifest]) -> None:
-    """Look whether every committed file is there, as long as it was.
+    """Check that every committed file exists and has its committed size.
+
+    Args:
+        root: the store.
+        committed: manifests.
 
     Raises:
-        Damaged: the first that is not, by name, or that is no regular file.
-        LimitReached: the system allows this process no more.
+        Damaged: names the first file that is missing, has another size, or is not a regular file.
+        LimitReached: the system allows this process no more open files or memory.
     """
     for manifest in committed:
         for file in manifest.files:
@@ -151,12 +161,12 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
 
 
 def commit(root: Path, manifest: Manifest, before: Manifest | None = None) -> Manifest:
-    """Publish a manifest; when this returns, what it names is there for good.
+    """Publish a manifest; when this returns, the commit is there for good.
 
     Args:
         root: the store.
         manifest: the commit.
-        before: the last one of the log; None where there is none.
+        before: the last manifest of the log; None if the log is empty.
 
     Returns:
         The manifest as it was published, chained to the one before it.
@@ -167,10 +177,15 @@ def commit(root: Path, manifest: Manifest, before: Manifest | None = None) -> Ma
 
 
 def sweep(root: Path, committed: list[Manifest]) -> list[str]:
-    """Remove what an interrupted writer left: files under the store's own folders that no manifest names (see `strays`).
+    """Remove files under the store's own folders that no manifest names; see `strays`.
 
-    Folders that are empty then go too: one that was made and not fsynced must be made again. Only the holder of the lease
-    may call it, and it touches no folder that is not the store's own.
+    An interrupted writer leaves such files. Empty folders are removed too, since a folder that was
+    made and not fsynced must be made again. Only the holder of the lease may call this. Folders
+    that are not the store's own are not touched.
+
+    Args:
+        root: the store.
+        committed: all manifests.
 
     Returns:
         The paths removed.
@@ -189,10 +204,14 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
 
 
 def strays(root: Path, committed: Iterable[Manifest]) -> list[str]:
-    """Paths inside a store that no manifest names and that lead to none that one names: a sweep removes them.
+    """Paths inside a store that no manifest names and that lead to no named file.
 
-    A folder that was moved to another disk, with a link in its place, goes on being the store's; what else lies behind the
-    link is never removed.
+    A folder that was moved to another disk, with a link in its place, still belongs to the store.
+    Other files behind the link are never listed.
+
+    Args:
+        root: the store.
+        committed: all manifests.
     """
     named = {file.path for manifest in committed for file in manifest.files}
     named |= {manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
@@ -200,7 +219,7 @@ def strays(root: Path, committed: Iterable[Manifest]) -> list[str]:
 
 
 def led_astray(root: Path, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(link, what is wrong with it) of those on the way to files of a store that lead into another store."""
+    """(link, what is wrong with it) for links on the way to files that lead into another store."""
     for place in links.linked(root, paths):
         around = store_around(root / place)
         if around is not None and around != Path(os.path.realpath(root)):
@@ -208,7 +227,11 @@ def led_astray(root: Path, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def refuse_astray(root: Path, committed: Iterable[Manifest]) -> None:
-    """Look where links lead, before anything is written or removed.
+    """Check where links lead, before anything is written or removed.
+
+    Args:
+        root: the store.
+        committed: all manifests.
 
     Raises:
         Damaged: a link on the way to a committed file leads nowhere, or into another store.

@@ -53,12 +53,20 @@ class Shard(File):
 
 @dataclass(frozen=True)
 class Manifest:
-    """One commit: what it is, and every file it brought. Numbers run from 1 without a gap.
+    """One commit: what it is, and every file that it brought. Numbers run from 1 without a gap.
 
-    `run` and `batch` say which batch of which run it committed; a run's definition has no batch, a study's results neither.
-    `previous` is the xxh3-128 of the manifest before it, so that an edit of a past one shows; the first has none, and those
-    of formats 1 and 2 have none either. `xxh3_128` is that of its own bytes, once they are written or read; it is no part
-    of them.
+    Attributes:
+        number: the commit's number.
+        kind: run, batch or results.
+        run: the run that the commit belongs to; None for results.
+        batch: the batch's number; None for a run's definition and for results.
+        parts: Parquet files of rows.
+        shards: files of activations.
+        others: zarr.json files and weights.
+        previous: xxh3-128 of the manifest before, which shows an edit of the past. None in the
+            first manifest, and in formats 1 and 2.
+        format: the store's format when the manifest was written.
+        xxh3_128: hash of the manifest's own bytes, once written or read; not stored in them.
     """
 
     number: Positive
@@ -74,10 +82,11 @@ class Manifest:
 
     @property
     def files(self) -> list[File]:
+        """All files of the commit."""
         return [*self.parts, *self.shards, *self.others]
 
     def to_json(self) -> bytes:
-        """The manifest's bytes; its checksum is over everything else in it, so that a flipped bit shows."""
+        """The manifest's bytes, with a checksum over everything else, which shows a flipped bit."""
         body = self._body()
         return json.dumps({**body, "checksum": checksum(body)}, indent=1).encode()
 
@@ -90,6 +99,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: bytes, path: Path) -> Manifest:
+        """Parse a manifest's bytes.
+
+        Args:
+            content: the bytes.
+            path: the manifest's file, for the message.
+
+        Raises:
+            Damaged: the bytes are not a manifest, or not the ones that were written.
+        """
         try:
             body = json_object(content)
             if body.pop("checksum", None) != checksum(body):
@@ -110,5 +128,5 @@ class Manifest:
 
 
 def manifest_path(number: int) -> str:
-    """Of a commit's manifest, inside the store."""
+    """Path of a commit's manifest, inside the store."""
     return f"{LOG}/{number:08d}.json"

@@ -1,1 +1,1 @@
-"""Where bytes are: a folder whose files are published once, replaced whole, and leased to one writer."""
+"""Where bytes are: a folder with files published once or replaced whole, leased to one writer."""

@@ -9,7 +9,13 @@ from actstore.storage.content import Hash, Size
 
 @dataclass(frozen=True)
 class File:
-    """A published file: its path inside the store, its size in bytes and the xxh3-128 of its content, hexadecimal."""
+    """A published file.
+
+    Attributes:
+        path: relative to the store, with forward slashes.
+        bytes: its size.
+        xxh3_128: hash of its content, hexadecimal.
+    """
 
     path: str
     bytes: Size

@@ -1,4 +1,4 @@
-"""What a store's JSON files and the rows of its catalog may hold: types that are checked where they are read."""
+"""Types of what a store's JSON files and catalog rows hold, checked when they are read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ INSIDE = re.compile(r"(?:(?:^|/)(?!\.{1,2}(?:/|\Z))[^/\x00-\x1f\x7f\ud800-\udfff
 
 
 def as_a(kind: type[T], value: Any) -> T:
-    """A value of dicts, lists, texts and numbers as the type that it must have; keys that a dataclass lacks are left out.
+    """Convert a value of dicts, lists, texts and numbers to its type; unknown keys are dropped.
+
+    Args:
+        kind: the type, such as a dataclass.
+        value: the value.
 
     Raises:
-        ValueError: it has another, as "Expected `int`, got `str` - at `$.bytes`".
+        ValueError: the value has another type: "Expected `int`, got `str` - at `$.bytes`".
     """
     try:
         return msgspec.convert(value, kind)
@@ -34,10 +38,10 @@ def as_a(kind: type[T], value: Any) -> T:
 
 
 def json_object(content: bytes) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Parse a JSON file that holds an object.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: the file does not hold an object.
     """
     try:
         held = json.loads(content)
@@ -49,7 +53,7 @@ def json_object(content: bytes) -> dict[str, Any]:
 
 
 def check_inside(path: str) -> None:
-    """Look whether a path stays in the store: relative, with forward slashes, and of names that a file can have.
+    """Check that a path stays in the store: relative, with forward slashes and valid names.
 
     Raises:
         ValueError: it does not.

@@ -1,4 +1,4 @@
-"""A store's folder, held open: what is read from it stays its own, whatever takes its place meanwhile."""
+"""A store's folder, held open, so that reads stay in it even if another takes its place."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3://`, or what pathli
 def place(path: str | os.PathLike[str]) -> Path:
     """The folder that a caller names for a store; `~` is the home folder.
 
+    Args:
+        path: the caller's text or path.
+
     Raises:
-        BadInput: it is no path, or the address of another machine.
+        BadInput: the argument is not a path, or it addresses another machine.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str) or not text or "\0" in text:
@@ -31,10 +34,14 @@ def place(path: str | os.PathLike[str]) -> Path:
 
 
 def check_path(root: Path) -> None:
-    """Refuse a path whose files DuckDB would look for elsewhere, or not find; links that lead there are no matter.
+    """Refuse a path that DuckDB would misread or not find; links to such a path are allowed.
+
+    Args:
+        root: the path.
 
     Raises:
-        BadInput: the path, made absolute, holds a `?` (for DuckDB its end) or a backslash (a slash), or is not UTF-8.
+        BadInput: the absolute path holds a `?` (DuckDB ends the path there) or a backslash (DuckDB
+            reads a slash), or is not UTF-8.
     """
     path = str(root.absolute())
     wrong = next((f"a path with `{character}` in it" for character in "?\\" if character in path), None)
@@ -45,10 +52,10 @@ def check_path(root: Path) -> None:
 
 
 class Folder:
-    """A folder that files are opened in by descriptor, so that a store put in its place is never read for it.
+    """A folder whose files are opened by descriptor: a store put in its place is never read.
 
     Raises:
-        OSError: there is none.
+        OSError: the folder does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,6 +65,7 @@ class Folder:
         self._close = finalize_here(self, os.close, self._descriptor)
 
     def close(self) -> None:
+        """Close the folder's descriptor."""
         self._close()
         self._descriptor = -1  # the number may soon be another file's
 
@@ -65,7 +73,7 @@ class Folder:
         """Device and inode, by which another process can tell whether it has the same folder.
 
         Raises:
-            BadInput: the folder is closed, or this process was forked since it was opened.
+            BadInput: the folder is closed, or this process was forked after it was opened.
         """
         check_process(self._process)
         if not self._close.alive:
@@ -74,26 +82,30 @@ class Folder:
         return about.st_dev, about.st_ino
 
     def open(self, path: Path) -> int:
-        """The descriptor of a file inside, to be read; as os.open raises where there is none.
+        """Open a file inside for reading, and return its descriptor.
+
+        Args:
+            path: relative to the folder.
 
         Raises:
-            BadInput: this process was forked since the folder was opened.
-            Damaged: what is there is no regular file.
+            OSError: the file cannot be opened, see os.open.
+            BadInput: this process was forked after the folder was opened.
+            Damaged: the path is not a regular file.
         """
         check_process(self._process)
         return open_regular(path.relative_to(self.path), self._descriptor)
 
     def read(self, path: Path) -> bytes:
-        """The content of a file inside; raises as `open`."""
+        """Read a file inside; raises as `open`."""
         with os.fdopen(self.open(path), "rb") as file:
             return file.read()
 
     def check(self) -> None:
-        """Look whether the folder is still what its path leads to.
+        """Check that the folder is still what its path leads to.
 
         Raises:
-            Damaged: it was moved or removed, or another is in its place.
-            BadInput: this process was forked since it was opened.
+            Damaged: the folder was moved or removed, or another is in its place.
+            BadInput: this process was forked after the folder was opened.
         """
         check_process(self._process)
         try:
@@ -105,15 +117,16 @@ class Folder:
 
 
 class CheckedFolder(Folder):
-    """A folder whose files are held against the hashes they were committed with: each whole, when it is first opened.
+    """A folder that compares each file, whole, with its committed hash when the file is opened.
 
-    A file that changes its place or its content is hashed again when it is opened again; what changes under a map that is
-    there already is not seen. The crc32c of a chunk is not looked at beside the hash of the file: it is of the same bytes,
-    and a chunk of another shard has a right one, too.
+    A file is hashed when it is first opened, and again when it is opened after it moved or changed.
+    Changes under an existing map are not seen. The crc32c of a chunk is not checked, since the
+    file's hash covers the same bytes, and since a chunk of another shard has a right crc32c, too.
 
     Args:
-        path: of the folder.
-        committed: xxh3-128 of each file that may be opened, by its path inside the folder, with forward slashes.
+        path: the folder.
+        committed: xxh3-128 of each file that may be opened, by its path inside the folder, with
+            forward slashes.
     """
 
     def __init__(self, path: Path, committed: Mapping[str, str]) -> None:
@@ -124,7 +137,10 @@ class CheckedFolder(Folder):
         ] = {}  # files that were, and what the system says of one that is unchanged
 
     def open(self, path: Path) -> int:
-        """As Folder.open.
+        """See Folder.open.
+
+        Args:
+            path: relative to the folder.
 
         Raises:
             Damaged: the file is not what was committed.
@@ -151,7 +167,7 @@ class CheckedFolder(Folder):
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text holds no half of a character, as arguments and paths do that are not UTF-8."""
+    """False if a text holds a surrogate, as arguments and paths that are not UTF-8 do."""
     try:
         text.encode()
     except UnicodeEncodeError:

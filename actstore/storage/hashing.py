@@ -1,4 +1,4 @@
-"""xxh3-128 of whole files, as fast as they can be read."""
+"""xxh3-128 of whole files, as fast as the files can be read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import xxhash
 
 from actstore.storage.regular import open_regular
 
-BLOCK = 1 << 20  # bytes read at a time: few enough to be hashed while they are in the processor's own memory
-AHEAD = 32 << 20  # bytes asked of the disk beforehand
+BLOCK = 1 << 20  # bytes read at a time: so few are hashed while they are in the processor's cache
+AHEAD = 32 << 20  # bytes that the disk is asked to read ahead
 _of_thread = threading.local()
 
 
 def hash_of(descriptor: int) -> str:
-    """xxh3-128, hexadecimal, of a file from its start; what the page cache does not hold is read ahead."""
+    """xxh3-128, hexadecimal, of a whole open file; what the page cache lacks is read ahead."""
     digest, block, offset = xxhash.xxh3_128(), _block(), 0
     while n := os.preadv(descriptor, [block], offset):
         if offset % AHEAD == 0:
@@ -28,7 +28,7 @@ def hash_of(descriptor: int) -> str:
 
 
 def hash_of_file(path: Path) -> str:
-    """As hash_of, of a file by its name; raises as open_regular."""
+    """xxh3-128, hexadecimal, of a file by its name; raises as open_regular."""
     descriptor = open_regular(path)
     try:
         return hash_of(descriptor)
@@ -37,9 +37,10 @@ def hash_of_file(path: Path) -> str:
 
 
 def _block() -> memoryview:
-    """Memory of the thread's own, to read into: new memory for each file would take longer than to hash it."""
+    """This thread's own buffer; a new buffer per file would take longer than hashing the file."""
     if not hasattr(_of_thread, "block"):
-        # private: a forked process hashes at the same time, and would otherwise read into the very same memory
+        # private: a forked process hashes at the same time, and would otherwise read into the very
+        # same memory
         _of_thread.block = memoryview(mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE))
     return _of_thread.block
 

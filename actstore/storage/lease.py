@@ -1,4 +1,4 @@
-"""The right to write to a store, which one process at a time holds."""
+"""The right to write to a store, held by one process at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from actstore.storage.local import relying_on
 from actstore.storage.machine import check_process
 
 LOCK = ".lock"
-LOOK_AGAIN = 0.1  # seconds between looks at a lease that another holds
+LOOK_AGAIN = 0.1  # seconds between attempts at a lease that another process holds
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Lease:
     process: int = field(default_factory=os.getpid)
 
     def check(self) -> None:
-        """Look whether the store is still where it was; what is written elsewhere would belong to no store.
+        """Check that the store is still in its place; no store would hold files written elsewhere.
 
         Raises:
-            Damaged: it was moved or removed, or another is in its place.
+            Damaged: the store was moved or removed, or another is in its place.
             BadInput: this process was forked from the one that holds the lease.
         """
         check_process(self.process)
@@ -50,13 +50,17 @@ class Lease:
 
 @contextmanager
 def lease(root: Path, wait: float = 0.0) -> Iterator[Lease]:
-    """Hold the store for writing; the kernel drops it with the process, however that ends.
+    """Hold the store for writing; the kernel drops the lease when the process ends, in any way.
 
     Args:
-        wait: seconds to wait for another process that holds it.
+        root: the store.
+        wait: seconds to wait for another process that holds the store.
+
+    Yields:
+        The Lease.
 
     Raises:
-        Busy: another process holds it, and did so for all that time; the message says which.
+        Busy: another process held the store for all that time; the message says which.
         Unsupported: the file system has no locks.
     """
     deadline = time.monotonic() + wait
@@ -68,7 +72,7 @@ def lease(root: Path, wait: float = 0.0) -> Iterator[Lease]:
                 waited = f" (waited {wait:g} s; --wait SECONDS sets how long)" if wait else ""
                 raise Busy(f"{root} is being written by {holder}; wait for it or stop it, then go on{waited}")
             time.sleep(LOOK_AGAIN)
-        with suppress(OSError):  # a disk may have no room for who holds it, and the lease holds all the same
+        with suppress(OSError):  # the lease holds even if the disk has no room for its holder's name
             _sign(file.fileno())
         held = Lease(root, file.fileno())
         yield held
@@ -78,10 +82,10 @@ def lease(root: Path, wait: float = 0.0) -> Iterator[Lease]:
 
 
 def _open_lock(path: str, flags: int) -> int:
-    """Descriptor of the lease's file, made if need be.
+    """Open the lease's file, which is made if need be, and return its descriptor.
 
     Raises:
-        Damaged: something else stands there.
+        Damaged: the path is not a regular file.
     """
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a pipe would wait
@@ -94,14 +98,14 @@ def _open_lock(path: str, flags: int) -> int:
 
 
 def wait_until_free(root: Path, wait: float) -> None:
-    """Wait until no process holds the store for writing; for work whose end is to write, before it begins.
+    """Wait until no process holds the store; called before long work that ends with a write.
 
     Args:
-        root: a store; where there is none yet, nothing holds it.
-        wait: seconds.
+        root: the store; a store that does not exist yet is free.
+        wait: seconds to wait.
 
     Raises:
-        Busy: another process held it for all that time.
+        Busy: another process held the store for all that time.
         OSError: the store cannot be written.
     """
     if (root / "store.json").exists():
@@ -119,7 +123,7 @@ def _taken(descriptor: int, root: Path) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Write into the lease's file who holds it, on one line, whatever the process's arguments."""
+    """Write who holds the lease into its file, on one line, whatever the process's arguments."""
     command = " ".join(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).split())
     os.ftruncate(descriptor, 0)
     os.write(

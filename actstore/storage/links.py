@@ -1,4 +1,4 @@
-"""Links on the way to a committed file: a folder of a store may lie on another disk, with a link in its place."""
+"""Links on the way to a committed file: a store's folder may be a link to another disk."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-MOST = 40  # links that the system follows for one path (Linux: MAXSYMLINKS)
+MOST = 40  # links that the system follows per path (Linux: MAXSYMLINKS)
 
 
 def way(path: str) -> Iterator[str]:
-    """Every name that the system looks up on the way to a file: absolute paths, each in the folder that it lies in.
+    """Every name that the system looks up on the way to a file, as absolute paths.
 
     Args:
-        path: absolute; what links lead to is followed.
+        path: absolute; links are followed.
+
+    Yields:
+        Each path, its own folder resolved.
     """
     left, at, n_links = path.split("/")[::-1], "/", 0
     while left:
@@ -34,7 +37,7 @@ def way(path: str) -> Iterator[str]:
 
 
 def broken(path: Path) -> str:
-    """Which link on the way to a file leads nowhere, in words; nothing where none does."""
+    """Describe the link on the way to a file that leads nowhere; "" if there is none."""
     for place in way(os.path.abspath(path)):
         if os.path.islink(place) and not os.path.exists(place):
             return f"{place} is a link to {os.readlink(place)}, which is not there"
@@ -42,7 +45,7 @@ def broken(path: Path) -> str:
 
 
 def linked(root: Path, paths: Iterable[str]) -> list[str]:
-    """Which of some paths inside a store, and of the folders that they lie in, are links; the outermost first."""
+    """Those of some paths in a store, and of the folders above, that are links; outermost first."""
     places: set[str] = set()
     for path in paths:
         while path and path not in places:
@@ -52,14 +55,14 @@ def linked(root: Path, paths: Iterable[str]) -> list[str]:
 
 
 def unnamed(root: Path, folders: Iterable[str], named: Iterable[str]) -> list[str]:
-    """Files and links that lie in some folders of a store and are not on the way to any path that is named.
+    """Files and links in some folders of a store that are not on the way to a named path.
 
-    No link is entered: what lies behind one may be another's.
+    No link is entered, since its target may belong to others.
 
     Args:
         root: the store.
-        folders: of the store.
-        named: paths inside it, with forward slashes.
+        folders: folders of the store.
+        named: paths inside the store, with forward slashes.
 
     Returns:
         Paths inside the store, sorted.

@@ -19,22 +19,25 @@ from actstore.storage.regular import read_regular
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SUCH_CALL = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-ABILITIES = {  # what a file system may lack, and what it then answers
+ABILITIES = {  # what a file system may lack, and the errors that then come
     "hard links": (*NO_SUCH_CALL, errno.EPERM, errno.EMLINK),
     "locks (flock)": (*NO_SUCH_CALL, errno.ENOLCK, errno.EINVAL),
     "fsync": (*NO_SUCH_CALL, errno.EINVAL),
 }
-DIRECT_FROM = 1 << 20  # bytes; below, a copy through the page cache costs nothing
-BLOCK = mmap.PAGESIZE  # what O_DIRECT wants memory, offsets and lengths aligned to, on any disk of today
+DIRECT_FROM = 1 << 20  # bytes; a smaller copy through the page cache costs nothing
+BLOCK = mmap.PAGESIZE  # O_DIRECT wants memory, offsets and lengths aligned to this, on any disk of today
 
 
 def publish(root: Path, path: str, content: bytes | memoryview) -> File:
-    """Publish one file, durably, under a name that nothing has yet.
+    """Publish one file, durably, under a name that is free.
 
     Args:
         root: the store.
-        path: of the file inside the store, with forward slashes.
+        path: the file's path inside the store, with forward slashes.
         content: its bytes.
+
+    Returns:
+        The file's path, size and hash.
 
     Raises:
         Damaged: the name is taken by other bytes.
@@ -76,7 +79,7 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
 
 
 def say_where(error: OSError, path: Path) -> None:
-    """Name the path that a system's error is about; calls on a descriptor know none."""
+    """Add the path to an error of the system; errors of calls on a descriptor name none."""
     if error.errno is not None and error.filename is None:
         error.filename = str(path)
 
@@ -84,6 +87,9 @@ def say_where(error: OSError, path: Path) -> None:
 @contextmanager
 def needing_room(path: Path) -> Iterator[None]:
     """Turn the system's error of a full disk into the package's.
+
+    Args:
+        path: the file or folder, for the message.
 
     Raises:
         NoRoom: the disk is full.
@@ -99,14 +105,14 @@ def needing_room(path: Path) -> Iterator[None]:
 
 @contextmanager
 def relying_on(ability: str, path: Path) -> Iterator[None]:
-    """Name what a file system lacks, where it refuses a call for want of it.
+    """Turn the refusal of a call by a file system into an error that names the missing ability.
 
     Args:
         ability: one of ABILITIES.
-        path: what the call is about.
+        path: the file or folder, for the message.
 
     Raises:
-        Unsupported: it lacks it.
+        Unsupported: the file system lacks the ability.
     """
     try:
         yield
@@ -135,10 +141,11 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
 
 
 def _write_blocks_directly(descriptor: int, content: memoryview) -> memoryview:
-    """Write the whole blocks of a page-aligned content straight to the disk, and return what is left to write.
+    """Write whole blocks of page-aligned content straight to the disk; return the unwritten rest.
 
-    The copy into the page cache would take more of the processor than all the rest of a commit, and take it from the model
-    that runs beside. Where the file system cannot do without it, everything is left.
+    A copy into the page cache would take more processor time than all the rest of a commit, and
+    take it from the model that runs at the same time. If the file system allows no direct writes,
+    nothing is written.
     """
     import numpy as np
 
@@ -159,7 +166,7 @@ def _write_blocks_directly(descriptor: int, content: memoryview) -> memoryview:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, each entry on the disk before anything is put inside."""
+    """Make a folder and its parents; each entry is on the disk before anything is put inside."""
     if not folder.is_dir():
         make_folder(folder.parent)
         try:
@@ -178,10 +185,14 @@ def make_folder(folder: Path) -> None:
 
 
 def replace_file(temporary: Path, final: Path) -> None:
-    """Put a file in the place of another, if there is one.
+    """Rename a file over another, which need not exist.
+
+    Args:
+        temporary: the new file.
+        final: the name to take.
 
     Raises:
-        Damaged: a folder stands there.
+        Damaged: `final` is a folder.
     """
     try:
         os.replace(temporary, final)
@@ -208,17 +219,21 @@ def fsync_folder(folder: Path) -> None:
 
 
 def sync(descriptor: int, path: Path) -> None:
-    """Wait until the disk has what a descriptor leads to.
+    """Wait until the disk has a file or folder.
+
+    Args:
+        descriptor: of the open file or folder.
+        path: for the message.
 
     Raises:
-        Unsupported: the file system cannot say.
+        Unsupported: the file system has no fsync.
     """
     with relying_on("fsync", path):
         os.fsync(descriptor)
 
 
 def discard(path: Path) -> None:
-    """Remove what stands under a name, if anything: a file, a link, or a folder and all that it holds."""
+    """Remove a file, a link, or a folder with its content; do nothing if the name is free."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):
@@ -226,7 +241,12 @@ def discard(path: Path) -> None:
 
 
 def check_room(root: Path, wanted: int, what: str) -> int:
-    """Bytes free where the store is (or will be).
+    """Returns the bytes free on the disk where the store is (or will be).
+
+    Args:
+        root: the store.
+        wanted: bytes needed.
+        what: what needs them, for the message.
 
     Raises:
         NoRoom: fewer than `wanted` bytes are free.
@@ -243,14 +263,14 @@ def check_room(root: Path, wanted: int, what: str) -> int:
 
 
 def swap(temporary: Path, final: Path) -> None:
-    """Put a finished file in the place of the old one, durably."""
+    """Rename a finished file over the old one, durably."""
     fsync(temporary)
     replace_file(temporary, final)
     fsync_folder(final.parent)
 
 
 def put(path: Path, content: bytes) -> None:
-    """Put a file in the place of a damaged one, durably, whole or not at all."""
+    """Replace a damaged file, durably, whole or not at all."""
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""What this process may use of the machine it runs on, what to do where that is too little, and whether it is still itself."""
+"""What this process may use of its machine, what to do if that is too little, and forks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from actstore.errors import BadInput, LimitReached
 
 MAPS = Path("/proc/sys/vm/max_map_count")
-LEAST_MEMORY = 2_000_000_000  # bytes of addresses: with two cores 1.5e9 are too few, and each thread takes some
+LEAST_MEMORY = 2_000_000_000  # bytes of addresses: 1.5e9 are too few with two cores, and each thread takes more
 OUT_OF_MEMORY = re.compile(  # in the words of Python, DuckDB, Arrow, the C++ library and the dynamic linker
     r"out of memory|more memory|MemoryError|bad_alloc|bad allocation|could not allocate|malloc of size"
     r"|failed to map segment|can't start new thread|could not spawn threads",
@@ -25,12 +25,12 @@ LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what the system refuses w
 
 
 def n_processors() -> int:
-    """Processors that this process may run on, where the system says; else those that there are."""
+    """Number of processors that this process may run on, or else of those that exist."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def raise_descriptors() -> None:
-    """Let this process open as many files as its hard limit allows; only the process's owner should call it."""
+    """Let this process open as many files as its hard limit allows; for its owner to call."""
     import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -39,7 +39,7 @@ def raise_descriptors() -> None:
 
 
 def check_memory() -> None:
-    """Refuse to work where the libraries could not: for want of memory they end the process, and nothing is said.
+    """Refuse to work with too little memory, since the libraries would end the process silently.
 
     Raises:
         LimitReached: this process may map less than LEAST_MEMORY.
@@ -55,14 +55,15 @@ def check_memory() -> None:
 
 
 def limit_reached(error: BaseException, doing: str) -> LimitReached | None:
-    """The package's error where a limit of the system was reached, which is no damage to a store.
+    """The package's error if a limit of the system was reached, which is no damage to a store.
 
     Args:
-        error: an OSError, a MemoryError, or another library's error that quotes the system's words, as DuckDB's do.
+        error: an OSError, a MemoryError, or another library's error that quotes the system's words,
+            as DuckDB's do.
         doing: what could not be done, for the message: "cannot map s.act/…".
 
     Returns:
-        None where the error is of another kind.
+        A LimitReached; None if the error is of another kind.
     """
     reason = error.errno if isinstance(error, OSError) and error.errno else _quoted(error)
     return LimitReached(f"{doing}: {_advice(reason)}") if reason in LIMITS else None
@@ -70,10 +71,13 @@ def limit_reached(error: BaseException, doing: str) -> LimitReached | None:
 
 @contextmanager
 def within_limits(doing: str) -> Iterator[None]:
-    """Say what ran out where the system refuses an open file or memory.
+    """Turn a refused open file or refused memory into the package's error.
+
+    Args:
+        doing: what could not be done, for the message.
 
     Raises:
-        LimitReached: in place of such an error; see `limit_reached`.
+        LimitReached: see `limit_reached`.
     """
     try:
         yield
@@ -119,10 +123,10 @@ def _memory() -> str:
 
 
 def check_process(opened_in: int) -> None:
-    """Refuse to go on in a process that was forked from one that had opened a store.
+    """Refuse to continue in a process that was forked from one that had opened a store.
 
     Args:
-        opened_in: id of the process that opened it.
+        opened_in: id of the process that opened the store.
 
     Raises:
         BadInput: this is another process.
@@ -136,7 +140,10 @@ def check_process(opened_in: int) -> None:
 
 
 def finalize_here(owner: object, close: Callable[..., object], *args: Any) -> weakref.finalize[Any, Any]:
-    """As weakref.finalize, but in a process forked since then `close` is not called, and what it holds is never freed."""
+    """Call `close` when `owner` is freed, as weakref.finalize, but in this process only.
+
+    A process forked later never calls `close`, and never frees what `close` holds.
+    """
     return weakref.finalize(owner, _close_in, os.getpid(), close, args)
 
 
@@ -148,7 +155,7 @@ def _close_in(opened_in: int, close: Callable[..., object], args: tuple[Any, ...
 
 
 def _maps() -> tuple[int, int]:
-    """How many stretches of memory a process may map, and how many this one does; 0 where the system does not say."""
+    """Numbers of memory maps: (allowed per process, in use); 0 if the system does not say."""
     with suppress(OSError, ValueError):
         return int(MAPS.read_text()), Path("/proc/self/maps").read_bytes().count(b"\n")
     return 0, 0

@@ -1,4 +1,4 @@
-"""Regular files alone are opened in a store: a pipe in the place of a file would keep its reader waiting for ever."""
+"""Open regular files only: a pipe in the place of a file would keep its reader waiting for ever."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from actstore.errors import Damaged
 
-LONGEST = 16 << 20  # bytes of a JSON file of a store; a manifest has a few thousand, and a longer file is none
+LONGEST = 16 << 20  # most bytes of a store's JSON file; a manifest has a few thousand
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -26,14 +26,15 @@ NEVER_OPENS = (
 
 
 def open_regular(path: Path, dir_fd: int | None = None) -> int:
-    """A file's descriptor, for reading.
+    """Open a file for reading, and return its descriptor.
 
     Args:
-        path: of the file; relative to the folder of `dir_fd` where that is given.
+        path: the file; relative to the folder of `dir_fd` if given.
+        dir_fd: descriptor of a folder.
 
     Raises:
-        Damaged: something else stands there.
-        OSError: as os.open raises, FileNotFoundError where nothing stands there.
+        Damaged: the path is not a regular file.
+        OSError: see os.open; FileNotFoundError if the path does not exist.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)  # a pipe would wait
@@ -52,25 +53,29 @@ def open_regular(path: Path, dir_fd: int | None = None) -> int:
 
 
 def irregular(path: Path, mode: int) -> str:
-    """What is wrong with a path of the store under which no regular file stands.
+    """The message for a path of the store that is not a regular file.
 
     Args:
-        mode: as os.stat gives it.
+        path: the path.
+        mode: st_mode from os.stat.
     """
     kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
     return f"{path} is {kind}, where the store has a file: move it away, then see what `actstore verify` says"
 
 
 def check_regular(path: Path) -> None:
-    """Look whether a path can be handed to a library that opens it by its name; raises as open_regular."""
+    """Check a path before a library opens it by its name; raises as open_regular."""
     os.close(open_regular(path))
 
 
 def read_regular(path: Path, longest: int = LONGEST, dir_fd: int | None = None) -> bytes:
-    """The content of a file; raises as open_regular.
+    """Read a file; raises as open_regular.
 
     Args:
-        longest: bytes that it may have, so that no file fills the memory; a longer one is Damaged.
+        path: the file.
+        longest: most bytes that the file may have, so that none fills the memory; a longer file is
+            Damaged.
+        dir_fd: see open_regular.
     """
     with os.fdopen(open_regular(path, dir_fd), "rb") as file:
         size = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Small JSON files that carry a checksum of themselves, so that a flipped bit shows, and can be flipped back."""
+"""Small JSON files with a checksum of themselves, by which a flipped bit is found and mended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 CHECKSUM = "checksum"
-BEGINS, ENDS = b'{\n "', b'"\n}'  # of what `to_json` writes
+BEGINS, ENDS = b'{\n "', b'"\n}'  # how every file of `to_json` begins and ends
 MOST_READ = (
     1 << 27
 )  # bytes of all that is tried: of a file of 11 kB every bit, of a longer one the one place that is strange
@@ -22,12 +22,12 @@ def checksum(body: dict[str, Any]) -> str:
 
 
 def to_json(body: dict[str, Any]) -> bytes:
-    """A body, and its checksum behind it."""
+    """Write a body, followed by its checksum."""
     return json.dumps({**body, CHECKSUM: checksum(body)}, indent=1).encode()
 
 
 def is_whole(content: bytes) -> bool:
-    """Whether a file is as `to_json` wrote it, to the byte."""
+    """True if a file is, byte for byte, as `to_json` wrote it."""
     try:
         body = json.loads(content)
         claimed = body.pop(CHECKSUM)
@@ -37,10 +37,10 @@ def is_whole(content: bytes) -> bool:
 
 
 def flipped_back(content: bytes) -> bytes | None:
-    """The file that it was before one bit of it flipped; None where that is not what happened to it.
+    """The file before one of its bits flipped; None if that is not what happened to it.
 
-    Every bit is tried: a file of a few kB takes a second, and a wrong guess would have to match 128 bits. A file that would
-    take minutes is given up.
+    Every bit is tried: a file of a few kB takes a second, and a wrong guess would have to match 128
+    bits. A file that would take minutes is given up.
     """
     strange = [found.start() for found, _ in zip(NOT_WRITTEN.finditer(content), range(2), strict=False)]
     places = strange or range(len(content))

@@ -18,6 +18,8 @@ the class is called: the process of a query with limits, and DuckDB, hand an err
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import PurePath
 
 
@@ -28,6 +30,12 @@ def advised(*words: object) -> str:
     """
     typed = [f"./{word}" if isinstance(word, PurePath) and str(word).startswith("-") else str(word) for word in words]
     return f"`actstore {shlex.join(typed)}`"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint that a message gives for a misspelt name, `; did you mean 'x'?`; empty if none of those known is near."""
+    near = get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class ActstoreError(Exception):

@@ -1,1 +1,1 @@
-"""The journey from a tree to its activations: trees, tokens, models, activations, and the loop that stores them."""
+"""From a tree to its stored activations: trees, models, answers, and jobs that store them."""

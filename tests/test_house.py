@@ -33,7 +33,7 @@ MAY = {
     "ingest": "",
     "ingest.trees": "ingest.task arrays errors",
     "ingest.models": "ingest.trees arrays named storage errors",
-    "ingest.answers": "ingest.models ingest.trees errors",
+    "ingest.answers": "ingest.models ingest.trees arrays errors",
     "ingest.training": "ingest.answers ingest.models ingest.trees named storage intervals errors",
     "ingest.jobs": "ingest.task ingest.trees ingest.models ingest.answers writing arrays named commits storage errors",
     "ingest.replay": "named ingest.jobs ingest.answers ingest.models ingest.trees store writing catalog arrays commits errors",

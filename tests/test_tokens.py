@@ -13,13 +13,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from actstore.arrays.address import POSITIONS_PER_TREE
 from actstore.errors import BadInput
 from actstore.ingest.trees.draw import MAX_NODES, MIN_NODES, Trees, draw
 from actstore.ingest.trees.rows import edge_rows, tree_rows
 from actstore.ingest.trees.tokens import (
     COMMA,
     PAD,
-    POSITIONS_PER_TREE,
     ROLES,
     SYSTEMS,
     WORDS,

@@ -52,7 +52,7 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
 
         with progress("recompute", None, "runs") as advance:
             found = compare.compare(store, recompute, seed, advance)
-        output.write(difference.table(found))
+        output.write(difference.as_frame(found))
         difference.raise_if_apart(found, store)
 
 

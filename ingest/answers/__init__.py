@@ -1,1 +1,1 @@
-"""What a model answers, graded: paths of trees, and continuations."""
+"""The model's answers, graded: paths of trees, and free continuations."""

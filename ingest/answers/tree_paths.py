@@ -1,8 +1,8 @@
-"""What a model answers: its teacher-forced predictions of each step, its greedy answer, and how a wrong one fails.
+"""The model's answers: teacher-forced predictions, the greedy answer, and how a wrong answer fails.
 
-Greedy answers are as long as the path, as the notebook asks for them. Up to the first wrong step a greedy answer is the
-path itself, so its tokens are the teacher-forced predictions, and it is right just when they all are: only trees with a
-wrong step are run further.
+Greedy answers are as long as the path, as in the notebook. Before its first wrong step, a greedy
+answer equals the path, and its tokens equal the teacher-forced predictions. A greedy answer is
+right if and only if all predictions are right, so only trees with a wrong step are run again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from actstore.arrays.address import token_ids
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
 from actstore.ingest.trees.draw import NO_NODE, at_label
 from actstore.ingest.trees.rows import enum_series, null_where_no_node
 from actstore.ingest.trees.tokens import (
     PAD,
-    POSITIONS_PER_TREE,
     WORDS,
     decode,
     is_arrow,
@@ -36,16 +36,18 @@ FAILURES = ("wrong_child", "not_a_child", "not_a_step")
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answers on n_trees trees of n_nodes nodes; words are word numbers as in ingest/trees/tokens.py.
+    """Answers to n_trees trees of n_nodes nodes; words are numbers of ingest/trees/tokens.py.
 
     Attributes:
         target: uint8 [n_trees, n_nodes - 1], the word of each step of the path, then PAD.
-        predicted: uint8 [n_trees, n_nodes - 1], the most probable word after the right steps before it, then PAD.
+        predicted: uint8 [n_trees, n_nodes - 1], the likeliest word after the right steps so far,
+            then PAD.
         p_target: float32 [n_trees, n_nodes - 1], probability of the target, then NaN.
-        greedy: uint8 [n_trees, n_nodes - 1], labels the model steps to when it goes on from its own answers, then
-            NO_NODE. At most as many as the path has; a word that is no step ends them.
-        first_wrong_step: uint8 [n_trees], of the greedy answer; NO_NODE where it is right.
-        failure: uint8 [n_trees], index in FAILURES of what the first wrong step is; NO_NODE where it is right.
+        greedy: uint8 [n_trees, n_nodes - 1], labels of the greedy answer's steps, then NO_NODE. The
+            answer is at most as long as the path and ends before a word that is not a step.
+        first_wrong_step: uint8 [n_trees], of the greedy answer; NO_NODE for a right answer.
+        failure: uint8 [n_trees], index in FAILURES, kind of the first wrong step; NO_NODE for a
+            right answer.
     """
 
     target: np.ndarray
@@ -63,8 +65,8 @@ def answer(model: Model, words: np.ndarray, logits: Tensor) -> Answers:
     """Grade a batch of trees.
 
     Args:
-        words: uint8 [n_trees, 4n-1] word numbers, as `tokens.encode` writes them.
-        logits: float32 [n_trees, 4n-1, d_vocab], the model's, on its device.
+        words: uint8 [n_trees, 4n-1] word numbers, see `tokens.encode`.
+        logits: float32 [n_trees, 4n-1, d_vocab], on the model's device.
     """
     n_nodes = n_nodes_of(words)
     target = words[:, path_at(n_nodes) :]
@@ -73,17 +75,17 @@ def answer(model: Model, words: np.ndarray, logits: Tensor) -> Answers:
     wrong = predicted != target
     failed = np.flatnonzero(wrong.any(axis=1))
     first = wrong[failed].argmax(axis=1)
-    said = target.copy()
-    said[failed] = _greedy(model, words[failed], first, predicted[failed, first])
+    spoken = target.copy()
+    spoken[failed] = _greedy(model, words[failed], first, predicted[failed, first])
     first_wrong_step, failure = np.full((2, len(words)), NO_NODE, np.uint8)
     first_wrong_step[failed] = first
     failure[failed] = _failures(words[failed], first, predicted[failed, first])
-    greedy = np.where(is_arrow(said), word_label(said), NO_NODE).astype(np.uint8)
+    greedy = np.where(is_arrow(spoken), word_label(spoken), NO_NODE).astype(np.uint8)
     return Answers(target, predicted, p_target, greedy, first_wrong_step, failure)
 
 
 def _predictions(model: Model, target: np.ndarray, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest word at each step, uint8, and the probability of the right one, float32; both [n_trees, n - 1]."""
+    """Likeliest word per step, uint8, and p of the right word, float32: [n_trees, n - 1]."""
     vocabulary, past_end = model.config.vocabulary, target == PAD
     ids = torch.from_numpy(vocabulary.encode(target)).to(logits.device)
     p_target = torch.softmax(logits, dim=-1).gather(2, ids[:, :, None])[:, :, 0].cpu().numpy()
@@ -92,27 +94,32 @@ def _predictions(model: Model, target: np.ndarray, logits: Tensor) -> tuple[np.n
 
 
 def _greedy(model: Model, words: np.ndarray, first: np.ndarray, word: np.ndarray) -> np.ndarray:
-    """Greedy answers of the trees whose step `first`, intp [n_trees], came out as the wrong `word`, uint8 [n_trees].
+    """Greedy answers of trees with a wrong step.
+
+    Args:
+        first: intp [n_trees], the wrong step.
+        word: uint8 [n_trees], the wrong word.
 
     Returns:
-        uint8 [n_trees, n - 1] words: as many as the path has, or up to the first that is no step; then PAD.
+        uint8 [n_trees, n - 1] words, as long as the path or up to the first word that is not a
+        step; then PAD.
     """
     n_nodes = n_nodes_of(words)
     prompt, path = np.split(words, [path_at(n_nodes)], axis=1)
     depth = (path != PAD).sum(axis=1)
-    said = np.where(np.arange(n_nodes - 1) < first[:, None], path, PAD).astype(np.uint8)
+    spoken = np.where(np.arange(n_nodes - 1) < first[:, None], path, PAD).astype(np.uint8)
     going, step = np.arange(len(words)), first
     while len(going):
-        said[going, step] = word
+        spoken[going, step] = word
         on = is_arrow(word) & (step + 1 < depth[going])
         going, step = going[on], step[on] + 1
         if len(going):
-            word = _next_word(model, np.concatenate([prompt[going], said[going]], axis=1), root_at(n_nodes) + step)
-    return said
+            word = _next_word(model, np.concatenate([prompt[going], spoken[going]], axis=1), root_at(n_nodes) + step)
+    return spoken
 
 
 def _next_word(model: Model, words: np.ndarray, stood_on: np.ndarray) -> np.ndarray:
-    """The likeliest word behind position `stood_on`, intp [n_trees], of each row; uint8 [n_trees]."""
+    """uint8 [n_trees]: the likeliest word after position `stood_on`, intp [n_trees]."""
     vocabulary = model.config.vocabulary
     device = next(model.bridge.parameters()).device
     ids = torch.from_numpy(vocabulary.encode(words[:, : stood_on.max() + 1])).to(device)
@@ -121,26 +128,28 @@ def _next_word(model: Model, words: np.ndarray, stood_on: np.ndarray) -> np.ndar
 
 
 def _failures(words: np.ndarray, first: np.ndarray, word: np.ndarray) -> np.ndarray:
-    """What each wrong word at step `first` is: uint8 [n_trees] indices in FAILURES."""
+    """uint8 [n_trees]: index in FAILURES of each wrong word at step `first`."""
     if not len(words):
         return np.zeros(0, np.uint8)
     trees, rows = decode(words), np.arange(len(words))
     stood_on = np.concatenate([trees.root[:, None], trees.path], axis=1)[rows, first]
     parents = np.append(trees.parents(), np.full((len(words), 1), NO_NODE, np.uint8), axis=1)
-    label = np.minimum(word_label(word), parents.shape[1] - 1)  # what is no label has the column without a parent
+    label = np.minimum(
+        word_label(word), parents.shape[1] - 1
+    )  # a word without a label reads the last column, which has no parent
     a_child = at_label(parents, label[:, None])[:, 0] == stood_on
     kinds = np.where(a_child, FAILURES.index("wrong_child"), FAILURES.index("not_a_child"))
     return np.where(is_arrow(word), kinds, FAILURES.index("not_a_step")).astype(np.uint8)
 
 
 def concatenate(answers: Sequence[Answers]) -> Answers:
-    """The answers of several batches over trees of one size, in order."""
-    columns = [np.concatenate([getattr(some, field.name) for some in answers]) for field in fields(Answers)]
+    """Concatenate the answers of several batches over trees of one size."""
+    columns = [np.concatenate([getattr(batch, field.name) for batch in answers]) for field in fields(Answers)]
     return Answers(*columns)
 
 
 def prediction_rows(answers: Answers, run: str, first_tree_id: int) -> pl.DataFrame:
-    """The rows of the `predictions` table, one a step of each path, in (tree, step) order; columns as in schema.sql."""
+    """The rows of `predictions`, one per step of a path, by (tree, step), as in schema.sql."""
     tree, step = np.nonzero(answers.target != PAD)
     tree_id = first_tree_id + tree
     target, predicted = answers.target[tree, step], answers.predicted[tree, step]
@@ -148,7 +157,7 @@ def prediction_rows(answers: Answers, run: str, first_tree_id: int) -> pl.DataFr
     return pl.DataFrame(
         {
             "run": pl.repeat(run, len(tree), dtype=pl.String, eager=True),
-            "token_id": tree_id * POSITIONS_PER_TREE + root + step,
+            "token_id": token_ids(tree_id, root + step),
             "tree_id": tree_id.astype(np.int32),
             "step": step.astype(np.uint8),
             "target": enum_series(target, WORDS),
@@ -160,7 +169,7 @@ def prediction_rows(answers: Answers, run: str, first_tree_id: int) -> pl.DataFr
 
 
 def outcome_rows(answers: Answers, run: str, first_tree_id: int) -> pl.DataFrame:
-    """The rows of the `outcomes` table, one a tree, in order; columns as in schema.sql."""
+    """The rows of `outcomes`, one per tree, in tree order, as in schema.sql."""
     n_trees, n_steps = answers.greedy.shape
     lengths = (answers.greedy != NO_NODE).sum(axis=1).astype(np.uint8)
     greedy = pl.Series(answers.greedy, dtype=pl.Array(pl.UInt8, n_steps)).arr.to_list()

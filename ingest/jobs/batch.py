@@ -1,7 +1,8 @@
-"""One batch of a run: its trees drawn and written as words once, the model run over them, and the files that follow.
+"""One batch of a run: its trees, the model's answers to them, and the files of both.
 
-The files of a batch are a function of the run's definition and the batch's number alone. An ingest commits them, `repair`
-puts them in the place of damaged ones, and `verify --recompute` holds what is stored against the same forward pass.
+The files of a batch depend only on the run's definition and the batch's number. `ingest` commits
+the files, `repair` replaces damaged files by them, and `verify --recompute` compares the stored
+rows with the same forward pass.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from actstore.writing.writer import Content, batch_contents
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model made of one batch of trees, not yet encoded.
+    """One batch of trees and what the model computed from it, not yet encoded as files.
 
     Attributes:
         first_tree_id: tree_id of the batch's first tree.
-        originals: of a variant set: tree_id of the first tree of the whole set that it was made from.
+        originals: tree_id of the first tree of the set that a variant set was made from; else None.
         answers: the rows of `predictions` and `outcomes`, or of `generations`.
-        buffers: the activations; not to be filled again before `contents` was called.
+        buffers: the activations; fill them again only after a call of `contents`.
     """
 
     job: Ingest
@@ -40,7 +41,7 @@ class Batch:
         return len(self.drawn.trees)
 
     def contents(self) -> list[Content]:
-        """The files of the batch: rows of its trees, rows of its answers, a shard of each site."""
+        """Encode the batch as files: rows of its trees and its answers, one shard per site."""
         of_trees = self.drawn.rows(self.first_tree_id, str(self.job.plan.dataset["dataset"]), self.originals)
         arrays = {site: buffer.seal(self.drawn.lengths) for site, buffer in self.buffers.items()}
         return batch_contents(self.job.plan, self.number, of_trees, self.answers, arrays)
@@ -59,8 +60,8 @@ def run_batch(
     Args:
         first_tree_id: tree_id of the first tree of the whole set.
         originals: see Batch.
-        buffers: what to fill; new ones by default.
-        advance: called with the trees of the set that are done so far.
+        buffers: receive the activations; default: new buffers.
+        advance: called with the number of trees of the set done so far.
     """
     start, stop = job.bounds(number)
     drawn = job.trees.drawn(start, stop)
@@ -70,7 +71,7 @@ def run_batch(
 
 
 def files(job: Ingest, number: int, first_tree_id: int, originals: int | None = None) -> dict[str, bytes]:
-    """The files of one batch, by path in the store.
+    """Compute the files of one batch: path in the store → bytes.
 
     Args:
         first_tree_id, originals: see run_batch.

@@ -1,4 +1,4 @@
-"""What `actstore ingest` was asked for: one model over one set of trees, at the sites that are wanted."""
+"""The job of `actstore ingest`: one model over one set of trees, at chosen sites."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import polars as pl
 
 from actstore.arrays.layout import Layout
 from actstore.arrays.pack import ShardBuffer
-from actstore.errors import BadInput, NotStored
-from actstore.ingest.models.config import ModelConfig, nearest, there_are
+from actstore.errors import BadInput, NotStored, nearest
+from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
 from actstore.ingest.models.sites import SiteSpec, site_specs
@@ -33,23 +33,24 @@ if TYPE_CHECKING:
 
 PROMPTS = ("task", "tree")
 MOST_SAMPLES = 255  # a sample's number is a byte
-DREAMS = "dreams"  # what a run of continuations is named by
-CATALOG_BYTES = 4_000_000  # of a small one: DuckDB gives every column blocks of its own
-BYTES_PER_TOKEN_ROW = 20  # in parts and catalog, tree, edge and answer rows counted in; rounded up from a real store
-Buffers = Mapping[str, ShardBuffer]  # of each site, by its TransformerLens name
+DREAMS = "dreams"  # ends the default name of a run of continuations
+CATALOG_BYTES = 4_000_000  # of a small catalog: DuckDB gives every column its own blocks
+BYTES_PER_TOKEN_ROW = 20  # in parts and catalog, with tree, edge and answer rows; rounded up from a real store
+Buffers = Mapping[str, ShardBuffer]  # TransformerLens name of a site → its activations
 
 
 @dataclass
 class Ingest:
-    """One run to be stored: one model over one set of trees, at the sites asked for.
+    """A run to store: one model over one set of trees, at chosen sites.
 
     Attributes:
-        sites: as in `site_specs`; an empty list for none, the answers alone.
-        batch_size: trees a forward pass; 64 to 128 are the quickest on a CPU.
-        prompt: what the model is given: `task`, or `tree`, the edges alone, from which it goes on by itself.
-        samples: of `tree`: continuations that are drawn beside the greedy one.
+        sites: see `site_specs`; an empty list stores the answers alone.
+        batch_size: trees per forward pass; 64 to 128 are the quickest on a CPU.
+        prompt: the model's input: `task`, or `tree`, the edges alone, which the model continues
+            freely.
+        samples: for prompt `tree`: number of sampled continuations, in addition to the greedy one.
         wait: seconds to wait for another process that writes to the store.
-        publish_every: seconds between new catalogs for the readers, while batches are committed.
+        publish_every: seconds between new catalogs for readers, while batches are committed.
     """
 
     store: Path
@@ -89,12 +90,12 @@ class Ingest:
         return -(-self.trees.n_trees // int(self.plan.dataset["trees_per_shard"]))
 
     def bounds(self, batch: int) -> tuple[int, int]:
-        """Numbers in the set of a batch's first tree, and of the one after its last."""
+        """Indices in the set of a batch's first tree and of the tree after its last."""
         per_shard = int(self.plan.dataset["trees_per_shard"])
         return batch * per_shard, min((batch + 1) * per_shard, self.trees.n_trees)
 
     def left(self) -> list[int]:
-        """The batches that are not committed yet, by what the store says now."""
+        """Numbers of the batches that the store does not hold yet; reads the store."""
         try:
             done = committed_batches(self.store, self.plan.run)
         except NotStored:
@@ -104,28 +105,28 @@ class Ingest:
     @cached_property
     def n_tokens(self) -> int:
         """Token rows of the whole set, estimated from its first 1,000 trees."""
-        some = self.trees.drawn(0, min(1000, self.trees.n_trees))
-        return round(self.trees.n_trees * float(some.lengths.mean()))
+        first = self.trees.drawn(0, min(1000, self.trees.n_trees))
+        return round(self.trees.n_trees * float(first.lengths.mean()))
 
     def bytes_of(self, n_batches: int) -> int:
-        """Bytes that so many batches take."""
+        """Estimated bytes of n batches."""
         shards = sum(site.layout.shard_bytes for site in self.plan.sites)
         a_batch = shards + self.n_tokens * BYTES_PER_TOKEN_ROW // self.n_batches
         return n_batches * a_batch + (CATALOG_BYTES if n_batches else 0)
 
     def bytes_left(self) -> int:
-        """Bytes still to be written."""
+        """Estimated bytes of the batches that are not stored yet."""
         return self.bytes_of(len(self.left()))
 
     def kept(self) -> str:
-        """What a stop has kept by now, and what the same command does then, in words."""
+        """One sentence: what a stop keeps now, and what the same command does after it."""
         done = self.n_batches - len(self.left())
         if not done:
             return "nothing was committed yet, and the same command begins anew"
         return f"{done} of {self.n_batches} batches are committed, and the same command goes on from there"
 
     def announcement(self) -> str:
-        """What it will cost, said before it is paid."""
+        """One sentence: what the job will cost in trees, tokens, sites and bytes."""
         free = check_room(self.store, 0, "")
         left = len(self.left())
         done = self.n_batches - left
@@ -142,8 +143,8 @@ class Ingest:
 
         Args:
             first_tree_id: tree_id of the batch's first tree.
-            into: filled with the activations.
-            advance: called with the trees of the set that are done so far.
+            into: receives the activations.
+            advance: called with the number of trees of the set done so far.
 
         Returns:
             The rows of `predictions` and `outcomes`, or of `generations`.
@@ -159,14 +160,14 @@ class Ingest:
 
         ids = torch.from_numpy(self.model.config.vocabulary.encode(drawn.words)).to(self.device)
         answers = []
-        for some in self._passes(len(ids)):
+        for rows in self._passes(len(ids)):
 
-            def take(spec: SiteSpec, activations: torch.Tensor, at: int = some.start) -> None:
+            def take(spec: SiteSpec, activations: torch.Tensor, at: int = rows.start) -> None:
                 into[spec.name].put(at, activations)
 
-            logits = forward(self.model, ids[some], self.specs, take)
-            answers.append(tree_paths.answer(self.model, drawn.words[some], logits))
-            advance(drawn.start + some.stop)
+            logits = forward(self.model, ids[rows], self.specs, take)
+            answers.append(tree_paths.answer(self.model, drawn.words[rows], logits))
+            advance(drawn.start + rows.stop)
         graded = tree_paths.concatenate(answers)
         return {
             "predictions": tree_paths.prediction_rows(graded, self.plan.run, first_tree_id),
@@ -179,15 +180,15 @@ class Ingest:
         from actstore.ingest.answers import continuations
 
         assert self.generator is not None
-        said = []
-        for some in self._passes(len(drawn.words)):
-            said.append(self.generator.go_on(drawn.words[some], drawn.start + some.start))
-            advance(drawn.start + some.stop)
-        rows = continuations.generation_rows(continuations.concatenate(said), self.plan.run, first_tree_id)
-        return {"generations": rows}
+        generated = []
+        for rows in self._passes(len(drawn.words)):
+            generated.append(self.generator.go_on(drawn.words[rows], drawn.start + rows.start))
+            advance(drawn.start + rows.stop)
+        whole = continuations.concatenate(generated)
+        return {"generations": continuations.generation_rows(whole, self.plan.run, first_tree_id)}
 
     def _passes(self, n_trees: int) -> list[slice]:
-        """The trees of each forward pass over a batch."""
+        """The rows of a batch in each forward pass."""
         starts = range(0, n_trees, self.batch_size)
         return [slice(start, min(start + self.batch_size, n_trees)) for start in starts]
 
@@ -201,19 +202,19 @@ def draft(
     prompt: str,
     samples: int | None,
 ) -> tuple[RunPlan, list[SiteSpec]]:
-    """What a run will store, as far as it is known before the model is there: a plan without its model, and its sites.
+    """The plan of a run, without its model, and the run's sites; needs no weights.
 
     Args:
         model, config: the model's name and shape.
-        run, sites, prompt, samples: as of Ingest.
+        run, sites, prompt, samples: see Ingest.
 
     Raises:
-        BadInput: an argument that means nothing, or a model that cannot take these trees.
+        BadInput: an argument has no meaning, or the model cannot take these trees.
     """
     dataset = trees.row()
     if prompt not in PROMPTS:
         raise BadInput(f"got --prompt {prompt!r}{nearest(prompt, PROMPTS)}; {there_are(PROMPTS)}")
-    if prompt == "tree":  # whose activations are those of the whole task, up to the bar
+    if prompt == "tree":  # up to the bar its activations would equal those of the whole task
         sites, samples = [], 1 if samples is None else samples
         if not 0 <= samples <= MOST_SAMPLES:
             raise BadInput(f"got {samples} samples; there are 0 to {MOST_SAMPLES} (--samples)")
@@ -276,5 +277,5 @@ def model_row(model: Model) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | int]:
-    """What a run is made with here, as its row of `runs` says it."""
+    """Versions of the packages that a run depends on, for its row of `runs`."""
     return {name: version(name) for name in ("actstore", "torch", "transformer_lens")}

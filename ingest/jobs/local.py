@@ -1,6 +1,7 @@
-"""A run stored by this process: while the model runs over one batch of trees, a thread encodes and commits the one before.
+"""Store a run in this process, with one thread that commits while the model runs.
 
-So storing hides behind the forward pass. Memory is two batches of the wanted sites, however many trees there are.
+While the model runs over one batch, the thread encodes and commits the batch before. Memory holds
+two batches of the chosen sites, for any number of trees.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from actstore.writing.writer import Writer, open_writer
 
 
 def execute(job: Ingest, advance: Callable[[int], None] = lambda trees: None) -> None:
-    """Store what is not stored yet of a run.
+    """Store the batches of a run that are not stored yet.
 
     Args:
-        advance: called with the trees done so far.
+        advance: called with the number of trees done so far.
 
     Raises:
-        NoRoom: the disk has less free than what is left to write; nothing was touched.
-        BadInput: the run's name is taken by other weights, trees or sites.
+        NoRoom: the disk has less free space than the run needs; nothing was written.
+        BadInput: another run with this name has other weights, trees or sites.
         Busy: another process writes to the store.
-        KeyboardInterrupt: Ctrl-C; the batches that were finished are committed and published.
+        KeyboardInterrupt: after Ctrl-C; finished batches are committed and published.
     """
     check_room(job.store, job.bytes_left(), f"run {job.plan.run!r}")
     with open_writer(job.store, make=True, wait=job.wait) as writer:
@@ -51,7 +52,7 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda trees: None) ->
 
 
 def _originals(job: Ingest, writer: Writer) -> int | None:
-    """tree_id of the first tree that a variant set was made from; None for a drawn set."""
+    """tree_id of the first tree of the set that a variant was made from; None for a drawn set."""
     if not job.trees.variant_of:
         return None
     known = {row["dataset"]: row["first_tree_id"] for row in writer.table("datasets").to_dicts()}

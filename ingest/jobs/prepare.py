@@ -38,21 +38,23 @@ def prepare(
     wait: float = 0.0,
     model_of: str | None = None,
 ) -> Ingest:
-    """Turn what `actstore ingest` was given into a run to be stored; nothing is written yet.
+    """Turn the arguments of `actstore ingest` into a job; nothing is written.
 
     Args:
-        trees, distribution, depths, nodes, seed: what is not given comes from the stored set of that name (`dataset`),
-            else 10,000 trees of seed 0 from the model's own distribution, with as many nodes as it has labels.
+        trees, distribution, depths, nodes, seed: default: those of the stored set `dataset`, else
+            10,000 trees of seed 0 from the model's own distribution, with as many nodes as the
+            model has labels.
         depths: goal depths of `deep` trees, `1-15` or `3,5,7`.
-        sites: names with commas between, as in `site_specs`, or `none`.
-        checkpoint: a step of the model's training, as in `models.load`.
-        variant: one of variants.CHANGES, made from the stored set `dataset`.
-        prompt, samples, wait: as of Ingest.
-        model_of: in place of `model`: the model of this stored run, by the weights that the store keeps.
+        sites: names separated by commas, see `site_specs`, or `none`.
+        checkpoint: a step of the model's training, see `models.load`.
+        variant: one of variants.CHANGES; changes the stored set `dataset`.
+        prompt, samples, wait: see Ingest.
+        model_of: takes the model of this stored run, with the store's own weights; instead of
+            `model`.
 
     Raises:
-        BadInput: an argument that means nothing, or a model that cannot take these trees.
-        NotStored: no such model or checkpoint.
+        BadInput: an argument has no meaning, or the model cannot take these trees.
+        NotStored: there is no such model or checkpoint.
     """
     check_batch_size(batch_size)
     for option, name in (("--run", run), ("--dataset", dataset)):
@@ -122,10 +124,10 @@ def _parse_sites(text: str | None) -> list[str] | None:
 
 
 def _variant(store: Path, original: TreeSet, change: str, is_stored: bool) -> TreeSet:
-    """The set that a stored one is changed into.
+    """The variant of a stored set.
 
     Raises:
-        BadInput: the set is not stored, is itself a variant, or there is no such change.
+        BadInput: the set is not stored or is itself a variant, or the change is unknown.
     """
     if not is_stored or original.name is None:
         named = f"no set {original.name!r} is stored" if original.name else "no set was named"

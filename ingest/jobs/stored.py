@@ -1,4 +1,4 @@
-"""The model of a stored run, by the weights that the store keeps."""
+"""The model of a stored run, built from the weights that the store keeps."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import Any
 
 from actstore.commits.format import WEIGHTS, check_format
 from actstore.commits.log import manifests as read_all
-from actstore.errors import ActstoreError, Damaged, NotStored
+from actstore.errors import ActstoreError, Damaged, NotStored, nearest
 from actstore.ingest.models import load
-from actstore.ingest.models.config import ModelConfig, nearest, there_are
+from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.load import Model
 from actstore.named import available
 from actstore.writing import parts as writing_parts
 
 
 def model_of(root: Path, run: str, device: str = "cpu") -> Model:
-    """The model of a stored run.
+    """Load the model of a stored run.
 
     Raises:
-        NotStored: no such run, or no store.
-        BadInput: no such device.
-        Damaged: its weights are not there, or not those it ran, and no model that can be named has them either.
+        NotStored: there is no such run, or no store.
+        BadInput: there is no such device.
+        Damaged: the run's weights are missing or changed, and no named model has the same weights.
     """
     load.check_device(device)
     return model_of_row(root, _model_row(root, run), device)
 
 
 def shape_of(root: Path, run: str) -> tuple[str, ModelConfig]:
-    """The name and the configuration of the model of a stored run; quick, since its weights are not read.
+    """The name and configuration of a stored run's model; its weights are not read.
 
     Raises:
-        NotStored: no such run, or no store.
+        NotStored: there is no such run, or no store.
     """
     row = _model_row(root, run)
     return row["model"], _config(row)
@@ -66,7 +66,7 @@ def row_where(rows: list[dict[str, Any]], column: str, wanted: object, table: st
 
 
 def model_of_row(root: Path, row: dict[str, Any], device: str) -> Model:
-    """A model out of the store's own weights, else out of a named model, or a checkpoint of one, that has the same."""
+    """Load a model from the store's weights, else from a named model with the same hash."""
     wanted, name = row["weights_sha256"], row["model"]
     import torch
 

@@ -1,17 +1,16 @@
-"""A model's configuration: the notebook's YAML keys, checked, and the shape of the model that they name."""
+"""A model's configuration: the notebook's YAML keys, and the model's shape that follows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from reprlib import repr as brief  # a YAML's aliases make a few lines into gigabytes
 from typing import Any
 
 import yaml
 
-from actstore.errors import BadInput
+from actstore.errors import BadInput, nearest
 from actstore.ingest.trees.tokens import Vocabulary
 
 LONGEST = 100_000  # characters of a configuration; those of trained models have 1,000
@@ -35,7 +34,8 @@ class ModelConfig:
     Attributes:
         system: `reproduction` or `baseline`, which decides the vocabulary.
         n_nodes: labels of the vocabulary, 2 to 64.
-        n_ctx: positions with an embedding; 0 becomes the system's own, 4n+4 (`reproduction`) or 4n+1 (`baseline`).
+        n_ctx: positions with an embedding; 0 is replaced by 4n+4 (`reproduction`) or 4n+1
+            (`baseline`).
 
     Raises:
         BadInput: no such model can be built.
@@ -78,15 +78,15 @@ class ModelConfig:
     def from_mapping(cls, mapping: Mapping[str, Any], source: str) -> ModelConfig:
         """Read the model's part of a configuration in the notebook's keys.
 
-        What the notebook leaves out is what a HookedTransformerConfig would make of it: `n_heads` is d_model // d_head
-        and `d_mlp` 4 * d_model; `system` is `reproduction`.
+        Missing keys get the defaults of a HookedTransformerConfig: `n_heads` is d_model // d_head,
+        `d_mlp` is 4 * d_model. `system` is `reproduction` by default.
 
         Args:
-            mapping: nested as in the YAML; training's keys may be there or not.
-            source: where it came from, for the message.
+            mapping: nested as in the YAML; training's keys are optional.
+            source: name of the file, for error messages.
 
         Raises:
-            BadInput: a key is missing or unknown, or its value makes no model.
+            BadInput: a key is missing or unknown, or has an invalid value.
         """
         _check_keys(mapping, "", source)
         model = mapping["model"]
@@ -107,7 +107,7 @@ class ModelConfig:
         return cls.from_mapping(parse_yaml(read_text(path), str(path)), str(path))
 
     def to_mapping(self) -> dict[str, Any]:
-        """The configuration as plain data, for JSON or YAML; `from_mapping` reads it back."""
+        """The configuration as plain data for JSON or YAML; the inverse of `from_mapping`."""
         sizes = {name: getattr(self, name) for name in MODEL_FIELDS}
         return {"system": self.system, "n_nodes": self.n_nodes, "model": sizes}
 
@@ -127,11 +127,6 @@ def _check_keys(mapping: object, section: str, source: str) -> None:
             raise BadInput(f"{source}: key {f'{prefix}{key}'!r} is missing; it needs {', '.join(NEEDED_KEYS[section])}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def there_are(known: Iterable[str]) -> str:
     return f"there are {', '.join(known) or 'none'}"
 
@@ -140,7 +135,7 @@ def read_text(path: str | Path) -> str:
     """The text of a configuration file.
 
     Raises:
-        BadInput: there is no such file, or it is no text, or longer than LONGEST.
+        BadInput: the file is missing, is not UTF-8 text, or is longer than LONGEST.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -153,15 +148,15 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds.
+    """Parse the mapping of a YAML text.
 
     Raises:
-        BadInput: it is no YAML, or no mapping.
+        BadInput: the text is not YAML, or not a mapping with the keys of a configuration.
     """
     try:
         mapping = yaml.safe_load(text)
-    except Exception as error:  # PyYAML stumbles over values that are none of their tag's, and over many levels
-        said = "too many levels" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise BadInput(f"{source}: no YAML: {said or type(error).__name__}") from None
+    except Exception as error:  # PyYAML fails in many ways: values that do not fit their tag, deep nesting
+        cause = "too many levels" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise BadInput(f"{source}: no YAML: {cause or type(error).__name__}") from None
     _check_keys(mapping, "", source)
     return mapping

@@ -11,18 +11,18 @@ from actstore.ingest.models.equations import ACTIVATIONS, LN_EPS
 
 
 class Cache:
-    """Keys and values of what a batch of sequences, all of one length, has said so far."""
+    """Keys and values of a batch of sequences of one length, extended token by token."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
         self.config, self.weights, self.n_pos = config, weights, 0
-        self._held: list[tuple[Tensor, Tensor]] = []  # of each layer, float32 [sequence, head, pos, d_head]
+        self._held: list[tuple[Tensor, Tensor]] = []  # per layer, float32 [sequence, head, pos, d_head]
 
     def repeat(self, times: int) -> None:
-        """Every sequence from here on that often, one beside the other."""
+        """Repeat every sequence `times` times, with copies adjacent."""
         self._held = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self._held]
 
     def extend(self, ids: Tensor) -> Tensor:
-        """Say tokens, int64 [sequence, n_new], and return the logits behind the last: float32 [sequence, d_vocab]."""
+        """Append ids, int64 [sequence, n_new]; return last logits, float32 [sequence, d_vocab]."""
         w, n_new = self.weights, ids.shape[1]
         resid = w["embed.W_E"][ids] + w["pos_embed.W_pos"][self.n_pos : self.n_pos + n_new]
         mask = torch.ones(n_new, self.n_pos + n_new, dtype=torch.bool, device=ids.device).tril(self.n_pos)
@@ -36,7 +36,7 @@ class Cache:
         return _norm(w, "ln_final", resid[:, -1]) @ w["unembed.W_U"] + w["unembed.b_U"]
 
     def _attend(self, layer: int, x: Tensor, mask: Tensor) -> Tensor:
-        """What one layer's heads write for new tokens, float32 [sequence, n_new, d_model]; keeps their keys and values."""
+        """Cache keys and values; return one layer's output, float32 [sequence, n_new, d_model]."""
         w, block = self.weights, f"blocks.{layer}.attn."
         q, k, v = (
             torch.einsum("spd,hde->shpe", x, w[block + f"W_{name}"]) + w[block + f"b_{name}"][:, None] for name in "QKV"

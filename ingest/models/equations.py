@@ -24,15 +24,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Packed:
-    """Some trees with all their goals, and what is to be predicted.
+    """Packed trees with all their goals, and the tokens to predict.
 
     Attributes:
         ids: int64 [tree, pos] token ids.
-        position: int64 [tree, pos] position of each token in its own prompt, which restarts with every goal.
+        position: int64 [tree, pos] position of each token in its own prompt; restarts with every
+            goal.
         segment: int64 [tree, pos] 0 on the edge list, 1, 2, … on the suffixes, -1 on padding.
-        at: int64 [n_targets] where a token is predicted: an index into the flattened [tree * pos].
-        target: int64 [n_targets] the token id predicted there.
-        goal: int64 [n_targets] which of the n_goals a prediction belongs to.
+        at: int64 [n_targets] index into the flattened [tree * pos] of each predicting position.
+        target: int64 [n_targets] the token id to predict there.
+        goal: int64 [n_targets] index among the n_goals of the goal of each prediction.
         depth: int64 [n_goals] depth of each goal, edges from the root.
     """
 
@@ -49,13 +50,12 @@ class Packed:
 
 
 def forward(params: dict[str, Tensor], config: ModelConfig, batch: Packed, dtype: torch.dtype) -> Tensor:
-    """The forward pass at the positions that predict something.
+    """Run the forward pass, with logits at the predicting positions only.
 
     Args:
         params: float32, in HookedTransformer names.
-        config: the model's shape.
-        batch: packed trees.
-        dtype: of the matrix products; the residual stream stays float32.
+
+        dtype: dtype of the matrix products; the residual stream stays float32.
 
     Returns:
         float32 [n_targets, d_vocab].
@@ -70,7 +70,7 @@ def forward(params: dict[str, Tensor], config: ModelConfig, batch: Packed, dtype
 
 
 def _hidden(batch: Packed) -> Tensor:
-    """float [tree, query, key]: 0 where a key is seen, -inf where it is later, or in another goal's suffix."""
+    """float [tree, query, key]: 0 for a visible key; -inf for a later key or another suffix."""
     n_pos = batch.ids.shape[1]
     segment = batch.segment
     seen = (segment[:, None, :] == EDGE_LIST) | (segment[:, None, :] == segment[:, :, None])
@@ -81,7 +81,7 @@ def _hidden(batch: Packed) -> Tensor:
 def _block(
     w: dict[str, Tensor], prefix: str, config: ModelConfig, resid: Tensor, bias: Tensor, at: Tensor | None
 ) -> Tensor:
-    """One layer; with `at`, what follows the attention is computed at those positions alone, and is [n_targets, d_model]."""
+    """One layer; with `at`, the output covers those positions only, [n_targets, d_model]."""
     dtype = bias.dtype
     mixed = _attend(w, prefix + "attn.", config, _norm(w, prefix + "ln1", resid, dtype), bias)
     if at is not None:
@@ -94,7 +94,7 @@ def _block(
 
 
 def _attend(w: dict[str, Tensor], prefix: str, config: ModelConfig, x: Tensor, bias: Tensor) -> Tensor:
-    """Mix the values that each query attends to: [tree, pos, head * d_head], before W_O."""
+    """The mixed values of each query before W_O, [tree, pos, head * d_head]."""
     n_trees, n_pos, _ = x.shape
     n_heads, d_head = config.n_heads, config.d_head
     weight = torch.cat([w[prefix + f"W_{name}"].transpose(1, 2).flatten(0, 1) for name in "QKV"])

@@ -1,4 +1,4 @@
-"""A forward pass that hands over the activations of the sites that are wanted."""
+"""A forward pass that hands over the activations of chosen sites."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def forward(
     sites: Sequence[SiteSpec],
     take: Callable[[SiteSpec, Tensor], None],
 ) -> Float32[Tensor, "tree pos d_vocab"]:  # noqa: F722
-    """Run the model once, with hooks on the wanted sites only.
+    """Run the model once, with hooks on the chosen sites only.
 
     Args:
         ids: token ids, on the model's device; no more positions than its n_ctx.
-        take: called with each site and its activations, float32 [tree, pos, d_model] or, for a pattern,
-            [tree, head, query, key], while the network computes on; it must copy what it keeps, and not change it.
+        take: called during the pass with each site and its activations, float32 [tree, pos,
+            d_model] or, for a pattern, [tree, head, query, key]. `take` must copy what it keeps and
+            must not change its input.
 
     Returns:
         The logits.

@@ -1,4 +1,4 @@
-"""Model name, configuration and checkpoint → a TransformerBridge in eval mode, and the hash of its weights."""
+"""Model name, configuration and checkpoint → a TransformerBridge and the hash of its weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from actstore.errors import BadInput, NotStored
-from actstore.ingest.models.config import MODEL_FIELDS, ModelConfig, nearest, parse_yaml, read_text, there_are
-from actstore.ingest.models.weights import SUFFIXES, canonical, checked, parse, read_state, replace, save, state
+from actstore.errors import BadInput, NotStored, nearest
+from actstore.ingest.models.config import MODEL_FIELDS, ModelConfig, parse_yaml, read_text, there_are
+from actstore.ingest.models.weights import SUFFIXES, canonical, check_weights, parse, read_state, replace, save, state
 from actstore.ingest.trees.tokens import SYSTEMS
 from actstore.named import SHIPPED, available, by_name, own_folder, place
 
@@ -38,14 +38,14 @@ __all__ = [
 
 @dataclass
 class Model:
-    """A model to run, and what it is.
+    """A model to run, with its configuration and weights.
 
     Attributes:
-        name: what the user calls it, by default also the name of its run.
+        name: the user's name for the model; also the default name of its run.
         bridge: in eval mode, without gradients, float32.
         weights: the canonical safetensors file.
         weights_sha256: sha256 of `weights`, hexadecimal.
-        source: name of the file that the weights came from.
+        source: name of the file that held the weights.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Model:
 
 
 def build(config: ModelConfig, seed: int) -> TransformerBridge:
-    """A freshly initialised model in train mode, on the CPU; the same seed gives the same weights."""
+    """Initialise a model in train mode, on the CPU; one seed gives one set of weights."""
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -75,17 +75,17 @@ def build(config: ModelConfig, seed: int) -> TransformerBridge:
 
 
 def from_bytes(weights: bytes, config: ModelConfig, name: str, source: str, device: str = "cpu") -> Model:
-    """A model from the bytes of a safetensors file.
+    """Build a model from the bytes of a safetensors file.
 
     Raises:
-        BadInput: the bytes are no safetensors file, or its tensors are not those of the configuration.
+        BadInput: the bytes are not a safetensors file, or the tensors do not fit the configuration.
     """
     return _assemble(parse(weights, source), config, name, source, device)
 
 
 def _assemble(found: Mapping[str, Tensor], config: ModelConfig, name: str, source: str, device: str) -> Model:
     check_device(device)
-    held = checked(found, config, source)
+    held = check_weights(found, config, source)
     from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint  # takes seconds
 
     bridge = build(config, seed=0)
@@ -96,15 +96,15 @@ def _assemble(found: Mapping[str, Tensor], config: ModelConfig, name: str, sourc
 
 
 def as_text(name: str) -> str:
-    """A file's name as a table holds it: bytes that are not UTF-8 are written out."""
+    """A file's name as UTF-8 text, with other bytes as `\\udc…` escapes."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that there is not; torch is asked only about `cuda`.
+    """Refuse a device that does not exist; torch is imported only for `cuda`.
 
     Raises:
-        BadInput: says which will do.
+        BadInput: names the devices that exist.
     """
     asked = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
     if not asked:
@@ -120,12 +120,12 @@ def check_device(device: str) -> None:
 
 
 def listing() -> pl.DataFrame:
-    """A row for each model that can be named, and where it is; nothing but its YAML and its file's bytes are looked at.
+    """List the models that can be named, one row per model; reads only YAML and bytes of files.
 
     Returns:
-        model, system, n_nodes, n_layers, n_heads, d_model, n_ctx (null where the YAML is missing or wrong: `load` says how),
-        checkpoints (the steps of its training), weights (the first 12 digits of the file's sha256, as `Store.info` says them of a
-        run) and file.
+        model, system, n_nodes, n_layers, n_heads, d_model, n_ctx (null where the YAML is missing or
+        invalid; `load` raises the reason), checkpoints (steps of its training), weights (first 12
+        digits of the file's sha256, as in `Store.info`) and file.
     """
     found = [(name, _config_or_none(path.with_suffix(".yaml")), path) for name, path in by_name().items()]
     sizes = dict.fromkeys(("n_nodes", "n_layers", "n_heads", "d_model", "n_ctx"), pl.Int64)
@@ -155,18 +155,19 @@ def _config_or_none(path: Path) -> ModelConfig | None:
 
 
 def load(model: str, config: str | None = None, device: str = "cpu", checkpoint: int | None = None) -> Model:
-    """A model by its name, or by the path of a checkpoint.
+    """Load a model by its name, or by the path of a checkpoint.
 
     Args:
-        model: a name out of `available`, or a path to .safetensors or .pt.
-        config: the YAML; by default the file beside the weights, of the same name.
+        model: a name from `available`, or a path to .safetensors or .pt.
+        config: path of the YAML; default: the file of the same name beside the weights.
         device: `cpu` or `cuda`.
-        checkpoint: a step of its training whose weights were kept, instead of the trained ones; the model is then
-            called NAME-stepSTEP.
+        checkpoint: a kept step of the training, instead of the trained weights; the model's name is
+            then NAME-stepSTEP.
 
     Raises:
-        NotStored: no model of that name, or no such checkpoint of it.
-        BadInput: no configuration, a checkpoint that is not what it says, or no such device.
+        NotStored: there is no such model, or no such checkpoint of the model.
+        BadInput: the configuration is missing, the checkpoint does not fit, or there is no such
+            device.
     """
     found = find(model, config, checkpoint)
     check_device(device)
@@ -175,12 +176,12 @@ def load(model: str, config: str | None = None, device: str = "cpu", checkpoint:
 
 @dataclass(frozen=True)
 class Found:
-    """A model that was asked for, before its weights are read.
+    """A model whose files were found, before its weights are read.
 
     Attributes:
-        name: of the model, and by default of its run.
-        weights: .safetensors or .pt.
-        yaml: its configuration, as a file.
+        name: name of the model, and default name of its run.
+        weights: path of the .safetensors or .pt.
+        yaml: path of the configuration.
     """
 
     name: str
@@ -190,28 +191,28 @@ class Found:
 
 
 def find(model: str, config: str | None = None, checkpoint: int | None = None) -> Found:
-    """Look for a model by what `load` is given, without reading its weights: quick, so that a mistake is told at once.
+    """Find a model by the arguments of `load`, without reading its weights.
 
     Raises:
-        NotStored: no model of that name, or no such checkpoint of it.
-        BadInput: no configuration.
+        NotStored: there is no such model, or no such checkpoint of the model.
+        BadInput: the configuration is missing.
     """
     path, yaml = locate(model, config)
     parsed, name = ModelConfig.from_yaml(yaml), as_text(path.stem)
     if checkpoint is not None:
         return Found(f"{name}-step{checkpoint}", parsed, _kept(path, checkpoint), yaml)
-    if not path.is_file():  # a training that goes on
+    if not path.is_file():  # its training has not ended
         steps = ", ".join(map(str, checkpoints(path)))
         raise BadInput(f"no checkpoint {path} yet; its training has kept the steps {steps}: name one (--checkpoint)")
     return Found(name, parsed, path, yaml)
 
 
 def locate(model: str, config: str | None = None) -> tuple[Path, Path]:
-    """Where a model's weights and its YAML are; see `load`.
+    """The paths of a model's weights and YAML; see `load` for the arguments.
 
     Raises:
-        NotStored: no model of that name.
-        BadInput: no configuration.
+        NotStored: there is no such model.
+        BadInput: the configuration is missing.
     """
     path = Path(model) if Path(model).suffix in SUFFIXES else place(model)
     if path is None:
@@ -227,12 +228,12 @@ def locate(model: str, config: str | None = None) -> tuple[Path, Path]:
 
 
 def checkpoint_path(weights: Path, step: int) -> Path:
-    """Where the weights of one step of a model's training are kept: mine.safetensors → mine/step-00250.safetensors."""
+    """The path of a kept training step: mine.safetensors → mine/step-00250.safetensors."""
     return weights.with_suffix("") / f"step-{step:05d}.safetensors"
 
 
 def checkpoints(weights: Path) -> list[int]:
-    """The steps of a model's training whose weights are kept beside it, ascending."""
+    """The kept steps of a model's training, ascending."""
     found = weights.with_suffix("").glob("step-*.safetensors")
     return sorted(int(path.stem.removeprefix("step-")) for path in found if path.stem.removeprefix("step-").isdigit())
 
@@ -256,7 +257,7 @@ def _yaml_beside(path: Path) -> Path:
 
 
 def _yaml(config: str | Path) -> Path:
-    """The YAML that was named."""
+    """The path of a named YAML."""
     path = Path(config)
     if not path.is_file():
         raise BadInput(f"no configuration {path} ({_yamls_in(path.parent)}): name the checkpoint's YAML (--config)")
@@ -274,35 +275,37 @@ def add(
     system: str | None = None,
     into: str | Path | None = None,
 ) -> Model:
-    """Import a checkpoint as `into/NAME.safetensors`, with its configuration beside it, word for word.
+    """Import a checkpoint as `into/NAME.safetensors`, with an unchanged copy of its configuration.
 
     Args:
         weights_path: .pt or .safetensors.
-        config_path: its YAML; by default the file beside the weights.
-        system: `reproduction` or `baseline`, where the YAML does not say; where there is no YAML, the system's own.
-        into: a folder; by default `own_folder`.
+        config_path: path of the YAML; default: the file beside the weights.
+        system: `reproduction` or `baseline`, if the YAML has no system. Without a YAML, the
+            system's shipped configuration is used.
+        into: folder; default `own_folder`.
 
     Raises:
-        BadInput: the name is no name or is taken by other weights, or the checkpoint is not what the YAML says.
+        BadInput: the name is invalid or belongs to other weights, or the checkpoint does not fit
+            the YAML.
     """
     if not re.fullmatch(r"\w[\w.=+-]*", name) or Path(name).suffix in SUFFIXES:
         raise BadInput(f"got the name {name!r}; use letters, digits and . _ - = +, without {' or '.join(SUFFIXES)}")
     source = Path(weights_path)
     if not source.is_file():
         raise BadInput(f"no checkpoint {source}; give the path of a file in {', '.join(SUFFIXES)}")
-    text, said_by = _configuration(source, config_path, system)
-    config = ModelConfig.from_mapping(parse_yaml(text, said_by), said_by)
+    text, yaml = _configuration(source, config_path, system)
+    config = ModelConfig.from_mapping(parse_yaml(text, yaml), yaml)
     model = _assemble(read_state(source), config, name, str(source), "cpu")
     target = (own_folder() if into is None else Path(into)) / f"{name}.safetensors"
     if target.exists() and target.read_bytes() != model.weights:
         raise BadInput(f"{target} holds other weights; choose another name, or remove it first")
-    replace(target.with_suffix(".yaml"), text.encode())  # first, so that named weights always have one
+    replace(target.with_suffix(".yaml"), text.encode())  # first, so that named weights always have a YAML
     replace(target, model.weights)
     return model
 
 
 def _configuration(weights: Path, config_path: str | Path | None, system: str | None) -> tuple[str, str]:
-    """The YAML text of a checkpoint to be imported, made to say its system, and the file that it comes from."""
+    """The YAML text of a checkpoint to import, with its system, and the path of the YAML."""
     if system is not None and system not in SYSTEMS:
         raise BadInput(f"no system {system!r}; there are {', '.join(SYSTEMS)}")
     if config_path is None and system and not weights.with_suffix(".yaml").is_file():
@@ -310,7 +313,7 @@ def _configuration(weights: Path, config_path: str | Path | None, system: str | 
     else:
         path = _yaml(config_path) if config_path else _yaml_beside(weights)
     text = read_text(path)
-    said = parse_yaml(text, str(path)).get("system")
-    if system and said and said != system:
-        raise BadInput(f"{path} says system {said!r}, and --system {system!r}; leave one out")
-    return (f"system: {system}\n{text}" if system and not said else text), str(path)
+    stated = parse_yaml(text, str(path)).get("system")
+    if system and stated and stated != system:
+        raise BadInput(f"{path} says system {stated!r}, and --system {system!r}; leave one out")
+    return (f"system: {system}\n{text}" if system and not stated else text), str(path)

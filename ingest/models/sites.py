@@ -1,4 +1,4 @@
-"""Tokens → activations at the sites asked for: one forward pass that hands each site's activations on as they appear."""
+"""The sites of a model that can be stored, and the names that choose among them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actstore.arrays.families import FAMILIES
-from actstore.errors import BadInput
-from actstore.ingest.models.config import ModelConfig, nearest
+from actstore.errors import BadInput, nearest
+from actstore.ingest.models.config import ModelConfig
 
 DEFAULT_SITES = ("embed", "resid_post")  # what the notebook probes
 
@@ -17,7 +17,7 @@ class SiteSpec:
     """A place in the network.
 
     Attributes:
-        name: as TransformerLens names it, `blocks.0.hook_resid_post`.
+        name: TransformerLens name, `blocks.0.hook_resid_post`.
         short: `resid_post.0`.
         kind: `resid`, [tree, position, d_model], or `pattern`, [tree, head, query, key].
     """
@@ -28,7 +28,7 @@ class SiteSpec:
 
 
 def all_sites(config: ModelConfig) -> list[SiteSpec]:
-    """Every site that can be stored, in the order in which the network computes them."""
+    """Every site that can be stored, in the network's order."""
     sites = [SiteSpec("hook_embed", "embed", "resid")]
     for layer in range(config.n_layers):
         for family in ("resid_pre", "pattern", "resid_mid", "resid_post"):
@@ -38,14 +38,14 @@ def all_sites(config: ModelConfig) -> list[SiteSpec]:
 
 
 def site_specs(names: Sequence[str] | None, config: ModelConfig) -> list[SiteSpec]:
-    """The sites of the names given, in the order in which the network computes them, each once.
+    """The sites with the given names, each once, in the network's order.
 
     Args:
-        names: short (`resid_post.0`), TransformerLens' (`blocks.0.hook_resid_post`), or a family for every layer
-            (`resid_post`); `embed` and `resid_post` by default.
+        names: short (`resid_post.0`), TransformerLens' (`blocks.0.hook_resid_post`), or a family,
+            which means every layer (`resid_post`). Default: `embed` and `resid_post`.
 
     Raises:
-        BadInput: no such site, or none asked for.
+        BadInput: a site does not exist, or `names` is empty.
     """
     names = DEFAULT_SITES if names is None else names
     sites = all_sites(config)

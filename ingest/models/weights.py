@@ -1,7 +1,8 @@
-"""Weights: what a checkpoint must hold, read from .pt or safetensors, and written as one canonical safetensors file.
+"""Weights: read from .pt or safetensors, checked, and written as one canonical safetensors file.
 
-They are kept in the names and shapes of a `HookedTransformer` ("blocks.0.attn.W_Q", …), so that the notebook's
-checkpoints load as they are; the sha256 of the canonical file says which weights a run ran.
+Weights have the names and shapes of a `HookedTransformer` ("blocks.0.attn.W_Q", …), so that the
+notebook's checkpoints load unchanged. The sha256 of the canonical file identifies the weights of a
+run.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from actstore.errors import BadInput
-from actstore.ingest.models.config import ModelConfig, nearest
+from actstore.errors import BadInput, nearest
+from actstore.ingest.models.config import ModelConfig
 from actstore.storage.local import fsync_folder, sync
 
 if TYPE_CHECKING:
@@ -50,13 +51,13 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def state(bridge: TransformerBridge, config: ModelConfig) -> dict[str, Tensor]:
-    """The weights of a bridge in HookedTransformer names and shapes, copied; the inverse of convert_tl_checkpoint."""
+    """Copy a bridge's weights, in HookedTransformer form; the inverse of convert_tl_checkpoint."""
     held = bridge.state_dict()
     return {name: _from_linear(held[_bridge_key(name)], name, shape) for name, shape in shapes(config).items()}
 
 
 def _bridge_key(name: str) -> str:
-    """`blocks.0.attn.W_Q` → `blocks.0.attn.q.weight`, where the bridge keeps it."""
+    """The bridge's key of a weight: `blocks.0.attn.W_Q` → `blocks.0.attn.q.weight`."""
     module, _, weight = name.rpartition(".")
     kind, _, part = weight.partition("_")
     inner = f".{part.lower()}" if module.endswith((".attn", ".mlp")) else ""
@@ -64,7 +65,7 @@ def _bridge_key(name: str) -> str:
 
 
 def _from_linear(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Undo torch.nn.Linear's [out, in] layout and its merged heads; embeddings and vectors are only reshaped."""
+    """Undo torch.nn.Linear's [out, in] layout and merged heads; reshape embeddings and vectors."""
     tensor = tensor.detach().clone()
     if name.endswith((".W_Q", ".W_K", ".W_V")):
         n_heads, d_model, d_head = shape
@@ -75,7 +76,7 @@ def _from_linear(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def canonical(state_dict: Mapping[str, Tensor]) -> bytes:
-    """The safetensors file of a state dict, the same bytes whatever the order of its keys; dtypes are kept."""
+    """Serialise a state dict as safetensors, with sorted keys and unchanged dtypes."""
     from safetensors.torch import save as to_safetensors
 
     return to_safetensors({name: state_dict[name].detach().cpu().clone().contiguous() for name in sorted(state_dict)})
@@ -85,7 +86,7 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path) -> str:
     """Write weights to a canonical safetensors file, atomically.
 
     Args:
-        state_dict: in HookedTransformer names, as `state` gives it; halve it first to save half the bytes.
+        state_dict: in HookedTransformer names, see `state`; float16 tensors take half the bytes.
 
     Returns:
         sha256 of the file, hexadecimal: the model's `weights_sha256`.
@@ -96,7 +97,7 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path) -> str:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, even if the power goes.
+    """Write a file whole or not at all, even across a power cut.
 
     Raises:
         Unsupported: the file system has no fsync.
@@ -114,12 +115,12 @@ def replace(path: Path, content: bytes) -> None:
     fsync_folder(path.parent)
 
 
-def checked(found: Mapping[str, Tensor], config: ModelConfig, source: str) -> dict[str, Tensor]:
-    """The weights of a state dict, without a HookedTransformer's buffers.
+def check_weights(found: Mapping[str, Tensor], config: ModelConfig, source: str) -> dict[str, Tensor]:
+    """Check a state dict against a configuration, and drop a HookedTransformer's buffers.
 
     Raises:
-        BadInput: a weight is missing, unknown, of another shape than the configuration's, not dense, of none of DTYPES, or
-            not finite in float32.
+        BadInput: a weight is missing or unknown, has another shape than the configuration's, is not
+            dense, has a dtype outside DTYPES, or is not finite in float32.
     """
     expected = shapes(config)
     held = {key: tensor for key, tensor in found.items() if not key.endswith(BUFFERS)}
@@ -163,12 +164,13 @@ def _expectation(config: ModelConfig) -> str:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: a `HookedTransformer` state dict as .pt, or safetensors.
+    """Read the tensors of a checkpoint: a `HookedTransformer` state dict as .pt, or safetensors.
 
     A .pt is unpickled with weights_only, so it cannot run code.
 
     Raises:
-        BadInput: no such file, another kind of file, cut short, or a pickle of anything but tensors.
+        BadInput: the file is missing, of another kind or cut short, or pickles other things than
+            tensors.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -185,11 +187,11 @@ def _unpickle(content: bytes, path: Path) -> dict[str, Tensor]:
 
     wanted = "expected the state dict of a HookedTransformer, as torch.save(model.state_dict(), …) writes it"
     try:
-        with warnings.catch_warnings(action="ignore"):  # what torch would say, the one line below says
+        with warnings.catch_warnings(action="ignore"):  # the error below says the same in one line
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BadInput(f"{path} is damaged, or a pickle of code, which was not run; {wanted}") from None
-    except Exception as error:  # whatever broken bytes make the unpickler stumble over
+    except Exception as error:  # broken bytes make the unpickler raise anything
         raise BadInput(f"{path} is cut short or no torch.save file ({type(error).__name__}); {wanted}") from None
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         inside = f"a dict of {list(found)[:3]}, …" if isinstance(found, dict) else type(found).__name__
@@ -198,10 +200,10 @@ def _unpickle(content: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def parse(weights: bytes, source: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; `source` names it in the message.
+    """Parse the tensors of a safetensors file; `source` names the file in messages.
 
     Raises:
-        BadInput: the bytes are no such file.
+        BadInput: the bytes are not a safetensors file.
     """
     from safetensors.torch import load as parse_safetensors
 

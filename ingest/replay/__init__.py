@@ -1,1 +1,1 @@
-"""A stored run made again, and compared with what is stored."""
+"""Rerun a stored run, and compare the result with what is stored."""

@@ -1,7 +1,8 @@
-"""Random trees of a stored run, run anew by its own weights, and all that is stored of them held against that.
+"""Rerun random trees of a stored run with its own weights, and compare with what is stored.
 
-In batches of another size, or on another machine, sums round in another order, so activations and probabilities need agree
-to a tolerance only; and where two words are as likely as one another, to within TIE, either is right.
+Another batch size or another machine rounds sums in another order. Activations and probabilities
+therefore need to agree only within a tolerance. Where two words are equally likely, within TIE,
+either is right.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from actstore.arrays.address import positions, token_ids
 from actstore.catalog.tables import DERIVED
 from actstore.commits.log import manifests
 from actstore.ingest.answers.continuations import generation_rows
@@ -26,27 +28,27 @@ from actstore.ingest.replay.difference import Difference
 from actstore.ingest.replay.rehydrate import rehydrate
 from actstore.ingest.replay.remake import originals_of
 from actstore.ingest.trees.draw import Trees
-from actstore.ingest.trees.tokens import PAD, POSITIONS_PER_TREE, WORDS, arrow_word, encode, path_at, root_at
+from actstore.ingest.trees.tokens import PAD, WORDS, arrow_word, encode, path_at, root_at
 from actstore.store import Store
 
-TOLERANCE = (
-    1e-4  # of a site's largest number: float32 sums of 128 to 512 terms through six layers differ by 1e-6 to 1e-5
-)
+# of a site's largest number: float32 sums of 128 to 512 terms through six layers differ by 1e-6 to
+# 1e-5
+TOLERANCE = 1e-4
 P_TOLERANCE = 1e-3  # of a probability
-TIE = 1e-4  # two words whose probabilities are so close may change places: rounding moves a probability by 1e-6
-DRAWN_OTHERWISE = 0.05  # of continuations: where a draw falls on the border of two words, rounding decides for one
-AT_ONCE = 64  # trees a forward pass
+TIE = 1e-4  # words whose probabilities are this close may change places: rounding moves a probability by 1e-6
+DRAWN_OTHERWISE = 0.05  # share of continuations: a draw at the border of two words is decided by rounding
+AT_ONCE = 64  # trees per forward pass
 
 
 def compare(
     path: str | Path, n_trees: int, seed: int = 0, advance: Callable[[int, int, str], None] = lambda *done: None
 ) -> list[Difference]:
-    """Run random trees of every run anew, and hold what is stored against it.
+    """Rerun random trees of every run, and compare the results with what is stored.
 
     Args:
-        path: the store.
-        n_trees: of each run, drawn among those that are committed.
-        seed: of the draw.
+        path: path of the store.
+        n_trees: trees per run, drawn among the committed trees.
+        seed: seed of the draw.
         advance: called with (runs done, runs in all, the run just done).
     """
     root = Path(path)
@@ -73,10 +75,10 @@ def _compare_run(
         return []
     chosen = np.sort(np.random.default_rng(seed).choice(held, min(n_trees, len(held)), replace=False)) - first_tree_id
     drawn = [job.trees.drawn(i, i + 1) for i in chosen.tolist()]
-    trees = _concatenate([one.trees for one in drawn])
+    trees = _concatenate([tree.trees for tree in drawn])
     found = [_vocabulary(store, job)]
     dataset = str(job.plan.dataset["dataset"])
-    rows = [one.rows(first_tree_id + one.start, dataset, originals) for one in drawn]
+    rows = [tree.rows(first_tree_id + tree.start, dataset, originals) for tree in drawn]
     for name in ("trees", "edges", "tokens"):
         found.append(_rows(store, run, name, pl.concat([frames[name] for frames in rows]), chosen + first_tree_id))
     if job.generator:
@@ -85,7 +87,7 @@ def _compare_run(
 
 
 def _concatenate(trees: list[Trees]) -> Trees:
-    return Trees(*(np.concatenate(columns) for columns in zip(*(vars(some).values() for some in trees), strict=True)))
+    return Trees(*(np.concatenate(columns) for columns in zip(*(vars(batch).values() for batch in trees), strict=True)))
 
 
 def _vocabulary(store: Store, job: Ingest) -> Difference:
@@ -99,7 +101,7 @@ def _vocabulary(store: Store, job: Ingest) -> Difference:
 
 
 def _rows(store: Store, run: str, name: str, expected: pl.DataFrame, tree_ids: np.ndarray) -> Difference:
-    """The share of a table's rows, of the trees chosen, that are not what the trees' own definition gives."""
+    """Compare a table's rows of the chosen trees with the rows that the trees' definition gives."""
     order = {"trees": "tree_id", "edges": "tree_id, edge", "tokens": "token_id"}[name]
     held = store.sql(f"from {name} where tree_id in (select unnest($ids)) order by {order}", {"ids": tree_ids.tolist()})
     held = held.drop(DERIVED.get(name, ""), strict=False)
@@ -114,12 +116,12 @@ def _rows(store: Store, run: str, name: str, expected: pl.DataFrame, tree_ids: n
 
 
 @dataclass(frozen=True)
-class _Anew:
-    """Trees run anew.
+class _Rerun:
+    """The results of a rerun of trees.
 
     Attributes:
-        sites: by TransformerLens name, float32 [tree, ...] as the model gave them.
-        p: float32 [tree, n - 1, d_vocab], probabilities of the word of each step.
+        sites: TransformerLens name → float32 [tree, ...], the activations.
+        p: float32 [tree, n - 1, d_vocab], probabilities of each step's word.
     """
 
     sites: dict[str, np.ndarray]
@@ -128,33 +130,33 @@ class _Anew:
     outcomes: pl.DataFrame
 
 
-def _run(job: Ingest, words: np.ndarray, tree_ids: np.ndarray) -> _Anew:
+def _run(job: Ingest, words: np.ndarray, tree_ids: np.ndarray) -> _Rerun:
     """Run the model over word numbers, uint8 [tree, position]."""
     ids = torch.from_numpy(job.model.config.vocabulary.encode(words)).to(job.device)
     sites: dict[str, list[np.ndarray]] = {spec.name: [] for spec in job.specs}
     answers, p, first_step = [], [], root_at(job.trees.n_nodes)
     for start in range(0, len(words), AT_ONCE):
-        some = slice(start, start + AT_ONCE)
+        batch = slice(start, start + AT_ONCE)
         logits = forward(
-            job.model, ids[some], job.specs, lambda spec, found: sites[spec.name].append(found.cpu().numpy().copy())
+            job.model, ids[batch], job.specs, lambda spec, found: sites[spec.name].append(found.cpu().numpy().copy())
         )
-        answers.append(answer(job.model, words[some], logits))
+        answers.append(answer(job.model, words[batch], logits))
         p.append(_probabilities(logits[:, first_step:-1]))
     graded, run = concatenate(answers), job.plan.run
     predictions, outcomes = (_of_trees(rows(graded, run, 0), tree_ids) for rows in (prediction_rows, outcome_rows))
-    return _Anew(
+    return _Rerun(
         {name: np.concatenate(found) for name, found in sites.items()}, np.concatenate(p), predictions, outcomes
     )
 
 
 def _of_trees(rows: pl.DataFrame, tree_ids: np.ndarray) -> pl.DataFrame:
-    """Rows of trees 0, 1, 2, … as rows of the trees of these ids."""
+    """Replace tree numbers 0, 1, 2, … in rows by these tree ids, and adapt token ids."""
     ids = tree_ids[rows["tree_id"].to_numpy()]
     rows = rows.with_columns(tree_id=pl.Series(ids, dtype=pl.Int32))
     if "token_id" not in rows.columns:
         return rows
-    within = rows["token_id"].to_numpy() % POSITIONS_PER_TREE
-    return rows.with_columns(token_id=pl.Series(ids * POSITIONS_PER_TREE + within, dtype=pl.Int64))
+    moved = token_ids(ids, positions(rows["token_id"].to_numpy()))
+    return rows.with_columns(token_id=pl.Series(moved, dtype=pl.Int64))
 
 
 def _probabilities(logits: Tensor) -> np.ndarray:
@@ -162,25 +164,25 @@ def _probabilities(logits: Tensor) -> np.ndarray:
 
 
 def _answers(store: Store, job: Ingest, trees: Trees, tree_ids: np.ndarray) -> list[Difference]:
-    """Every site at every token, every prediction and every outcome of the trees chosen."""
+    """Compare every site at every token, every prediction and every outcome of the chosen trees."""
     words = encode(trees)
-    anew = _run(job, words, tree_ids)
-    found = [_site(store, job.plan.run, site.site, site.short, words, tree_ids, anew) for site in job.plan.sites]
-    return [*found, _predictions(store, job, anew, tree_ids), _outcomes(store, job, words, anew, tree_ids)]
+    rerun = _run(job, words, tree_ids)
+    found = [_site(store, job.plan.run, site.site, site.short, words, tree_ids, rerun) for site in job.plan.sites]
+    return [*found, _predictions(store, job, rerun, tree_ids), _outcomes(store, job, words, rerun, tree_ids)]
 
 
 def _site(
-    store: Store, run: str, site: str, short: str, words: np.ndarray, tree_ids: np.ndarray, anew: _Anew
+    store: Store, run: str, site: str, short: str, words: np.ndarray, tree_ids: np.ndarray, rerun: _Rerun
 ) -> Difference:
     tree, position = np.nonzero(words != PAD)
-    token_ids = tree_ids[tree].astype(np.int64) * POSITIONS_PER_TREE + position
-    ours = anew.sites[site]
+    tokens = token_ids(tree_ids[tree], position)
+    ours = rerun.sites[site]
     ours = ours[tree, position] if ours.ndim == 3 else np.moveaxis(ours, 2, 1)[tree, position]
-    held, _ = store.read("select unnest($ids)::bigint as token_id", run, short, {"ids": token_ids.tolist()})
+    held, _ = store.read("select unnest($ids)::bigint as token_id", run, short, {"ids": tokens.tolist()})
     apart = np.abs(np.nan_to_num(held, nan=np.inf) - ours).reshape(len(ours), -1).max(axis=1)
     apart = apart / max(float(np.abs(ours).max()), 1e-30)
     worst = int(apart.argmax())
-    return Difference(run, short, float(apart[worst]), TOLERANCE, len(ours), f"token {token_ids[worst]}")
+    return Difference(run, short, float(apart[worst]), TOLERANCE, len(ours), f"token {tokens[worst]}")
 
 
 def _stored(store: Store, table: str, run: str, tree_ids: np.ndarray, order: str) -> pl.DataFrame:
@@ -188,8 +190,8 @@ def _stored(store: Store, table: str, run: str, tree_ids: np.ndarray, order: str
     return store.sql(query, {"run": run, "ids": tree_ids.tolist()})
 
 
-def _predictions(store: Store, job: Ingest, anew: _Anew, tree_ids: np.ndarray) -> Difference:
-    run, ours = job.plan.run, anew.predictions
+def _predictions(store: Store, job: Ingest, rerun: _Rerun, tree_ids: np.ndarray) -> Difference:
+    run, ours = job.plan.run, rerun.predictions
     held = _stored(store, "predictions", run, tree_ids, "token_id")
     if len(held) != len(ours):
         return Difference(run, "predictions", 1.0, P_TOLERANCE, len(ours), f"{len(held)} rows, not {len(ours)}")
@@ -197,7 +199,7 @@ def _predictions(store: Store, job: Ingest, anew: _Anew, tree_ids: np.ndarray) -
     for column in ("token_id", "tree_id", "step", "target"):
         apart[_differ(held, ours, column)] = 1.0
     tree = np.searchsorted(tree_ids, ours["tree_id"].to_numpy())
-    p = anew.p[tree, ours["step"].to_numpy()]
+    p = rerun.p[tree, ours["step"].to_numpy()]
     predicted = p[np.arange(len(p)), _word_ids(job, held["predicted"])]
     right = (held["predicted"].cast(pl.String) == held["target"].cast(pl.String)) == held["correct"]
     apart[(predicted < p.max(axis=1) - TIE) | ~right.to_numpy()] = 1.0
@@ -207,20 +209,20 @@ def _predictions(store: Store, job: Ingest, anew: _Anew, tree_ids: np.ndarray) -
 
 
 def _differ(held: pl.DataFrame, ours: pl.DataFrame, column: str) -> np.ndarray:
-    """bool [row]: where the two are not the same; held's type is the catalog's."""
+    """bool [row]: where two columns differ, after a cast to the catalog's type."""
     return ~held[column].eq_missing(ours[column].cast(held[column].dtype)).to_numpy()
 
 
-def _word_ids(job: Ingest, said: pl.Series) -> np.ndarray:
-    """The model's own ids of words as the tables spell them; the first id for a word that it does not have."""
+def _word_ids(job: Ingest, words: pl.Series) -> np.ndarray:
+    """The model's ids of words in a table."""
     ids = {word: i for i, word in enumerate(WORDS)}
-    numbers = np.array([ids[word] for word in said.cast(pl.String)], np.uint8)
+    numbers = np.array([ids[word] for word in words.cast(pl.String)], np.uint8)
     return job.model.config.vocabulary.encode(numbers)
 
 
-def _outcomes(store: Store, job: Ingest, words: np.ndarray, anew: _Anew, tree_ids: np.ndarray) -> Difference:
-    """The share of trees whose outcome is another, other than by a tie."""
-    run, ours = job.plan.run, anew.outcomes
+def _outcomes(store: Store, job: Ingest, words: np.ndarray, rerun: _Rerun, tree_ids: np.ndarray) -> Difference:
+    """Compare outcomes; those that differ only by a tie count as equal."""
+    run, ours = job.plan.run, rerun.outcomes
     held = _stored(store, "outcomes", run, tree_ids, "tree_id")
     if len(held) != len(ours):
         return Difference(run, "outcomes", 1.0, 0.0, len(ours), f"{len(held)} rows, not {len(ours)}")
@@ -234,32 +236,32 @@ def _outcomes(store: Store, job: Ingest, words: np.ndarray, anew: _Anew, tree_id
 
 
 def _is_greedy(job: Ingest, words: np.ndarray, held: dict[str, Any]) -> bool:
-    """Whether a stored greedy answer is one to within ties, and the rest of its row follows from it."""
-    said, first_step = held["greedy_path"], path_at(job.trees.n_nodes)
+    """Whether a stored answer is greedy within ties, and the rest of its row follows from it."""
+    path, first_step = held["greedy_path"], path_at(job.trees.n_nodes)
     target = words[first_step:]
     depth = int((target != PAD).sum())
     given = words.copy()
     given[first_step:] = PAD
-    given[first_step : first_step + len(said)] = arrow_word(np.array(said, np.uint8))
+    given[first_step : first_step + len(path)] = arrow_word(np.array(path, np.uint8))
     ids = torch.from_numpy(job.model.config.vocabulary.encode(given[None])).to(job.device)
     p = _probabilities(forward(job.model, ids, [], lambda spec, found: None)[0, first_step - 1 : -1])
-    at = np.arange(len(said))
-    steps = ids[0, first_step : first_step + len(said)].cpu().numpy()
+    at = np.arange(len(path))
+    steps = ids[0, first_step : first_step + len(path)].cpu().numpy()
     is_best = bool((p[at, steps] >= p[at].max(axis=1) - TIE).all())
     differs = np.flatnonzero(given[first_step : first_step + depth] != target[:depth])
     first = int(differs[0]) if len(differs) else None
     follows = (first is None, first is None, first, first is None)
-    held_so = (held["greedy_right"], held["teacher_forced_right"], held["first_wrong_step"], held["failure"] is None)
-    return is_best and len(said) <= depth and held_so == follows
+    stored = (held["greedy_right"], held["teacher_forced_right"], held["first_wrong_step"], held["failure"] is None)
+    return is_best and len(path) <= depth and stored == follows
 
 
 def _generations(store: Store, job: Ingest, chosen: np.ndarray, first_tree_id: int) -> list[Difference]:
-    """Every continuation, the greedy ones and those that were drawn."""
+    """Compare every continuation, greedy and sampled."""
     assert job.generator is not None
     run, frames = job.plan.run, []
-    for i in chosen.tolist():  # one by one, since what is drawn follows from the tree's own number
-        said = job.generator.go_on(encode(job.trees.slice(i, i + 1)), i)
-        frames.append(generation_rows(said, run, first_tree_id + i))
+    for i in chosen.tolist():  # one tree at a time, since draws depend on the tree's own index
+        generated = job.generator.go_on(encode(job.trees.slice(i, i + 1)), i)
+        frames.append(generation_rows(generated, run, first_tree_id + i))
     ours = pl.concat(frames)
     held = _stored(store, "generations", run, chosen + first_tree_id, "tree_id, sample, position").cast(ours.schema)
     of = ["tree_id", "sample"]

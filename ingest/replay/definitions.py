@@ -1,6 +1,7 @@
-"""Rows of a run's definition that are damaged, and lost with the catalog: made again from what the rest of the store says.
+"""Restore rows of a run's definition that parts and catalog have lost, from the rest of the store.
 
-Each row is a guess until it has the hash that the manifest names, so a wrong guess does no harm.
+A guessed row is accepted only if its part has the hash in the manifest, so a wrong guess does no
+harm.
 """
 
 from __future__ import annotations
@@ -29,26 +30,28 @@ from actstore.named import available, place
 from actstore.writing import parts
 from actstore.writing.parts import as_parquet
 
-SEEDS = 256  # that are tried where nothing says which one a set has
-BATCH_SIZES = (128, 64, 256, 32, 512, 16, 8, 1)  # trees a forward pass that are tried
+SEEDS = 256  # number of seeds to try if the set's name holds none
+BATCH_SIZES = (128, 64, 256, 32, 512, 16, 8, 1)  # trees per forward pass to try
 
 Row = dict[str, Any]
 
 
 def lost_rows(root: Path, sound: list[Manifest], run: str) -> dict[str, Row]:
-    """Path → row of each part of a run's definition that can be made again; `sites` follows from them (see recompute).
+    """Path → row of each part of a run's definition that can be restored; excludes `sites`.
 
     Args:
-        sound: the commits without the parts that are damaged.
-        run: whose definition.
+        sound: the commits without their damaged parts.
+        run: name of the run.
     """
     whole = log.manifests(root)
-    lost = {file.path for one in whole for file in one.parts} - {file.path for one in sound for file in one.parts}
+    lost = {file.path for commit in whole for file in commit.parts} - {
+        file.path for commit in sound for file in commit.parts
+    }
     rows = {name: parts.rows_committed(root, sound, name).to_dicts() for name in ("models", "datasets", "runs")}
     found: dict[str, Row] = {}
-    of_run = [one for one in whole if one.kind == "run" and one.run == run]
+    of_run = [commit for commit in whole if commit.kind == "run" and commit.run == run]
     for table, guesses in (("models", _models), ("datasets", _datasets), ("runs", _runs)):
-        for part in [part for one in of_run for part in one.parts if part.table == table and part.path in lost]:
+        for part in [part for commit in of_run for part in commit.parts if part.table == table and part.path in lost]:
             row = _with_hash(part, guesses(root, whole, part, run, rows))
             if row is not None:
                 found[part.path] = row
@@ -57,7 +60,7 @@ def lost_rows(root: Path, sound: list[Manifest], run: str) -> dict[str, Row]:
 
 
 def as_part(table: str, rows: list[Row]) -> bytes:
-    """The bytes of a part of these rows."""
+    """The bytes of a part with these rows."""
     return as_parquet(table, pl.DataFrame(rows, infer_schema_length=None))
 
 
@@ -69,7 +72,7 @@ def _with_hash(part: Part, guesses: Iterable[Row]) -> Row | None:
 
 
 def _models(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[str, list[Row]]) -> Iterator[Row]:
-    """Of every model that can be named and has these weights."""
+    """Guess: a named model with these weights."""
     for name in available():
         path = place(name)
         if path and hashlib.sha256(path.read_bytes()).hexdigest().startswith(Path(part.path).stem):
@@ -78,10 +81,10 @@ def _models(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[
 
 
 def _datasets(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[str, list[Row]]) -> Iterator[Row]:
-    """A set like another one of the store, or one that its name, its trees and small seeds give."""
+    """Guess: a set like another set of the store, or one that fits name, trees and small seeds."""
     name = Path(part.path).stem
     about = next((row for row in rows["runs"] if row["dataset"] == name), None)
-    batches = {of.path: of for one in whole for of in one.parts if Path(of.path).stem == f"{name}-000000"}
+    batches = {part.path: part for commit in whole for part in commit.parts if Path(part.path).stem == f"{name}-000000"}
     trees, edges = (batches.get(f"parts/{table}/{name}-000000.parquet") for table in ("trees", "edges"))
     if about is None or trees is None or edges is None:
         return
@@ -98,17 +101,17 @@ def _datasets(root: Path, whole: list[Manifest], part: Part, run: str, rows: dic
     of_name = name.partition("-seed")[2].partition("-")[0]
     seeds = [*([int(of_name)] if of_name.isdecimal() else []), *range(SEEDS)]
     sizes = {"n_nodes": n_nodes, "n_positions": n_positions(n_nodes), "trees_per_shard": trees.rows}
-    for seed, distribution, some, (variant_of, change) in product(seeds, DISTRIBUTIONS, depths, of_variant):
-        of_stream = {"distribution": distribution, "seed": seed, "depths": some}
+    for seed, distribution, goal_depths, (variant_of, change) in product(seeds, DISTRIBUTIONS, depths, of_variant):
+        of_stream = {"distribution": distribution, "seed": seed, "depths": goal_depths}
         yield {**fixed, **sizes, **of_stream, "variant_of": variant_of, "change": change}
 
 
 def _runs(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[str, list[Row]]) -> Iterator[Row]:
-    """A run of today's versions, or of those of another run of the store."""
-    own = [one for one in whole if one.run == run]
-    weights = [Path(file.path).stem for one in own for file in one.others if file.path.startswith(f"{WEIGHTS}/")]
+    """Guess: a run by the installed versions, or by those of another run of the store."""
+    own = [commit for commit in whole if commit.run == run]
+    weights = [Path(file.path).stem for commit in own for file in commit.others if file.path.startswith(f"{WEIGHTS}/")]
     weights += [row["weights_sha256"] for row in rows["models"]]
-    generated = any(of.table == "generations" for one in own for of in one.parts)
+    generated = any(part.table == "generations" for commit in own for part in commit.parts)
     prompts = [("tree", samples) for samples in range(9)] if generated else [("task", None)]
     versions = [json.loads(row["versions"]) for row in rows["runs"]] + [job.versions()]
     sizes = [*(about["batch_size"] for about in versions if "batch_size" in about), *BATCH_SIZES]
@@ -124,8 +127,8 @@ def _runs(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[st
 
 
 def site_names(root: Path, run: str) -> list[str]:
-    """TransformerLens' names of the sites of a run, as its manifest names their arrays."""
+    """TransformerLens names of the sites of a run, from the paths of its arrays in the manifest."""
     under = f"{ARRAYS}/{run}/"
-    paths = [file.path for one in log.manifests(root) if one.run == run for file in one.others]
+    paths = [file.path for commit in log.manifests(root) if commit.run == run for file in commit.others]
     names = [path.removeprefix(under).rpartition("/")[0] for path in paths if path.startswith(under)]
     return [name for name in names if name]

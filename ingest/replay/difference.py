@@ -1,4 +1,4 @@
-"""Where what is stored and what is computed anew do not agree: how far they are apart, and how far they may be."""
+"""The difference between stored and recomputed values, and its tolerance."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from actstore.errors import Damaged
 
 @dataclass(frozen=True)
 class Difference:
-    """Where what is stored and what is computed do not agree; all is well where `worst` is within `tolerance`.
+    """One comparison of stored with recomputed values; they agree if worst <= tolerance.
 
     Attributes:
-        run: whose.
+        run: name of the run.
         what: a site, a table, `vocabulary`, or `probabilities` of continuations.
-        worst: largest difference, of the site's largest number or of a probability; or the share of rows that differ.
-        tolerance: how large it may be.
-        n: rows compared.
-        first: where it is worst, in words.
+        worst: largest difference of a site (relative to the site's largest number) or of a
+            probability; for tables, the share of rows that differ.
+        tolerance: largest accepted `worst`.
+        n: number of rows compared.
+        first: place of the worst difference, in words.
     """
 
     run: str
@@ -35,28 +36,28 @@ class Difference:
         return self.worst <= self.tolerance
 
 
-def table(found: list[Difference]) -> pl.DataFrame:
-    """A row a comparison."""
+def as_frame(found: list[Difference]) -> pl.DataFrame:
+    """One row per comparison: run, what, agrees, worst, tolerance, n, where."""
     return pl.DataFrame(
         {
-            "run": [of.run for of in found],
-            "what": [of.what for of in found],
-            "agrees": [of.agrees for of in found],
-            "worst": [of.worst for of in found],
-            "tolerance": [of.tolerance for of in found],
-            "n": [of.n for of in found],
-            "where": ["" if of.agrees else of.first for of in found],
+            "run": [each.run for each in found],
+            "what": [each.what for each in found],
+            "agrees": [each.agrees for each in found],
+            "worst": [each.worst for each in found],
+            "tolerance": [each.tolerance for each in found],
+            "n": [each.n for each in found],
+            "where": ["" if each.agrees else each.first for each in found],
         }
     )
 
 
 def raise_if_apart(found: list[Difference], path: str | Path) -> None:
-    """Refuse a store that is not what its own weights and trees give.
+    """Refuse a store that differs from what its weights and trees give.
 
     Raises:
-        Damaged: says what differs first.
+        Damaged: names the first difference.
     """
-    apart = [of for of in found if not of.agrees]
+    apart = [each for each in found if not each.agrees]
     if apart:
         first = apart[0]
         raise Damaged(

@@ -1,4 +1,4 @@
-"""The job that a stored run was."""
+"""A stored run as the job that stored it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from actstore.writing import parts as writing_parts
 def rehydrate(
     root: Path, manifests: list[Manifest], run: str, lost: Mapping[str, dict[str, Any]] | None = None
 ) -> tuple[Ingest, dict[str, Any]]:
-    """The ingest that a stored run was, and its row of `runs`.
+    """The job of a stored run, and the run's row of `runs`.
 
     Args:
-        lost: rows of its definition that no sound part holds, by the path of their part.
+        lost: path of a part → row of the definition that no sound part holds.
 
     Raises:
-        NotStored: no such run.
-        Damaged: its weights are not there, or not those it ran, and no model that can be named has them either.
+        NotStored: there is no such run.
+        Damaged: the run's weights are missing or changed, and no named model has the same weights.
     """
     rows = {
         name: writing_parts.rows_committed(root, manifests, name).to_dicts()

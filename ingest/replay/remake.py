@@ -1,6 +1,7 @@
-"""A stored run computed again, from the weights and the definition that the store keeps.
+"""Recompute the files of a stored run from the weights and the definition in the store.
 
-A batch is a function of its run's definition and its number, so computed again on the same machine it has the same bytes.
+A batch depends only on its run's definition and its number, so the same machine recomputes the same
+bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from actstore.writing.parts import GROUP
 
 
 def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None) -> dict[str, bytes]:
-    """The files of one batch of a run, or of batch None those of its definition, computed again: path → bytes."""
+    """Recompute the files of one batch, or of the run's definition (batch None): path → bytes."""
     lost = definitions.lost_rows(root, manifests, run) if batch is None else {}
     parts = {path: definitions.as_part(path.split("/")[1], [row]) for path, row in lost.items()}
     try:
@@ -28,7 +29,7 @@ def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None)
     except (ActstoreError, LookupError, ValueError):
         if not parts:
             raise
-        return parts  # which do without the model
+        return parts  # these need no model
     first_tree_id = int(about["first_tree_id"])
     if batch is None:
         plan = job.plan
@@ -48,7 +49,7 @@ def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None)
 
 
 def originals_of(root: Path, manifests: list[Manifest], job: Ingest) -> int | None:
-    """tree_id of the first tree that a variant set was made from; None for a drawn set."""
+    """tree_id of the first tree of the set that a variant was made from; None for a drawn set."""
     if not job.trees.variant_of:
         return None
     known = {

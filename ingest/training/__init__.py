@@ -1,1 +1,1 @@
-"""Train a model, evaluate it, and write its card."""
+"""Train a model, evaluate the model, and write its card."""

@@ -1,4 +1,4 @@
-"""The model card of a training: what was trained, on what, for how long, where, and how good it is; in Markdown.
+"""The model card of a training, in Markdown: recipe, machine, time, and accuracy on unseen trees.
 
 weights, YAML, log → evaluation on trees never seen → NAME.md
 """
@@ -28,15 +28,15 @@ LEARNT = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the training at wh
 def write_card(
     weights: Path, n_trees: int = 20_000, device: str = "cpu", progress: Callable[[int], None] | None = None
 ) -> Evaluation:
-    """Grade a training's model on trees of every distribution that it never saw, and write NAME.md beside its weights.
+    """Grade a trained model on unseen trees of every distribution; write NAME.md beside it.
 
     Args:
-        weights: OUT/NAME.safetensors, with the YAML and the log that `train` leaves.
-        n_trees: how many of each distribution to grade it on.
-        progress: called with the trees graded so far.
+        weights: OUT/NAME.safetensors, beside the YAML and the log that `train` writes.
+        n_trees: trees to grade, per distribution.
+        progress: called with the number of trees graded so far.
 
     Raises:
-        BadInput: the folder is not one that a training has ended in.
+        BadInput: the folder does not hold a finished training.
     """
     model = load.load(str(weights), device=device)
     recipe = recipe_of(weights.with_suffix(".yaml"))
@@ -53,8 +53,8 @@ def card(config: ModelConfig, recipe: Recipe, rows: list[Row], graded: Evaluatio
     """The lines of a model card.
 
     Args:
-        rows: of the log.
-        graded: on trees that training never saw, of its own distribution and others.
+        rows: rows of the log.
+        graded: the evaluation on unseen trees, of the model's own distribution and others.
         where: the machine, in words.
     """
     name, n_trees = graded.model, recipe.steps * recipe.batch_size
@@ -132,7 +132,7 @@ def _percent(share: float) -> str:
 
 
 def machine(device: str) -> str:
-    """The machine that this runs on, in words: its processor or GPU, the cores there are to use, and torch."""
+    """This machine in words: processor or GPU, usable cores, and torch version."""
     found = f"{n_processors()} cores of {_processor()}"
     if device.startswith("cuda"):
         import torch

@@ -1,4 +1,4 @@
-"""The folder that a training leaves: its state, the weights kept along the way, and its log; each written whole."""
+"""The folder of a training: its state, kept weights and log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEPT = (0, 250, 500, 1000, 2000, 5000)  # steps whose weights are kept, dense wh
 
 @dataclass(frozen=True)
 class TrainingFolder:
-    """The folder of one training, and what it must be the training of."""
+    """The folder of one training, with the configuration and recipe of that training."""
 
     out: Path
     name: str
@@ -50,10 +50,12 @@ class TrainingFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder for writing, and turn what the file system refuses into the package's own errors.
+        """Lock the folder, and turn file-system errors into the package's errors.
 
         Raises:
-            Busy: another training writes there.
+            Busy: another training writes to the folder.
+            NoRoom: the disk is full.
+            BadInput: the folder cannot be written.
         """
         try:
             (self.out / self.name).mkdir(parents=True, exist_ok=True)
@@ -64,22 +66,26 @@ class TrainingFolder:
                 raise NoRoom(
                     f"no room in {self.out}: {error.strerror}; free some, then run it again to go on"
                 ) from error
-            if error.filename is None:  # no file's: a pipe's, say
+            if error.filename is None:  # not of a file, but of a pipe, say
                 raise
             raise BadInput(f"cannot write {error.filename}: {error.strerror}; name another folder") from error
 
     def mapping(self) -> Row:
-        """The configuration and recipe that this run is, as the YAML holds them."""
-        said = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.recipe).items()}
-        optimizer = {key: said.pop(key) for key in ("lr", "weight_decay")} | {"betas": said.pop("betas")}
-        top = {"random_seed": said.pop("seed"), "batch_size": said.pop("batch_size"), "max_iters": said.pop("steps")}
-        return {**self.config.to_mapping(), "optimizer": optimizer, **top, "training": said}
+        """The configuration and recipe, as in the YAML."""
+        recipe = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.recipe).items()}
+        optimizer = {key: recipe.pop(key) for key in ("lr", "weight_decay")} | {"betas": recipe.pop("betas")}
+        top = {
+            "random_seed": recipe.pop("seed"),
+            "batch_size": recipe.pop("batch_size"),
+            "max_iters": recipe.pop("steps"),
+        }
+        return {**self.config.to_mapping(), "optimizer": optimizer, **top, "training": recipe}
 
     def resume(self, device: str) -> tuple[Learner, list[Row]]:
-        """The learner where the saved state left it, or a new one; and the rows of the log so far.
+        """The learner in its saved state, else a new learner; and the rows of the log so far.
 
         Raises:
-            BadInput: the folder holds a run of another configuration.
+            BadInput: the folder holds a training of another configuration.
         """
         from actstore.ingest.training.learner import Learner
 
@@ -113,7 +119,7 @@ class TrainingFolder:
         save({**learner.state(), "run": torch.tensor(list(content), dtype=torch.uint8)}, self.state_path)
 
     def keep(self, learner: Learner) -> None:
-        """Save the weights, if this is one of the steps whose weights are kept; in float16, which halves them."""
+        """Save the weights in float16, if this step is one of KEPT."""
         path = load.checkpoint_path(self.weights_path, learner.step)
         if learner.step in KEPT and learner.step < self.recipe.steps and not path.exists():
             save({name: value.detach().half() for name, value in learner.params.items()}, path)
@@ -143,7 +149,7 @@ class TrainingFolder:
 
 
 def kept_step(out: Path) -> int | None:
-    """The step that a training in this folder goes on from; None where it would start anew."""
+    """The step from which a training in this folder would resume; None for a fresh start."""
     with suppress(OSError, SafetensorError), safe_open(out / STATE, "numpy") as state:
         return int(state.get_tensor("step"))
     return None

@@ -1,6 +1,7 @@
-"""How often a model finds the path: token by token, whole paths teacher-forced and greedy, by distribution and depth.
+"""How often a model finds the path: per token, whole path and greedy answer.
 
-A model is graded on trees of every distribution, since one that is right on its own may not be on another.
+A model is graded on trees of every distribution, since accuracy on its own distribution may not
+carry over.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from actstore.ingest.models.load import Model
 
 SEED = 20_000_000  # far from the seeds that people train with
-BATCH = 128  # trees a forward pass, the quickest on a CPU
+BATCH = 128  # trees per forward pass; the quickest on a CPU
 MEASURES = ("token", "whole_path", "greedy")
 SCHEMA: dict[str, pl.DataType] = {
     **{
@@ -42,16 +43,18 @@ SCHEMA: dict[str, pl.DataType] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model got right.
+    """The share of tokens and paths that a model got right.
+
 
     Attributes:
-        distributions: those it was graded on, its own first.
-        n_trees: trees evaluated of each.
-        n_left_out: of each, trees drawn that training had seen, and not evaluated; None where nobody said what it saw.
-        table: for each distribution a row for all its trees (depth null), for the baseline's two more, for those whose
-            edges are listed backward and for those shuffled, then one for each depth: distribution, edges, depth,
-            n_trees, n_tokens, and for each of MEASURES the share right and its exact 95 % interval over trees: token,
-            token_low, token_high, …
+        distributions: the evaluated distributions, the model's own first.
+        n_trees: trees evaluated per distribution.
+        n_left_out: trees per distribution that were drawn but left out, since training had seen
+            them; None without a recipe.
+        table: columns distribution, edges, depth, n_trees, n_tokens, and for each of MEASURES the
+            share right and its exact 95 % interval over trees: token, token_low, token_high, … Each
+            distribution has a row for all its trees (depth null), then a row per depth. `baseline`
+            also has a row each for trees with `backward` and `shuffled` edges.
     """
 
     model: str
@@ -64,11 +67,11 @@ class Evaluation:
     table: pl.DataFrame
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data, for JSON; the table as a list of rows."""
+        """The evaluation as plain data for JSON; the table becomes a list of rows."""
         return {**vars(self), "distributions": list(self.distributions), "table": self.table.to_dicts()}
 
     def sentence(self) -> str:
-        """What was graded on what, in a line."""
+        """One line: model, trees, and trees left out."""
         left_out = "what its training saw is not known"
         if self.n_left_out is not None:
             left_out = f"{sum(self.n_left_out.values()):,} more, seen in training, were left out"
@@ -88,22 +91,22 @@ def evaluate(
     recipe: Recipe | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Let a model answer freshly drawn trees.
+    """Grade a model on freshly drawn trees.
 
-    A token is right if it is the next step given the true ones before it; a whole path, if all its tokens are; a greedy
-    answer, if the model left to itself writes the path and then ends: the reproduction's ends at the goal, the
-    baseline's with a comma.
+    A token is right if it is the next step, given the true steps before it. A whole path is right
+    if all its tokens are right. A greedy answer is right if the model writes the path from its own
+    tokens and then ends. The reproduction ends at the goal, the baseline with a comma.
 
     Args:
-        distribution: one of trees.DISTRIBUTIONS; by default all of them.
-        n_trees: how many to evaluate, of each distribution.
-        seed: of the trees.
-        n_nodes: of the trees; by default the model's own.
-        recipe: what the model was trained with; trees that it saw are then left out, and others drawn instead.
-        progress: called with the trees evaluated so far.
+        distribution: one of trees.DISTRIBUTIONS; default all.
+        n_trees: trees to evaluate, per distribution.
+        seed: seed of the trees.
+        n_nodes: nodes per tree; default the model's own number.
+        recipe: the model's training; trees seen in training are then replaced by others.
+        progress: called with the number of trees evaluated so far.
 
     Raises:
-        BadInput: as of `check`; or training saw nearly every tree there is.
+        BadInput: see `check`; or training saw nearly every tree of this size.
     """
     config, n_nodes = model.config, model.config.n_nodes if n_nodes is None else n_nodes
     check(config, distribution, n_trees, seed, n_nodes, recipe)
@@ -131,7 +134,7 @@ def evaluate(
 
 
 def distributions(config: ModelConfig, distribution: str | None = None) -> tuple[str, ...]:
-    """The one that is named; else all of them, the model's own first."""
+    """The named distribution as a tuple; by default all, the model's own first."""
     return (
         (distribution,) if distribution else (config.system, *(name for name in DISTRIBUTIONS if name != config.system))
     )
@@ -145,10 +148,11 @@ def check(
     n_nodes: int | None = None,
     recipe: Recipe | None = None,
 ) -> None:
-    """Refuse what a model of this configuration cannot be evaluated on; quick, so before its weights are read.
+    """Check the arguments of `evaluate`, without the model's weights.
 
     Raises:
-        BadInput: no such distribution, size, number of trees or seed, or the seed is that of training.
+        BadInput: a distribution, size, number of trees or seed is invalid, or the seed is the
+            training's.
     """
     n_nodes = config.n_nodes if n_nodes is None else n_nodes
     for name in distributions(config, distribution):
@@ -166,14 +170,14 @@ def check(
 
 
 def seen_hashes(recipe: Recipe, model: Model) -> np.ndarray:
-    """uint64 [n], sorted: the canonical hashes of all trees that a training draws; some 20 s a million."""
+    """uint64 [n], sorted: `Trees.hashes` of all trees of a training; 20 s per million trees."""
     return np.unique([step_trees(recipe, model.config, step)[0].hashes() for step in range(recipe.steps)])
 
 
 def _fresh(
     distribution: str, seed: int, n_nodes: int, n_trees: int, seen: np.ndarray | None
 ) -> Iterator[tuple[Trees, int]]:
-    """Batches of n_trees trees in all that are not among those seen, and how many were left out of each."""
+    """Yield batches of n_trees unseen trees in all, each with the number of trees left out."""
     start, missing = 0, n_trees
     while missing:
         trees = draw(distribution, seed, start, start + min(BATCH, missing), n_nodes)
@@ -188,7 +192,7 @@ def _fresh(
 
 
 def _graded(model: Model, trees: Trees) -> pl.DataFrame:
-    """A row for each tree: depth, backward, tokens right, and whether its whole path and its greedy answer are right."""
+    """One row per tree: depth, backward, n_right, whole_path and greedy."""
     import torch
 
     from actstore.ingest.answers.tree_paths import answer
@@ -210,7 +214,7 @@ def _graded(model: Model, trees: Trees) -> pl.DataFrame:
 
 
 def _ends(model: Model, trees: Trees, logits: torch.Tensor) -> np.ndarray:
-    """bool [n_trees]: whether an answer ends after the goal, which the reproduction was never taught to say."""
+    """bool [n_trees]: whether an answer ends after the goal; True for the reproduction."""
     if model.config.system == "reproduction":
         return np.ones(len(trees), bool)
     rows, goal_at = np.arange(len(trees)), trees.depth.astype(np.int64) + root_at(trees.n_nodes)

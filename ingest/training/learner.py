@@ -1,7 +1,7 @@
-"""One model learning: its weights and their optimizer between two steps, what a step does, and what it got right.
+"""A model in training: weights, optimizer, one step, and the accuracy of a step.
 
-A step is computed in the same order of additions however many threads there are, so that the same steps give the same
-weights, bit for bit.
+The order of additions in a step does not depend on the number of threads, so the same steps give
+the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 @dataclass
 class Learner:
-    """The weights in HookedTransformer names, and their optimizer, between two steps."""
+    """Weights, in HookedTransformer names, and their optimizer."""
 
     config: ModelConfig
     recipe: Recipe
@@ -44,7 +44,7 @@ class Learner:
         return cls(config, recipe, params, optimizer)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that changes from step to step, by name."""
+        """Everything that a step changes, by name: weights, AdamW's moments, the step."""
         found = {f"weights/{name}": value for name, value in self.params.items()}
         for name, value in self.params.items():
             moments = self.optimizer.state.get(value)
@@ -54,7 +54,7 @@ class Learner:
 
     @torch.no_grad()
     def restore(self, saved: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Restore what `state` returned."""
         self.step = int(saved["step"])
         for name, value in self.params.items():
             value.copy_(saved[f"weights/{name}"])
@@ -66,7 +66,7 @@ class Learner:
         """Take one step.
 
         Raises:
-            FloatingPointError: loss or gradient is not finite; the weights are left as they were.
+            FloatingPointError: loss or gradient is not finite; the weights are unchanged.
         """
         parts = self.parts()
         n_targets = sum(len(part.target) for part in parts)
@@ -84,7 +84,7 @@ class Learner:
         return tally
 
     def parts(self) -> list[Packed]:
-        """The step's trees, packed in parts of like length, so that little is padding."""
+        """The step's trees, packed in parts of similar length, which keeps padding small."""
         trees, slots = step_trees(self.recipe, self.config, self.step)
         is_goal, device = self.recipe.goals_at(self.step, trees), next(iter(self.params.values())).device
         shares = [share for share in np.array_split(np.arange(len(trees)), self.recipe.parts) if len(share)]
@@ -100,7 +100,7 @@ class Learner:
 
 @dataclass
 class Tally:
-    """What went right, summed: loss, tokens, and whole paths by depth (index 0 is unused)."""
+    """Sums over steps: loss, right tokens, and right paths by depth (index 0 is unused)."""
 
     loss: float
     n_tokens: int
@@ -124,7 +124,7 @@ class Tally:
         return Tally(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def row(self, step: int, n_steps: int, lr: float, n_nodes: int) -> Row:
-        """A row of the log: means since the last one."""
+        """A row of the log: means since the last row."""
         found = [depth for depth in range(len(self.paths)) if self.paths[depth]]
         return {
             "step": step,

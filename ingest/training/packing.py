@@ -1,12 +1,12 @@
-"""Packed goals: every leaf of a tree as a goal in one sequence, and the forward pass that training runs over them.
+"""Packed goals: one sequence holds a tree's edge list once and every leaf as a goal.
 
-A sequence is the edge list once and then one suffix `goal : root →step …` for each leaf. A suffix sees the edge list and
-itself, never another suffix, and its positions go on from the edge list's end, so that each suffix gets the very logits
-that it would get alone; but the edge list, two thirds of the tokens, is computed once instead of once a goal.
+A sequence is the edge list and one suffix `goal : root →step …` per leaf. A suffix attends to the
+edge list and itself, never to another suffix, and its positions continue from the edge list's end.
+Each suffix therefore has the same logits as alone, but the edge list, two thirds of the tokens, is
+computed once instead of once per goal.
 
-The forward pass is written here from the equations, in HookedTransformer names, because TransformerLens' own spends more
-time on hooks, masks and unembeddings that training never looks at than on its matrix products; a test holds the two
-together.
+models/equations.py has the forward pass of training, since TransformerLens' own spends more time on
+hooks, masks and unused unembeddings than on matrix products. A test compares the two.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import torch
 
 from actstore.ingest.models.equations import EDGE_LIST, PADDING, Packed
 from actstore.ingest.trees.draw import NO_NODE, Trees, leaves
-from actstore.ingest.trees.tokens import Vocabulary, encode, goal_at
+from actstore.ingest.trees.tokens import Vocabulary, encode, goal_at, source_at
 
 
 def every_goal(trees: Trees, is_goal: np.ndarray | None = None) -> tuple[np.ndarray, Trees]:
-    """One row for each leaf of each tree, with that leaf as its goal.
+    """One row per leaf of each tree, with that leaf as goal.
 
     Args:
-        is_goal: bool [n_trees, MAX_NODES], the labels to make goals of; the leaves' by default.
+        is_goal: bool [n_trees, MAX_NODES], labels to use as goals; default: the leaves.
 
     Returns:
-        tree: intp [n_goals], which of the trees; ascending, and goals by label within a tree.
-        trees: the n_goals trees; edges and root are those of the tree, goal, path and depth the goal's own.
+        tree: intp [n_goals], index of each goal's tree, ascending; goals of a tree are ordered by
+            label.
+        trees: n_goals trees, with edges and root of the tree, and goal, path and depth of the goal.
     """
     parents, depths = trees.parents(), trees.node_depths()
     tree, node = np.nonzero(leaves(trees) if is_goal is None else is_goal)
@@ -43,18 +44,20 @@ def every_goal(trees: Trees, is_goal: np.ndarray | None = None) -> tuple[np.ndar
 def pack(
     trees: Trees, vocabulary: Vocabulary, slots: np.ndarray | None = None, is_goal: np.ndarray | None = None
 ) -> Packed:
-    """Lay the trees out with every leaf as a goal, or with the goals that `is_goal` says; see `every_goal`.
+    """Pack trees, each with every goal of `every_goal` in one sequence.
 
     Args:
-        trees: of n_nodes nodes each, as many as the vocabulary's or fewer.
-        vocabulary: the system's; its own n_nodes says where a goal stands.
-        slots: intp [n_trees, n_nodes - 1], ascending: the place in the vocabulary's full edge list of each edge of a
-            smaller tree, which is then written as a full prompt with the other edges left out. The goals keep their
-            positions, so what is learnt on small trees holds on large ones. The last n_nodes - 1 places by default.
+        trees: trees of n_nodes nodes, at most as many as the vocabulary's.
+        vocabulary: the system's vocabulary; its n_nodes determines the positions of goals.
+        slots: intp [n_trees, n_nodes - 1], ascending: place of each edge in the vocabulary's full
+            edge list. A small tree is thus a full prompt with some edges left out. Goals keep their
+            positions, so that large trees profit from what small trees taught. Default: the last
+            n_nodes - 1 places.
+        is_goal: see `every_goal`.
 
-    The reproduction predicts the steps of each path. The baseline predicts the padding after it too: to the end of the
-    sequence (4n+2 tokens) for the tree's own goal, and the first token of it for the other goals, where the rest would
-    say nothing new and cost a third of the tokens.
+    The reproduction predicts the steps of each path. The baseline also predicts padding: to the end
+    of the sequence (4n+2 tokens) after the tree's own goal, and one token after other goals, since
+    more would teach nothing new and cost a third of the tokens.
     """
     tree, goals = every_goal(trees, is_goal)
     n_goals, goal, full_goal = len(tree), goal_at(trees.n_nodes), goal_at(vocabulary.n_nodes)
@@ -76,7 +79,7 @@ def pack(
     ids = np.full(shape, vocabulary.id_of_word[words[0, 2]], np.int64)
     position, segment = np.zeros(shape, np.int64), np.full(shape, PADDING, np.int64)
     ids[:, :goal] = vocabulary.encode(words[first, :goal])
-    position[:, :goal] = (3 * slots[:, :, None] + np.arange(3)).reshape(len(trees), -1)
+    position[:, :goal] = (source_at(slots)[:, :, None] + np.arange(3)).reshape(len(trees), -1)
     segment[:, :goal] = EDGE_LIST
     np.put(ids, flat, vocabulary.encode(words[row, goal + within]))
     np.put(position, flat, full_goal + within)
@@ -90,7 +93,7 @@ def pack(
 
 
 def _n_padding_targets(trees: Trees, goals: Trees, tree: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """intp [n_goals]: tokens of padding that each goal is to predict."""
+    """intp [n_goals]: tokens of padding to predict, per goal."""
     if vocabulary.system == "reproduction":
         return np.zeros(len(tree), np.intp)
     own = goals.goal == trees.goal[tree]
@@ -98,5 +101,5 @@ def _n_padding_targets(trees: Trees, goals: Trees, tree: np.ndarray, vocabulary:
 
 
 def _count_up(lengths: np.ndarray) -> np.ndarray:
-    """0…length-1 for each length, one after the other."""
+    """Concatenate the ranges 0…length-1 of all lengths."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

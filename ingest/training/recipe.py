@@ -1,7 +1,7 @@
-"""How a model is trained: the recipe that a configuration names, and the trees that each step of it learns from.
+"""How a model is trained: the recipe in a configuration, and the trees of each step.
 
-A step's trees follow from the recipe's seed and the step's number alone, so a run that was killed sees the same trees
-when it goes on, and whoever evaluates a model can tell which trees it has seen.
+The trees of a step depend only on the recipe's seed and the step's number. A resumed training
+therefore sees the same trees, and an evaluation can tell which trees a model has seen.
 """
 
 from __future__ import annotations
@@ -9,43 +9,44 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
 import numpy as np
 
-from actstore.errors import BadInput
-from actstore.ingest.models.config import ModelConfig, nearest, parse_yaml, read_text, there_are
+from actstore.errors import BadInput, nearest
+from actstore.ingest.models.config import ModelConfig, parse_yaml, read_text, there_are
 from actstore.ingest.trees.draw import Trees, draw, leaves
 from actstore.named import SHIPPED
 
 SHARES = ("warmup", "decay", "curriculum", "shallow", "deep_share")
 SHALLOW = (2, 3, 4, 5)  # depths of the deepest goals, in equal times
-Row = dict[str, Any]  # of a training's log
+Row = dict[str, Any]  # a row of a training's log
 SMALLEST_TREE = 4  # the curriculum's first: two leaves that differ, and paths of more than one step
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained; the shares are of `steps`.
+    """How a model is trained; shares are fractions of `steps`.
 
     Attributes:
-        steps: of the optimizer.
-        batch_size: trees a step, each with all its leaves as goals.
+        steps: steps of the optimizer.
+        batch_size: trees per step, each with all its leaves as goals.
         warmup: share over which the learning rate rises to `lr`.
-        decay: share over which it falls linearly to 0, at the end.
+        decay: final share over which the learning rate falls linearly to 0.
         curriculum: share over which trees grow to their full size.
-        shallow: share over which every node near the root is a goal, leaf or not, the deepest in SHALLOW one after the
-            other. Which child leads to a goal two steps off is what takes a model longest to find out, and few leaves
-            ask it.
-        deep_share: of the trees, how many are drawn from `deep`, since long paths are rare elsewhere.
-        inner_goals: least and greatest depth of the nodes that are goals though they are no leaves, once `shallow` is
-            over; None for none. Far goals are rare among leaves, and these ask the same of a model at little cost.
+        shallow: share over which every node near the root is a goal, inner nodes included; the
+            greatest depth runs through SHALLOW. A model takes longest to learn which child leads to
+            a goal two steps away, and few leaves ask for that.
+        deep_share: fraction of the trees drawn from `deep`, since long paths are rare elsewhere.
+        inner_goals: least and greatest depth of inner nodes that are goals after `shallow`; None
+            for no such goals. Far goals are rare among leaves, and inner goals add some at little
+            cost.
         clip: largest norm of a gradient.
-        parts: a step is computed in, side by side; the order of additions decides the last bits of its gradient.
-        seed: of the weights and of the trees.
+        parts: parallel parts of a step; the order of additions decides the last bits of the
+            gradient.
+        seed: seed of the weights and the trees.
     """
 
     steps: int = 10_000
@@ -90,29 +91,28 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str) -> Recipe:
-        """Read the training's part of a configuration: the notebook's keys, and what is ours under `training`.
+        """Read the training's part of a configuration: the notebook's keys, and `training`.
 
         Raises:
-            BadInput: `training` has a key that is not a recipe's.
+            BadInput: a key is unknown, or its value is invalid.
         """
         for section in ("optimizer", "training"):
             if not isinstance(mapping.get(section) or {}, Mapping):
                 raise BadInput(
                     f"{source}: {section} is {brief(mapping[section])}; it is a mapping, such as `lr: 0.001`"
                 )
-        said = {"seed": mapping.get("random_seed"), "batch_size": mapping.get("batch_size")}
-        said |= {
+        values = {"seed": mapping.get("random_seed"), "batch_size": mapping.get("batch_size")}
+        values |= {
             "steps": mapping.get("max_iters"),
             **(mapping.get("optimizer") or {}),
             **(mapping.get("training") or {}),
         }
         known = [field.name for field in fields(cls)]
-        for key in said:
+        for key in values:
             if key not in known:
-                near = get_close_matches(key, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise BadInput(f"{source}: unknown key {brief(f'training.{key}')}{hint}; there are {', '.join(known)}")
-        given = {key: value for key, value in said.items() if value is not None}
+                key_text = brief(f"training.{key}")
+                raise BadInput(f"{source}: unknown key {key_text}{nearest(key, known)}; {there_are(known)}")
+        given = {key: value for key, value in values.items() if value is not None}
         given |= {key: tuple(given[key]) for key in ("betas", "inner_goals") if isinstance(given.get(key), list)}
         try:
             return cls(**given)
@@ -120,25 +120,25 @@ class Recipe:
             raise BadInput(f"{source}: {error}") from None
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of a step: up over the warmup, level, and down to 0 over the decay."""
+        """Learning rate of a step: rises over warmup, stays at `lr`, falls to 0 over decay."""
         up = (step + 1) / max(1, self.warmup * self.steps)
         down = (self.steps - step) / max(1, self.decay * self.steps)
         return self.lr * min(1.0, up, down)
 
     def n_nodes_at(self, step: int, n_nodes: int) -> int:
-        """Size of a step's trees: from SMALLEST_TREE to n_nodes over the curriculum, in equal times."""
+        """Nodes per tree of a step: from SMALLEST_TREE to n_nodes over the curriculum, linearly."""
         smallest = min(SMALLEST_TREE, n_nodes)
         if step >= self.curriculum * self.steps:
             return n_nodes
         return smallest + int((n_nodes - smallest) * step / (self.curriculum * self.steps))
 
     def deepest_at(self, step: int) -> int | None:
-        """Depth of the deepest goals of a step, or None once `shallow` is over."""
+        """Depth of the deepest goals of a step; None after `shallow`."""
         share = step / (self.shallow * self.steps) if self.shallow else 1.0
         return SHALLOW[int(share * len(SHALLOW))] if share < 1 else None
 
     def goals_at(self, step: int, trees: Trees) -> np.ndarray:
-        """bool [n_trees, MAX_NODES]: which labels of a step's trees are goals."""
+        """bool [n_trees, MAX_NODES]: the labels of a step's trees that are goals."""
         depths, deepest = trees.node_depths(), self.deepest_at(step)
         if deepest is not None:
             return (depths > 0) & (depths <= deepest)
@@ -149,17 +149,17 @@ class Recipe:
 def read_config(
     name_or_path: str, n_nodes: int | None = None, steps: int | None = None, seed: int | None = None
 ) -> tuple[str, ModelConfig, Recipe]:
-    """A configuration by its name (those shipped) or its path.
+    """Read a configuration by the name of a shipped one, or by its path.
 
     Args:
-        n_nodes: instead of the configuration's; the context then follows from it.
-        steps, seed: instead of its `max_iters` and `random_seed`.
+        n_nodes: replaces the configuration's; n_ctx is then derived from `n_nodes`.
+        steps, seed: replace the configuration's `max_iters` and `random_seed`.
 
     Returns:
-        name: of the model to be, the file's.
+        The name of the model (the file's stem), its configuration and its recipe.
 
     Raises:
-        BadInput: no such configuration, or it contradicts itself.
+        BadInput: the configuration is missing or contradicts itself.
     """
     shipped = sorted((SHIPPED / "configs").glob("*.yaml"))
     path = {path.stem: path for path in shipped}.get(name_or_path, Path(name_or_path))
@@ -183,21 +183,21 @@ def read_config(
 
 
 def recipe_of(path: Path) -> Recipe | None:
-    """The recipe that a trained model's YAML names, or None where it names none, as an imported one's.
+    """The recipe in a trained model's YAML; None if the YAML has no `training`.
 
     Raises:
-        BadInput: no such file, or it contradicts itself.
+        BadInput: the file is missing or contradicts itself.
     """
     mapping = parse_yaml(read_text(path), str(path))
     return Recipe.from_mapping(mapping, str(path)) if mapping.get("training") else None
 
 
 def step_trees(recipe: Recipe, config: ModelConfig, step: int) -> tuple[Trees, np.ndarray]:
-    """The trees that a step learns from, which follow from the seed and the step alone.
+    """The trees of a step, which depend only on recipe, configuration and step.
 
     Returns:
-        trees: batch_size of them, sorted by the length of their packed sequence.
-        slots: intp [batch_size, n_edges], where each lists its edges; see `pack`.
+        trees: batch_size trees, sorted by the length of their packed sequence.
+        slots: intp [batch_size, n_edges], places of each tree's edges; see `pack`.
     """
     n_nodes = recipe.n_nodes_at(step, config.n_nodes)
     n_deep = round(recipe.deep_share * recipe.batch_size)
@@ -214,5 +214,5 @@ def step_trees(recipe: Recipe, config: ModelConfig, step: int) -> tuple[Trees, n
 
 
 def _packed_lengths(trees: Trees, is_goal: np.ndarray) -> np.ndarray:
-    """int64 [n_trees]: tokens of each tree's suffixes, but for the baseline's padding."""
+    """int64 [n_trees]: tokens of each tree's suffixes, without the baseline's padding."""
     return np.where(is_goal, trees.node_depths().astype(np.int64) + 2, 0).sum(axis=1)

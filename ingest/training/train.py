@@ -1,16 +1,16 @@
-"""Training the two systems from nothing: a loop that can be killed anywhere, and the checkpoints along the way.
+"""Train a system from scratch, in a loop that can be killed at any time and resumed.
 
     config (YAML) → Recipe → trees of each step → packed goals → AdamW → OUT/
 
-What one run leaves in its folder:
+Files of one training:
 
-    NAME.yaml                       the model's configuration and its recipe, whole
-    NAME.jsonl                      the log, a row every LOG_EVERY steps: loss, accuracies, learning rate
-    NAME/step-00250.safetensors     weights along the way, in float16
-    NAME.safetensors                the trained weights, in float32; written last
-    state.safetensors               what it takes to go on: weights, both moments of AdamW, the step and the recipe
+    NAME.yaml                       the model's configuration and recipe NAME.jsonl
+    the log, a row per LOG_EVERY steps: loss, accuracies, learning rate NAME/step-00250.safetensors
+    weights of a kept step, in float16 NAME.safetensors                the trained weights, in
+    float32; written last state.safetensors               the state to resume from: weights, AdamW's
+    moments, step, recipe
 
-A training that was killed and started again ends with the same bytes.
+A training that was killed and resumed ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from actstore.storage.machine import n_processors
 if TYPE_CHECKING:
     from actstore.ingest.training.learner import Learner
 
-LOG_EVERY = 25  # steps, some ten seconds: what a kill can cost
+LOG_EVERY = 25  # steps, about ten seconds: the most that a kill can cost
 
 
 def train(
@@ -46,22 +46,25 @@ def train(
     device: str = "cpu",
     progress: Callable[[Row], None] | None = None,
 ) -> Path:
-    """Train a model, or go on with a training that was killed.
+    """Train a model, or resume a training that was killed.
 
     Args:
-        name_or_config: a configuration that is shipped (`reproduction`, `baseline`) or the path of a YAML file.
-        out: folder of the run; one that holds a started run is gone on with.
-        steps, nodes, seed: instead of the configuration's `max_iters`, `n_nodes` and `random_seed`.
+        name_or_config: a shipped configuration (`reproduction`, `baseline`) or the path of a YAML
+            file.
+        out: folder of the training; a training in this folder is resumed.
+        steps, nodes, seed: replace the configuration's `max_iters`, `n_nodes` and `random_seed`.
         device: `cpu` or `cuda`.
-        progress: called with every row of the log, once the state of its step is saved.
+        progress: called with each row of the log, after the state of its step is saved.
 
     Returns:
-        The trained weights, OUT/NAME.safetensors.
+        Path of the trained weights, OUT/NAME.safetensors.
 
     Raises:
-        BadInput: the configuration contradicts itself or is not the started run's, there is no such device, the
-            folder cannot be written, or the loss is no number (the last good state is kept).
-        NoRoom: the disk is full; run it again to go on.
+        BadInput: the configuration contradicts itself or the started training, there is no such
+            device, the folder cannot be written, or the loss is not finite (the last good state is
+            kept).
+        NoRoom: the disk is full; the same call resumes.
+        Busy: another training writes to the folder.
     """
     name, config, recipe = read_config(name_or_config, nodes, steps, seed)
     check_device(device)
@@ -79,7 +82,7 @@ def _loop(
     pool: Executor,
     progress: Callable[[Row], None],
 ) -> None:
-    """Step to the end; the state is saved whenever the log has just been written, so that none is cut in two."""
+    """Step to the end; every row of the log is followed by a save of the state."""
     from actstore.ingest.training.learner import Tally
 
     seconds_before, started = (rows[-1]["seconds"] if rows else 0.0), time.monotonic()
@@ -104,7 +107,7 @@ def _loop(
 
 @contextmanager
 def _threads(most: int) -> Iterator[Executor]:
-    """A pool of one-threaded workers: parts of a step side by side need no barrier after each of their operations."""
+    """A pool of one-threaded workers: parallel parts need no barrier after each operation."""
     import torch
 
     before = torch.get_num_threads()
@@ -117,7 +120,7 @@ def _threads(most: int) -> Iterator[Executor]:
 
 
 def kept(out: Path) -> str:
-    """What a training that is stopped now has kept, and what the same command does then, in words."""
+    """One sentence: what a stop keeps now, and what the same command does after it."""
     step = kept_step(out)
     if step is None:
         return f"nothing was kept yet (the state is saved every {LOG_EVERY} steps), and the same command begins anew"
@@ -125,21 +128,21 @@ def kept(out: Path) -> str:
 
 
 def summary(row: Row) -> str:
-    """A row of the log in a line: `loss 0.0123, tokens 99.81 %, paths 99.12 %, by depth 1: 100.0 2: 99.9 …`."""
+    """A row of the log in one line: `loss 0.0123, tokens 99.81 %, paths 99.12 %, by depth …`."""
     shares = " ".join(f"{each['depth']}: {100 * each['right'] / each['paths']:.1f}" for each in row["by_depth"])
     right = f"tokens {100 * row['token_accuracy']:.2f} %, paths {100 * row['path_accuracy']:.2f} %"
     return f"loss {row['loss']:.4f}, {right}, by depth {shares} ({row['n_nodes']} nodes)"
 
 
 def to_wandb(project: str, out: Path) -> Callable[[Row], None]:
-    """A `progress` that sends every row of the log to Weights & Biases, which is not installed with actstore.
+    """A `progress` that sends each row of the log to Weights & Biases, an optional package.
 
     Args:
-        project: of Weights & Biases.
-        out: the training's folder; one that is gone on with goes on there too.
+        project: name of the Weights & Biases project.
+        out: the training's folder; a resumed training resumes its Weights & Biases run.
 
     Raises:
-        BadInput: wandb is not installed, or knows nobody here.
+        BadInput: wandb is not installed, or not logged in.
     """
     try:
         import wandb

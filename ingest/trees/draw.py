@@ -1,30 +1,33 @@
-"""Random binary trees with a goal, many at a time: the three distributions the models are asked about, and their rows.
+"""Random binary trees with a goal, drawn many at a time from three distributions.
 
-A batch of trees is a struct of arrays, because a loop over trees in Python makes 10,000 a second and a loop over the
-nodes of all trees at once makes 100,000. Each tree consumes a fixed number of uniforms from the random generator, so
-that tree i of a seed is the same tree however many are drawn, and any range of a stream can be drawn on its own.
+A batch of trees is a struct of arrays: a Python loop over trees makes 10,000 per second, a loop
+over the nodes of all trees at once 100,000. Each tree consumes a fixed number of uniforms from the
+random generator. Tree i of a seed is therefore the same tree however many are drawn, and any range
+of a stream can be drawn alone.
 
-Distributions:
-    reproduction  the uniform split: a subtree of size s gives its left child uniform 0…s-1 nodes; the goal is a
-                  uniform leaf; edges are shuffled.
-    baseline      Brinkmann et al. 2024 (arXiv 2402.11917, `generate_example_secondary_path` of their repository):
-                  a main path of length uniform 1…n-1 ends in the goal, a second path leaves the root, the rest hangs
-                  on nodes with fewer than two children, never on the goal; even trees list their edges backward, odd
-                  ones shuffled. (Theirs hangs the rest on in the order of its labels; here no label tells a place.)
-    deep          the goal's depth is uniform over a given set, the main path has that length, the rest hangs on at
-                  random, as in the baseline without its second path; edges are shuffled.
+Distributions: reproduction  the uniform split: the left child of a subtree of size s gets uniform
+    0…s-1 nodes. The
+                  goal is a uniform leaf. Edges are shuffled.
+    baseline      Brinkmann et al. 2024 (arXiv 2402.11917, `generate_example_secondary_path` of
+                  their repository): a main path of length uniform 1…n-1 ends in the goal, and a
+                  second path leaves the root. The other nodes hang on nodes with fewer than two
+                  children, never on the goal. Even trees list their edges backward, odd trees
+                  shuffled. (Their code hangs the other nodes in label order; here labels say
+                  nothing about places.)
+    deep          the goal's depth is uniform over a given set, and the main path has that length.
+                  The other nodes hang at random, as in the baseline without its second path. Edges
+                  are shuffled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import numpy as np
 import xxhash
 
-from actstore.errors import BadInput
+from actstore.errors import BadInput, nearest
 
 DISTRIBUTIONS = ("reproduction", "baseline", "deep")
 MIN_NODES, MAX_NODES = 2, 64  # 64 nodes are 255 positions, so that a position and a token id both fit a byte
@@ -35,14 +38,15 @@ TREES_PER_TEST_TREE = 5  # a fifth of the trees is held out: enough to test a pr
 
 @dataclass(frozen=True)
 class Trees:
-    """A batch of n_trees binary trees, each with a goal, the path to it and an order in which its edges are listed.
+    """A batch of n_trees binary trees, each with a goal, its path and an order of its edges.
+
 
     Attributes:
         edges: uint8 [n_trees, n_nodes - 1, 2], (source, target) labels in the order listed.
         root: uint8 [n_trees], label of the root.
         goal: uint8 [n_trees], label of the goal, a leaf.
         path: uint8 [n_trees, n_nodes - 1], labels from the root's child to the goal, then NO_NODE.
-        depth: uint8 [n_trees], edges between root and goal, so the length of the path.
+        depth: uint8 [n_trees], edges between root and goal: the length of the path.
     """
 
     edges: np.ndarray
@@ -62,18 +66,19 @@ class Trees:
         return self.edges.shape[1] + 1
 
     def parents(self) -> np.ndarray:
-        """uint8 [n_trees, MAX_NODES]: each label's parent, NO_NODE for the root and for labels not in the tree."""
+        """uint8 [n_trees, MAX_NODES]: each label's parent; NO_NODE for root and unused labels."""
         return self._by_label(self.edges[:, :, 1], self.edges[:, :, 0], otherwise=NO_NODE)
 
     def hashes(self) -> np.ndarray:
-        """uint64 [n_trees]: xxh3-64 of each labelled tree, whatever its goal and the order of its edges.
+        """uint64 [n_trees]: xxh3-64 of each labelled tree, without goal and order of edges.
 
-        Two prompts over one tree hash alike, so a split by this hash never has a tree on both sides.
+        Two prompts over one tree have one hash, so a split by this hash never has a tree on both
+        sides.
         """
         return np.fromiter((xxhash.xxh3_64_intdigest(row) for row in self.parents()), np.uint64, len(self))
 
     def node_depths(self) -> np.ndarray:
-        """uint8 [n_trees, MAX_NODES]: edges between the root and each label, NO_NODE where the tree lacks the label."""
+        """uint8 [n_trees, MAX_NODES]: edges from root to each label; NO_NODE for unused labels."""
         n_labels = 1 + int(max(self.edges.max(initial=0), self.root.max(initial=0)))  # no more columns than are used
         labels, root, parents = np.arange(n_labels), self.root[:, None], self.parents()[:, :n_labels]
         above = np.where((parents == NO_NODE) | (labels == root), labels, parents)
@@ -91,12 +96,12 @@ class Trees:
         return np.all(at_label(listed, self.edges[:, :, 0]) > edge, axis=1)
 
     def edges_on_path(self) -> np.ndarray:
-        """bool [n_trees, n_nodes - 1]: whether the way from root to goal takes each edge listed."""
+        """bool [n_trees, n_nodes - 1]: whether each listed edge lies on the path."""
         walked = np.where(self.path == NO_NODE, self.goal[:, None], self.path)  # past its end a path stays at the goal
         return np.asarray(at_label(self._by_label(walked, 1, otherwise=0), self.edges[:, :, 1]) == 1)
 
     def _by_label(self, labels: np.ndarray, values: np.ndarray | int, otherwise: int) -> np.ndarray:
-        """uint8 [n_trees, MAX_NODES]: the values at each tree's labels, uint8 [n_trees, n]; `otherwise` elsewhere."""
+        """Scatter values to labels [n_trees, n]: uint8 [n_trees, MAX_NODES], else `otherwise`."""
         table = np.full((len(self), MAX_NODES), otherwise, np.uint8)
         np.put_along_axis(table, labels.astype(np.intp), values, axis=1)
         return table
@@ -110,7 +115,7 @@ def leaves(trees: Trees) -> np.ndarray:
 
 
 def at_label(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The cells of [n_trees, MAX_NODES] that each tree's labels, uint8 [n_trees, n], name: [n_trees, n]."""
+    """The cells of a table [n_trees, MAX_NODES] at labels uint8 [n_trees, n]: [n_trees, n]."""
     return np.take_along_axis(table, labels.astype(np.intp), axis=1)
 
 
@@ -123,9 +128,9 @@ def draw(
     n_labels: int | None = None,
     depths: Sequence[int] | None = None,
 ) -> Trees:
-    """Trees start…stop-1 of the endless stream that a seed names; see `sample` for the other arguments.
+    """Draw trees start…stop-1 of a seed's endless stream; see `sample` for the other arguments.
 
-    The stream is jumped into, not run through, so a late range costs no more than an early one.
+    The generator jumps to `start`, so a late range costs no more than an early one.
     """
     n_labels = n_nodes if n_labels is None else n_labels
     _check(distribution, n_nodes, n_labels, depths)
@@ -151,15 +156,15 @@ def sample(
 
     Args:
         distribution: one of DISTRIBUTIONS.
-        rng: consumed by the same number of uniforms for every tree.
-        n_trees: how many.
-        n_nodes: nodes of each tree, 2…64.
-        n_labels: labels are drawn without repetition from 0…n_labels-1; n_nodes of them by default.
-        depths: `deep` only: the goal depths to draw from, each 1…n_nodes-1; all of them by default.
-        first: index of the first tree, whose parity says which of the baseline's trees are listed backward.
+        rng: every tree takes the same number of uniforms from it.
+        n_trees: number of trees.
+        n_nodes: nodes per tree, 2…64.
+        n_labels: labels are drawn without repetition from 0…n_labels-1; default n_nodes.
+        depths: goal depths that `deep` draws from, each 1…n_nodes-1; default all.
+        first: index of the first tree; its parity says which baseline trees list edges backward.
 
     Raises:
-        BadInput: an unknown distribution, or a size or depth that no such tree has.
+        BadInput: the distribution is unknown, or no such tree has this size or depth.
     """
     n_labels = n_nodes if n_labels is None else n_labels
     _check(distribution, n_nodes, n_labels, depths)
@@ -185,9 +190,8 @@ def sample(
 
 def _check(distribution: str, n_nodes: int, n_labels: int, depths: Sequence[int] | None) -> None:
     if distribution not in DISTRIBUTIONS:
-        near = get_close_matches(distribution, DISTRIBUTIONS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise BadInput(f"no distribution {distribution!r}{hint}; there are {', '.join(DISTRIBUTIONS)} (--distribution)")
+        hint, known = nearest(distribution, DISTRIBUTIONS), ", ".join(DISTRIBUTIONS)
+        raise BadInput(f"no distribution {distribution!r}{hint}; there are {known} (--distribution)")
     if not MIN_NODES <= n_nodes <= MAX_NODES:
         raise BadInput(f"got {n_nodes} nodes; a tree has {MIN_NODES} to {MAX_NODES} (--nodes)")
     if not n_nodes <= n_labels <= MAX_NODES:
@@ -201,7 +205,7 @@ def _check(distribution: str, n_nodes: int, n_labels: int, depths: Sequence[int]
 
 
 def _n_uniforms(n_nodes: int, n_labels: int) -> int:
-    """Uniforms that one tree consumes: its shape, goal, second path, labels, edge order."""
+    """Uniforms per tree: for its shape, goal, second path, labels and edge order."""
     return n_nodes + 1 + 1 + n_labels + (n_nodes - 1)
 
 
@@ -211,7 +215,7 @@ def _pick(u: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 
 def _uniform_split(u_shape: np.ndarray, u_goal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shapes whose subtrees split uniformly; nodes are numbered in preorder, so a parent comes before its child.
+    """Shapes whose subtrees split uniformly; nodes are numbered in preorder, parents first.
 
     Returns:
         parent: intp [n_trees, n_nodes], goal: intp [n_trees], a uniform leaf.
@@ -229,11 +233,11 @@ def _uniform_split(u_shape: np.ndarray, u_goal: np.ndarray) -> tuple[np.ndarray,
         size[rows, left_child], size[rows, right_child] = left, right
         parent[rows, left_child] = parent[rows, right_child] = node
     leaves = size[:, :n_nodes] == 1
-    return parent[:, :n_nodes], _pick_true(leaves, u_goal)
+    return parent[:, :n_nodes], pick_true(leaves, u_goal)
 
 
 def _paths_and_rest(u_shape: np.ndarray, main: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Shapes with a main path 0, 1, …, main (the goal), a second path from the root, and the rest hung on at random.
+    """Shapes with a main path 0, 1, …, main (the goal), a second path, and the rest at random.
 
     Returns:
         parent: intp [n_trees, n_nodes], each parent numbered before its child.
@@ -245,7 +249,7 @@ def _paths_and_rest(u_shape: np.ndarray, main: np.ndarray, second: np.ndarray) -
     free[:, 0] = True
     n_children = np.zeros((n_trees, n_nodes), np.int8)
     for node in range(1, n_nodes):
-        hung = _pick_true(free, u_shape[:, node])
+        hung = pick_true(free, u_shape[:, node])
         on_a_path = node <= main + second
         parent[:, node] = np.where(node == main + 1, np.where(on_a_path, 0, hung), np.where(on_a_path, node - 1, hung))
         n_children[rows, parent[:, node]] += 1
@@ -254,14 +258,14 @@ def _paths_and_rest(u_shape: np.ndarray, main: np.ndarray, second: np.ndarray) -
     return parent
 
 
-def _pick_true(mask: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """The column of one true cell of each row of a bool [n, m], uniform among them; 0 where a row has none."""
+def pick_true(mask: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """intp [n]: a uniformly drawn true column per row of a bool [n, m]; 0 for a row without any."""
     rank = _pick(u, mask.sum(axis=1))
     return np.argmax(np.cumsum(mask, axis=1, dtype=np.int16) > rank[:, None], axis=1)
 
 
 def _breadth_first(parent: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """intp [n_trees, n_nodes]: the nodes level by level, siblings by label: networkx's topological order of a tree."""
+    """intp [n_trees, n_nodes]: nodes by level, siblings by label: networkx's topological order."""
     n_trees, n_nodes = parent.shape
     rows = np.arange(n_trees)
     first_child = np.zeros((n_trees, n_nodes), np.intp)  # 0 is the root, which is no one's child
@@ -283,7 +287,7 @@ def _breadth_first(parent: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _label(parent: np.ndarray, goal: np.ndarray, labels: np.ndarray, order: np.ndarray) -> Trees:
-    """Name the numbered nodes and list the edges: edge j of a shape runs from parent[j + 1] to j + 1."""
+    """Label the nodes and list the edges: edge j of a shape runs from parent[j + 1] to j + 1."""
     n_trees, n_nodes = parent.shape
     rows = np.arange(n_trees)
     targets = order + 1

@@ -9,7 +9,7 @@ from actstore.ingest.trees.draw import NO_NODE, SPLITS, TREES_PER_TEST_TREE, Tre
 
 
 def tree_rows(trees: Trees, first_tree_id: int, dataset: str) -> pl.DataFrame:
-    """The rows of the `trees` table, in tree order; columns as in schema.sql. A drawn tree is a variant of none."""
+    """The rows of `trees`, in tree order, as in schema.sql; `variant_of` and `change` are null."""
     n_trees, n_edges, _ = trees.edges.shape
     depths, hashes = trees.node_depths(), trees.hashes()
     height = np.where(depths == NO_NODE, 0, depths).max(axis=1)
@@ -57,7 +57,7 @@ def edge_rows(trees: Trees, first_tree_id: int) -> pl.DataFrame:
 
 
 def enum_series(codes: np.ndarray, names: tuple[str, ...]) -> pl.Series:
-    """An Enum series of the names that codes [n], integers or booleans, count to."""
+    """An Enum series: each of codes [n], integer or boolean, is an index into `names`."""
     return pl.Series(codes.astype(np.uint8)).cat.to(pl.Enum(names))
 
 

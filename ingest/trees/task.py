@@ -15,10 +15,13 @@ SHARD_ROWS = 64 * 1024  # positions × trees: 32 MiB a site at d_model 128, larg
 
 @dataclass(frozen=True)
 class TreeSet:
-    """A set of trees to run over: the first n_trees of a seed's stream.
+    """A set of trees to run a model over: the first n_trees of a seed's stream.
 
     Attributes:
-        variant_of: the stored set whose tree i tree i of this one is made from, by `change`; see ingest/trees/variants.py.
+        seed, n_nodes, depths: see `draw`.
+        name: default: made from the other attributes.
+        trees_per_shard: trees per batch; default: SHARD_ROWS positions.
+        variant_of: the stored set that `change` turns into this one, tree by tree; see variants.py.
     """
 
     distribution: str
@@ -40,13 +43,13 @@ class TreeSet:
         return self.drawn(start, stop).trees
 
     def drawn(self, start: int, stop: int) -> Drawn:
-        """Trees start…stop-1 of the set, as words and as rows."""
+        """Draw trees start…stop-1 of the set, ready to be written as words and as rows."""
         trees = draw(self.distribution, self.seed, start, stop, self.n_nodes, depths=self.depths)
         trees, changes = vary(trees, self.change, self.seed, start) if self.change else (trees, None)
         return Drawn(start, trees, changes)
 
     def row(self) -> dict[str, Any]:
-        """The row of `datasets`, but for first_tree_id."""
+        """The row of `datasets`, without first_tree_id."""
         depths = "" if self.depths is None else f"-depth{'_'.join(map(str, self.depths))}"
         name = f"{self.distribution}{depths}-{self.n_nodes}nodes-seed{self.seed}-{self.n_trees}"
         fitting = SHARD_ROWS // n_positions(self.n_nodes) // 64 * 64

@@ -1,24 +1,26 @@
-"""Tree ↔ tokens: what a prompt looks like, what each position of it is, and each system's vocabulary.
+"""Tree ↔ tokens: the form of a prompt, the role of each position, each system's vocabulary.
 
-Both systems write `source →target ,` for every edge, `|` in place of the last comma, then `goal : root` and one
-`→node` a step, so a position means the same in both:
+Both systems write `source →target ,` per edge, `|` in place of the last comma, then `goal : root`
+and one `→node` per step. A position therefore means the same in both:
 
     edge e   source 3e   target 3e+1   separator 3e+2 (the last edge's is the bar)
     goal 3(n-1)   colon 3(n-1)+1   root 3(n-1)+2   path from 3n   at most 4n-1 tokens
 
-Trees are first written in the words that both share, uint8 [tree, position] of word numbers: `<PAD> , | :` are 0 to 3,
-label k is 4+2k and its arrow →k is 5+2k, whatever the number of nodes. A `Vocabulary` then maps words to the ids that
-one model was trained on. For the reproduction the two are the same numbers.
+Trees are first written as words that both systems share, uint8 [tree, position] of word numbers.
+`<PAD> , | :` are 0 to 3, label k is 4+2k, and the arrow →k is 5+2k, for any number of nodes. A
+`Vocabulary` maps words to the token ids of one model. In the reproduction, ids equal word numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
 
+from actstore.arrays.address import token_ids
 from actstore.errors import BadInput
 from actstore.ingest.trees.draw import MAX_NODES, MIN_NODES, NO_NODE, Trees, at_label
 from actstore.ingest.trees.rows import edge_rows, enum_series, null_where_no_node, tree_rows
@@ -26,57 +28,58 @@ from actstore.ingest.trees.rows import edge_rows, enum_series, null_where_no_nod
 PAD, COMMA, BAR, COLON = 0, 1, 2, 3
 WORDS = ("<PAD>", ",", "|", ":", *(word for k in range(MAX_NODES) for word in (str(k), f"→{k}")))
 ROLES = ("edge_source", "edge_target", "separator", "bar", "goal", "colon", "root", "path")
-POSITIONS_PER_TREE = 256  # token_id = tree_id * 256 + position: more than the 4n-1 positions of the largest tree
+
 SYSTEMS = ("reproduction", "baseline")
+Edges = TypeVar("Edges", int, np.ndarray)
 
 
 def n_positions(n_nodes: int) -> int:
-    """Tokens of the longest prompt and path: 4n-1."""
+    """Tokens of a prompt with the longest path: 4n-1."""
     return 4 * n_nodes - 1
 
 
-def source_at(edge: int) -> int:
-    """Position of an edge's source; its target, and the comma or bar that ends it, are the next two."""
+def source_at(edge: Edges) -> Edges:
+    """Position of an edge's source; its target and the separator after it are the next two."""
     return 3 * edge
 
 
 def goal_at(n_nodes: int) -> int:
-    """Position of the goal, which stands after the list of n - 1 edges."""
+    """Position of the goal, after the list of n - 1 edges."""
     return source_at(n_nodes - 1)
 
 
 def root_at(n_nodes: int) -> int:
-    """Position of the root, the first word of the path; the goal and a colon stand before it."""
+    """Position of the root, the first word of the path; the goal and a colon come before it."""
     return goal_at(n_nodes) + 2
 
 
 def path_at(n_nodes: int) -> int:
-    """Position of the path's first step. What stands one place before a step predicts it."""
+    """Position of the path's first step. The token before a step predicts it."""
     return root_at(n_nodes) + 1
 
 
 def n_nodes_of(words: np.ndarray) -> int:
-    """Nodes of trees that were written as words, [..., 4n-1]."""
+    """Nodes per tree of words [..., 4n-1]."""
     return (words.shape[-1] + 1) // 4
 
 
 def node_word(label: np.ndarray) -> np.ndarray:
-    """Word numbers of plain labels (`7`)."""
+    """uint8 word numbers of plain labels (`7`)."""
     return (4 + 2 * label).astype(np.uint8)
 
 
 def arrow_word(label: np.ndarray) -> np.ndarray:
-    """Word numbers of labels written as a step (`→7`)."""
+    """uint8 word numbers of labels written as steps (`→7`)."""
     return (5 + 2 * label).astype(np.uint8)
 
 
 def word_label(word: np.ndarray) -> np.ndarray:
-    """The label that a word names, plain or as a step; NO_NODE for punctuation, padding and what is no word."""
+    """uint8: the label that a word names, plain or as a step; NO_NODE for any other number."""
     return np.where((word >= 4) & (word < len(WORDS)), (word - 4) // 2, NO_NODE).astype(np.uint8)
 
 
 def is_arrow(word: np.ndarray) -> np.ndarray:
-    """Whether a word is a step, `→k`."""
+    """bool: whether a word is a step, `→k`."""
     return (word >= 4) & (word % 2 == 1)
 
 
@@ -84,7 +87,7 @@ def encode(trees: Trees) -> np.ndarray:
     """Write trees as words.
 
     Returns:
-        uint8 [n_trees, 4n-1] word numbers; PAD past a tree's last step.
+        uint8 [n_trees, 4n-1] word numbers; PAD after a tree's last step.
     """
     n_trees, goal = len(trees), goal_at(trees.n_nodes)
     words = np.zeros((n_trees, n_positions(trees.n_nodes)), np.uint8)
@@ -103,11 +106,12 @@ def decode(words: np.ndarray) -> Trees:
     """Read trees back from words; the inverse of `encode`.
 
     Args:
-        words: uint8 [n_trees, 4n-1] word numbers. A comma behind the root reads as padding, which is how the baseline
-            writes it.
+        words: uint8 [n_trees, 4n-1] word numbers. A comma after the root reads as padding, since
+            the baseline pads with commas.
 
     Raises:
-        BadInput: a row is no prompt of a binary tree and a leaf of it, followed by the path from its root to that leaf.
+        BadInput: a row is not the prompt of a binary tree and a leaf, followed by the path from
+            root to leaf.
     """
     n_nodes = n_nodes_of(words)
     if words.ndim != 2 or words.shape[1] != n_positions(n_nodes) or not MIN_NODES <= n_nodes <= MAX_NODES:
@@ -137,7 +141,7 @@ def decode(words: np.ndarray) -> Trees:
 
 
 def _are_trees_with_paths(trees: Trees) -> np.ndarray:
-    """bool [n_trees]: all hangs on the root, none has three children, and the path leads from the root to a leaf."""
+    """bool [n_trees]: the edges form one binary tree; the path leads from root to a leaf."""
     source, path = trees.edges[:, :, 0], trees.path
     sources = np.sort(source, axis=1)
     good = (sources[:, 2:] != sources[:, :-2]).all(axis=1)  # no source thrice
@@ -151,18 +155,18 @@ def _are_trees_with_paths(trees: Trees) -> np.ndarray:
 
 
 def spell(words: np.ndarray) -> list[str]:
-    """The words of one row, `['15', '→4', ',', …]`, up to its padding; a number that is no word reads `?200`."""
+    """The words of one row, `['15', '→4', …]`, up to its padding; `?200` for an unknown number."""
     n_words = int(np.flatnonzero(words != PAD).max(initial=-1)) + 1
     return [WORDS[word] if 0 <= word < len(WORDS) else f"?{word}" for word in words[:n_words]]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Some trees of a set, written as words once.
+    """A range of trees of a set, written as words once.
 
     Attributes:
-        start: number in the set of the first of them.
-        changes: of a variant: what was changed in each; None for trees as they were drawn.
+        start: index in the set of the first tree.
+        changes: what was changed in each tree of a variant; None for a drawn set.
     """
 
     start: int
@@ -176,16 +180,17 @@ class Drawn:
 
     @property
     def lengths(self) -> np.ndarray:
-        """intp [n_trees]: tokens of each, padding left out."""
+        """intp [n_trees]: tokens per tree, without padding."""
         return (self.words != PAD).sum(axis=1)
 
     def rows(self, first_tree_id: int, dataset: str, originals: int | None = None) -> dict[str, pl.DataFrame]:
-        """The rows of `trees`, `edges` and `tokens`.
+        """The rows of `trees`, `edges` and `tokens`, by table.
 
         Args:
             first_tree_id: tree_id of the first of these trees.
-            dataset: name of their set.
-            originals: of a variant: tree_id of the first tree of the whole set that it was made from.
+            dataset: name of the set.
+            originals: tree_id of the first tree of the set that a variant was made from; None for a
+                drawn set.
         """
         frame = tree_rows(self.trees, first_tree_id, dataset)
         if originals is not None:
@@ -196,12 +201,12 @@ class Drawn:
 
 
 def token_rows(trees: Trees, first_tree_id: int = 0) -> pl.DataFrame:
-    """The rows of the `tokens` table, in (tree, position) order, padding left out; columns as in schema.sql."""
+    """The rows of `tokens`, in (tree, position) order, without padding; as in schema.sql."""
     return word_rows(encode(trees), first_tree_id)
 
 
 def word_rows(words: np.ndarray, first_tree_id: int) -> pl.DataFrame:
-    """See token_rows.
+    """The rows of `tokens`, made from words; see `token_rows`.
 
     Args:
         words: uint8 [n_trees, 4n-1] word numbers; see encode.
@@ -213,7 +218,7 @@ def word_rows(words: np.ndarray, first_tree_id: int) -> pl.DataFrame:
     word = words.reshape(-1)[kept]
     return pl.DataFrame(
         {
-            "token_id": (first_tree_id + tree) * POSITIONS_PER_TREE + position,
+            "token_id": token_ids(first_tree_id + tree, position),
             "tree_id": (first_tree_id + tree).astype(np.int32),
             "position": position.astype(np.uint8),
             "token": enum_series(word, WORDS),
@@ -226,7 +231,7 @@ def word_rows(words: np.ndarray, first_tree_id: int) -> pl.DataFrame:
 
 
 def _position_columns(n_nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each of the 4n-1 positions is: its edge, role and step, each uint8 [4n-1], NO_NODE where it has none."""
+    """Edge, role and step of each position, each uint8 [4n-1]; NO_NODE where there is none."""
     width, goal, path = n_positions(n_nodes), goal_at(n_nodes), path_at(n_nodes)
     position = np.arange(width)
     edge = np.where(position < goal, position // 3, NO_NODE).astype(np.uint8)
@@ -238,11 +243,11 @@ def _position_columns(n_nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words of one system at one size, in the order of its token ids.
+    """The words that a model of one system and size knows, in the order of its token ids.
 
     Attributes:
         system: `reproduction` or `baseline`.
-        n_nodes: labels it has, so the largest tree it can write.
+        n_nodes: number of labels, and nodes of the largest tree it can write.
     """
 
     system: str
@@ -268,7 +273,7 @@ class Vocabulary:
 
     @cached_property
     def id_of_word(self) -> np.ndarray:
-        """int64 [256]: the token id of each word number, -1 where the vocabulary lacks the word."""
+        """int64 [256]: the token id of each word number; -1 for a word outside the vocabulary."""
         ids = np.full(256, -1, np.int64)
         ids[self.word_of_id] = np.arange(len(self.word_of_id))
         if self.system == "baseline":
@@ -276,7 +281,7 @@ class Vocabulary:
         return ids
 
     def words(self) -> list[str]:
-        """The spelling of each id, as the system's own code writes it (`→7` or `>7`)."""
+        """The spelling of each id in the system's own code (`→7` or `>7`)."""
         words = [WORDS[word] for word in self.word_of_id]
         return [word.replace("→", ">") for word in words] if self.system == "baseline" else words
 
@@ -296,7 +301,7 @@ class Vocabulary:
         return ids
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """uint8 word numbers of token ids, any shape; the baseline's padding reads as the comma it is written with.
+        """uint8 word numbers of token ids, any shape; the baseline's padding reads as commas.
 
         Raises:
             BadInput: an id is outside the vocabulary.

@@ -1,10 +1,13 @@
-"""Trees changed in one respect, to see what it does: an edge of the path trades places with another in the list.
+"""Variants of trees: an edge of the path trades places with another edge in the list.
 
-    swap_last   an edge on the path trades places with the edge listed last; where that one is on the path itself, it trades
-                places with an edge off the path instead. So of a pair one path runs through the last edge, and one does not.
-    swap_inner  the control: an edge on the path trades places with one off it, and the edge listed last stays.
+    swap_last   an edge on the path trades places with the edge listed last. If the last edge is
+                itself on the path, it trades places with an edge off the path. In each pair,
+                exactly one path therefore runs through the last edge.
+    swap_inner  the control: an edge on the path trades places with an edge off the path, and the
+                last edge stays.
 
-Tree, goal and path stay what they were. Which edges trade follows from the set's seed and the tree's number alone.
+Tree, goal and path do not change. The choice of edges depends only on the set's seed and the tree's
+index.
 """
 
 from __future__ import annotations
@@ -12,24 +15,24 @@ from __future__ import annotations
 import numpy as np
 
 from actstore.errors import BadInput
-from actstore.ingest.trees.draw import Trees
+from actstore.ingest.trees.draw import Trees, pick_true
 
 CHANGES = ("swap_last", "swap_inner")
 
 
 def vary(trees: Trees, change: str, seed: int, first: int) -> tuple[Trees, list[str | None]]:
-    """Change every tree.
+    """Apply one change to every tree.
 
     Args:
-        trees: of a stream that `seed` names, the first of them its tree number `first`.
+        trees: trees first, first + 1, … of the stream of `seed`.
         change: one of CHANGES.
 
     Returns:
-        The changed trees, and what was changed in each, `edge 3 <-> edge 14`: the path's edge before the other; None where
-        there was nothing to trade places with.
+        The changed trees, and the change of each, `edge 3 <-> edge 14`, with the path's edge first;
+        None for a tree that has no such pair of edges.
 
     Raises:
-        BadInput: no such change.
+        BadInput: the change is unknown.
     """
     if change not in CHANGES:
         raise BadInput(f"no variant {change!r}; there are {', '.join(CHANGES)} (--variant)")
@@ -41,21 +44,15 @@ def vary(trees: Trees, change: str, seed: int, first: int) -> tuple[Trees, list[
     on_path = trees.edges_on_path()
     if change == "swap_last":
         ends_there = on_path[:, last]
-        on = np.where(ends_there, last, _pick(on_path, u_on))
-        off = np.where(ends_there, _pick(~on_path, u_off), last)
+        on = np.where(ends_there, last, pick_true(on_path, u_on))
+        off = np.where(ends_there, pick_true(~on_path, u_off), last)
         can = ~ends_there | ~on_path.all(axis=1)
     else:
         inner = np.arange(n_edges) < last
-        on, off = _pick(on_path & inner, u_on), _pick(~on_path & inner, u_off)
+        on, off = pick_true(on_path & inner, u_on), pick_true(~on_path & inner, u_off)
         can = (on_path & inner).any(axis=1) & (~on_path & inner).any(axis=1)
     off = np.where(can, off, on)
     edges = trees.edges.copy()
     edges[rows, on], edges[rows, off] = trees.edges[rows, off], trees.edges[rows, on]
-    said = [f"edge {a} <-> edge {b}" if a != b else None for a, b in zip(on.tolist(), off.tolist(), strict=True)]
-    return Trees(edges, trees.root, trees.goal, trees.path, trees.depth), said
-
-
-def _pick(mask: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """intp [n]: one true column of each row of a bool [n, m], uniform among them; 0 where a row has none."""
-    rank = (u * mask.sum(axis=1)).astype(np.intp)
-    return np.argmax(np.cumsum(mask, axis=1) > rank[:, None], axis=1)
+    swaps = [f"edge {a} <-> edge {b}" if a != b else None for a, b in zip(on.tolist(), off.tolist(), strict=True)]
+    return Trees(edges, trees.root, trees.goal, trees.path, trees.depth), swaps

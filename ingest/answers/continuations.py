@@ -104,7 +104,8 @@ def _choose(logits: Tensor, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     """Choose a token id per sequence by draws u, float64 [n]; NaN chooses the likeliest.
 
     Returns:
-        The ids, their probabilities, and the probabilities of the likeliest ids."""
+        The ids, their probabilities, and the probabilities of the likeliest ids.
+    """
     p = torch.softmax(logits.double(), dim=-1).cpu().numpy()
     best = p.argmax(axis=1)
     drawn = (p.cumsum(axis=1) <= np.nan_to_num(u)[:, None]).sum(axis=1)

@@ -83,10 +83,12 @@ class Ingest:
 
     @property
     def device(self) -> torch.device:
+        """The device that the model lies on."""
         return next(self.model.bridge.parameters()).device
 
     @property
     def n_batches(self) -> int:
+        """Number of batches of the whole run."""
         return -(-self.trees.n_trees // int(self.plan.dataset["trees_per_shard"]))
 
     def bounds(self, batch: int) -> tuple[int, int]:
@@ -243,6 +245,7 @@ def draft(
 
 
 def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch size below 1."""
     if batch_size < 1:
         raise BadInput(f"got a batch size of {batch_size}; a forward pass takes 1 tree or more (--batch-size)")
 

@@ -59,6 +59,11 @@ def _config(row: dict[str, Any]) -> ModelConfig:
 
 
 def row_where(rows: list[dict[str, Any]], column: str, wanted: object, table: str) -> dict[str, Any]:
+    """The first row with a value in a column.
+
+    Raises:
+        Damaged: no row has this value.
+    """
     for row in rows:
         if row[column] == wanted:
             return row

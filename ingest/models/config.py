@@ -68,10 +68,12 @@ class ModelConfig:
 
     @property
     def vocabulary(self) -> Vocabulary:
+        """The vocabulary of the system at this number of nodes."""
         return Vocabulary(self.system, self.n_nodes)
 
     @property
     def d_vocab(self) -> int:
+        """Number of token ids."""
         return len(self.vocabulary)
 
     @classmethod
@@ -128,6 +130,7 @@ def _check_keys(mapping: object, section: str, source: str) -> None:
 
 
 def there_are(known: Iterable[str]) -> str:
+    """The end of a message: `there are a, b`, or `there are none`."""
     return f"there are {', '.join(known) or 'none'}"
 
 

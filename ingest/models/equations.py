@@ -46,6 +46,7 @@ class Packed:
     depth: Tensor
 
     def to(self, device: str) -> Packed:
+        """Move every tensor to a device."""
         return Packed(*(value.to(device) for value in vars(self).values()))
 
 

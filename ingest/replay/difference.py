@@ -33,6 +33,7 @@ class Difference:
 
     @property
     def agrees(self) -> bool:
+        """Whether the difference is within its tolerance."""
         return self.worst <= self.tolerance
 
 

@@ -38,14 +38,17 @@ class TrainingFolder:
 
     @property
     def state_path(self) -> Path:
+        """Path of the state that a training resumes from."""
         return self.out / STATE
 
     @property
     def weights_path(self) -> Path:
+        """Path of the trained weights."""
         return self.out / f"{self.name}.safetensors"
 
     @property
     def log_path(self) -> Path:
+        """Path of the log, JSON lines."""
         return self.weights_path.with_suffix(".jsonl")
 
     @contextmanager
@@ -113,6 +116,7 @@ class TrainingFolder:
                 )
 
     def save_state(self, learner: Learner) -> None:
+        """Save the state that a training resumes from."""
         import torch
 
         content = json.dumps(self.mapping()).encode()
@@ -125,6 +129,7 @@ class TrainingFolder:
             save({name: value.detach().half() for name, value in learner.params.items()}, path)
 
     def finish(self, learner: Learner) -> Path:
+        """Save YAML and trained weights; return the path of the weights."""
         self._write_config()
         save(learner.params, self.weights_path)
         return self.weights_path
@@ -133,6 +138,7 @@ class TrainingFolder:
         self.weights_path.with_suffix(".yaml").write_text(yaml.safe_dump(self.mapping(), sort_keys=False))
 
     def log(self, row: Row) -> None:
+        """Append a row to the log."""
         with self.log_path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -140,6 +146,7 @@ class TrainingFolder:
         self.log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def last_good(self) -> str:
+        """The step that the folder holds, in words."""
         step = kept_step(self.out)
         return (
             f"nothing good is in {self.out} yet"

@@ -45,7 +45,6 @@ SCHEMA: dict[str, pl.DataType] = {
 class Evaluation:
     """The share of tokens and paths that a model got right.
 
-
     Attributes:
         distributions: the evaluated distributions, the model's own first.
         n_trees: trees evaluated per distribution.

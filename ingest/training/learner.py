@@ -36,6 +36,7 @@ class Learner:
 
     @classmethod
     def new(cls, config: ModelConfig, recipe: Recipe, device: str) -> Learner:
+        """Initialise weights from the recipe's seed."""
         initial = weights.state(load.build(config, recipe.seed), config)
         params = {name: value.to(device).requires_grad_() for name, value in initial.items()}
         optimizer = torch.optim.AdamW(
@@ -110,10 +111,12 @@ class Tally:
 
     @classmethod
     def empty(cls, n_nodes: int) -> Tally:
+        """A tally of nothing."""
         return cls(0.0, 0, 0, np.zeros(n_nodes, np.int64), np.zeros(n_nodes, np.int64))
 
     @classmethod
     def of(cls, loss: Tensor, logits: Tensor, part: Packed, n_nodes: int) -> Tally:
+        """The tally of one part of a step; logits float32 [n_targets, d_vocab]."""
         right = (logits.argmax(-1) == part.target).cpu().numpy()
         depth, goal = part.depth.cpu().numpy(), part.goal.cpu().numpy()
         whole = np.bincount(goal[~right], minlength=len(depth)) == 0

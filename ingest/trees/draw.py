@@ -40,7 +40,6 @@ TREES_PER_TEST_TREE = 5  # a fifth of the trees is held out: enough to test a pr
 class Trees:
     """A batch of n_trees binary trees, each with a goal, its path and an order of its edges.
 
-
     Attributes:
         edges: uint8 [n_trees, n_nodes - 1, 2], (source, target) labels in the order listed.
         root: uint8 [n_trees], label of the root.
@@ -63,6 +62,7 @@ class Trees:
 
     @property
     def n_nodes(self) -> int:
+        """Nodes per tree."""
         return self.edges.shape[1] + 1
 
     def parents(self) -> np.ndarray:

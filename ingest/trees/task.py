@@ -40,6 +40,7 @@ class TreeSet:
         draw(self.distribution, self.seed, 0, 0, self.n_nodes, depths=self.depths)  # refuses what no tree can be
 
     def slice(self, start: int, stop: int) -> Trees:
+        """Trees start…stop-1 of the set."""
         return self.drawn(start, stop).trees
 
     def drawn(self, start: int, stop: int) -> Drawn:

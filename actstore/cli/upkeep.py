@@ -44,7 +44,7 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
     with progress("verify", total, "bytes") as advance:
         report = verifying.verify(store, quick, advance)
     if recompute is None or report.damage:
-        output.write(report.table())
+        output.write(report.as_frame())
     say(f"{store}: {report.n_files:,} files, {report.n_bytes / 1e9:.2f} GB, {len(report.damage)} damaged", err=True)
     verifying.raise_if_damaged(report, store)
     if recompute is not None:
@@ -85,7 +85,7 @@ def repair(store: Path, wait: float, output: Output) -> None:
     with progress("verify", total, "bytes") as advance:
         done = repairing.repair(store, recompute, advance, wait)
     if done.mended or done.left:
-        output.write(repairing.table(done))
+        output.write(repairing.as_frame(done))
     say(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended")
     if done.left:
         raise Damaged(f"{len(done.left)} files could not be mended, the first {done.left[0].path}: {done.left[0].what}")

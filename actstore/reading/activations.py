@@ -1,4 +1,4 @@
-"""From a query to activations: its token ids, the sites asked for, and one X that rows of every site are copied into."""
+"""From token ids and sites to one array X."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ DTYPES = ("float32", "float16", "float64", "bfloat16")
 
 
 def check_form(dtype: Any, out: str) -> str:
-    """The name of a dtype (`float16`, np.float16 and torch.float16 are one); refuse a form of X that there is not.
+    """Returns the name of a dtype; refuses a dtype or form of X that does not exist.
+
+    Args:
+        dtype: `float16`, np.float16 and torch.float16 mean the same.
+        out: "numpy" or "torch".
 
     Raises:
-        BadInput: says which there are.
+        BadInput: names the dtypes and forms that exist.
     """
     if out not in ("numpy", "torch"):
         raise BadInput(f"got out {out!r}; X comes as 'numpy' or 'torch'")
@@ -30,7 +34,15 @@ def check_form(dtype: Any, out: str) -> str:
 
 
 def read_activations(readers: Sequence[SiteReader], token_ids: np.ndarray, one_site: bool, dtype: str, out: str) -> Any:
-    """X [n, *row] of one site, or [n, n_sites, *row]; see Store.read."""
+    """Read X: [n, *row] of one site, or [n, n_sites, *row].
+
+    Args:
+        readers: one reader per site.
+        token_ids: int64 [n].
+        one_site: leave out the axis of sites.
+        dtype: see Store.read.
+        out: see Store.read.
+    """
     if one_site and dtype == "float32":
         X = readers[0].gather(token_ids)
         return _as_torch(X) if out == "torch" else X
@@ -59,10 +71,14 @@ def _as_torch(X: np.ndarray) -> Any:
 
 
 def same_row_shape(readers: Sequence[SiteReader], sites: Sequence[str]) -> None:
-    """Refuse sites whose rows differ in shape, which no one X holds.
+    """Refuse sites whose rows differ in shape, since one X cannot hold them.
+
+    Args:
+        readers: one reader per site.
+        sites: the sites' names.
 
     Raises:
-        BadInput: names the first two that differ.
+        BadInput: names the first two sites that differ.
     """
     for reader, site in zip(readers, sites, strict=True):
         if reader.layout.row_shape != readers[0].layout.row_shape:

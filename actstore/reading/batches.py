@@ -1,9 +1,10 @@
-"""Batches of activations for training, shuffled out of core: a torch IterableDataset over the rows of a query.
+"""Shuffled batches of activations for training: a torch IterableDataset over a query's rows.
 
-Random rows of a set that is larger than memory cost a disk access each. So the order is drawn in two steps: the shards
-are shuffled, then the rows of each window of consecutive shards among themselves. A window's shards are read by and by,
-and let go of behind it. Both draws follow from ids, seed and epoch alone, so a batch is known by its number: a stopped
-training goes on at it, and each of several workers knows which are its own.
+Random rows of a set that is larger than memory cost a disk access each. The order is therefore
+drawn in two steps: the shards are shuffled, then the rows of each window of consecutive shards. A
+window's shards are read as its batches are yielded, and released after the window. Both draws
+depend only on ids, seed and epoch, so a batch is known by its number. A stopped training can
+continue at a batch, and each of several workers knows its own batches.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ TENSORS = (pl.Boolean, pl.UInt8, pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt6
 
 
 class Batches(IterableDataset):
-    """See Store.batches, which makes it.
+    """Batches of a query's rows; Store.batches makes this object and says more.
 
     Attributes:
-        n_rows: rows of the query.
-        n_batches: batches of a whole epoch.
+        n_rows: number of the query's rows.
+        n_batches: batches per epoch.
     """
 
     def __init__(
@@ -84,11 +85,13 @@ class Batches(IterableDataset):
         self.set_epoch(0, start)
 
     def __len__(self) -> int:
-        """Batches that an iteration begun now yields, of all workers together."""
+        """Number of batches that an iteration begun now yields, over all workers."""
         return self.n_batches - int(self._now[1])
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Say which epoch the next iteration is: each has its own order. Holds for a DataLoader's workers, too.
+        """Set the epoch of the next iteration; each epoch has its own order.
+
+        A DataLoader's workers see the new epoch, too.
 
         Args:
             epoch: counted from 0.
@@ -126,10 +129,10 @@ class Batches(IterableDataset):
         return X
 
     def _open_folder(self) -> Folder:
-        """The store's folder, of this process's own.
+        """Open the store's folder in this process.
 
         Raises:
-            Damaged: another is in its place.
+            Damaged: another folder is in its place.
         """
         try:
             folder = Folder(self._path) if self._committed is None else CheckedFolder(self._path, self._committed)
@@ -145,7 +148,7 @@ class Batches(IterableDataset):
 
 @dataclass(frozen=True)
 class _Site:
-    """All that it takes to read a site in another process, where neither DuckDB nor polars survives a fork."""
+    """What another process needs to read a site; DuckDB and polars do not survive a fork."""
 
     layout: Layout
     first_tree_id: int
@@ -167,7 +170,7 @@ class _Site:
 
 
 def _are_tokens(token_ids: np.ndarray) -> np.ndarray:
-    """All were looked up when the batches were made; a NaN among their activations is the model's."""
+    """True for all ids: they were looked up before, so a NaN is the model's own."""
     return np.ones(len(token_ids), bool)
 
 
@@ -175,8 +178,8 @@ class _Epoch:
     """The order of one epoch's rows, in windows.
 
     Args:
-        starts: int64 [n_windows]: the place in the order where each window begins.
-        n_rows: places there are.
+        starts: int64 [n_windows]: the place at which each window begins.
+        n_rows: number of places.
     """
 
     def __init__(self, starts: np.ndarray, n_rows: int) -> None:
@@ -187,7 +190,7 @@ class _Epoch:
         return int(np.searchsorted(self._bounds, place, side="right")) - 1
 
     def rows(self, first: int, stop: int) -> np.ndarray:
-        """int64 [stop - first]: numbers of the query's rows that stand at these places."""
+        """int64 [stop - first]: numbers of the query's rows at these places."""
         parts = []
         for window in range(self.window_at(first), self.window_at(stop - 1) + 1):
             start, end = int(self._bounds[window]), int(self._bounds[window + 1])
@@ -201,7 +204,7 @@ class _Epoch:
 
 
 class _AsAsked:
-    """The order of the query."""
+    """The query's own order."""
 
     def __init__(self, n_rows: int, window: int) -> None:
         self._n_rows, self._window_rows = n_rows, window
@@ -213,13 +216,13 @@ class _AsAsked:
 class _Shuffled:
     """A random order in which neighbours come from few shards.
 
-    Rows are first put in the order of their ids, so that it does not matter in which order the query yields them.
+    Rows are first sorted by id, so that the query's order does not matter.
 
     Args:
-        ids: int64 [n], of tokens.
-        site: says which shard each lies in.
-        seed: of every draw.
-        window: rows; a window is the shards that begin in a stretch of so many.
+        ids: int64 [n], token ids.
+        site: says which shard holds an id.
+        seed: seed of every draw.
+        window: rows per window; a window is the shards that begin within so many rows.
     """
 
     def __init__(self, ids: np.ndarray, site: _Site, seed: int, window: int) -> None:
@@ -251,13 +254,17 @@ class _ShuffledEpoch(_Epoch):
 
 
 def _permutation(n: int, seed: int, epoch: int, draw: int) -> np.ndarray:
-    """int64 [n]; made from a generator's bare bits, which numpy keeps from version to version, as its shuffles it does not."""
+    """Draw a permutation, int64 [n].
+
+    The draw uses a generator's raw bits. numpy keeps these from version to version, unlike its
+    shuffles.
+    """
     bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch, draw)))
     return np.argsort(bits.random_raw(n), kind="stable")
 
 
 class _Values:
-    """A column that comes as a list of Python's own values; held by Arrow, which forked workers can use."""
+    """A column that becomes a list of Python values; in Arrow, which forked workers can use."""
 
     def __init__(self, values: pa.Array) -> None:
         self._values = values
@@ -267,7 +274,7 @@ class _Values:
 
 
 class _Numbers:
-    """A column that comes as a tensor."""
+    """A column that becomes a tensor."""
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values

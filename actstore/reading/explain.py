@@ -1,4 +1,4 @@
-"""What a read will cost, said before anything is read: rows, chunks, shards, bytes wanted and bytes touched."""
+"""Say what a read will cost before it reads: rows, chunks, shards, bytes wanted and touched."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Explanation:
     """The cost of one read.
 
     Attributes:
-        run: whose activations.
-        sites: which, by the names asked for.
-        rows: that the query yields, each of which becomes a row of X.
-        tokens: distinct tokens among them.
-        chunks: that they lie in, of all sites together.
-        shards: files that they lie in, of all sites together.
-        bytes_needed: of the activations of the distinct tokens, as stored.
-        bytes_read: touched to get them: whole pages of the mapped shards and of their indexes, or, of an array that only
-            the general path can read, whole decoded chunks. A disk may read ahead more. A store that checks reads whole
-            shards, each the first time.
+        run: the run to read.
+        sites: the sites, by the names asked for.
+        rows: number of the query's rows, each of which becomes a row of X.
+        tokens: number of distinct tokens.
+        chunks: number of chunks that hold them, over all sites.
+        shards: number of files that hold them, over all sites.
+        bytes_needed: size of the distinct tokens' activations, as stored.
+        bytes_read: bytes touched to read them: whole pages of the mapped shards and of their
+            indexes, or whole decoded chunks of an array that is read through zarr-python. A disk
+            may read ahead more. A store that checks also reads each shard whole, once.
     """
 
     run: str
@@ -47,11 +47,11 @@ class Explanation:
 
     @property
     def amplification(self) -> float:
-        """bytes_read / bytes_needed; 1 where nothing is read."""
+        """bytes_read / bytes_needed; 1 if nothing is read."""
         return self.bytes_read / self.bytes_needed if self.bytes_needed else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, by name."""
+        """All values, by name."""
         return {**vars(self), "sites": list(self.sites), "amplification": self.amplification}
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one site adds: chunks, shards and bytes, as of Explanation."""
+    """One site's chunks, shards and bytes, see Explanation."""
 
     chunks: int
     shards: int
@@ -86,7 +86,7 @@ def explain(
     token_ids, _ = read_ids(store, run, query, params, timeout, memory)
     tokens = np.unique(token_ids)
     of_sites = [cost(reader, tokens, store.check) for reader in readers]
-    totals = {field: sum(getattr(one, field) for one in of_sites) for field in Cost.__dataclass_fields__}
+    totals = {field: sum(getattr(of_site, field) for of_site in of_sites) for field in Cost.__dataclass_fields__}
     return Explanation(run=run, sites=tuple(sites), rows=len(token_ids), tokens=len(tokens), **totals)
 
 
@@ -94,11 +94,13 @@ def cost(reader: SiteReader, tokens: np.ndarray, check: bool = False) -> Cost:
     """What a site's reader touches for these tokens.
 
     Args:
+        reader: the site's reader.
         tokens: int64 [n], distinct.
-        check: whether each shard is held against its hash, and so read whole.
+        check: True if each shard is compared with its hash, and so read whole.
 
     Raises:
-        NotStored: a token is of no tree of the run, or not ingested yet. That one is padding only a read finds out.
+        NotStored: a token belongs to no tree of the run or is not ingested yet. Padding is not
+            detected here; a read raises for it.
     """
     row, position = reader.places(tokens)
     if isinstance(reader, ForeignReader):
@@ -131,17 +133,17 @@ def _of_pages(reader: SiteReader, row: np.ndarray, position: np.ndarray) -> Cost
     batches = np.unique(batch).tolist()
     index_start = np.array([layout.shard_bytes - layout.index_bytes])
     n_chunks = n_pages = 0
-    for one in batches:
-        of_batch = batch == one
+    for number in batches:
+        of_batch = batch == number
         positions = position[of_batch]
-        starts = reader.mapped.chunk_starts(one)[positions] + slot[of_batch] * row_bytes
+        starts = reader.mapped.chunk_starts(number)[positions] + slot[of_batch] * row_bytes
         pages = np.union1d(_pages(starts, row_bytes), _pages(index_start, layout.index_bytes))
         n_chunks, n_pages = n_chunks + len(np.unique(positions)), n_pages + len(pages)
     return Cost(n_chunks, len(batches), len(row) * row_bytes, n_pages * mmap.PAGESIZE)
 
 
 def _pages(starts: np.ndarray, n_bytes: int) -> np.ndarray:
-    """int64: numbers of the pages that stretches of n_bytes lie on, each once."""
+    """int64: numbers of the pages that stretches of n_bytes touch, each page once."""
     first, last = starts // mmap.PAGESIZE, (starts + n_bytes - 1) // mmap.PAGESIZE
     most = int((last - first).max(initial=0)) + 1
     return np.unique(np.concatenate([np.minimum(first + step, last) for step in range(most)]))

@@ -1,4 +1,4 @@
-"""What callers hand over beside SQL: parameters, token ids and frames, of Python, numpy, polars, pandas or torch."""
+"""What callers pass besides SQL: parameters, token ids and frames, of several libraries."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TOKENS = "SQL, token ids (integers, in a list, an array or a Series), or a frame
 
 
 def check_query(query: object) -> None:
-    """Refuse what is no text where SQL is meant.
+    """Refuse a query that is not text.
 
     Raises:
-        BadInput: says what was got.
+        BadInput: says what was passed.
     """
     if not isinstance(query, str):
         hint = (
@@ -36,10 +36,13 @@ def check_query(query: object) -> None:
 
 
 def parameters(params: Any) -> dict[str, Any]:
-    """A query's parameters, their values as DuckDB takes them: what holds several is a list, a number is Python's own.
+    """Convert a query's parameters to values that DuckDB takes: lists, and Python's own numbers.
+
+    Args:
+        params: a value for each name.
 
     Raises:
-        BadInput: they are no mapping from names, or a value is of a type that no query takes.
+        BadInput: `params` is not a mapping from names, or a value has a type that no query takes.
     """
     if params is None:
         return {}
@@ -81,10 +84,14 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def frame_of(tokens: Any, params: Any) -> tuple[pl.DataFrame, str]:
-    """The frame that token ids or a frame stand for, row for row, and what a message calls it.
+    """Convert token ids or a frame to a polars frame, row for row, and name it for messages.
+
+    Args:
+        tokens: token ids, or a frame of polars, pandas, Arrow or DuckDB.
+        params: parameters of a query; there must be none.
 
     Raises:
-        BadInput: it is neither, or comes with the parameters of a query.
+        BadInput: `tokens` is neither, or comes with parameters.
     """
     if params:
         raise BadInput(f"got params, and {_of(tokens)} in the place of the query that takes them; leave one out")
@@ -105,7 +112,7 @@ def frame_of(tokens: Any, params: Any) -> tuple[pl.DataFrame, str]:
 
 
 def _ids(tokens: Any) -> np.ndarray:
-    """int [n] of a list, an array, or what has `tolist`."""
+    """int [n] from a list, an array, or an object with `tolist`."""
     if not isinstance(tokens, np.ndarray):
         tokens = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
     try:
@@ -121,7 +128,7 @@ def _ids(tokens: Any) -> np.ndarray:
 
 
 def _of(value: Any) -> str:
-    """`3 (int)`, short."""
+    """A value for a message, short: `3 (int)`."""
     shown = repr(value) if isinstance(value, (*PLAIN, *MANY, Mapping)) else ""
     kind = type(value).__name__
     return f"{shown if len(shown) < 60 else shown[:60] + '…'} ({kind})" if shown else f"a value of type {kind}"

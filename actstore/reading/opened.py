@@ -1,4 +1,4 @@
-"""A store that is open: its folder, a session on one snapshot of its catalog, and a reader of each site that was asked for."""
+"""An open store: its folder, a session on one snapshot of its catalog, and readers of its sites."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from actstore.storage.machine import limit_reached
 
 
 class Opened:
-    """What is open of a store. Store is its face: it says what each method takes, gives and raises.
+    """What is open of a store; Store documents what each method takes, returns and raises.
 
     Attributes:
         path: the store's folder.
-        folder: the same, held open.
-        session: on the catalog.
-        snapshot: number of the last commit that the catalog holds.
-        check: whether what is read is held against the hashes that it was committed with.
+        folder: the same folder, held open.
+        session: the session on the catalog.
+        snapshot: number of the catalog's last commit.
+        check: True if files that are read are compared with their committed hashes.
     """
 
     def __init__(self, path: str | Path, check: bool = False) -> None:
@@ -85,7 +85,7 @@ class Opened:
             return Session(built)
 
     def _open_checked(self) -> Session:
-        """The catalog, once it was held against the hash that was noted for it."""
+        """Open the catalog after its hash was compared with the noted one."""
         while True:  # a writer may put another in its place meanwhile
             session = Session(self.path / tables.CATALOG)
             try:
@@ -128,7 +128,15 @@ class Opened:
         memory: str | int | None,
         reads: str | None = None,
     ) -> pl.DataFrame:
-        """As sql; `reads` is the run whose activations are read at the query's token_id (see scope.ask)."""
+        """Run a query as `sql` does.
+
+        Args:
+            query: see Store.sql.
+            params: see Store.sql.
+            timeout: see Store.sql.
+            memory: see Store.sql.
+            reads: the run whose activations are read at the query's token_id, see scope.ask.
+        """
         given.check_query(query)
         params = given.parameters(params)
         if timeout is None and memory is None:
@@ -178,11 +186,15 @@ class Opened:
         raise BadInput(f"which run? {held}: name one (run={runs[0]!r}, --run {runs[0]})")
 
     def reader(self, run: str, site: str) -> SiteReader:
-        """A reader of a site, the same whenever it is asked for.
+        """The reader of a site; the same object at each call.
+
+        Args:
+            run: the run's name.
+            site: the site's short name.
 
         Raises:
             NotStored: the run holds no such site.
-            BadInput: the store is closed, or of another process.
+            BadInput: the store is closed, or was opened by another process.
         """
         self.session.check()
         if (run, site) not in self._readers:
@@ -192,11 +204,11 @@ class Opened:
 
 @contextmanager
 def _said_as_damage(path: Path) -> Iterator[None]:
-    """Turn what the system or a library says while a store is opened into the package's errors.
+    """Turn errors of the system or a library into the package's own while a store is opened.
 
     Raises:
         LimitReached: the system allows this process no more.
-        Damaged: it is something else.
+        Damaged: for any other error.
     """
     try:
         yield

@@ -26,14 +26,21 @@ def read_ids(
     timeout: float | None = None,
     memory: str | int | None = None,
 ) -> tuple[np.ndarray, pl.DataFrame]:
-    """The token ids that a query of a run yields, int64 [n], and its frame; limits as of Store.sql. Ids and frames stand for
-    themselves.
+    """The token ids that a query yields, int64 [n], and its frame.
+
+    Args:
+        store: the store.
+        run: the run to read.
+        query: SQL, token ids or a frame.
+        params: see Store.sql.
+        timeout: see Store.sql.
+        memory: see Store.sql.
 
     Raises:
         NotStored: an id is too large for any token.
-        BadInput: the query is refused, has two columns of one name, yields no integer token_id without NULLs, or one that is
-            another id renamed.
-        LimitReached: it took longer, or held more.
+        BadInput: the query is refused, has two columns of one name, yields no integer token_id
+            without NULLs, or renames another id to token_id.
+        LimitReached: the query reached a limit.
     """
     if not isinstance(query, str):
         rows, of = frame_of(query, params)
@@ -44,7 +51,12 @@ def read_ids(
 
 
 def token_ids(rows: pl.DataFrame, of: str = "the query") -> np.ndarray:
-    """int64 [n] from the column token_id of a frame, which a message calls `of`; raises as read_ids."""
+    """int64 [n] from a frame's column token_id; raises as read_ids.
+
+    Args:
+        rows: the frame.
+        of: the frame's name in messages.
+    """
     if "token_id" not in rows.columns:
         raise BadInput(
             f"{of} yields {', '.join(rows.columns) or 'nothing'} and no token_id; select token_id to say which tokens to read"
@@ -70,7 +82,7 @@ def _refuse_twins(
     timeout: float | None,
     memory: str | int | None,
 ) -> None:
-    """Two columns of one name would come back as `a` and `a_1`, and nobody could say which is which."""
+    """Refuse two columns of one name, which DuckDB would return as `a` and `a_1`."""
     known = {name.lower() for name in columns}
     if not any((found := RENAMED.fullmatch(name.lower())) and found[1] in known for name in columns):
         return

@@ -1,9 +1,9 @@
-"""A run's tokens as a polars LazyFrame, with what each is part of and its activation, of which only what is asked is read.
+"""A run's tokens as a polars LazyFrame, with tree, edge and activation; it reads what is asked.
 
-    tokens ⟕ edges ⟗ trees → rows that can be judged by their columns → x of those that are left
+    tokens ⟕ edges ⟗ trees → rows that are filtered by their columns → x of the rows left
 
-polars says which columns it wants and which rows: DuckDB answers what it can of that (see sql/pushdown.py), polars the rest,
-and only then are activations copied.
+polars says which columns and rows it wants. DuckDB applies what it can of a filter (see
+sql/pushdown.py), polars the rest, and activations are copied last.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class _Source:
     """What polars calls when a scan is collected.
 
     Attributes:
-        columns: of the catalog, so all but x.
-        spans: [first, stop) of the tree_ids that the site has, in order.
-        n_positions: tokens that the longest tree has.
-        fewest: tokens that every tree has.
+        columns: the catalog's columns, all but x.
+        spans: [first, stop) of the site's tree_ids, in order.
+        n_positions: tokens of the longest tree.
+        fewest: tokens of the shortest tree.
     """
 
     store: Opened
@@ -60,10 +60,10 @@ class _Source:
     def batches(
         self, with_columns: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, batch_size: int | None
     ) -> Iterator[pl.DataFrame]:
-        """Frames of the columns wanted, in the order of token_id, of the rows for which the predicate is true.
+        """Frames of the columns wanted, in the order of token_id, of the rows that pass the filter.
 
-        polars means the first n_rows of the whole, of which it then wants those that the predicate leaves: where both
-        are given, DuckDB must not see the predicate.
+        With `n_rows`, polars limits first and filters second, so the filter must not be pushed
+        down.
         """
         wanted = [*self.columns, X] if with_columns is None else with_columns
         if predicate is None:
@@ -75,13 +75,13 @@ class _Source:
         judged = {name for part in pushed.rest for name in part.meta.root_names()}
         needed = [name for name in self.columns if name in judged or name in wanted]
         for rows in self._rows(needed, pushed, n_rows):
-            for some in rows.filter(*of_rows).iter_slices(min(batch_size or BATCH_ROWS, BATCH_ROWS)):
+            for frame in rows.filter(*of_rows).iter_slices(min(batch_size or BATCH_ROWS, BATCH_ROWS)):
                 if of_x or X in wanted:
-                    some = some.with_columns(pl.Series(X, self.reader.gather(some["token_id"].to_numpy())))
-                yield some.filter(*of_x).select(wanted)
+                    frame = frame.with_columns(pl.Series(X, self.reader.gather(frame["token_id"].to_numpy())))
+                yield frame.filter(*of_x).select(wanted)
 
     def _rows(self, needed: list[str], pushed: Pushed, n_rows: int | None) -> Iterator[pl.DataFrame]:
-        """Frames of the catalog's columns, in order, of the first n_rows or of all."""
+        """Frames of the catalog's columns, in order, of the first n_rows or of all rows."""
         for first, stop in self._pieces(n_rows):
             rows = self.store.sql(self._query(needed, pushed, first, stop), pushed.params)
             if not rows["token_id"].is_sorted():  # they lie in order, but a join may shuffle them
@@ -95,7 +95,7 @@ class _Source:
                 return
 
     def _pieces(self, n_rows: int | None) -> Iterator[tuple[int, int]]:
-        """[first, stop) of the trees each query looks at."""
+        """[first, stop) of each query's trees."""
         n_trees = max(1, QUERY_ROWS // self.n_positions)
         if n_rows is not None:
             n_trees = min(n_trees, n_rows // self.fewest + 1)
@@ -107,13 +107,13 @@ class _Source:
         select = ["tokens.token_id", *[self._selected(name) for name in needed if name != "token_id"]]
         conditions = " and ".join(pushed.where) or "true"
         mentioned = " ".join([*select, conditions])
-        some = f"where tree_id >= {first} and tree_id < {stop}"
+        in_span = f"where tree_id >= {first} and tree_id < {stop}"
         joins = {
-            "edges.": f"left join (select * from edges {some}) as edges using (tree_id, edge)",
-            "trees.": f"join (select * from trees {some}) as trees using (tree_id)",
+            "edges.": f"left join (select * from edges {in_span}) as edges using (tree_id, edge)",
+            "trees.": f"join (select * from trees {in_span}) as trees using (tree_id)",
         }
         joined = " ".join(join for table, join in joins.items() if table in mentioned)
-        return f"select {', '.join(select)} from (select * from tokens {some}) as tokens {joined} where {conditions}"
+        return f"select {', '.join(select)} from (select * from tokens {in_span}) as tokens {joined} where {conditions}"
 
     def _selected(self, name: str) -> str:
         column = self.columns[name]
@@ -133,12 +133,12 @@ def _columns(store: Opened) -> dict[str, Column]:
 
 
 def _enum(store: Opened, table: str, column: str) -> pl.Enum:
-    """DuckDB hands its enums over as Categorical, which does not say what values there are."""
+    """The values of an enum column, which DuckDB returns as Categorical without its values."""
     return pl.Enum(store.sql(f"select unnest(enum_range((select {column} from {table} limit 0)))").to_series())
 
 
 def _extent(store: Opened, run: str, site: str) -> tuple[list[tuple[int, int]], int, int]:
-    """Spans of the trees that a site has, the most tokens that a tree has, and the fewest."""
+    """Spans of the site's trees, the largest number of tokens per tree, and the smallest."""
     shards = store.sql(
         "select shards.first_tree_id, shards.first_tree_id + shards.n_trees from shards join sites using (run, site) "
         "where run = $run and $site in (site, short) order by all",

@@ -1,11 +1,12 @@
-"""What a query sees: the whole store; in the session of a run, that run's rows; in a read of a run, that run's set of trees.
+"""What a query sees: the whole store, one run's rows, or the trees of one run's dataset.
 
-    store.sql(…)               every run and every set of trees; a note where the answers of several runs lie side by side
-    store.of(run).sql(…)       every table holds the run's rows alone, and of trees those of its set
-    store.read(…, run=run)     the trees of the run's set; a query that names no run sees the run's answers alone
+    store.sql(…)               every run and dataset; a warning if answers of several runs may mix
+    store.of(run).sql(…)       tables hold only the run's rows, and the trees of its dataset
+    store.read(…, run=run)     the trees of the run's dataset; only this run's answers, unless
+                               the query names a run
 
-Each is a schema of views in the session's own database, which a query finds before the store's. `store.main.outcomes` names
-the whole table in any of them.
+Each scope is a schema of views in the session's own database, which a query finds before the
+store's. `store.main.outcomes` names the whole table in every scope.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ if TYPE_CHECKING:
 
 
 def ask(store: Snapshot, query: str, params: Mapping[str, Any] | None, reads: str | None) -> pl.DataFrame:
-    """Run a query on what it is to see.
+    """Run a query in its scope.
 
     Args:
-        store: the whole, or of one run.
-        query, params: as Store.sql takes them.
-        reads: the run whose activations are read at the query's token_id; None where the query is not read by.
+        store: the whole store, or the store of one run.
+        query: see Store.sql.
+        params: see Store.sql.
+        reads: the run whose activations are read at the query's token_id; None if none are read.
 
     Raises:
-        BadInput: DuckDB refuses the query, or it takes another id for a token_id.
-        NotStored: a function is asked for what is not there.
+        BadInput: DuckDB refuses the query, or the query uses another id as a token_id.
+        NotStored: a function is asked for something that is not stored.
     """
     session, schema, asked = store.session, None, None
     if reads is not None or MATTERS.search(query):
@@ -55,7 +57,7 @@ def ask(store: Snapshot, query: str, params: Mapping[str, Any] | None, reads: st
 
 
 def _note(store: Snapshot, tables: Mapping[str, str], schema: str | None) -> None:
-    """Warn where tables, given by alias, of which no run was named hold the answers of several."""
+    """Warn about tables that hold answers of several runs while the query names no run."""
     found = {}
     for table in set(tables.values()):
         found[table] = store.session.sql(f"select distinct run from {table}", schema=schema)["run"].to_list()
@@ -74,12 +76,12 @@ def _note(store: Snapshot, tables: Mapping[str, str], schema: str | None) -> Non
 
 
 def _schema(session: Session, run: str, answers: bool) -> str:
-    """The schema in which a run's views are, made when it is first asked for.
+    """The schema of a run's views, made when it is first needed.
 
     Args:
-        session: of the store.
-        run: one that there is.
-        answers: hold every table to the run, and not only to its trees.
+        session: the store's session.
+        run: a run of the store.
+        answers: restrict every table to the run, and not only to the run's trees.
     """
     with session.making_schemas:
         if (run, answers) not in session.schemas:
@@ -90,7 +92,7 @@ def _schema(session: Session, run: str, answers: bool) -> str:
 
 
 def _views(session: Session, run: str, answers: bool) -> dict[str, str]:
-    """A SELECT for each table and view that says something of a tree; with `answers` also of those that do of a run."""
+    """A SELECT for each table and view about a tree; with `answers`, also for those about a run."""
     about = session.sql(
         "select dataset, first_tree_id, n_trees, weights_sha256 from runs where run = $run", {"run": run}
     )

@@ -1,4 +1,4 @@
-"""A site of a run, opened for reading."""
+"""Open a site of a run for reading."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ from actstore.storage.machine import limit_reached
 if TYPE_CHECKING:
     from actstore.sql.snapshot import Snapshot
 
-MOST_BATCHES = 1 << 20  # that a site can have: a reader keeps 2 kB of each, and a process maps 65,530 by default
-MOST_NUMBERS = 1 << 36  # of one tree at one site
+MOST_BATCHES = 1 << 20  # per site: a reader keeps 2 kB of each, and a process maps 65,530 by default
+MOST_NUMBERS = 1 << 36  # per tree and site
 
 
 def open_site(store: Snapshot, run: str, site: str) -> SiteReader:
-    """A reader of one site of a run: of mapped shards where they lie as actstore writes them, else through zarr-python.
+    """Open one site: mapped shards if laid out as actstore writes them, else through zarr-python.
+
+    Args:
+        store: the open store.
+        run: the run's name.
+        site: the site's short name, or TransformerLens' name.
 
     Raises:
         NotStored: the run holds no such site.
-        Damaged: its metadata cannot be read.
+        Damaged: the site's metadata cannot be read.
     """
     wanted = (
         "from sites join runs using (run) join datasets using (dataset) where run = $run and $site in (site, short)"
@@ -70,7 +75,7 @@ def open_site(store: Snapshot, run: str, site: str) -> SiteReader:
 
 @dataclass(frozen=True)
 class ShardRow:
-    """What the catalog says of a shard."""
+    """A shard's row in the catalog."""
 
     batch: Count
     path: Text
@@ -81,7 +86,7 @@ class ShardRow:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """What the catalog says of a site, and of its run's set of trees."""
+    """A site's row in the catalog, with its run's dataset."""
 
     site: Text
     kind: Literal["resid", "pattern"]
@@ -100,19 +105,25 @@ class SiteRow:
 
     @property
     def position_axis(self) -> int:
+        """The axis of positions: 2 for patterns, else 1."""
         return 1 if self.kind == "resid" else 2
 
     @property
     def n_batches(self) -> int:
-        """Batches that are planned, whether they are there or not."""
+        """Number of batches planned, stored or not."""
         return -(-self.shape[0] // self.trees_per_shard)
 
 
 def catalog_rows(store: Snapshot, kind: type[T], rows: list[Any]) -> list[T]:
-    """Rows of the catalog as what they must be.
+    """Convert rows of the catalog to their type.
+
+    Args:
+        store: the open store.
+        kind: the type of a row.
+        rows: the rows.
 
     Raises:
-        Damaged: one is not.
+        Damaged: a row has another type.
     """
     try:
         return [as_a(kind, row) for row in rows]
@@ -127,7 +138,7 @@ def _impossible(store: Snapshot, what: str) -> Damaged:
 
 
 def _zarr_json(store: Snapshot, path: str) -> dict[str, Any]:
-    """An array's metadata; empty where it is of Zarr v2, whose metadata has another name."""
+    """An array's metadata; empty for Zarr v2, whose metadata has another name."""
     file = store.path / path / "zarr.json"
     try:
         return json_object(store.folder.read(file))

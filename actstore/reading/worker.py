@@ -1,4 +1,4 @@
-"""The process in which a query with limits runs; see sql/process.py."""
+"""The process that runs a query with limits; see sql/process.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from actstore.storage.machine import OUT_OF_MEMORY
 
 
 class _Inherited(Opened):
-    """A store on a catalog file, and in the very folder, that another process has open (and has checked, where it checks)."""
+    """A store on the catalog file and folder that another process has open, and has checked."""
 
     def __init__(self, path: Path, identity: tuple[int, int], catalog: int, memory: int | None, check: bool) -> None:
         self._identity, self._inherited, self._memory = identity, Path(f"/dev/fd/{catalog}"), memory
@@ -34,7 +34,7 @@ class _Inherited(Opened):
 
 
 def main() -> None:
-    """The process: one request in, one answer out."""
+    """Read one request, and write one answer."""
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever else prints does not mix with the answer
     memory = None
@@ -79,7 +79,7 @@ def _as_sent(error: ActstoreError | MemoryError, memory: int | None) -> tuple[st
 
 
 def _limit_allocations(memory: int) -> None:
-    """Have the system refuse a single allocation that is larger than what is left, before a page of it is used."""
+    """Let the system refuse an allocation above the memory left, before its pages are used."""
     import resource
 
     if held := of_status("self", "VmData"):

@@ -1,4 +1,4 @@
-"""The catalog made again from the committed parts alone."""
+"""Build the catalog anew from the committed parts alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from actstore.storage.folder import place
 
 
 def rebuild(path: str | Path) -> int:
-    """Make the catalog anew from the committed parts alone, and return how many commits it holds.
+    """Build the catalog anew from the committed parts alone, and return its number of commits.
+
+    Args:
+        path: the store.
 
     Raises:
-        Damaged: a part or a manifest is missing or unreadable, or the catalog that is there was built from other manifests.
+        Damaged: a part or a manifest is missing or unreadable, or the present catalog was built
+            from other manifests.
         Busy: another process writes to the store.
     """
     root = place(path)

@@ -1,11 +1,13 @@
-"""Mend a store: what is damaged is made again, and put in its place only if it has exactly the bytes that were committed.
+"""Repair a store: make damaged files again, and replace a file only by exactly the committed bytes.
 
-A store of an earlier version is brought up to date on the way: its catalog is built with today's tables from its own parts.
+A store of an earlier version is brought up to date on the way: its catalog is built with today's
+tables from its own parts.
 
-Rows come out of the catalog, if that is whole; activations, and rows where it is not, from the run's own weights over its own
-trees; the rows of a definition, where the catalog is damaged too, from what the rest of the store tells (see
-ingest/replay/definitions.py); the catalog from the parts. A manifest, and store.json, say how all else must be and cannot be made
-again; but a single bit of theirs that flipped is found by their checksums, and flipped back.
+Rows come from the catalog if the catalog is whole. Activations come from the run's own weights over
+its own trees, and so do rows without a catalog. Without a catalog, the rows of a definition follow
+from the rest of the store (see ingest/replay/definitions.py). The catalog comes from the parts.
+Manifests and store.json cannot be made again, since they say how all else must be; but a single
+flipped bit is found by their checksums, and flipped back.
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ Recompute = Callable[
 
 @dataclass(frozen=True)
 class Repair:
-    """What was done.
+    """What a repair has done.
 
     Attributes:
-        mended: paths that are again as they were committed.
-        left: what could not be mended, and why.
-        snapshot: commits that the catalog holds.
+        mended: paths whose committed bytes are restored.
+        left: files that could not be mended, and why.
+        snapshot: number of commits in the catalog.
     """
 
     mended: list[str]
@@ -63,15 +65,21 @@ def repair(
 
     Args:
         path: the store.
-        recompute: makes a batch's files again (or, of batch None, a run's definition's); see ingest/replay/remake.py.
-        advance: called with the bytes read so far, while it looks for damage.
-        wait: seconds to wait for another process that writes to it.
+        recompute: makes the files of a batch again, or of a run's definition if the batch is None;
+            see ingest/replay/remake.py.
+        advance: called with the bytes read so far, while damage is looked for.
+        wait: seconds to wait for another process that writes to the store.
+
+    Returns:
+        What was mended and what was not.
 
     Raises:
-        NotStored, TooNew: there is no store, or a later version made it.
-        Busy: another process writes to it.
-        Damaged: its manifests are not whole, so nothing says how the rest must be; its catalog is whole and says otherwise
-            than they; or a link on the way to a committed file leads nowhere or into another store. Nothing was touched.
+        NotStored: there is no store.
+        TooNew: a later version made the store.
+        Busy: another process writes to the store.
+        Damaged: the manifests are not whole, so nothing says how the rest must be; the catalog is
+            whole and disagrees with the manifests; or a link on the way to a committed file leads
+            nowhere or into another store. Nothing was touched.
     """
     root = place(path)
     _refuse_what_is_no_store(root)
@@ -118,10 +126,10 @@ def _refuse_what_is_no_store(root: Path) -> None:
 
 
 def _refuse_shared_places(root: Path, manifests: list[Manifest], damaged: list[str]) -> None:
-    """Look whether what is to be mended lies, behind a link, in the place of another committed file.
+    """Check that no damaged file lies, behind a link, in the place of another committed file.
 
     Raises:
-        Damaged: it does, so that mending the one would damage the other.
+        Damaged: mending the one would damage the other.
     """
     files = {file.path: file for manifest in manifests for file in manifest.files}
     if not links.linked(root, [*FOLDERS, *files]):
@@ -140,7 +148,7 @@ def _refuse_shared_places(root: Path, manifests: list[Manifest], damaged: list[s
 
 
 def _flip_back(root: Path) -> list[str]:
-    """Mend what carries its own checksum, where one bit of it flipped."""
+    """Mend files that carry their own checksum and have a single flipped bit."""
     mended = []
     _, broken = read_manifests(root)
     names = [finding.path for finding in broken]
@@ -172,7 +180,7 @@ def _mend(
     whole_catalog: bool,
     recompute: Recompute,
 ) -> tuple[list[str], list[Finding]]:
-    """Mend the damaged files of one commit: rows out of the catalog first, since what is computed rests on them."""
+    """Mend the damaged files of one commit, rows from the catalog first: computed files need rows."""
     files = {file.path: file for file in manifest.files}
     done, left = [], []
     for finding in damage:
@@ -194,7 +202,7 @@ def _mend(
         if manifest.run is None:
             raise Damaged("a study's results come out of the catalog alone, which is damaged, too")
         still_damaged = set(damaged) - set(done)  # nothing that is computed may rest on them
-        sound = [_without(one, still_damaged) for one in manifests]
+        sound = [_without(committed, still_damaged) for committed in manifests]
         made = recompute(root, sound, manifest.run, manifest.batch)
     except (Damaged, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         why = f"it could not be computed again: {str(error).splitlines()[0]}"
@@ -208,13 +216,13 @@ def _mend(
             differs = "what is computed here differs: it was made by other versions or on another machine (see runs)"
             reason = why or (differs if content is not None else "nothing else in the store tells it")
             if isinstance(files[finding.path], Part):
-                reason += f"; {_anew(root, manifest, finding.path)}"
+                reason += f"; {_how_to_remake(root, manifest, finding.path)}"
             still.append(Finding(**{**vars(finding), "what": f"{finding.what}; {reason}"}))
     return done, still
 
 
-def _anew(root: Path, manifest: Manifest, path: str) -> str:
-    """What to do about a part that cannot be mended: restore it, or the command that makes the same rows anew."""
+def _how_to_remake(root: Path, manifest: Manifest, path: str) -> str:
+    """Advice for a part that cannot be mended: a copy, or the command that makes its rows again."""
     table = path.split("/")[1]
     if table == "models":
         how = f"put the model that was run where it is found ({advised('models', 'add')}), then run {advised('repair', root)}"
@@ -230,7 +238,7 @@ def _is(content: bytes, file: File) -> bool:
 
 
 def _from_catalog(root: Path, manifest: Manifest, part: Part) -> bytes:
-    """A part's bytes out of the rows that the catalog holds of it."""
+    """Make a part's bytes from its rows in the catalog."""
     with tables.attached(root) as connection:
         where, values = _rows_of(manifest, part)
         rows = connection.sql(f"from there.{part.table} {where}", params=values).pl()
@@ -239,7 +247,7 @@ def _from_catalog(root: Path, manifest: Manifest, part: Part) -> bytes:
 
 
 def _rows_of(manifest: Manifest, part: Part) -> tuple[str, list[object]]:
-    """Which rows of its table a part brought."""
+    """SQL condition for the rows that a part brought to its table."""
     if part.table == "results":
         return "where recorded = ?", [manifest.number]
     name = Path(part.path).stem
@@ -265,13 +273,13 @@ def _rows_of(manifest: Manifest, part: Part) -> tuple[str, list[object]]:
 
 
 def _dataset_of(part: Part) -> str:
-    """SQL for the set of trees that a part is of: a run's own, or the one it is named by."""
+    """SQL for the dataset of a part: its run's dataset, or the one in its name."""
     of_run = part.table in ("predictions", "outcomes", "generations")
     return "(select dataset from there.runs where run = ?)" if of_run else "?"
 
 
 def _zarr_group(root: Path) -> list[str]:
-    """The group that all arrays are in, which no manifest names."""
+    """Restore the Zarr group of all arrays, which no manifest names."""
     path = f"{ARRAYS}/zarr.json"
     try:
         if read_regular(root / path) == GROUP:
@@ -282,8 +290,8 @@ def _zarr_group(root: Path) -> list[str]:
     return [path]
 
 
-def table(done: Repair) -> pl.DataFrame:
-    """A row a file: path, and `mended` or why it was left."""
+def as_frame(done: Repair) -> pl.DataFrame:
+    """One row per file: its path, and `mended` or why the file was left."""
     rows = [{"path": path, "result": "mended"} for path in done.mended]
     rows += [{"path": of.path, "result": of.what} for of in done.left]
     return pl.DataFrame(rows, schema={"path": pl.String, "result": pl.String})

@@ -1,7 +1,7 @@
-"""Is a store what was committed? Every file is read and held against the hash that its manifest names.
+"""Verify a store: hash every file, and compare with the hash in its manifest.
 
-The catalog has no manifest, since it is derived: it is held against the hash noted when it was put in place, and row for row
-against one built anew from the parts.
+The catalog is derived and in no manifest. Its hash is compared with the hash noted when it was put
+in place, and its rows with the parts.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ class Finding:
     """Something that is not as it was committed.
 
     Attributes:
-        path: inside the store.
-        kind: `shard`, `part`, `weights`, `metadata`, `manifest`, `catalog`, `store.json`, `link` (that leads into another
-            store), `conflict` (the catalog and the manifests are each whole and disagree) or `stray` (which harms nothing).
-        what: is wrong with it.
-        run, site, batch: whose it is, where it is of one.
-        trees: `first to last` tree_id, of a shard or of a batch's part.
+        path: the file, inside the store.
+        kind: `shard`, `part`, `weights`, `metadata`, `manifest`, `catalog`, `store.json`, `link` (a
+            link into another store), `conflict` (the catalog and the manifests are each whole and
+            disagree) or `stray` (harmless).
+        what: what is wrong with the file.
+        run: the file's run, if any.
+        site: the file's site, if any.
+        batch: the file's batch, if any.
+        trees: `first to last` tree_id of a shard or of a batch's part.
     """
 
     path: str
@@ -60,7 +63,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found: nothing but strays in a store that is whole."""
+    """The findings of `verify`; in a whole store there are only strays."""
 
     findings: list[Finding]
     n_files: int
@@ -68,10 +71,11 @@ class Report:
 
     @property
     def damage(self) -> list[Finding]:
+        """Findings that are not strays."""
         return [finding for finding in self.findings if finding.kind != "stray"]
 
-    def table(self) -> pl.DataFrame:
-        """A row a finding; columns as in COLUMNS."""
+    def as_frame(self) -> pl.DataFrame:
+        """One row per finding, with the columns of COLUMNS."""
         return pl.DataFrame([asdict(finding) for finding in self.findings], schema=_SCHEMA)
 
 
@@ -83,12 +87,15 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
 
     Args:
         path: the store.
-        quick: look at sizes and the shards' own index checksums alone.
+        quick: check only sizes and the shards' index checksums.
         advance: called with the bytes read so far.
+
+    Returns:
+        The findings, and how much was read.
 
     Raises:
         NotStored: there is no store.
-        TooNew: a later version of actstore made it.
+        TooNew: a later version of actstore made the store.
     """
     root = place(path)
     findings: list[Finding] = []
@@ -130,7 +137,7 @@ def _catalog(
 
 
 def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
-    """The manifests that can be read, and what is wrong with the others."""
+    """The manifests that can be read, and findings about the others."""
     found: list[Manifest] = []
     broken: list[Finding] = []
     there = log.numbers(root)
@@ -155,7 +162,7 @@ def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
         except Damaged as error:
             broken.append(Finding(manifest_path(number), "manifest", str(error)))
         except OSError as error:
-            broken.append(Finding(manifest_path(number), "manifest", _said(error, path)))
+            broken.append(Finding(manifest_path(number), "manifest", _unreadable(error, path)))
     broken += [Finding(manifest_path(number), "manifest", what) for number, what in witness.at_odds(found)]
     return found, broken
 
@@ -163,7 +170,7 @@ def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
 def _files(
     root: Path, jobs: list[tuple[Manifest, File]], quick: bool, advance: Callable[[int], None]
 ) -> Iterator[Finding]:
-    """Hash every file, several at a time: the hash lets go of the interpreter, and is faster than one disk read."""
+    """Hash every file, several at a time: hashing releases the interpreter and outruns one read."""
     positions = _positions(root) if quick else {}
     done = 0
     with ThreadPoolExecutor(n_processors()) as pool:
@@ -177,20 +184,20 @@ def _files(
 
 
 def _group(root: Path) -> Iterator[Finding]:
-    """What is wrong with the group that all arrays are in, which no manifest names."""
+    """What is wrong with the Zarr group of all arrays, which no manifest names; "" if nothing."""
     path = f"{ARRAYS}/zarr.json"
     try:
         if read_regular(root / path) != GROUP:
             yield Finding(path, "metadata", "its content is not what was put in place")
     except OSError as error:
-        yield Finding(path, "metadata", _said(error, root / path))
+        yield Finding(path, "metadata", _unreadable(error, root / path))
 
 
-def _said(error: OSError, path: Path) -> str:
-    """What is wrong with a file that the system refuses to read.
+def _unreadable(error: OSError, path: Path) -> str:
+    """The message for a file that the system refuses to read.
 
     Raises:
-        LimitReached: nothing; the process may have no more files open.
+        LimitReached: the process may have no more files open, so nothing is known of the file.
     """
     if reached := limit_reached(error, "cannot verify every file"):
         raise reached from error
@@ -214,7 +221,7 @@ def _finding(manifest: Manifest, file: File, what: str) -> Finding:
 
 
 def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, str], int]) -> str:
-    """What is wrong with a committed file; nothing where it is whole."""
+    """What is wrong with a committed file; "" if the file is whole."""
     try:
         with os.fdopen(open_regular(root / file.path), "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
@@ -226,12 +233,12 @@ def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, 
             if hash_of(opened.fileno()) != file.xxh3_128:
                 return "its content is not what was committed"
     except OSError as error:
-        return _said(error, root / file.path)
+        return _unreadable(error, root / file.path)
     return ""
 
 
 def _positions(root: Path) -> dict[tuple[str, str], int]:
-    """Chunks in a shard of each (run, site), out of the arrays' own metadata."""
+    """Chunks per shard of each (run, site), from the arrays' own metadata."""
     found = {}
     for path in (root / ARRAYS).glob("*/*/zarr.json"):
         try:
@@ -257,7 +264,7 @@ def _index_is_whole(descriptor: int, shard: Shard, positions: dict[tuple[str, st
 
 
 def _strays(root: Path, manifests: list[Manifest], broken: list[Finding]) -> Iterator[Finding]:
-    """Files that no manifest names: left by a stopped writer, and removed by the next."""
+    """Files that no manifest names: a stopped writer left them, the next writer removes them."""
     known = {finding.path for finding in broken}
     for path in log.strays(root, manifests):
         if path not in known:
@@ -265,10 +272,14 @@ def _strays(root: Path, manifests: list[Manifest], broken: list[Finding]) -> Ite
 
 
 def raise_if_damaged(report: Report, path: str | Path) -> None:
-    """Refuse a store that is not whole.
+    """Raise for a store that is damaged.
+
+    Args:
+        report: what `verify` found.
+        path: the store, for the message.
 
     Raises:
-        Damaged: says how much is wrong, and what to do.
+        Damaged: says how much is damaged, and what to do.
     """
     if report.damage:
         first: Any = report.damage[0]

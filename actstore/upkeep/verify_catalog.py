@@ -1,4 +1,4 @@
-"""Is the catalog what was put in place, and what its parts say? Held against the hash that was noted, then row for row."""
+"""Verify the catalog: compare its hash with the noted one, then its rows with the parts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ CATALOG, CONFLICT = (
 def wrong_with(
     root: Path, manifests: list[Manifest] | None, is_older: bool, parts_are_whole: bool
 ) -> Iterator[tuple[str, str, str]]:
-    """(file, kind of finding, what is wrong with it).
+    """Look for damage of the catalog.
 
     Args:
-        manifests: all of them, where they are whole; else the catalog is not compared with them.
+        root: the store.
+        manifests: all manifests if they are whole; None leaves out the comparison.
         is_older: an earlier version made the store, which noted no hash.
-        parts_are_whole: else rows are counted, and not compared.
+        parts_are_whole: if false, rows are counted and not compared.
+
+    Yields:
+        (file, kind of finding, what is wrong with the file).
     """
     yield from ((path, CATALOG, what) for path, what in lacking_or_added(root))
     if _lacking(root):
@@ -54,7 +58,7 @@ def wrong_with(
 
 
 def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it) as far as names tell: the catalog is missing, or DuckDB would add a file to it."""
+    """(file, what is wrong) by names alone: a missing catalog, or files that DuckDB would add."""
     for left in tables.replayed(root):
         where = left.name if os.path.samefile(left.parent, root) else tables.CATALOG
         yield where, f"{left} is no part of the store, and each read would take its changes for committed"
@@ -63,7 +67,7 @@ def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _lacking(root: Path) -> str:
-    """What is wrong where no file is under the catalog's name; nothing where there is one."""
+    """What is wrong if no file has the catalog's name; "" if one has."""
     try:
         check_regular(root / tables.CATALOG)
     except FileNotFoundError:
@@ -74,7 +78,10 @@ def _lacking(root: Path) -> str:
 
 
 def _is_noted(root: Path) -> bool:
-    """Whether the catalog has a hash that was noted; one that a writer puts in its place meanwhile is looked at, too."""
+    """True if the catalog's hash is in catalog.json.
+
+    Retries if a writer replaces the catalog during the check.
+    """
     while True:
         with os.fdopen(open_regular(root / tables.CATALOG), "rb") as opened:
             if (is_noted := hash_note.is_noted(root, opened.fileno())) is not None:
@@ -82,7 +89,10 @@ def _is_noted(root: Path) -> bool:
 
 
 def _differing(root: Path, manifests: list[Manifest], parts_are_whole: bool) -> Iterator[tuple[str, str]]:
-    """(kind of finding, what the catalog says otherwise); that rows cannot be compared, since they are none, is damage."""
+    """(kind of finding, difference between catalog and manifests).
+
+    Rows that cannot be compared are damage.
+    """
     try:
         yield from ((CONFLICT, what) for what in witness.conflicts(root, manifests))
         if parts_are_whole:
@@ -96,7 +106,7 @@ def _differing(root: Path, manifests: list[Manifest], parts_are_whole: bool) -> 
 
 
 def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
-    """Compare every row of every table with those of the parts, of as many commits as the catalog holds."""
+    """Compare every row of every table with the parts, for as many commits as the catalog holds."""
     with (
         tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder,
         tables.attached(root) as connection,  # and keep that one
@@ -113,7 +123,7 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
 
 
 def _committed_rows(root: Path, connection: duckdb.DuckDBPyConnection, table: str, committed: list[Manifest]) -> str:
-    """SQL for the rows of a table as the parts hold them, with the catalog's columns and types."""
+    """SQL for a table's rows in the parts, with the catalog's columns and types."""
     parts = [root / part.path for manifest in committed for part in manifest.parts if part.table == table]
     if table == "shards":
         source = "shards_committed"
@@ -128,16 +138,17 @@ def _committed_rows(root: Path, connection: duckdb.DuckDBPyConnection, table: st
 
 
 def _differences(connection: duckdb.DuckDBPyConnection, table: str, committed: str) -> Iterator[str]:
-    """How many rows of a table are in one of the two alone.
+    """Number of a table's rows that only the catalog or only the parts hold.
 
-    A sum over hashes of the rows, which needs no memory, says whether there are any; then they are counted.
+    A sum over hashes of the rows, which needs no memory, says whether rows differ. Only then are
+    they counted.
     """
     columns = ", ".join(row[0] for row in connection.execute(f"describe there.{table}").fetchall())
     row = f"hash({columns})"
     digest = f"select count(*), sum(({row} >> 1)::bigint), bit_xor({row}) from"  # integers, so in any order the same
     held = f"there.{table}"
-    one, other = (connection.execute(f"{digest} {rows}").fetchall() for rows in (held, committed))
-    if one == other:
+    of_catalog, of_parts = (connection.execute(f"{digest} {rows}").fetchall() for rows in (held, committed))
+    if of_catalog == of_parts:
         return
     for left, right, what in ((held, committed, "the parts lack"), (committed, held, "it lacks")):
         n = connection.execute(f"select count(*) from (from {left} except all from {right})").fetchall()[0][0]

@@ -1,4 +1,4 @@
-"""Files that a user asked for, written whole or not at all and outside every store; text that a terminal shows."""
+"""Files that a user asked for, written whole or not at all and outside every store; text that a terminal shows; how far work is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURES = (".png", ".svg", ".pdf")
+
+# Shows how far work is: called with (name, total or None, unit in the plural) for each piece of work. The context that it
+# gives yields a function to call with (units done, total, the part just done), of which the last two may be left out.
+Work = Callable[[str, int | None, str], AbstractContextManager[Callable[..., None]]]
+
+
+def silent(what: str, total: int | None, unit: str) -> AbstractContextManager[Callable[..., None]]:
+    """A Work that shows nothing."""
+    return nullcontext(lambda *done: None)
 
 
 def save_figure(path: str | Path, figure: Figure, dpi: float | None = None) -> None:

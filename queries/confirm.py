@@ -17,7 +17,7 @@ import polars as pl
 
 from actstore.queries import study as studies
 from actstore.queries.second import RUNS, Apart, Second, look
-from actstore.queries.study import Progress, Question, Study, Test, adjusted, p_shown, result_rows, shown
+from actstore.queries.study import Answer, Progress, Question, Test, adjusted, p_shown, result_rows, shown
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -124,7 +124,7 @@ def _numbers(test: Test) -> str:
 
 
 def confirm(
-    store: Store, found: Study, dataset: str, seed: int = 0, progress: Progress | None = None, **options: Any
+    store: Store, found: Answer, dataset: str, seed: int = 0, progress: Progress | None = None, **options: Any
 ) -> Confirmation:
     """Put what a study found to a second set of trees.
 

@@ -18,8 +18,8 @@ from actstore.intervals import difference, over_trees, share
 from actstore.queries import load
 from actstore.queries.figures import panels, points
 from actstore.queries.study import (
+    Answer,
     Progress,
-    Study,
     Test,
     adjusted,
     adjustment,
@@ -43,7 +43,7 @@ order by runs.rowid
 MEASURES = {"step": "steps", "whole_path": "whole path", "greedy": "left to itself"}
 
 
-def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
+def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
     """Accuracy of a run by goal depth.
 
     Args:
@@ -66,7 +66,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
     rows += [_less_others(test) for test in tests] + test_rows(tests)
     results = result_rows(rows, study=NAME, run=run, query=query, params=params, snapshot=store.snapshot, seed=seed)
     progress(1, 1, "depths")
-    return Study(NAME, table(results), results, sentence(results, tests), tests)
+    return Answer(NAME, table(results), results, sentence(results, tests), tests)
 
 
 def outcomes(store: Store, query: str, run: str) -> pl.DataFrame:
@@ -163,16 +163,16 @@ def _listed(tests: Sequence[Test]) -> str:
     return f"depth {names[0]}" if len(names) == 1 else f"depths {', '.join(names[:-1])} and {names[-1]}"
 
 
-def plot(study: Study) -> Figure:
+def plot(answer: Answer) -> Figure:
     """Accuracy by goal depth, the three measures, with 95 % intervals."""
     figure, (axis,) = panels(1, width=8)
-    by_depth = study.results.filter(pl.col("label") != "all")
+    by_depth = answer.results.filter(pl.col("label") != "all")
     for turn, (measure, name) in enumerate(MEASURES.items()):
         rows = by_depth.filter(metric=measure)
         x = [int(label.split()[1]) for label in rows["label"]]
         points(axis, x, rows, name, turn)
     axis.set_xlabel("depth of the goal (steps of the path)")
     axis.set_ylabel("right (%)")
-    axis.set_title(f"Accuracy by goal depth, run {study.results['run'][0]}; bars are 95 % intervals", fontsize=10)
+    axis.set_title(f"Accuracy by goal depth, run {answer.results['run'][0]}; bars are 95 % intervals", fontsize=10)
     axis.legend(frameon=False)
     return figure

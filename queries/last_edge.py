@@ -20,7 +20,7 @@ from actstore.intervals import difference, over_trees, share, shuffled_within, s
 from actstore.queries import load
 from actstore.queries.depth import outcomes
 from actstore.queries.figures import GREY, panels, points
-from actstore.queries.study import Progress, Study, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
+from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ NAME, TREES, STEPS = "last-edge", "tree_outcomes", "path_steps"
 LEAST = 10  # trees of each kind; with fewer an interval would span most of the scale
 
 
-def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
+def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
     """Compare paths, and steps, that take the last edge with others.
 
     Args:
@@ -62,7 +62,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
     results = result_rows(
         rows, study=NAME, run=run, query=query, params={"run": run}, snapshot=store.snapshot, seed=seed
     )
-    return Study(NAME, table(results), results, sentence(results, tests), tests)
+    return Answer(NAME, table(results), results, sentence(results, tests), tests)
 
 
 def _paths(trees: pl.DataFrame, last: np.ndarray, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
@@ -174,15 +174,15 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     return f"{asked} {'; '.join(parts)} ({adjustment(tests)})."
 
 
-def plot(study: Study) -> Figure:
+def plot(answer: Answer) -> Figure:
     """Steps by the place of their edge in the list: share right, and probability of the right step."""
     figure, axes = panels(2)
     for axis, label in zip(axes, ("step", "p_target"), strict=True):
-        rows = study.results.filter((pl.col("label") == label) & pl.col("metric").str.starts_with("place"))
+        rows = answer.results.filter((pl.col("label") == label) & pl.col("metric").str.starts_with("place"))
         x = [int(metric.split()[1]) for metric in rows["metric"]]
         points(axis, x, rows, NAMES[label])
         axis.axvline(max(x), color=GREY, linestyle="--", linewidth=1)
         axis.set_xlabel("place of the step's edge in the list (dashed: the last)")
         axis.set_ylabel(f"{NAMES[label]} (%)")
-    figure.suptitle(f"Does the last edge matter? Run {study.results['run'][0]}; bars are 95 % intervals", fontsize=10)
+    figure.suptitle(f"Does the last edge matter? Run {answer.results['run'][0]}; bars are 95 % intervals", fontsize=10)
     return figure

@@ -9,18 +9,17 @@ import base64
 import html
 import io
 import json
-import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.errors import ActstoreError, BadInput, NotStored
 from actstore.outputs import check_file, write_text
 from actstore.queries import study as studies
-from actstore.queries.study import Progress, Question, Study
+from actstore.queries.studies import Asked, put
+from actstore.queries.study import Answer, Progress
 from actstore.version import __version__
 
 if TYPE_CHECKING:
@@ -43,51 +42,30 @@ from runs join models using (weights_sha256) join datasets using (dataset) where
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A study put to a run, and what came of it.
-
-    Attributes:
-        question: the study and the run.
-        study: its answer; None where there is none.
-        figure: PNG; None where there is none.
-        lacks: what the store, or the question, lacks for it; empty where it was answered.
-        fault: what went wrong where nothing should have; empty where nothing did.
-    """
-
-    question: Question
-    study: Study | None = None
-    figure: bytes | None = None
-    lacks: str = ""
-    fault: str = ""
-
-
-@dataclass(frozen=True)
 class Report:
     """A page, and what stands on it."""
 
     page: Path
-    answers: list[Answer]
+    asked: list[Asked]
 
     @property
-    def studies(self) -> list[Study]:
-        """What was answered, to be recorded."""
-        return [answer.study for answer in self.answers if answer.study]
+    def answers(self) -> list[Answer]:
+        """What was answered."""
+        return [asked.answer for asked in self.asked if asked.answer]
 
     @property
     def faults(self) -> list[str]:
         """What went wrong, one line each."""
-        return [
-            f"{answer.question.study} {answer.question.of}: {answer.fault}" for answer in self.answers if answer.fault
-        ]
+        return [f"{asked.question.study} {asked.question.of}: {_fault(asked)}" for asked in self.asked if asked.fault]
 
     def __str__(self) -> str:
         counts = {
-            "answered": len(self.studies),
-            "lacking something": sum(bool(answer.lacks) for answer in self.answers),
+            "answered": len(self.answers),
+            "lacking something": sum(bool(asked.lacks) for asked in self.asked),
             "failed": len(self.faults),
         }
         said = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-        return f"{self.page}: of {len(self.answers)} questions {said}"
+        return f"{self.page}: of {len(self.asked)} questions {said}"
 
 
 def report(
@@ -110,40 +88,30 @@ def report(
     """
     page = Path(out) / PAGE
     check_file(page, "OUT", make=True)
-    asked = [question for name in TITLES for question in studies.questions(store, name, runs or ())]
-    answers = []
-    for done, question in enumerate(asked, start=1):
-        answers.append(_ask(store, question, seed))
+    questions = [question for name in TITLES for question in studies.questions(store, name, runs or ())]
+    asked = []
+    for done, question in enumerate(questions, start=1):
+        asked.append(_drawn(put(store, question, seed)))
         if progress:
-            progress(done, len(asked), f"{question.study} {question.of}")
+            progress(done, len(questions), f"{question.study} {question.of}")
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_text(page, render(store, answers, seed))
-    return Report(page, answers)
+    write_text(page, render(store, asked, seed))
+    return Report(page, asked)
 
 
-def _ask(store: Store, question: Question, seed: int) -> Answer:
-    """A question's answer; whatever goes wrong costs this one alone."""
+def _drawn(asked: Asked) -> Asked:
+    """With its figure; one that fails costs neither the answer nor another question."""
+    if asked.answer is None:
+        return asked
+    buffer = io.BytesIO()
     try:
-        study = studies.run(store, question.study, run=question.run, seed=seed, **question.options)
-    except (NotStored, BadInput) as error:
-        return Answer(question, lacks=str(error))
+        studies.plot(asked.answer).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     except Exception as error:
-        return Answer(question, fault=_fault(error))
-    try:
-        return Answer(question, study, _figure(study))
-    except Exception as error:
-        return Answer(question, study, fault=f"its figure: {_fault(error)}")
+        return replace(asked, error=error)
+    return replace(asked, figure=buffer.getvalue())
 
 
-def _fault(error: Exception) -> str:
-    """An error as one line; of a bug its kind and its place too."""
-    if isinstance(error, ActstoreError | OSError):
-        return str(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno}); this is a fault of actstore"
-
-
-def render(store: Store, answers: Sequence[Answer], seed: int) -> str:
+def render(store: Store, asked: Sequence[Asked], seed: int) -> str:
     """The page, as HTML that needs nothing else."""
     escape = html.escape
     name = escape(store.path.resolve().name)
@@ -152,7 +120,7 @@ def render(store: Store, answers: Sequence[Answer], seed: int) -> str:
         f"<p>Snapshot {store.snapshot}, seed {seed}, actstore {escape(__version__)}. Each number stands in the store's "
         "table <code>results</code> with the query that made it, and comes out the same when the page is made again.</p>"
     )
-    names = [study for study in TITLES if any(answer.question.study == study for answer in answers)]
+    names = [study for study in TITLES if any(one.question.study == study for one in asked)]
     parts.append(
         "<nav><ul>"
         + "".join(f'<li><a href="#{study}">{escape(TITLES[study])}</a></li>' for study in names)
@@ -160,40 +128,38 @@ def render(store: Store, answers: Sequence[Answer], seed: int) -> str:
     )
     for study in names:
         parts.append(f'<section id="{study}"><h2>{escape(TITLES[study])}</h2>')
-        parts += [_answer(answer) for answer in answers if answer.question.study == study]
+        parts += [_asked(one) for one in asked if one.question.study == study]
         parts.append("</section>")
-    parts.append(_runs(store, sorted({answer.question.run for answer in answers})))
+    parts.append(_runs(store, sorted({one.question.run for one in asked})))
     return "\n".join([*parts, "</body></html>", ""])
 
 
-def _answer(answer: Answer) -> str:
-    parts = [f"<h3>{html.escape(answer.question.of)}</h3>"]
-    if answer.study:
-        parts.append(f"<p>{html.escape(answer.study.sentence)}</p>{_image(answer.study, answer.figure)}")
-    for begins, what in (("Not answered", answer.lacks), ("Failed", answer.fault)):
+def _fault(asked: Asked) -> str:
+    return f"its figure: {asked.fault}" if asked.fault and asked.answer else asked.fault
+
+
+def _asked(asked: Asked) -> str:
+    parts, answer = [f"<h3>{html.escape(asked.question.of)}</h3>"], asked.answer
+    if answer:
+        parts.append(f"<p>{html.escape(answer.sentence)}</p>{_image(answer, asked.figure)}")
+    for begins, what in (("Not answered", asked.lacks), ("Failed", _fault(asked))):
         if what:
             parts.append(f'<p class="lacks">{begins}: {html.escape(what)}</p>')
-    if answer.study:
-        first = answer.study.results.row(0, named=True)
+    if answer:
+        first = answer.results.row(0, named=True)
         params = json.dumps(json.loads(first["params"]), indent=1, sort_keys=True)
         parts.append(
-            f'<div class="wide">{_table(answer.study.table)}</div>'
+            f'<div class="wide">{_table(answer.table)}</div>'
             f"<details><summary>How it was made</summary><pre>{html.escape(first['query'])}</pre>"
             f"<pre>{html.escape(params)}</pre></details>"
         )
     return "".join(parts)
 
 
-def _figure(study: Study) -> bytes:
-    buffer = io.BytesIO()
-    studies.plot(study).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _image(study: Study, figure: bytes | None) -> str:
+def _image(answer: Answer, figure: bytes | None) -> str:
     if figure is None:
         return ""
-    alternative = html.escape(f"Figure of the study {study.name}: {study.sentence}", quote=True)
+    alternative = html.escape(f"Figure of the study {answer.name}: {answer.sentence}", quote=True)
     return f'<img alt="{alternative}" src="data:image/png;base64,{base64.b64encode(figure).decode()}">'
 
 

@@ -1,7 +1,7 @@
 """What a study is: a named question put to one run of a store, with a table to print, results to record and a figure.
 
 What a study decides, it tests, and its tests are adjusted for each other (Holm): the sentence claims what is left standing.
-A study is a module with two functions, `study(store, run, seed, progress, **options) -> Study` and
+A study is a module with two functions, `study(store, run, seed, progress, **options) -> Answer` and
 `plot(study) -> Figure`; STUDIES says which. Modules are imported when they are asked for, since scikit-learn is slow to.
 """
 
@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +126,7 @@ class Test:
 
 
 @dataclass(frozen=True)
-class Study:
+class Answer:
     """What a study returns.
 
     Attributes:
@@ -154,7 +153,7 @@ class Study:
 
 def run(
     store: Store, name: str, run: str | None = None, seed: int = 0, progress: Progress | None = None, **options: Any
-) -> Study:
+) -> Answer:
     """Run a study; the same store, run, seed and options give the same numbers.
 
     Args:
@@ -265,22 +264,9 @@ def most_alike(base: Row, among: Iterable[Row]) -> list[Row]:
     return sorted(best, key=lambda row: order.index(row["weights_sha256"]))
 
 
-def tables(answers: Sequence[Study]) -> pl.DataFrame:
-    """The tables of several answers as one, with a column `run` before (and `other`); of one its own."""
-    if len(answers) == 1:
-        return answers[0].table
-    named = [
-        answer.table.select(
-            *(pl.lit(run).alias(name) for name, run in zip(("run", "other"), answer.of, strict=False)), pl.all()
-        )
-        for answer in answers
-    ]
-    return pl.concat(named, how="diagonal_relaxed")
-
-
-def plot(study: Study) -> Figure:
-    """Draw a study; `plot(study).savefig(FILE)` writes it, and needs no display."""
-    return _module(study.name).plot(study)
+def plot(answer: Answer) -> Figure:
+    """Draw a study; `plot(answer).savefig(FILE)` writes it, and needs no display."""
+    return _module(answer.name).plot(answer)
 
 
 def adjusted(tests: Iterable[Test]) -> tuple[Test, ...]:
@@ -320,11 +306,6 @@ def shown(test: Test) -> str:
 def p_shown(p: float) -> str:
     """`p = 0.012`, `p < 0.001`."""
     return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
-
-
-def figure_file(file: Path, answer: Study, alone: bool) -> Path:
-    """Where one answer's figure goes: FILE itself where it is alone, else FILE-RUN (of a pair FILE-RUN-OTHER)."""
-    return file if alone else file.with_stem("-".join([file.stem, *answer.of]))
 
 
 def result_rows(

@@ -22,8 +22,8 @@ from actstore.intervals import change_over_trees, paired, sign_flip
 from actstore.queries.figures import panels, points
 from actstore.queries.last_edge import interval, within
 from actstore.queries.study import (
+    Answer,
     Progress,
-    Study,
     Test,
     adjusted,
     adjustment,
@@ -96,7 +96,7 @@ order by pairs.variant_of
 """
 
 
-def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
+def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
     """Compare a run's answers with those to its trees' variants.
 
     Args:
@@ -131,7 +131,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
     rows += more + test_rows(tests)
     params = {"run": run, "variants": found}
     results = result_rows(rows, study=NAME, run=run, query=PAIRS, params=params, snapshot=store.snapshot, seed=seed)
-    return Study(NAME, table(results), results, sentence(results, tests), tests)
+    return Answer(NAME, table(results), results, sentence(results, tests), tests)
 
 
 def companions(store: Store, run: str) -> dict[str, str]:
@@ -314,16 +314,16 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     )
 
 
-def plot(study: Study) -> Figure:
+def plot(answer: Answer) -> Figure:
     """The change by goal depth, of accuracy and of the probability of the moved edge's step, by kind of pairs."""
     figure, axes = panels(2)
     names = {"change": "accuracy, whole path", "p_change": "p of the moved edge's step"}
     for axis, (metric, name) in zip(axes, names.items(), strict=True):
         for turn, (kind, kind_name) in enumerate(KINDS.items()):
-            rows = study.results.filter(
+            rows = answer.results.filter(
                 pl.col("label").str.starts_with(f"{kind}, depth")
                 & (pl.col("metric") == metric)
-                & (pl.col("n") >= min(LEAST_DRAWN, study.results["n"].max()))  # type: ignore[type-var]
+                & (pl.col("n") >= min(LEAST_DRAWN, answer.results["n"].max()))
             )
             x = [int(label.split()[-1]) for label in rows["label"]]
             points(axis, x, rows, kind_name, turn, line=False)
@@ -332,6 +332,6 @@ def plot(study: Study) -> Figure:
         axis.set_ylabel(f"change of {name} (points)")
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(
-        f"The same trees, two edges swapped, run {study.results['run'][0]}; bars are 95 % intervals", fontsize=10
+        f"The same trees, two edges swapped, run {answer.results['run'][0]}; bars are 95 % intervals", fontsize=10
     )
     return figure

@@ -278,7 +278,7 @@ def test_of_one_run_every_pair_that_it_is_in_and_of_several_every_pair(three):
 
 def test_the_report_compares_the_runs_that_it_is_given(three, tmp_path):
     made = report(three, tmp_path / "out", ["a", "c"])
-    compared = [answer.question.of for answer in made.answers if answer.question.study == "compare"]
+    compared = [answer.question.of for answer in made.asked if answer.question.study == "compare"]
     assert compared == ["a and c"]
     assert made.faults == []
 

@@ -276,7 +276,7 @@ def test_nothing_is_said_to_be_read_only_where_no_probe_is_above_what_so_many_pr
 
 def test_the_figure_shows_the_results_with_chance_and_the_notebook(tmp_path):
     results = made_up(16)
-    figure = study.plot(study.Study("probes", pl.DataFrame(), results, ""))
+    figure = study.plot(study.Answer("probes", pl.DataFrame(), results, ""))
     top, whole = figure.axes
     for axis in (top, whole):
         drawn = [line.get_ydata() for line in axis.get_lines()]
@@ -287,7 +287,7 @@ def test_the_figure_shows_the_results_with_chance_and_the_notebook(tmp_path):
     assert top.get_ylim()[0] == figures.ZOOM
     figure.savefig(tmp_path / "probes.png")
     assert (tmp_path / "probes.png").read_bytes().startswith(b"\x89PNG")
-    low = study.plot(study.Study("probes", pl.DataFrame(), made_up(16, share=0.3), ""))
+    low = study.plot(study.Answer("probes", pl.DataFrame(), made_up(16, share=0.3), ""))
     assert len(low.axes) == 1, "nothing to show at the top"
 
 

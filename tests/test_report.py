@@ -57,7 +57,7 @@ def test_there_is_a_title_for_every_study():
 def test_the_page_holds_every_answer_and_what_is_lacking(path, tmp_path):
     with Store(path) as store:
         made = report(store, tmp_path / "out")
-    text, answered = made.page.read_text(), made.studies
+    text, answered = made.page.read_text(), made.answers
     parser = Wellformed()
     parser.feed(text)
     assert parser.open == []
@@ -153,7 +153,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(path, tmp_path, mon
 def test_any_run_that_is_named_is_asked(path, tmp_path):
     with Store(path) as store:
         made = report(store, tmp_path / "out", runs=["small-dreams"])
-    assert {answer.question.run for answer in made.answers} == {"small-dreams"}
+    assert {answer.question.run for answer in made.asked} == {"small-dreams"}
     assert made.faults == []
 
 
@@ -172,4 +172,4 @@ def test_the_smallest_trees_and_sets_lack_something_and_nothing_fails(tmp_path, 
     with Store(tmp_path / "s.act") as store:
         made = report(store, tmp_path / "out")
     assert made.faults == []
-    assert len(made.answers) == 6 * 2 + 1
+    assert len(made.asked) == 6 * 2 + 1

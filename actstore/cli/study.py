@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,9 @@ import click
 
 from actstore.cli.group import main, say
 from actstore.cli.options import no_check_option, no_record_option, output_options, store_argument, wait_option
-from actstore.errors import BadInput, NotStored, advised
+from actstore.errors import advised
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from actstore.cli.output import Output
 
 
@@ -25,15 +24,14 @@ def _look_before(store: Path, wait: float) -> None:
         say(f"actstore: {store} cannot be written ({why}): the answers are printed, and not recorded in it", err=True)
 
 
-def _record(store: Path, results: list[pl.DataFrame], wait: float) -> None:
-    """Record results; if the store cannot take them, print their file and how to record it."""
-    from actstore.writing import recording
+def _kept(store: Path) -> Callable[[Path], None]:
+    """A function that prints where results are kept that the store cannot take, and how to record them."""
 
-    def kept(file: Path) -> None:
+    def say_it(file: Path) -> None:
         command = advised("record", store, file)
         say(f"actstore: not recorded; {file} keeps the results, and {command} records them", err=True)
 
-    recording.record(store, results, wait, kept)
+    return say_it
 
 
 @main.command()
@@ -88,55 +86,33 @@ def study(
         actstore study demo.act depth --json
     """
     from actstore.cli.progress import progress
-    from actstore.outputs import FIGURES, check_file, save_figure
-    from actstore.queries import confirm as confirming
-    from actstore.queries import second
-    from actstore.queries import study as studies
+    from actstore.outputs import FIGURES, check_file
+    from actstore.queries import studies
+    from actstore.queries.confirm import rows
     from actstore.store import Store
 
     check_file(plot, "--plot", FIGURES)
     chosen = {key: int(value) if value.isdecimal() and len(value) < 19 else value for key, value in options}
     with Store(store, check) as opened:
-        asked = studies.questions(opened, name, runs, **chosen)
-        if confirm is not None:
-            asked = confirming.of_other_sets(opened, asked, confirm, bool(runs))
         if not no_record:
             _look_before(store, wait)
-        answers, confirmed, lacking, failed = [], [], [], []
-        for question in asked:
-            with progress(f"study {name} {question.of}", None, "parts") as advance:
-                try:
-                    if confirm is not None:  # what lacks is told before anything is computed
-                        second.look(opened, question, confirm)
-                    given = {**question.options, "seed": seed, "progress": advance}
-                    answers.append(studies.run(opened, name, run=question.run, **given))
-                    if confirm is not None:
-                        given = {**question.options, "progress": advance}
-                        confirmed.append(confirming.confirm(opened, answers[-1], confirm, seed, **given))
-                except (NotStored, BadInput) as error:  # another run may have what this one lacks
-                    lacking.append(error)
-                except Exception as error:  # what the others answered is not lost with it
-                    failed.append(error)
-    if not answers:
-        raise [*failed, *lacking][0]
-    for lack in lacking:
+        asked = studies.answer(opened, name, runs, seed, chosen, confirm, progress)
+    answers = [one.answer for one in asked if one.answer]
+    confirmed = [one.confirmation for one in asked if one.confirmation]
+    for lack in filter(None, (one.lacks for one in asked)):
         say(f"actstore: {lack}", err=True)
     try:
         as_table = output.format == "table" and not output.parquet
-        output.write(*confirming.rows(studies.tables(answers), confirmed, as_table))
-        sentences = [answer.sentence for answer in answers] + [one.sentence for one in confirmed]
-        for line in "\n".join(sentences).splitlines():
+        output.write(*rows(studies.tables(answers), confirmed, as_table))
+        for line in "\n".join(one.sentence for one in (*answers, *confirmed)).splitlines():
             say(line, err=not as_table)
-        for answer in answers if plot else []:
-            file = studies.figure_file(Path(str(plot)), answer, alone=len(answers) == 1)
-            save_figure(file, studies.plot(answer))
+        for file in studies.save_figures(answers, plot) if plot else ():
             say(f"figure: {file}", err=True)
     finally:
         if not no_record:
-            found = [answer.results for answer in answers] + [one.results for one in confirmed if len(one.results)]
-            _record(store, found, wait)
-    if failed:
-        raise failed[0]
+            studies.record(opened, asked, wait, _kept(store))
+    for fault in [one.error for one in asked if one.fault]:
+        raise fault
     if confirm is not None and not confirmed:
         raise click.exceptions.Exit(1)
 
@@ -164,6 +140,7 @@ def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: 
     """
     from actstore.cli.progress import progress
     from actstore.outputs import check_file
+    from actstore.queries import studies
     from actstore.queries.report import PAGE
     from actstore.queries.report import report as make
     from actstore.store import Store
@@ -177,7 +154,7 @@ def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: 
     for fault in made.faults:
         say(f"actstore: {fault}", err=True)
     if not no_record:
-        _record(store, [answer.results for answer in made.studies], wait)
+        studies.record(opened, made.asked, wait, _kept(store))
     if made.faults:
         raise click.exceptions.Exit(1)
 

@@ -24,7 +24,7 @@ from actstore.errors import BadInput, NotStored
 from actstore.intervals import n_as_far, share_over_trees
 from actstore.queries.figures import GREY, panels, points
 from actstore.queries.last_edge import interval
-from actstore.queries.study import Progress, Study, Test, adjusted, adjustment, p_shown, result_rows, test_rows
+from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, test_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ CLOSES = {
 }  # of each edge in the list one token, by the last one's role
 
 
-def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
+def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
     """Sum attention by what it falls on, at every layer and head whose pattern the run holds.
 
     Args:
@@ -106,7 +106,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
         snapshot=store.snapshot,
         seed=seed,
     )
-    return Study(NAME, table(results), results, sentence(results, tests), tuple(tests))
+    return Answer(NAME, table(results), results, sentence(results, tests), tuple(tests))
 
 
 def pattern_run(store: Store, run: str) -> str:
@@ -326,15 +326,15 @@ def _beside(results: pl.DataFrame, site: str, role: str, tests: Mapping[Any, Tes
     )
 
 
-def plot(study: Study) -> Figure:
+def plot(answer: Answer) -> Figure:
     """By layer: attention of a target on its source, of separators on their edge, of the path on the next edge."""
     figure, axes = panels(3, width=4.4)
     for axis, (title, series) in zip(axes, _PANELS.items(), strict=True):
         for turn, (role, kind, name) in enumerate(series):
-            rows = study.results.filter(token_role=role, metric=FIRST[role], label=kind).drop_nulls("value")
+            rows = answer.results.filter(token_role=role, metric=FIRST[role], label=kind).drop_nulls("value")
             x = list(range(len(rows)))
             points(axis, x, rows, name, turn)
-        chance = study.results.filter(token_role=series[0][0], metric="even", label=series[0][1]).drop_nulls("value")
+        chance = answer.results.filter(token_role=series[0][0], metric="even", label=series[0][1]).drop_nulls("value")
         axis.plot(range(len(chance)), 100 * chance["value"].to_numpy(), "--", color=GREY, label="even attention")
         axis.set_xticks(range(len(chance)), chance["site"].to_list(), rotation=30)
         axis.set_title(title, fontsize=10)
@@ -342,7 +342,7 @@ def plot(study: Study) -> Figure:
         axis.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("share of the attention (%)")
     figure.suptitle(
-        f"What tokens look at, run {study.results['run'][0]}; bars are 95 % intervals over trees", fontsize=10
+        f"What tokens look at, run {answer.results['run'][0]}; bars are 95 % intervals over trees", fontsize=10
     )
     return figure
 

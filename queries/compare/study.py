@@ -31,8 +31,8 @@ from actstore.queries.figures import GREY, panels, points
 from actstore.queries.probes.figures import CAVEAT
 from actstore.queries.study import (
     RUNS,
+    Answer,
     Progress,
-    Study,
     Test,
     adjusted,
     adjustment,
@@ -78,7 +78,7 @@ class Pair:
 
 def study(
     store: Store, run: str, seed: int, progress: Progress, other: str | None = None, max_trees: int = MAX_TREES
-) -> Study:
+) -> Answer:
     """Compare two runs over the same trees.
 
     Args:
@@ -126,7 +126,7 @@ def study(
     results = result_rows(
         rows, study=NAME, run=run, query=f"{BOTH};\n{read}", params=used, snapshot=store.snapshot, seed=seed
     )
-    return Study(NAME, table(results), results, sentence(results, other, tests), tuple(tests))
+    return Answer(NAME, table(results), results, sentence(results, other, tests), tuple(tests))
 
 
 def _other(store: Store, run: str, other: str | None) -> str:
@@ -403,9 +403,9 @@ def _oftener(less: dict[str, Any]) -> str:
     return f"{100 * abs(less['value']):.2f} points {way} often (95 % interval {low:.2f} to {high:.2f}"
 
 
-def plot(study: Study) -> Figure:
+def plot(answer: Answer) -> Figure:
     """CKA of every pair of sites, and the transfer of probes by site; without a shared site, who is right by depth."""
-    results = study.results
+    results = answer.results
     if not results["site"].count():
         return _plot_outcomes(results)
     sites = results.drop_nulls("site")["site"].unique(maintain_order=True).to_list()

@@ -28,7 +28,7 @@ from actstore.errors import NotStored
 from actstore.intervals import change_over_trees, over_trees, share, sign_flip, total_variation
 from actstore.queries.dreams.figures import EXPLANATIONS, LEAST, WALK, draw, sentence, table
 from actstore.queries.dreams.grading import CONTINUATIONS, Continuations, grade
-from actstore.queries.study import LEVEL, Progress, Study, Test, adjusted, result_rows, test_rows
+from actstore.queries.study import LEVEL, Answer, Progress, Test, adjusted, result_rows, test_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ from runs join models using (weights_sha256) join datasets using (dataset) where
 """
 
 
-def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
+def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
     """Grade the free continuations of a run's model over the run's trees.
 
     Args:
@@ -88,7 +88,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Study:
     given = (
         "the goals of its training distribution" if at_home else f"the goals of these `{about['distribution']}` trees"
     )
-    return Study(NAME, table(results, held), results, sentence(results, held, given), held)
+    return Answer(NAME, table(results, held), results, sentence(results, held, given), held)
 
 
 def _rows(said: Continuations, kind: str, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
@@ -225,6 +225,6 @@ def _explained(
     return rows
 
 
-def plot(study: Study) -> Figure:
+def plot(answer: Answer) -> Figure:
     """What continuations begin with; where there are goals, their depth and place beside the explanations."""
-    return draw(study.results)
+    return draw(answer.results)

@@ -44,7 +44,7 @@ from actstore.queries.probes.fit import (
     random_directions,
     shuffle_within,
 )
-from actstore.queries.study import Progress, Study, Test, adjusted, result_rows, test_rows
+from actstore.queries.study import Answer, Progress, Test, adjusted, result_rows, test_rows
 from actstore.sites import not_held
 from actstore.sites import wanted as meant
 
@@ -86,7 +86,7 @@ def study(
     protocol: str = "ours",
     by: str | None = None,
     baseline: str | Path | None = None,
-) -> Study:
+) -> Answer:
     """Probe sites of a run.
 
     Memory is two copies of one site's rows: 15 rows of 4 * d_model bytes a tree of 16 nodes.
@@ -169,7 +169,7 @@ def study(
         )
         for rows, params in recorded
     )
-    return Study(NAME, table(results), results, sentence(results, n_test_trees, held), held)
+    return Answer(NAME, table(results), results, sentence(results, n_test_trees, held), held)
 
 
 def _asked(token_role: str | Sequence[str], labels: str | Sequence[str] | None) -> dict[str, list[str]]:
@@ -386,6 +386,6 @@ def _directions(made: Fit, classes: np.ndarray, whiten: Whitening, about: dict[s
     ]
 
 
-def plot(study: Study) -> Figure:
+def plot(answer: Answer) -> Figure:
     """Accuracy by site of both labels with 95 % intervals, the notebook's numbers hollow, chance as a line."""
-    return draw(study.results)
+    return draw(answer.results)

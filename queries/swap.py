@@ -323,7 +323,7 @@ def plot(answer: Answer) -> Figure:
             rows = answer.results.filter(
                 pl.col("label").str.starts_with(f"{kind}, depth")
                 & (pl.col("metric") == metric)
-                & (pl.col("n") >= min(LEAST_DRAWN, answer.results["n"].max()))
+                & (pl.col("n") >= min(LEAST_DRAWN, answer.results["n"].max()))  # type: ignore[type-var]
             )
             x = [int(label.split()[-1]) for label in rows["label"]]
             points(axis, x, rows, kind_name, turn, line=False)

@@ -104,14 +104,14 @@ def study(
     try:
         as_table = output.format == "table" and not output.parquet
         output.write(*rows(studies.tables(answers), confirmed, as_table))
-        for line in "\n".join(one.sentence for one in (*answers, *confirmed)).splitlines():
+        for line in "\n".join([one.sentence for one in answers] + [one.sentence for one in confirmed]).splitlines():
             say(line, err=not as_table)
         for file in studies.save_figures(answers, plot) if plot else ():
             say(f"figure: {file}", err=True)
     finally:
         if not no_record:
             studies.record(opened, asked, wait, _kept(store))
-    for fault in [one.error for one in asked if one.fault]:
+    for fault in [one.error for one in asked if one.error and one.fault]:
         raise fault
     if confirm is not None and not confirmed:
         raise click.exceptions.Exit(1)

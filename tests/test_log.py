@@ -209,7 +209,16 @@ paths = st.lists(st.from_regex(r"[\w=,+-][\w. =,+-]{0,8}", fullmatch=True), min_
 sizes, counts = st.integers(0, 2**62 - 1), st.integers(0, 2**31 - 1)
 hashes, tables = st.text("0123456789abcdef", min_size=32, max_size=32), st.sampled_from(get_args(TableOfParts))
 a_file = st.builds(File, paths, sizes, hashes)
-a_part = st.builds(Part, paths, sizes, hashes, table=tables, rows=sizes)
+a_part = st.builds(
+    Part,
+    *(paths, sizes, hashes),
+    table=tables,
+    rows=sizes,
+    owner=names,
+    batch=st.none() | counts,
+    first_tree_id=st.none() | counts,
+    n_trees=st.none() | st.integers(1, 2**31 - 1),
+)
 a_shard = st.builds(
     Shard,
     paths,

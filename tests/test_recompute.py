@@ -112,7 +112,9 @@ def changed_rows(root, monkeypatch, table, change, **options):
     """A store of which one table's rows are what `change` makes of them, and all its checksums right."""
     part = writer.part_content
     monkeypatch.setattr(
-        writer, "part_content", lambda name, at, rows: part(name, at, change(rows) if name == table else rows)
+        writer,
+        "part_content",
+        lambda name, owner, rows, batch=None: part(name, owner, change(rows) if name == table else rows, batch),
     )
     execute(Ingest(root, small_model(), TREES, sites=None if options else ["embed"], **options))
     monkeypatch.undo()

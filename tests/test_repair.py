@@ -10,7 +10,9 @@ import pytest
 from actstore import named
 from actstore.catalog import tables
 from actstore.cli import main
-from actstore.commits.manifest import manifest_path
+from actstore.commits import log
+from actstore.commits.format import part_path
+from actstore.commits.manifest import Manifest, manifest_path
 from actstore.errors import Damaged
 from actstore.ingest.jobs import stored
 from actstore.ingest.models import load
@@ -19,7 +21,7 @@ from actstore.ingest.replay.remake import files_of
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
 from tests.damaged import committed, damage, flip, shorten
-from tests.stores import files
+from tests.stores import fake, files
 from tests.test_pipeline import small_model
 
 
@@ -200,3 +202,35 @@ def test_the_commands_say_what_is_wrong_and_mend_it(store):
     assert "1 files mended" in mended.stdout
     assert CliRunner().invoke(main, ["verify", str(store)]).exit_code == 0
     assert CliRunner().invoke(main, ["verify", str(store), "--quick"]).exit_code == 0
+
+
+def keys_of_parts(*names):
+    """The body of a manifest whose parts have these keys alone."""
+    real = Manifest._body
+
+    def body(manifest):
+        found = real(manifest)
+        return {**found, "parts": [{key: part[key] for key in names if key in part} for part in found["parts"]]}
+
+    return body
+
+
+def test_rows_of_older_manifests_which_do_not_say_whose_they_are_come_out_of_the_catalog(tmp_path, monkeypatch):
+    root, said = tmp_path / "s.act", {}
+    for older in (False, True):
+        if older:
+            monkeypatch.setattr(Manifest, "_body", keys_of_parts("path", "bytes", "xxh3_128", "table", "rows"))
+        shutil.rmtree(root, ignore_errors=True)
+        fake("r-1", "d-000001", n_trees=5, trees_per_shard=3).store(root)
+        fake("s", "d-000001", n_trees=5, trees_per_shard=3, weights=b"others", sites=()).store(root)
+        fake("t", "e", n_trees=5, trees_per_shard=2, seed=1, sites=()).store(root)
+        said[older] = [part for manifest in log.manifests(root) for part in manifest.parts]
+    assert b"owner" not in (root / manifest_path(2)).read_bytes()
+    for new, old in zip(said[False], said[True], strict=True):
+        assert new.owner.startswith(old.owner) if new.table == "models" else new.owner == old.owner
+        assert (new.path, new.batch) == (old.path, old.batch)
+        assert old.first_tree_id in (None, new.first_tree_id)
+        assert part_path(old.table, old.owner, old.batch) == part_path(new.table, new.owner, new.batch) == new.path
+        damage(root / new.path, shorten)
+    assert set(repair(root, lambda *of: {}).mended) == {part.path for part in said[True]}
+    assert verify(root).findings == []

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from actstore.catalog import hash_note, tables
 from actstore.commits import log
-from actstore.commits.format import ARRAYS, PARTS, WEIGHTS
+from actstore.commits.format import ARRAYS, WEIGHTS, part_path
 from actstore.commits.log import log_hash
-from actstore.commits.manifest import Manifest
+from actstore.commits.manifest import Manifest, Part
 from actstore.errors import Damaged, advised
 
 OF_RUN = (
@@ -66,8 +66,7 @@ def _of_another(manifest: Manifest) -> str:
         if (shard.run, shard.batch) != (manifest.run, manifest.batch) or not shard.path.startswith(lies):
             return f"{shard.path} of batch {shard.batch} of run {shard.run!r}"
     for part in manifest.parts:
-        folder, _, name = part.path.removesuffix(".parquet").rpartition("/")
-        if folder != f"{PARTS}/{part.table}" or not _is_named_by(manifest, part.table, name):
+        if part.path != part_path(part.table, part.owner, part.batch) or not _may_bring(manifest, part):
             return part.path
     for other in manifest.others:
         if not other.path.startswith((f"{ARRAYS}/{manifest.run}/", f"{WEIGHTS}/")):
@@ -75,14 +74,13 @@ def _of_another(manifest: Manifest) -> str:
     return ""
 
 
-def _is_named_by(manifest: Manifest, table: str, name: str) -> bool:
-    """True if the manifest can have brought a part of that name."""
+def _may_bring(manifest: Manifest, part: Part) -> bool:
+    """True if a commit can bring rows of that table and owner."""
     if manifest.kind == "results":
-        return (table, name) == ("results", f"{manifest.number:08d}")
+        return (part.table, part.owner) == ("results", f"{manifest.number:08d}")
     if manifest.kind == "run":
-        return table in ("models", "datasets") or (table in ("runs", "sites") and name == manifest.run)
-    owner, _, batch = name.rpartition("-")
-    return batch == f"{manifest.batch or 0:06d}" and (table not in OF_RUN or owner == manifest.run)
+        return part.table in ("models", "datasets") or (part.table in ("runs", "sites") and part.owner == manifest.run)
+    return part.batch == manifest.batch and (part.table not in OF_RUN or part.owner == manifest.run)
 
 
 def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:

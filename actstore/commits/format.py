@@ -22,8 +22,18 @@ CHAINED_FROM = 3  # from this format on, a manifest names the one before it
 LOG, PARTS, ARRAYS, WEIGHTS = "log", "parts", "activations.zarr", "models"
 FOLDERS = (LOG, PARTS, ARRAYS, WEIGHTS)
 
-
 MOST_BESIDE = 100  # stores that are searched for a similar name
+
+
+def part_path(table: str, owner: str, batch: int | None = None) -> str:
+    """Of a part, inside the store; `owner` and `batch` as of manifest.Part."""
+    name = owner[:16] if table == "models" else owner
+    return f"{PARTS}/{table}/{name}.parquet" if batch is None else f"{PARTS}/{table}/{name}-{batch:06d}.parquet"
+
+
+def weights_path(sha256: str) -> str:
+    """Of the weights with that hash, inside the store."""
+    return f"{WEIGHTS}/{sha256}.safetensors"
 
 
 @dataclass(frozen=True)

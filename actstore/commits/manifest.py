@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,14 +30,26 @@ TableOfParts = Literal[
     "results",
 ]
 MANIFEST = re.compile(r"[0-9]{8,}\.json")
+NOT_SAID = {"owner": "", "batch": None, "first_tree_id": None, "n_trees": None}  # of a part, in older manifests
 
 
 @dataclass(frozen=True)
 class Part(File):
-    """The rows that one commit brought to one table, as Parquet."""
+    """The rows that one commit brought to one table, as Parquet.
+
+    Attributes:
+        owner: whose rows they are: a set of trees (`datasets`, `trees`, `edges`, `tokens`) or a run, by name; of `models`
+            the sha256 of the weights; of `results` the number of the commit, in eight digits. With `batch` it makes the path.
+        batch: of the owner's trees; None where the rows are of no batch.
+        first_tree_id, n_trees: the trees of that batch; None where there is none, and where an older manifest names no shard.
+    """
 
     table: TableOfParts
     rows: Size
+    owner: Text = ""
+    batch: Count | None = None
+    first_tree_id: Count | None = None
+    n_trees: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,7 @@ class Manifest:
         del body["xxh3_128"]
         if self.format < CHAINED_FROM:
             del body["previous"]
+            body["parts"] = [{key: part[key] for key in part if key not in NOT_SAID} for part in body["parts"]]
         return body
 
     @classmethod
@@ -117,14 +130,28 @@ class Manifest:
                 "xxh3_128",
                 "previous" if manifest.format < CHAINED_FROM else "",
             }
-            listed = [*body["parts"], *body["shards"], *body["others"]] if body.keys() == named else None
-            if listed != [vars(file) for file in manifest.files]:
+            if body.keys() == named:
+                listed = [*(NOT_SAID | part for part in body["parts"]), *body["shards"], *body["others"]]
+            held = [NOT_SAID | vars(file) if isinstance(file, Part) else vars(file) for file in manifest.files]
+            if body.keys() != named or listed != held:
                 raise ValueError("it has other keys than a manifest")
             for file in manifest.files:
                 check_inside(file.path)
-            return manifest
+            if all("owner" in part for part in body["parts"]):
+                return manifest
+            return replace(manifest, parts=[_told_by_name(manifest, part) for part in manifest.parts])
         except ValueError as error:
             raise Damaged(f"manifest {path} cannot be read ({error}); restore it from a copy of the store") from error
+
+
+def _told_by_name(manifest: Manifest, part: Part) -> Part:
+    """A part of an older manifest, which does not say whose rows it holds: its name does, and a shard beside it."""
+    name = Path(part.path).stem
+    if manifest.kind != "batch":
+        return replace(part, owner=name)
+    first, n = next(((shard.first_tree_id, shard.n_trees) for shard in manifest.shards), (None, None))
+    owner = name.removesuffix(f"-{manifest.batch or 0:06d}")
+    return replace(part, owner=owner, batch=manifest.batch, first_tree_id=first, n_trees=n)
 
 
 def manifest_path(number: int) -> str:

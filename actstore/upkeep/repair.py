@@ -187,7 +187,7 @@ def _mend(
         file, content = files[finding.path], None
         if isinstance(file, Part) and whole_catalog:
             with suppress(duckdb.Error, LookupError, ValueError):  # a manifest that no writer wrote
-                content = _from_catalog(root, manifest, file)
+                content = _from_catalog(root, file)
         elif file.path == f"{ARRAYS}/{manifest.run}/zarr.json":
             content = GROUP
         if content is not None and _is(content, file):
@@ -215,15 +215,15 @@ def _mend(
         else:
             differs = "what is computed here differs: it was made by other versions or on another machine (see runs)"
             reason = why or (differs if content is not None else "nothing else in the store tells it")
-            if isinstance(files[finding.path], Part):
-                reason += f"; {_how_to_remake(root, manifest, finding.path)}"
+            file = files[finding.path]
+            if isinstance(file, Part):
+                reason += f"; {_how_to_remake(root, manifest, file.table)}"
             still.append(Finding(**{**vars(finding), "what": f"{finding.what}; {reason}"}))
     return done, still
 
 
-def _how_to_remake(root: Path, manifest: Manifest, path: str) -> str:
+def _how_to_remake(root: Path, manifest: Manifest, table: str) -> str:
     """Advice for a part that cannot be mended: a copy, or the command that makes its rows again."""
-    table = path.split("/")[1]
     if table == "models":
         how = f"put the model that was run where it is found ({advised('models', 'add')}), then run {advised('repair', root)}"
     elif table == "results":
@@ -237,45 +237,32 @@ def _is(content: bytes, file: File) -> bool:
     return xxhash.xxh3_128_hexdigest(content) == file.xxh3_128
 
 
-def _from_catalog(root: Path, manifest: Manifest, part: Part) -> bytes:
+def _from_catalog(root: Path, part: Part) -> bytes:
     """Make a part's bytes from its rows in the catalog."""
     with tables.attached(root) as connection:
-        where, values = _rows_of(manifest, part)
+        where, values = _rows_of(connection, part)
         rows = connection.sql(f"from there.{part.table} {where}", params=values).pl()
     rows = rows.drop(tables.DERIVED.get(part.table, ""), strict=False)
     return as_parquet(part.table, rows.head(part.rows))
 
 
-def _rows_of(manifest: Manifest, part: Part) -> tuple[str, list[object]]:
+def _rows_of(connection: duckdb.DuckDBPyConnection, part: Part) -> tuple[str, list[object]]:
     """SQL condition for the rows that a part brought to its table."""
     if part.table == "results":
-        return "where recorded = ?", [manifest.number]
-    name = Path(part.path).stem
-    if manifest.kind == "run":
-        columns = {"models": "weights_sha256", "datasets": "dataset", "runs": "run", "sites": "run"}
-        column = columns[part.table]
-        return f"where starts_with({column}, ?)" if column == "weights_sha256" else f"where {column} = ?", [name]
-    shard = manifest.shards[0] if manifest.shards else None
-    owner = name.rpartition("-")[0]
-    if part.table == "trees" or shard is None:
-        batch = int(name.rpartition("-")[2])
-        ids = (
-            "select first_tree_id + trees_per_shard * ? as first, first_tree_id + trees_per_shard * (?::int + 1) - 1 as last "
-            f"from there.datasets where dataset = {_dataset_of(part)}"
+        return "where recorded = ?", [int(part.owner)]
+    if part.table == "models":
+        return "where starts_with(weights_sha256, ?)", [part.owner]
+    if part.batch is None:
+        return f"where {'dataset' if part.table == 'datasets' else 'run'} = ?", [part.owner]
+    of_run, first, n = part.table in witness.OF_RUN, part.first_tree_id, part.n_trees
+    if first is None:
+        dataset = "(select dataset from there.runs where run = ?)" if of_run else "?"
+        trees = (
+            f"select first_tree_id + trees_per_shard * ?, trees_per_shard from there.datasets where dataset = {dataset}"
         )
-        bounds = f"tree_id between (select first from ({ids})) and (select last from ({ids}))"
-        run = " and run = ?" if part.table in ("predictions", "outcomes", "generations") else ""
-        return f"where {bounds}{run}", [batch, batch, owner, batch, batch, owner, *([owner] if run else [])]
-    of_run = part.table in ("predictions", "outcomes", "generations")
-    last = shard.first_tree_id + shard.n_trees - 1
-    run = " and run = ?" if of_run else ""
-    return f"where tree_id between ? and ?{run}", [shard.first_tree_id, last, *([owner] if of_run else [])]
-
-
-def _dataset_of(part: Part) -> str:
-    """SQL for the dataset of a part: its run's dataset, or the one in its name."""
-    of_run = part.table in ("predictions", "outcomes", "generations")
-    return "(select dataset from there.runs where run = ?)" if of_run else "?"
+        first, n = connection.execute(trees, [part.batch, part.owner]).fetchall()[0]
+    condition = "where tree_id between ? and ?" + " and run = ?" * of_run
+    return condition, [first, first + (n or 0) - 1, *[part.owner] * of_run]
 
 
 def _zarr_group(root: Path) -> list[str]:

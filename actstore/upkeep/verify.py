@@ -209,11 +209,8 @@ def _unreadable(error: OSError, path: Path) -> str:
 
 def _finding(manifest: Manifest, file: File, what: str) -> Finding:
     trees = None
-    of_batch = next(iter(manifest.shards), None)
-    if isinstance(file, Shard) or (isinstance(file, Part) and of_batch):
-        shard = file if isinstance(file, Shard) else of_batch
-        assert shard is not None
-        trees = f"{shard.first_tree_id} to {shard.first_tree_id + shard.n_trees - 1}"
+    if isinstance(file, Shard | Part) and file.first_tree_id is not None:
+        trees = f"{file.first_tree_id} to {file.first_tree_id + (file.n_trees or 0) - 1}"
     kind = "shard" if isinstance(file, Shard) else "part" if isinstance(file, Part) else "metadata"
     kind = "weights" if file.path.startswith(WEIGHTS) else kind
     site = file.site if isinstance(file, Shard) else None

@@ -20,7 +20,7 @@ from actstore.arrays.metadata import metadata
 from actstore.catalog import build, witness
 from actstore.catalog import tables as catalog_tables
 from actstore.commits import log
-from actstore.commits.format import ARRAYS, PARTS, WEIGHTS, check_format
+from actstore.commits.format import ARRAYS, check_format, part_path, weights_path
 from actstore.commits.log import refuse_astray
 from actstore.commits.manifest import Manifest, Part, Shard, TableOfParts
 from actstore.errors import BadInput
@@ -115,7 +115,7 @@ class Writer:
         if stored_run(self.table("runs").to_dicts(), self.table("sites").to_dicts(), plan):
             return first_tree_id
         parts = [
-            *self._part(part_content("models", model["weights_sha256"][:16], [model])),
+            *self._part(part_content("models", model["weights_sha256"], [model])),
             *self._part(
                 part_content("datasets", plan.dataset["dataset"], [{**plan.dataset, "first_tree_id": first_tree_id}])
             ),
@@ -123,7 +123,7 @@ class Writer:
             *self._part(part_content("sites", plan.run, [site.row(plan.run) for site in plan.sites])),
         ]
         others = [
-            *self._file(f"{WEIGHTS}/{model['weights_sha256']}.safetensors", plan.weights),
+            *self._file(weights_path(model["weights_sha256"]), plan.weights),
             *self._file(f"{ARRAYS}/{plan.run}/zarr.json", GROUP),
         ]
         of_run = {"weights_sha256": model["weights_sha256"], "first_tree_id": first_tree_id}
@@ -173,7 +173,7 @@ class Writer:
         parts, shards = list[Part](), list[Shard]()
         for content in contents:
             if content.table:
-                parts += self._part(content)
+                parts += self._part(content, first_tree_id, n_trees)
             else:
                 files = self._file(content.path, content.content)
                 shards += [
@@ -206,8 +206,8 @@ class Writer:
         self._log.append(log.commit(self.root, manifest, self._log[-1] if self._log else None))
         self._files |= {file.path: file for file in manifest.files}
 
-    def _part(self, part: Content) -> list[Part]:
-        """Publish rows of a table; returns [] if an earlier commit brought the same rows."""
+    def _part(self, part: Content, first_tree_id: int | None = None, n_trees: int | None = None) -> list[Part]:
+        """Publish rows of a table, of those trees; returns [] if an earlier commit brought the same rows."""
         if part.path in self._files and not self._has(part.path, part.content):
             held = pl.read_parquet(
                 (self.root / part.path).read_bytes()
@@ -216,7 +216,9 @@ class Writer:
                 raise _otherwise(self.root / part.path)
             return []
         table = cast(TableOfParts, part.table)
-        return [Part(**vars(file), table=table, rows=part.rows) for file in self._file(part.path, part.content)]
+        origin = part.owner, part.batch, first_tree_id, n_trees
+        files = self._file(part.path, part.content)
+        return [Part(file.path, file.bytes, file.xxh3_128, table, part.rows, *origin) for file in files]
 
     def _file(self, path: str, content: bytes | memoryview) -> list[File]:
         """Publish a file; returns [] if an earlier commit brought the same bytes."""
@@ -240,6 +242,8 @@ class Content:
         content: the file's bytes.
         table: a part's table.
         rows: a part's number of rows.
+        owner: whose rows a part holds; see manifest.Part.
+        batch: which batch of the owner's trees a part holds; None for no batch.
         site: a shard's site, TransformerLens' name.
     """
 
@@ -247,6 +251,8 @@ class Content:
     content: bytes | memoryview
     table: str = ""
     rows: int = 0
+    owner: str = ""
+    batch: int | None = None
     site: str = ""
 
 
@@ -271,25 +277,24 @@ def batch_contents(
         BadInput: the rows do not fit their tables.
     """
     owners = ((str(plan.dataset["dataset"]), of_trees), (plan.run, of_run))
-    parts = [
-        part_content(table, f"{owner}-{batch:06d}", frame)
-        for owner, tables in owners
-        for table, frame in tables.items()
-    ]
+    parts = [part_content(table, owner, frame, batch) for owner, tables in owners for table, frame in tables.items()]
     names = {site.site: f"{site.path(plan.run)}/{site.layout.shard_name(batch)}" for site in plan.sites}
     return [*parts, *(Content(path, arrays[site], site=site) for site, path in names.items())]
 
 
-def part_content(table: str, name: str, rows: pl.DataFrame | Sequence[Mapping[str, Any]]) -> Content:
+def part_content(
+    table: str, owner: str, rows: pl.DataFrame | Sequence[Mapping[str, Any]], batch: int | None = None
+) -> Content:
     """A part of a table.
 
     Args:
         table: the table's name.
-        name: the part's file name, without its ending.
+        owner: whose rows they are; see manifest.Part.
         rows: the rows.
+        batch: the batch of the owner's trees; None for no batch.
     """
     frame = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(rows, infer_schema_length=None)
-    return Content(f"{PARTS}/{table}/{name}.parquet", as_parquet(table, frame), table, len(frame))
+    return Content(part_path(table, owner, batch), as_parquet(table, frame), table, len(frame), owner, batch)
 
 
 def _otherwise(path: Path) -> BadInput:

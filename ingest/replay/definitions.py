@@ -36,8 +36,8 @@ BATCH_SIZES = (128, 64, 256, 32, 512, 16, 8, 1)  # trees per forward pass to try
 Row = dict[str, Any]
 
 
-def lost_rows(root: Path, sound: list[Manifest], run: str) -> dict[str, Row]:
-    """Path → row of each part of a run's definition that can be restored; excludes `sites`.
+def lost_rows(root: Path, sound: list[Manifest], run: str) -> dict[Part, Row]:
+    """Part → row of each part of a run's definition that can be restored; excludes `sites`.
 
     Args:
         sound: the commits without their damaged parts.
@@ -48,13 +48,13 @@ def lost_rows(root: Path, sound: list[Manifest], run: str) -> dict[str, Row]:
         file.path for commit in sound for file in commit.parts
     }
     rows = {name: parts.rows_committed(root, sound, name).to_dicts() for name in ("models", "datasets", "runs")}
-    found: dict[str, Row] = {}
+    found: dict[Part, Row] = {}
     of_run = [commit for commit in whole if commit.kind == "run" and commit.run == run]
     for table, guesses in (("models", _models), ("datasets", _datasets), ("runs", _runs)):
         for part in [part for commit in of_run for part in commit.parts if part.table == table and part.path in lost]:
             row = _with_hash(part, guesses(root, whole, part, run, rows))
             if row is not None:
-                found[part.path] = row
+                found[part] = row
                 rows[table].append(row)
     return found
 
@@ -75,17 +75,17 @@ def _models(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[
     """Guess: a named model with these weights."""
     for name in available():
         path = place(name)
-        if path and hashlib.sha256(path.read_bytes()).hexdigest().startswith(Path(part.path).stem):
+        if path and hashlib.sha256(path.read_bytes()).hexdigest().startswith(part.owner):
             with suppress(ActstoreError):
                 yield job.model_row(load.load(name))
 
 
 def _datasets(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[str, list[Row]]) -> Iterator[Row]:
     """Guess: a set like another set of the store, or one that fits name, trees and small seeds."""
-    name = Path(part.path).stem
+    name = part.owner
     about = next((row for row in rows["runs"] if row["dataset"] == name), None)
-    batches = {part.path: part for commit in whole for part in commit.parts if Path(part.path).stem == f"{name}-000000"}
-    trees, edges = (batches.get(f"parts/{table}/{name}-000000.parquet") for table in ("trees", "edges"))
+    first = {part.table: part for commit in whole for part in commit.parts if (part.owner, part.batch) == (name, 0)}
+    trees, edges = first.get("trees"), first.get("edges")
     if about is None or trees is None or edges is None:
         return
     fixed = {"dataset": name, "first_tree_id": about["first_tree_id"], "n_trees": about["n_trees"]}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from actstore.commits.manifest import Manifest
+from actstore.commits.manifest import Manifest, Part
 from actstore.errors import NotStored
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.stored import model_of_row, row_where
@@ -17,12 +17,12 @@ from actstore.writing import parts as writing_parts
 
 
 def rehydrate(
-    root: Path, manifests: list[Manifest], run: str, lost: Mapping[str, dict[str, Any]] | None = None
+    root: Path, manifests: list[Manifest], run: str, lost: Mapping[Part, dict[str, Any]] | None = None
 ) -> tuple[Ingest, dict[str, Any]]:
     """The job of a stored run, and the run's row of `runs`.
 
     Args:
-        lost: path of a part → row of the definition that no sound part holds.
+        lost: part → row of the definition that no sound part holds.
 
     Raises:
         NotStored: there is no such run.
@@ -32,8 +32,8 @@ def rehydrate(
         name: writing_parts.rows_committed(root, manifests, name).to_dicts()
         for name in ("runs", "models", "datasets", "sites")
     }
-    for path, row in (lost or {}).items():
-        rows[path.split("/")[1]].append(row)
+    for part, row in (lost or {}).items():
+        rows[part.table].append(row)
     about = next((row for row in rows["runs"] if row["run"] == run), None)
     if about is None:
         raise NotStored(f"{root} holds no run {run!r}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from actstore.arrays.metadata import metadata
-from actstore.commits.format import ARRAYS, WEIGHTS
+from actstore.commits.format import ARRAYS, part_path, weights_path
 from actstore.commits.manifest import Manifest
 from actstore.errors import ActstoreError
 from actstore.ingest.jobs.batch import files as batch_files
@@ -23,7 +23,7 @@ from actstore.writing.parts import GROUP
 def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None) -> dict[str, bytes]:
     """Recompute the files of one batch, or of the run's definition (batch None): path → bytes."""
     lost = definitions.lost_rows(root, manifests, run) if batch is None else {}
-    parts = {path: definitions.as_part(path.split("/")[1], [row]) for path, row in lost.items()}
+    parts = {part.path: definitions.as_part(part.table, [row]) for part, row in lost.items()}
     try:
         job, about = rehydrate(root, manifests, run, lost)
     except (ActstoreError, LookupError, ValueError):
@@ -33,7 +33,7 @@ def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None)
     first_tree_id = int(about["first_tree_id"])
     if batch is None:
         plan = job.plan
-        parts[f"parts/sites/{run}.parquet"] = definitions.as_part("sites", [site.row(run) for site in plan.sites])
+        parts[part_path("sites", run)] = definitions.as_part("sites", [site.row(run) for site in plan.sites])
         of_run = {"weights_sha256": plan.model["weights_sha256"], "first_tree_id": first_tree_id}
         made = {
             f"{site.path(run)}/zarr.json": metadata(site.layout, site.axes, {"run": run, "site": site.site, **of_run})
@@ -43,7 +43,7 @@ def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None)
             **parts,
             **made,
             f"{ARRAYS}/{run}/zarr.json": GROUP,
-            f"{WEIGHTS}/{plan.model['weights_sha256']}.safetensors": plan.weights,
+            weights_path(plan.model["weights_sha256"]): plan.weights,
         }
     return batch_files(job, batch, first_tree_id, originals_of(root, manifests, job))
 

@@ -24,7 +24,7 @@ chains as (  -- each edge with each edge above it: how many steps up, and the pl
     join edges on edges.tree_id = chains.tree_id and edges.target = chains.top
 ),
 asked as (
-    select edges.tree_id::bigint * 256 + 3 * edge + case $token_role when 'edge_source' then 0 when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end as token_id, edges.tree_id, edge, source_depth, split
+    select token_at(edges.tree_id, edge, $token_role) as token_id, edges.tree_id, edge, source_depth, split
     from edges
     join trees using (tree_id)
     join runs using (dataset)

@@ -9,7 +9,7 @@
 --
 -- Uses the sources listed up to the token; at 'next_source' the next edge's, too. A goal is a leaf, and a leaf is no source.
 with asked as (
-    select edges.tree_id::bigint * 256 + 3 * edge + case $token_role when 'edge_source' then 0 when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end as token_id, edges.tree_id, edge
+    select token_at(edges.tree_id, edge, $token_role) as token_id, edges.tree_id, edge
     from edges
     join trees using (tree_id)
     join runs using (dataset)

@@ -9,7 +9,7 @@
 --
 -- Uses the edges up to this one, and at 'next_source' the next one's source: does one of them leave its target?
 with asked as (
-    select edges.tree_id::bigint * 256 + 3 * edge + case $token_role when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end as token_id, edges.tree_id, edge, target, on_path::utinyint as on_path, split
+    select token_at(edges.tree_id, edge, $token_role) as token_id, edges.tree_id, edge, target, on_path::utinyint as on_path, split
     from edges
     join trees using (tree_id)
     join runs using (dataset)

@@ -10,7 +10,7 @@
 -- Uses the words of the edges up to the one asked about, itself included, without their order: a bag of words. So it is right at
 -- edge 0, where there is one, and once in e + 1 at edge e, unless a source has two edges.
 with asked as (
-    select edges.tree_id::bigint * 256 + 3 * edge + case $token_role when 'edge_source' then 0 when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end as token_id, edges.tree_id, edge
+    select token_at(edges.tree_id, edge, $token_role) as token_id, edges.tree_id, edge
     from edges
     join trees using (tree_id)
     join runs using (dataset)

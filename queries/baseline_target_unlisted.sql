@@ -9,7 +9,7 @@
 --
 -- Uses the edges before this one and this one's source: a node is a target once, and never its own.
 with asked as (
-    select edges.tree_id::bigint * 256 + 3 * edge as token_id, edges.tree_id, edge, source
+    select token_at(edges.tree_id, edge, 'edge_source') as token_id, edges.tree_id, edge, source
     from edges
     join trees using (tree_id)
     join runs using (dataset)

@@ -8,7 +8,7 @@
 --         p         its probability, 1
 --
 -- Uses the token alone. What stands there needs no network to be read: a probe that finds it has found the embedding.
-select edges.tree_id::bigint * 256 + 3 * edge + 1 as token_id, target, 1.0::double as p
+select token_at(edges.tree_id, edge, 'edge_target') as token_id, target, 1.0::double as p
 from edges
 join trees using (tree_id)
 join runs using (dataset)

@@ -14,15 +14,10 @@
 --         split     'train' or 'test', the same for all edges of a tree
 --
 -- Edges of one tree are not independent of each other: split and resample by tree, never by row.
-with held as (
-    select distinct unnest(range(first_tree_id, first_tree_id + n_trees)) as tree_id
-    from shards
-    where run = $run
-)
 select token_id, tree_id, edge, source, target, on_path, is_last, depth, split
 from tokens
 join edges using (tree_id, edge)
 join trees using (tree_id)
-semi join held using (tree_id)
+semi join held_trees($run) using (tree_id)
 where role = $token_role::token_role
 order by token_id

@@ -10,13 +10,8 @@
 --         on_path   the way from root to goal takes this edge
 --
 -- Attention is causal, so this is the only edge whose tokens can have read every other edge.
-with held as (
-    select distinct unnest(range(first_tree_id, first_tree_id + n_trees)) as tree_id
-    from shards
-    where run = $run
-)
 select tree_id, token_id, source, target, on_path
 from edge_targets
-semi join held using (tree_id)
+semi join held_trees($run) using (tree_id)
 where is_last and split = $split::tree_split
 order by tree_id

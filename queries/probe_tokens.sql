@@ -21,17 +21,9 @@
 -- 'separator' is of every edge but the last, 'next_source' the source token of the edge listed behind the one asked about, 'path'
 -- the root and each step but the last, asked about the edge that the next step takes.
 -- Tokens of one tree are not independent of each other: split and resample by tree, never by row.
-with held as (
-    select distinct unnest(range(first_tree_id, first_tree_id + n_trees)) as tree_id
-    from shards
-    where run = $run
-),
-of_edges as (
+with of_edges as (
     select
-        tree_id::bigint * 256
-        + 3 * edge
-        + case $token_role when 'edge_source' then 0 when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end
-            as token_id,
+        token_at(tree_id, edge, $token_role) as token_id,
         tree_id,
         edge,
         null as next_node
@@ -68,5 +60,5 @@ from asked
 join (select token_id, token, position from tokens) using (token_id)
 join edges using (tree_id, edge)
 join trees using (tree_id)
-semi join held using (tree_id)
+semi join held_trees($run) using (tree_id)
 order by token_id

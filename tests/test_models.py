@@ -553,3 +553,10 @@ def test_the_shipped_models_are_their_files(shipped):
     assert shipped.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert shipped.config == ModelConfig("reproduction", 16)
     assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == shapes(shipped.config)
+
+
+def test_decoding_and_logit_lens_divide_by_the_same_layer_norm():
+    from actstore.ingest.models.equations import LN_EPS
+    from actstore.sql.logit_lens import LAYER_NORM_EPS
+
+    assert LN_EPS == LAYER_NORM_EPS

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actstore.arrays.address import POSITIONS_PER_TREE
 from actstore.catalog import tables
 from actstore.errors import BadInput, NotStored, advised
 from actstore.sql.logit_lens import Unembedding, read_unembedding
@@ -35,6 +36,12 @@ MACROS = {  # `{vector}` is array where widths agree and list where they do not
     "cosine(a, b)": "{vector}_cosine_similarity(a, b)",
     "distance(a, b)": "{vector}_distance(a, b)",
     "project(x, direction)": "{vector}_inner_product(x, direction) / sqrt({vector}_inner_product(direction, direction))",
+    "token_at(tree_id, edge, role)": """tree_id::bigint * {positions} + 3 * edge
+        + case role when 'edge_source' then 0 when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end""",
+    "position_of(token_id)": "(token_id % {positions})::utinyint",
+    "held_trees(of_run)": """table
+        select distinct unnest(range(first_tree_id, first_tree_id + n_trees)) as tree_id
+        from store.main.shards where run = of_run""",
     "activations(run, site)": """table
         select tokens.*, act(tokens.token_id, run, site) as x
         from store.main.tokens
@@ -67,7 +74,7 @@ def add_functions(session: Session, store: Snapshot) -> Vectors:
             store.sql("select name, direction from results limit 0")
             session.add_view("main.latest_results", tables.view("latest_results"))
     for macro, body in MACROS.items():
-        session.add_macro(macro, body.format(vector="array" if d_model else "list"))
+        session.add_macro(macro, body.format(vector="array" if d_model else "list", positions=POSITIONS_PER_TREE))
     return vectors
 
 

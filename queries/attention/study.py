@@ -34,15 +34,12 @@ if TYPE_CHECKING:
 NAME = "attention"
 TOKENS = """
 -- one row a token of the list or of the path that has something to look at; e: its edge, or the edge that its next step takes
-with held as (
-    select distinct unnest(range(first_tree_id, first_tree_id + n_trees)) as tree_id from shards where run = $run
-)
 select token_id, tree_id, position, role::varchar as role, edge as e, is_last
-from tokens join edges using (tree_id, edge) semi join held using (tree_id)
+from tokens join edges using (tree_id, edge) semi join held_trees($run) using (tree_id)
 where role in ('edge_target', 'separator', 'bar')
 union all
-select token_id, tree_id, (token_id - tree_id::bigint * 256)::utinyint, 'path', edges.edge, is_last
-from answer_tokens join edges using (tree_id, step) semi join held using (tree_id)
+select token_id, tree_id, position_of(token_id), 'path', edges.edge, is_last
+from answer_tokens join edges using (tree_id, step) semi join held_trees($run) using (tree_id)
 order by token_id
 """
 N_NODES = "select n_nodes from runs join datasets using (dataset) where run = $run"

@@ -1,11 +1,11 @@
-"""Named queries, one `.sql` file a question, whose header is the contract; and the studies made of them.
+"""Named queries, one `.sql` file per question, whose header is the contract; and studies on them.
 
-    queries.names()                                            # what can be asked
-    queries.load("accuracy_by_depth")                          # its summary, SQL, grain, parameters, columns
-    queries.select(store, "accuracy_by_depth", run="demo")     # its rows
+    queries.names()                                            # names of all queries
+    queries.load("accuracy_by_depth")                          # summary, SQL, grain, parameters,
+    columns queries.select(store, "accuracy_by_depth", run="demo")     # the query's rows
 
-A header reads `-- NAME: SUMMARY`, then the sections `grain` (columns that no two rows share), `params` (each $name, or
-`none`) and `yields` (each column), then the assumption that the question rests on.
+A header is `-- NAME: SUMMARY`, then the sections `grain` (columns that no two rows share), `params`
+(each $name, or `none`) and `yields` (each column), then the assumption behind the question.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any, Protocol
 
 import polars as pl
 
-from actstore.errors import BadInput, NotStored
+from actstore.errors import BadInput, NotStored, nearest
 
 SECTIONS = ("grain", "params", "yields")
 SECTION = re.compile(r"(grain|params|yields) {2,}(\S.*)")
@@ -39,13 +38,13 @@ class Query:
     """One named query, as its header describes it.
 
     Attributes:
-        name: of the query and of its file, NAME.sql.
-        summary: what its rows are, one sentence.
+        name: name of the query and of its file, NAME.sql.
+        summary: one sentence on what the rows are.
         sql: the whole file, header included.
-        grain: the columns that no two rows share.
-        params: each `$name` without its $, and what it means.
-        yields: each column, in order, and what it holds.
-        note: the assumption that the question rests on.
+        grain: columns that no two rows share.
+        params: name of each parameter, without the $ → meaning.
+        yields: each column, in order → content.
+        note: the assumption behind the question.
     """
 
     name: str
@@ -63,20 +62,20 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Query:
-    """One query by name.
+    """Load a query by name.
 
     Raises:
         NotStored: there is no such query.
-        BadInput: its header lacks a part.
+        BadInput: the query's header lacks a part.
     """
     known = names()
     if name not in known:
-        raise NotStored(f"no query {name!r}; there are {', '.join(known)}{nearest(name, known)}")
+        raise NotStored(f"no query {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     return parse(name, files(__name__).joinpath(f"{name}.sql").read_text(encoding="utf-8"))
 
 
 def listing() -> pl.DataFrame:
-    """All queries: name (String), params (String, comma-separated) and summary (String), by name."""
+    """List all queries: query, params (comma-separated) and summary, all String, by name."""
     queries = [load(name) for name in names()]
     return pl.DataFrame(
         {
@@ -88,15 +87,15 @@ def listing() -> pl.DataFrame:
 
 
 def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
-    """Run one query; one that takes a run in the session of that run, see Store.of.
+    """Run a query; a query with $run sees the rows of that run only, see Store.of.
 
     Args:
         store: an open store.
-        name: which query.
-        params: a value for each of its parameters, no more and no fewer.
+        name: name of the query.
+        params: a value for each parameter of the query.
 
     Returns:
-        A polars frame with the columns that the query's header says it yields.
+        A frame with the columns in the header's section `yields`.
 
     Raises:
         NotStored: there is no such query, or no such run.
@@ -105,15 +104,15 @@ def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
     query = load(name)
     check_names(f"query {name!r}", params, query.params, query.params)
     if "run" in params:
-        store = store.of(params["run"])  # refuses a run that is not there, where SQL would just find no rows
+        store = store.of(params["run"])  # refuses an unknown run; SQL would just find no rows
     return store.sql(query.sql, params or None)
 
 
 def check_names(what: str, given: Iterable[str], required: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse names that are missing and names that mean nothing, in one message.
+    """Refuse missing and unknown names, in one message.
 
     Raises:
-        BadInput: says which, and which there are.
+        BadInput: lists the missing, unknown and known names.
     """
     given, known = list(given), list(known)
     missing = [name for name in required if name not in given]
@@ -123,12 +122,6 @@ def check_names(what: str, given: Iterable[str], required: Iterable[str], known:
     faults = [f"lacks {', '.join(missing)}"] * bool(missing)
     faults += [f"has no {name!r}{nearest(name, known)}" for name in unknown]
     raise BadInput(f"{what} {' and '.join(faults)}; it takes {', '.join(known) if known else 'no parameters'}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean …?)` where a known name is close to the one given, else nothing."""
-    close = get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def parse(name: str, sql: str) -> Query:
@@ -160,13 +153,13 @@ def parse(name: str, sql: str) -> Query:
 
 
 def _header(sql: str) -> list[str]:
-    """The comment lines that a query begins with."""
+    """The comment lines at the beginning of a query."""
     lines = sql.splitlines()
     return lines[: next((i for i, line in enumerate(lines) if not line.startswith("--")), len(lines))]
 
 
 def _sections(lines: list[str]) -> tuple[dict[str, dict[str, str]], str]:
-    """The entries of each section, and the paragraph behind them."""
+    """The entries of each section, and the paragraph after the sections."""
     sections: dict[str, dict[str, str]] = {section: {} for section in SECTIONS}
     current, note = "", []
     for line in lines:

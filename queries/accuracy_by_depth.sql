@@ -2,14 +2,15 @@
 --
 -- grain   depth
 -- params  $run  which run
--- yields  depth            edges from root to goal, so steps to be said
---         n_trees          trees with such a goal
---         n_steps          their steps
---         step_accuracy    share of steps right, each given the right steps before it (teacher-forced), [0, 1]
+-- yields  depth            edges from root to goal: steps of the path
+--         n_trees          trees with a goal at this depth
+--         n_steps          steps of their paths
+--         step_accuracy    share of steps right, teacher-forced, [0, 1]
 --         path_accuracy    share of trees with every step right, teacher-forced, [0, 1]
---         greedy_accuracy  share of trees whose path the model says when it goes on from its own answers, [0, 1]
+--         greedy_accuracy  share of trees whose greedy answer is the path, [0, 1]
 --
--- Depths are as frequent as the run's trees have them, so a row of few trees says little: look at n_trees first.
+-- The run's trees decide how frequent a depth is. A row over few trees says little: look at n_trees
+-- first. Teacher-forced: each step is predicted after the right steps before it.
 with steps as (
     select depth, count(*) as n_steps, avg(correct::integer) as step_accuracy
     from predictions

@@ -1,14 +1,16 @@
--- accuracy_by_edge_place: is a run's model worse where the path takes the edge listed last, at each goal depth?
+-- accuracy_by_edge_place: is a run's model worse where the path takes the last edge, per goal
+-- depth?
 --
 -- grain   depth, last_on_path
 -- params  $run  which run
 -- yields  depth            edges from root to goal
---         last_on_path     the way from root to goal takes the edge listed last
---         n_trees          such trees
---         path_accuracy    share with every step right, each given the right steps before it (teacher-forced), [0, 1]
---         greedy_accuracy  share whose path the model says when it goes on from its own answers, [0, 1]
+--         last_on_path     the path takes the edge listed last
+--         n_trees          trees of this depth and kind
+--         path_accuracy    share with every step right, teacher-forced, [0, 1]
+--         greedy_accuracy  share whose greedy answer is the path, [0, 1]
 --
--- A longer path is harder and also likelier to take the last edge, so compare the two rows of one depth only.
+-- A longer path is harder and also likelier to take the last edge: compare the two rows of one
+-- depth only.
 select
     depth,
     on_path as last_on_path,

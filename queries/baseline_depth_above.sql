@@ -1,20 +1,21 @@
--- baseline_depth_above: guesses the depth of an edge from how far up the edges listed so far lead from it.
+-- baseline_depth_above: guesses an edge's depth from how far up the edges listed so far lead.
 --
 -- grain   token_id
 -- params  $run         which run
 --         $token_role  'edge_source', 'edge_target', 'separator' or 'next_source'
 -- yields  token_id    where a probe reads
---         edge_depth  the guess: the commonest among training edges of the same place that lead as far up
+--         edge_depth  the guess: the mode of training edges at this place that lead as far up
 --         p           its probability, 1
 --
--- Uses the edges up to this one, of which the target may be missing: none of them shows the whole way to the root before the last.
+-- Uses the edges up to this one, whose target may be missing. Only the last edge's prefix is sure
+-- to show the whole way to the root.
 with recursive of_run as (
     select tree_id
     from trees
     join runs using (dataset)
     where run = $run
 ),
-chains as (  -- each edge with each edge above it: how many steps up, and the place of the latest on the way
+chains as (  -- each edge with each edge above it: steps up, and the latest place on the way
     select tree_id, edge, edge as above, source as top, 0 as steps, edge as latest
     from edges
     semi join of_run using (tree_id)

@@ -1,4 +1,5 @@
--- baseline_goal_below: guesses the goal on the path, from the leaves below the node that the path has come to, each as likely.
+-- baseline_goal_below: guesses the goal on the path: a leaf below the node that the path has
+-- reached, each equally likely.
 --
 -- grain   token_id, goal
 -- params  $run  which run
@@ -6,7 +7,7 @@
 --         goal      a guess, a label
 --         p         its probability, [0, 1]
 --
--- Uses the whole list and the path so far, and not the goal that the prompt gives.
+-- Uses the whole list and the path so far, but not the prompt's goal.
 with recursive of_run as (
     select tree_id
     from trees

@@ -1,4 +1,5 @@
--- baseline_goal_leaf: guesses the goal before it is given, from the nodes that no edge leaves yet, each as likely.
+-- baseline_goal_leaf: guesses the goal before the prompt gives it: a node that no edge has left so
+-- far, each equally likely.
 --
 -- grain   token_id, goal
 -- params  $run         which run
@@ -7,7 +8,8 @@
 --         goal      a guess, a label
 --         p         its probability, [0, 1]
 --
--- Uses the sources listed up to the token; at 'next_source' the next edge's, too. A goal is a leaf, and a leaf is no source.
+-- Uses the sources listed up to the token; at 'next_source' also the next edge's. A goal is a leaf,
+-- and a leaf is never a source.
 with asked as (
     select token_at(edges.tree_id, edge, $token_role) as token_id, edges.tree_id, edge
     from edges

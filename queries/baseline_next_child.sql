@@ -1,4 +1,5 @@
--- baseline_next_child: guesses the next node of the path from the children of the node it has come to, each as likely.
+-- baseline_next_child: guesses the next node of the path: a child of the node that the path has
+-- reached, each equally likely.
 --
 -- grain   token_id, next_node
 -- params  $run  which run
@@ -6,7 +7,7 @@
 --         next_node  a guess, a label
 --         p          its probability, [0, 1]
 --
--- Uses the whole list and the node that stands there, and not the goal.
+-- Uses the whole list and the node at the token, but not the goal.
 with steps as (
     select token_id, answer_tokens.tree_id, edges.source as node
     from answer_tokens

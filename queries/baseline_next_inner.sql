@@ -1,4 +1,5 @@
--- baseline_next_inner: guesses the next node of the path: the goal if it is a child, else a child that is no leaf, each as likely.
+-- baseline_next_inner: guesses the next node of the path: the goal if it is a child, else an inner
+-- child, each equally likely.
 --
 -- grain   token_id, next_node
 -- params  $run  which run
@@ -6,7 +7,7 @@
 --         next_node  a guess, a label
 --         p          its probability, [0, 1]
 --
--- Uses the whole list, the node that stands there, and the goal, which it looks for one step down and no further.
+-- Uses the whole list, the node at the token, and the goal, if the goal is one step away.
 with steps as (
     select token_id, answer_tokens.tree_id, edges.source as node, goal
     from answer_tokens

@@ -1,21 +1,22 @@
--- baseline_on_path_height: guesses whether an edge is on the path from what is known to hang below it.
+-- baseline_on_path_height: guesses whether an edge is on the path from what hangs below the edge.
 --
 -- grain   token_id
 -- params  $run         which run
 --         $token_role  'edge_source', 'edge_target', 'separator' or 'next_source'
 -- yields  token_id  where a probe reads
---         on_path   the guess, 0 or 1: the commoner one among training edges of which as much is known
+--         on_path   the guess, 0 or 1: the commoner one among training edges with the same facts
 --         p         its probability, 1
 --
--- Uses the edges up to this one, at 'edge_source' those before it: the longest way down that they show from the edge's target (from
--- its source, where the target is not written yet), the edge's place in the list, and how many of them leave its source.
+-- Uses the edges up to this one, at 'edge_source' those before it. The facts are the longest way
+-- down from the edge's target (at 'edge_source', from its source), the edge's place in the list,
+-- and the number of earlier edges from its source.
 with recursive of_run as (
     select tree_id
     from trees
     join runs using (dataset)
     where run = $run
 ),
-chains as (  -- each edge with each edge above it: how many steps up, and the place of the latest on the way
+chains as (  -- each edge with each edge above it: steps up, and the latest place on the way
     select tree_id, edge, edge as above, source as top, 0 as steps, edge as latest
     from edges
     semi join of_run using (tree_id)

@@ -1,13 +1,15 @@
--- baseline_on_path_inner: guesses whether an edge is on the path from whether its target is known to be no leaf.
+-- baseline_on_path_inner: guesses whether an edge is on the path from whether its target is known
+-- to be an inner node.
 --
 -- grain   token_id
 -- params  $run         which run
---         $token_role  'edge_target', 'separator' or 'next_source'; no row of another
+--         $token_role  'edge_target', 'separator' or 'next_source'; other roles give no rows
 -- yields  token_id  where a probe reads
---         on_path   the guess, 0 or 1: the commoner one among training edges of which as much is known
+--         on_path   the guess, 0 or 1: the commoner one among training edges with the same facts
 --         p         its probability, 1
 --
--- Uses the edges up to this one, and at 'next_source' the next one's source: does one of them leave its target?
+-- Uses the edges up to this one, and at 'next_source' also the next edge's source. The fact is
+-- whether an edge leaves the target.
 with asked as (
     select token_at(edges.tree_id, edge, $token_role) as token_id, edges.tree_id, edge, target, on_path::utinyint as on_path, split
     from edges

@@ -1,4 +1,5 @@
--- baseline_source_listed: guesses the source of an edge from the sources listed up to it, each as likely as it is listed often.
+-- baseline_source_listed: guesses an edge's source from the sources listed up to the edge, in
+-- proportion to their counts.
 --
 -- grain   token_id, source
 -- params  $run         which run
@@ -7,8 +8,8 @@
 --         source    a guess, a label
 --         p         its probability, [0, 1]
 --
--- Uses the words of the edges up to the one asked about, itself included, without their order: a bag of words. So it is right at
--- edge 0, where there is one, and once in e + 1 at edge e, unless a source has two edges.
+-- Uses the words of the edges up to this one, itself included, without their order: a bag of words.
+-- The guess is right at edge 0, and once in e + 1 at edge e, unless a source has two edges.
 with asked as (
     select token_at(edges.tree_id, edge, $token_role) as token_id, edges.tree_id, edge
     from edges

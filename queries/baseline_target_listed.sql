@@ -1,14 +1,15 @@
--- baseline_target_listed: guesses the target of an edge from the targets listed up to it, each as likely.
+-- baseline_target_listed: guesses an edge's target from the targets listed up to the edge, each
+-- equally likely.
 --
 -- grain   token_id, target
 -- params  $run         which run
---         $token_role  'edge_target', 'separator' or 'next_source'; no row of another
+--         $token_role  'edge_target', 'separator' or 'next_source'; other roles give no rows
 -- yields  token_id  where a probe reads
 --         target    a guess, a label
 --         p         its probability, [0, 1]
 --
--- Uses the words of the edges up to the one asked about, itself included, without their order: a bag of words. A node is a target
--- once, so it is right once in e + 1 at edge e.
+-- Uses the words of the edges up to this one, itself included, without their order: a bag of words.
+-- A node is a target once, so the guess is right once in e + 1 at edge e.
 with asked as (
     select token_at(edges.tree_id, edge, $token_role) as token_id, edges.tree_id, edge
     from edges

@@ -1,13 +1,15 @@
--- baseline_target_unlisted: guesses the target of an edge before it is written, from the nodes that are no target yet.
+-- baseline_target_unlisted: guesses an edge's target before the prompt gives it: a node not yet
+-- listed as a target.
 --
 -- grain   token_id, target
 -- params  $run         which run
---         $token_role  'edge_source'; no row of another
+--         $token_role  'edge_source'; other roles give no rows
 -- yields  token_id  where a probe reads
 --         target    a guess, a label
 --         p         its probability, [0, 1]
 --
--- Uses the edges before this one and this one's source: a node is a target once, and never its own.
+-- Uses the edges before this one and this edge's source: a node is a target once, and never its
+-- own.
 with asked as (
     select token_at(edges.tree_id, edge, 'edge_source') as token_id, edges.tree_id, edge, source
     from edges

@@ -1,13 +1,14 @@
--- baseline_target_word: guesses the target of an edge at the token that writes it, from the token's own word.
+-- baseline_target_word: guesses an edge's target at the target token, from the token's own word.
 --
 -- grain   token_id, target
 -- params  $run         which run
---         $token_role  'edge_target'; no row of another
+--         $token_role  'edge_target'; other roles give no rows
 -- yields  token_id  where a probe reads
 --         target    the guess, a label
 --         p         its probability, 1
 --
--- Uses the token alone. What stands there needs no network to be read: a probe that finds it has found the embedding.
+-- Uses the token alone. No network is needed to read the word: a probe that finds it has found the
+-- embedding.
 select token_at(edges.tree_id, edge, 'edge_target') as token_id, target, 1.0::double as p
 from edges
 join trees using (tree_id)

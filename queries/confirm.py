@@ -1,9 +1,10 @@
-"""Confirmation: what a study found on one set of trees is put to a second set, which was drawn apart.
+"""Confirmation: a study's findings on one set of trees are tested on a second, independent set.
 
-A claim is a comparison that Holm leaves standing. The same model's run over the second set is found by the hash of its weights,
-and the study is put to that run. Of its tests there those of the claims alone count, adjusted for each other (Holm). A claim is
-confirmed where its test there is left standing, too, in the same direction. Trees that both sets hold, by their canonical hash,
-are left out of the second, so no tree speaks twice.
+A claim is a test that stays significant after Holm's correction. The study is repeated on the same
+model's run over the second set, which the hash of the weights identifies. Only the claims are
+tested there, with Holm's correction over the claims. A claim is confirmed if its test on the second
+set is significant, too, in the same direction. Trees of both sets, by their canonical hash, are
+left out of the second set, so that no tree counts twice.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Claim:
-    """What was found, and its test on the second set; None where nothing tests it there.
+    """A finding and its test on the second set.
 
-    `there.p_holm` is adjusted for all claims that were put to the second set.
+    Attributes:
+        here: the significant test on the first set.
+        there: the same test on the second set, with p_holm over all claims; None if there is no
+            such test.
     """
 
     here: Test
@@ -35,30 +39,32 @@ class Claim:
 
     @property
     def confirmed(self) -> bool:
-        """Holm leaves it standing there, too, in the same direction."""
+        """Whether the second set's test is significant, too, in the same direction."""
         return self.there is not None and self.there.found and self.there.estimate * self.here.estimate > 0
 
     @property
     def verdict(self) -> str:
+        """`confirmed there` or `not confirmed there`."""
         return "confirmed there" if self.confirmed else "not confirmed there"
 
     @property
     def sentence(self) -> str:
+        """The claim, its verdict, and the numbers of both sets."""
         there = _numbers(self.there) if self.there else "nothing tests it there"
         return f"{self.here.named}: found here ({_numbers(self.here)}), {self.verdict} ({there})."
 
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What came of the claims of a study.
+    """The claims of a study, tested on a second set.
 
     Attributes:
-        study: its name.
-        of: the run, or both that are compared, on whose trees the claims were found.
-        second: what the claims were put to.
-        n_tests: what the study tested.
-        claims: all that was found; none where nothing was.
-        results: rows of the table `results`, columns as in study.RESULTS; none where nothing was found.
+        study: name of the study.
+        of: the run whose trees gave the claims, or both compared runs.
+        second: the second set and its runs.
+        n_tests: number of tests of the study.
+        claims: all significant tests.
+        results: rows of the table `results`, columns as in study.RESULTS; empty without claims.
     """
 
     study: str
@@ -70,7 +76,7 @@ class Confirmation:
 
     @property
     def sentence(self) -> str:
-        """How many claims are confirmed, and of each its numbers on both sets, a line a claim."""
+        """The number of confirmed claims, then one line per claim with the numbers of both sets."""
         second, who = self.second, " and ".join(map(repr, self.of))
         if not self.n_tests:
             return f"The study {self.study!r} tests nothing of {who}, so there is no claim to be put to {second.dataset!r}."
@@ -90,7 +96,7 @@ class Confirmation:
 
     @property
     def table(self) -> pl.DataFrame:
-        """One row a claim; effects in percentage points, but for what is no share."""
+        """One row per claim; effects of shares are in percentage points."""
         return pl.DataFrame(
             [
                 {
@@ -126,18 +132,19 @@ def _numbers(test: Test) -> str:
 def confirm(
     store: Store, found: Answer, dataset: str, seed: int = 0, progress: Progress | None = None, **options: Any
 ) -> Confirmation:
-    """Put what a study found to a second set of trees.
+    """Test the findings of a study on a second set of trees.
 
     Args:
         store: an open store.
         found: the study's answer.
-        dataset: the second set, drawn as the first was, of another seed.
-        seed: of everything random.
-        progress: as of `study.run`; not called where nothing was found.
-        options: those that the study was put with.
+        dataset: the second set, drawn like the first set from another seed.
+        seed: seed of everything random.
+        progress: see `study.run`; not called without findings.
+        options: the options of the study.
 
     Raises:
-        NotStored, BadInput: the second set, or a run over it, is not what is needed, see `second.look`.
+        NotStored: the second set or a needed run is missing, see `second.look`.
+        BadInput: the second set does not fit, see `second.look`.
     """
     store, tests = store.whole, [test for test in found.tests if test.found]
     sites = list(dict.fromkeys(test.site for test in tests if test.site and not test.site.startswith("pattern")))
@@ -168,19 +175,19 @@ def confirm(
 
 
 def _held_by_all(store: Store, runs: Sequence[str]) -> set[str]:
-    """Short names of the sites that each of the runs holds."""
+    """Short names of the sites that all runs hold."""
     return set.intersection(*(set(store.sites(run)) for run in runs))
 
 
 def _claims(found: Sequence[Test], there: Sequence[Test]) -> tuple[Claim, ...]:
-    """The claims, each with its test there, which is adjusted for those of the claims alone."""
+    """Pair each finding with its test on the second set; p_holm covers the claims only."""
     keys = {test.key for test in found}
     put = {test.key: test for test in adjusted(test for test in there if test.key in keys)}
     return tuple(Claim(test, put.get(test.key)) for test in found)
 
 
 def _rows(claim: Claim) -> list[dict[str, Any]]:
-    """Rows of `results`: metrics `confirm_here`, `confirm_there`, each with its `_p` and `_p_holm`, and `confirmed`, 0 or 1."""
+    """Rows of `results`: `confirm_here`, `confirm_there`, their `_p` and `_p_holm`, `confirmed`."""
     about = {"site": claim.here.site, "token_role": claim.here.token_role, "label": claim.here.label}
     rows: list[dict[str, Any]] = []
     for where, test in (("here", claim.here), ("there", claim.there)):
@@ -196,7 +203,7 @@ def _rows(claim: Claim) -> list[dict[str, Any]]:
 
 
 def of_other_sets(store: Store, asked: Sequence[Question], dataset: str, named: bool) -> list[Question]:
-    """The questions but those of runs over the second set itself; all of them where the runs were named, or there is no other."""
+    """Leave out questions to runs over the second set, unless runs were named or none is left."""
     over = {row["run"] for row in store.sql(RUNS).iter_rows(named=True) if row["dataset"] == dataset}
     others = [question for question in asked if question.run not in over]
     return list(asked) if named or not others else others
@@ -205,14 +212,16 @@ def of_other_sets(store: Store, asked: Sequence[Question], dataset: str, named: 
 def rows(
     table: pl.DataFrame, confirmed: Sequence[Confirmation], as_table: bool
 ) -> tuple[pl.DataFrame, dict[str, Any] | None]:
-    """What is printed of a study's table and of confirmations: a frame, and for JSON what stands in its place.
+    """What is printed of a study and its confirmations: a frame, and the data for JSON.
 
     Args:
-        table: of the study.
-        as_table: for eyes, which read the claims in sentences; else the frame has the rows of both.
+        table: the study's table.
+        confirmed: the confirmations; without any, the data is None.
+        as_table: the frame is for a terminal, where sentences give the claims; else the frame has
+            the rows of both.
     """
     if not confirmed:
         return table, None
-    claims = pl.concat([one.table for one in confirmed])
+    claims = pl.concat([confirmation.table for confirmation in confirmed])
     whole = {"study": table.to_dicts(), "confirmation": claims.to_dicts()}
     return (table if as_table else pl.concat([table, claims], how="diagonal_relaxed")), whole

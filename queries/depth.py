@@ -1,7 +1,8 @@
-"""The study `depth`: how accuracy falls with the depth of the goal, step by step, whole path, and left to itself.
+"""The study `depth`: accuracy by the depth of the goal, per step, per whole path, and greedy.
 
-Steps and whole paths are teacher-forced: each step is predicted after the right ones. The steps of one tree hang together,
-so their interval is over trees. Each depth is tested against all others together, left to itself (Fisher's exact test).
+Steps and whole paths are teacher-forced: each step is predicted after the right steps. The steps of
+one tree are dependent, so their interval is over trees. The greedy accuracy of each depth is tested
+against that of all other depths together (Fisher's exact test).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
 
     Args:
         store: an open store.
-        run: one that was given whole tasks.
+        run: a run over whole tasks.
         seed: recorded with the results; nothing here is random.
         progress: called once, at the end.
 
@@ -60,20 +61,21 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
     trees = outcomes(store, query, run)
     rows = []
     for depth in (None, *sorted(trees["depth"].unique().to_list())):
-        some = trees if depth is None else trees.filter(depth=depth)
-        rows += _graded(some, "all" if depth is None else f"depth {depth}")
+        of_depth = trees if depth is None else trees.filter(depth=depth)
+        rows += _graded(of_depth, "all" if depth is None else f"depth {depth}")
     tests = against_the_others(trees)
     rows += [_less_others(test) for test in tests] + test_rows(tests)
     results = result_rows(rows, study=NAME, run=run, query=query, params=params, snapshot=store.snapshot, seed=seed)
     progress(1, 1, "depths")
-    return Answer(NAME, table(results), results, sentence(results, tests), tests)
+    return Answer(NAME, as_frame(results), results, sentence(results, tests), tests)
 
 
 def outcomes(store: Store, query: str, run: str) -> pl.DataFrame:
     """The rows of `tree_outcomes` of a run.
 
     Raises:
-        NotStored: there are none; says which run of the same model over the same trees has some, or what adds one.
+        NotStored: there are no rows; names a run of the same model and trees with answers, or a
+            command that adds one.
     """
     trees = store.sql(query, {"run": run})
     if len(trees):
@@ -88,20 +90,20 @@ def outcomes(store: Store, query: str, run: str) -> pl.DataFrame:
 
 
 def against_the_others(trees: pl.DataFrame) -> tuple[Test, ...]:
-    """Whether the paths of each depth are found as often as those of all others together; none where there is one depth."""
+    """Test each depth's greedy accuracy against all others together; none for a single depth."""
     from scipy.stats import fisher_exact
 
     right, depth = trees["greedy"].to_numpy(), trees["depth"].to_numpy()
     tests = []
-    for one in np.unique(depth).tolist():
-        mine, others = right[depth == one], right[depth != one]
+    for value in np.unique(depth).tolist():
+        mine, others = right[depth == value], right[depth != value]
         if not len(others):
             return ()
         counts = int(mine.sum()), len(mine), int(others.sum()), len(others)
         less, low, high = difference(*counts)
         p = fisher_exact([[counts[0], counts[1] - counts[0]], [counts[2], counts[3] - counts[2]]]).pvalue
-        what = f"depth {one} less all others"
-        tests.append(Test(f"depth {one}", less, float(p), len(mine), low, high, what))
+        what = f"depth {value} less all others"
+        tests.append(Test(f"depth {value}", less, float(p), len(mine), low, high, what))
     return adjusted(tests)
 
 
@@ -122,23 +124,23 @@ def _graded(trees: pl.DataFrame, label: str) -> list[dict[str, Any]]:
     return [{"label": label, **row} for row in rows]
 
 
-def table(results: pl.DataFrame) -> pl.DataFrame:
-    """One row a depth, percent; p, by Holm, that it is no other than all others together."""
+def as_frame(results: pl.DataFrame) -> pl.DataFrame:
+    """One row per depth, in percent, with the p_holm of its test against the others."""
     rows = []
-    for (label,), some in results.group_by("label", maintain_order=True):
-        row: dict[str, Any] = {"goal": label, "trees": some.filter(metric="greedy")["n"].item()}
+    for (label,), of_depth in results.group_by("label", maintain_order=True):
+        row: dict[str, Any] = {"goal": label, "trees": of_depth.filter(metric="greedy")["n"].item()}
         for measure, name in MEASURES.items():
-            found = some.filter(metric=measure).row(0, named=True)
+            found = of_depth.filter(metric=measure).row(0, named=True)
             row[f"{name} %"] = round(100 * found["value"], 2)
             row[f"{name} 95 %"] = f"[{100 * found['low']:.2f}, {100 * found['high']:.2f}]"
-        p = some.filter(metric="p_holm")["value"]
+        p = of_depth.filter(metric="p_holm")["value"]
         row["against the others, Holm"] = p_shown(p.item()) if len(p) else ""
         rows.append(row)
     return pl.DataFrame(rows)
 
 
 def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
-    """Overall, and at which depths it is worse than at all others."""
+    """The accuracy overall, and the depths that are worse than all others."""
     whole = results.filter(metric="greedy").row(0, named=True)
     answer = (
         f"Run {whole['run']!r} finds {100 * whole['value']:.2f} % of the paths "

@@ -1,4 +1,4 @@
-"""What the studies' figures share: points with their intervals, in colours that the colour-blind tell apart."""
+"""Shared parts of the studies' figures: panels, and points with intervals; safe for colour-blind eyes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GREY = "0.45"
 
 
 def panels(n: int, width: float = 5.2, height: float = 4.0) -> tuple[Figure, list[Axes]]:
-    """A figure of n panels side by side."""
+    """A figure of n panels side by side, each width × height inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * n, height), layout="constrained")
@@ -38,15 +38,16 @@ def points(
     line: bool = True,
     scale: float = 100.0,
 ) -> None:
-    """Points with their intervals.
+    """Plot points with their intervals.
 
     Args:
-        x: where, one a row.
-        rows: columns `value`, `low` and `high`; a missing end has no bar.
-        name: in the legend.
-        turn: gives colour, marker and a shift, so that equal ones are both seen.
-        line: joins them.
-        scale: percent unless told.
+        x: position of each row.
+        rows: columns `value`, `low` and `high`; a null end has no bar.
+        name: name in the legend.
+        turn: number of the series; chooses colour, marker and a shift that keeps equal points
+            apart.
+        line: whether a line joins the points.
+        scale: factor of the values; the default shows percent.
     """
     value, low, high = (scale * rows[column].cast(pl.Float64).to_numpy() for column in ("value", "low", "high"))
     bars = np.clip(np.nan_to_num([value - low, high - value]), 0, None)

@@ -1,10 +1,10 @@
-"""The study `last-edge`: is a model worse where its path runs through the edge that is listed last?
+"""The study `last-edge`: is a model worse where its path takes the edge that is listed last?
 
-That edge has no separator of its own: the bar stands after it. A longer path is harder and also likelier to take it,
-so paths are compared at equal depth, steps at equal depth and place in the path (Mantel-Haenszel weights), with
-intervals over trees. Each of the three differences is tested: which path, and which of its steps, takes the last edge is
-shuffled among the trees of one depth. Near 100 % right there are few mistakes to compare, so the probability of the right
-step is compared, too.
+The last edge has no separator: a bar follows it. A longer path is harder and also likelier to take
+the last edge. Paths are therefore compared at equal depth, and steps at equal depth and place in
+the path (Mantel-Haenszel weights), with intervals over trees. Each of the three differences is
+tested by shuffling, among the trees of one depth, which path and which step takes the last edge. A
+model near 100 % makes few mistakes, so the probability of the right step is compared, too.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 NAME, TREES, STEPS = "last-edge", "tree_outcomes", "path_steps"
-LEAST = 10  # trees of each kind; with fewer an interval would span most of the scale
+MAX_STEPS = 256  # more than a path has
+LEAST = 10  # trees of each kind; with fewer, an interval would span most of the scale
 
 
 def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
-    """Compare paths, and steps, that take the last edge with others.
+    """Compare paths and steps that take the last edge with others.
 
     Args:
         store: an open store.
-        run: one that was given whole tasks.
-        seed: of the shuffles.
-        progress: called when the paths and when the steps are done.
+        run: a run over whole tasks.
+        seed: seed of the shuffles.
+        progress: called after the paths and after the steps.
 
     Raises:
         NotStored: the run has no answers.
-        BadInput: too few trees of either kind.
+        BadInput: there are too few trees of one kind.
     """
     trees = outcomes(store, load(TREES).sql, run)
     last = trees["last_on_path"].to_numpy()
@@ -62,16 +63,16 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
     results = result_rows(
         rows, study=NAME, run=run, query=query, params={"run": run}, snapshot=store.snapshot, seed=seed
     )
-    return Answer(NAME, table(results), results, sentence(results, tests), tests)
+    return Answer(NAME, as_frame(results), results, sentence(results, tests), tests)
 
 
 def _paths(trees: pl.DataFrame, last: np.ndarray, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
-    """Whole paths left to the model: both kinds, their difference, and that at equal depth."""
+    """Greedy accuracy of both kinds of paths, and their difference, also at equal depth."""
     right, depth, ids = trees["greedy"].to_numpy(), trees["depth"].to_numpy(), trees["tree_id"].to_numpy()
     n, n_right = (int(last.sum()), int((~last).sum())), (int(right[last].sum()), int(right[~last].sum()))
     rows = [
-        _row("path", kind, some / of, *share(some, of), of)
-        for kind, some, of in zip(("last", "others"), n_right, n, strict=True)
+        _row("path", kind, right_of / of, *share(right_of, of), of)
+        for kind, right_of, of in zip(("last", "others"), n_right, n, strict=True)
     ]
     rows.append(_row("path", "difference", *difference(n_right[0], n[0], n_right[1], n[1]), len(trees)))
     row, tests = _at_equal_depth("path", right, last, depth, ids, seed)
@@ -81,7 +82,7 @@ def _paths(trees: pl.DataFrame, last: np.ndarray, seed: int) -> tuple[list[dict[
 def _at_equal_depth(
     label: str, values: np.ndarray, last: np.ndarray, strata: np.ndarray, ids: np.ndarray, seed: int
 ) -> tuple[dict[str, Any], list[Test]]:
-    """The difference within strata, and its test; no test where no stratum has both kinds."""
+    """The difference within strata, and its test; no test if no stratum has both kinds."""
     found = stratified_difference(values, last, strata, ids)
     row, tests = _row(label, "difference_at_equal_depth", *found, len(values)), []
     if row["value"] is not None:
@@ -91,9 +92,9 @@ def _at_equal_depth(
 
 
 def _steps(steps: pl.DataFrame, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
-    """The step that takes the last edge against others: right, probability; and all of it by place in the list."""
+    """Accuracy and probability of steps through the last edge and others; both also per place."""
     last, ids = steps["is_last"].to_numpy(), steps["tree_id"].to_numpy()
-    strata = steps["depth"].to_numpy().astype(np.int64) * 256 + steps["step"].to_numpy()
+    strata = steps["depth"].to_numpy().astype(np.int64) * MAX_STEPS + steps["step"].to_numpy()
     rows, tests = [], []
     for label, column in (("step", "correct"), ("p_target", "p_target")):
         values = steps[column].to_numpy().astype(np.float64)
@@ -125,16 +126,16 @@ def _row(
 NAMES = {"path": "whole path right", "step": "step right", "p_target": "probability of the right step"}
 
 
-def table(results: pl.DataFrame) -> pl.DataFrame:
-    """One row a measure, percent: last edge, others, the difference at equal depth, and its p by Holm."""
+def as_frame(results: pl.DataFrame) -> pl.DataFrame:
+    """One row per measure, in percent: last edge, others, difference at equal depth, and p_holm."""
     rows = []
     for label, name in NAMES.items():
-        some = {row["metric"]: row for row in results.filter(label=label).iter_rows(named=True)}
+        by_metric = {row["metric"]: row for row in results.filter(label=label).iter_rows(named=True)}
         row: dict[str, Any] = {"measure": name}
         for kind in ("last", "others"):
-            row |= {f"{kind} %": round(100 * some[kind]["value"], 3), f"n {kind}": some[kind]["n"]}
-        row["at equal depth, points"] = interval(some["difference_at_equal_depth"])
-        row["Holm"] = p_shown(some["p_holm"]["value"]) if "p_holm" in some else ""
+            row |= {f"{kind} %": round(100 * by_metric[kind]["value"], 3), f"n {kind}": by_metric[kind]["n"]}
+        row["at equal depth, points"] = interval(by_metric["difference_at_equal_depth"])
+        row["Holm"] = p_shown(by_metric["p_holm"]["value"]) if "p_holm" in by_metric else ""
         rows.append(row)
     return pl.DataFrame(rows)
 
@@ -147,19 +148,19 @@ def interval(row: dict[str, Any]) -> str:
 
 
 def verdict(test: Test) -> str:
-    """What a test of a difference decides; where it decides nothing, what its interval leaves open."""
+    """The verdict of a test in words; without one, what its interval leaves open."""
     if test.found:
         return "yes, it drops" if test.estimate < 0 else "no, it rises"
     return f"no drop beyond chance{within(test)}"
 
 
 def within(test: Test) -> str:
-    """How large a drop the interval leaves open."""
+    """The drop that an interval leaves open, in words."""
     return f", and none of more than {-100 * test.low:.2f} points" if test.low is not None and test.low < 0 else ""
 
 
 def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
-    """The notebook's question, "what if our path goes through last edge? Will performance drop?", answered."""
+    """Answer the notebook's "what if our path goes through last edge? Will performance drop?"."""
     by_label, parts = {test.label: test for test in tests}, []
     for label, name in NAMES.items():
         n = results.filter(label=label, metric="last")["n"].item()
@@ -175,7 +176,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 
 def plot(answer: Answer) -> Figure:
-    """Steps by the place of their edge in the list: share right, and probability of the right step."""
+    """Draw, by place of the step's edge, the share right and the probability of the right step."""
     figure, axes = panels(2)
     for axis, label in zip(axes, ("step", "p_target"), strict=True):
         rows = answer.results.filter((pl.col("label") == label) & pl.col("metric").str.starts_with("place"))

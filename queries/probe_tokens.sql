@@ -1,26 +1,27 @@
--- probe_tokens: one kind of token of every tree that a run holds, labelled with all that a probe may be asked for there.
+-- probe_tokens: one kind of token of every tree of a run, with all labels that a probe may ask for
+-- there.
 --
 -- grain   token_id
 -- params  $run         which run
 --         $token_role  'edge_source', 'edge_target', 'separator', 'next_source' or 'path'
 -- yields  token_id    where the residual stream is read
 --         tree_id     the tree
---         edge        place in the list, from 0, of the edge that is asked about
---         source      label of that edge's parent node, [0, n_nodes)
---         target      label of its child node, [0, n_nodes)
+--         edge        place in the list, from 0, of the labelled edge
+--         source      label of the edge's parent node, [0, n_nodes)
+--         target      label of the edge's child node, [0, n_nodes)
 --         goal        label of the tree's goal
---         on_path     1 where the way from root to goal takes that edge, 0 where it does not
+--         on_path     1 if the path from root to goal takes the edge, else 0
 --         edge_depth  edges between the root and the edge's source
---         next_node   the node that the next step goes to, of 'path' alone
---         token       what stands where the residual stream is read
---         position    its place in the sequence
+--         next_node   the node that the next step goes to; NULL but for 'path'
+--         token       the word where the residual stream is read
+--         position    place of that word in the sequence
 --         is_last     the edge is listed last
---         depth       of the goal, edges from the root
+--         depth       edges from root to goal
 --         split       'train' or 'test', the same for all tokens of a tree
 --
--- 'separator' is of every edge but the last, 'next_source' the source token of the edge listed behind the one asked about, 'path'
--- the root and each step but the last, asked about the edge that the next step takes.
--- Tokens of one tree are not independent of each other: split and resample by tree, never by row.
+-- 'separator' belongs to every edge but the last. 'next_source' is the source token of the edge
+-- after the labelled edge. 'path' is the root and each step but the last, labelled with the edge of
+-- the next step. Tokens of one tree are not independent: split and resample by tree, never by row.
 with of_edges as (
     select
         token_at(tree_id, edge, $token_role) as token_id,

@@ -1,13 +1,13 @@
--- role_counts: how many tokens of each role every set of trees holds.
+-- role_counts: the number of tokens of each role in every set of trees.
 --
 -- grain   dataset, role
 -- params  none
 -- yields  dataset   name of the set of trees
---         role      what the position is
+--         role      role of the position
 --         n_tokens  tokens of that role
---         n_trees   trees that have one
+--         n_trees   trees that have such a token
 --
--- Padding is no token: it has no row and no activation.
+-- Padding does not count: it has no row and no activation.
 select dataset, role, count(*) as n_tokens, count(distinct tree_id) as n_trees
 from tokens
 group by dataset, role

@@ -1,4 +1,4 @@
-"""The second set of a confirmation: which runs over it are needed, what lacks, and how a store is read without shared trees."""
+"""The second set of a confirmation: the runs it needs, and a store without the shared trees."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from actstore.advice import ingest_command, together
-from actstore.errors import BadInput, NotStored
+from actstore.errors import BadInput, NotStored, nearest
 from actstore.named import NAME
-from actstore.queries import nearest
 from actstore.queries.study import Question
 
 if TYPE_CHECKING:
@@ -40,10 +39,10 @@ with first as (select distinct tree_hash from trees where dataset = $first)
 select count(*) as n, count(first.tree_hash) as n_shared
 from trees left join first using (tree_hash) where dataset = $second
 """
-DRAWN_BY = ("distribution", "n_nodes", "depths")  # what two sets have in common that were drawn alike
-CLOSE = 0.8  # how near a name is to a stored one to be a misspelling of it, which is not offered to be made
-LONGEST = 95  # characters of a run's name, so that a number may be added
-BY_TREE = (  # all that has rows by tree
+DRAWN_BY = ("distribution", "n_nodes", "depths")  # equal for two sets that are drawn alike
+CLOSE = 0.8  # similarity from which a name is a misspelling of a stored one, and no new set
+LONGEST = 95  # characters of a run's name, which leaves room for a number
+BY_TREE = (  # every table and view with a tree_id
     *("trees", "edges", "tokens", "predictions", "outcomes", "generations"),
     *("edge_sources", "edge_targets", "edge_separators", "answer_tokens"),
 )
@@ -51,12 +50,14 @@ BY_TREE = (  # all that has rows by tree
 
 @dataclass(frozen=True)
 class Second:
-    """The second set, and who answers there.
+    """The second set, and the runs over it.
 
     Attributes:
-        first, dataset: names of the two sets of trees.
-        runs: the runs over the second: of the model, or of both that are compared.
-        n_trees, n_shared: trees of the second, and how many of these the first holds, too.
+        first: name of the first set of trees.
+        dataset: name of the second set.
+        runs: the model's run over the second set, or both compared models' runs.
+        n_trees: number of trees in the second set.
+        n_shared: number of these trees that the first set holds, too.
     """
 
     first: str
@@ -68,13 +69,13 @@ class Second:
 
 @dataclass(frozen=True)
 class Need:
-    """A run of a model over the second set, or over a variant of it.
+    """A needed run of a model over the second set, or over a variant of the second set.
 
     Attributes:
-        of: a row of RUNS, the run on whose trees something was found.
-        prompt, change: as of `runs` and `datasets`.
-        sites: short names of what it must hold; `pattern` stands for any attention pattern.
-        samples: continuations that are drawn beside the greedy one.
+        of: a row of RUNS, the run over the first set.
+        prompt, change: as in `runs` and `datasets`.
+        sites: short names of the needed sites; `pattern` means any attention pattern.
+        samples: number of sampled continuations.
     """
 
     of: Row
@@ -84,7 +85,7 @@ class Need:
     samples: int | None = None
 
     def met(self, dataset: str, runs: Iterable[Row]) -> str | None:
-        """The first run that is what is needed."""
+        """The first run that fits; None if there is none."""
         for run in runs:
             over = run["variant_of"] if self.change else run["dataset"]
             kind = run["weights_sha256"], over, run["change"] if self.change else None, run["prompt"]
@@ -94,30 +95,31 @@ class Need:
         return None
 
     def name(self, dataset: str) -> str:
-        """Of the run that is to be made."""
+        """The name for a new run that fits."""
         more = self.change or ("dreams" if self.prompt == "tree" else None)
         return "-".join(filter(None, [self.of["run"], dataset, more]))[:LONGEST]
 
     @property
     def words(self) -> list[str]:
-        """What `actstore ingest` is told, beside the model and the trees."""
+        """Arguments of `actstore ingest`, without the model and the trees."""
         if self.prompt == "tree":
             return ["--prompt", "tree", *(["--samples", str(self.samples)] if self.samples not in (None, 1) else [])]
         return [*(["--variant", self.change] if self.change else []), "--sites", ",".join(self.sites) or "none"]
 
 
 def look(store: Store, question: Question, dataset: str, sites: Sequence[str] = ()) -> Second:
-    """Find all that a confirmation needs; nothing is computed.
+    """Find the set and the runs that a confirmation needs; nothing is computed.
 
     Args:
         store: an open store.
-        question: the study, and the run, or both, that it was put to.
-        dataset: the second set.
-        sites: short names of the residual sites that the claims are about.
+        question: the study and its run or runs.
+        dataset: name of the second set.
+        sites: short names of the residual sites of the claims.
 
     Raises:
-        NotStored: a set or a run that is needed is not stored; says the command line that adds all that lacks.
-        BadInput: the second set is the first, is not drawn as the first was, or has no tree that the first has not.
+        NotStored: a needed set or run is missing; gives the command line that adds all of them.
+        BadInput: the second set is the first set, is drawn otherwise, or has only trees of the
+            first set.
     """
     sets = {row["dataset"]: row for row in store.sql(DATASETS).iter_rows(named=True)}
     every = list(store.sql(RUNS).iter_rows(named=True))
@@ -127,7 +129,7 @@ def look(store: Store, question: Question, dataset: str, sites: Sequence[str] = 
     needed = [need for row in asked for need in _needs(question.study, row, tuple(sites), every)]
 
     def elsewhere() -> str:
-        """What to name in place of a set that will not do."""
+        """Another set to name, in words."""
         alike = [name for name, row in sets.items() if name not in (first["dataset"], dataset) and _alike(first, row)]
         if alike:
             return f"name another set (--confirm): {', '.join(alike)}"
@@ -138,11 +140,13 @@ def look(store: Store, question: Question, dataset: str, sites: Sequence[str] = 
         )
 
     if dataset not in sets:
-        there = f"no set of trees {dataset!r}; there are {', '.join(sets)}"
+        lacks, there = f"no set of trees {dataset!r}", f"there are {', '.join(sets)}"
         if get_close_matches(dataset, sets, 1, CLOSE) or not NAME.fullmatch(dataset):
-            raise NotStored(f"{there}{nearest(dataset, sets)}")
+            raise NotStored(f"{lacks}{nearest(dataset, sets)}; {there}")
         line = _line(store, needed, dataset, _drawing(first, sets.values()))
-        raise NotStored(f"{there}; {line} draws one of that name, and stores what {question.study!r} needs there")
+        raise NotStored(
+            f"{lacks}; {there}; {line} draws one of that name, and stores what {question.study!r} needs there"
+        )
     if dataset == first["dataset"]:
         raise BadInput(f"the claims were found on {dataset!r} itself, and a second set is drawn apart: {elsewhere()}")
     if not _alike(first, sets[dataset]):
@@ -164,7 +168,7 @@ def look(store: Store, question: Question, dataset: str, sites: Sequence[str] = 
 
 
 def _needs(study: str, of: Row, sites: tuple[str, ...], runs: Sequence[Row]) -> list[Need]:
-    """The runs that a study needs over the second set; the first of them is the one that it is put to."""
+    """The runs that a study needs over the second set; the study is put to the first."""
     if study == "attention":
         return [Need(of, sites=("pattern",))]
     if study == "swap":
@@ -179,7 +183,7 @@ def _needs(study: str, of: Row, sites: tuple[str, ...], runs: Sequence[Row]) -> 
 
 
 def _line(store: Store, needs: Sequence[Need], dataset: str, drawing: Sequence[str] = ()) -> str:
-    """One command line that stores runs over a set of trees, which its first command draws where that is told how to."""
+    """One command line that stores runs over a set; with `drawing`, it draws the set first."""
     commands: list[str] = []
     for need in needs:
         more = [*drawing, *need.words] if not commands else need.words
@@ -188,7 +192,7 @@ def _line(store: Store, needs: Sequence[Need], dataset: str, drawing: Sequence[s
 
 
 def _drawing(first: Row, sets: Iterable[Row]) -> list[str]:
-    """How a set is drawn as the first was, from a stream that no stored set is of."""
+    """Arguments that draw a set like the first, from a seed that no stored set has."""
     taken = {row["seed"] for row in sets}
     seed = next(seed for seed in count() if seed not in taken)
     words = [
@@ -206,7 +210,7 @@ def _drawing(first: Row, sets: Iterable[Row]) -> list[str]:
 
 
 def _alike(first: Row, second: Row) -> bool:
-    """Whether two sets are drawn alike; variants are made, and not drawn."""
+    """Whether two sets are drawn alike; a variant is never drawn."""
     return not second["variant_of"] and all(first[key] == second[key] for key in DRAWN_BY)
 
 
@@ -219,11 +223,13 @@ def _drawn(row: Row) -> str:
 
 
 class Apart:
-    """A store whose queries see no tree that a set holds, by its canonical hash, nor what belongs to that tree.
+    """A store whose queries do not see a set's trees (by canonical hash) nor rows of those trees.
+
+    Only `sql`, `read`, `of`, `whole` and the names in OWN are available.
 
     Args:
-        store: an open store. What has no trees in it is its own; a method that is not here is not to be had.
-        dataset: the set.
+        store: an open store.
+        dataset: name of the set.
     """
 
     OWN = ("path", "snapshot", "run", "runs", "sites")
@@ -232,9 +238,7 @@ class Apart:
         self._store = store
         named = dataset.replace("'", "''")
         self._dataset = dataset
-        shadows = [
-            f"every_{name} as not materialized (from {name})" for name in BY_TREE
-        ]  # before the name is another's
+        shadows = [f"every_{name} as not materialized (from {name})" for name in BY_TREE]  # before the name is shadowed
         shadows += [
             f"{name} as not materialized (from every_{name} anti join seen using (tree_id))" for name in BY_TREE
         ]
@@ -250,13 +254,17 @@ class Apart:
 
     @property
     def whole(self) -> Apart:
+        """The whole store, without the set's trees."""
         return Apart(self._store.whole, self._dataset)
 
     def of(self, run: str) -> Apart:
+        """The session of a run, without the set's trees; see Store.of."""
         return Apart(self._store.of(run), self._dataset)
 
     def sql(self, query: str, params: Mapping[str, Any] | None = None, *limits: Any) -> pl.DataFrame:
+        """See Store.sql."""
         return self._store.sql(f"{self._before}{query}\n)", params, *limits)
 
     def read(self, query: str, *args: Any, **options: Any) -> tuple[Any, pl.DataFrame]:
+        """See Store.read."""
         return self._store.read(f"{self._before}{query}\n)", *args, **options)

@@ -1,4 +1,4 @@
-"""One tree as a person reads it: drawn, its prompt, and what each model answered."""
+"""One tree for a reader: a drawing, its prompt, and the answer of each run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actstore.store import Store
 
 
 def draw_tree(store: Store, tree_id: int) -> Group:
-    """A drawing of the tree (the path to the goal in bold), its prompt and path, and each run's greedy answer.
+    """Draw a tree with its path in bold, its prompt, and the greedy answer of each run.
 
     Raises:
         NotStored: the store holds no such tree.

@@ -1,11 +1,12 @@
-"""The study `swap`: the same tree twice, the edges listed in another order, and what that does to the answer.
+"""The study `swap`: the same tree with its edges in another order, and the effect on the answer.
 
-Three kinds of pairs (see ingest/trees/variants.py): an edge of the path moves to the last place of the list; the path's
-edge that was last moves inward; and, the control, an edge of the path trades places with another and the last one
-stays. The first two together are every tree twice, its path once through the last edge and once not: that is what the
-answer rests on. What moving to the last place does beyond moving at all is the difference of the first and the
-control, on the same trees. Both are tested, of the answer and of the probability: McNemar's exact test where a path is
-right or wrong, sign flips elsewhere, since few trees may carry the mean.
+There are three kinds of pairs (see ingest/trees/variants.py). An edge of the path moves to the last
+place of the list; the path's last edge moves inward; and, as the control, an edge of the path
+trades places with another and the last edge stays. The first two kinds together hold every tree
+twice, with its path through the last edge and not: the answer rests on these pairs. The first kind
+less the control, on the same trees, is the effect of the last place beyond that of a move. Both
+effects are tested, on the answer and on the probability: answers by McNemar's exact test, other
+values by sign flips, since a few trees may carry the mean.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ KINDS = {
     "inner": "control: moves, but not to the end",
 }
 CHANGES = ("swap_last", "swap_inner")
-LEAST_DRAWN = 100  # pairs of a depth; the intervals of fewer would dwarf all others in the figure
+LEAST_DRAWN = 100  # pairs of a depth; with fewer, an interval would dwarf all others in the figure
 COMPANIONS = """
 select change, varied.run as run
 from runs as base
@@ -62,7 +63,7 @@ and weights_sha256 = (select weights_sha256 from runs where run = $run)
 order by runs.rowid
 """
 PAIRS = """
--- one row a pair: the base run on a tree, and the same model on its variant
+-- one row per pair: the base run on a tree, and the same model on the tree's variant
 with pairs as (
     select
         tree_id,
@@ -82,38 +83,38 @@ select
     edges.is_last as was_last,
     before.greedy_right as right_before,
     after.greedy_right as right_after,
-    said_before.p_target as p_before,
-    said_after.p_target as p_after
+    step_before.p_target as p_before,
+    step_after.p_target as p_after
 from pairs
 join edges on edges.tree_id = pairs.variant_of and edges.edge = moved_from
 join outcomes as before on before.run = $run and before.tree_id = pairs.variant_of
 join outcomes as after on after.run = $variant and after.tree_id = pairs.tree_id
-join predictions as said_before
-    on said_before.run = $run and said_before.tree_id = pairs.variant_of and said_before.step = edges.step
-join predictions as said_after
-    on said_after.run = $variant and said_after.tree_id = pairs.tree_id and said_after.step = edges.step
+join predictions as step_before
+    on step_before.run = $run and step_before.tree_id = pairs.variant_of and step_before.step = edges.step
+join predictions as step_after
+    on step_after.run = $variant and step_after.tree_id = pairs.tree_id and step_after.step = edges.step
 order by pairs.variant_of
 """
 
 
 def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
-    """Compare a run's answers with those to its trees' variants.
+    """Compare a run's answers with the answers to its trees' variants.
 
     Args:
         store: an open store.
-        run: one over drawn trees; the same model's runs over both variants of them are found by its weights.
-        seed: of the sign flips.
-        progress: called when the pairs of a variant are read.
+        run: a run over drawn trees; the hash of its weights finds the runs over both variants.
+        seed: seed of the sign flips.
+        progress: called after the pairs of a variant are read.
 
     Raises:
-        NotStored: a variant is missing; says which ingest command adds it.
+        NotStored: a variant is missing; gives the ingest command that adds it.
     """
     found = companions(store, run)
     pairs = {}
     for done, change in enumerate(CHANGES, start=1):
         pairs[change] = store.sql(PAIRS, {"run": run, "variant": found[change]})
         progress(done, len(CHANGES), change)
-    if not any(len(some) for some in pairs.values()):
+    if not any(len(frame) for frame in pairs.values()):
         raise NotStored(
             f"no tree of run {run!r} has a variant that was answered; let its ingest go on, or ingest more trees"
         )
@@ -124,21 +125,21 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
         "from_last": last.filter("was_last"),
         "inner": pairs["swap_inner"],
     }
-    rows = [row for kind, some in kinds.items() for row in _changes(kind, some)]
+    rows = [row for kind, frame in kinds.items() for row in _changes(kind, frame)]
     rows += _tally(kinds["through"])
     more, of_more = _beyond_the_control(kinds["to_last"], kinds["inner"], seed)
     tests = adjusted([*_through(kinds["through"], rows, seed), *of_more])
     rows += more + test_rows(tests)
     params = {"run": run, "variants": found}
     results = result_rows(rows, study=NAME, run=run, query=PAIRS, params=params, snapshot=store.snapshot, seed=seed)
-    return Answer(NAME, table(results), results, sentence(results, tests), tests)
+    return Answer(NAME, as_frame(results), results, sentence(results, tests), tests)
 
 
 def companions(store: Store, run: str) -> dict[str, str]:
     """The run over each variant, by change.
 
     Raises:
-        NotStored: one is missing.
+        NotStored: a run is missing.
     """
     found = {row["change"]: row["run"] for row in store.sql(COMPANIONS, {"run": run}).reverse().iter_rows(named=True)}
     about = store.sql(
@@ -162,7 +163,7 @@ def companions(store: Store, run: str) -> dict[str, str]:
 
 
 def through_less_not(pairs: pl.DataFrame) -> pl.DataFrame:
-    """The pairs of swap_last, turned so that before is the path that avoids the last edge, and after the one through it."""
+    """swap_last pairs, relabelled: before = path avoids the last edge, after = path takes it."""
     turned = [
         pl.when("was_last").then(f"{what}_{other}").otherwise(f"{what}_{which}").alias(f"{what}_{which}")
         for what in ("right", "p")
@@ -172,7 +173,7 @@ def through_less_not(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def _tally(pairs: pl.DataFrame) -> list[dict[str, Any]]:
-    """Trees that are right one way only, and the exact test (McNemar's) that it is as often one as the other."""
+    """Counts of trees that are right one way only, and McNemar's exact p."""
     from scipy.stats import binomtest
 
     if not len(pairs):
@@ -185,16 +186,16 @@ def _tally(pairs: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _changes(kind: str, pairs: pl.DataFrame) -> list[dict[str, Any]]:
-    """Before, after and change of one kind of pairs, all of them and by depth."""
+    """Before, after and change of one kind of pairs, over all pairs and by depth."""
     rows = []
     for depth in (None, *sorted(pairs["depth"].unique().to_list())):
-        some = pairs if depth is None else pairs.filter(depth=depth)
-        if not len(some):
+        chosen = pairs if depth is None else pairs.filter(depth=depth)
+        if not len(chosen):
             continue
-        before, after = some["right_before"].to_numpy(), some["right_after"].to_numpy()
-        label, n = kind if depth is None else f"{kind}, depth {depth}", len(some)
+        before, after = chosen["right_before"].to_numpy(), chosen["right_after"].to_numpy()
+        label, n = kind if depth is None else f"{kind}, depth {depth}", len(chosen)
         change, low, high = paired(before, after)
-        p_before, p_after = _p(some)
+        p_before, p_after = _p(chosen)
         rows += [
             {"label": label, "metric": "right_before", "value": float(before.mean()), "n": n},
             {"label": label, "metric": "right_after", "value": float(after.mean()), "n": n},
@@ -211,13 +212,13 @@ def _p(pairs: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mean(changes: np.ndarray, most: float = 1.0) -> dict[str, float]:
-    """The mean of a change of each tree, and its interval."""
+    """The mean of the trees' changes, and its interval."""
     low, high = change_over_trees(changes, np.arange(len(changes)), most)
     return {"value": float(changes.mean()), "low": low, "high": high}
 
 
 def _through(pairs: pl.DataFrame, rows: list[dict[str, Any]], seed: int) -> list[Test]:
-    """What being led through the last edge changes: the answers, and the probability of the step that takes it."""
+    """Test the last edge's effect on the answers and on the probability of its step."""
     if not len(pairs):
         return []
     found = {row["metric"]: row for row in rows if row["label"] == "through"}
@@ -235,7 +236,7 @@ def _test(label: str, found: dict[str, Any], p: float, what: str) -> Test:
 def _beyond_the_control(
     to_last: pl.DataFrame, inner: pl.DataFrame, seed: int
 ) -> tuple[list[dict[str, Any]], list[Test]]:
-    """How much more moving to the end changes than moving elsewhere, on the trees that have both variants."""
+    """The effect of a move to the end less that of another move, on trees with both variants."""
     both = to_last.join(inner, on="tree_id", suffix="_inner")
     rows: list[dict[str, Any]] = []
     tests: list[Test] = []
@@ -252,21 +253,21 @@ def _beyond_the_control(
     return rows, tests
 
 
-def table(results: pl.DataFrame) -> pl.DataFrame:
-    """One row a kind of pairs; percent and percentage points."""
+def as_frame(results: pl.DataFrame) -> pl.DataFrame:
+    """One row per kind of pairs, in percent and percentage points."""
     rows = []
     for kind, name in KINDS.items():
-        some = {row["metric"]: row for row in results.filter(label=kind).iter_rows(named=True)}
-        if some:
+        by_metric = {row["metric"]: row for row in results.filter(label=kind).iter_rows(named=True)}
+        if by_metric:
             rows.append(
                 {
                     "pairs": name,
-                    "n": some["change"]["n"],
-                    "right before %": round(100 * some["right_before"]["value"], 2),
-                    "right after %": round(100 * some["right_after"]["value"], 2),
-                    "change, points": interval(some["change"]),
-                    "change of p, points": interval(some["p_change"]),
-                    "Holm": p_shown(some["p_holm"]["value"]) if "p_holm" in some else "",
+                    "n": by_metric["change"]["n"],
+                    "right before %": round(100 * by_metric["right_before"]["value"], 2),
+                    "right after %": round(100 * by_metric["right_after"]["value"], 2),
+                    "change, points": interval(by_metric["change"]),
+                    "change of p, points": interval(by_metric["p_change"]),
+                    "Holm": p_shown(by_metric["p_holm"]["value"]) if "p_holm" in by_metric else "",
                     "of p, Holm": _holm(results, f"{kind}, p"),
                 }
             )
@@ -274,13 +275,13 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
 
 
 def _holm(results: pl.DataFrame, label: str) -> str:
-    """The adjusted p of a test; nothing where there is no such."""
+    """The adjusted p of a test; empty without such a test."""
     found = results.filter(label=label, metric="p_holm")["value"]
     return p_shown(found.item()) if len(found) else ""
 
 
 def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
-    """Does performance drop where the path runs through the last edge?"""
+    """Answer: does performance drop where the path takes the last edge?"""
     run = results["run"][0]
     found = {kind: {row["metric"]: row for row in results.filter(label=kind).iter_rows(named=True)} for kind in KINDS}
     both = found["through"]
@@ -315,7 +316,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 
 def plot(answer: Answer) -> Figure:
-    """The change by goal depth, of accuracy and of the probability of the moved edge's step, by kind of pairs."""
+    """Draw the change of accuracy and of the moved edge's step probability, by depth and kind."""
     figure, axes = panels(2)
     names = {"change": "accuracy, whole path", "p_change": "p of the moved edge's step"}
     for axis, (metric, name) in zip(axes, names.items(), strict=True):

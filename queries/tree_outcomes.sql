@@ -1,17 +1,17 @@
--- tree_outcomes: how a run's model did on each tree, and where its path lies in the list of edges.
+-- tree_outcomes: a run's answer to each tree, and whether the path takes the last edge.
 --
 -- grain   tree_id
 -- params  $run  which run
 -- yields  tree_id       the tree
 --         depth         edges from root to goal
---         n_steps       steps that were predicted: depth
---         steps_right   of these, how many were right, each given the right steps before it
---         whole_path    all of them were
---         greedy        the answer is right when the model goes on from its own steps
---         p_least       probability of the right step where it was least
+--         n_steps       predicted steps: depth
+--         steps_right   right ones among them, teacher-forced
+--         whole_path    all steps are right, teacher-forced
+--         greedy        the greedy answer is the path
+--         p_least       least probability of a right step
 --         last_on_path  the path takes the edge listed last
 --
--- Rows are trees, drawn one by one, so they are independent of each other; the steps of one tree are not.
+-- Trees are drawn independently, so rows are independent; the steps of one tree are not.
 with graded as (
     select tree_id, count(*) as n_steps, sum(correct::int) as steps_right, min(p_target) as p_least
     from predictions

@@ -1,4 +1,4 @@
--- wrong_answers: every tree whose path a run's model does not say, beside what it says.
+-- wrong_answers: every tree whose greedy answer is wrong, with that answer.
 --
 -- grain   tree_id
 -- params  $run  which run
@@ -7,12 +7,13 @@
 --         goal                  label of the goal
 --         depth                 edges from root to goal
 --         path                  labels from the root's child to the goal, the right answer
---         greedy_path           labels the model steps to when it goes on from its own answers
---         first_wrong_step      the first step it gets wrong, from 0
---         failure               what that step is: 'wrong_child', 'not_a_child' or 'not_a_step'
---         teacher_forced_right  every step is right when the right steps before it are given
+--         greedy_path           labels of the greedy answer's steps
+--         first_wrong_step      number of the first wrong step, from 0
+--         failure               kind of that step: 'wrong_child', 'not_a_child' or 'not_a_step'
+--         teacher_forced_right  every step is right after the right steps before it
 --
--- An answer counts as wrong from its first wrong step on, also where it finds back to the goal: there is one right path.
+-- An answer is wrong from its first wrong step on, even if it later reaches the goal: there is one
+-- right path.
 select tree_id, root, goal, depth, path, greedy_path, first_wrong_step, failure, teacher_forced_right
 from outcomes
 join trees using (tree_id)

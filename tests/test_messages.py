@@ -94,10 +94,10 @@ MISTAKES: list[tuple[str | list[str], int, tuple[str, ...]]] = [
     ("evaluate reproduction --nodes 17", 2, ("got 17 nodes", "16 or fewer", "--nodes")),
     ("evaluate reproduction --seed 42", 2, ("seed 42", "take another", "--seed")),
     # questions
-    ("study STORE probs", 1, ("'probs'", "did you mean probes", "there are probes, depth")),
+    ("study STORE probs", 1, ("'probs'", "did you mean 'probes'", "there are probes, depth")),
     ("study STORE depth --run reproductoin", 1, ("'reproductoin'", "holds reproduction")),
     ("study STORE depth -o rum 1", 2, ("'rum'", "takes no parameters")),
-    ("query STORE acuracy_by_depth", 1, ("'acuracy_by_depth'", "did you mean accuracy_by_depth", "there are")),
+    ("query STORE acuracy_by_depth", 1, ("'acuracy_by_depth'", "did you mean 'accuracy_by_depth'", "there are")),
     ([*TOKENS, "--run", "reproductoin"], 1, ("'reproductoin'", "holds reproduction")),
     ([*TOKENS, "--site", "resid_post.9"], 1, ("'resid_post.9'", "resid_post.5")),
     ("show STORE 4711", 1, ("4711", "40 trees", "up to 39")),

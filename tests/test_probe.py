@@ -338,11 +338,11 @@ def test_a_run_that_was_defined_and_not_ingested_is_refused(tmp_path):
 
 
 def test_unknown_sites_and_roles_are_refused_with_what_there_is(store):
-    with pytest.raises(NotStored, match=r"no site 'resid_pst.0' \(did you mean resid_post.0\?\).*embed"):
+    with pytest.raises(NotStored, match=r"no site 'resid_pst.0'; did you mean 'resid_post.0'\?.*embed"):
         study.run(store, "probes", sites=["resid_pst.0"])
     with pytest.raises(NotStored, match=r"no site 'pattern\.0' to probe"):
         study.run(store, "probes", sites=["pattern.0"])
-    with pytest.raises(BadInput, match=r"edge_targt.*did you mean edge_target"):
+    with pytest.raises(BadInput, match=r"edge_targt.*did you mean 'edge_target'"):
         study.run(store, "probes", token_role="edge_targt")
 
 
@@ -549,7 +549,7 @@ def test_of_several_tokens_those_without_the_label_are_left_out(elsewhere):
 
 
 def test_what_no_probe_can_be_asked_is_refused(store):
-    with pytest.raises(BadInput, match=r"no label 'sourc'.*did you mean source"):
+    with pytest.raises(BadInput, match=r"no label 'sourc'.*did you mean 'source'"):
         study.run(store, "probes", labels="sourc")
     with pytest.raises(BadInput, match="none of the labels asked for is one of path; there are goal, next_node"):
         study.run(store, "probes", token_role="path", labels="source")

@@ -173,7 +173,7 @@ def test_a_query_of_a_run_that_is_not_there_names_those_that_are(store):
     ("params", "words"),
     [
         ({}, ["lacks run"]),
-        ({"rum": "tiny"}, ["lacks run", "no 'rum'", "did you mean run?"]),
+        ({"rum": "tiny"}, ["lacks run", "no 'rum'", "did you mean 'run'?"]),
         ({"run": "tiny", "split": "train"}, ["no 'split'", "takes run"]),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_value_that_the_schema_does_not_know_is_refused(store, name, param):
 def test_an_unknown_query_names_the_nearest_and_all_there_are(store):
     with pytest.raises(NotStored) as error:
         queries.select(store, "acuracy_by_dept")
-    assert "did you mean accuracy_by_depth?" in str(error.value)
+    assert "did you mean 'accuracy_by_depth'?" in str(error.value)
     assert all(name in str(error.value) for name in queries.names())
 
 
@@ -252,9 +252,9 @@ def test_the_columns_of_a_study_are_those_of_the_results_table():
 
 
 def test_an_unknown_study_or_option_is_refused_with_what_there_is(store):
-    with pytest.raises(NotStored, match="did you mean probes"):
+    with pytest.raises(NotStored, match="did you mean 'probes'"):
         study.run(store, "probe", run="tiny")
-    with pytest.raises(BadInput, match=r"no 'token_rule' .did you mean token_role"):
+    with pytest.raises(BadInput, match=r"no 'token_rule'; did you mean 'token_role'"):
         study.run(store, "probes", run="tiny", token_rule="separator")
 
 

@@ -8,7 +8,7 @@ two in step. Opening takes one snapshot and keeps it, whatever is ingested meanw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
@@ -198,6 +198,7 @@ class Store:
         memory: str | int | None = ...,
         dtype: str = ...,
         out: Literal["numpy"] = ...,
+        columns: Callable[[list[str]], None] | None = ...,
     ) -> tuple[np.ndarray, pl.DataFrame]: ...
 
     @overload
@@ -213,6 +214,7 @@ class Store:
         memory: str | int | None = ...,
         dtype: str = ...,
         out: Literal["torch"],
+        columns: Callable[[list[str]], None] | None = ...,
     ) -> tuple[torch.Tensor, pl.DataFrame]: ...
 
     def read(
@@ -227,6 +229,7 @@ class Store:
         memory: str | int | None = None,
         dtype: str = "float32",
         out: str = "numpy",
+        columns: Callable[[list[str]], None] | None = None,
     ) -> tuple[Any, pl.DataFrame]:
         """Run a query that names tokens, and read their activations.
 
@@ -247,6 +250,7 @@ class Store:
             timeout, memory: limits of the query, as of `sql`; reading the activations has none.
             dtype: of X: float32, float16, float64, or bfloat16 (torch alone).
             out: numpy or torch; a tensor shares the memory of what was read.
+            columns: called with the names of the query's columns before the query runs; what it raises is raised.
 
         Returns:
             X: [n, d_model] (patterns: [n, head, key]), in the model's own units; with `sites` [n, n_sites, d_model].
@@ -267,7 +271,7 @@ class Store:
         names = wanted(self._opened, run, site, sites)
         readers = [self._opened.reader(run, name) for name in names]
         activations.same_row_shape(readers, names)
-        token_ids, rows = read_ids(self._opened, run, query, params, timeout, memory)
+        token_ids, rows = read_ids(self._opened, run, query, params, timeout, memory, columns)
         return activations.read_activations(readers, token_ids, sites is None, dtype, out), rows
 
     def explain(

@@ -1,5 +1,7 @@
 """`act` in the outermost SELECT gives what it gives within the query, whatever the rest of the query is."""
 
+import json
+
 import numpy as np
 import polars as pl
 import pytest
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actstore.errors import BadInput, NotStored
-from actstore.sql import late_act
+from actstore.sql import late_act, session
+from actstore.sql.asked import Asked
 from actstore.store import Store
 from tests.stores import D_MODEL, fake
 
@@ -63,7 +66,8 @@ def plain(store, query, params=None):
 
 
 def is_taken(store, query, **params):
-    return late_act.take_out(store._opened.session, query, params) is not None
+    opened = store._opened
+    return late_act.take_out(Asked(opened.session, query), params, opened.vectors) is not None
 
 
 @pytest.mark.parametrize("query", TAKEN)
@@ -170,3 +174,64 @@ def test_row_i_is_of_row_i(store):
     found = store.sql(f"select tree_id, position, {EMBED} as x from {OURS} order by hash(token_id)")
     np.testing.assert_array_equal(found["x"].to_numpy()[:, 0], found["tree_id"].to_numpy())
     np.testing.assert_array_equal(found["x"].to_numpy()[:, 1], found["position"].to_numpy())
+
+
+@pytest.mark.parametrize(
+    "query", [TAKEN[0], TAKEN[1], f"select act(token_id, $run, 'resid_post.0') as x from {OURS} limit 3"]
+)
+def test_another_json_of_duckdb_is_counted_and_read_as_nothing_else(store, query):
+    """Each name in the part of the JSON that is read is changed in turn, as a later DuckDB may change it."""
+    opened, params = store._opened, {"run": "r"} if "$run" in query else {}
+
+    def take(node):
+        asked = Asked(opened.session, query)
+        asked.tree = [{"node": node}]
+        return late_act.take_out(asked, params, opened.vectors)
+
+    node = Asked(opened.session, query).tree[0]["node"]
+    expected = take(node)
+    read = {"type", "modifiers", "select_list", "class", "function_name", "alias", "arguments", "name", "expression"}
+    read |= {"filter", "distinct", "order_bys", "query_location", "query_location_length", "literal", "kind", "text"}
+    read |= {"group_expressions", "having", "aggregate_handling", "column_names"}
+    read |= {"orders"} if "order by" in query else set()
+    read |= {"identifier"} if params else set()
+    before = opened.vectors.not_taken["JSON"]
+    for name in sorted(read):
+        assert take(json.loads(json.dumps(node).replace(f'"{name}":', '"another":'))) is None, name
+    assert opened.vectors.not_taken["JSON"] == before + len(read)
+    assert take(node) == expected
+    assert opened.vectors.not_taken["JSON"] == before + len(read)
+
+
+@pytest.mark.parametrize(
+    ("query", "why"),
+    [(NOT_TAKEN[1], "form"), (f"select {EMBED} as x, 1 as X from {OURS}", "column"), (TAKEN[0], None)],
+)
+def test_what_is_not_taken_is_counted(store, query, why):
+    counted = store._opened.vectors.not_taken
+    before = counted.copy()
+    store.sql(query)
+    assert counted - before == ({why: 1} if why else {})
+
+
+@pytest.mark.parametrize("query", [TAKEN[0], TAKEN[1], NOT_TAKEN[1], f"select {EMBED} as x, 1 as X from {OURS}"])
+def test_a_query_runs_once(store, monkeypatch, query):
+    """Whatever form it has: a cursor that yields a frame is counted."""
+    ran = []
+    monkeypatch.setattr(session, "_interruptible", lambda cursor, fetch: ran.append(frame := fetch()) or frame)
+    store.sql(query)
+    assert sum(isinstance(frame, pl.DataFrame) for frame in ran) == 1
+
+
+@pytest.mark.parametrize("fault", ["('x' || token_id)::int", "nope", "('é' || token_id)::date"])
+def test_an_error_of_a_query_that_ran_shows_its_place_in_the_query_that_was_asked(store, monkeypatch, fault):
+    query = f"select 1 as é, {EMBED} as x, {fault} as n\nfrom {OURS}"
+    with pytest.raises(BadInput) as theirs:
+        plain(store, query)
+    ran = []
+    sql = store._opened.session.sql
+    monkeypatch.setattr(store._opened.session, "sql", lambda query, *rest: ran.append(query) or sql(query, *rest))
+    with pytest.raises(BadInput) as ours:
+        store.sql(query)
+    assert len(ran) == (2 if fault == "nope" else 1)  # one that is refused before it runs is asked for its words
+    assert str(ours.value) == str(theirs.value)

@@ -182,8 +182,8 @@ def test_a_column_that_the_activations_need_is_refused_and_nothing_written(root,
 
 
 def test_a_taken_name_is_refused_before_any_activation_is_read(root, monkeypatch):
-    monkeypatch.setattr(Store, "read", lambda *args, **options: pytest.fail("it was read"))
-    assert run("read", root, "select token_id, 1 as x from tokens", "--csv").exit_code == 2
+    monkeypatch.setattr("actstore.reading.activations.read_activations", lambda *_: pytest.fail("it was read"))
+    assert run("read", root, "select token_id, 1 as x from tokens", "--site", "embed", "--csv").exit_code == 2
 
 
 @pytest.mark.parametrize(("suffix", "name"), [taken for taken in TAKEN if taken[0]])

@@ -17,7 +17,6 @@ from actstore.cli.options import (
     param_option,
     store_argument,
 )
-from actstore.errors import ActstoreError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -149,22 +148,14 @@ def read(
                 output.write(pl.DataFrame([explanation.to_dict()]), explanation.to_dict())
             return
         with waiting("read"):
-            check_columns(_columns(opened, query, dict(params), timeout, memory), out)
-            X, rows = opened.read(query, run, params=dict(params), dtype=dtype, **where)
+            X, rows = opened.read(
+                query, run, params=dict(params), dtype=dtype, columns=lambda names: check_columns(names, out), **where
+            )
     if out:
         save_activations(out, X, rows)
         say(f"{out}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
     else:
-        check_columns(rows.columns, None)
         output.write(rows.with_columns(pl.Series("x", X)))
-
-
-def _columns(opened: Store, query: str, params: dict[str, str], *limits: Any) -> list[str]:
-    """Names of a query's columns; [] if DESCRIBE refuses the query: they are checked later."""
-    try:
-        return opened.sql(f"describe {query}", params, *limits)["column_name"].to_list()
-    except ActstoreError:  # what is wrong with the query itself, the read says
-        return []
 
 
 @main.command()

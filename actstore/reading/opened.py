@@ -21,7 +21,7 @@ from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
 from actstore.reading import given, scope
 from actstore.reading.sites import open_site
 from actstore.sql.functions import Vectors, add_functions
-from actstore.sql.session import Session
+from actstore.sql.session import Check, Session
 from actstore.storage.folder import CheckedFolder, Folder, place
 from actstore.storage.machine import limit_reached
 
@@ -127,6 +127,7 @@ class Opened:
         timeout: float | None,
         memory: str | int | None,
         reads: str | None = None,
+        check: Check | None = None,
     ) -> pl.DataFrame:
         """Run a query as `sql` does.
 
@@ -136,14 +137,15 @@ class Opened:
             timeout: see Store.sql.
             memory: see Store.sql.
             reads: the run whose activations are read at the query's token_id, see scope.ask.
+            check: see Session.sql.
         """
         given.check_query(query)
         params = given.parameters(params)
         if timeout is None and memory is None:
-            return scope.ask(self, query, params, reads)
+            return scope.ask(self, query, params, reads, check)
         from actstore.sql import process
 
-        return process.run(self, query, params, process.Limits.of(timeout, memory), reads)
+        return process.run(self, query, params, process.Limits.of(timeout, memory), reads, check)
 
     @property
     def whole(self) -> Opened:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from actstore.reading.given import Tokens, frame_of
 if TYPE_CHECKING:
     from actstore.reading.opened import Opened
 
-RENAMED = re.compile(r"(.+)_\d+")  # DuckDB hands a second column `a` on as `a_1`
-
 
 def read_ids(
     store: Opened,
@@ -25,6 +22,7 @@ def read_ids(
     params: Mapping[str, Any] | None,
     timeout: float | None = None,
     memory: str | int | None = None,
+    columns: Callable[[list[str]], None] | None = None,
 ) -> tuple[np.ndarray, pl.DataFrame]:
     """The token ids that a query yields, int64 [n], and its frame.
 
@@ -35,6 +33,7 @@ def read_ids(
         params: see Store.sql.
         timeout: see Store.sql.
         memory: see Store.sql.
+        columns: called with the names of the query's columns before the query runs.
 
     Raises:
         NotStored: an id is too large for any token.
@@ -45,8 +44,14 @@ def read_ids(
     if not isinstance(query, str):
         rows, of = frame_of(query, params)
         return token_ids(rows, of), rows
-    rows = store.ask(query, params, timeout, memory, reads=run)
-    _refuse_twins(store, query, params, rows.columns, timeout, memory)
+
+    def check(names: list[str], types: list[str]) -> None:
+        _refuse_twins(names)
+        _refuse_without_ids(names, "the query")
+        if columns:
+            columns(names)
+
+    rows = store.ask(query, params, timeout, memory, run, check)
     return token_ids(rows), rows
 
 
@@ -57,10 +62,7 @@ def token_ids(rows: pl.DataFrame, of: str = "the query") -> np.ndarray:
         rows: the frame.
         of: the frame's name in messages.
     """
-    if "token_id" not in rows.columns:
-        raise BadInput(
-            f"{of} yields {', '.join(rows.columns) or 'nothing'} and no token_id; select token_id to say which tokens to read"
-        )
+    _refuse_without_ids(rows.columns, of)
     ids = rows["token_id"]
     if not ids.dtype.is_integer():
         raise BadInput(f"{of}'s token_id is {ids.dtype}; it must be an integer, as in the tables")
@@ -74,26 +76,15 @@ def token_ids(rows: pl.DataFrame, of: str = "the query") -> np.ndarray:
     return as_stored.to_numpy()
 
 
-def _refuse_twins(
-    store: Opened,
-    query: str,
-    params: Mapping[str, Any] | None,
-    columns: Sequence[str],
-    timeout: float | None,
-    memory: str | int | None,
-) -> None:
-    """Refuse two columns of one name, which DuckDB would return as `a` and `a_1`."""
-    known = {name.lower() for name in columns}
-    if not any((found := RENAMED.fullmatch(name.lower())) and found[1] in known for name in columns):
-        return
-    try:
-        described = store.sql(f"describe {store.session.statement(query)}", params, timeout, memory)[
-            "column_name"
-        ].to_list()
-    except BadInput as error:  # a query that DESCRIBE does not take, such as SHOW
+def _refuse_without_ids(columns: list[str], of: str) -> None:
+    if "token_id" not in columns:
         raise BadInput(
-            f"the query yields {', '.join(columns)}, where a name may be of a second column; write it as SELECT, or rename"
-        ) from error
-    names = [name.lower() for name in described]
-    if twins := [name for place, name in enumerate(described) if name.lower() in names[:place]]:
+            f"{of} yields {', '.join(columns) or 'nothing'} and no token_id; select token_id to say which tokens to read"
+        )
+
+
+def _refuse_twins(columns: list[str]) -> None:
+    """Refuse two columns of one name, which DuckDB would return as `a` and `a_1`."""
+    names = [name.lower() for name in columns]
+    if twins := [name for place, name in enumerate(columns) if name.lower() in names[:place]]:
         raise BadInput(f"the query yields two columns named {twins[0]}; rename one (`… as other`), or leave it out")

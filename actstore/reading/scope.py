@@ -23,11 +23,13 @@ from actstore.sql.asked import MATTERS, Asked
 from actstore.sql.process import outside
 
 if TYPE_CHECKING:
-    from actstore.sql.session import Session
+    from actstore.sql.session import Check, Session
     from actstore.sql.snapshot import Snapshot
 
 
-def ask(store: Snapshot, query: str, params: Mapping[str, Any] | None, reads: str | None) -> pl.DataFrame:
+def ask(
+    store: Snapshot, query: str, params: Mapping[str, Any] | None, reads: str | None, check: Check | None = None
+) -> pl.DataFrame:
     """Run a query in its scope.
 
     Args:
@@ -35,6 +37,7 @@ def ask(store: Snapshot, query: str, params: Mapping[str, Any] | None, reads: st
         query: see Store.sql.
         params: see Store.sql.
         reads: the run whose activations are read at the query's token_id; None if none are read.
+        check: see Session.sql.
 
     Raises:
         BadInput: DuckDB refuses the query, or the query uses another id as a token_id.
@@ -50,7 +53,10 @@ def ask(store: Snapshot, query: str, params: Mapping[str, Any] | None, reads: st
         schema = _schema(session, of_run, answers=True)
     elif reads is not None:
         schema = _schema(session, reads, answers=False)
-    rows = late_act.sql(session, store.vectors, query, params, schema)
+    if asked and store.vectors:
+        rows = late_act.sql(session, store.vectors, asked, params, schema, check)
+    else:
+        rows = session.sql(query, params, schema, check)
     if asked and of_run is None:
         _note(store, asked.without_run(rows.columns), schema)
     return rows

@@ -15,7 +15,7 @@ from actstore import errors
 from actstore.errors import ActstoreError, Damaged, LimitReached
 from actstore.reading.opened import Opened
 from actstore.sql.parameters import from_json
-from actstore.sql.process import ERROR, HEADROOM, READY, ROWS, of_status, too_much
+from actstore.sql.process import COLUMNS, ERROR, HEADROOM, READY, ROWS, of_status, too_much
 from actstore.sql.session import Session
 from actstore.storage.machine import OUT_OF_MEMORY
 
@@ -38,6 +38,10 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever else prints does not mix with the answer
     memory = None
+
+    def tell(*columns: list[str]) -> None:
+        out.write(COLUMNS + json.dumps(columns).encode() + b"\n")
+
     try:
         asked = _receive()
         path, memory = Path(asked["path"]), asked["limits"]["memory"]
@@ -51,7 +55,7 @@ def main() -> None:
             with warnings.catch_warnings(record=True) as notes:
                 warnings.simplefilter("always", errors.SeveralRuns)
                 asked_of = store if asked["of"] is None else store.of(asked["of"])
-                frame = asked_of.ask(asked["query"], params, None, None, asked["reads"])
+                frame = asked_of.ask(asked["query"], params, None, None, asked["reads"], tell)
         said = [str(note.message) for note in notes if issubclass(note.category, errors.SeveralRuns)]
         out.write(ROWS + json.dumps(said).encode() + b"\n")
         frame.write_ipc_stream(out)

@@ -23,17 +23,20 @@ NO_TOKEN = "a token is named by tree_id * 256 + position, so token 300 is no par
 class Asked:
     """One query, parsed. Of a statement that the parser does not hand out, such as PIVOT, nothing is found.
 
+    Attributes:
+        tree: the JSON of each of its statements; empty where the parser hands out none.
+
     Args:
         session: whose parser.
         query: any text.
     """
 
     def __init__(self, session: Session, query: str) -> None:
-        self._query = query
-        self._tree: list[Node] = []
+        self.query = query
+        self.tree: list[Node] = []
         with suppress(ValueError, RecursionError):
             parsed = json.loads(session.parse(query))
-            self._tree = [] if parsed["error"] else parsed["statements"]
+            self.tree = [] if parsed["error"] else parsed["statements"]
 
     def refuse_other_ids(self, reads: bool) -> None:
         """Refuse a column that is taken for a token_id and is named as another thing; an expression may be anything.
@@ -44,8 +47,8 @@ class Asked:
         Raises:
             BadInput: `act` or `logit_lens` is given such a column, or a token_id is one renamed.
         """
-        local = {name for found in nodes(self._tree, "LAMBDA") for name in _names(found["lhs"])}
-        calls = [found for found in nodes(self._tree, "FUNCTION") if found["function_name"].lower() in TAKE_TOKENS]
+        local = {name for found in nodes(self.tree, "LAMBDA") for name in _names(found["lhs"])}
+        calls = [found for found in nodes(self.tree, "FUNCTION") if found["function_name"].lower() in TAKE_TOKENS]
         for call in calls:
             column = _given(call)
             if column and column not in local and not _is_token_id(column):
@@ -55,7 +58,7 @@ class Asked:
                     f"token_id of tokens, edge_targets or answer_tokens. If {column} does hold token ids, say "
                     f"`{column} as token_id` where it is made, or write an expression: {function}({column} + 0, …)"
                 )
-        for column in _renamed(self._tree) if calls or reads else ():
+        for column in _renamed(self.tree) if calls or reads else ():
             if column in _other_ids():
                 raise BadInput(
                     f"the query's token_id is {column} renamed: {NO_TOKEN}; select the token_id of tokens, edge_targets or "
@@ -65,9 +68,9 @@ class Asked:
     @property
     def names_a_run(self) -> bool:
         """A column `run` stands somewhere in it."""
-        if not self._tree:
-            return bool(RUN.search(self._query))
-        return "run" in _names(self._tree) or any("run" in _using(join) for join in _joins(self._tree))
+        if not self.tree:
+            return bool(RUN.search(self.query))
+        return "run" in _names(self.tree) or any("run" in _using(join) for join in _joins(self.tree))
 
     def without_run(self, columns: Sequence[str]) -> dict[str, str]:
         """Tables of OF_RUNS, by alias, of which the query neither says which run it wants nor yields the run.
@@ -77,13 +80,13 @@ class Asked:
         Args:
             columns: that the query yields.
         """
-        if any(found.get("type") == "SHOW_REF" for found in _dicts(self._tree)):  # DESCRIBE, SUMMARIZE
+        if any(found.get("type") == "SHOW_REF" for found in _dicts(self.tree)):  # DESCRIBE, SUMMARIZE
             return {}
-        defined = {entry["key"].lower() for found in _dicts(self._tree) for entry in _entries(found)}
+        defined = {entry["key"].lower() for found in _dicts(self.tree) for entry in _entries(found)}
         passed_on = "run" in map(str.lower, columns) or self.names_a_run
         lacking = [
             group
-            for select in _selects(self._tree)
+            for select in _selects(self.tree)
             for group in _groups(select)
             if not _is_named(select, group, passed_on)
         ]

@@ -11,6 +11,7 @@ The macros live in the session's own database, never in the catalog, where they 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -91,6 +92,7 @@ class Vectors:
 
     def __init__(self, store: Callable[[], Snapshot | None], d_model: int | None, d_vocab: int | None) -> None:
         self._opened, self.d_model, self._d_vocab = store, d_model, d_vocab
+        self.not_taken: Counter[str] = Counter()
         self._checked: set[tuple[str, str]] = set()  # and not the readers, which hold the store
         self._unembeddings: dict[str, Unembedding] = {}
         self._directions: dict[str, np.ndarray] = {}

@@ -1,31 +1,43 @@
-"""`act` in a query's outermost SELECT, read for all rows at once behind the query instead of within it.
+"""`act` in a query's outermost SELECT, read for all rows at once after the query instead of within it.
 
-DuckDB calls a function for up to 2,048 rows at a time, and for every row that an ORDER BY or a join behind it looks at. Where
+DuckDB calls a function for up to 2,048 rows at a time, and for every row that an ORDER BY or a join after it looks at. Where
 the rest of a query does not depend on what `act` gives, the query can yield the token ids in its place, and the activations
 are gathered for the rows that come out: in one go, and for none that a LIMIT leaves out. What is rewritten is the query's own
 text, `act(token_id, 'run', 'site') as x` becoming `token_id as x`, at the place that DuckDB's own parser names; a query of any
-other form runs as it is.
+other form runs as it is. Which of the two runs is known when the query is prepared, so that no query runs twice.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from actstore.errors import BadInput
-from actstore.sql.asked import Node, nodes
+from actstore.sql.asked import Asked, Node, nodes
 from actstore.sql.functions import Vectors
-from actstore.sql.session import Session
+from actstore.sql.session import Check, Session
 
 NAMED = re.compile(r"\bact\s*\(", re.IGNORECASE)
-AS_BIGINT = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # what DuckDB takes for one unasked
+AS_BIGINT = (
+    "TINYINT",
+    "SMALLINT",
+    "INTEGER",
+    "BIGINT",
+    "UTINYINT",
+    "USMALLINT",
+    "UINTEGER",
+)  # what DuckDB takes for one
+PLACE = re.compile(r"(.*\nLINE \d+: (?:\.{3})?)(.*?)((?:\.{3})?\n *\^)", re.DOTALL)
+
+
+class _NotPlain(Exception):
+    """The columns of a rewritten query are not what was taken out."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Taken:
     """A query without its outermost `act`.
 
     Attributes:
-        query: yields the token ids in the place of their activations.
+        query: yields the token ids in the place of their activations; in UTF-8 as long as the query that was asked.
         columns: run and site of each column that is to be gathered, by its name.
         params: those that are left.
     """
@@ -43,113 +55,159 @@ class Taken:
     params: dict[str, Any]
 
 
+class Call(NamedTuple):
+    """One `act` in a query's outermost SELECT."""
+
+    alias: str
+    is_plain: bool  # of a column, with a run and a site and nothing else
+    span: tuple[int, int]  # where it stands in the query, in bytes
+    column: tuple[int, int]  # where its first argument does
+    where: list[tuple[Any, str]]  # run and site, of each the text of a constant and the name of a parameter
+
+
+class Form(NamedTuple):
+    """What of a query decides whether its `act` can be taken out."""
+
+    is_row_for_row: bool  # one row for each that it looks at, in an order that names no column by its place
+    calls: list[Call]
+    names: set[str]  # of every column and table that it mentions anywhere, in lower case
+    params: list[str]  # each as often as it stands in the query
+    params_of_calls: list[str]
+
+
 def sql(
     session: Session,
-    vectors: Vectors | None,
-    query: str,
+    vectors: Vectors,
+    asked: Asked,
     params: Mapping[str, Any] | None,
     schema: str | None = None,
+    check: Check | None = None,
 ) -> pl.DataFrame:
     """As Session.sql; raises what it and the gather raise."""
-    taken = (
-        take_out(session, query, dict(params or {})) if vectors and vectors.d_model and NAMED.search(query) else None
-    )
-    if vectors and taken:
-        try:
-            rows = session.sql(taken.query, taken.params, schema)
-        except BadInput:  # which shows a place in the query: below, in the one that was asked
-            return session.sql(query, params, schema)
-        if _is_plain(rows, taken):
-            return rows.with_columns(
-                _gather(vectors, rows[name], *where).alias(name) for name, where in taken.columns.items()
-            )
-    return session.sql(query, params, schema)
+    taken = take_out(asked, dict(params or {}), vectors) if vectors.d_model and NAMED.search(asked.query) else None
+    if not taken:
+        return session.sql(asked.query, params, schema, check)
+    places: dict[int, tuple[str, str]] = {}
 
+    def check_taken(names: list[str], types: list[str]) -> None:
+        lower = [name.lower() for name in names]
+        for name, where in taken.columns.items():
+            if lower.count(name.lower()) != 1 or types[place := lower.index(name.lower())] not in AS_BIGINT:
+                raise _NotPlain
+            places[place] = where
+        if check:
+            check(names, types)
 
-def take_out(session: Session, query: str, params: dict[str, Any]) -> Taken | None:
-    """A query's outermost `act` taken out of it; None where it has none, or something rests on it."""
     try:
-        parsed = json.loads(session.parse(query))
-        if parsed["error"] or len(parsed["statements"]) != 1:
-            return None
-        node = parsed["statements"][0]["node"]
-        calls = [item for item in node.get("select_list", ()) if item.get("function_name") == "act"]
-        known = {found["identifier"] for found in nodes(node, "PARAMETER")}
-        if not calls or known != params.keys() or not _is_row_for_row(node) or not _are_independent(node, calls):
-            return None
-        columns = {call["alias"]: _where(call, params) for call in calls}
-        return Taken(_without(query, calls), columns, _left(node, calls, params))
-    except (ValueError, KeyError, TypeError, RecursionError):  # of a form that nobody thought of
+        rows = session.sql(taken.query, taken.params, schema, check_taken)
+    except _NotPlain:
+        vectors.not_taken["column"] += 1
+    except BadInput as error:
+        if places:  # it was prepared
+            raise BadInput(_as_asked(str(error), taken.query, asked.query)) from error
+    else:
+        return rows.with_columns(
+            _gather(vectors, rows.to_series(place), *where).alias(rows.columns[place])
+            for place, where in places.items()
+        )
+    return session.sql(asked.query, params, schema, check)
+
+
+def take_out(asked: Asked, params: dict[str, Any], vectors: Vectors) -> Taken | None:
+    """A query's outermost `act` taken out of it.
+
+    Returns:
+        None where the query has none, or something rests on it. Then `vectors.not_taken` counts why: "form" for the query's
+        own, "JSON" where DuckDB's parser names things otherwise than this module knows.
+    """
+    try:
+        form = _read(asked.tree)
+    except (KeyError, TypeError):
+        vectors.not_taken["JSON"] += 1
         return None
+    found = _taken(form, asked.query, params) if form else None
+    vectors.not_taken["form"] += found is None
+    return found
 
 
-def _is_row_for_row(node: Node) -> bool:
-    """Whether a SELECT yields one row for each that it looks at, in an order that names no column by its place."""
-    modifiers = node["modifiers"]
-    plain = node["type"] == "SELECT_NODE" and not node["group_expressions"] and not node["having"]
-    kinds = {modifier["type"] for modifier in modifiers} <= {"ORDER_MODIFIER", "LIMIT_MODIFIER"}
-    orders = [order["expression"]["class"] for modifier in modifiers for order in modifier.get("orders", ())]
-    by_place = {"CONSTANT", "STAR", "PARAMETER"} & set(orders)
-    return plain and node["aggregate_handling"] == "STANDARD_HANDLING" and kinds and not by_place
+def _read(tree: list[Node]) -> Form | None:
+    """The form of a query; None where it is not one SELECT.
 
-
-def _are_independent(node: Node, calls: list[Node]) -> bool:
-    """Whether each call is of a column, under a name that is its own and stands nowhere else in the query."""
-    names = [call["alias"].lower() for call in calls]
-    of_columns = all(
-        len(call["arguments"]) == 3
-        and call["arguments"][0]["expression"]["class"] == "COLUMN_REF"
-        and not any(argument["name"] for argument in call["arguments"])
-        and not (call["filter"] or call["distinct"] or call["order_bys"]["orders"])
-        for call in calls
+    Raises:
+        KeyError, TypeError: DuckDB's JSON has other names.
+    """
+    if len(tree) != 1 or tree[0]["node"]["type"] != "SELECT_NODE":
+        return None
+    node, modifiers = tree[0]["node"], tree[0]["node"]["modifiers"]
+    calls = [item for item in node["select_list"] if item["class"] == "FUNCTION" and item["function_name"] == "act"]
+    kinds = {modifier["type"] for modifier in modifiers}
+    sorts = [modifier for modifier in modifiers if modifier["type"] == "ORDER_MODIFIER"]
+    orders = {order["expression"]["class"] for modifier in sorts for order in modifier["orders"]}
+    grouped = node["group_expressions"] or node["having"] or node["aggregate_handling"] != "STANDARD_HANDLING"
+    by_place = orders & {"CONSTANT", "STAR", "PARAMETER"}
+    return Form(
+        is_row_for_row=not grouped and not by_place and kinds <= {"ORDER_MODIFIER", "LIMIT_MODIFIER"},
+        calls=[_read_call(call) for call in calls],
+        names={name.lower() for found in nodes(node, "COLUMN_REF") for name in found["column_names"]},
+        params=[found["identifier"] for found in nodes(node, "PARAMETER")],
+        params_of_calls=[found["identifier"] for call in calls for found in nodes(call, "PARAMETER")],
     )
-    said = {name.lower() for found in nodes(node, "COLUMN_REF") for name in found["column_names"]}
-    return of_columns and all(names) and len(set(names)) == len(names) and not said & set(names)
 
 
-def _where(call: Node, params: dict[str, Any]) -> tuple[str, str]:
-    """Run and site of a call: constants, or parameters that are text."""
-    found = []
-    for argument in call["arguments"][1:]:
-        expression = argument["expression"]
-        value = expression["literal"]["text"] if "literal" in expression else params[expression["identifier"]]
-        if not isinstance(value, str):
-            raise TypeError
-        found.append(value)
-    run, site = found
-    return run, site
+def _read_call(call: Node) -> Call:
+    given = [argument["expression"] for argument in call["arguments"]]
+    more = (
+        call["filter"] or call["distinct"] or call["order_bys"]["orders"] or any(a["name"] for a in call["arguments"])
+    )
+    is_plain = len(given) == 3 and given[0]["class"] == "COLUMN_REF" and not more
+    spans = [
+        (node["query_location"], node["query_location"] + node["query_location_length"]) for node in (call, *given)
+    ]
+    where = [_read_name(expression) for expression in given[1:]] if is_plain else []
+    return Call(call["alias"], is_plain, spans[0], spans[1] if is_plain else (0, 0), where)
 
 
-def _without(query: str, calls: list[Node]) -> str:
-    """The text, each call replaced by its first argument's; places are of bytes."""
-    content = query.encode()
-    for call in sorted(calls, key=lambda call: -int(call["query_location"])):
-        start, stop = _span(call)
-        first, last = _span(call["arguments"][0]["expression"])
-        if not (start < first < last < stop and content[start : start + 3].lower() == b"act"):
-            raise ValueError  # as in token_id.act('run', 'site')
-        content = content[:start] + content[first:last] + content[stop:]
+def _read_name(node: Node) -> tuple[Any, str]:
+    if node["class"] == "PARAMETER":
+        return None, node["identifier"]
+    return node["literal"]["text"] if node["class"] == "CONSTANT" and node["literal"]["kind"] == "STRING" else None, ""
+
+
+def _taken(form: Form, query: str, params: dict[str, Any]) -> Taken | None:
+    """None where the query has no such call, or something rests on one."""
+    calls, aliases = form.calls, [call.alias.lower() for call in form.calls]
+    of_its_own = all(aliases) and len(set(aliases)) == len(aliases) and not form.names & set(aliases)
+    plain = form.is_row_for_row and all(call.is_plain for call in calls)
+    if not (calls and plain and of_its_own and set(form.params) == params.keys()):
+        return None
+    where = {call.alias: [params[of] if of else text for text, of in call.where] for call in calls}
+    columns = {
+        name: (run, site) for name, (run, site) in where.items() if isinstance(run, str) and isinstance(site, str)
+    }
+    text = _without(query, calls)
+    left = {name: it for name, it in params.items() if form.params.count(name) > form.params_of_calls.count(name)}
+    return Taken(text, columns, left) if text and len(columns) == len(calls) else None
+
+
+def _without(query: str, calls: list[Call]) -> str | None:
+    """The text with blanks in the place of each call but its first argument, so that every place in it (of bytes) stays;
+    None where a call is written otherwise, as in token_id.act('run', 'site')."""
+    content = bytearray(query.encode())
+    for call in calls:
+        (start, stop), (first, last) = call.span, call.column
+        if not (start < first < last < stop <= len(content) and content[start : start + 3].lower() == b"act"):
+            return None
+        for begin, end in ((start, first), (last, stop)):
+            content[begin:end] = re.sub(rb"[^\n]", b" ", content[begin:end])
     return content.decode()
 
 
-def _span(node: Node) -> tuple[int, int]:
-    return node["query_location"], node["query_location"] + node["query_location_length"]
-
-
-def _left(node: Node, calls: list[Node], params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters without those that the calls alone took."""
-    of_calls = [found["identifier"] for call in calls for found in nodes(call, "PARAMETER")]
-    everywhere = [found["identifier"] for found in nodes(node, "PARAMETER")]
-    return {name: value for name, value in params.items() if everywhere.count(name) > of_calls.count(name)}
-
-
-def _is_plain(rows: pl.DataFrame, taken: Taken) -> bool:
-    """Whether the columns are what was taken out: token ids, and no second column of such a name."""
-    for name in taken.columns:
-        twin = re.compile(re.escape(name) + r"_\d+", re.IGNORECASE)
-        if name not in rows.columns or any(map(twin.fullmatch, rows.columns)) or rows[name].dtype not in AS_BIGINT:
-            return False
-    return True
+def _as_asked(said: str, ran: str, asked: str) -> str:
+    """What is said of the query that ran, with the line that shows a place in it in the words of the one that was asked."""
+    if (found := PLACE.match(said)) and (at := ran.encode().find(found[2].encode())) >= 0:
+        line = asked.encode()[at : at + len(found[2].encode())].decode(errors="replace")
+        return found[1] + line + said[found.start(3) :]
+    return said
 
 
 def _gather(vectors: Vectors, ids: pl.Series, run: str, site: str) -> pl.Series:

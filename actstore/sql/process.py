@@ -4,9 +4,10 @@ DuckDB stops a query between two vectors of rows, and counts what its own operat
 can run for minutes or hold gigabytes in between (`repeat('x', 2^33)`, a list of 10^10 numbers, a regular expression), so a
 query with a limit runs in a fresh process, `python -m actstore.reading.worker`, on the very catalog file that its store has open.
 
-The request goes in as a line of JSON (see parameters.py); out come a byte when the query is about to begin, then a byte
-that says what follows: a line of notes and the rows as an Arrow IPC stream, or an error as JSON. When the parent goes, the
-standard input ends, and the process with it.
+The request goes in as a line of JSON (see parameters.py); out come a byte when the query is about to begin, a line with the
+query's columns when it is prepared, then a byte that says what follows: a line of notes and the rows as an Arrow IPC stream,
+or an error as JSON. A call has one process, which prepares the query once and runs it once: the limits hold over both.
+When the parent goes, the standard input ends, and the process with it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ import polars as pl
 from actstore import errors
 from actstore.errors import ActstoreError, BadInput, LimitReached
 from actstore.sql.parameters import to_json
+from actstore.sql.session import Check
 from actstore.sql.snapshot import Snapshot
 from actstore.storage.machine import OUT_OF_MEMORY, within_limits
 
-READY, ROWS, ERROR = b"!", b"+", b"-"
+READY, COLUMNS, ROWS, ERROR = b"!", b"=", b"+", b"-"
 LOOK_UP = 0.02  # seconds between looks at the clock and at the memory: a process fills some 50 MB in it
 START = 120.0  # seconds a process may take to start; a busy machine needs 5
 HEADROOM = 256 << 20  # bytes beside the limit that threads and allocators may reserve without using them
@@ -82,7 +84,12 @@ def _bytes(memory: str | int) -> int:
 
 
 def run(
-    store: Snapshot, query: str, params: Mapping[str, Any] | None, limits: Limits, reads: str | None = None
+    store: Snapshot,
+    query: str,
+    params: Mapping[str, Any] | None,
+    limits: Limits,
+    reads: str | None = None,
+    check: Check | None = None,
 ) -> pl.DataFrame:
     """Run one query of a store in a process of its own, which reads the same snapshot though a new one is there.
 
@@ -91,6 +98,7 @@ def run(
         query, params: as Store.sql takes them.
         limits: what it may take.
         reads: the run whose activations are read at the query's token_id, see scope.ask.
+        check: see Session.sql; where it raises, the process is killed.
 
     Raises:
         LimitReached: it took longer or more; its process is gone.
@@ -127,7 +135,7 @@ def run(
             with suppress(BrokenPipeError):  # it died: what follows says so
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
-            answer = _wait(process, limits)
+            answer = _wait(process, limits, check)
         finally:
             process.kill()
             process.wait()
@@ -146,8 +154,8 @@ def run(
         raise _died(process.returncode, limits, complaints)
 
 
-def _wait(process: subprocess.Popen[bytes], limits: Limits) -> bytes:
-    """What the process answers, whole; less where it died.
+def _wait(process: subprocess.Popen[bytes], limits: Limits, check: Check | None) -> bytes:
+    """What the process answers after the columns, whole; less where it died.
 
     Raises:
         LimitReached: it took more than it may.
@@ -175,6 +183,10 @@ def _wait(process: subprocess.Popen[bytes], limits: Limits) -> bytes:
                 process.wait()
                 return bytes(answer)
             answer += more
+            if answer[:1] == COLUMNS and b"\n" in answer:
+                columns, answer = answer.split(b"\n", 1)
+                if check:
+                    check(*json.loads(columns[1:]))
 
 
 def too_much(memory: int) -> LimitReached:

@@ -36,6 +36,7 @@ LOCKED = (
 SEARCH = "set search_path = 'store.main,memory.main'"  # of each cursor: it inherits neither this nor temporary macros
 READ_ONLY = "begin transaction read only"  # of each cursor: the memory's database is no place to write, either
 T = TypeVar("T")
+Check = Callable[[list[str], list[str]], None]  # of the columns of a query that is prepared: names and SQL types
 LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and no interrupt stops it then
 EXPLAIN = re.compile(  # what stands before the statement that is explained, as DuckDB hands it on: without a comment
     r"explain\b\s*(?:analyze\b\s*)?(?:\(\s*(?:analyze|format)\b[^()]*\)\s*)?", re.IGNORECASE
@@ -163,13 +164,21 @@ class Session:
                 cursor.execute(f'create view memory.{name}."{view}" as {query}')
             cursor.execute("commit")
 
-    def sql(self, query: str, params: Mapping[str, Any] | None = None, schema: str | None = None) -> pl.DataFrame:
+    def sql(
+        self,
+        query: str,
+        params: Mapping[str, Any] | None = None,
+        schema: str | None = None,
+        check: Check | None = None,
+    ) -> pl.DataFrame:
         """Run one query.
 
         Args:
             query: a SELECT (or FROM …, WITH …, DESCRIBE, SHOW, …); `$name` stands for a parameter.
             params: a value for each `$name`.
             schema: one that was added, whose views the query finds before the store's tables.
+            check: called with the names of the query's columns, as the query has them, and their SQL types, when the query
+                is prepared and has not run. What it raises is raised.
 
         Returns:
             A polars frame of its rows; FLOAT[n] columns arrive as Array(Float32, n).
@@ -191,7 +200,7 @@ class Session:
         try:
             cursor = self._connection.cursor()  # an open result holds its connection
             try:
-                return _interruptible(cursor, lambda: _fetch(cursor, query, params, schema))
+                return _interruptible(cursor, lambda: _fetch(cursor, query, params, schema, check))
             finally:
                 with suppress(duckdb.Error):  # a query that a second Ctrl-C left running
                     cursor.close()
@@ -205,12 +214,6 @@ class Session:
             raise BadInput(
                 f"the query yields a type that polars does not hold ({one_line(error)}); cast it, to varchar for example"
             ) from error
-
-    def statement(self, query: str) -> str:
-        """The one statement of a query that `sql` takes, without what DuckDB skips in front of it, such as `;`."""
-        self.check()
-        with self._connection.cursor() as cursor:
-            return str(cursor.extract_statements(query)[0].query)
 
     def parse(self, query: str) -> str:
         """What DuckDB's parser makes of a query, as JSON: `error`, and where there is none `statements`."""
@@ -258,8 +261,8 @@ def _raised(error: duckdb.Error) -> ActstoreError | None:
     return ActstoreError.of_kind(found[1], " ".join(found[2].split())) if found else None
 
 
-def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> None:
-    """Refuse what is not one query, and parameters that are not the query's own."""
+def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> duckdb.Statement:
+    """The one statement of a query; refuse what is not one, and parameters that are not the query's own."""
     statements = cursor.extract_statements(query)
     if len(statements) != 1:
         raise BadInput(f"got {len(statements)} statements; ask one query at a time")
@@ -274,12 +277,13 @@ def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> No
             "a store is read with SELECT, and nothing else can be explained or pivoted; got another statement"
         )
     if kind == duckdb.StatementType.MULTI:  # whose parameters DuckDB does not name
-        return
+        return statements[0]
     wanted = set(statements[0].named_parameters)
     if wrong := sorted(wanted ^ given):
         what = f"lacks a value for ${wrong[0]}" if wrong[0] in wanted else f"has no ${wrong[0]}"
         takes = ", ".join(f"${name}" for name in sorted(wanted)) or "no parameters"
         raise BadInput(f"the query {what}; it takes {takes}")
+    return statements[0]
 
 
 def _explained(query: str) -> str:
@@ -300,14 +304,24 @@ def _selects(cursor: duckdb.DuckDBPyConnection, query: str) -> bool:
 
 
 def _fetch(
-    cursor: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any] | None, schema: str | None
+    cursor: duckdb.DuckDBPyConnection,
+    query: str,
+    params: Mapping[str, Any] | None,
+    schema: str | None,
+    check: Check | None,
 ) -> pl.DataFrame:
     cursor.execute(SEARCH if schema is None else SEARCH.replace("'", f"'memory.{schema},", 1))
     cursor.execute(READ_ONLY)
-    _check(cursor, query, set(params or {}))
+    statement = _check(cursor, query, set(params or {}))
     given = dict(params) if params else None
     try:
-        return cursor.sql(query, params=given).pl()
+        if check and statement.type == duckdb.StatementType.MULTI:  # it runs as it is prepared
+            described = cursor.execute(f"describe {statement.query}", given).fetchall()
+            check([row[0] for row in described], [row[1] for row in described])
+        prepared = cursor.sql(query, params=given)
+        if check and statement.type != duckdb.StatementType.MULTI:
+            check(prepared.columns, list(map(str, prepared.types)))
+        return prepared.pl()
     except (duckdb.BinderException, duckdb.CatalogException) as error:
         if "\nLINE " not in str(error):
             cursor.execute(query, given)  # is refused the same, with the place in the query

@@ -1,7 +1,8 @@
 """An activation-store database for interpretability research.
 
     store = actstore.Store("demo.act")
-    X, rows = store.read("select token_id, source from edge_targets", run="reproduction", site="resid_post.0")
+    query = "select token_id, source from edge_targets"
+    X, rows = store.read(query, run="reproduction", site="resid_post.0")
 
 Row i of X is the activation of row i of rows, always.
 """
@@ -45,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the store, or a subpackage, when first asked for, so that `actstore --help` does not wait for DuckDB and polars."""
+    """Import the store or a subpackage at first use; `--help` needs neither DuckDB nor polars."""
     if name == "Store":
         from actstore.store import Store
 

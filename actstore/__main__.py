@@ -1,4 +1,4 @@
-"""`python -m actstore`."""
+"""Run `python -m actstore` as the command `actstore`."""
 
 from actstore.cli import main
 

@@ -1,4 +1,4 @@
-"""What to say where a store lacks a run: which there are, and commands that work as they stand, under a run name that is free."""
+"""Messages for a missing run: the runs that exist, and commands that work as they stand."""
 
 from __future__ import annotations
 
@@ -15,47 +15,61 @@ if TYPE_CHECKING:
 
 
 class Held(Protocol):
-    """A store, as far as advice asks it."""
+    """What advice asks of a store."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """The store's folder."""
+        ...
 
-    def runs(self) -> list[str]: ...
+    def runs(self) -> list[str]:
+        """Names of the runs."""
+        ...
 
-    def sites(self, run: str) -> list[str]: ...
+    def sites(self, run: str) -> list[str]:
+        """Short names of a run's sites."""
+        ...
 
-    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame: ...
+    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+        """Run one SQL query."""
+        ...
 
 
 def ingest_more(store: Held, run: str, name: str, *more: str) -> str:
-    """The command, as a message shows it, that stores more of a run's own model over its own trees.
+    """The command that stores more of a run's own model over its own trees.
 
     Args:
-        name: of the new run; a number is added where it is taken.
-        more: what to store, as `actstore ingest` takes it.
+        store: the store.
+        run: the run whose model and trees are used.
+        name: the new run's name; a number is added if the name is taken.
+        *more: further arguments of `actstore ingest`.
     """
     dataset = store.sql("select dataset from runs where run = $run", {"run": run}).item()
     return ingest_command(store, ("--model-of", run), dataset, name, *more)
 
 
 def ingest_command(store: Held, model: tuple[str, str], dataset: str, name: str, *more: str) -> str:
-    """The command, as a message shows it, that stores a new run over a stored set of trees.
+    """The command that stores a new run over a stored dataset.
 
     Args:
+        store: the store.
         model: the option that names the model, and its value.
-        name, more: as of ingest_more.
+        dataset: the dataset's name.
+        name: the new run's name; a number is added if the name is taken.
+        *more: further arguments of `actstore ingest`.
     """
     taken = store.runs()
-    free = next(one for one in chain([name], (f"{name}-{turn}" for turn in count(2))) if one not in taken)
+    free = next(tried for tried in chain([name], (f"{name}-{turn}" for turn in count(2))) if tried not in taken)
     return advised("ingest", store.path, *model, "--dataset", dataset, "--run", free, *more)
 
 
 def no_run(store: Held, run: object, held: Sequence[str]) -> ActstoreError:
-    """What to raise where a store holds no such run; a misspelt one is not offered to be stored.
+    """The error for a run that the store does not hold; a misspelt run gets no command to store it.
 
     Args:
-        run: what was asked for.
-        held: names of the runs there are.
+        store: the store.
+        run: the name that was asked for.
+        held: names of the stored runs.
     """
     from actstore.named import available
 
@@ -74,5 +88,5 @@ def no_run(store: Held, run: object, held: Sequence[str]) -> ActstoreError:
 
 
 def together(commands: Sequence[str]) -> str:
-    """Commands that messages show, as one line of a shell: each runs where the one before went well."""
+    """Join commands to one line of a shell; each runs if the one before succeeded."""
     return f"`{' && '.join(command.strip('`') for command in commands)}`"

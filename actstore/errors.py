@@ -11,8 +11,9 @@ ActstoreError
 ├── LimitReached (also a RuntimeError)  raise the limit, or ask for less            exit code 1
 └── Busy        (also a TimeoutError)   another writer holds the store              exit code 1
 
-Each message is one line: what was got, what exists, what to do. Each class has a `kind`, a name that stays the same whatever
-the class is called: the process of a query with limits, and DuckDB, hand an error on by its kind.
+Each message is one line: what was got, what exists, what to do. Each class has a `kind`, a name
+that stays the same whatever the class is called: the process of a query with limits, and DuckDB,
+hand an error on by its kind.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from pathlib import PurePath
 
 
 def advised(*words: object) -> str:
-    """A command of actstore's as a message shows it, to be typed as it stands.
+    """Quote a command of actstore for a message, so that it can be typed as it stands.
 
-    Words with blanks are quoted, and a path that begins with a dash gets a `./`, since it would else be an option.
+    Words with blanks are quoted. A path that begins with a dash gets a `./`, or it would be an
+    option.
     """
     typed = [f"./{word}" if isinstance(word, PurePath) and str(word).startswith("-") else str(word) for word in words]
     return f"`actstore {shlex.join(typed)}`"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint that a message gives for a misspelt name, `; did you mean 'x'?`; empty if none of those known is near."""
+    """The hint `; did you mean 'x'?` for a misspelt name; "" if no known name is near."""
     near = get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class ActstoreError(Exception):
-    """The root: catch it to catch whatever actstore refuses on purpose."""
+    """The root of all errors that actstore raises on purpose."""
 
     exit_code = 1
     kind = "error"
@@ -60,7 +62,7 @@ class NotStored(ActstoreError, LookupError):
 
 
 class BadInput(ActstoreError, ValueError):
-    """An argument, a query, a configuration or a checkpoint cannot mean anything."""
+    """An argument, a query, a configuration or a checkpoint has no meaning."""
 
     kind = "bad_input"
     exit_code = 2
@@ -79,33 +81,33 @@ class TooNew(ActstoreError, OSError):
 
 
 class TooOld(ActstoreError, OSError):
-    """The store was made by an earlier version; `actstore repair` brings it up to date, and loses nothing."""
+    """An earlier version made the store; `actstore repair` brings it up to date, losing nothing."""
 
     kind = "too_old"
 
 
 class NoRoom(ActstoreError, OSError):
-    """The disk lacks the room for what was to be written."""
+    """The disk lacks room for what was to be written."""
 
     kind = "no_room"
 
 
 class Unsupported(ActstoreError, OSError):
-    """A file system lacks what a safe write rests on: hard links, locks or fsync."""
+    """The file system lacks what a safe write needs: hard links, locks or fsync."""
 
     kind = "unsupported"
 
 
 class LimitReached(ActstoreError, RuntimeError):
-    """A query took more time or memory than it was given, or the system allows no more open files, maps or memory."""
+    """A query reached its limit of time or memory, or the system allows no more files or memory."""
 
     kind = "limit_reached"
 
 
 class SeveralRuns(UserWarning):
-    """A note, not an error: rows of several runs may stand side by side in an answer, and nothing tells them apart.
+    """A warning: an answer may mix rows of several runs, which nothing tells apart.
 
-    `warnings.simplefilter("error", actstore.SeveralRuns)` makes it one; "ignore" keeps it quiet.
+    `warnings.simplefilter("error", actstore.SeveralRuns)` makes it an error; "ignore" silences it.
     """
 
 

@@ -1,14 +1,15 @@
-"""Intervals at 95 % and tests, of what a study counts: shares, means, differences, and many of them at once.
+"""95 % intervals and tests of what a study counts: shares, means, differences, many at once.
 
-One rule for all of them. A share has Clopper and Pearson's exact interval; rows that come several to a tree have the same
-over trees (`over_trees`); a difference joins the intervals of its two sides (`square_and_add`). None of these can be
-without a width: where a side has no error, its end is what no error among so many trees leaves open. Score intervals
-would be shorter, but cover less than they say near 100 %: Wilson's of 1,758 trees, of which 0.01 % are wrong, covers 84 %.
-The bootstrap is left to what is no mean.
+A share has Clopper and Pearson's exact interval. If a tree has several rows, the same interval is
+taken over trees (`over_trees`). A difference joins the intervals of its two sides
+(`square_and_add`). None of these intervals has width zero: if a side has no error, its end is what
+no error among so many trees leaves open. Score intervals would be shorter, but cover less than they
+say near 100 %: Wilson's of 1,758 trees, of which 0.01 % are wrong, covers 84 %. The bootstrap is
+used only for statistics that are not means.
 
-Tests are exact or by chance draws over trees: a sign flip of each tree's difference, or the trees' exposures shuffled
-among trees alike. `holm` adjusts for many of them. An interval is for its own comparison alone; what is found, a test
-that Holm leaves standing says.
+Tests are exact, or by random draws over trees: a sign flip of each tree's difference, or exposures
+shuffled among similar trees. `holm` adjusts for many tests. An interval holds for its own
+comparison only; a finding is a test that Holm leaves standing.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Z_95 = 1.959964  # of the normal distribution, two-sided
+Z_95 = 1.959964  # quantile of the normal distribution, two-sided
 ENDS = (0.025, 0.975)  # quantiles, two-sided
 N_RESAMPLES = 1000  # of the bootstrap; 25 of them lie beyond each end of a 95 % interval
-N_DRAWS = 9999  # of a test by chance draws: the smallest p is 1 in 10,000, which Holm over 500 tests leaves below 5 %
+N_DRAWS = 9999  # draws per test: the smallest p is 1 in 10,000, which Holm over 500 tests leaves below 5 %
 AT_ONCE = 100  # resamples: n_trees × 10,000 numbers at once would be large
 
 Interval = tuple[float, float]
 
 
 def share(n_right: int, n: int) -> Interval:
-    """Clopper and Pearson's exact 95 % interval of a share: it covers 95 % or more, whatever the share and n.
+    """Clopper and Pearson's exact 95 % interval of a share; it covers at least 95 %, whatever n.
 
-    Where all of n are right its lower end is 0.025^(1/n), about 1 - 3.7/n. Of nothing (n = 0) it is 0 to 1.
-    https://doi.org/10.1093/biomet/26.4.404
+    If all of n are right, the lower end is 0.025^(1/n), about 1 - 3.7/n. For n = 0 the interval is
+    0 to 1. https://doi.org/10.1093/biomet/26.4.404
+
+    Args:
+        n_right: the count.
+        n: out of how many.
     """
     low = _beta_quantile(ENDS[0], n_right, n - n_right + 1) if n_right else 0.0
     high = _beta_quantile(ENDS[1], n_right + 1, n - n_right) if n_right < n else 1.0
@@ -38,9 +43,13 @@ def share(n_right: int, n: int) -> Interval:
 
 
 def wilson(n_right: int, n: int) -> Interval:
-    """Wilson's 95 % interval of a share: shorter than the exact one, and near 100 % it covers less than it says.
+    """Wilson's 95 % interval of a share: shorter than the exact one, too little cover near 100 %.
 
-    Of nothing (n = 0) it is 0 to 1. https://doi.org/10.1080/01621459.1927.10502953
+    For n = 0 the interval is 0 to 1. https://doi.org/10.1080/01621459.1927.10502953
+
+    Args:
+        n_right: the count.
+        n: out of how many.
     """
     if not n:
         return 0.0, 1.0
@@ -62,21 +71,22 @@ def share_over_trees(values: np.ndarray, trees: np.ndarray, seed: int = 0) -> In
 
 
 def over_trees(values: np.ndarray, trees: np.ndarray, weights: np.ndarray | None = None) -> Interval:
-    """The 95 % interval of a mean of rows, over trees: rows of one tree may hang together in any way.
+    """The 95 % interval of a mean of rows, over trees; rows of one tree may depend on each other.
 
-    Clopper and Pearson's upper end is a quantile of the beta distribution whose mean and variance are those of the
-    sample with one row more, a right one; their lower end, with a wrong one. Here it is one tree more, the heaviest, with
-    the variance over trees, as Fay and Feuer do it for weighted sums of Poisson counts. So one row a tree, right or wrong, has
-    Clopper and Pearson's interval, and where every row is right the lower end is theirs for so many trees.
+    Clopper and Pearson's upper end is a quantile of the beta distribution with mean and variance of
+    the sample plus one right row; the lower end, plus one wrong row. Here one tree is added, the
+    heaviest, and the variance is over trees, as Fay and Feuer do for weighted sums of Poisson
+    counts. With one row per tree, right or wrong, the interval is Clopper and Pearson's. If every
+    row is right, the lower end is theirs for the number of trees.
     https://doi.org/10.1002/(SICI)1097-0258(19970415)16:7<791::AID-SIM500>3.0.CO;2-#
 
     Args:
         values: bool or float [n], 0 to 1.
         trees: int [n], the tree of each row.
-        weights: float [n] of the rows in the mean, not below 0; all alike by default.
+        weights: float [n], weights of the rows in the mean, 0 or more; default: equal.
 
     Returns:
-        Its ends; 0 and 1 where no row has a weight.
+        The two ends; 0 and 1 if no row has a weight.
     """
     value, weight = _by_tree(values, trees, weights)
     if not weight.sum() > 0:
@@ -86,14 +96,14 @@ def over_trees(values: np.ndarray, trees: np.ndarray, weights: np.ndarray | None
 
 
 def _by_tree(values: np.ndarray, trees: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of each tree, of the weighted values and of the weights."""
+    """Per tree, the sums of the weighted values and of the weights."""
     _, tree = np.unique(trees, return_inverse=True)
     weights = np.ones(len(tree)) if weights is None else weights
     return np.bincount(tree, weights=np.asarray(values, np.float64) * weights), np.bincount(tree, weights=weights)
 
 
 def _end(value: np.ndarray, weight: np.ndarray, end: int) -> float:
-    """The lower (0) or upper (1) end, with the heaviest tree once more, all of it at that end."""
+    """The lower (0) or upper (1) end; the heaviest tree counts once more, wholly at that end."""
     value, weight = np.append(value, end * weight.max()), np.append(weight, weight.max())
     mean = value.sum() / weight.sum()
     variance = ((value - mean * weight) ** 2).sum() / weight.sum() ** 2
@@ -112,12 +122,14 @@ def _beta_quantile(quantile: float, a: float, b: float) -> float:
 
 
 def change_over_trees(changes: np.ndarray, trees: np.ndarray, most: float = 1.0) -> Interval:
-    """The 95 % interval of a mean change of rows, over trees: what rose and what fell, each as in `over_trees`, joined.
+    """The 95 % interval of a mean change of rows, over trees.
+
+    Rises and falls each have an interval of `over_trees`, and the two are joined.
 
     Args:
         changes: float [n], -most to most.
         trees: int [n], the tree of each row.
-        most: the largest change that could be.
+        most: the largest possible change.
     """
     changes = np.asarray(changes, np.float64) / most
     up, down = np.clip(changes, 0, None), np.clip(-changes, 0, None)
@@ -132,21 +144,24 @@ def change_over_trees(changes: np.ndarray, trees: np.ndarray, most: float = 1.0)
 def square_and_add(
     first: tuple[float, float, float], other: tuple[float, float, float], correlation: float = 0.0
 ) -> tuple[float, float, float]:
-    """The first less the other, with the interval that their intervals make, as Newcombe joins them and Zou and Donner say why.
+    """The first estimate minus the other, with the interval that follows from their intervals.
 
-    https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I, https://doi.org/10.1002/sim.3095
+    The intervals are joined as Newcombe does; Zou and Donner say why.
+    https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I,
+    https://doi.org/10.1002/sim.3095
 
     Args:
-        first, other: an estimate and its ends.
-        correlation: of the two estimates.
+        first: an estimate and its two ends.
+        other: an estimate and its two ends.
+        correlation: the correlation of the two estimates.
 
     Returns:
-        The difference and its ends.
+        The difference and its two ends.
     """
     (value, low, high), (other_value, other_low, other_high) = first, other
 
-    def reach(one: float, two: float) -> float:
-        return float(np.sqrt(max(0.0, one**2 + two**2 - 2 * correlation * one * two)))
+    def reach(end: float, other_end: float) -> float:
+        return float(np.sqrt(max(0.0, end**2 + other_end**2 - 2 * correlation * end * other_end)))
 
     difference = value - other_value
     down, up = reach(value - low, other_high - other_value), reach(high - value, other_value - other_low)
@@ -154,7 +169,14 @@ def square_and_add(
 
 
 def difference(n_right: int, n: int, other_right: int, n_other: int) -> tuple[float, float, float]:
-    """How much larger a share is than another of other trees, and the 95 % interval; NaN, -1 and 1 of nothing."""
+    """A share minus a share of other trees, and its 95 % interval; NaN, -1 and 1 if a count is 0.
+
+    Args:
+        n_right: the count of the first share.
+        n: out of how many.
+        other_right: the count of the other share.
+        n_other: out of how many.
+    """
     if not (n and n_other):
         return float("nan"), -1.0, 1.0
     first, other = (n_right / n, *share(n_right, n)), (other_right / n_other, *share(other_right, n_other))
@@ -162,10 +184,11 @@ def difference(n_right: int, n: int, other_right: int, n_other: int) -> tuple[fl
 
 
 def paired(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
-    """How much a share changes, after less before, when the same n trees are looked at twice, and its 95 % interval.
+    """The change of a share, after minus before, over the same n trees, and its 95 % interval.
 
     Args:
-        before, after: bool [n], row i of both is of one tree.
+        before: bool [n], one row per tree.
+        after: bool [n], the same trees.
     """
     changes = after.astype(np.float64) - before
     return float(changes.mean()) if len(changes) else 0.0, *change_over_trees(changes, np.arange(len(changes)))
@@ -174,10 +197,11 @@ def paired(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
 def stratified_difference(
     values: np.ndarray, exposed: np.ndarray, strata: np.ndarray, trees: np.ndarray
 ) -> tuple[float, float, float]:
-    """How much larger values are where exposed than where not, within strata alike, and its 95 % interval over trees.
+    """How much larger values are for exposed rows, within strata, and the 95 % interval over trees.
 
-    Strata are weighed as Mantel and Haenszel do, n1 n0 / (n1 + n0), so one without both kinds says nothing. Each kind is then
-    a weighted mean with an interval over trees, and the two are joined.
+    Strata are weighted as Mantel and Haenszel do, n1 n0 / (n1 + n0), so a stratum with one kind
+    only says nothing. Each kind then has a weighted mean with an interval over trees, and the two
+    are joined.
 
     Args:
         values: bool or float [n] rows, 0 to 1.
@@ -186,45 +210,55 @@ def stratified_difference(
         trees: int [n], the tree of each row.
 
     Returns:
-        The difference and its interval; NaN where no stratum has both kinds.
+        The difference and its interval; NaN if no stratum has both kinds.
     """
     sides, apart = [], []
     for kind, weights in zip((True, False), _weights(exposed, strata), strict=True):
-        some, of = np.asarray(values[exposed == kind], np.float64), trees[exposed == kind]
+        side, of = np.asarray(values[exposed == kind], np.float64), trees[exposed == kind]
         if not weights.any():
             return float("nan"), float("nan"), float("nan")
-        mean = float(np.average(some, weights=weights))
-        sides.append((mean, *over_trees(some, of, weights)))
-        apart.append((weights * (some - mean), of))
+        mean = float(np.average(side, weights=weights))
+        sides.append((mean, *over_trees(side, of, weights)))
+        apart.append((weights * (side - mean), of))
     return square_and_add(sides[0], sides[1], _correlation(apart))
 
 
 def _weights(exposed: np.ndarray, strata: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float64, of the exposed rows and of the others: n0 / (n1 + n0) and n1 / (n1 + n0) of their stratum."""
+    """float64 weights of the exposed rows and of the others: n0 / (n1 + n0) and n1 / (n1 + n0).
+
+    The counts are those of the row's stratum.
+    """
     _, stratum = np.unique(strata, return_inverse=True)
     n, n_exposed = np.bincount(stratum), np.bincount(stratum, weights=exposed)
     return (1 - n_exposed / n)[stratum[exposed]], (n_exposed / n)[stratum[~exposed]]
 
 
 def _correlation(sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Of two means that the same trees may carry; of each side its rows, weighted and less their mean, and their trees."""
+    """The correlation of two means that may share trees.
+
+    Args:
+        sides: per mean, its rows, weighted and minus their mean, and the rows' trees.
+    """
     first, other = sides
     _, tree = np.unique(np.concatenate([first[1], other[1]]), return_inverse=True)
     n_trees, of = tree.max() + 1, (tree[: len(first[1])], tree[len(first[1]) :])
-    one, two = (np.bincount(at, weights=rows, minlength=n_trees) for at, (rows, _) in zip(of, sides, strict=True))
-    size = np.sqrt((one**2).sum() * (two**2).sum())
-    return float((one * two).sum() / size) if size else 0.0
+    sums, others = (np.bincount(at, weights=rows, minlength=n_trees) for at, (rows, _) in zip(of, sides, strict=True))
+    size = np.sqrt((sums**2).sum() * (others**2).sum())
+    return float((sums * others).sum() / size) if size else 0.0
 
 
 def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], n_trees: int, seed: int) -> Interval:
-    """The 95 % percentile interval of any statistic of n_trees trees that is no mean, each resampled as a whole.
+    """The 95 % percentile interval of a statistic of n_trees trees, resampled as whole trees.
 
-    It holds the statistic of the trees themselves. NaN at both ends where all resamples give the same, which says nothing.
+    The interval includes the statistic of the trees themselves. Both ends are NaN if all resamples
+    agree, since such an interval says nothing.
 
     Args:
-        statistic: takes counts, float64 [resamples, n_trees] (how often each tree was drawn), and gives float64 [resamples].
-            NaNs among them (a resample the statistic is not defined for) are left out.
-        seed: of the resamples.
+        statistic: takes counts, float64 [resamples, n_trees] (how often each tree was drawn);
+            returns float64 [resamples]. NaNs (resamples for which the statistic is undefined) are
+            left out.
+        n_trees: number of trees.
+        seed: seed of the resamples.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -240,13 +274,14 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], n_trees: int, seed:
 
 
 def sign_flip(differences: np.ndarray, seed: int) -> float:
-    """The p of a mean difference of 0, two-sided, when each tree's difference could as well have had the other sign.
+    """Two-sided p of a mean difference of 0, if each tree's difference could have the other sign.
 
-    Right where a tree's two answers could be exchanged if nothing mattered, however few trees carry the mean. By chance draws.
+    The test is right if a tree's two answers are exchangeable under the null hypothesis, however
+    few trees carry the mean. It draws at random.
 
     Args:
         differences: float [n_trees].
-        seed: of the draws.
+        seed: seed of the draws.
     """
     carried = np.asarray(differences, np.float64)
     carried = carried[carried != 0]
@@ -260,16 +295,20 @@ def sign_flip(differences: np.ndarray, seed: int) -> float:
 
 
 def shuffled_within(values: np.ndarray, exposed: np.ndarray, strata: np.ndarray, trees: np.ndarray, seed: int) -> float:
-    """The p of a stratified difference of 0, two-sided, when trees alike could as well have had each other's exposures.
+    """Two-sided p of a stratified difference of 0, if similar trees could exchange their exposures.
 
-    Trees are alike whose rows lie in the same strata. Exact but for the chance draws, however the rows of a tree hang together.
+    Trees are similar if their rows lie in the same strata. The test is exact but for the random
+    draws, however the rows of a tree depend on each other.
 
     Args:
-        values, exposed, strata, trees: as of `stratified_difference`.
-        seed: of the draws.
+        values: see `stratified_difference`.
+        exposed: see `stratified_difference`.
+        strata: see `stratified_difference`.
+        trees: see `stratified_difference`.
+        seed: seed of the draws.
 
     Returns:
-        1 where no two trees alike have other exposures.
+        p; 1 if no two similar trees differ in exposure.
     """
     order = np.lexsort((strata, trees))
     values, exposed, strata, trees = (np.asarray(of)[order] for of in (values, exposed, strata, trees))
@@ -278,13 +317,13 @@ def shuffled_within(values: np.ndarray, exposed: np.ndarray, strata: np.ndarray,
     centred = values.astype(np.float64) - (np.bincount(stratum, weights=values) / n)[stratum]
     rng, total, totals = np.random.default_rng(seed), 0.0, np.zeros(N_DRAWS)
     for rows in _alike(trees, stratum):
-        some, at = centred[rows], exposed[rows].astype(np.float64)
-        total += float((some * at).sum())
+        group, at = centred[rows], exposed[rows].astype(np.float64)
+        total += float((group * at).sum())
         patterns, which = np.unique(at, axis=0, return_inverse=True)
         if len(patterns) == 1:
-            totals += float((some * at).sum())
+            totals += float((group * at).sum())
             continue
-        by_pattern, tree = some @ patterns.T, np.arange(len(some))
+        by_pattern, tree = group @ patterns.T, np.arange(len(group))
         for start in range(0, N_DRAWS, AT_ONCE):
             drawn = rng.permuted(np.tile(which.ravel(), (min(AT_ONCE, N_DRAWS - start), 1)), axis=1)
             totals[start : start + AT_ONCE] += by_pattern[tree, drawn].sum(axis=1)
@@ -292,42 +331,55 @@ def shuffled_within(values: np.ndarray, exposed: np.ndarray, strata: np.ndarray,
 
 
 def _alike(trees: np.ndarray, stratum: np.ndarray) -> list[np.ndarray]:
-    """Rows, int [n_trees, rows of each], of the trees whose rows lie in the same strata; rows are sorted by tree and stratum."""
+    """Rows, int [n_trees, rows per tree], of trees whose rows lie in the same strata.
+
+    The rows must be sorted by tree and stratum.
+    """
     starts = np.flatnonzero(np.diff(trees, prepend=trees[0] - 1)) if len(trees) else np.zeros(0, int)
     sizes, groups = np.diff(starts, append=len(trees)), []
     for size in np.unique(sizes):
         rows = starts[sizes == size][:, None] + np.arange(size)
         kinds, kind = np.unique(stratum[rows], axis=0, return_inverse=True)
-        groups += [rows[kind.ravel() == one] for one in range(len(kinds))]
+        groups += [rows[kind.ravel() == number] for number in range(len(kinds))]
     return groups
 
 
 def n_as_far(values: Sequence[float], which: int, rounding: float = 0.0) -> int:
-    """How many of n values lie as far from the median of all as one of them, itself counted.
+    """How many of n values are as far from the median of all as a given value, itself included.
 
-    Over n it is a p, two-sided, where any of the values could as well have been that one; no less than 1 / n.
+    Divided by n, the count is a two-sided p, if any of the values could as well have been the given
+    one. This p is at least 1 / n.
 
     Args:
-        values: n of them.
-        which: place of the one.
-        rounding: what distances are equal within.
+        values: n values.
+        which: index of the given value.
+        rounding: distances that differ by no more than this are equal.
     """
     distances = np.abs(np.asarray(values, np.float64) - np.median(values))
     return int((distances >= distances[which] - rounding).sum())
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Each p adjusted for all of them, as Holm does: one below 5 % is so in less than 5 % of studies where nothing is.
+    """Adjust each p for all of them, as Holm does.
 
+    If all null hypotheses hold, fewer than 5 % of studies have an adjusted p below 5 %.
     https://www.jstor.org/stable/4615733
+
+    Args:
+        p: the p values.
     """
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate(np.asarray(p, np.float64)[order] * np.arange(len(p), 0, -1))
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(stepped, 1.0)
-    return [float(one) for one in adjusted]
+    return [float(value) for value in adjusted]
 
 
 def total_variation(counts: np.ndarray, others: np.ndarray) -> float:
-    """Half the sum of the differences of two distributions, each given as counts or shares [k]: 0 alike, 1 disjoint."""
+    """Half the summed difference of two distributions: 0 equal, 1 disjoint.
+
+    Args:
+        counts: counts or shares [k].
+        others: counts or shares [k].
+    """
     return float(np.abs(counts / max(counts.sum(), 1e-300) - others / max(others.sum(), 1e-300)).sum() / 2)

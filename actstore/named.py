@@ -1,4 +1,4 @@
-"""Names: what a run or a set of trees may be called, and which models have one, in which folders."""
+"""Names of runs and datasets, and the folders in which models are found by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ SHIPPED = Path(str(resources.files("actstore.data")))
 
 
 def own_folder() -> Path:
-    """Where `add` puts a model by default: $ACTSTORE_MODELS, or the user's own folder, which is looked into from anywhere."""
+    """The folder in which `add` puts a model by default; its models are found from anywhere.
+
+    It is $ACTSTORE_MODELS, or the user's own folder.
+    """
     told = os.environ.get("ACTSTORE_MODELS")
     return Path(told).expanduser() if told else _user_folder()
 
@@ -25,12 +28,13 @@ def _user_folder() -> Path:
 
 
 def folders() -> list[Path]:
-    """Where models are looked up by name, first to last; the nearer comes first."""
+    """The folders in which models are looked up by name, nearest first."""
     told = [own_folder()] if os.environ.get("ACTSTORE_MODELS") else []
     return [*told, Path("data/checkpoints"), _user_folder(), SHIPPED / "checkpoints"]
 
 
 def by_name() -> dict[str, Path]:
+    """Files of all models, by name."""
     found: dict[str, Path] = {}
     for folder in folders():
         for path in sorted(folder.glob("[!.]*.safetensors")):
@@ -39,7 +43,7 @@ def by_name() -> dict[str, Path]:
 
 
 def place(name: str) -> Path | None:
-    """The file that a name means, seen from the folder one stands in."""
+    """The file of a model's name, as seen from the working folder; None if there is none."""
     return by_name().get(name)
 
 

@@ -1,4 +1,4 @@
-"""Files that a user asked for, written whole or not at all and outside every store; text that a terminal shows; how far work is."""
+"""Write a user's files whole or not at all, outside every store; printable text; progress."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 FIGURES = (".png", ".svg", ".pdf")
 
-# Shows how far work is: called with (name, total or None, unit in the plural) for each piece of work. The context that it
-# gives yields a function to call with (units done, total, the part just done), of which the last two may be left out.
+# Shows progress. Called with (name, total or None, unit in the plural) per piece of work; the context
+# yields a function to call with the units done and, optionally, the total and the part just done.
 Work = Callable[[str, int | None, str], AbstractContextManager[Callable[..., None]]]
 
 
@@ -32,22 +32,23 @@ def silent(what: str, total: int | None, unit: str) -> AbstractContextManager[Ca
 
 
 def save_figure(path: str | Path, figure: Figure, dpi: float | None = None) -> None:
-    """Write a figure in the format that the file's ending names (one of FIGURES), whole or not at all."""
+    """Write a figure, whole or not at all, in the format of the file's ending (one of FIGURES)."""
     kind = Path(path).suffix.removeprefix(".")
     replacing(path, lambda target: figure.savefig(target, format=kind, dpi=dpi or "figure"))
 
 
 def check_file(path: str | Path | None, option: str, endings: Sequence[str] = (), make: bool = False) -> None:
-    """Refuse a file that cannot be written, or must not be, before any work is done for it.
+    """Refuse a file that cannot or must not be written, before any work is done for it.
 
     Args:
-        path: the file; None where none is asked for.
-        option: the argument that named it, as the message calls it.
-        endings: those that say a format; any will do where none is given.
-        make: whether the file's folder will be made.
+        path: the file; None if no file is asked for.
+        option: the argument that named the file, for the message.
+        endings: the endings allowed; default: any.
+        make: True if the file's folder will be made.
 
     Raises:
-        BadInput: the ending says no format, the file lies in a store, or no file can be written there.
+        BadInput: the ending is not allowed, the file lies in a store, or no file can be written
+            there.
     """
     if path is None:
         return
@@ -68,10 +69,14 @@ def check_file(path: str | Path | None, option: str, endings: Sequence[str] = ()
 
 
 def check_folder(path: str | Path, option: str) -> None:
-    """Refuse a folder, which will be made where there is none, as check_file refuses a file.
+    """Refuse a folder as check_file refuses a file; the folder need not exist.
+
+    Args:
+        path: the folder.
+        option: the argument that named the folder, for the message.
 
     Raises:
-        BadInput: it is in a store, or no folder, or cannot be written.
+        BadInput: the path lies in a store, is not a folder, or cannot be written.
     """
     _check_folder(Path(path), f"got {option} {path}", make=True)
 
@@ -96,21 +101,26 @@ def _check_folder(path: Path, got: str, make: bool) -> None:
 
 
 def check_ending(path: str | None, endings: Sequence[str], option: str) -> None:
-    """Refuse a file whose ending says no format, before any work is done for it.
+    """Refuse a file's ending, before any work is done for the file.
+
+    Args:
+        path: the file.
+        endings: the endings allowed.
+        option: the argument that named the file, for the message.
 
     Raises:
-        BadInput: says which endings there are.
+        BadInput: names the endings allowed.
     """
     if path and endings and Path(path).suffix not in endings:
         raise BadInput(f"got {option} {path}; a file ends in {', '.join(endings)}")
 
 
 def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: beside its place, durably, and then into it.
+    """Write a file whole or not at all: next to its place, durably, then renamed into place.
 
     Args:
-        path: where; what stood there is replaced, and a link leads on to the file it names.
-        write: is given the path to write to, which has no ending.
+        path: the file; an existing file is replaced, and a link is followed.
+        write: takes the path to write to, which has no ending.
 
     Raises:
         BadInput: the file lies in a store, or no file can be written there.
@@ -140,7 +150,7 @@ STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control, format, surrogat
 
 
 def printable(text: str) -> str:
-    """Text with its control characters written out (ESC as `\\x1b`); line breaks and tabs stay."""
+    """Escape control characters (ESC as `\\x1b`); line breaks and tabs stay."""
     if text.isprintable():
         return text
     return "".join(_written_out(character) for character in text)

@@ -1,4 +1,4 @@
-"""Which sites a caller means: by short name, by TransformerLens' name or key, or by a family for every layer of it."""
+"""Resolve a caller's sites: short names, TransformerLens' names or keys, and families of layers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ from actstore.errors import BadInput, NotStored
 if TYPE_CHECKING:
     from actstore.advice import Held
 
-SITE = "resid_post.0"  # read where none is named
+SITE = "resid_post.0"  # the default
 Site = str | tuple[str, int]  # `resid_post.0`, `blocks.0.hook_resid_post` or TransformerLens' key ("resid_post", 0)
 OF_A_BLOCK = re.compile(r"blocks\.(\d+)\.(?:attn\.)?hook_(\w+)")
 SPELLINGS = "a site is spelled 'embed', 'resid_post.0', 'blocks.0.hook_resid_post' or ('resid_post', 0)"
 
 
 def wanted(store: Held, run: str, site: Site | None, sites: Sequence[Site] | None) -> list[str]:
-    """The names of the sites meant; whether the run holds them is not looked at here.
+    """Names of the sites that a caller means; the run need not hold them.
 
     Args:
-        site: one; SITE where neither is given.
-        sites: several; a family (`resid_post`) among them stands for every layer of it that the run holds.
+        store: the store.
+        run: the run's name.
+        site: one site; default: SITE.
+        sites: several sites; a family (`resid_post`) stands for every layer of it that the run
+            holds.
 
     Raises:
-        BadInput: one and several are given, none of several, a family for one, or what names no site.
+        BadInput: both site and sites are given, sites is empty, site is a family, or a name is no
+            site's.
     """
     if sites is None:
         if isinstance(site, (list, tuple, set)) and not _is_key(site):
@@ -50,12 +54,15 @@ def wanted(store: Held, run: str, site: Site | None, sites: Sequence[Site] | Non
         )
     if isinstance(sites, (str, set)) or not isinstance(sites, Iterable) or not (named := list(sites)):
         raise BadInput(f"got sites {sites!r}; give a list of sites, such as ['embed', 'resid_post.0'], or site for one")
-    names = [_name(store, run, one) for one in named]
+    names = [_name(store, run, spelled) for spelled in named]
     return [layer for name in names for layer in _layers(store, run, name) or [name]]
 
 
 def _is_key(site: Any) -> bool:
-    """Whether it is a key of TransformerLens' ActivationCache, ("resid_post", 0) or ("pattern", 0, "attn")."""
+    """True for a key of TransformerLens' ActivationCache.
+
+    Keys are ("resid_post", 0) or ("pattern", 0, "attn").
+    """
     if not isinstance(site, tuple) or len(site) not in (2, 3) or not isinstance(site[0], str):
         return False
     layer = site[1]
@@ -73,7 +80,7 @@ def _name(store: Held, run: str, site: Any) -> str:
 
 
 def _layers(store: Held, run: str, name: str) -> list[str]:
-    """The sites of a family that a run holds; none where the name is of no family."""
+    """The sites of a family that a run holds; [] if the name is not a family."""
     return [held for held in store.sites(run) if held.partition(".")[0] == name] if name in FAMILIES else []
 
 
@@ -84,7 +91,7 @@ def _n_layers(store: Held, run: str) -> int | None:
 
 
 def not_held(store: Held, run: str, site: str) -> NotStored:
-    """What to say of a site that a run does not hold: whether its model has it, which is near, and what stores it."""
+    """The error for a site that the run does not hold: near names, and what would store it."""
     held, n_layers = store.sites(run), _n_layers(store, run)
     found = OF_A_BLOCK.fullmatch(site)
     short = f"{found[2]}.{found[1]}" if found else site.removeprefix("hook_")
@@ -105,7 +112,7 @@ def not_held(store: Held, run: str, site: str) -> NotStored:
 
 
 def in_short(names: Sequence[str]) -> str:
-    """`embed, resid_post.0 to resid_post.5`: three and more layers of a family that follow each other are written as a range."""
+    """`embed, resid_post.0 to resid_post.5`: three or more successive layers become a range."""
     parts: list[list[str]] = []
     for name in names:
         family, _, layer = name.partition(".")

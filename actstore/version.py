@@ -1,3 +1,3 @@
-"""The version of the package; pyproject.toml names the same."""
+"""The package's version; pyproject.toml names the same."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""How a token's id is made, and what it says of where the token's activation is."""
+"""How a token's id is made, and where the id says that the token's activation is."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ POSITION_BITS, POSITION_MASK = 8, 255
 
 
 def token_ids(tree_id: np.ndarray, position: np.ndarray | int) -> np.ndarray:
-    """int64: the ids of the tokens at positions, [0, 256), of trees; both integers, of shapes that broadcast."""
+    """int64: ids of the tokens at the given positions of trees.
+
+    Args:
+        tree_id: integers.
+        position: integers in [0, 256), of a shape that broadcasts with tree_id's.
+    """
     return tree_id.astype("int64") * POSITIONS_PER_TREE + position
 
 
 def positions(token_id: np.ndarray) -> np.ndarray:
-    """The position of each token in its tree, [0, 256), in the dtype of the ids."""
+    """Position of each token in its tree, [0, 256), in the dtype of the ids.
+
+    Args:
+        token_id: integers.
+    """
     return token_id & POSITION_MASK

@@ -1,1 +1,1 @@
-"""One query: a locked session, its parameters, a process that can be killed, and vectors in SQL."""
+"""One query: a locked session, parameters, a process that can be killed, and vectors in SQL."""

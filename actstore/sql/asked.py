@@ -1,4 +1,4 @@
-"""What a query says, as DuckDB's own parser reads it: which ids it takes for tokens, and whether it says whose answers it wants."""
+"""What DuckDB's parser says of a query: the ids it takes for tokens, and whether it names a run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from actstore.sql.session import Session
 
 Node = dict[str, Any]
 TAKE_TOKENS = ("act", "logit_lens")  # functions whose first argument is a token_id
-OF_RUNS = ("outcomes", "predictions", "generations")  # tables in which several runs answer for one tree
+OF_RUNS = ("outcomes", "predictions", "generations")  # tables that hold answers of several runs for one tree
 MATTERS = re.compile(rf"\b(?:{'|'.join((*TAKE_TOKENS, *OF_RUNS))})\b", re.IGNORECASE)  # else no query need be parsed
 RUN = re.compile(r"\brun\b", re.IGNORECASE)
 NO_TOKEN = "a token is named by tree_id * 256 + position, so token 300 is no part of tree 300"
 
 
 class Asked:
-    """One query, parsed. Of a statement that the parser does not hand out, such as PIVOT, nothing is found.
+    """One parsed query.
 
-    Attributes:
-        tree: the JSON of each of its statements; empty where the parser hands out none.
+    A statement that the parser does not return, such as PIVOT, has no nodes.
 
     Args:
-        session: whose parser.
+        session: the session whose parser is used.
         query: any text.
     """
 
@@ -39,13 +38,15 @@ class Asked:
             self.tree = [] if parsed["error"] else parsed["statements"]
 
     def refuse_other_ids(self, reads: bool) -> None:
-        """Refuse a column that is taken for a token_id and is named as another thing; an expression may be anything.
+        """Refuse a column used as a token_id whose name says otherwise; expressions are allowed.
 
         Args:
-            reads: the query's token_id says which tokens are read, so that it may be no other column renamed.
+            reads: True if activations are read at the query's token_id, so that no other column may
+                be renamed to it.
 
         Raises:
-            BadInput: `act` or `logit_lens` is given such a column, or a token_id is one renamed.
+            BadInput: `act` or `logit_lens` takes such a column, or such a column is renamed to
+                token_id.
         """
         local = {name for found in nodes(self.tree, "LAMBDA") for name in _names(found["lhs"])}
         calls = [found for found in nodes(self.tree, "FUNCTION") if found["function_name"].lower() in TAKE_TOKENS]
@@ -67,18 +68,18 @@ class Asked:
 
     @property
     def names_a_run(self) -> bool:
-        """A column `run` stands somewhere in it."""
+        """True if the query mentions a column `run` anywhere."""
         if not self.tree:
             return bool(RUN.search(self.query))
         return "run" in _names(self.tree) or any("run" in _using(join) for join in _joins(self.tree))
 
     def without_run(self, columns: Sequence[str]) -> dict[str, str]:
-        """Tables of OF_RUNS, by alias, of which the query neither says which run it wants nor yields the run.
+        """Tables of OF_RUNS, by alias, for which the query neither chooses a run nor yields one.
 
-        Of tables that are joined by their run the first stands for all.
+        Of tables joined by their run, the first stands for all.
 
         Args:
-            columns: that the query yields.
+            columns: the query's columns.
         """
         if any(found.get("type") == "SHOW_REF" for found in _dicts(self.tree)):  # DESCRIBE, SUMMARIZE
             return {}
@@ -94,12 +95,12 @@ class Asked:
 
 
 def nodes(tree: Any, kind: str) -> Iterator[Node]:
-    """All nodes of a class below one, itself included."""
+    """All nodes of a class in a JSON tree, the root included."""
     return (node for node in _dicts(tree) if node.get("class") == kind)
 
 
 def _dicts(tree: Any, within: bool = False) -> Iterator[Node]:
-    """All JSON objects below one, itself included; with `within` none of a SELECT that is nested in it."""
+    """All JSON objects in a tree, root included; `within` leaves out those of nested SELECTs."""
     left = [tree]
     while left:
         node = left.pop()
@@ -123,13 +124,13 @@ def _using(join: Node) -> list[str]:
 
 
 def _entries(node: Node) -> list[Node]:
-    """The WITH of a SELECT."""
+    """The WITH entries of a SELECT."""
     found: list[Node] = node["cte_map"]["map"] if "cte_map" in node else []
     return found
 
 
 def _names(tree: Any) -> set[str]:
-    """Of every column that is mentioned, without its table."""
+    """Names of all mentioned columns, without their tables."""
     return {found["column_names"][-1].lower() for found in nodes(tree, "COLUMN_REF")}
 
 
@@ -137,7 +138,7 @@ def _names(tree: Any) -> set[str]:
 
 
 def _given(call: Node) -> str | None:
-    """The column that a function is given as a token_id; None where it is given an expression."""
+    """The column that a function takes as token_id; None if the argument is an expression."""
     path, arguments = call["qualified_name"]["path"], call["arguments"]
     if len(path) > 1 and len(arguments) == 2:  # tree_id.act('run', 'site')
         return str(path[-2]).lower()
@@ -150,13 +151,13 @@ def _is_token_id(column: str) -> bool:
 
 
 def _other_ids() -> set[str]:
-    """Columns of the tables that say something of a tree, but the token_id."""
+    """Columns other than token_id of the tables about trees."""
     columns = column_comments()
     return {column for table, column in columns if (table, "tree_id") in columns} - {"token_id"}
 
 
 def _renamed(tree: Any) -> Iterator[str]:
-    """The columns that a SELECT, or a list of names behind it, renames to a token_id."""
+    """The columns that a SELECT, or a list of names after it, renames to token_id."""
     for node in _dicts(tree):
         for item in node["select_list"] if node.get("type") == "SELECT_NODE" else ():
             if _is_token_id(item["alias"]):
@@ -189,9 +190,10 @@ def _by_place(names: Sequence[str], node: Node) -> Iterator[str]:
 
 
 def _groups(select: Node) -> list[dict[str, str]]:
-    """The tables of OF_RUNS that a SELECT reads, by alias; those that it joins by their run in one group.
+    """The tables of OF_RUNS that a SELECT reads, by alias, grouped by joins on their run.
 
-    A group that is joined by run with anything else is left out: that may say which run is meant.
+    A group that is also joined on the run with another table is left out, since that table may
+    choose the run.
     """
     tables = {_alias(table): table["table_name"].lower() for table in _sources(select["from_table"])}
     group = {alias: {alias} for alias in tables}
@@ -203,7 +205,7 @@ def _groups(select: Node) -> list[dict[str, str]]:
         group |= dict.fromkeys(together, together)
     found: list[dict[str, str]] = []
     for alias in tables:
-        named = {one: tables.get(one, "") for one in sorted(group[alias])}
+        named = {other: tables.get(other, "") for other in sorted(group[alias])}
         if set(named.values()) <= set(OF_RUNS) and named not in found:
             found.append(named)
     return found
@@ -214,7 +216,7 @@ def _alias(table: Node) -> str:
 
 
 def _sources(table: Node | None) -> Iterator[Node]:
-    """The tables that a FROM names, and not those within its subqueries."""
+    """The tables of a FROM, without those of its subqueries."""
     if table and table["type"] == "BASE_TABLE":
         yield table
     elif table and table["type"] == "JOIN":
@@ -223,7 +225,10 @@ def _sources(table: Node | None) -> Iterator[Node]:
 
 
 def _sides(join: Node) -> Iterator[str]:
-    """Aliases of what a join by name joins: of a side of several tables those of OF_RUNS, or all where it has none."""
+    """Aliases on both sides of a join by name.
+
+    A side of several tables gives those of OF_RUNS, or all if there are none.
+    """
     for side in (join["left"], join["right"]):
         if side["type"] not in ("BASE_TABLE", "JOIN"):
             yield _alias(side)
@@ -240,16 +245,18 @@ def _equal_runs(select: Node) -> Iterator[tuple[Node, Node]]:
 
 
 def _table(node: Node) -> str:
-    """The alias of a column `alias.run`; empty for anything else."""
+    """The alias of a column `alias.run`; "" for anything else."""
     names = [name.lower() for name in node.get("column_names", ())]
     return names[-2] if len(names) > 1 and names[-1] == "run" else ""
 
 
 def _is_named(select: Node, group: dict[str, str], passed_on: bool) -> bool:
-    """Whether a SELECT mentions the run of a group of tables in more than the joins of the group.
+    """True if a SELECT mentions a group's run outside the group's joins.
 
     Args:
-        passed_on: a run that a `*` yields is mentioned elsewhere.
+        select: the SELECT.
+        group: aliases of the group.
+        passed_on: True if a run that `*` yields is mentioned elsewhere.
     """
     ties = {id(side) for pair in _equal_runs(select) for side in pair}
     if any(_table(found) in group for found in nodes(select, "COLUMN_REF") if id(found) not in ties):

@@ -1,11 +1,12 @@
-"""Vectors inside SQL: `act`, `logit_lens`, `probe_direction`, the table macro `activations`, and macros over vectors.
+"""Vectors in SQL: `act`, `logit_lens`, `probe_direction`, table macro `activations`, vector macros.
 
-The first three are Arrow functions: DuckDB hands over up to 2,048 rows at a time, from several threads, and NULL in is
-NULL out. Vectors are FLOAT[d_model] (logits FLOAT[d_vocab]) where the store's runs share one width, so that DuckDB's array
-functions apply. A SQL function has one return type, so where they differ it is a list, FLOAT[], of each run's own width:
-the macros work on both, and `x::float[128]` makes an array of one.
+The first three are Arrow functions. DuckDB calls them with up to 2,048 rows at a time, from several
+threads; NULL in gives NULL out. Vectors are FLOAT[d_model] (logits FLOAT[d_vocab]) if all runs of
+the store share one width, so that DuckDB's array functions apply. A SQL function has one return
+type. If the widths differ, the type is therefore a list, FLOAT[], of each run's own width. The
+macros take both, and `x::float[128]` makes an array of a list.
 
-The macros live in the session's own database, never in the catalog, where they would break every other client.
+The macros live in the session's own database. In the catalog, they would break every other client.
 """
 
 from __future__ import annotations
@@ -54,11 +55,15 @@ MACROS = {  # `{vector}` is array where widths agree and list where they do not
 
 
 def add_functions(session: Session, store: Snapshot) -> Vectors:
-    """Give a session the functions and macros of this module, over the runs of its store, and return what they read with.
+    """Register act(), logit_lens() … on a session.
 
     Args:
-        session: the store's own, on the same snapshot.
-        store: kept by a weak reference, since the garbage collector does not see what a connection's functions hold.
+        session: the store's own session, on the same snapshot.
+        store: kept by a weak reference, since the garbage collector does not see what a
+            connection's functions hold.
+
+    Returns:
+        The `Vectors` that the functions read with.
     """
     d_models = store.sql("select distinct shape[3] as d from sites where kind = 'resid'")["d"].to_list()
     d_vocabs = store.sql("select distinct d_vocab as d from runs join models using (weights_sha256)")["d"].to_list()
@@ -80,14 +85,14 @@ def add_functions(session: Session, store: Snapshot) -> Vectors:
 
 
 def _shared(widths: Sequence[int | None]) -> int | None:
-    """The one width there is; None where there are several or none."""
+    """The one width of all; None if there are several or none."""
     return widths[0] if len(widths) == 1 else None
 
 
 class Vectors:
-    """The functions, as DuckDB calls them: Arrow columns of up to 2,048 rows in, one Arrow array out.
+    """The functions as DuckDB calls them: Arrow columns of up to 2,048 rows in, an Arrow array out.
 
-    What they need of the store is looked up once: a query of a million rows calls them 500 times.
+    Facts about the store are looked up once, since a query of a million rows makes 500 calls.
     """
 
     def __init__(self, store: Callable[[], Snapshot | None], d_model: int | None, d_vocab: int | None) -> None:
@@ -98,10 +103,12 @@ class Vectors:
         self._directions: dict[str, np.ndarray] = {}
 
     def act(self, token_ids: pa.ChunkedArray, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
+        """Activations of tokens: the SQL function `act`."""
         ids = token_ids.to_numpy()
         return _by_group(lambda rows, *where: self.reader(*where).gather(ids[rows]), self.d_model, run, site)
 
     def logit_lens(self, token_ids: pa.ChunkedArray, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
+        """Logits of tokens' residual streams: the SQL function `logit_lens`."""
         ids = token_ids.to_numpy()
 
         def logits(rows: np.ndarray, run: str, site: str) -> np.ndarray:
@@ -110,10 +117,11 @@ class Vectors:
         return _by_group(logits, self._d_vocab, run, site)
 
     def probe_direction(self, name: pa.ChunkedArray) -> pa.Array:
+        """Recorded directions by name: the SQL function `probe_direction`."""
         return _by_group(lambda rows, name: np.tile(self._direction(name), (len(rows), 1)), self.d_model, name)
 
     def batches_of(self, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
-        """The trees of a site that are there: a list of (first tree_id, number of trees)."""
+        """The trees stored for a site: a list of (first tree_id, number of trees)."""
         asked = list(zip(run.to_pylist(), site.to_pylist(), strict=True))
         found = {where: self._batches(*where) for where in set(asked)}
         batch = pa.struct([("first_tree_id", pa.int32()), ("n_trees", pa.int32())])
@@ -127,11 +135,15 @@ class Vectors:
         return store
 
     def reader(self, run: str, site: str) -> SiteReader:
-        """Of a residual site.
+        """The reader of a residual site.
+
+        Args:
+            run: the run's name.
+            site: the site's name.
 
         Raises:
             NotStored: there is no such run or site.
-            BadInput: it is a pattern, or the store is closed.
+            BadInput: the site is a pattern, or the store is closed.
         """
         store = self._store
         reader = store.reader(run if (run, site) in self._checked else store.run(run), site)
@@ -169,12 +181,13 @@ class Vectors:
 def _by_group(
     read: Callable[..., np.ndarray], width: int | None, first: pa.ChunkedArray, *others: pa.ChunkedArray
 ) -> pa.Array:
-    """One vector a row, read at once for all rows that share their names.
+    """One vector per row; rows that share their names are read in one call.
 
     Args:
-        read: rows intp [n] and a value of each column → float32 [n, d].
-        width: d of every vector, for a fixed-size list; None for a list.
-        first, others: columns of text, the names.
+        read: takes rows, intp [n], and a value of each column; returns float32 [n, d].
+        width: d, for a fixed-size list; None for a list.
+        first: a column of text: the first name.
+        others: columns of text: further names.
     """
     if not len(first):  # every row had a NULL
         return pa.array([], pa.list_(pa.float32(), width or -1))
@@ -189,8 +202,8 @@ def _groups(*columns: pa.ChunkedArray) -> Iterator[tuple[tuple[str, ...], np.nda
     """The names that rows share, and the rows: intp, in their order."""
     n = len(columns[0])
     firsts = tuple(column[0] for column in columns)
-    if all(pc.all(pc.equal(column, one)).as_py() for column, one in zip(columns, firsts, strict=True)):
-        yield tuple(one.as_py() for one in firsts), np.arange(n)  # as nearly every query has it
+    if all(pc.all(pc.equal(column, first)).as_py() for column, first in zip(columns, firsts, strict=True)):
+        yield tuple(first.as_py() for first in firsts), np.arange(n)  # as in nearly every query
         return
     rows: dict[tuple[str, ...], list[int]] = {}
     for row, names in enumerate(zip(*(column.to_pylist() for column in columns), strict=True)):
@@ -199,7 +212,7 @@ def _groups(*columns: pa.ChunkedArray) -> Iterator[tuple[tuple[str, ...], np.nda
 
 
 def _arrow(X: np.ndarray, width: int | None) -> pa.Array:
-    """float32 [n, d] as Arrow: a view of its memory."""
+    """float32 [n, d] as Arrow, sharing its memory."""
     values = pa.array(np.ascontiguousarray(X, np.float32).reshape(-1))
     if width:
         return pa.FixedSizeListArray.from_arrays(values, width)
@@ -209,8 +222,12 @@ def _arrow(X: np.ndarray, width: int | None) -> pa.Array:
 def _read_direction(store: Snapshot, name: str) -> np.ndarray:
     """float32 [d_model]: the direction last recorded under a name.
 
+    Args:
+        store: the store.
+        name: the direction's name.
+
     Raises:
-        NotStored: there is none of that name, or the catalog is from before there were any.
+        NotStored: there is no direction of this name, or the catalog predates directions.
     """
     if "direction" not in store.sql("from results limit 0").columns:
         raise NotStored(

@@ -1,10 +1,10 @@
-"""`act` in a query's outermost SELECT, read for all rows at once after the query instead of within it.
+"""Gather `act` of a query's top SELECT for all rows at once, after the query.
 
-DuckDB calls a function for up to 2,048 rows at a time, and for every row that an ORDER BY or a join after it looks at. Where
-the rest of a query does not depend on what `act` gives, the query can yield the token ids in its place, and the activations
-are gathered for the rows that come out: in one go, and for none that a LIMIT leaves out. What is rewritten is the query's own
-text, `act(token_id, 'run', 'site') as x` becoming `token_id as x`, at the place that DuckDB's own parser names; a query of any
-other form runs as it is. Which of the two runs is known when the query is prepared, so that no query runs twice.
+DuckDB calls a function for up to 2,048 rows at a time, and for every row that an ORDER BY or a join
+looks at. If the rest of a query does not depend on the result of `act`, the query can yield token
+ids instead. Activations are then gathered in one call, only for the rows that the query returns.
+The query's text is rewritten, `act(token_id, 'run', 'site') as x` to `token_id as x`, at the place
+that DuckDB's own parser names. Any other query runs unchanged.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class _NotPlain(Exception):
 
 @dataclass(frozen=True)
 class Taken:
-    """A query without its outermost `act`.
+    """A query whose `act` calls in the top SELECT are taken out.
 
     Attributes:
-        query: yields the token ids in the place of their activations; in UTF-8 as long as the query that was asked.
-        columns: run and site of each column that is to be gathered, by its name.
-        params: those that are left.
+        query: yields token ids instead of activations.
+        columns: (run, site) of each column to gather, by the column's name.
+        params: the parameters that the query still takes.
     """
 
     query: str
@@ -83,7 +83,7 @@ def sql(
     schema: str | None = None,
     check: Check | None = None,
 ) -> pl.DataFrame:
-    """As Session.sql; raises what it and the gather raise."""
+    """Run a query as Session.sql does, gathering `act` afterwards if possible; raises the same."""
     taken = take_out(asked, dict(params or {}), vectors) if vectors.d_model and NAMED.search(asked.query) else None
     if not taken:
         return session.sql(asked.query, params, schema, check)
@@ -114,12 +114,7 @@ def sql(
 
 
 def take_out(asked: Asked, params: dict[str, Any], vectors: Vectors) -> Taken | None:
-    """A query's outermost `act` taken out of it.
-
-    Returns:
-        None where the query has none, or something rests on it. Then `vectors.not_taken` counts why: "form" for the query's
-        own, "JSON" where DuckDB's parser names things otherwise than this module knows.
-    """
+    """Take `act` out of a query's top SELECT; None if there is none or another part needs it."""
     try:
         form = _read(asked.tree)
     except (KeyError, TypeError):
@@ -190,8 +185,7 @@ def _taken(form: Form, query: str, params: dict[str, Any]) -> Taken | None:
 
 
 def _without(query: str, calls: list[Call]) -> str | None:
-    """The text with blanks in the place of each call but its first argument, so that every place in it (of bytes) stays;
-    None where a call is written otherwise, as in token_id.act('run', 'site')."""
+    """The query's text with each call replaced by its first argument; places count bytes."""
     content = bytearray(query.encode())
     for call in calls:
         (start, stop), (first, last) = call.span, call.column
@@ -203,7 +197,9 @@ def _without(query: str, calls: list[Call]) -> str | None:
 
 
 def _as_asked(said: str, ran: str, asked: str) -> str:
-    """What is said of the query that ran, with the line that shows a place in it in the words of the one that was asked."""
+    """What is said of the query that ran, with the line that shows a place in it in the words of
+    the one that was asked.
+    """
     if (found := PLACE.match(said)) and (at := ran.encode().find(found[2].encode())) >= 0:
         line = asked.encode()[at : at + len(found[2].encode())].decode(errors="replace")
         return found[1] + line + said[found.start(3) :]

@@ -21,11 +21,11 @@ LAYER_NORM_EPS = 1e-5  # TransformerLens' own, which every model here is built w
 
 @dataclass(frozen=True)
 class Unembedding:
-    """What makes logits of a residual stream: a model's final LayerNorm and its unembedding.
+    """A model's final LayerNorm and unembedding, which turn a residual stream into logits.
 
     Attributes:
-        w: float32 [d_model], scale of the LayerNorm.
-        b: float32 [d_model], its offset.
+        w: float32 [d_model], the LayerNorm's scale.
+        b: float32 [d_model], the LayerNorm's offset.
         W_U: float32 [d_model, d_vocab].
         b_U: float32 [d_vocab].
     """
@@ -44,10 +44,14 @@ class Unembedding:
 
 
 def read_unembedding(store: Snapshot, weights_sha256: str) -> Unembedding:
-    """The last layer of a model, out of the weights that the store keeps.
+    """Read a model's last layer from the weights in the store.
+
+    Args:
+        store: the store.
+        weights_sha256: hash of the weights' file.
 
     Raises:
-        Damaged: the file is not there, or is not the one that the run ran.
+        Damaged: the file is missing, or is not the committed one.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load

@@ -1,7 +1,8 @@
-"""A query's parameters as JSON, for the process that a query with limits runs in: every type that SQL has a literal for.
+"""A query's parameters as JSON, for the process of a query with limits: any type of a SQL literal.
 
-JSON itself holds NULL, booleans, whole numbers, text and, in Python's dialect, any float. Everything else is an object
-with one key that says its type; a dict is one of those, so that no value can pass for another.
+JSON itself holds NULL, booleans, whole numbers, text and, in Python's dialect, any float. Any other
+value becomes an object whose one key names the value's type. A dict becomes such an object, too, so
+that no value can pass for another.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ TAGGED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {  
 
 
 def to_json(value: Any) -> Any:
-    """A parameter, or a mapping of them, in JSON's own types.
+    """Convert a parameter, or a mapping of parameters, to JSON's own types.
+
+    Args:
+        value: the parameter.
 
     Raises:
-        BadInput: it is of a type that no query takes.
+        BadInput: the value has a type that no query takes.
     """
     if type(value) in PLAIN:
         return value
@@ -57,7 +61,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The parameter again; a tuple and an array are a list, and a number of numpy is Python's."""
+    """Convert a parameter back; tuples and arrays become lists, numpy's numbers Python's."""
     if isinstance(value, list):
         return [from_json(held) for held in value]
     if not isinstance(value, dict):

@@ -1,13 +1,13 @@
-"""One query in a process of its own, which can be killed: limits of time and memory that hold whatever the query does.
+"""A query in a process that can be killed: its limits of time and memory hold in all cases.
 
-DuckDB stops a query between two vectors of rows, and counts what its own operators hold. One function call on one vector
-can run for minutes or hold gigabytes in between (`repeat('x', 2^33)`, a list of 10^10 numbers, a regular expression), so a
-query with a limit runs in a fresh process, `python -m actstore.reading.worker`, on the very catalog file that its store has open.
+DuckDB stops a query between two vectors of rows, and counts the memory of its own operators. One
+function call on one vector can run for minutes or hold gigabytes meanwhile (`repeat('x', 2^33)`, a
+list of 10^10 numbers, a regular expression). A query with a limit therefore runs in a new process,
+`python -m actstore.reading.worker`, on the catalog file that its store has open.
 
-The request goes in as a line of JSON (see parameters.py); out come a byte when the query is about to begin, a line with the
-query's columns when it is prepared, then a byte that says what follows: a line of notes and the rows as an Arrow IPC stream,
-or an error as JSON. A call has one process, which prepares the query once and runs it once: the limits hold over both.
-When the parent goes, the standard input ends, and the process with it.
+The request is one line of JSON (see parameters.py). The answer begins with a byte when the query is
+about to begin, then a byte that says what follows: a line of notes and the rows as an Arrow IPC
+stream, or an error as JSON. When the parent ends, the standard input ends, and the process with it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from actstore.sql.snapshot import Snapshot
 from actstore.storage.machine import OUT_OF_MEMORY, within_limits
 
 READY, COLUMNS, ROWS, ERROR = b"!", b"=", b"+", b"-"
-LOOK_UP = 0.02  # seconds between looks at the clock and at the memory: a process fills some 50 MB in it
+LOOK_UP = 0.02  # seconds between checks of clock and memory: a process fills some 50 MB in it
 START = 120.0  # seconds a process may take to start; a busy machine needs 5
 HEADROOM = 256 << 20  # bytes beside the limit that threads and allocators may reserve without using them
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
@@ -48,11 +48,11 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a query may take.
+    """Limits of one query.
 
     Attributes:
-        timeout: seconds, from when its process is ready; None for no limit.
-        memory: bytes beyond what its process starts with; None for no limit.
+        timeout: seconds from when the process is ready; None for no limit.
+        memory: bytes beyond the process's own at its start; None for no limit.
     """
 
     timeout: float | None
@@ -60,10 +60,14 @@ class Limits:
 
     @classmethod
     def of(cls, timeout: float | None, memory: str | int | None) -> Limits:
-        """Limits as users give them: seconds, and bytes or text such as `2GB`, `512MB` or `1.5GiB`.
+        """Limits from a user's values.
+
+        Args:
+            timeout: seconds.
+            memory: bytes, or text such as `2GB`, `512MB` or `1.5GiB`.
 
         Raises:
-            BadInput: they are no limits.
+            BadInput: a value is not a limit.
         """
         if timeout is not None and not (
             isinstance(timeout, (int, float)) and math.isfinite(timeout) and 0 < timeout <= threading.TIMEOUT_MAX
@@ -91,20 +95,21 @@ def run(
     reads: str | None = None,
     check: Check | None = None,
 ) -> pl.DataFrame:
-    """Run one query of a store in a process of its own, which reads the same snapshot though a new one is there.
+    """Run one query in its own process, on the store's snapshot even if a newer one exists.
 
     Args:
-        store: the whole, or of one run; the process refuses another in its place, and checks files where the store does.
-        query, params: as Store.sql takes them.
-        limits: what it may take.
+        store: the whole store, or the store of one run. The process refuses another folder in its
+            place, and checks files if the store does.
+        query: see Store.sql.
+        params: see Store.sql.
+        limits: the query's limits.
         reads: the run whose activations are read at the query's token_id, see scope.ask.
-        check: see Session.sql; where it raises, the process is killed.
 
     Raises:
-        LimitReached: it took longer or more; its process is gone.
-        BadInput: a parameter cannot be handed on.
-        Damaged: the folder was moved or replaced since it was opened.
-        ActstoreError: what Store.sql would have raised.
+        LimitReached: the query reached a limit; its process was killed.
+        BadInput: a parameter has a type that no query takes.
+        Damaged: the folder was moved or replaced after it was opened.
+        ActstoreError: any error of Store.sql.
     """
     catalog, folder = store.session.fileno(), store.folder
     folder.check()
@@ -155,10 +160,10 @@ def run(
 
 
 def _wait(process: subprocess.Popen[bytes], limits: Limits, check: Check | None) -> bytes:
-    """What the process answers after the columns, whole; less where it died.
+    """Read the process's whole answer, or the part before it died.
 
     Raises:
-        LimitReached: it took more than it may.
+        LimitReached: the query reached a limit.
     """
     assert process.stdout is not None
     output = select.poll()  # select() takes no descriptor above 1,023
@@ -190,6 +195,7 @@ def _wait(process: subprocess.Popen[bytes], limits: Limits, check: Check | None)
 
 
 def too_much(memory: int) -> LimitReached:
+    """The error for a query that exceeded its memory."""
     return LimitReached(
         f"the query needed more than its limit of {memory / 1e6:,.0f} MB of memory and was stopped; raise it (memory=…, "
         "--memory) or ask for less"
@@ -209,11 +215,15 @@ def _died(code: int, limits: Limits, complaints: IO[bytes]) -> ActstoreError:
 
 
 def _resident(pid: int | str) -> int:
-    """Bytes of memory that a process has for itself alone; 0 where the system does not say (then DuckDB's limit is left)."""
+    """Bytes of memory that only this process uses; 0 if the system does not say.
+
+    In that case DuckDB's own limit still holds.
+    """
     return of_status(pid, "RssAnon")
 
 
 def of_status(pid: int | str, what: str) -> int:
+    """A value of a process's /proc status file, in bytes."""
     with suppress(OSError, ValueError, IndexError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(f"{what}:"):
@@ -222,7 +232,7 @@ def of_status(pid: int | str, what: str) -> int:
 
 
 def outside() -> int:
-    """How many calls above the one that asks is the first that is not of this package."""
+    """Number of calls between the caller and the first function outside this package."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "actstore":
         frame, level = frame.f_back, level + 1

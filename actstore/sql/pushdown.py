@@ -1,9 +1,10 @@
-"""Which parts of a polars predicate DuckDB can answer, as SQL that is true, false or NULL exactly where polars says so.
+"""Translate parts of a polars predicate to SQL that is true, false or NULL exactly as polars says.
 
-polars hands over a predicate whose literals already have the types of the columns beside them, and its JSON names each
-node. What is written here is an allow-list: a node of any other kind, or with one field more, stays with polars. So do
-arithmetic (UInt8 wraps in polars and not in DuckDB), the order of enums (by place in polars, by spelling in DuckDB),
-casts that lose something, and floats (JSON has no NaN).
+polars passes a predicate whose literals already have the types of the columns next to them. Its
+JSON names each node. The translation is an allow-list: a node of another kind, or with an
+additional field, stays with polars. So do arithmetic (UInt8 wraps in polars and not in DuckDB), the
+order of enums (by place in polars, by spelling in DuckDB), lossy casts, and floats (JSON has no
+NaN).
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ class _NotTranslated(Exception):
 
 @dataclass(frozen=True)
 class Column:
-    """Where a column of a scan comes from: SQL for its value in the catalog, and its type in polars."""
+    """A column of a scan.
+
+    Attributes:
+        sql: SQL for the column's value in the catalog.
+        dtype: its type in polars.
+    """
 
     sql: str
     dtype: pl.DataType
@@ -54,12 +60,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Pushed:
-    """A predicate in two parts, of which both must hold.
+    """A predicate in two parts; rows must satisfy both.
 
     Attributes:
         where: SQL conditions for the catalog.
         params: a value for each `$name` in them.
-        rest: what polars must still ask of the rows.
+        rest: the predicates left to polars.
     """
 
     where: list[str] = field(default_factory=list)
@@ -68,11 +74,11 @@ class Pushed:
 
 
 def push(predicate: pl.Expr, columns: Mapping[str, Column]) -> Pushed:
-    """Split a predicate on its ANDs, and translate each part that can be.
+    """Split a predicate on its ANDs, and translate each part that can be translated.
 
     Args:
-        predicate: as polars hands it to a source, its literals coerced to the columns' types.
-        columns: those the catalog has; a part that mentions another is not translated.
+        predicate: as polars passes it to a source, literals coerced to the columns' types.
+        columns: the catalog's columns; a part that mentions another column is not translated.
     """
     pushed = Pushed()
     for part, node in _conjuncts(predicate):
@@ -86,7 +92,10 @@ def push(predicate: pl.Expr, columns: Mapping[str, Column]) -> Pushed:
 
 
 def _conjuncts(predicate: pl.Expr) -> Iterator[tuple[pl.Expr, Any]]:
-    """The parts that must all hold, each with its JSON. The parts themselves never go through JSON, which would bend floats."""
+    """The parts that must all hold, each with its JSON.
+
+    The parts themselves never pass through JSON, which would change floats.
+    """
     waiting = [predicate]
     while waiting:
         part = waiting.pop()
@@ -103,7 +112,10 @@ def _conjuncts(predicate: pl.Expr) -> Iterator[tuple[pl.Expr, Any]]:
 
 @dataclass
 class _Operand:
-    """One side of a comparison: its SQL (of a string literal: none yet, since its type is that of the other side)."""
+    """One side of a comparison, as SQL.
+
+    A string literal has no SQL yet, since its type is that of the other side.
+    """
 
     sql: str
     dtype: pl.DataType
@@ -180,7 +192,7 @@ class _Translation:
         return operand.sql
 
     def _operand(self, node: Any) -> _Operand:
-        """A column, or a literal that is not NULL, of integers or text."""
+        """A column, or a literal of integers or text that is not NULL."""
         match _kind(node):
             case "Alias", [inner, _]:
                 return self._operand(inner)
@@ -205,7 +217,7 @@ class _Translation:
         raise _NotTranslated
 
     def _spelled(self, operand: _Operand, beside: pl.DataType) -> _Operand:
-        """A string literal in the type of what stands beside it; anything else as it is."""
+        """Give a string literal the type of the other side; anything else is unchanged."""
         if operand.text is None:
             return operand
         if isinstance(beside, pl.Enum):
@@ -242,7 +254,7 @@ def _kind(node: Any) -> tuple[str, Any]:
     """A node's kind and its content.
 
     Raises:
-        _NotTranslated: it has not the fields that it should.
+        _NotTranslated: the node has other fields than its kind.
     """
     if not isinstance(node, dict) or len(node) != 1:
         raise _NotTranslated
@@ -263,12 +275,12 @@ def _list(node: Any) -> pl.Series:
 
 
 def _evaluated(literal: Any) -> pl.Series:
-    """The one value of a literal that JSON holds as Arrow's bytes."""
+    """The value of a literal that JSON holds as Arrow's bytes."""
     return pl.select(pl.Expr.deserialize(io.StringIO(json.dumps(literal)), format="json")).to_series()
 
 
 def _holds(wider: pl.DataType, narrower: pl.DataType) -> bool:
-    """Whether every number of one integer type is one of another."""
+    """True if the wider integer type holds every number of the narrower."""
     (low, high), (lowest, highest) = _ends(narrower), _ends(wider)
     return lowest <= low and high <= highest
 

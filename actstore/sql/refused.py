@@ -1,4 +1,4 @@
-"""What DuckDB refuses, told: its own message, what to do where that is known, and its line with the caret below."""
+"""Messages for queries that DuckDB refuses: its own words, advice, and its line with the caret."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ NO_FILES = (
     "params (where tree_id in (select unnest($ids)))"
 )
 FUNCTION = re.compile(r"(?:argument types '|Macro )(\w+)\(")
-TAKES = {  # what the functions of a store take, which DuckDB says by type alone
+TAKES = {  # arguments of a store's functions, which DuckDB names only by type
     "act": "act(token_id, 'RUN', 'resid_post.0')",
     "logit_lens": "logit_lens(token_id, 'RUN', 'resid_post.0')",
     "probe_direction": "probe_direction('NAME')",
     "activations": "from activations('RUN', 'resid_post.0')",
     "array_inner_product": "vectors of one width: a list is cast to one, [1, 2, …]::float[128]",
 }
-COMPARED = r"(?:[=<>]|\b(?:i?like|in\s*\(|act\s*\()[^()]*?)\s*\b{}\b"  # where a text is likelier than a column
+COMPARED = r"(?:[=<>]|\b(?:i?like|in\s*\(|act\s*\()[^()]*?)\s*\b{}\b"  # places where text is likelier than a column
 
 
 def refusal(error: duckdb.Error, query: str, tables: Callable[[], list[str]]) -> str:
-    """What a BadInput says of a query that DuckDB refused.
+    """The message of a BadInput for a query that DuckDB refused.
 
     Args:
-        error: DuckDB's.
-        query: as it was asked.
-        tables: gives the names of the store's tables and views; called where the message needs them.
+        error: DuckDB's error.
+        query: the query.
+        tables: returns the names of the store's tables and views; called only if the message needs
+            them.
 
     Returns:
-        One line, and where DuckDB names a place in the query its two lines `LINE 1: …` and the caret.
+        One line. If DuckDB names a place in the query, `LINE 1: …` and the caret follow.
     """
     said, place = in_parts(error)
     said = FOREIGN.sub("", said)
@@ -51,7 +52,7 @@ def refusal(error: duckdb.Error, query: str, tables: Callable[[], list[str]]) ->
 
 
 def _advice(said: str, query: str, tables: Callable[[], list[str]]) -> str:
-    """What to do about it; nothing where DuckDB's own words say it."""
+    """What to do about the error; "" if DuckDB's own words say so."""
     if SHUT in said:
         return NO_FILES
     if SQL_FILE.fullmatch(query):

@@ -1,8 +1,9 @@
-"""A SQL session over a store's catalog: it reads the store's tables, and can neither write nor reach files or the network.
+"""A locked SQL session on a store's catalog: it reads the tables, and reaches nothing else.
 
-The catalog is attached read-only to a database in memory of the session's own (DuckDB shares one instance among all that
-open one path in a process, and would hand an old snapshot to a new reader), and the file system is shut off behind it.
-What the session itself adds, functions and macros, lies in the memory's database: the catalog stays any client's.
+The session can neither write nor reach files or the network. The catalog is attached read-only to
+the session's own database in memory, and the file system is shut off afterwards. (DuckDB shares one
+instance among all that open one path in a process, and would give a new reader an old snapshot.)
+Functions and macros live in the database in memory, so the catalog stays readable for any client.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ SEARCH = "set search_path = 'store.main,memory.main'"  # of each cursor: it inhe
 READ_ONLY = "begin transaction read only"  # of each cursor: the memory's database is no place to write, either
 T = TypeVar("T")
 Check = Callable[[list[str], list[str]], None]  # of the columns of a query that is prepared: names and SQL types
-LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and no interrupt stops it then
-EXPLAIN = re.compile(  # what stands before the statement that is explained, as DuckDB hands it on: without a comment
+LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and cannot be interrupted then
+EXPLAIN = re.compile(  # the words before an explained statement, as DuckDB returns them: without a comment
     r"explain\b\s*(?:analyze\b\s*)?(?:\(\s*(?:analyze|format)\b[^()]*\)\s*)?", re.IGNORECASE
 )
 RAISED = re.compile(r"while executing the UDF: RuntimeError: actstore (\w+): (.*)", re.DOTALL)  # see add_function
-LOOK_UP = 0.1  # seconds between looks for a Ctrl-C while a query runs
-READING = (  # all else would write, if only into memory, or change the session for the queries that follow
+LOOK_UP = 0.1  # seconds between checks for a Ctrl-C while a query runs
+READING = (  # any other statement would write, if only to memory, or change the session for later queries
     duckdb.StatementType.SELECT,  # DESCRIBE, SHOW and SUMMARIZE are of this type, too
     duckdb.StatementType.EXPLAIN,
     duckdb.StatementType.MULTI,  # a PIVOT that must first ask for its columns
@@ -54,8 +55,9 @@ class Session:
     """One consistent snapshot of a catalog, open for queries from any thread.
 
     Args:
-        catalog: the file.
-        memory: bytes that DuckDB may hold; as much as it likes, 80 % of the machine's, unless told.
+        catalog: the catalog's file.
+        memory: bytes that DuckDB may hold; default: DuckDB's own limit, 80 % of the machine's
+            memory.
 
     Raises:
         Damaged: the catalog cannot be opened.
@@ -86,23 +88,23 @@ class Session:
             self._connection.execute(statement)
 
     def close(self) -> None:
-        """Close the connection and the catalog's file, once; in a process forked since it was opened, nothing."""
+        """Close the connection and the catalog's file, once; do nothing in a forked process."""
         for close in ("_close", "_close_file"):
             if hasattr(self, close):
                 getattr(self, close)()
 
     def check(self) -> None:
-        """Look whether the session is open, in this process.
+        """Check that the session is open, and in this process.
 
         Raises:
-            BadInput: it is closed, or this process was forked since it was opened.
+            BadInput: the session is closed, or this process was forked after it was opened.
         """
         check_process(self._process)
         if not self._close.alive:
             raise BadInput("the store is closed; open it again")
 
     def fileno(self) -> int:
-        """Descriptor of the catalog's file that this session reads, whatever stands under its name by now.
+        """Descriptor of the catalog's file that this session reads; its name may hold a newer file.
 
         Raises:
             BadInput: the session is closed.
@@ -111,13 +113,16 @@ class Session:
         return self._file
 
     def add_function(self, name: str, function: Callable[..., Any], takes: Sequence[str], gives: str) -> None:
-        """Add a SQL function over Arrow columns; DuckDB calls it from several threads, and gives NULL where one comes in.
+        """Add a SQL function over Arrow columns.
+
+        DuckDB calls the function from several threads, and returns NULL for NULL.
 
         Args:
-            name: in SQL.
-            function: pyarrow.ChunkedArrays of up to 2,048 rows → a pyarrow.Array as long.
+            name: the function's name in SQL.
+            function: takes pyarrow.ChunkedArrays of up to 2,048 rows, returns a pyarrow.Array of
+                the same length.
             takes: SQL type of each argument.
-            gives: SQL type of what it returns.
+            gives: SQL type of the result.
         """
 
         @wraps(function)  # DuckDB counts its parameters
@@ -134,7 +139,8 @@ class Session:
 
         Args:
             signature: its name and parameters, `dot(a, b)`.
-            body: an expression, or `table` and a query; it names the store's tables in full, `store.main.tokens`.
+            body: an expression, or `table` and a query. The query names the store's tables in full,
+                `store.main.tokens`.
         """
         self._connection.execute(f"create macro memory.main.{signature} as {body}")
 
@@ -142,7 +148,7 @@ class Session:
         """Add a view to this session alone.
 
         Args:
-            name: with its schema, `main.latest_results`.
+            name: its full name, `main.latest_results`.
             query: a SELECT over the store's tables.
         """
         with self._connection.cursor() as cursor:
@@ -153,8 +159,8 @@ class Session:
         """Add a schema of views to this session alone, all or none.
 
         Args:
-            name: of the schema.
-            views: name of each view, and a SELECT that names the store's tables in full.
+            name: the schema's name.
+            views: for each view's name, a SELECT that names the store's tables in full.
         """
         self.check()
         with self._connection.cursor() as cursor:
@@ -176,18 +182,17 @@ class Session:
         Args:
             query: a SELECT (or FROM …, WITH …, DESCRIBE, SHOW, …); `$name` stands for a parameter.
             params: a value for each `$name`.
-            schema: one that was added, whose views the query finds before the store's tables.
-            check: called with the names of the query's columns, as the query has them, and their SQL types, when the query
-                is prepared and has not run. What it raises is raised.
+            schema: a schema that was added; the query finds its views before the store's tables.
 
         Returns:
-            A polars frame of its rows; FLOAT[n] columns arrive as Array(Float32, n).
+            A polars frame of the rows; FLOAT[n] columns arrive as Array(Float32, n).
 
         Raises:
-            BadInput: it is not one query, is longer than a million characters, a parameter is missing or not used, DuckDB
-                refuses it (one line, and its place in the query), or the session is closed or of another process.
-            LimitReached: it needs more memory than DuckDB may take.
-            ActstoreError: what a function of the session raised.
+            BadInput: the text is not one query, or is longer than a million characters; a parameter
+                is missing or not used; DuckDB refuses the query (one line, and the place in the
+                query); or the session is closed or belongs to another process.
+            LimitReached: the query needs more memory than DuckDB may take.
+            ActstoreError: a function of the session raised it.
         """
         self.check()
         if len(query) > LONGEST:
@@ -216,7 +221,7 @@ class Session:
             ) from error
 
     def parse(self, query: str) -> str:
-        """What DuckDB's parser makes of a query, as JSON: `error`, and where there is none `statements`."""
+        """DuckDB's parse of a query, as JSON: `error`, and without an error `statements`."""
         self.check()
         if len(query) > LONGEST or not is_unicode(query):
             return '{"error": true}'
@@ -236,12 +241,18 @@ class Session:
 
 @cache
 def _first_process() -> int:
-    """The process that opened the first session; another was forked from it, where whatever asks polars would wait for ever."""
+    """Id of the process that opened the first session.
+
+    In a process forked later, a call of polars would wait for ever.
+    """
     return os.getpid()
 
 
 def _attach(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:
-    """Attach a catalog as `store`, and return a descriptor of that very file, though another may take its place meanwhile."""
+    """Attach a catalog as `store`, and return a descriptor of the attached file.
+
+    Another file may take the catalog's name meanwhile.
+    """
     while True:
         file = open_regular(catalog)
         try:
@@ -262,7 +273,7 @@ def _raised(error: duckdb.Error) -> ActstoreError | None:
 
 
 def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> duckdb.Statement:
-    """The one statement of a query; refuse what is not one, and parameters that are not the query's own."""
+    """Refuse text that is not one query, and parameters that are not the query's own."""
     statements = cursor.extract_statements(query)
     if len(statements) != 1:
         raise BadInput(f"got {len(statements)} statements; ask one query at a time")
@@ -287,13 +298,13 @@ def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> du
 
 
 def _explained(query: str) -> str:
-    """What a query explains, or the query where it is no EXPLAIN."""
+    """The query after EXPLAIN, or the query itself without EXPLAIN."""
     found = EXPLAIN.match(query)
     return query[found.end() :] if found else query
 
 
 def _selects(cursor: duckdb.DuckDBPyConnection, query: str) -> bool:
-    """Whether a query that was in an EXPLAIN, or is a PIVOT of several steps, is a SELECT when it stands alone."""
+    """True if a query is a SELECT by itself, after an EXPLAIN or as a PIVOT of several steps."""
     try:
         statements = cursor.extract_statements(query)
         if len(statements) == 1 and statements[0].type == duckdb.StatementType.MULTI:  # COPY of a PIVOT is one, too
@@ -329,10 +340,11 @@ def _fetch(
 
 
 def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Callable[[], T]) -> T:
-    """Run a fetch in a thread of its own, since Ctrl-C is not delivered while DuckDB runs in the main one.
+    """Run a fetch in a thread, since Ctrl-C is not delivered while DuckDB runs in the main thread.
 
-    The main thread looks up every so often, since polars' handler of the signal does not wake one that waits without an
-    end; and it waits for an event, since Python 3.11 takes a thread whose join was interrupted for one that has ended.
+    The main thread wakes up regularly, since polars' signal handler does not wake a thread that
+    waits without a timeout. It waits for an event, since Python 3.11 takes a thread whose join was
+    interrupted for a finished one.
     """
     outcome: dict[str, Any] = {}
     done = threading.Event()

@@ -1,4 +1,4 @@
-"""What a query's functions, its process and a site's reader need of the store that is open."""
+"""The protocol of an open store, for a query's functions, its process and a site's reader."""
 
 from __future__ import annotations
 
@@ -22,15 +22,25 @@ class Snapshot(Protocol):
     folder: Folder
     session: Session
     snapshot: int
-    vectors: Any  # sql.functions.Vectors, which read by means of this
+    vectors: Any  # a sql.functions.Vectors, which reads through this object
     only: str | None
 
-    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame: ...
+    def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+        """See Store.sql."""
+        ...
 
-    def runs(self) -> list[str]: ...
+    def runs(self) -> list[str]:
+        """See Store.runs."""
+        ...
 
-    def run(self, run: str | None) -> str: ...
+    def run(self, run: str | None) -> str:
+        """See Store.run."""
+        ...
 
-    def sites(self, run: str) -> list[str]: ...
+    def sites(self, run: str) -> list[str]:
+        """See Store.sites."""
+        ...
 
-    def reader(self, run: str, site: str) -> SiteReader: ...
+    def reader(self, run: str, site: str) -> SiteReader:
+        """See reading.opened.Opened.reader."""
+        ...

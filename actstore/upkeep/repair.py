@@ -180,7 +180,10 @@ def _mend(
     whole_catalog: bool,
     recompute: Recompute,
 ) -> tuple[list[str], list[Finding]]:
-    """Mend the damaged files of one commit, rows from the catalog first: computed files need rows."""
+    """Mend the damaged files of one commit; rows from the catalog come first.
+
+    Files that are computed need the rows.
+    """
     files = {file.path: file for file in manifest.files}
     done, left = [], []
     for finding in damage:

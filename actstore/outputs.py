@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 FIGURES = (".png", ".svg", ".pdf")
 
-# Shows progress. Called with (name, total or None, unit in the plural) per piece of work; the context
-# yields a function to call with the units done and, optionally, the total and the part just done.
+# Shows progress. Called with (name, total or None, unit in the plural) per piece of work; yields a
+# function to call with the units done and, optionally, the total and the part just done.
 Work = Callable[[str, int | None, str], AbstractContextManager[Callable[..., None]]]
 
 

@@ -246,11 +246,11 @@ ELSEWHERE = {
     "actstore/cli/study.py:kept",  # test_recording.py
     "actstore/cli/ingest.py:ingest",  # below, as the rest
     "actstore/reading/opened.py:_said_as_damage",  # test_content.py, as the next
-    "actstore/writing/parts.py:table",
+    "actstore/writing/parts.py:rows_committed",
     "actstore/reading/scope.py:_note",  # test_scope.py: a note, which refuses nothing
     "actstore/catalog/witness.py:in_conflict",  # test_witness.py: only who looks can know which of the two is right
     "actstore/upkeep/repair.py:_refuse_shared_places",  # test_links.py
-    "actstore/upkeep/repair.py:_anew",  # test_repair.py: what else there is where no copy is
+    "actstore/upkeep/repair.py:_how_to_remake",  # test_repair.py: what else there is where no copy is
     "queries/second.py:_line",  # test_confirm.py, since it is several commands in one line
     "ingest/training/card.py:write_card",
 }

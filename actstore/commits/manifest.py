@@ -38,10 +38,15 @@ class Part(File):
     """The rows that one commit brought to one table, as Parquet.
 
     Attributes:
-        owner: whose rows they are: a set of trees (`datasets`, `trees`, `edges`, `tokens`) or a run, by name; of `models`
-            the sha256 of the weights; of `results` the number of the commit, in eight digits. With `batch` it makes the path.
-        batch: of the owner's trees; None where the rows are of no batch.
-        first_tree_id, n_trees: the trees of that batch; None where there is none, and where an older manifest names no shard.
+        table: the table's name.
+        rows: number of rows.
+        owner: name of the rows' dataset (`datasets`, `trees`, `edges`, `tokens`) or run; sha256 of
+            the weights (`models`); or the commit's number in eight digits (`results`). Owner and
+            batch make the path.
+        batch: number of the owner's batch of trees; None if the rows belong to no batch.
+        first_tree_id: first tree of the batch; None without a batch, and in older manifests without
+            a shard.
+        n_trees: trees of the batch; None as first_tree_id.
     """
 
     table: TableOfParts
@@ -145,7 +150,7 @@ class Manifest:
 
 
 def _told_by_name(manifest: Manifest, part: Part) -> Part:
-    """A part of an older manifest, which does not say whose rows it holds: its name does, and a shard beside it."""
+    """Fill in a part of an older manifest, which names no owner, from its file name and a shard."""
     name = Path(part.path).stem
     if manifest.kind != "batch":
         return replace(part, owner=name)

@@ -202,12 +202,12 @@ class Writer:
 
     def _commit(self, manifest: Manifest) -> None:
         self._lease.check()
-        log.check_sizes(self.root, [manifest])  # a second writer that ignores the lease may have swept them
+        log.check_sizes(self.root, [manifest])  # a second writer that ignores the lease may have removed files
         self._log.append(log.commit(self.root, manifest, self._log[-1] if self._log else None))
         self._files |= {file.path: file for file in manifest.files}
 
     def _part(self, part: Content, first_tree_id: int | None = None, n_trees: int | None = None) -> list[Part]:
-        """Publish rows of a table, of those trees; returns [] if an earlier commit brought the same rows."""
+        """Publish rows of a table; returns [] if an earlier commit brought the same rows."""
         if part.path in self._files and not self._has(part.path, part.content):
             held = pl.read_parquet(
                 (self.root / part.path).read_bytes()

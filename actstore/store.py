@@ -277,6 +277,8 @@ class Store:
             memory: limit of the query, see `sql`; reading activations has none.
             dtype: dtype of X: float32, float16, float64, or bfloat16 (torch only).
             out: numpy or torch; a tensor shares the memory that was read into.
+            columns: called with the names of the query's columns before the query runs; its error
+                is raised.
 
         Returns:
             X: [n, d_model] (patterns: [n, head, key]), in the model's own units; with `sites` [n,

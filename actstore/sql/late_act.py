@@ -4,7 +4,8 @@ DuckDB calls a function for up to 2,048 rows at a time, and for every row that a
 looks at. If the rest of a query does not depend on the result of `act`, the query can yield token
 ids instead. Activations are then gathered in one call, only for the rows that the query returns.
 The query's text is rewritten, `act(token_id, 'run', 'site') as x` to `token_id as x`, at the place
-that DuckDB's own parser names. Any other query runs unchanged.
+that DuckDB's own parser names. Any other query runs unchanged. The choice is made when the query is
+prepared, so no query runs twice.
 """
 
 from __future__ import annotations
@@ -56,22 +57,22 @@ class Taken:
 
 
 class Call(NamedTuple):
-    """One `act` in a query's outermost SELECT."""
+    """One `act` in a query's top SELECT."""
 
     alias: str
-    is_plain: bool  # of a column, with a run and a site and nothing else
-    span: tuple[int, int]  # where it stands in the query, in bytes
-    column: tuple[int, int]  # where its first argument does
-    where: list[tuple[Any, str]]  # run and site, of each the text of a constant and the name of a parameter
+    is_plain: bool  # it takes a column, a run and a site, and nothing else
+    span: tuple[int, int]  # its place in the query, in bytes
+    column: tuple[int, int]  # the place of its first argument
+    where: list[tuple[Any, str]]  # run and site, each as (text of a constant, name of a parameter)
 
 
 class Form(NamedTuple):
-    """What of a query decides whether its `act` can be taken out."""
+    """The facts about a query that decide whether its `act` can be taken out."""
 
-    is_row_for_row: bool  # one row for each that it looks at, in an order that names no column by its place
+    is_row_for_row: bool  # it yields one row per input row, and ORDER BY names no column by its place
     calls: list[Call]
-    names: set[str]  # of every column and table that it mentions anywhere, in lower case
-    params: list[str]  # each as often as it stands in the query
+    names: set[str]  # all columns and tables that it mentions, in lower case
+    params: list[str]  # with repeats
     params_of_calls: list[str]
 
 
@@ -114,7 +115,18 @@ def sql(
 
 
 def take_out(asked: Asked, params: dict[str, Any], vectors: Vectors) -> Taken | None:
-    """Take `act` out of a query's top SELECT; None if there is none or another part needs it."""
+    """Take `act` out of a query's top SELECT.
+
+    Args:
+        asked: the query.
+        params: its parameters.
+        vectors: the session's functions.
+
+    Returns:
+        None if there is no `act`, or another part of the query depends on it. `vectors.not_taken`
+            then counts the reason: "form" for the query's own, "JSON" if DuckDB's parser uses names
+            unknown to this module.
+    """
     try:
         form = _read(asked.tree)
     except (KeyError, TypeError):
@@ -126,7 +138,7 @@ def take_out(asked: Asked, params: dict[str, Any], vectors: Vectors) -> Taken | 
 
 
 def _read(tree: list[Node]) -> Form | None:
-    """The form of a query; None where it is not one SELECT.
+    """The form of a query; None if the query is not one SELECT.
 
     Raises:
         KeyError, TypeError: DuckDB's JSON has other names.
@@ -169,7 +181,7 @@ def _read_name(node: Node) -> tuple[Any, str]:
 
 
 def _taken(form: Form, query: str, params: dict[str, Any]) -> Taken | None:
-    """None where the query has no such call, or something rests on one."""
+    """The query without its calls; None if there are none, or another part depends on one."""
     calls, aliases = form.calls, [call.alias.lower() for call in form.calls]
     of_its_own = all(aliases) and len(set(aliases)) == len(aliases) and not form.names & set(aliases)
     plain = form.is_row_for_row and all(call.is_plain for call in calls)
@@ -185,7 +197,11 @@ def _taken(form: Form, query: str, params: dict[str, Any]) -> Taken | None:
 
 
 def _without(query: str, calls: list[Call]) -> str | None:
-    """The query's text with each call replaced by its first argument; places count bytes."""
+    """The text with each call, except for its first argument, replaced by blanks.
+
+    Every place in the text (in bytes) stays the same. None if a call is written in another form,
+    such as token_id.act('run', 'site').
+    """
     content = bytearray(query.encode())
     for call in calls:
         (start, stop), (first, last) = call.span, call.column
@@ -197,9 +213,7 @@ def _without(query: str, calls: list[Call]) -> str | None:
 
 
 def _as_asked(said: str, ran: str, asked: str) -> str:
-    """What is said of the query that ran, with the line that shows a place in it in the words of
-    the one that was asked.
-    """
+    """DuckDB's message about the query that ran, with the line of the query that was asked."""
     if (found := PLACE.match(said)) and (at := ran.encode().find(found[2].encode())) >= 0:
         line = asked.encode()[at : at + len(found[2].encode())].decode(errors="replace")
         return found[1] + line + said[found.start(3) :]

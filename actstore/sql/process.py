@@ -5,9 +5,11 @@ function call on one vector can run for minutes or hold gigabytes meanwhile (`re
 list of 10^10 numbers, a regular expression). A query with a limit therefore runs in a new process,
 `python -m actstore.reading.worker`, on the catalog file that its store has open.
 
-The request is one line of JSON (see parameters.py). The answer begins with a byte when the query is
-about to begin, then a byte that says what follows: a line of notes and the rows as an Arrow IPC
-stream, or an error as JSON. When the parent ends, the standard input ends, and the process with it.
+The request is one line of JSON (see parameters.py). The answer is a byte when the query is about to
+begin, a line with the query's columns when the query is prepared, then a byte that says what
+follows: a line of notes and the rows as an Arrow IPC stream, or an error as JSON. A call has one
+process, which prepares the query once and runs it once; the limits hold over both. When the parent
+ends, the standard input ends, and the process with it.
 """
 
 from __future__ import annotations
@@ -104,6 +106,7 @@ def run(
         params: see Store.sql.
         limits: the query's limits.
         reads: the run whose activations are read at the query's token_id, see scope.ask.
+        check: see Session.sql; if it raises, the process is killed.
 
     Raises:
         LimitReached: the query reached a limit; its process was killed.
@@ -160,7 +163,7 @@ def run(
 
 
 def _wait(process: subprocess.Popen[bytes], limits: Limits, check: Check | None) -> bytes:
-    """Read the process's whole answer, or the part before it died.
+    """Read the process's whole answer after the columns, or the part before it died.
 
     Raises:
         LimitReached: the query reached a limit.

@@ -37,7 +37,7 @@ LOCKED = (
 SEARCH = "set search_path = 'store.main,memory.main'"  # of each cursor: it inherits neither this nor temporary macros
 READ_ONLY = "begin transaction read only"  # of each cursor: the memory's database is no place to write, either
 T = TypeVar("T")
-Check = Callable[[list[str], list[str]], None]  # of the columns of a query that is prepared: names and SQL types
+Check = Callable[[list[str], list[str]], None]  # takes names and SQL types of a prepared query's columns
 LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and cannot be interrupted then
 EXPLAIN = re.compile(  # the words before an explained statement, as DuckDB returns them: without a comment
     r"explain\b\s*(?:analyze\b\s*)?(?:\(\s*(?:analyze|format)\b[^()]*\)\s*)?", re.IGNORECASE
@@ -183,6 +183,8 @@ class Session:
             query: a SELECT (or FROM …, WITH …, DESCRIBE, SHOW, …); `$name` stands for a parameter.
             params: a value for each `$name`.
             schema: a schema that was added; the query finds its views before the store's tables.
+            check: called with the names and SQL types of the query's columns, after the query is
+                prepared and before it runs. An error of `check` is raised.
 
         Returns:
             A polars frame of the rows; FLOAT[n] columns arrive as Array(Float32, n).

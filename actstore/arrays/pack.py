@@ -46,7 +46,7 @@ class ShardBuffer:
 
         rows = torch.from_numpy(self.rows)[:, first_row : first_row + len(activations)]
         by_position = activations.movedim(self.layout.position_axis, 0)
-        if by_position.shape != rows.shape:  # which copy_ would broadcast
+        if by_position.shape != rows.shape:  # copy_ would broadcast
             raise ValueError(
                 f"got activations {list(activations.shape)} for row {first_row} of a shard of {list(self.layout.shard_shape)}"
             )

@@ -28,7 +28,7 @@ from actstore.storage.local import DISK_FULL, say_where, swap
 from actstore.storage.machine import limit_reached
 from actstore.storage.regular import check_regular
 
-STORAGE_VERSION = "v1.2.0"  # what DuckDB 1.2 and later clients can open
+STORAGE_VERSION = "v1.2.0"  # readable by DuckDB 1.2 and later
 
 
 def publish(root: Path, *, from_nothing: bool = False) -> int:
@@ -97,7 +97,7 @@ def _building(root: Path) -> Iterator[None]:
             raise
         if any(os.strerror(reason) in str(error) for reason in DISK_FULL):
             raise NoRoom(f"no room for the catalog of {root}; free some, then go on") from error
-        for reason in (errno.EIO, errno.EROFS):  # the disk's, not the parts'
+        for reason in (errno.EIO, errno.EROFS):  # errors of the disk, not of the parts
             if os.strerror(reason) in str(error):
                 raise OSError(reason, os.strerror(reason), str(root / CATALOG)) from error
         if isinstance(error, duckdb.FatalException) or "fsync failed" in str(error):

@@ -40,7 +40,7 @@ def noted_hashes(root: Path) -> list[str]:
 def note_hash(root: Path, new: Path) -> None:
     """Note a catalog's hash, beside the present catalog's, before the catalog is put in place."""
     both = [hash_of_file(new)]
-    with suppress(FileNotFoundError, Damaged):  # none is there, or nothing that was ever noted
+    with suppress(FileNotFoundError, Damaged):  # there is no catalog, or one that was never noted
         both.append(hash_of_file(root / CATALOG))
     hashes = list(dict.fromkeys(both))
     temporary = note_under_way(root)

@@ -223,7 +223,8 @@ def discard_beside(path: Path) -> None:
 def rows_of(parts: list[Path]) -> str:
     """SQL for the rows of several parts of one table."""
     listed = ", ".join(_without_wildcards(located(path)) for path in parts)
-    # by name, since older parts may lack a column; else a folder `seed=7` fills column seed
+    # by name, since older parts may lack a column; no hive partitioning, which would fill column
+    # `seed` from a folder `seed=7`
     return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
 
 

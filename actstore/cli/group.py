@@ -40,7 +40,7 @@ class Commands(click.Group):
         terminal.prepare()
         try:
             return super().main(*args, **extra)
-        except OSError as error:  # of printing help; a command's own are met below
+        except OSError as error:  # an error of printing help; `invoke` handles a command's own errors
             say(f"actstore: {error.strerror or error}", err=True)
             raise SystemExit(1) from None
         finally:
@@ -54,7 +54,7 @@ class Commands(click.Group):
         except ActstoreError as error:
             say(f"actstore: {error}", err=True)
             ctx.exit(error.exit_code)
-        except click.exceptions.NoArgsIsHelpError:  # a group's help
+        except click.exceptions.NoArgsIsHelpError:  # the group prints its help
             raise
         except click.UsageError as error:
             of = [*error.ctx.command_path.split()[1:]] if error.ctx else [*filter(None, [ctx.invoked_subcommand])]
@@ -71,7 +71,7 @@ class Commands(click.Group):
             said = limit_reached(error, where) or f"{where}: {error.strerror or error}"
             say(f"actstore: {said}{_goes_on(ctx)}", err=True)
             ctx.exit(1)
-        except BaseException as error:  # of any library that could have no more memory, or not be loaded for want of it
+        except BaseException as error:  # a library ran out of memory, or could not be loaded with so little
             if not (reached := limit_reached(error, f"cannot run {ctx.command_path}")):
                 raise
             say(f"actstore: {reached}{_goes_on(ctx)}", err=True)

@@ -145,7 +145,7 @@ def _json(value: Any) -> str:
     """
     try:
         return json.dumps(value, default=_json_scalar, ensure_ascii=False, allow_nan=False)
-    except (ValueError, TypeError):  # a float that is not finite, or a MAP's key that is no text
+    except (ValueError, TypeError):  # a float is not finite, or a MAP has a key that is not text
         return json.dumps(_in_json(value), default=_json_scalar, ensure_ascii=False, allow_nan=False)
 
 
@@ -200,7 +200,7 @@ def check_columns(columns: Sequence[str], path: str | None) -> None:
     suffix = Path(path).suffix if path else ".parquet"
     for name in columns:
         if suffix == ".parquet":
-            taken = name.lower() == "x"  # as DuckDB reads it, which knows no case
+            taken = name.lower() == "x"  # DuckDB ignores case
         elif suffix == ".npz":
             taken = name in ("X", *ARGUMENTS) or name.endswith(".npy")  # numpy takes `X.npy` for X
         else:
@@ -237,7 +237,7 @@ def _numbers(column: pl.Series) -> np.ndarray | None:
         return None if column.null_count() else column.to_numpy()
     if not dtype.is_numeric():
         return None
-    no_array = dtype.is_decimal() or dtype in (pl.Int128, pl.UInt128)  # of these, numpy makes objects
+    no_array = dtype.is_decimal() or dtype in (pl.Int128, pl.UInt128)  # numpy makes objects of these
     return column.cast(pl.Float64).to_numpy() if no_array else column.to_numpy()
 
 

@@ -150,5 +150,5 @@ def _lines(what: str, total: int | None, unit: str) -> Advance:
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # the work goes on where nobody reads how far it is
+    with suppress(OSError):  # the work continues even if nobody can read its progress
         print(printable(line), file=sys.stderr, flush=True)

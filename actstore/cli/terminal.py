@@ -76,7 +76,7 @@ def _lead_nowhere(stream: TextIO) -> None:
     """Send what a stream still holds to /dev/null, or the interpreter complains at exit."""
     try:
         descriptor = stream.fileno()
-    except OSError:  # a stream of no file
+    except OSError:  # the stream has no file
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)

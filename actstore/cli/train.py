@@ -65,7 +65,7 @@ def train(
     _, shape, recipe = read_config(name, nodes, steps, seed)
     if grade < 1:
         raise BadInput(f"got {grade} trees to grade it on; take 1 or more (--grade)")
-    evaluation.check(shape, recipe=recipe)  # what could not be graded at the end
+    evaluation.check(shape, recipe=recipe)  # refuses what could not be graded at the end
     click.get_current_context().meta[KEPT] = lambda: kept(out)
     total = recipe.steps
     send = to_wandb(wandb, out) if wandb else None

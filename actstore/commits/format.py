@@ -26,13 +26,13 @@ MOST_BESIDE = 100  # stores that are searched for a similar name
 
 
 def part_path(table: str, owner: str, batch: int | None = None) -> str:
-    """Of a part, inside the store; `owner` and `batch` as of manifest.Part."""
+    """Path of a part, inside the store; see manifest.Part for `owner` and `batch`."""
     name = owner[:16] if table == "models" else owner
     return f"{PARTS}/{table}/{name}.parquet" if batch is None else f"{PARTS}/{table}/{name}-{batch:06d}.parquet"
 
 
 def weights_path(sha256: str) -> str:
-    """Of the weights with that hash, inside the store."""
+    """Path of a weights file, inside the store."""
     return f"{WEIGHTS}/{sha256}.safetensors"
 
 
@@ -44,7 +44,7 @@ class About:
     made_by: Text = "an unknown version"
 
 
-WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # what store.json holds where a development version made it
+WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # keys of store.json as a development version wrote it
 
 
 def check_format(root: Path, older: bool = False) -> dict[str, Any]:

@@ -30,7 +30,7 @@ TableOfParts = Literal[
     "results",
 ]
 MANIFEST = re.compile(r"[0-9]{8,}\.json")
-NOT_SAID = {"owner": "", "batch": None, "first_tree_id": None, "n_trees": None}  # of a part, in older manifests
+NOT_SAID = {"owner": "", "batch": None, "first_tree_id": None, "n_trees": None}  # defaults for parts of older manifests
 
 
 @dataclass(frozen=True)

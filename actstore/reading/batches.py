@@ -117,7 +117,7 @@ class Batches(IterableDataset):
             for number in range(start + mine, self.n_batches, n_workers):
                 first = number * self._batch_size
                 stop = min(first + self._batch_size, self.n_rows)
-                if order.window_at(first) != window:  # its maps are let go of, and their pages with them
+                if order.window_at(first) != window:  # release the old window's maps, and their pages
                     window, readers = order.window_at(first), [site.open(folder) for site in self._sites]
                 rows = order.rows(first, stop)
                 yield self._read(readers, rows), {name: column[rows] for name, column in self._columns.items()}

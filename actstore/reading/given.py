@@ -64,7 +64,7 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, np.datetime64):
-        return value.astype("datetime64[us]").item()  # of nanoseconds it would be a bare number
+        return value.astype("datetime64[us]").item()  # datetime64[ns] would become a bare number
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
         return value.item()
     if isinstance(value, TAKEN):

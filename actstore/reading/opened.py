@@ -42,8 +42,8 @@ class Opened:
         self._readers: dict[tuple[str, str], SiteReader] = {}
         self.run_names: list[str] | None = None
         self.vectors: Vectors | None = None
-        self.only: str | None = None  # the run that this is of, see `of`
-        self.parent: Opened | None = None  # and the store that it is of
+        self.only: str | None = None  # the run whose rows this shows, see `of`
+        self.parent: Opened | None = None  # the whole store, if this shows one run
         with _said_as_damage(self.path), ExitStack() as opened:
             self._open(opened)
             self._opened = opened.pop_all()
@@ -73,20 +73,20 @@ class Opened:
             )
         check_sizes(self.path, committed)
         hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
-        if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was built of them just now
+        if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was just built from the parts
             for part in [part for manifest in committed for part in manifest.parts]:
                 self.folder.read(self.path / part.path)
-        self.folder.check()  # else the session and the arrays may be of two stores
+        self.folder.check()  # or the session and the arrays may belong to two stores
 
     def _open_session(self) -> Session:
         if self.about["format"] == FORMAT_VERSION:
             return self._open_checked() if self.check else Session(self.path / tables.CATALOG)
-        with build.of_older(self.path) as built:  # its own catalog lacks tables and columns of today
+        with build.of_older(self.path) as built:  # the store's own catalog lacks some of today's tables and columns
             return Session(built)
 
     def _open_checked(self) -> Session:
         """Open the catalog after its hash was compared with the noted one."""
-        while True:  # a writer may put another in its place meanwhile
+        while True:  # a writer may replace the catalog meanwhile
             session = Session(self.path / tables.CATALOG)
             try:
                 is_noted = hash_note.is_noted(self.path, session.fileno())
@@ -162,7 +162,7 @@ class Opened:
     def runs(self) -> list[str]:
         """See Store.runs."""
         self.session.check()
-        if self.run_names is None:  # a snapshot's runs stay as they are
+        if self.run_names is None:  # a snapshot's runs never change
             self.run_names = self.sql("select run from runs")["run"].to_list()
         return list(self.run_names)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 X = "x"
 BATCH_ROWS = 16_384  # handed to polars at once: at d_model 128, 8 MiB of activations
 QUERY_ROWS = 2**20  # tokens one query looks at, so that the columns of a large run are not all in memory at once
-RENAMED = {("edges", "step"): "edge_step"}  # the path's step that the edge is, where `step` is the token's own
+RENAMED = {("edges", "step"): "edge_step"}  # the edge's step along the path; `step` is the token's own
 
 
 def scan(store: Opened, run: str, site: str) -> pl.LazyFrame:
@@ -126,7 +126,7 @@ def _columns(store: Opened) -> dict[str, Column]:
     for table in ("tokens", "edges", "trees"):
         for name, dtype in store.sql(f"select * from {table} limit 0").schema.items():
             name_here = RENAMED.get((table, name), name)
-            if name_here not in columns:  # the keys that the tables are joined by
+            if name_here not in columns:  # not a key of the joins
                 sql = f'{table}."{name}"'
                 columns[name_here] = Column(sql, _enum(store, table, name) if dtype == pl.Categorical else dtype)
     return columns

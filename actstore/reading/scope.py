@@ -111,7 +111,7 @@ def _views(session: Session, run: str, answers: bool) -> dict[str, str]:
         "where schema_name = 'main' and database_name in ('memory', 'store') and not internal group by all order by all"
     )
     found = {}
-    for database, table, columns in held.iter_rows():  # of one name in both, the store's comes last
+    for database, table, columns in held.iter_rows():  # if both have a table of the name, the store's comes last
         wanted = [condition for column, condition in {**of_run, "tree_id": of_trees}.items() if column in columns]
         if condition := others.get(table) or next(iter(wanted), None):
             found[table] = f'select * from {database}.main."{table}" where {condition}'

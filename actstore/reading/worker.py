@@ -36,7 +36,7 @@ class _Inherited(Opened):
 def main() -> None:
     """Read one request, and write one answer."""
     out = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever else prints does not mix with the answer
+    os.dup2(2, 1)  # other output must not mix with the answer
     memory = None
 
     def tell(*columns: list[str]) -> None:

@@ -15,7 +15,9 @@ from actstore.sql.session import Session
 Node = dict[str, Any]
 TAKE_TOKENS = ("act", "logit_lens")  # functions whose first argument is a token_id
 OF_RUNS = ("outcomes", "predictions", "generations")  # tables that hold answers of several runs for one tree
-MATTERS = re.compile(rf"\b(?:{'|'.join((*TAKE_TOKENS, *OF_RUNS))})\b", re.IGNORECASE)  # else no query need be parsed
+MATTERS = re.compile(
+    rf"\b(?:{'|'.join((*TAKE_TOKENS, *OF_RUNS))})\b", re.IGNORECASE
+)  # other queries need not be parsed
 RUN = re.compile(r"\brun\b", re.IGNORECASE)
 NO_TOKEN = "a token is named by tree_id * 256 + position, so token 300 is no part of tree 300"
 
@@ -24,6 +26,9 @@ class Asked:
     """One parsed query.
 
     A statement that the parser does not return, such as PIVOT, has no nodes.
+
+    Attributes:
+        tree: JSON of each statement; empty if the parser returns none.
 
     Args:
         session: the session whose parser is used.
@@ -166,7 +171,7 @@ def _renamed(tree: Any) -> Iterator[str]:
             yield from _by_place(node["column_name_alias"], node["subquery"]["node"])
         if node.get("aliases") and node.get("query_node"):  # with t(token_id) as (select …)
             yield from _by_place(node["aliases"], node["query_node"])
-        if node.get("type") == "SET_OPERATION_NODE":  # the first SELECT names the columns of all
+        if node.get("type") == "SET_OPERATION_NODE":  # the first SELECT names the columns
             first, *others = node["children"] or [{}]
             names = [item["alias"] or item.get("column_names", [""])[-1] for item in first.get("select_list", ())]
             for other in others:

@@ -98,7 +98,7 @@ class Vectors:
     def __init__(self, store: Callable[[], Snapshot | None], d_model: int | None, d_vocab: int | None) -> None:
         self._opened, self.d_model, self._d_vocab = store, d_model, d_vocab
         self.not_taken: Counter[str] = Counter()
-        self._checked: set[tuple[str, str]] = set()  # and not the readers, which hold the store
+        self._checked: set[tuple[str, str]] = set()  # not the readers, since these hold the store
         self._unembeddings: dict[str, Unembedding] = {}
         self._directions: dict[str, np.ndarray] = {}
 
@@ -157,7 +157,7 @@ class Vectors:
         return reader
 
     def _batches(self, run: str, site: str) -> list[dict[str, int]]:
-        self.reader(run, site)  # says what there is where there is no such run or site
+        self.reader(run, site)  # raises for an unknown run or site
         held = self._store.sql(
             "select shards.first_tree_id, shards.n_trees from shards join sites using (run, site) "
             "where run = $run and $site in (site, short)",

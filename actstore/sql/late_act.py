@@ -33,7 +33,7 @@ AS_BIGINT = (
     "UTINYINT",
     "USMALLINT",
     "UINTEGER",
-)  # what DuckDB takes for one
+)  # types that DuckDB converts to BIGINT
 PLACE = re.compile(r"(.*\nLINE \d+: (?:\.{3})?)(.*?)((?:\.{3})?\n *\^)", re.DOTALL)
 
 
@@ -104,7 +104,7 @@ def sql(
     except _NotPlain:
         vectors.not_taken["column"] += 1
     except BadInput as error:
-        if places:  # it was prepared
+        if places:  # the query was prepared
             raise BadInput(_as_asked(str(error), taken.query, asked.query)) from error
     else:
         return rows.with_columns(

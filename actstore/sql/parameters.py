@@ -51,7 +51,7 @@ def to_json(value: Any) -> Any:
     for name, (kind, encode, _) in TAGGED.items():
         if isinstance(value, kind):
             return {name: encode(value)}
-    for kind in (int, float, str):  # a class of one's own, such as an enum's
+    for kind in (int, float, str):  # a subclass, such as an enum
         if isinstance(value, kind):
             return kind(value)
     raise BadInput(

@@ -44,7 +44,7 @@ from actstore.storage.machine import OUT_OF_MEMORY, within_limits
 READY, COLUMNS, ROWS, ERROR = b"!", b"=", b"+", b"-"
 LOOK_UP = 0.02  # seconds between checks of clock and memory: a process fills some 50 MB in it
 START = 120.0  # seconds a process may take to start; a busy machine needs 5
-HEADROOM = 256 << 20  # bytes beside the limit that threads and allocators may reserve without using them
+HEADROOM = 256 << 20  # bytes above the limit that threads and allocators may reserve without use
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 
 
@@ -140,7 +140,7 @@ def run(
         )
         try:
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # it died: what follows says so
+            with suppress(BrokenPipeError):  # the process died; the code below reports it
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
             answer = _wait(process, limits, check)
@@ -174,7 +174,7 @@ def _wait(process: subprocess.Popen[bytes], limits: Limits, check: Check | None)
     if not output.poll(1e3 * START):
         raise LimitReached(f"the query's process did not start in {START:g} s; try again when the machine is less busy")
     first = os.read(process.stdout.fileno(), 1)
-    if first != READY:  # it found an error before it began, or died
+    if first != READY:  # an error before the query began, or the process died
         return first + process.stdout.read()
     started, before, answer = time.monotonic(), _resident(process.pid), bytearray()
     while True:

@@ -17,7 +17,7 @@ from typing import Any
 
 import polars as pl
 
-MOST_VALUES = 10_000  # of an is_in: parsing more of them takes longer than polars takes to compare
+MOST_VALUES = 10_000  # values of an is_in; parsing more takes longer than polars takes to compare
 FIELDS = {  # all that a node of each kind has; one with others is of a later polars, and means who knows what
     "BinaryExpr": {"left", "op", "right"},
     "Function": {"input", "function"},
@@ -101,7 +101,7 @@ def _conjuncts(predicate: pl.Expr) -> Iterator[tuple[pl.Expr, Any]]:
         part = waiting.pop()
         try:
             node = json.loads(part.meta.serialize(format="json"))
-        except Exception:  # whatever has no JSON
+        except Exception:  # the expression has no JSON
             node = None
         match node:
             case {"BinaryExpr": {"op": "And"}}:
@@ -144,7 +144,7 @@ class _Translation:
             case "BinaryExpr", {"left": left, "op": str(op), "right": right}:
                 return self._comparison(left, op, right)
             case "Ternary", {"predicate": when, "truthy": then, "falsy": otherwise}:
-                # what polars makes of a comparison with a number that the column's type cannot hold
+                # polars' result if the column's type cannot hold the number
                 return f"(case when {self.boolean(when)} then {self.boolean(then)} else {self.boolean(otherwise)} end)"
             case "Function", {"input": list(inputs), "function": function}:
                 return self._function(inputs, function)
@@ -240,7 +240,7 @@ class _Translation:
             raise _NotTranslated
         members = (
             literals.drop_nulls().unique().to_list()
-        )  # a NULL among them equals nothing, and is not unknown either
+        )  # a NULL in the list equals nothing, and does not make the result unknown
         if not 0 < len(members) <= MOST_VALUES:
             raise _NotTranslated
         if isinstance(operand.dtype, pl.Enum):

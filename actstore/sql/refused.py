@@ -11,7 +11,7 @@ import duckdb
 
 from actstore.catalog.tables import in_parts
 
-SHUT = "has been disabled by configuration"  # what DuckDB says of the file system that a session shuts off
+SHUT = "has been disabled by configuration"  # DuckDB's words for the file system that a session shuts off
 COLUMN = re.compile(r'Referenced column "(.+?)" (?:was )?not found')
 TABLE = re.compile(r'Table with name "?(.+?)"? does not exist')
 FOREIGN = re.compile(r' Did you mean "(?:pg_|duckdb_|information_schema)[^"]*"\?')  # tables that are DuckDB's own

@@ -29,13 +29,15 @@ from actstore.storage.machine import check_process, finalize_here, limit_reached
 from actstore.storage.regular import check_regular, open_regular
 
 LOCKED = (
-    "set temp_directory = ''",  # which could not be written anyway: a query that does not fit says so
+    "set temp_directory = ''",  # no temporary files: a query that does not fit in memory fails
     "set enable_external_access = false",
-    "set disabled_filesystems = 'LocalFileSystem'",  # else COPY … (use_tmp_file false) overwrites the catalog itself
+    "set disabled_filesystems = 'LocalFileSystem'",  # or COPY … (use_tmp_file false) would overwrite the catalog itself
     "set lock_configuration = true",
 )
-SEARCH = "set search_path = 'store.main,memory.main'"  # of each cursor: it inherits neither this nor temporary macros
-READ_ONLY = "begin transaction read only"  # of each cursor: the memory's database is no place to write, either
+SEARCH = (
+    "set search_path = 'store.main,memory.main'"  # for each cursor, which inherits neither this nor temporary macros
+)
+READ_ONLY = "begin transaction read only"  # for each cursor: the database in memory is not to be written, either
 T = TypeVar("T")
 Check = Callable[[list[str], list[str]], None]  # takes names and SQL types of a prepared query's columns
 LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and cannot be interrupted then
@@ -47,7 +49,7 @@ LOOK_UP = 0.1  # seconds between checks for a Ctrl-C while a query runs
 READING = (  # any other statement would write, if only to memory, or change the session for later queries
     duckdb.StatementType.SELECT,  # DESCRIBE, SHOW and SUMMARIZE are of this type, too
     duckdb.StatementType.EXPLAIN,
-    duckdb.StatementType.MULTI,  # a PIVOT that must first ask for its columns
+    duckdb.StatementType.MULTI,  # a PIVOT that first queries its columns
 )
 
 
@@ -129,7 +131,7 @@ class Session:
         def passed_on(*columns: Any) -> Any:
             try:
                 return function(*columns)
-            except ActstoreError as error:  # of which DuckDB keeps the text alone
+            except ActstoreError as error:  # DuckDB keeps only its text
                 raise RuntimeError(f"actstore {error.kind}: {error}") from error
 
         self._connection.create_function(name, passed_on, list(takes), gives, type=PythonUDFType.ARROW)
@@ -209,7 +211,7 @@ class Session:
             try:
                 return _interruptible(cursor, lambda: _fetch(cursor, query, params, schema, check))
             finally:
-                with suppress(duckdb.Error):  # a query that a second Ctrl-C left running
+                with suppress(duckdb.Error):  # a second Ctrl-C may have left the query running
                     cursor.close()
         except duckdb.Error as error:
             if isinstance(error, duckdb.OutOfMemoryException):
@@ -281,7 +283,7 @@ def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> du
         raise BadInput(f"got {len(statements)} statements; ask one query at a time")
     try:
         kind = statements[0].type
-    except ValueError:  # of which the Python client knows no name
+    except ValueError:  # the Python client has no name for its type
         raise BadInput("a store is read with SELECT, and cannot do this") from None
     if kind not in READING:
         raise BadInput(f"a store is read with SELECT, and cannot do {kind.name}")
@@ -328,7 +330,7 @@ def _fetch(
     statement = _check(cursor, query, set(params or {}))
     given = dict(params) if params else None
     try:
-        if check and statement.type == duckdb.StatementType.MULTI:  # it runs as it is prepared
+        if check and statement.type == duckdb.StatementType.MULTI:  # preparing it runs it
             described = cursor.execute(f"describe {statement.query}", given).fetchall()
             check([row[0] for row in described], [row[1] for row in described])
         prepared = cursor.sql(query, params=given)

@@ -10,10 +10,10 @@ import msgspec
 from msgspec import Meta
 
 T = TypeVar("T")
-Text = Annotated[str, Meta(max_length=1000, pattern=r"^[^\x00\ud800-\udfff]*\Z")]  # a lone surrogate is no Unicode
+Text = Annotated[str, Meta(max_length=1000, pattern=r"^[^\x00\ud800-\udfff]*\Z")]  # a lone surrogate is not Unicode
 Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]  # xxh3-128, hexadecimal
 Size = Annotated[int, Meta(ge=0, lt=2**62)]  # bytes or rows
-Count = Annotated[int, Meta(ge=0, lt=2**31)]  # of trees or batches, and tree ids: the catalog's integer
+Count = Annotated[int, Meta(ge=0, lt=2**31)]  # trees, batches or tree ids: the catalog's integer
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
 INSIDE = re.compile(r"(?:(?:^|/)(?!\.{1,2}(?:/|\Z))[^/\x00-\x1f\x7f\ud800-\udfff]{1,255})+")  # starts with no slash
 
@@ -56,7 +56,7 @@ def check_inside(path: str) -> None:
     """Check that a path stays in the store: relative, with forward slashes and valid names.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the path does not stay in the store, or has another form.
     """
     if len(path) > 1000 or not (path[:1] != "/" and INSIDE.fullmatch(path)):
         raise ValueError(f"it names {path[:80]!r}, which is no path inside the store")

@@ -66,7 +66,7 @@ def publish(root: Path, path: str, content: bytes | memoryview) -> File:
             os.unlink(temporary)
         fsync_folder(target.parent)
     except OSError as error:
-        for left in (temporary, *[target] * linked):  # a name that may not outlive a power cut is no publication
+        for left in (temporary, *[target] * linked):  # a name that a power cut may remove is not published
             with suppress(OSError):
                 left.unlink(missing_ok=True)
         if error.errno in DISK_FULL:
@@ -180,7 +180,7 @@ def make_folder(folder: Path) -> None:
             fsync_folder(folder.parent)
         except OSError:
             with suppress(OSError):
-                folder.rmdir()  # else the next try would take it for durable
+                folder.rmdir()  # or the next attempt would take the folder for durable
             raise
 
 

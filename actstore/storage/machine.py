@@ -21,7 +21,7 @@ OUT_OF_MEMORY = re.compile(  # in the words of Python, DuckDB, Arrow, the C++ li
     r"|failed to map segment|can't start new thread|could not spawn threads",
     re.IGNORECASE,
 )
-LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what the system refuses with, where nothing is wrong with a file
+LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of a limit, and not of the file
 
 
 def n_processors() -> int:
@@ -34,7 +34,7 @@ def raise_descriptors() -> None:
     import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # a system whose own limit is lower than what it says
+    with suppress(OSError, ValueError):  # some systems have a lower limit than they report
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 

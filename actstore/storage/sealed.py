@@ -12,7 +12,7 @@ CHECKSUM = "checksum"
 BEGINS, ENDS = b'{\n "', b'"\n}'  # how every file of `to_json` begins and ends
 MOST_READ = (
     1 << 27
-)  # bytes of all that is tried: of a file of 11 kB every bit, of a longer one the one place that is strange
+)  # most bytes hashed in all: every bit of a file of 11 kB; of a longer file, only the place that looks wrong
 NOT_WRITTEN = re.compile(rb"[^\n -~]")  # json.dumps writes none of these
 
 
@@ -44,7 +44,7 @@ def flipped_back(content: bytes) -> bytes | None:
     """
     strange = [found.start() for found, _ in zip(NOT_WRITTEN.finditer(content), range(2), strict=False)]
     places = strange or range(len(content))
-    is_near = content.startswith(BEGINS) or content.endswith(ENDS)  # a flip leaves one of them as it was
+    is_near = content.startswith(BEGINS) or content.endswith(ENDS)  # a flip leaves one of the two intact
     if len(strange) > 1 or not is_near or len(places) * len(content) > MOST_READ:
         return None
     tried = bytearray(content)

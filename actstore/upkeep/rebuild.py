@@ -26,7 +26,7 @@ def rebuild(path: str | Path) -> int:
     root = place(path)
     check_format(root)
     with storage_lease.lease(root):
-        # what the old catalog knows must not be forgotten
+        # a shorter log than the old catalog knows is refused
         committed = log.manifests(root, least=catalog_tables.snapshot(root))
         witness.refuse_conflict(root, committed)
         return build.publish(root, from_nothing=True)

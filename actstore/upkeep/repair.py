@@ -97,7 +97,7 @@ def repair(
         if conflict := [finding.what for finding in report.damage if finding.kind == CONFLICT]:
             raise Damaged(witness.in_conflict(root, "; ".join(conflict)))
         _refuse_shared_places(root, manifests, [finding.path for finding in report.damage])
-        log.sweep(root, manifests)  # what an interrupted repair left
+        log.sweep(root, manifests)  # removes what an interrupted repair left
         tables.discard_beside(root / tables.CATALOG)
         of_catalog = [finding.path for finding in report.damage if finding.kind == "catalog"]
         is_whole = all(path.startswith(f"{tables.CATALOG}.") for path in of_catalog)  # but for what was beside it
@@ -189,7 +189,7 @@ def _mend(
     for finding in damage:
         file, content = files[finding.path], None
         if isinstance(file, Part) and whole_catalog:
-            with suppress(duckdb.Error, LookupError, ValueError):  # a manifest that no writer wrote
+            with suppress(duckdb.Error, LookupError, ValueError):  # raised for a manifest that no writer wrote
                 content = _from_catalog(root, file)
         elif file.path == f"{ARRAYS}/{manifest.run}/zarr.json":
             content = GROUP

@@ -144,7 +144,7 @@ def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
     end = max([*there[-1:], tables.snapshot(root)]) + 1
     expected = 1
     for number in [*there, end]:
-        if number > expected:  # as many as there may be: a name can be any number
+        if number > expected:  # each gap once: a name can be any number
             what = "is missing" + f", as are all up to {number - 1}" * (number > expected + 1)
             if link := links.broken(root / LOG):
                 what += f", since {link}"
@@ -244,7 +244,7 @@ def _positions(root: Path) -> dict[tuple[str, str], int]:
             inner = about["codecs"][0]["configuration"]["chunk_shape"]
             n = math.prod(-(-int(large) // int(small)) for large, small in zip(outer, inner, strict=True))
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-            continue  # which its own finding says
+            continue  # it has its own finding
         found[path.parent.parent.name, path.parent.name] = n
     return found
 

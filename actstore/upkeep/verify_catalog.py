@@ -109,9 +109,9 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
     """Compare every row of every table with the parts, for as many commits as the catalog holds."""
     with (
         tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder,
-        tables.attached(root) as connection,  # and keep that one
+        tables.attached(root) as connection,
     ):
-        connection.execute(f"set temp_directory = {tables.quoted(folder)}")  # else it would be where one happens to be
+        connection.execute(f"set temp_directory = {tables.quoted(folder)}")  # or DuckDB would use the working folder
         held = int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]

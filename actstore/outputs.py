@@ -6,15 +6,15 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from actstore.commits.format import store_around
-from actstore.errors import BadInput, Unsupported
+from actstore.errors import BadInput
 from actstore.storage.folder import is_unicode
-from actstore.storage.local import fsync, fsync_folder, needing_room
+from actstore.storage.local import write_whole
+from actstore.storage.refused import needing_room
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,17 +128,8 @@ def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     check_file(path, "the file")
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{uuid4().hex}.tmp")
-    try:
-        with needing_room(target):
-            write(temporary)
-            with suppress(Unsupported):  # the file is whole all the same
-                fsync(temporary)
-            os.replace(temporary, target)
-            with suppress(OSError):  # some file systems cannot
-                fsync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with needing_room(target):
+        write_whole(target, write, surely=False)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from actstore.cli import main
 from actstore.commits import log
 from actstore.errors import Busy, Damaged, NoRoom, Unsupported
-from actstore.storage import lease, local
+from actstore.storage import lease
+from actstore.storage.local import Local
 from actstore.store import Store
 from actstore.upkeep.verify import verify
 from actstore.writing.writer import open_writer
@@ -163,21 +164,19 @@ def test_what_a_second_writer_swept_away_is_not_committed(tmp_path, monkeypatch)
         raise AssertionError("it was committed")
 
     with open_writer(root) as writer:
-        publish = local.publish
+        publish = Local.publish
 
-        def publish_and_lose(at, path, content):
-            file = publish(at, path, content)
+        def publish_and_lose(place, path, content):
+            file = publish(place, path, content)
             if "/c/" in path:
                 log.sweep(root, log.manifests(root))
             return file
 
-        monkeypatch.setattr(log, "publish", publish_and_lose)
-        monkeypatch.setattr(local, "publish", publish_and_lose)
+        monkeypatch.setattr(Local, "publish", publish_and_lose)
         monkeypatch.setattr(log, "commit", swept)
         with pytest.raises(Damaged, match="is missing"):
             run.commit(writer, 0, 1)
-        monkeypatch.setattr(log, "publish", publish)
-        monkeypatch.setattr(local, "publish", publish)
+        monkeypatch.setattr(Local, "publish", publish)
         monkeypatch.setattr(log, "commit", commit)
     run.store(root)
     assert verify(root).findings == []

@@ -28,31 +28,31 @@ from actstore.commits.manifest import Manifest, Part, Shard, TableOfParts, manif
 from actstore.errors import Busy, Damaged, NoRoom
 from actstore.storage.backend import File
 from actstore.storage.lease import lease
-from actstore.storage.local import BLOCK, DIRECT_FROM, check_room, publish
+from actstore.storage.local import BLOCK, DIRECT_FROM, Local, check_room
 from tests.stores import committed_files, fake, files, folders
 
 # Publishing.
 
 
 def test_what_is_published_is_there_and_described(tmp_path: Path) -> None:
-    file = publish(tmp_path, "parts/trees/x.parquet", b"content")
+    file = Local(tmp_path).publish("parts/trees/x.parquet", b"content")
     assert file == File("parts/trees/x.parquet", 7, xxhash.xxh3_128_hexdigest(b"content"))
     assert files(tmp_path) == {"parts/trees/x.parquet": b"content"}
     assert (tmp_path / file.path).stat().st_mode & 0o777 == 0o444
 
 
 def test_the_first_writer_wins(tmp_path: Path) -> None:
-    first = publish(tmp_path, "log/x", b"first")
-    assert publish(tmp_path, "log/x", b"first") == first
+    first = Local(tmp_path).publish("log/x", b"first")
+    assert Local(tmp_path).publish("log/x", b"first") == first
     with pytest.raises(Damaged, match="log/x exists with other content"):
-        publish(tmp_path, "log/x", b"other")
+        Local(tmp_path).publish("log/x", b"other")
     assert files(tmp_path) == {"log/x": b"first"}
 
 
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, bytes(content[:3])))
-    publish(tmp_path, "x", b"0123456789")
+    Local(tmp_path).publish("x", b"0123456789")
     assert files(tmp_path) == {"x": b"0123456789"}
 
 
@@ -86,19 +86,19 @@ def test_a_failure_anywhere_leaves_nothing_and_the_next_try_goes_through(
     with monkeypatch.context() as patch:
         fail_at(patch, call, turn, OSError(reason, os.strerror(reason), "somewhere"))
         with pytest.raises(OSError, match=os.strerror(reason)) as caught:
-            publish(tmp_path, "new/x", b"content")
+            Local(tmp_path).publish("new/x", b"content")
     assert isinstance(caught.value, NoRoom) == (reason != errno.EIO)
     if isinstance(caught.value, NoRoom):
         assert "new/x (7 bytes)" in str(caught.value)
     assert files(tmp_path) == {}
     if (call, turn) in CALLS[:3]:
         assert folders(tmp_path) == set(), "a folder that may not be durable must be made again"
-    publish(tmp_path, "new/x", b"content")
+    Local(tmp_path).publish("new/x", b"content")
     assert files(tmp_path) == {"new/x": b"content"}
 
 
 def test_the_calls_listed_are_all_that_a_publication_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [call for call, _ in traced(monkeypatch, lambda: publish(tmp_path, "new/x", b"content"))]
+    made = [call for call, _ in traced(monkeypatch, lambda: Local(tmp_path).publish("new/x", b"content"))]
     assert sorted(made) == sorted(call for call, _ in CALLS if call in made)
     assert {call for call, _ in CALLS} - set(made) == {"open", "write", "fchmod"}
 
@@ -108,11 +108,11 @@ def test_a_file_too_large_for_the_limits_is_no_room(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from actstore.storage.local import publish
+from actstore.storage.local import Local
 from actstore.errors import NoRoom
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
-    publish(Path(sys.argv[1]), "x", bytes(20_000))
+    Local(Path(sys.argv[1])).publish("x", bytes(20_000))
 except NoRoom as error:
     print(error)
 """
@@ -441,7 +441,7 @@ def test_a_sweep_keeps_exactly_the_files_that_are_committed(
     tmp_path_factory: pytest.TempPathFactory, kept: set[str]
 ) -> None:
     root, here = tmp_path_factory.mktemp("sweep"), {"a/c", "a/d", "b/c/e", "b/c/f", "g"}
-    published = {path: publish(root, f"parts/{path}", path.encode()) for path in here}
+    published = {path: Local(root).publish(f"parts/{path}", path.encode()) for path in here}
     manifest = Manifest(1, "batch", others=[published[path] for path in kept & here])
     log.commit(root, manifest)
     log.sweep(root, [manifest])
@@ -449,7 +449,7 @@ def test_a_sweep_keeps_exactly_the_files_that_are_committed(
 
 
 def test_missing_and_shortened_files_are_found_by_size(tmp_path: Path) -> None:
-    file = publish(tmp_path, "a/b", b"content")
+    file = Local(tmp_path).publish("a/b", b"content")
     committed = [Manifest(1, "batch"), Manifest(2, "batch", others=[file])]
     log.check_sizes(tmp_path, committed)
     (tmp_path / "a" / "b").chmod(0o644)
@@ -494,7 +494,7 @@ def test_large_content_written_past_the_page_cache_is_the_same_content(tmp_path,
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", watched)
-    file = publish(tmp_path, "a/b", content.data)
+    file = Local(tmp_path).publish("a/b", content.data)
     assert (tmp_path / "a/b").read_bytes() == content.tobytes()
     assert file.bytes == size
     assert direct, "nothing went past the cache: nothing was tested"

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from actstore.arrays.address import POSITIONS_PER_TREE
-from actstore.commits import log
 from actstore.errors import BadInput, Busy, NoRoom
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
@@ -26,6 +25,7 @@ from actstore.ingest.trees.draw import draw
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import decode, encode
 from actstore.storage import local
+from actstore.storage.local import Local
 from actstore.store import Store
 from tests.reference import random_model, reference, weights
 from tests.stores import files
@@ -97,28 +97,26 @@ def test_two_models_over_the_same_trees_share_them_and_join(tmp_path):
 def test_interrupted_after_any_commit_the_same_command_ends_with_the_same_bytes(tmp_path, monkeypatch):
     model, sites = small_model(), ["embed"]
     execute(Ingest(tmp_path / "whole.act", model, trees(6), sites=sites))
-    publish, calls = local.publish, []
+    publish, calls = Local.publish, []
     for stop_after in range(1, 60):
         store = tmp_path / "cut.act"
         shutil.rmtree(store, ignore_errors=True)
 
-        def cut(root, path, content, limit=stop_after):
+        def cut(place, path, content, limit=stop_after):
             calls.append(path)
             if len(calls) > limit:
                 raise KeyboardInterrupt
-            return publish(root, path, content)
+            return publish(place, path, content)
 
         calls.clear()
-        monkeypatch.setattr(log, "publish", cut)
-        monkeypatch.setattr(local, "publish", cut)
+        monkeypatch.setattr(Local, "publish", cut)
         interrupted = True
         try:
             execute(Ingest(store, model, trees(6), sites=sites))
             interrupted = False
         except KeyboardInterrupt:
             pass
-        monkeypatch.setattr(log, "publish", publish)
-        monkeypatch.setattr(local, "publish", publish)
+        monkeypatch.setattr(Local, "publish", publish)
         execute(Ingest(store, model, trees(6), sites=sites))
         assert contents(store) == contents(tmp_path / "whole.act")
         if not interrupted:

@@ -16,6 +16,7 @@ from actstore.cli.output import save_activations
 from actstore.errors import BadInput, NoRoom
 from actstore.outputs import replacing, save_figure, write_text
 from actstore.queries.attention import page
+from actstore.storage import local
 from actstore.store import Store
 from tests.stores import fake, files
 
@@ -170,7 +171,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, mon
     def failing(*args):
         raise fault
 
-    monkeypatch.setattr("actstore.outputs.fsync", failing)
+    monkeypatch.setattr("actstore.storage.local.fsync", failing)
     with pytest.raises((NoRoom, KeyboardInterrupt)):
         WRITERS[kind](tmp_path / "x")
     assert list(tmp_path.iterdir()) == [file]
@@ -179,13 +180,9 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, mon
 
 def test_a_file_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
     calls = []
-    for module, name in (("actstore.outputs", "fsync"), ("actstore.outputs", "fsync_folder"), ("os", "replace")):
-        real = (
-            getattr(os, name)
-            if module == "os"
-            else getattr(__import__("actstore.storage.local", fromlist=[name]), name)
-        )
-        monkeypatch.setattr(f"{module}.{name}", lambda *a, real=real, name=name: calls.append(name) or real(*a))
+    for module, name in ((local, "fsync"), (local, "fsync_folder"), (os, "replace")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
     write_text(tmp_path / "x", "text")
     assert calls == ["fsync", "replace", "fsync_folder"]
 

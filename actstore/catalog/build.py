@@ -18,14 +18,26 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from actstore.catalog.hash_note import holds_noted, note_hash, note_under_way
-from actstore.catalog.tables import CATALOG, column_comments, discard_beside, located, quoted, schema, snapshot, source
+from actstore.catalog.hash_note import note_hash, noted_hashes
+from actstore.catalog.tables import (
+    CATALOG,
+    attached,
+    column_comments,
+    discard_beside,
+    located,
+    quoted,
+    schema,
+    snapshot,
+    source,
+)
 from actstore.commits.format import FORMAT_VERSION
 from actstore.commits.log import log_hash, manifests
 from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged, NoRoom
-from actstore.storage.local import DISK_FULL, say_where, swap
+from actstore.storage.backend import ANY
+from actstore.storage.local import Local
 from actstore.storage.machine import limit_reached
+from actstore.storage.refused import DISK_FULL, say_where
 from actstore.storage.regular import check_regular
 
 STORAGE_VERSION = "v1.2.0"  # readable by DuckDB 1.2 and later
@@ -44,25 +56,33 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
     Raises:
         Damaged: a committed part or manifest is missing or unreadable.
         NoRoom: the disk is full; the present catalog is unchanged.
+        Busy: another process replaced the catalog meanwhile; its catalog stays.
     """
-    temporary = root / f".{CATALOG}.{os.getpid()}.tmp"
-    try:
-        with _building(root):
-            discard_beside(temporary)  # left by a process of the same id
-            discard_beside(root / CATALOG)
-            held = 0 if from_nothing else _copy_of_last(root, temporary)
-            new = manifests(root, after=held, least=held)
-            if new or not held:
+    place = Local(root)
+    with _building(root):
+        discard_beside(root / CATALOG)
+        try:
+            there = place.token(CATALOG)
+            expected = there
+        except Damaged:  # not a regular file
+            there, expected = None, ANY
+        held = 0 if from_nothing or there is None else _held(root, there)
+        new = manifests(root, after=held, least=held)
+
+        def write(temporary: Path) -> None:
+            try:
+                if held:
+                    shutil.copyfile(root / CATALOG, temporary)
                 temporary.touch()
                 _extend(root, temporary, new, create=not held)
                 os.chmod(temporary, 0o444)
-                note_hash(root, temporary)
-                swap(temporary, root / CATALOG)
-            return held + len(new)
-    finally:
-        discard_beside(temporary)
-        for left in (temporary, note_under_way(root)):
-            left.unlink(missing_ok=True)
+                note_hash(root, temporary, there)
+            finally:
+                discard_beside(temporary)
+
+        if new or not held:
+            place.swap(CATALOG, write, expected)
+        return held + len(new)
 
 
 @contextmanager
@@ -112,27 +132,18 @@ def _building(root: Path) -> Iterator[None]:
         raise
 
 
-def _copy_of_last(root: Path, temporary: Path) -> int:
-    """Copy the present catalog and return its number of commits; 0 without a copy if unusable."""
+def _held(root: Path, there: str) -> int:
+    """Returns the present catalog's number of commits, given its hash; 0 if it is unusable."""
     try:
-        check_regular(root / CATALOG)
-    except (FileNotFoundError, Damaged):
-        return 0
-    shutil.copyfile(root / CATALOG, temporary)
-    if not holds_noted(root, temporary):  # damage must not spread to the next catalog
-        temporary.unlink()
-        return 0
-    try:
-        with duckdb.connect(temporary.absolute()) as connection:
-            version, held = connection.execute("select format_version, snapshot::int from snapshot").fetchall()[0]
+        if there not in noted_hashes(root):  # damage must not spread to the next catalog
+            return 0
+        with attached(root) as connection:
+            version, held = connection.execute("select format_version, snapshot::int from there.snapshot").fetchall()[0]
             columns = connection.execute("select table_name, column_name from duckdb_columns()").fetchall()
-    except (duckdb.Error, IndexError):
-        version, held, columns = None, 0, []
-    is_of_today = version == FORMAT_VERSION and column_comments().keys() <= set(columns)  # tables may gain columns
-    if not is_of_today or held is None:
-        temporary.unlink()
+    except (duckdb.Error, IndexError, FileNotFoundError, Damaged):
         return 0
-    return int(held)
+    is_of_today = version == FORMAT_VERSION and column_comments().keys() <= set(columns)  # tables may gain columns
+    return int(held or 0) if is_of_today else 0
 
 
 def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from actstore.catalog.tables import CATALOG, HASHES
@@ -11,8 +10,7 @@ from actstore.errors import Damaged, advised
 from actstore.storage import sealed
 from actstore.storage.content import Hash, as_a, json_object
 from actstore.storage.hashing import hash_of, hash_of_file
-from actstore.storage.local import swap
-from actstore.storage.regular import read_regular
+from actstore.storage.local import Local
 
 
 def noted_hashes(root: Path) -> list[str]:
@@ -27,7 +25,7 @@ def noted_hashes(root: Path) -> list[str]:
         Damaged: the note is not what was written.
         FileNotFoundError: the store has no note, as a store of format 1.
     """
-    content = read_regular(root / HASHES)
+    content = Local(root).read(HASHES)
     try:
         noted = json_object(content)
         if noted.keys() != {"xxh3_128"} and not sealed.is_whole(content):  # development versions wrote no checksum
@@ -37,20 +35,16 @@ def noted_hashes(root: Path) -> list[str]:
         raise Damaged(f"{root / HASHES} cannot be read ({error}); mend it with {advised('repair', root)}") from error
 
 
-def note_hash(root: Path, new: Path) -> None:
-    """Note a catalog's hash, beside the present catalog's, before the catalog is put in place."""
-    both = [hash_of_file(new)]
-    with suppress(FileNotFoundError, Damaged):  # there is no catalog, or one that was never noted
-        both.append(hash_of_file(root / CATALOG))
-    hashes = list(dict.fromkeys(both))
-    temporary = note_under_way(root)
-    temporary.write_bytes(sealed.to_json({"xxh3_128": hashes}))
-    swap(temporary, root / HASHES)
+def note_hash(root: Path, new: Path, there: str | None) -> None:
+    """Note a catalog's hash, beside the present catalog's, before the catalog is put in place.
 
-
-def note_under_way(root: Path) -> Path:
-    """Path of this process's unfinished note."""
-    return root / f".{HASHES}.{os.getpid()}.tmp"
+    Args:
+        root: the store.
+        new: the finished catalog, still under another name.
+        there: hash of the present catalog; None if there is none.
+    """
+    hashes = list(dict.fromkeys([hash_of_file(new), *[there] * (there is not None)]))
+    Local(root).swap(HASHES, sealed.to_json({"xxh3_128": hashes}))
 
 
 def is_noted(root: Path, descriptor: int) -> bool | None:
@@ -72,12 +66,7 @@ def is_noted(root: Path, descriptor: int) -> bool | None:
 
 def is_whole(root: Path) -> bool:
     """True if the present catalog has a noted hash."""
-    return holds_noted(root, root / CATALOG)
-
-
-def holds_noted(root: Path, path: Path) -> bool:
-    """True if a copy of the catalog has a noted hash."""
     try:
-        return hash_of_file(path) in noted_hashes(root)
+        return Local(root).token(CATALOG) in noted_hashes(root)
     except (FileNotFoundError, Damaged):
         return False

@@ -9,7 +9,6 @@ manifest names does not exist. A lease keeps a second writer out.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -21,9 +20,9 @@ from actstore.commits.format import ARRAYS, CHAINED_FROM, FOLDERS, LOG, store_ar
 from actstore.commits.manifest import MANIFEST, Manifest, manifest_path
 from actstore.errors import Damaged
 from actstore.storage import links
-from actstore.storage.local import discard, publish
+from actstore.storage.local import Local, discard
 from actstore.storage.machine import limit_reached
-from actstore.storage.regular import irregular, read_regular
+from actstore.storage.regular import read_regular
 
 
 def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
@@ -57,9 +56,9 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
 
 def numbers(root: Path) -> list[int]:
     """Numbers in the names of the log's files, in order; gaps and large numbers are possible."""
-    names = [path.name for path in (root / LOG).glob("*.json") if MANIFEST.fullmatch(path.name)]
-    found = ((int(name.removesuffix(".json")), name) for name in names)
-    return sorted(number for number, name in found if manifest_path(number) == f"{LOG}/{name}")
+    paths = Local(root).list(f"{LOG}/")
+    named = ((int(path[len(LOG) + 1 : -5]), path) for path in paths if MANIFEST.fullmatch(path[len(LOG) + 1 :]))
+    return sorted(number for number, path in named if manifest_path(number) == path)
 
 
 def first_gap(there: list[int]) -> int:
@@ -134,15 +133,13 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
         Damaged: names the first file that is missing, has another size, or is not a regular file.
         LimitReached: the system allows this process no more open files or memory.
     """
+    place = Local(root)
     for manifest in committed:
         for file in manifest.files:
             what, path = "", root / file.path
             try:
-                found = path.stat()
-                if found.st_size != file.bytes:
-                    what = f"is {found.st_size:,} bytes long, not {file.bytes:,}"
-                if not stat.S_ISREG(found.st_mode):
-                    raise Damaged(irregular(path, found.st_mode))
+                if (size := place.size(file.path)) != file.bytes:
+                    what = f"is {size:,} bytes long, not {file.bytes:,}"
             except (FileNotFoundError, NotADirectoryError):
                 what = "is missing"
                 if link := links.broken(path):
@@ -172,7 +169,7 @@ def commit(root: Path, manifest: Manifest, before: Manifest | None = None) -> Ma
         The manifest as it was published, chained to the one before it.
     """
     chained = replace(manifest, previous=before.xxh3_128 if before else None)
-    file = publish(root, manifest_path(manifest.number), chained.to_json())
+    file = Local(root).publish(manifest_path(manifest.number), chained.to_json())
     return replace(chained, xxh3_128=file.xxh3_128)
 
 
@@ -194,7 +191,7 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
         discard(path)
     removed = strays(root, committed)
     for stray in removed:
-        (root / stray).unlink()
+        Local(root).delete(stray)
     for place in [root / folder for folder in FOLDERS if not (root / folder).is_symlink()]:
         for at, inner, _ in os.walk(place, topdown=False):
             for name in inner:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actstore.errors import Busy, Damaged
-from actstore.storage.local import relying_on
 from actstore.storage.machine import check_process
+from actstore.storage.refused import relying_on
 
 LOCK = ".lock"
 LOOK_AGAIN = 0.1  # seconds between attempts at a lease that another process holds

@@ -1,4 +1,4 @@
-"""Files of a local file system: written durably, published once, replaced whole."""
+"""A folder of this machine as the place of a store's bytes, and the one way to write a file whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,123 +6,188 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import xxhash
 
-from actstore.errors import Damaged, NoRoom, Unsupported
-from actstore.storage.backend import File
-from actstore.storage.regular import read_regular
+from actstore.errors import Busy, Damaged, NoRoom, Unsupported
+from actstore.storage import lease as leases
+from actstore.storage.backend import ANY, Content, File
+from actstore.storage.hashing import hash_of
+from actstore.storage.lease import Lease
+from actstore.storage.refused import DISK_FULL, needing_room, relying_on, say_where
+from actstore.storage.regular import LONGEST, irregular, open_regular, read_regular
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_SUCH_CALL = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-ABILITIES = {  # what a file system may lack, and the errors that then come
-    "hard links": (*NO_SUCH_CALL, errno.EPERM, errno.EMLINK),
-    "locks (flock)": (*NO_SUCH_CALL, errno.ENOLCK, errno.EINVAL),
-    "fsync": (*NO_SUCH_CALL, errno.EINVAL),
-}
 DIRECT_FROM = 1 << 20  # bytes; a smaller copy through the page cache costs nothing
 BLOCK = mmap.PAGESIZE  # O_DIRECT wants memory, offsets and lengths aligned to this, on any disk of today
+UNDER_WAY = re.compile(r"\..*\.tmp")  # names of unfinished files; see `beside`
 
 
-def publish(root: Path, path: str, content: bytes | memoryview) -> File:
-    """Publish one file, durably, under a name that is free.
+class Local:
+    """A folder of this machine. Storage says what each method takes, gives and raises."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def publish(self, path: str, content: bytes | memoryview) -> File:
+        """See Storage.publish."""
+        file, target = File(path, len(content), xxhash.xxh3_128_hexdigest(content)), self.root / path
+        try:
+            make_folder(target.parent)
+            try:
+                write_whole(target, content, once=True)
+            except FileExistsError:
+                if self.size(path) != file.bytes or self.token(path) != file.xxh3_128:
+                    raise Damaged(
+                        f"{target} exists with other content, and no commit names it: another writer is at work on this "
+                        "store, or left it behind a link; if none is at work, remove that file"
+                    ) from None
+                fsync_folder(target.parent)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise NoRoom(
+                    f"no room for {target} ({len(content):,} bytes): {error.strerror}; free some, then go on"
+                ) from error
+            say_where(error, target)
+            raise
+        return file
+
+    def swap(self, path: str, content: Content, expected: str | None = ANY) -> None:
+        """See Storage.swap."""
+        target = self.root / path
+        with needing_room(target):
+            make_folder(target.parent)
+            write_whole(target, content, guard=nullcontext() if expected == ANY else self._only_after(path, expected))
+
+    @contextmanager
+    def _only_after(self, path: str, expected: str | None) -> Iterator[None]:
+        """Keep other swaps out; raise Busy if the file's token is not the expected one."""
+        folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with suppress(OSError):  # some file systems lock no folder; the lease still keeps others out
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            if self.token(path) != expected:
+                raise Busy(f"another process changed {self.root / path} meanwhile; wait for it or stop it, then go on")
+            yield
+        finally:
+            os.close(folder)
+
+    def token(self, path: str) -> str | None:
+        """See Storage.token; xxh3-128 of the file's content."""
+        try:
+            descriptor = self.open_for_map(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            return hash_of(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def read(self, path: str, longest: int = LONGEST) -> bytes:
+        """See Storage.read."""
+        return read_regular(self.root / path, longest)
+
+    def read_ranges(self, path: str, ranges: Iterable[tuple[int, int]]) -> Sequence[bytes]:
+        """See Storage.read_ranges."""
+        descriptor = self.open_for_map(path)
+        try:
+            return [os.pread(descriptor, length, start) for start, length in ranges]
+        finally:
+            os.close(descriptor)
+
+    def size(self, path: str) -> int:
+        """See Storage.size."""
+        found = os.stat(self.root / path)
+        if not stat.S_ISREG(found.st_mode):
+            raise Damaged(irregular(self.root / path, found.st_mode))
+        return found.st_size
+
+    def list(self, prefix: str) -> Sequence[str]:
+        """See Storage.list; links to folders are followed, and each folder is entered once."""
+        found, seen = list[str](), set[str]()
+        for folder, inner, files in os.walk(self.root / prefix.rpartition("/")[0], True, _unless_gone, True):
+            seen.add(os.path.realpath(folder))
+            inner[:] = [name for name in inner if os.path.realpath(os.path.join(folder, name)) not in seen]
+            inside = os.path.relpath(folder, self.root)
+            found += [name if inside == "." else f"{inside}/{name}" for name in files if not UNDER_WAY.fullmatch(name)]
+        return sorted(path for path in found if path.startswith(prefix))
+
+    def delete(self, path: str) -> None:
+        """See Storage.delete."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(self.root / path)
+
+    def lease(self, wait: float = 0.0) -> AbstractContextManager[Lease]:
+        """See Storage.lease."""
+        return leases.lease(self.root, wait)
+
+    def free_room(self) -> int:
+        """See Storage.free_room; the folder need not exist yet."""
+        return shutil.disk_usage(_existing(self.root)).free
+
+    def open_for_map(self, path: str) -> int:
+        """See Storage.open_for_map; never None."""
+        return open_regular(self.root / path)
+
+
+def write_whole(
+    final: Path,
+    content: Content,
+    *,
+    once: bool = False,
+    surely: bool = True,
+    guard: AbstractContextManager[object] | None = None,
+) -> None:
+    """Write a file whole or not at all: durably under a temporary name, and then under its own.
 
     Args:
-        root: the store.
-        path: the file's path inside the store, with forward slashes.
-        content: its bytes.
-
-    Returns:
-        The file's path, size and hash.
+        final: the file; its folder exists.
+        content: the bytes of a read-only file, or a function that writes a file to a given path.
+        once: fail if the name is taken; the default replaces the file.
+        surely: fail if the file system has no fsync; if False, a power cut may still tear the file.
+        guard: entered for the renaming alone; if the guard raises, nothing is changed.
 
     Raises:
-        Damaged: the name is taken by other bytes.
-        NoRoom: the disk is full; nothing is left under the name.
-        Unsupported: the file system has no hard links or no fsync; nothing is left under the name.
+        FileExistsError: the name is taken (with `once`).
+        Damaged: `final` is a folder.
+        Unsupported: the file system has no fsync, or no hard links (with `once`).
     """
-    file = File(path, len(content), xxhash.xxh3_128_hexdigest(content))
-    target = root / path
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    linked = False
+    temporary, linked = beside(final), False
     try:
-        make_folder(target.parent)
-        write_durably(temporary, content)
-        try:
-            with relying_on("hard links", target.parent):
-                os.link(temporary, target)
-            linked = True
-        except FileExistsError:
-            is_as_long = target.stat().st_size == file.bytes
-            if not is_as_long or xxhash.xxh3_128_hexdigest(read_regular(target, file.bytes)) != file.xxh3_128:
-                raise Damaged(
-                    f"{target} exists with other content, and no commit names it: another writer is at work on this store, "
-                    "or left it behind a link; if none is at work, remove that file"
-                ) from None
-        finally:
-            os.unlink(temporary)
-        fsync_folder(target.parent)
-    except OSError as error:
-        for left in (temporary, *[target] * linked):  # a name that a power cut may remove is not published
+        if callable(content):
+            content(temporary)
+            with nullcontext() if surely else suppress(Unsupported):
+                fsync(temporary)
+        else:
+            write_durably(temporary, content)
+        if once:
+            try:
+                with relying_on("hard links", final.parent):
+                    os.link(temporary, final)
+                linked = True
+            finally:
+                os.unlink(temporary)
+        else:
+            with guard or nullcontext():
+                replace_file(temporary, final)
+        with nullcontext() if surely else suppress(OSError):
+            fsync_folder(final.parent)
+    except BaseException:
+        for left in (temporary, *[final] * linked):  # a name that a power cut may remove is not published
             with suppress(OSError):
                 left.unlink(missing_ok=True)
-        if error.errno in DISK_FULL:
-            raise NoRoom(
-                f"no room for {target} ({len(content):,} bytes): {error.strerror}; free some, then go on"
-            ) from error
-        say_where(error, target)
-        raise
-    return file
-
-
-def say_where(error: OSError, path: Path) -> None:
-    """Add the path to an error of the system; errors of calls on a descriptor name none."""
-    if error.errno is not None and error.filename is None:
-        error.filename = str(path)
-
-
-@contextmanager
-def needing_room(path: Path) -> Iterator[None]:
-    """Turn the system's error of a full disk into the package's.
-
-    Args:
-        path: the file or folder, for the message.
-
-    Raises:
-        NoRoom: the disk is full.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise NoRoom(f"no room for {error.filename or path}: {error.strerror}; free some, then go on") from error
-        say_where(error, path)
         raise
 
 
-@contextmanager
-def relying_on(ability: str, path: Path) -> Iterator[None]:
-    """Turn the refusal of a call by a file system into an error that names the missing ability.
-
-    Args:
-        ability: one of ABILITIES.
-        path: the file or folder, for the message.
-
-    Raises:
-        Unsupported: the file system lacks the ability.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in ABILITIES[ability]:
-            raise
-        raise Unsupported(
-            f"the file system of {path} has no {ability} ({error.strerror}), and nothing can be written there that is sure to "
-            "stay whole; name a place on another file system"
-        ) from error
+def beside(final: Path) -> Path:
+    """A temporary name in a file's own folder, the same for no other process, thread or attempt."""
+    return final.with_name(f".{final.name[:40]}.{uuid4().hex}.tmp")  # a name may have 255 bytes
 
 
 def write_durably(path: Path, content: bytes | memoryview) -> None:
@@ -197,7 +262,7 @@ def replace_file(temporary: Path, final: Path) -> None:
     try:
         os.replace(temporary, final)
     except IsADirectoryError as error:
-        raise Damaged(f"{final} is a folder, where the store has a file: move it away, then go on") from error
+        raise Damaged(f"{final} is a folder, where a file belongs: move it away, then go on") from error
 
 
 def fsync(path: Path) -> None:
@@ -251,31 +316,19 @@ def check_room(root: Path, wanted: int, what: str) -> int:
     Raises:
         NoRoom: fewer than `wanted` bytes are free.
     """
-    existing = root
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = Local(root).free_room()
     if free < wanted:
         raise NoRoom(
-            f"{what} needs {wanted / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free; free some or ask for less"
+            f"{what} needs {wanted / 1e9:.2f} GB and {_existing(root)} has {free / 1e9:.2f} GB free; free some or ask for less"
         )
     return free
 
 
-def swap(temporary: Path, final: Path) -> None:
-    """Rename a finished file over the old one, durably."""
-    fsync(temporary)
-    replace_file(temporary, final)
-    fsync_folder(final.parent)
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
-def put(path: Path, content: bytes) -> None:
-    """Replace a damaged file, durably, whole or not at all."""
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_durably(temporary, content)
-        replace_file(temporary, path)
-        fsync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the first folder above that exists."""
+    return next(place for place in (folder, *folder.parents) if place.exists())

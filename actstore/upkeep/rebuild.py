@@ -8,8 +8,8 @@ from actstore.catalog import build, witness
 from actstore.catalog import tables as catalog_tables
 from actstore.commits import log
 from actstore.commits.format import check_format
-from actstore.storage import lease as storage_lease
 from actstore.storage.folder import place
+from actstore.storage.local import Local
 
 
 def rebuild(path: str | Path) -> int:
@@ -25,7 +25,7 @@ def rebuild(path: str | Path) -> int:
     """
     root = place(path)
     check_format(root)
-    with storage_lease.lease(root):
+    with Local(root).lease():
         # a shorter log than the old catalog knows is refused
         committed = log.manifests(root, least=catalog_tables.snapshot(root))
         witness.refuse_conflict(root, committed)

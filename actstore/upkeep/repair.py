@@ -31,8 +31,7 @@ from actstore.errors import Damaged, advised
 from actstore.storage import links, sealed
 from actstore.storage.backend import File
 from actstore.storage.folder import place
-from actstore.storage.lease import lease
-from actstore.storage.local import put
+from actstore.storage.local import Local
 from actstore.storage.regular import read_regular
 from actstore.upkeep.verify import Finding, read_manifests, verify
 from actstore.upkeep.verify_catalog import CONFLICT
@@ -83,7 +82,7 @@ def repair(
     """
     root = place(path)
     _refuse_what_is_no_store(root)
-    with lease(root, wait):
+    with Local(root).lease(wait):
         refuse_astray(root, read_manifests(root)[0])
         mended = _flip_back(root)
         about = check_format(root, older=True)
@@ -115,7 +114,7 @@ def repair(
             mended += dict.fromkeys(of_catalog)
             if about["format"] < FORMAT_VERSION:
                 about = {key: value for key, value in about.items() if key != sealed.CHECKSUM}
-                put(root / "store.json", sealed.to_json({**about, "format": FORMAT_VERSION}))
+                Local(root).swap("store.json", sealed.to_json({**about, "format": FORMAT_VERSION}))
                 mended.append("store.json")
         return Repair(mended, left, len(manifests))
 
@@ -162,7 +161,7 @@ def _flip_back(root: Path) -> list[str]:
         except OSError:
             continue
         if content is not None:
-            put(root / name, content)
+            Local(root).swap(name, content)
             mended.append(name)
     return mended
 
@@ -194,7 +193,7 @@ def _mend(
         elif file.path == f"{ARRAYS}/{manifest.run}/zarr.json":
             content = GROUP
         if content is not None and _is(content, file):
-            put(root / finding.path, content)
+            Local(root).swap(finding.path, content)
             done.append(finding.path)
         else:
             left.append(finding)
@@ -213,7 +212,7 @@ def _mend(
     for finding in left:
         content = made.get(finding.path)
         if content is not None and _is(content, files[finding.path]):
-            put(root / finding.path, content)
+            Local(root).swap(finding.path, content)
             done.append(finding.path)
         else:
             differs = "what is computed here differs: it was made by other versions or on another machine (see runs)"
@@ -276,7 +275,7 @@ def _zarr_group(root: Path) -> list[str]:
             return []
     except OSError:
         pass
-    put(root / path, GROUP)
+    Local(root).swap(path, GROUP)
     return [path]
 
 

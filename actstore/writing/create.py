@@ -9,11 +9,11 @@ from pathlib import Path
 from actstore.catalog import build
 from actstore.commits.format import ARRAYS, FORMAT_VERSION, LOG, PARTS, WEIGHTS, store_around
 from actstore.errors import BadInput, Unsupported
-from actstore.storage import lease as storage_lease
-from actstore.storage import local, sealed
+from actstore.storage import sealed
 from actstore.storage.folder import check_path
 from actstore.storage.lease import LOCK
-from actstore.storage.local import fsync_folder, make_folder, needing_room
+from actstore.storage.local import Local, fsync_folder, make_folder
+from actstore.storage.refused import needing_room
 from actstore.version import __version__
 from actstore.writing.parts import GROUP
 
@@ -44,7 +44,7 @@ def create(root: Path, wait: float = 0.0) -> None:
 
 
 def _make(root: Path, under_way: Path, wait: float) -> None:
-    with storage_lease.lease(under_way, wait):  # the lease moves with the folder
+    with Local(under_way).lease(wait):  # the lease moves with the folder
         if is_store(root):  # another process made it since
             shutil.rmtree(under_way, ignore_errors=True)
             return
@@ -81,11 +81,11 @@ def _fill(root: Path) -> None:
     """Put everything into a folder that a store without commits has."""
     for folder in (LOG, PARTS, WEIGHTS, ARRAYS):
         make_folder(root / folder)
-    local.publish(root, f"{ARRAYS}/zarr.json", GROUP)
+    Local(root).publish(f"{ARRAYS}/zarr.json", GROUP)
     build.publish(root)
     about = {
         "format": FORMAT_VERSION,
         "made_by": f"actstore {__version__}",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    local.publish(root, "store.json", sealed.to_json(about))
+    Local(root).publish("store.json", sealed.to_json(about))

@@ -24,12 +24,11 @@ from actstore.commits.format import ARRAYS, check_format, part_path, weights_pat
 from actstore.commits.log import refuse_astray
 from actstore.commits.manifest import Manifest, Part, Shard, TableOfParts
 from actstore.errors import BadInput
-from actstore.storage import lease as storage_lease
-from actstore.storage import local
 from actstore.storage.backend import File
 from actstore.storage.folder import place
 from actstore.storage.lease import Lease
-from actstore.storage.local import needing_room
+from actstore.storage.local import Local
+from actstore.storage.refused import needing_room
 from actstore.writing.committed import batches_of, must_agree, stored_dataset, stored_run
 from actstore.writing.create import create
 from actstore.writing.parts import GROUP, as_parquet, rows_committed
@@ -61,7 +60,7 @@ def open_writer(path: str | Path, *, make: bool = False, wait: float = 0.0) -> I
     if make and not (root / "store.json").exists():
         create(root, wait)
     check_format(root)
-    with needing_room(root), storage_lease.lease(root, wait) as lease:
+    with needing_room(root), Local(root).lease(wait) as lease:
         writer = Writer(root, lease)
         try:
             yield writer
@@ -227,7 +226,7 @@ class Writer:
                 raise _otherwise(self.root / path)
             return []
         self._lease.check()
-        return [local.publish(self.root, path, content)]
+        return [Local(self.root).publish(path, content)]
 
     def _has(self, path: str, content: bytes | memoryview) -> bool:
         return xxhash.xxh3_128_hexdigest(content) == self._files[path].xxh3_128

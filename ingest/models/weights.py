@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 
 from actstore.errors import BadInput, nearest
 from actstore.ingest.models.config import ModelConfig
-from actstore.storage.local import fsync_folder, sync
+from actstore.storage.local import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,16 +102,7 @@ def replace(path: Path, content: bytes) -> None:
         Unsupported: the file system has no fsync.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            sync(file.fileno(), path)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    write_whole(path, lambda under_way: under_way.write_bytes(content))  # the file stays writable
 
 
 def check_weights(found: Mapping[str, Tensor], config: ModelConfig, source: str) -> dict[str, Tensor]:

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from actstore.errors import BadInput, NoRoom
 from actstore.ingest.models import load
 from actstore.ingest.models.config import ModelConfig
-from actstore.ingest.models.weights import read_state, save
+from actstore.ingest.models.weights import read_state, replace, save
 from actstore.ingest.training.recipe import Recipe, Row
-from actstore.storage.lease import lease
+from actstore.storage.local import Local
 
 if TYPE_CHECKING:
     from actstore.ingest.training.learner import Learner
@@ -62,7 +62,7 @@ class TrainingFolder:
         """
         try:
             (self.out / self.name).mkdir(parents=True, exist_ok=True)
-            with lease(self.out):
+            with Local(self.out).lease():
                 yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -135,7 +135,7 @@ class TrainingFolder:
         return self.weights_path
 
     def _write_config(self) -> None:
-        self.weights_path.with_suffix(".yaml").write_text(yaml.safe_dump(self.mapping(), sort_keys=False))
+        replace(self.weights_path.with_suffix(".yaml"), yaml.safe_dump(self.mapping(), sort_keys=False).encode())
 
     def log(self, row: Row) -> None:
         """Append a row to the log."""
@@ -143,7 +143,7 @@ class TrainingFolder:
             file.write(json.dumps(row) + "\n")
 
     def _write_log(self, rows: list[Row]) -> None:
-        self.log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        replace(self.log_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def last_good(self) -> str:
         """The step that the folder holds, in words."""

@@ -74,7 +74,7 @@ class Storage(Protocol):
         """
 
     def token(self, path: str) -> str | None:
-        """The version of a file, for `swap`: it differs with the content; None if no file is there."""
+        """The version of a file's content, for `swap`; None if there is no file."""
 
     def read(self, path: str, longest: int = ...) -> bytes:
         """The content of a file; a file of more than `longest` bytes is Damaged."""

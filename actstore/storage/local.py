@@ -1,4 +1,4 @@
-"""A folder of this machine as the place of a store's bytes, and the one way to write a file whole or not at all."""
+"""A local folder as the place of a store's bytes; files are written whole or not at all."""
 
 from __future__ import annotations
 

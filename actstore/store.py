@@ -191,7 +191,7 @@ class Store:
         """Short names of a run's sites, in the order of the forward pass."""
         return self._opened.sites(run)
 
-    def run(self, run: str | None) -> str:
+    def resolve_run(self, run: str | None) -> str:
         """Resolve a run's name: the given run, or the store's only run.
 
         Args:
@@ -202,7 +202,7 @@ class Store:
             BadInput: no run was named and there are several; or the store is closed, or was opened
                 by another process.
         """
-        return self._opened.run(run)
+        return self._opened.resolve_run(run)
 
     @overload
     def read(
@@ -295,7 +295,7 @@ class Store:
             Damaged: a file is not what was committed, or another store is in this one's place.
         """
         dtype = activations.check_form(dtype, out)
-        run = self.run(run)
+        run = self.resolve_run(run)
         names = wanted(self._opened, run, site, sites)
         readers = [self._opened.reader(run, name) for name in names]
         activations.same_row_shape(readers, names)
@@ -334,7 +334,7 @@ class Store:
         """
         from actstore.reading.explain import explain
 
-        run = self.run(run)
+        run = self.resolve_run(run)
         return explain(self._opened, query, run, wanted(self._opened, run, site, sites), params, timeout, memory)
 
     def scan(self, run: str | None = None, site: Site | None = None) -> pl.LazyFrame:
@@ -359,7 +359,7 @@ class Store:
         """
         from actstore.reading.scan import scan
 
-        run = self.run(run)
+        run = self.resolve_run(run)
         (name,) = wanted(self._opened, run, site, None)
         return scan(self._opened, run, name)
 
@@ -431,7 +431,7 @@ class Store:
         """
         from actstore.reading.batches import Batches
 
-        run = self.run(run)
+        run = self.resolve_run(run)
         return Batches(
             self._opened,
             query,

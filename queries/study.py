@@ -175,7 +175,7 @@ def run(
         if option not in ("store", "run", "seed", "progress")
     ]
     check_names(f"study {name!r}", options, (), known)
-    return module.study(store.whole, store.run(run), seed, progress or _silent, **options)
+    return module.study(store.whole, store.resolve_run(run), seed, progress or _silent, **options)
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
         NotStored: there is no such study, or no such run, or none over drawn trees.
     """
     _module(study)
-    named = list(dict.fromkeys(store.run(run) for run in runs))
+    named = list(dict.fromkeys(store.resolve_run(run) for run in runs))
     known: dict[str, Row] = {row["run"]: row for row in store.sql(RUNS).iter_rows(named=True)}
     every = [row for row in known.values() if row["answers"] and row["drawn"]]
     asked: list[Row] = [known[run] for run in named] or every

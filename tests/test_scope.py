@@ -91,7 +91,7 @@ def test_a_run_is_the_one_that_is_meant_in_its_session(store):
     of_trees = store.of("trees")
     X, rows = of_trees.read("select token_id, tree_id from edge_targets", site="embed")
     assert X[:, 0].tolist() == (rows["tree_id"] - 6).to_list()
-    assert of_trees.run(None) == "trees"
+    assert of_trees.resolve_run(None) == "trees"
     assert of_trees.scan().select("tree_id").unique().collect().height == 5
     assert of_trees.explain("from edge_targets").rows == 5 * 3
     assert of_trees.batches("from edge_targets").n_rows == 5 * 3

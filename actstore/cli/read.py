@@ -236,7 +236,7 @@ def attention(store: Path, tree: int, run: str | None, layer: int | None, head: 
 
     check_file(out, "--out", ENDINGS)
     with Store(store, check) as opened:
-        save(opened, opened.run(run), tree, out, layer, head)
+        save(opened, opened.resolve_run(run), tree, out, layer, head)
     say(out)
 
 
@@ -244,7 +244,7 @@ class Limited:
     """A store that applies limits to every query, for code that queries by itself."""
 
     def __init__(self, store: Store, timeout: float | None, memory: str | int | None) -> None:
-        self.run, self._store, self._limits = store.run, store, (timeout, memory)
+        self.resolve_run, self._store, self._limits = store.resolve_run, store, (timeout, memory)
 
     def of(self, run: str) -> Limited:
         """See Store.of."""

@@ -145,7 +145,7 @@ class Opened:
             return scope.ask(self, query, params, reads, check)
         from actstore.sql import process
 
-        return process.run(self, query, params, process.Limits.of(timeout, memory), reads, check)
+        return process.run_in_process(self, query, params, process.Limits.of(timeout, memory), reads, check)
 
     @property
     def whole(self) -> Opened:
@@ -154,7 +154,7 @@ class Opened:
 
     def of(self, run: str) -> Opened:
         """See Store.of."""
-        run = self.run(run)
+        run = self.resolve_run(run)
         scoped = copy.copy(self.whole)  # the functions hold the whole store by a weak reference
         scoped.parent, scoped.only, scoped.run_names = self.whole, run, [run]
         return scoped
@@ -168,10 +168,10 @@ class Opened:
 
     def sites(self, run: str) -> list[str]:
         """See Store.sites."""
-        return self.sql("select short from sites where run = $run", {"run": self.run(run)})["short"].to_list()
+        return self.sql("select short from sites where run = $run", {"run": self.resolve_run(run)})["short"].to_list()
 
-    def run(self, run: str | None) -> str:
-        """See Store.run."""
+    def resolve_run(self, run: str | None) -> str:
+        """See Store.resolve_run."""
         self.session.check()
         if self.only is not None and run not in (None, self.only):
             raise BadInput(f"this is run {self.only!r} of {self.path}, and not run {run!r}; ask the whole store")

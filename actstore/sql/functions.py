@@ -146,7 +146,7 @@ class Vectors:
             BadInput: the site is a pattern, or the store is closed.
         """
         store = self._store
-        reader = store.reader(run if (run, site) in self._checked else store.run(run), site)
+        reader = store.reader(run if (run, site) in self._checked else store.resolve_run(run), site)
         if (run, site) not in self._checked:
             if len(reader.layout.row_shape) != 1:
                 raise BadInput(
@@ -168,7 +168,7 @@ class Vectors:
     def _unembedding(self, run: str) -> Unembedding:
         if run not in self._unembeddings:
             store = self._store
-            found = store.sql("select weights_sha256 from runs where run = $run", {"run": store.run(run)})
+            found = store.sql("select weights_sha256 from runs where run = $run", {"run": store.resolve_run(run)})
             self._unembeddings[run] = read_unembedding(store, str(found.item()))
         return self._unembeddings[run]
 

@@ -89,7 +89,7 @@ def _bytes(memory: str | int) -> int:
     return size
 
 
-def run(
+def run_in_process(
     store: Snapshot,
     query: str,
     params: Mapping[str, Any] | None,

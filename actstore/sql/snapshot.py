@@ -33,8 +33,8 @@ class Snapshot(Protocol):
         """See Store.runs."""
         ...
 
-    def run(self, run: str | None) -> str:
-        """See Store.run."""
+    def resolve_run(self, run: str | None) -> str:
+        """See Store.resolve_run."""
         ...
 
     def sites(self, run: str) -> list[str]:

@@ -133,7 +133,7 @@ def _other(store: Store, run: str, other: str | None) -> str:
     runs = list(store.sql(RUNS).iter_rows(named=True))
     base = next(row for row in runs if row["run"] == run)
     if other is not None:
-        theirs = next(row for row in runs if row["run"] == store.run(other))
+        theirs = next(row for row in runs if row["run"] == store.resolve_run(other))
         if most_alike(base, [theirs]):
             return other
         found = [row["run"] for row in runs if most_alike(base, [row])]

@@ -70,7 +70,7 @@ def sections(path: Path) -> dict[str, list[Row]]:
             every = store.sql("select token_id from tokens order by token_id")["token_id"].to_numpy()
             selections = _selections(store, every)
             raw = Path(folder) / "raw.npy"
-            np.save(raw, store._opened.reader(store.run(None), SITE).gather(every))
+            np.save(raw, store._opened.reader(store.resolve_run(None), SITE).gather(every))
             errs = _how_it_errs(store, selections[-1])
         cold = _cold(path, raw, selections)
         with Store(path) as store:
@@ -134,7 +134,7 @@ def _cold_round(path: Path, raw: Path, selection: Selection) -> tuple[float, flo
     """Seconds of the limit and of the gather; a store anew, since a reader that has read holds its maps."""
     mapped = np.load(raw, mmap_mode="r")
     with Store(path) as store:
-        reader = store._opened.reader(store.run(None), SITE)
+        reader = store._opened.reader(store.resolve_run(None), SITE)
         files = store.sql(SHARDS, {"site": SITE})["path"].to_list()
         drop_pages([raw, *(path / file for file in files)])
         limit, X = timed(lambda: np.take(mapped, selection.rows, axis=0))
@@ -166,7 +166,7 @@ def _peer(peer: peers.Peer, selection: Selection) -> Action:
 
 
 def _ours(store: Store, selection: Selection, mapped: np.ndarray) -> dict[str, Action]:
-    run, query = store.run(None), selection.query
+    run, query = store.resolve_run(None), selection.query
     reader = store._opened.reader(run, SITE)
     plain = duckdb.connect(store.path / "catalog.duckdb", read_only=True)
     act = f"select token_id, act(token_id, '{run}', '{SITE}') as x from ({query})"
@@ -234,7 +234,7 @@ def _peer_row(name: str, ratios: list[float]) -> Row:
 
 
 def _several_sites(store: Store, selection: Selection) -> Row:
-    query, sites = selection.query, store.sites(store.run(None))
+    query, sites = selection.query, store.sites(store.resolve_run(None))
     X = np.stack([_in_order(store.read(query, site=site)) for site in sites], axis=1)
     actions = {
         "one call": Action(lambda: store.read(query, sites=sites), _in_order),

@@ -39,7 +39,6 @@ def ingest_more(store: Held, run: str, name: str, *more: str) -> str:
     """The command that stores more of a run's own model over its own trees.
 
     Args:
-        store: the store.
         run: the run whose model and trees are used.
         name: the new run's name; a number is added if the name is taken.
         *more: further arguments of `actstore ingest`.
@@ -52,9 +51,7 @@ def ingest_command(store: Held, model: tuple[str, str], dataset: str, name: str,
     """The command that stores a new run over a stored dataset.
 
     Args:
-        store: the store.
         model: the option that names the model, and its value.
-        dataset: the dataset's name.
         name: the new run's name; a number is added if the name is taken.
         *more: further arguments of `actstore ingest`.
     """
@@ -67,7 +64,6 @@ def no_run(store: Held, run: object, held: Sequence[str]) -> ActstoreError:
     """The error for a run that the store does not hold; a misspelt run gets no command to store it.
 
     Args:
-        store: the store.
         run: the name that was asked for.
         held: names of the stored runs.
     """

@@ -32,10 +32,6 @@ def share(n_right: int, n: int) -> Interval:
 
     If all of n are right, the lower end is 0.025^(1/n), about 1 - 3.7/n. For n = 0 the interval is
     0 to 1. https://doi.org/10.1093/biomet/26.4.404
-
-    Args:
-        n_right: the count.
-        n: out of how many.
     """
     low = _beta_quantile(ENDS[0], n_right, n - n_right + 1) if n_right else 0.0
     high = _beta_quantile(ENDS[1], n_right + 1, n - n_right) if n_right < n else 1.0
@@ -46,10 +42,6 @@ def wilson(n_right: int, n: int) -> Interval:
     """Wilson's 95 % interval of a share: shorter than the exact one, too little cover near 100 %.
 
     For n = 0 the interval is 0 to 1. https://doi.org/10.1080/01621459.1927.10502953
-
-    Args:
-        n_right: the count.
-        n: out of how many.
     """
     if not n:
         return 0.0, 1.0
@@ -151,8 +143,7 @@ def square_and_add(
     https://doi.org/10.1002/sim.3095
 
     Args:
-        first: an estimate and its two ends.
-        other: an estimate and its two ends.
+        first, other: an estimate and its two ends.
         correlation: the correlation of the two estimates.
 
     Returns:
@@ -257,8 +248,6 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], n_trees: int, seed:
         statistic: takes counts, float64 [resamples, n_trees] (how often each tree was drawn);
             returns float64 [resamples]. NaNs (resamples for which the statistic is undefined) are
             left out.
-        n_trees: number of trees.
-        seed: seed of the resamples.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -281,7 +270,6 @@ def sign_flip(differences: np.ndarray, seed: int) -> float:
 
     Args:
         differences: float [n_trees].
-        seed: seed of the draws.
     """
     carried = np.asarray(differences, np.float64)
     carried = carried[carried != 0]
@@ -301,11 +289,7 @@ def shuffled_within(values: np.ndarray, exposed: np.ndarray, strata: np.ndarray,
     draws, however the rows of a tree depend on each other.
 
     Args:
-        values: see `stratified_difference`.
-        exposed: see `stratified_difference`.
-        strata: see `stratified_difference`.
-        trees: see `stratified_difference`.
-        seed: seed of the draws.
+        values, exposed, strata, trees: see `stratified_difference`.
 
     Returns:
         p; 1 if no two similar trees differ in exposure.
@@ -351,7 +335,6 @@ def n_as_far(values: Sequence[float], which: int, rounding: float = 0.0) -> int:
     one. This p is at least 1 / n.
 
     Args:
-        values: n values.
         which: index of the given value.
         rounding: distances that differ by no more than this are equal.
     """
@@ -364,9 +347,6 @@ def holm(p: Sequence[float]) -> list[float]:
 
     If all null hypotheses hold, fewer than 5 % of studies have an adjusted p below 5 %.
     https://www.jstor.org/stable/4615733
-
-    Args:
-        p: the p values.
     """
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate(np.asarray(p, np.float64)[order] * np.arange(len(p), 0, -1))
@@ -379,7 +359,6 @@ def total_variation(counts: np.ndarray, others: np.ndarray) -> float:
     """Half the summed difference of two distributions: 0 equal, 1 disjoint.
 
     Args:
-        counts: counts or shares [k].
-        others: counts or shares [k].
+        counts, others: counts or shares [k].
     """
     return float(np.abs(counts / max(counts.sum(), 1e-300) - others / max(others.sum(), 1e-300)).sum() / 2)

@@ -42,7 +42,6 @@ def check_file(path: str | Path | None, option: str, endings: Sequence[str] = ()
 
     Args:
         path: the file; None if no file is asked for.
-        option: the argument that named the file, for the message.
         endings: the endings allowed; default: any.
         make: True if the file's folder will be made.
 
@@ -70,10 +69,6 @@ def check_file(path: str | Path | None, option: str, endings: Sequence[str] = ()
 
 def check_folder(path: str | Path, option: str) -> None:
     """Refuse a folder as check_file refuses a file; the folder need not exist.
-
-    Args:
-        path: the folder.
-        option: the argument that named the folder, for the message.
 
     Raises:
         BadInput: the path lies in a store, is not a folder, or cannot be written.
@@ -104,9 +99,7 @@ def check_ending(path: str | None, endings: Sequence[str], option: str) -> None:
     """Refuse a file's ending, before any work is done for the file.
 
     Args:
-        path: the file.
         endings: the endings allowed.
-        option: the argument that named the file, for the message.
 
     Raises:
         BadInput: names the endings allowed.

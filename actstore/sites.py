@@ -26,8 +26,6 @@ def wanted(store: Held, run: str, site: Site | None, sites: Sequence[Site] | Non
     """Names of the sites that a caller means; the run need not hold them.
 
     Args:
-        store: the store.
-        run: the run's name.
         site: one site; default: SITE.
         sites: several sites; a family (`resid_post`) stands for every layer of it that the run
             holds.

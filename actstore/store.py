@@ -169,9 +169,6 @@ class Store:
         too. Every method works as on the whole store, with this run as the default. Both stores
         share what is open: closing one closes both.
 
-        Args:
-            run: the run's name.
-
         Raises:
             NotStored: there is no such run.
             BadInput: this store shows another run, or is closed.
@@ -273,8 +270,7 @@ class Store:
             params: a value for each `$name` of the query.
             sites: several sites of one row shape, instead of `site`; `resid_post` stands for every
                 stored layer.
-            timeout: limit of the query, see `sql`; reading activations has none.
-            memory: limit of the query, see `sql`; reading activations has none.
+            timeout, memory: limit of the query, see `sql`; reading activations has none.
             dtype: dtype of X: float32, float16, float64, or bfloat16 (torch only).
             out: numpy or torch; a tensor shares the memory that was read into.
             columns: called with the names of the query's columns before the query runs; its error
@@ -318,13 +314,7 @@ class Store:
         The query runs; no activation is read.
 
         Args:
-            query: see `read`.
-            run: see `read`.
-            site: see `read`.
-            params: see `read`.
-            sites: see `read`.
-            timeout: see `read`.
-            memory: see `read`.
+            query, run, site, params, sites, timeout, memory: see `read`.
 
         Raises:
             NotStored: there is no such run or site, or a token belongs to another dataset or is not
@@ -408,10 +398,7 @@ class Store:
         Args:
             query: see `read`. The query runs now, on this store's snapshot; the store may be closed
                 before the batches are read.
-            run: see `read`.
-            site: see `read`.
-            params: see `read`.
-            sites: see `read`.
+            run, site, params, sites: see `read`.
             batch_size: rows per batch; the last batch may have fewer.
             shuffle: see above.
             seed: seed of the order, 0 or more.
@@ -419,8 +406,7 @@ class Store:
                 … of the same epoch.
             drop_last: leave out a last batch of fewer rows.
             window: rows per window.
-            timeout: see `read`.
-            memory: see `read`.
+            timeout, memory: see `read`.
 
         Raises:
             NotStored: see `read`; raised before the first batch.

@@ -245,7 +245,7 @@ CASES = [
 ELSEWHERE = {
     "actstore/cli/study.py:kept",  # test_recording.py
     "actstore/cli/ingest.py:ingest",  # below, as the rest
-    "actstore/reading/opened.py:_said_as_damage",  # test_content.py, as the next
+    "actstore/reading/opened.py:_opening_errors",  # test_content.py, as the next
     "actstore/writing/parts.py:rows_committed",
     "actstore/reading/scope.py:_note",  # test_scope.py: a note, which refuses nothing
     "actstore/catalog/witness.py:in_conflict",  # test_witness.py: only who looks can know which of the two is right

@@ -15,16 +15,11 @@ def token_ids(tree_id: np.ndarray, position: np.ndarray | int) -> np.ndarray:
     """int64: ids of the tokens at the given positions of trees.
 
     Args:
-        tree_id: integers.
         position: integers in [0, 256), of a shape that broadcasts with tree_id's.
     """
     return tree_id.astype("int64") * POSITIONS_PER_TREE + position
 
 
 def positions(token_id: np.ndarray) -> np.ndarray:
-    """Position of each token in its tree, [0, 256), in the dtype of the ids.
-
-    Args:
-        token_id: integers.
-    """
+    """Position of each token in its tree, [0, 256), in the dtype of the ids."""
     return token_id & POSITION_MASK

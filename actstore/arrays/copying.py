@@ -25,7 +25,6 @@ def flat_rows(out: np.ndarray, n_rows: int, layout: Layout) -> np.ndarray:
     Args:
         out: float [n, *layout.row_shape], of any float dtype.
         n_rows: the n that `out` must have.
-        layout: the site's layout.
 
     Raises:
         ValueError: `out` has another shape, is not of a float dtype, or has a row that is not

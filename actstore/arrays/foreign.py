@@ -115,8 +115,7 @@ class ForeignReader(SiteReader):
         """Read rows as SiteReader.gather does, from one or several chunks per row.
 
         Args:
-            token_ids: see SiteReader.gather.
-            out: see SiteReader.gather.
+            token_ids, out: see SiteReader.gather.
         """
         token_ids = np.asarray(token_ids).astype(np.int64, casting="safe", copy=False)
         row, position = self.places(token_ids)

@@ -9,13 +9,7 @@ from actstore.arrays.layout import Layout
 
 
 def metadata(layout: Layout, names: tuple[str, ...], attributes: Mapping[str, Any]) -> bytes:
-    """Build the array's zarr.json, as zarr-python writes it.
-
-    Args:
-        layout: the array's layout on the disk.
-        names: the axes' names.
-        attributes: the array's attributes.
-    """
+    """Build the array's zarr.json, as zarr-python writes it."""
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
     from zarr.core.buffer import default_buffer_prototype
@@ -47,7 +41,6 @@ def mapped_dtype(about: Mapping[str, Any], layout: Layout) -> str | None:
 
     Args:
         about: the content of the array's zarr.json.
-        layout: the layout to compare with.
     """
     checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     expected = {

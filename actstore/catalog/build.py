@@ -47,7 +47,6 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
     """Bring the catalog up to the last commit.
 
     Args:
-        root: the store.
         from_nothing: read every part again, and do not trust the present catalog.
 
     Returns:
@@ -90,9 +89,6 @@ def of_older(root: Path) -> Iterator[Path]:
     """Build today's catalog of a store of an earlier version, which is not changed.
 
     The catalog is built from the store's parts, in a folder that is removed at the end.
-
-    Args:
-        root: the store.
 
     Raises:
         Damaged: a committed part or manifest is missing or unreadable.

@@ -18,9 +18,6 @@ def noted_hashes(root: Path) -> list[str]:
 
     There are two hashes, since noting one and replacing the catalog are two steps.
 
-    Args:
-        root: the store.
-
     Raises:
         Damaged: the note is not what was written.
         FileNotFoundError: the store has no note, as a store of format 1.
@@ -39,7 +36,6 @@ def note_hash(root: Path, new: Path, there: str | None) -> None:
     """Note a catalog's hash, beside the present catalog's, before the catalog is put in place.
 
     Args:
-        root: the store.
         new: the finished catalog, still under another name.
         there: hash of the present catalog; None if there is none.
     """
@@ -51,7 +47,6 @@ def is_noted(root: Path, descriptor: int) -> bool | None:
     """Returns whether an open catalog has a noted hash; None if another catalog replaced it.
 
     Args:
-        root: the store.
         descriptor: of the open catalog.
 
     Raises:

@@ -158,9 +158,6 @@ def snapshot_of(connection: duckdb.DuckDBPyConnection) -> tuple[int, str | None]
 def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """Attach the catalog's file for reading, as the database `there`, without a log beside it.
 
-    Args:
-        root: the store.
-
     Raises:
         Damaged: the catalog is not a regular file, or has a view in the place of a table. Such a
             view's query would run, and may read any file.
@@ -201,9 +198,6 @@ def replayed(root: Path) -> list[Path]:
 def refuse_replayed(root: Path) -> None:
     """Check that a read of the catalog reads the catalog alone.
 
-    Args:
-        root: the store.
-
     Raises:
         Damaged: DuckDB would add a file beside the catalog.
     """
@@ -233,7 +227,6 @@ def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path],
 
     Args:
         connection: a connection to the catalog that holds the datasets.
-        table: the table's name.
         parts: paths of the parts.
         datasets: the full name of the table `datasets`.
     """
@@ -254,9 +247,6 @@ def located(path: Path) -> str:
 
     The path is made absolute: DuckDB takes `~x` for a home folder, and `s3:x` for a place in the
     network.
-
-    Args:
-        path: the path.
 
     Raises:
         BadInput: DuckDB cannot open a path with these characters.

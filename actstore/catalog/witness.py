@@ -29,9 +29,6 @@ def at_odds(manifests: list[Manifest]) -> Iterator[tuple[int, str]]:
 
     Each manifest must name files of its own run and batch, and no file twice.
 
-    Args:
-        manifests: all of them, in order.
-
     Yields:
         (number of the manifest, what is wrong with it).
     """
@@ -117,10 +114,6 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
 def conflict(root: Path, committed: list[Manifest]) -> str:
     """Compare a whole catalog with the manifests by their hash.
 
-    Args:
-        root: the store.
-        committed: all manifests.
-
     Returns:
         The differences; "" if there are none. Also "" if the catalog is no witness: it is damaged,
         or of a format that recorded no hash.
@@ -134,10 +127,6 @@ def conflict(root: Path, committed: list[Manifest]) -> str:
 def refuse_conflict(root: Path, committed: list[Manifest]) -> None:
     """Check that the catalog was built from these manifests, before unnamed files are removed.
 
-    Args:
-        root: the store.
-        committed: all manifests.
-
     Raises:
         Damaged: the catalog is whole and was built from other manifests.
     """
@@ -149,7 +138,6 @@ def in_conflict(root: Path, what: str) -> str:
     """The message for a store whose catalog and manifests are whole and disagree.
 
     Args:
-        root: the store.
         what: the differences.
     """
     return (

@@ -42,7 +42,6 @@ class Output:
         """Print a frame.
 
         Args:
-            frame: the rows.
             whole: printed as JSON instead of the rows, if there is more to say than rows hold.
         """
         if self.parquet:

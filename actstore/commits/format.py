@@ -51,7 +51,6 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
     """Read a store's store.json, and refuse a format that cannot be used.
 
     Args:
-        root: the store.
         older: whether a store of an earlier version is accepted.
 
     Raises:

@@ -29,7 +29,6 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
     """The commits numbered after+1 and later, in order.
 
     Args:
-        root: the store.
         after: number of commits that the caller knows already.
         least: number of commits that the catalog holds; with fewer, the log was cut short.
 
@@ -71,7 +70,6 @@ def breaks_chain(before: Manifest | None, manifest: Manifest) -> str:
 
     Args:
         before: the manifest numbered one less; None before the first.
-        manifest: the manifest.
     """
     is_chained = manifest.format >= CHAINED_FROM
     if before is None:
@@ -101,7 +99,6 @@ def read_manifest(path: Path, number: int) -> Manifest:
     """Read one manifest.
 
     Args:
-        path: the manifest's file.
         number: the number that it must have.
 
     Raises:
@@ -124,10 +121,6 @@ def read_manifest(path: Path, number: int) -> Manifest:
 
 def check_sizes(root: Path, committed: list[Manifest]) -> None:
     """Check that every committed file exists and has its committed size.
-
-    Args:
-        root: the store.
-        committed: manifests.
 
     Raises:
         Damaged: names the first file that is missing, has another size, or is not a regular file.
@@ -161,7 +154,6 @@ def commit(root: Path, manifest: Manifest, before: Manifest | None = None) -> Ma
     """Publish a manifest; when this returns, the commit is there for good.
 
     Args:
-        root: the store.
         manifest: the commit.
         before: the last manifest of the log; None if the log is empty.
 
@@ -179,10 +171,6 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     An interrupted writer leaves such files. Empty folders are removed too, since a folder that was
     made and not fsynced must be made again. Only the holder of the lease may call this. Folders
     that are not the store's own are not touched.
-
-    Args:
-        root: the store.
-        committed: all manifests.
 
     Returns:
         The paths removed.
@@ -205,10 +193,6 @@ def strays(root: Path, committed: Iterable[Manifest]) -> list[str]:
 
     A folder that was moved to another disk, with a link in its place, still belongs to the store.
     Other files behind the link are never listed.
-
-    Args:
-        root: the store.
-        committed: all manifests.
     """
     named = {file.path for manifest in committed for file in manifest.files}
     named |= {manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
@@ -225,10 +209,6 @@ def led_astray(root: Path, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def refuse_astray(root: Path, committed: Iterable[Manifest]) -> None:
     """Check where links lead, before anything is written or removed.
-
-    Args:
-        root: the store.
-        committed: all manifests.
 
     Raises:
         Damaged: a link on the way to a committed file leads nowhere, or into another store.

@@ -120,7 +120,6 @@ class Manifest:
         """Parse a manifest's bytes.
 
         Args:
-            content: the bytes.
             path: the manifest's file, for the message.
 
         Raises:

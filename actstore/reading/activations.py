@@ -40,8 +40,7 @@ def read_activations(readers: Sequence[SiteReader], token_ids: np.ndarray, one_s
         readers: one reader per site.
         token_ids: int64 [n].
         one_site: leave out the axis of sites.
-        dtype: see Store.read.
-        out: see Store.read.
+        dtype, out: see Store.read.
     """
     if one_site and dtype == "float32":
         X = readers[0].gather(token_ids)
@@ -75,7 +74,6 @@ def same_row_shape(readers: Sequence[SiteReader], sites: Sequence[str]) -> None:
 
     Args:
         readers: one reader per site.
-        sites: the sites' names.
 
     Raises:
         BadInput: names the first two sites that differ.

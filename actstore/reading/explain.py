@@ -94,7 +94,6 @@ def cost(reader: SiteReader, tokens: np.ndarray, check: bool = False) -> Cost:
     """What a site's reader touches for these tokens.
 
     Args:
-        reader: the site's reader.
         tokens: int64 [n], distinct.
         check: True if each shard is compared with its hash, and so read whole.
 

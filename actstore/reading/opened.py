@@ -44,7 +44,7 @@ class Opened:
         self.vectors: Vectors | None = None
         self.only: str | None = None  # the run whose rows this shows, see `of`
         self.parent: Opened | None = None  # the whole store, if this shows one run
-        with _said_as_damage(self.path), ExitStack() as opened:
+        with _opening_errors(self.path), ExitStack() as opened:
             self._open(opened)
             self._opened = opened.pop_all()
 
@@ -132,10 +132,7 @@ class Opened:
         """Run a query as `sql` does.
 
         Args:
-            query: see Store.sql.
-            params: see Store.sql.
-            timeout: see Store.sql.
-            memory: see Store.sql.
+            query, params, timeout, memory: see Store.sql.
             reads: the run whose activations are read at the query's token_id, see scope.ask.
             check: see Session.sql.
         """
@@ -191,7 +188,6 @@ class Opened:
         """The reader of a site; the same object at each call.
 
         Args:
-            run: the run's name.
             site: the site's short name.
 
         Raises:
@@ -205,7 +201,7 @@ class Opened:
 
 
 @contextmanager
-def _said_as_damage(path: Path) -> Iterator[None]:
+def _opening_errors(path: Path) -> Iterator[None]:
     """Turn errors of the system or a library into the package's own while a store is opened.
 
     Raises:

@@ -27,12 +27,8 @@ def read_ids(
     """The token ids that a query yields, int64 [n], and its frame.
 
     Args:
-        store: the store.
-        run: the run to read.
         query: SQL, token ids or a frame.
-        params: see Store.sql.
-        timeout: see Store.sql.
-        memory: see Store.sql.
+        params, timeout, memory: see Store.sql.
         columns: called with the names of the query's columns before the query runs.
 
     Raises:
@@ -59,7 +55,6 @@ def token_ids(rows: pl.DataFrame, of: str = "the query") -> np.ndarray:
     """int64 [n] from a frame's column token_id; raises as read_ids.
 
     Args:
-        rows: the frame.
         of: the frame's name in messages.
     """
     _refuse_without_ids(rows.columns, of)

@@ -34,8 +34,7 @@ def ask(
 
     Args:
         store: the whole store, or the store of one run.
-        query: see Store.sql.
-        params: see Store.sql.
+        query, params: see Store.sql.
         reads: the run whose activations are read at the query's token_id; None if none are read.
         check: see Session.sql.
 

@@ -31,8 +31,6 @@ def open_site(store: Snapshot, run: str, site: str) -> SiteReader:
     """Open one site: mapped shards if laid out as actstore writes them, else through zarr-python.
 
     Args:
-        store: the open store.
-        run: the run's name.
         site: the site's short name, or TransformerLens' name.
 
     Raises:
@@ -118,9 +116,7 @@ def catalog_rows(store: Snapshot, kind: type[T], rows: list[Any]) -> list[T]:
     """Convert rows of the catalog to their type.
 
     Args:
-        store: the open store.
         kind: the type of a row.
-        rows: the rows.
 
     Raises:
         Damaged: a row has another type.

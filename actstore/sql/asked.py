@@ -259,7 +259,6 @@ def _is_named(select: Node, group: dict[str, str], passed_on: bool) -> bool:
     """True if a SELECT mentions a group's run outside the group's joins.
 
     Args:
-        select: the SELECT.
         group: aliases of the group.
         passed_on: True if a run that `*` yields is mentioned elsewhere.
     """

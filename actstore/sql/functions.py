@@ -138,7 +138,6 @@ class Vectors:
         """The reader of a residual site.
 
         Args:
-            run: the run's name.
             site: the site's name.
 
         Raises:
@@ -221,10 +220,6 @@ def _arrow(X: np.ndarray, width: int | None) -> pa.Array:
 
 def _read_direction(store: Snapshot, name: str) -> np.ndarray:
     """float32 [d_model]: the direction last recorded under a name.
-
-    Args:
-        store: the store.
-        name: the direction's name.
 
     Raises:
         NotStored: there is no direction of this name, or the catalog predates directions.

@@ -118,14 +118,12 @@ def take_out(asked: Asked, params: dict[str, Any], vectors: Vectors) -> Taken | 
     """Take `act` out of a query's top SELECT.
 
     Args:
-        asked: the query.
         params: its parameters.
-        vectors: the session's functions.
 
     Returns:
         None if there is no `act`, or another part of the query depends on it. `vectors.not_taken`
-            then counts the reason: "form" for the query's own, "JSON" if DuckDB's parser uses names
-            unknown to this module.
+        then counts the reason: "form" for the query's own, "JSON" if DuckDB's parser uses names
+        unknown to this module.
     """
     try:
         form = _read(asked.tree)

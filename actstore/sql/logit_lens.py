@@ -47,7 +47,6 @@ def read_unembedding(store: Snapshot, weights_sha256: str) -> Unembedding:
     """Read a model's last layer from the weights in the store.
 
     Args:
-        store: the store.
         weights_sha256: hash of the weights' file.
 
     Raises:

@@ -34,9 +34,6 @@ TAGGED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {  
 def to_json(value: Any) -> Any:
     """Convert a parameter, or a mapping of parameters, to JSON's own types.
 
-    Args:
-        value: the parameter.
-
     Raises:
         BadInput: the value has a type that no query takes.
     """

@@ -102,8 +102,7 @@ def run_in_process(
     Args:
         store: the whole store, or the store of one run. The process refuses another folder in its
             place, and checks files if the store does.
-        query: see Store.sql.
-        params: see Store.sql.
+        query, params: see Store.sql.
         limits: the query's limits.
         reads: the run whose activations are read at the query's token_id, see scope.ask.
         check: see Session.sql; if it raises, the process is killed.

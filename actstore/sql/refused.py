@@ -37,7 +37,6 @@ def refusal(error: duckdb.Error, query: str, tables: Callable[[], list[str]]) ->
 
     Args:
         error: DuckDB's error.
-        query: the query.
         tables: returns the names of the store's tables and views; called only if the message needs
             them.
 

@@ -49,7 +49,6 @@ class Storage(Protocol):
 
         Args:
             path: of the file.
-            content: its bytes.
 
         Returns:
             The file's path, size and hash.

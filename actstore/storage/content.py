@@ -23,7 +23,6 @@ def as_a(kind: type[T], value: Any) -> T:
 
     Args:
         kind: the type, such as a dataclass.
-        value: the value.
 
     Raises:
         ValueError: the value has another type: "Expected `int`, got `str` - at `$.bytes`".

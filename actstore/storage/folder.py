@@ -36,9 +36,6 @@ def place(path: str | os.PathLike[str]) -> Path:
 def check_path(root: Path) -> None:
     """Refuse a path that DuckDB would misread or not find; links to such a path are allowed.
 
-    Args:
-        root: the path.
-
     Raises:
         BadInput: the absolute path holds a `?` (DuckDB ends the path there) or a backslash (DuckDB
             reads a slash), or is not UTF-8.

@@ -53,7 +53,6 @@ def lease(root: Path, wait: float = 0.0) -> Iterator[Lease]:
     """Hold the store for writing; the kernel drops the lease when the process ends, in any way.
 
     Args:
-        root: the store.
         wait: seconds to wait for another process that holds the store.
 
     Yields:

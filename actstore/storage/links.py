@@ -60,7 +60,6 @@ def unnamed(root: Path, folders: Iterable[str], named: Iterable[str]) -> list[st
     No link is entered, since its target may belong to others.
 
     Args:
-        root: the store.
         folders: folders of the store.
         named: paths inside the store, with forward slashes.
 

@@ -288,7 +288,6 @@ def sync(descriptor: int, path: Path) -> None:
 
     Args:
         descriptor: of the open file or folder.
-        path: for the message.
 
     Raises:
         Unsupported: the file system has no fsync.
@@ -309,7 +308,6 @@ def check_room(root: Path, wanted: int, what: str) -> int:
     """Returns the bytes free on the disk where the store is (or will be).
 
     Args:
-        root: the store.
         wanted: bytes needed.
         what: what needs them, for the message.
 

@@ -28,9 +28,6 @@ def say_where(error: OSError, path: Path) -> None:
 def needing_room(path: Path) -> Iterator[None]:
     """Turn the system's error of a full disk into the package's.
 
-    Args:
-        path: the file or folder, for the message.
-
     Raises:
         NoRoom: the disk is full.
     """
@@ -49,7 +46,6 @@ def relying_on(ability: str, path: Path) -> Iterator[None]:
 
     Args:
         ability: one of ABILITIES.
-        path: the file or folder, for the message.
 
     Raises:
         Unsupported: the file system lacks the ability.

@@ -56,7 +56,6 @@ def irregular(path: Path, mode: int) -> str:
     """The message for a path of the store that is not a regular file.
 
     Args:
-        path: the path.
         mode: st_mode from os.stat.
     """
     kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
@@ -72,7 +71,6 @@ def read_regular(path: Path, longest: int = LONGEST, dir_fd: int | None = None) 
     """Read a file; raises as open_regular.
 
     Args:
-        path: the file.
         longest: most bytes that the file may have, so that none fills the memory; a longer file is
             Damaged.
         dir_fd: see open_regular.

@@ -15,9 +15,6 @@ from actstore.storage.local import Local
 def rebuild(path: str | Path) -> int:
     """Build the catalog anew from the committed parts alone, and return its number of commits.
 
-    Args:
-        path: the store.
-
     Raises:
         Damaged: a part or a manifest is missing or unreadable, or the present catalog was built
             from other manifests.

@@ -63,7 +63,6 @@ def repair(
     """Verify a store, mend what is damaged, and build its catalog anew.
 
     Args:
-        path: the store.
         recompute: makes the files of a batch again, or of a run's definition if the batch is None;
             see ingest/replay/remake.py.
         advance: called with the bytes read so far, while damage is looked for.

@@ -86,7 +86,6 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
     """Look for damage.
 
     Args:
-        path: the store.
         quick: check only sizes and the shards' index checksums.
         advance: called with the bytes read so far.
 
@@ -273,7 +272,6 @@ def raise_if_damaged(report: Report, path: str | Path) -> None:
 
     Args:
         report: what `verify` found.
-        path: the store, for the message.
 
     Raises:
         Damaged: says how much is damaged, and what to do.

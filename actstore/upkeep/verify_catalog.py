@@ -30,7 +30,6 @@ def wrong_with(
     """Look for damage of the catalog.
 
     Args:
-        root: the store.
         manifests: all manifests if they are whole; None leaves out the comparison.
         is_older: an earlier version made the store, which noted no hash.
         parts_are_whole: if false, rows are counted and not compared.

@@ -88,10 +88,6 @@ def stored_run(runs: Rows, sites: Rows, plan: RunPlan) -> dict[str, Any] | None:
 def committed_batches(root: Path, run: str) -> set[int]:
     """Numbers of a run's committed batches, read without the lease.
 
-    Args:
-        root: the store.
-        run: the run's name.
-
     Raises:
         NotStored: there is no store.
     """

@@ -59,9 +59,6 @@ def _make(root: Path, under_way: Path, wait: float) -> None:
 def is_store(root: Path) -> bool:
     """True if a store is there, False if one can be made there.
 
-    Args:
-        root: the folder.
-
     Raises:
         BadInput: the folder can become no store.
     """

@@ -28,7 +28,6 @@ def rows_committed(root: Path, committed: Sequence[Manifest], table: str) -> pl.
     """All rows that the given commits brought to one of the small tables.
 
     Args:
-        root: the store.
         committed: the commits' manifests.
         table: models, datasets, runs or sites.
 
@@ -55,9 +54,6 @@ def rows_committed(root: Path, committed: Sequence[Manifest], table: str) -> pl.
 def read_part(path: Path) -> pl.DataFrame:
     """Read the rows of a part.
 
-    Args:
-        path: the part's file.
-
     Raises:
         Damaged: the file is not Parquet.
     """
@@ -82,7 +78,6 @@ def as_stored(table: str, frame: pl.DataFrame) -> pl.DataFrame:
     """Give rows all columns and types of their table, so that the catalog can take every part.
 
     Args:
-        table: the table's name.
         frame: the rows; a column may be missing, and is then NULL.
 
     Raises:

@@ -25,7 +25,6 @@ def wait_until_free(root: Path, wait: float) -> str:
     """Wait until results can be recorded; called before long work begins.
 
     Args:
-        root: a store.
         wait: seconds to wait for another process that writes to the store.
 
     Returns:
@@ -51,7 +50,6 @@ def record(
     """Record results, one commit each; on failure, keep what is not recorded in a file.
 
     Args:
-        root: a store.
         results: frames with the columns of the table `results` except `recorded`.
         wait: seconds to wait for another process that writes to the store.
         kept: called with the file's path, before the error is raised.
@@ -117,7 +115,6 @@ def check_belongs(root: Path, results: Sequence[pl.DataFrame], runs: Sequence[st
     """Refuse results that come from another store.
 
     Args:
-        root: the store, for the message.
         results: frames of results.
         runs: names of the store's runs.
         snapshot: number of the store's commits.

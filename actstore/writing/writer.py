@@ -99,9 +99,6 @@ class Writer:
     def define(self, plan: RunPlan) -> int:
         """Commit a run's definition; an equal definition that is committed already is kept.
 
-        Args:
-            plan: the run.
-
         Returns:
             tree_id of the first tree of the run's dataset.
 
@@ -160,8 +157,6 @@ class Writer:
         """Commit one batch of trees of a run.
 
         Args:
-            plan: the run.
-            batch: the batch's number.
             first_tree_id: tree_id of the batch's first tree.
             n_trees: number of trees in the batch.
             contents: the batch's files; see batch_contents.
@@ -265,8 +260,6 @@ def batch_contents(
     """The files of one batch of a run.
 
     Args:
-        plan: the run.
-        batch: the batch's number.
         of_trees: rows of `trees`, `edges`, `tokens`; empty if another run over the dataset brought
             them.
         of_run: rows of `predictions` and `outcomes`, or of `generations`.
@@ -287,9 +280,7 @@ def part_content(
     """A part of a table.
 
     Args:
-        table: the table's name.
         owner: whose rows they are; see manifest.Part.
-        rows: the rows.
         batch: the batch of the owner's trees; None for no batch.
     """
     frame = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(rows, infer_schema_length=None)

@@ -241,17 +241,17 @@ def made_up(n_nodes, token_role="edge_target", sites=("embed", "resid_post.0"), 
 
 
 def test_the_notebooks_numbers_stand_beside_what_they_can_be_compared_with():
-    table = figures.table(made_up(16, sites=("embed", "resid_post.3", "resid_mid.3")))
+    table = figures.as_frame(made_up(16, sites=("embed", "resid_post.3", "resid_mid.3")))
     notebook = table.select("notebook source %", "notebook target %").rows()
     assert notebook == [(6.64, 100.0), (94.30, 95.57), (None, None)]
-    assert figures.table(made_up(16, "separator"))["notebook source %"].to_list() == [6.43, 93.52]
+    assert figures.as_frame(made_up(16, "separator"))["notebook source %"].to_list() == [6.43, 93.52]
     for other in (made_up(8), made_up(16, "edge_source"), made_up(16, system="baseline")):
-        assert not [column for column in figures.table(other).columns if "notebook" in column]
+        assert not [column for column in figures.as_frame(other).columns if "notebook" in column]
 
 
 def test_of_several_tokens_each_has_the_notebooks_numbers_that_it_has():
     several = pl.concat([made_up(16, role) for role in ("separator", "edge_source", "edge_target")])
-    rows = figures.table(several).rows(named=True)
+    rows = figures.as_frame(several).rows(named=True)
     assert [(row["token"], row["label"]) for row in rows[::2]] == [
         (role, label) for role in ("edge_target", "edge_source", "separator") for label in figures.PAIR
     ]

@@ -23,3 +23,8 @@ def token_ids(tree_id: np.ndarray, position: np.ndarray | int) -> np.ndarray:
 def positions(token_id: np.ndarray) -> np.ndarray:
     """Position of each token in its tree, [0, 256), in the dtype of the ids."""
     return token_id & POSITION_MASK
+
+
+def tree_ids(token_id: np.ndarray) -> np.ndarray:
+    """The tree_id of each token, in the dtype of the ids."""
+    return token_id >> POSITION_BITS

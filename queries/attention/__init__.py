@@ -1,1 +1,1 @@
-"""Where the heads of a model look."""
+"""Where the heads of a model attend."""

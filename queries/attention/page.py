@@ -1,7 +1,7 @@
-"""Attention patterns of one tree, drawn with their tokens: a figure of one or all layers, and a page for a browser.
+"""Attention patterns of one tree, with its tokens: a figure of one or all layers, or an HTML page.
 
-The page holds everything it needs, so it works without a network; hover over a token, or click to keep it, and see what it
-looks at, and who looks at it.
+The page is self-contained and works without a network. A token under the mouse, or a clicked token,
+shows what it attends to and what attends to it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".svg", ".pdf", ".html")
 HTMLS_OWN = "<>&\u2028\u2029"  # the last two end a line of older JavaScript
-DIGITS = 4  # of a weight on the page: finer than an eye tells colours apart
+DIGITS = 4  # of a weight on the page; an eye cannot tell finer steps of colour apart
 
 
 def patterns_of(store: Store, run: str, tree_id: int) -> tuple[list[str], dict[str, np.ndarray]]:
-    """A tree's tokens, and by site its patterns float32 [head, query, key] of as many queries and keys as tokens.
+    """A tree's tokens, and site → pattern, float32 [head, query, key], a query and key per token.
 
     Args:
-        run: whose; where it holds no pattern, the same model's run over the same trees that does is found by its weights.
+        run: name of the run; without patterns, another run of the same model over the same trees is
+            used.
 
     Raises:
-        NotStored: no such tree, or the run holds no pattern of it.
+        NotStored: there is no such tree, or no pattern of the tree.
     """
     run = pattern_run(store, run)
     tokens = store.sql(
@@ -52,12 +53,12 @@ def draw_patterns(store: Store, run: str, tree_id: int, layer: int | None = None
     """Draw a tree's patterns with its tokens.
 
     Args:
-        layer: one of them; all side by side unless told.
-        head: of each layer.
+        layer: number of a layer; default: all layers side by side.
+        head: number of the head in each layer.
 
     Raises:
-        NotStored: no such tree, layer or pattern.
-        BadInput: no such head.
+        NotStored: there is no such tree, layer or pattern.
+        BadInput: there is no such head.
     """
     from matplotlib.figure import Figure
 
@@ -91,7 +92,7 @@ def draw_patterns(store: Store, run: str, tree_id: int, layer: int | None = None
 
 
 def page(store: Store, run: str, tree_id: int) -> str:
-    """The page of one tree, all its layers and heads: HTML that needs nothing else."""
+    """The self-contained HTML page of one tree, with all layers and heads."""
     tokens, patterns = patterns_of(store, run, tree_id)
     data = {
         "tokens": tokens,
@@ -106,13 +107,13 @@ def page(store: Store, run: str, tree_id: int) -> str:
 
 
 def script_json(data: object) -> str:
-    """JSON that means the same inside a <script> and holds no character that HTML could take for its own."""
+    """JSON for a <script>, with every character escaped that HTML could interpret."""
     text = json.dumps(data, ensure_ascii=False)
     return "".join(f"\\u{ord(character):04x}" if character in HTMLS_OWN else character for character in text)
 
 
 def save(store: Store, run: str, tree_id: int, out: str, layer: int | None = None, head: int = 0) -> None:
-    """Write a tree's patterns as a figure (.png, .svg, .pdf) or a page (.html), whole or not at all."""
+    """Write a tree's patterns as a figure (.png, .svg, .pdf) or a page (.html), atomically."""
     if Path(out).suffix == ".html":
         write_text(out, page(store, run, tree_id))
     else:

@@ -1,14 +1,16 @@
-"""The study `attention`: what an edge's tokens and the path's look at, layer by layer, and whether the last edge differs.
+"""The study `attention`: what tokens of edges and paths attend to, by layer; the last edge.
 
-The paper's claim is that a target token gathers its edge's source in the first layer. Read at an edge's target: how
-much attention falls on its own source, on itself, on edges before; at its separator (the bar behind the last edge):
-how much falls on the edge it closes; at the root and the path's tokens: how much falls on the edge that must be taken
-next. Chance is even attention, one part in as many as there are tokens up to there. The edge listed last is compared
-with the one before it on the same trees, since a token late in the list has more to look at.
+The paper claims that a target token gathers its edge's source in the first layer. The study
+measures attention at three kinds of tokens: at an edge's target, on its own source, on itself and
+on edges before; at an edge's separator (the bar after the last edge), on the edge that it closes;
+at the root and the path's tokens, on the edge to take next. Chance is even attention, 1 / (number
+of tokens so far). The last edge is compared with the edge before it on the same trees, since a late
+token has more tokens to attend to.
 
-Neighbours in the list differ wherever they stand, and with many trees each difference has an interval that leaves 0 out. So
-the last pair is held against all pairs of neighbours: its p is the share of them that lie as far from their median (of n
-pairs 1 / n at least), adjusted for all sites and heads (Holm).
+Neighbours in the list differ everywhere, and with many trees the interval of each difference
+excludes 0. The last pair is therefore compared with all pairs of neighbours. Its p is the share of
+pairs that are as far from their median (of n pairs at least 1 / n), adjusted for all sites and
+heads (Holm).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 NAME = "attention"
 TOKENS = """
--- one row a token of the list or of the path that has something to look at; e: its edge, or the edge that its next step takes
+-- one row per token of an edge or a path; e: the token's edge, or the edge of the next step
 select token_id, tree_id, position, role::varchar as role, edge as e, is_last
 from tokens join edges using (tree_id, edge) semi join held_trees($run) using (tree_id)
 where role in ('edge_target', 'separator', 'bar')
@@ -48,32 +50,33 @@ select run from runs semi join (from sites where kind = 'pattern') as patterns u
 where (weights_sha256, dataset) = (select (weights_sha256, dataset) from runs where run = $run)
 order by run = $run desc, runs.rowid
 """
-LOOKS = {  # kind of token → what its attention is summed over
+LOOKS = {  # kind of token → names of the sums of its attention
     "edge_target": ("own source", "itself", "before"),
     "separator": ("own edge", "itself", "before"),
     "bar": ("own edge", "itself", "before"),
     "path": ("next edge", "itself", "elsewhere"),
 }
 ROUNDING = 1e-6  # of weights stored in float32
-FIRST = {role: looks[0] for role, looks in LOOKS.items()}  # what the study is about
+FIRST = {role: looks[0] for role, looks in LOOKS.items()}  # the sum that the study asks for
 LAST = "last less the one before"
 CLOSES = {
     "edge_target": ("edge_target",),
     "bar": ("separator", "bar"),
-}  # of each edge in the list one token, by the last one's role
+}  # last edge's role → roles of the tokens to compare, one per edge
 
 
 def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
-    """Sum attention by what it falls on, at every layer and head whose pattern the run holds.
+    """Sum attention by target, at every stored layer and head.
 
     Args:
         store: an open store.
-        run: which; where it holds no pattern, the same model's run over the same trees that does is found by its weights.
-        seed: of the bootstrap.
-        progress: called when a layer is done.
+        run: name of the run; without patterns, another run of the same model over the same trees is
+            used.
+        seed: seed of the bootstrap.
+        progress: called after each layer.
 
     Raises:
-        NotStored: there is no pattern; says which ingest command adds them.
+        NotStored: there is no pattern; gives the ingest command that adds them.
         BadInput: the trees have one edge.
     """
     holder = pattern_run(store, run)
@@ -103,14 +106,14 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
         snapshot=store.snapshot,
         seed=seed,
     )
-    return Answer(NAME, table(results), results, sentence(results, tests), tuple(tests))
+    return Answer(NAME, as_frame(results), results, sentence(results, tests), tuple(tests))
 
 
 def pattern_run(store: Store, run: str) -> str:
-    """The run that holds a run's attention patterns: itself, else one of the same model over the same trees.
+    """The run itself if it holds patterns, else a run of the same model and trees that does.
 
     Raises:
-        NotStored: there is none; says which ingest command adds one.
+        NotStored: there is no such run; gives the ingest command that adds one.
     """
     found = store.sql(HOLDERS, {"run": run})["run"].to_list()
     if not found:
@@ -123,27 +126,28 @@ def pattern_run(store: Store, run: str) -> str:
 
 
 def pattern_sites(store: Store, run: str) -> list[str]:
-    """Short names of a run's pattern sites, in the order of the layers."""
+    """Short names of a run's pattern sites, by layer."""
     query = "select short from sites where run = $run and kind = 'pattern' order by rowid"
     held = store.whole.sql(query, {"run": run})
     return list(held["short"])
 
 
 def looks(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> dict[str, np.ndarray]:
-    """How much attention of each token falls on what.
+    """Sum each token's attention by target.
 
     Args:
-        pattern: float32 [n, key], each row's sum 1.
-        tokens: columns `position`, the token's, and `e`, its edge.
-        role: of all of them, one of LOOKS.
+        pattern: float32 [n, key]; each row sums to 1.
+        tokens: columns `position` of the token and `e` of its edge.
+        role: role of all tokens, one of LOOKS.
 
     Returns:
-        float64 [n] by name, as in LOOKS; they sum to 1; and `even`, what the first would be if all were looked at alike.
+        Name → float64 [n], with the names of LOOKS, which sum to 1, and `even`: the first of them
+        under even attention.
     """
     rows, e = np.arange(len(pattern)), tokens["e"].to_numpy().astype(np.intp)
     position = tokens["position"].to_numpy().astype(np.intp)
     wide = pattern.astype(np.float64)
-    source, target = wide[rows, 3 * e], wide[rows, 3 * e + 1]
+    source, target = wide[rows, 3 * e], wide[rows, 3 * e + 1]  # an edge takes three positions
     itself = wide[rows, position]
     first = source if role == "edge_target" else source + target
     n_first = 1 if role == "edge_target" else 2
@@ -157,17 +161,17 @@ def looks(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> dict[str, np.
 
 
 def _of_head(pattern: np.ndarray, tokens: pl.DataFrame, at: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    """Means over edges but the last, and over last edges."""
+    """Means over last edges and over all other edges."""
     rows = []
     for role in LOOKS:
         which = (tokens["role"] == role).to_numpy()
-        some = tokens.filter(which)
-        for name, values in looks(pattern[which], some, role).items():
-            for kind, chosen in _kinds(role, some["is_last"].to_numpy()).items():
+        chosen_tokens = tokens.filter(which)
+        for name, values in looks(pattern[which], chosen_tokens, role).items():
+            for kind, chosen in _kinds(role, chosen_tokens["is_last"].to_numpy()).items():
                 rows.append(
                     _mean(
                         values[chosen],
-                        some["tree_id"].to_numpy()[chosen],
+                        chosen_tokens["tree_id"].to_numpy()[chosen],
                         seed,
                         **at,
                         token_role=role,
@@ -187,20 +191,21 @@ def _kinds(role: str, last: np.ndarray) -> dict[str, np.ndarray]:
 def _neighbours(
     pattern: np.ndarray, tokens: pl.DataFrame, site: str, seed: int
 ) -> tuple[list[dict[str, Any]], list[Test]]:
-    """What each edge's target gives its own edge less what the edge before gives, tree by tree; separators and the bar likewise.
+    """Compare each target's attention on its own edge with that of the edge before.
 
-    Both beyond even attention, which a later token spreads over more. A row a pair of neighbours, labels `edge 3 less 2` and
-    LAST; one with the metric `as_far`, of n pairs how many lie as far from the median of all as the last one; and the last
-    one's test, where there is another pair.
+    Separators are compared likewise. Attention is taken above even attention, which falls with the
+    position. There is one row per pair of neighbours, labels `edge 3 less 2` and LAST. A row
+    `as_far` counts the pairs, of n, that are as far from the median as the last pair. With another
+    pair, the last pair is tested.
     """
     rows: list[dict[str, Any]] = []
     tests: list[Test] = []
     n_edges = int(tokens["e"].to_numpy().max()) + 1
     for role, roles in CLOSES.items():
         which = tokens["role"].is_in(roles).to_numpy()
-        some = tokens.filter(which)  # by tree, and within it in the order of the list
-        apart = np.diff(_beyond_even(pattern[which], some, roles[0]).reshape(-1, n_edges), axis=1)
-        trees, n_pairs = some["tree_id"].to_numpy()[::n_edges], apart.shape[1]
+        chosen = tokens.filter(which)  # by tree, then in the order of the list
+        apart = np.diff(_beyond_even(pattern[which], chosen, roles[0]).reshape(-1, n_edges), axis=1)
+        trees, n_pairs = chosen["tree_id"].to_numpy()[::n_edges], apart.shape[1]
         about = {"site": site, "token_role": role}
         labels = [*(f"edge {edge + 1} less {edge}" for edge in range(n_pairs - 1)), LAST]
         pairs = [
@@ -220,7 +225,7 @@ WHAT = {"edge_target": "the last edge's target", "bar": "the bar behind it"}
 
 
 def _beyond_even(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> np.ndarray:
-    """float64 [n]: the attention on a token's own edge, less what it would get if all were looked at alike."""
+    """float64 [n]: the attention on a token's own edge, less even attention."""
     found = looks(pattern, tokens, role)
     return found[FIRST[role]] - found["even"]
 
@@ -232,19 +237,19 @@ def _mean(values: np.ndarray, trees: np.ndarray, seed: int, **about: Any) -> dic
     return {**about, "value": float(values.mean()), "low": low, "high": high, "n": len(values)}
 
 
-def table(results: pl.DataFrame) -> pl.DataFrame:
-    """One row a layer, percent of the attention."""
+def as_frame(results: pl.DataFrame) -> pl.DataFrame:
+    """One row per layer, in percent of the attention."""
     rows = []
-    for (site,), some in results.group_by("site", maintain_order=True):
+    for (site,), of_site in results.group_by("site", maintain_order=True):
         row: dict[str, Any] = {"site": site}
         for role, what in FIRST.items():
             for kind in ("others", "last"):
-                found = some.filter(token_role=role, metric=what, label=kind)
+                found = of_site.filter(token_role=role, metric=what, label=kind)
                 if len(found) and role != "path":
                     row[f"{_NAMES[role]}{', last' if kind == 'last' and role == 'edge_target' else ''} %"] = _percent(
                         found
                     )
-        both = some.filter(token_role="path", metric="next edge")
+        both = of_site.filter(token_role="path", metric="next edge")
         row["path → next edge %"] = round(100 * float(np.average(both["value"].fill_null(0), weights=both["n"])), 2)
         last, spread, as_far, n_pairs = _last_pair(results, str(site), "edge_target")
         row[f"{LAST}, points"] = interval(last)
@@ -256,13 +261,15 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
 
 
 def _last_pair(results: pl.DataFrame, site: str, role: str) -> tuple[dict[str, Any], np.ndarray, int, int]:
-    """The last pair's row; quartiles of what the other pairs differ by, points, from the least to the most (empty where there are
-    none); how many of n pairs lie as far from their median; n.
+    """The last pair's row, quantiles of the other pairs in points, the number as far out, and n.
+
+    The quantiles are minimum, quartiles and maximum; they are empty without other pairs.
+
     """
-    some = results.filter(site=site, token_role=role)
-    others = 100 * some.filter(pl.col("label").str.starts_with("edge "))["value"].to_numpy()
-    last = some.filter(label=LAST, metric=FIRST[role]).row(0, named=True)
-    far = some.filter(label=LAST, metric="as_far").row(0, named=True)
+    found = results.filter(site=site, token_role=role)
+    others = 100 * found.filter(pl.col("label").str.starts_with("edge "))["value"].to_numpy()
+    last = found.filter(label=LAST, metric=FIRST[role]).row(0, named=True)
+    far = found.filter(label=LAST, metric="as_far").row(0, named=True)
     spread = np.quantile(others, [0, 0.25, 0.5, 0.75, 1]) if len(others) else others
     return last, spread, int(far["value"]), far["n"]
 
@@ -285,7 +292,7 @@ def _percent(found: pl.DataFrame) -> float | None:
 
 
 def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
-    """In which layer a target token looks at its own source, and whether the last edge's does so less than neighbours differ by."""
+    """The layer whose targets attend most to their own source, and how the last edge compares."""
     own = results.filter(token_role="edge_target", metric="own source", label="others")
     even = results.filter(token_role="edge_target", metric="even", label="others")
     best = own.sort("value", descending=True, maintain_order=True).row(0, named=True)
@@ -306,7 +313,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 
 def _beside(results: pl.DataFrame, site: str, role: str, tests: Mapping[Any, Test]) -> str:
-    """What the last pair of neighbours differs by, and what of that neighbours differ by anyway."""
+    """The difference of the last pair, compared with those of other pairs."""
     last, spread, as_far, n_pairs = _last_pair(results, site, role)
     answer = f"{WHAT[role]} gives its own edge {interval(last)} points there (n = {last['n']:,} trees)"
     test = tests.get((site, role, LAST))
@@ -324,7 +331,7 @@ def _beside(results: pl.DataFrame, site: str, role: str, tests: Mapping[Any, Tes
 
 
 def plot(answer: Answer) -> Figure:
-    """By layer: attention of a target on its source, of separators on their edge, of the path on the next edge."""
+    """Draw attention by layer: target on source, separator on its edge, path on the next edge."""
     figure, axes = panels(3, width=4.4)
     for axis, (title, series) in zip(axes, _PANELS.items(), strict=True):
         for turn, (role, kind, name) in enumerate(series):

@@ -1,16 +1,17 @@
-"""The study `compare`: two models on the same trees: who fails where, do their layers hold the same, do probes carry over?
+"""The study `compare`: failures, similarity of layers and probe transfer of two models.
 
-Similarity is linear CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) of the residual stream at the
-edges' target tokens, test trees alone; its control pairs each row with another's. A probe for the edge's source is
-fitted on one model's training trees and scored on the other's test trees, as it is, and behind the best linear map
-from the other's activations to its own (least squares, training trees), which says whether what it reads is there in
-another basis.
+Both models ran over the same trees. Similarity is linear CKA (Kornblith et al. 2019,
+https://arxiv.org/abs/1905.00414) of the residual stream at the edges' target tokens of test trees.
+Its control pairs each row with another row. A probe for the edge's source is fitted on one model's
+training trees and scored on the other model's test trees, directly and after the best linear map
+from the other model's activations to the probe's (least squares, training trees). The map shows
+whether the probed information is there in another basis.
 
-Such a map has d_model × d_model numbers to fit, and may find much that the other model has not made. Its controls are
-the same map, to the same activations and before the same probe, from what no training made: from the other's embedding of the
-token; from random features of all tokens up to there (see controls.py); and from the site itself, rows shuffled.
-What the map reads above the best of them is tested at each site and both ways, and with McNemar's test of the answers all are
-adjusted for each other (Holm).
+A map with d_model × d_model numbers may find information that the other model has not computed. The
+controls are the same map, with the same output and probe, from untrained inputs: the other model's
+embedding of the token, random features of all tokens so far (see controls.py), and the site itself
+with shuffled rows. The map's accuracy above the best control is tested per site and direction.
+Holm's correction covers these tests and McNemar's test of the answers.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 NAME, QUERY = "compare", "edge_tokens"
-MAX_TREES = 2000  # whose activations are compared: intervals of a point, and the heat map of all layers in seconds
-MAX_ITER = 300  # of a probe's fit; one that finds its answer takes some 10
+MAX_TREES = 2000  # compared by activations: intervals of a point, and the heat map of all layers in seconds
+MAX_ITER = 300  # of a probe's fit; a fit that converges takes about 10
 LEAST = 10  # test trees
 SYSTEM = "select system from runs join models using (weights_sha256) where run = $run"
 BOTH = """
--- one row a tree that both runs answered
+-- one row per tree that both runs answered
 select trees.tree_id, depth, mine.greedy_right as right, theirs.greedy_right as other_right
 from trees
 join outcomes as mine on mine.run = $run and mine.tree_id = trees.tree_id
@@ -67,8 +68,9 @@ class Pair:
     """Both runs' activations of the same tokens at one site.
 
     Attributes:
-        mine, theirs: float32 [n, d_model].
-        tokens: their rows, as the query yields them.
+        mine: float32 [n, d_model], activations of the first run.
+        theirs: float32 [n, d_model], activations of the second run.
+        tokens: rows of the tokens, as the query yields them.
     """
 
     mine: np.ndarray
@@ -83,16 +85,16 @@ def study(
 
     Args:
         store: an open store.
-        run: one of them.
-        seed: of the bootstrap and the shuffles.
-        progress: called when a site is done.
-        other: the other; by default a run of another model over the same trees, the first, or the one of that model that
-            shares most residual sites.
-        max_trees: trees whose activations are compared, the first of the set.
+        run: name of the first run.
+        seed: seed of the bootstrap and the shuffles.
+        progress: called after each site.
+        other: name of the second run; default: of the first other model over the same trees, the
+            run that shares most residual sites.
+        max_trees: number of trees, first of the set, whose activations are compared.
 
     Raises:
-        NotStored: no such other run; says which ingest command adds one.
-        BadInput: `other` is over other trees, or there are too few.
+        NotStored: there is no second run; gives the ingest command that adds one.
+        BadInput: `other` is over other trees, or there are too few trees.
     """
     other = _other(store, run, other)
     rows, tests = _failures(store.sql(BOTH, {"run": run, "other": other}))
@@ -112,9 +114,9 @@ def study(
         if "random" not in made:  # the tokens are the same at every site
             ids = pair.tokens["token_id"].to_numpy()
             made["random"] = [random_features(words, ids, X.shape[1], seed) for X in (pair.mine, pair.theirs)]
-        found, its = _transfer(pair, site, made, seed)
+        found, tested = _transfer(pair, site, made, seed)
         rows += found
-        tests += its
+        tests += tested
         test = (pair.tokens["split"] == "test").to_numpy()
         held[site] = Pair(pair.mine[test], pair.theirs[test], pair.tokens.filter(test))
         progress(done, len(sites) + 1, site)
@@ -126,7 +128,7 @@ def study(
     results = result_rows(
         rows, study=NAME, run=run, query=f"{BOTH};\n{read}", params=used, snapshot=store.snapshot, seed=seed
     )
-    return Answer(NAME, table(results), results, sentence(results, other, tests), tuple(tests))
+    return Answer(NAME, as_frame(results), results, sentence(results, other, tests), tuple(tests))
 
 
 def _other(store: Store, run: str, other: str | None) -> str:
@@ -158,27 +160,27 @@ def _vectors(store: Store, run: str) -> list[str]:
 
 def _read(store: Store, run: str, other: str, site: str, query: str, params: dict[str, Any]) -> Pair:
     mine, tokens = store.read(query, run, site, params)
-    theirs, again = store.read(query, other, site, params)
+    theirs, their_tokens = store.read(query, other, site, params)
     n_test = tokens.filter(split="test")["tree_id"].n_unique()
     if n_test < LEAST:
         raise BadInput(
             f"runs {run!r} and {other!r} share {n_test} test trees; {LEAST} are needed: ingest about {10 * LEAST} trees or more"
         )
-    if not again["token_id"].equals(tokens["token_id"]):
+    if not their_tokens["token_id"].equals(tokens["token_id"]):
         raise BadInput(f"run {other!r} does not hold all trees of {run!r} yet; let its ingest go on")
     return Pair(mine, theirs, tokens)
 
 
 def _failures(both: pl.DataFrame) -> tuple[list[dict[str, Any]], list[Test]]:
-    """Who fails where: the four outcomes, and McNemar's exact p, over all trees and by depth; the test is that over all."""
+    """Joint outcomes and McNemar's exact p, over all trees and by depth; a test over all trees."""
     from scipy.stats import binomtest
 
     rows: list[dict[str, Any]] = []
     tests: list[Test] = []
     for depth in (None, *sorted(both["depth"].unique().to_list())):
-        some = both if depth is None else both.filter(depth=depth)
-        mine, theirs = some["right"].to_numpy(), some["other_right"].to_numpy()
-        label, n = "all" if depth is None else f"depth {depth}", len(some)
+        of_depth = both if depth is None else both.filter(depth=depth)
+        mine, theirs = of_depth["right"].to_numpy(), of_depth["other_right"].to_numpy()
+        label, n = "all" if depth is None else f"depth {depth}", len(of_depth)
         lost, won = int((mine & ~theirs).sum()), int((~mine & theirs).sum())
         change, low, high = paired(mine, theirs)
         counts = {"both_right": int((mine & theirs).sum()), "only_run": lost, "only_other": won}
@@ -195,11 +197,11 @@ def _failures(both: pl.DataFrame) -> tuple[list[dict[str, Any]], list[Test]]:
 def _transfer(
     pair: Pair, site: str, made: dict[str, list[np.ndarray | None]], seed: int
 ) -> tuple[list[dict[str, Any]], list[Test]]:
-    """Probes for an edge's source, fitted on one model and scored on the other, both ways, with the controls of the map.
+    """Fit probes for an edge's source on one model and score them on the other, in both directions.
 
     Args:
-        made: by control, float32 [n, d] of `run` and of `other`, what the map is fitted from in place of the site; None where a
-            run does not hold it.
+        made: control → float32 [n, d] of `run` and of `other`, the input of the map instead of the
+            site; None if a run does not hold it.
     """
     from sklearn.linear_model import LinearRegression, LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -232,7 +234,7 @@ def _transfer(
             value = float(values.mean())
             rows.append({**about, "metric": metric, "value": value, "low": low, "high": high, "n": len(values)})
         by_tree = np.bincount(np.unique(trees, return_inverse=True)[1], weights=above)
-        tests.append(  # of what was measured last
+        tests.append(  # the last metric
             Test(
                 about["label"],
                 value,
@@ -249,7 +251,7 @@ def _transfer(
 
 
 def _similarities(held: dict[str, Pair], seed: int) -> list[dict[str, Any]]:
-    """CKA of every pair of sites, with intervals and the shuffled control where they are the same site."""
+    """CKA of every pair of sites; equal sites have an interval and the shuffled control."""
     rows: list[dict[str, Any]] = []
     order = np.random.default_rng(seed).permutation
     for site, mine in held.items():
@@ -266,7 +268,7 @@ def _similarities(held: dict[str, Pair], seed: int) -> list[dict[str, Any]]:
 
 
 def cka(X: np.ndarray, Z: np.ndarray) -> float:
-    """Linear CKA of two float [n, d] and [n, e]: 1 where one is a rotation and scaling of the other; near d / n by chance."""
+    """Linear CKA of float [n, d] and [n, e]: 1 for a scaled rotation; about d / n by chance."""
     X, Z = X - X.mean(axis=0, dtype=np.float64), Z - Z.mean(axis=0, dtype=np.float64)
     shared = np.square(X.T @ Z).sum()
     own = np.linalg.norm(X.T @ X) * np.linalg.norm(Z.T @ Z)
@@ -274,7 +276,10 @@ def cka(X: np.ndarray, Z: np.ndarray) -> float:
 
 
 def cka_interval(X: np.ndarray, Z: np.ndarray, trees: np.ndarray, seed: int) -> tuple[float, float]:
-    """Its 95 % bootstrap interval over trees. Each tree's sums of products are formed once; a resample adds them up anew."""
+    """The 95 % bootstrap interval of CKA over trees.
+
+    Each tree's sums of products are computed once; a resample adds them.
+    """
     order = np.argsort(trees, kind="stable")
     starts = np.flatnonzero(np.diff(trees[order], prepend=-1))
     X, Z = (values - values.mean(axis=0, dtype=np.float64) for values in (X[order], Z[order]))
@@ -313,18 +318,18 @@ PROBED = {
 }
 
 
-def table(results: pl.DataFrame) -> pl.DataFrame:
-    """One row a site: CKA and probe transfer; percent for the probes. Without a shared site: who is right, one row a depth."""
+def as_frame(results: pl.DataFrame) -> pl.DataFrame:
+    """One row per site: CKA, and probe transfer in percent; without sites, outcomes per depth."""
     if not results["site"].count():
         return _outcomes(results)
     rows = []
     for site in results.drop_nulls("site")["site"].unique(maintain_order=True):
-        some = results.filter(site=site)
-        same = some.filter(metric="cka", label=site).row(0, named=True)
+        of_site = results.filter(site=site)
+        same = of_site.filter(metric="cka", label=site).row(0, named=True)
         row: dict[str, Any] = {"site": site, "CKA": round(same["value"], 3)}
         row["95 %"] = f"[{same['low']:.3f}, {same['high']:.3f}]"
-        row["CKA, rows shuffled"] = round(some.filter(metric="cka_shuffled")["value"].item(), 3)
-        probes = some.filter(label="source, run to other")
+        row["CKA, rows shuffled"] = round(of_site.filter(metric="cka_shuffled")["value"].item(), 3)
+        probes = of_site.filter(label="source, run to other")
         for metric, name in PROBED.items():
             row[f"source probe: {name} %"] = round(100 * probes.filter(metric=metric)["value"].item(), 2)
         value, control = _best(probes)
@@ -337,7 +342,7 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
 
 
 def _best(probes: pl.DataFrame) -> tuple[float, str]:
-    """Of the map's controls at one site and one way the one that reads most: its percent, and its name in words."""
+    """The best control of the map at one site and direction: its percent, and its name in words."""
     values = dict(probes.select("metric", "value").rows())
     best = best_control(values)
     return 100 * values[best], CONTROLS[best]
@@ -346,14 +351,18 @@ def _best(probes: pl.DataFrame) -> tuple[float, str]:
 def _outcomes(results: pl.DataFrame) -> pl.DataFrame:
     counted = results.filter(pl.col("metric").is_in(COUNTS))
     rows = [
-        {"trees": label, "n": some["n"][0], **{COUNTS[row["metric"]]: int(row["value"]) for row in some.to_dicts()}}
-        for (label,), some in counted.group_by("label", maintain_order=True)
+        {
+            "trees": label,
+            "n": of_label["n"][0],
+            **{COUNTS[row["metric"]]: int(row["value"]) for row in of_label.to_dicts()},
+        }
+        for (label,), of_label in counted.group_by("label", maintain_order=True)
     ]
     return pl.DataFrame(rows)
 
 
 def sentence(results: pl.DataFrame, other: str, tests: Sequence[Test]) -> str:
-    """Who is right more often, whether the two hold the same in the same places, and what a linear map makes of that by itself."""
+    """Which model is right more often, how similar the layers are, and what the map reads."""
     run = results["run"][0]
     found = {row["metric"]: row for row in results.filter(label="all").iter_rows(named=True)}
     less = found["other_less_run"]
@@ -377,7 +386,7 @@ def sentence(results: pl.DataFrame, other: str, tests: Sequence[Test]) -> str:
 
 
 def _mapped(results: pl.DataFrame, tests: Sequence[Test]) -> str:
-    """What a probe reads behind the linear map that no control of the map gives, over all sites and both ways."""
+    """What a probe reads after the linear map and above its controls, over sites and directions."""
     asked = [test for test in tests if test.site is not None]
     above = [test for test in asked if test.found and test.estimate > 0]
     if not above:
@@ -396,7 +405,7 @@ def _mapped(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 
 def _oftener(less: dict[str, Any]) -> str:
-    """`2.50 points more often (95 % interval 1.00 to 4.00`: a difference with its interval, in the direction it has."""
+    """A difference with its interval: `2.50 points more often (95 % interval 1.00 to 4.00`."""
     sign = -1 if less["value"] < 0 else 1
     low, high = sorted(100 * sign * end for end in (less["low"], less["high"]))
     way = "less" if sign < 0 else "more"
@@ -404,7 +413,7 @@ def _oftener(less: dict[str, Any]) -> str:
 
 
 def plot(answer: Answer) -> Figure:
-    """CKA of every pair of sites, and the transfer of probes by site; without a shared site, who is right by depth."""
+    """Draw CKA of all pairs of sites and probe transfer; or, without sites, outcomes by depth."""
     results = answer.results
     if not results["site"].count():
         return _plot_outcomes(results)
@@ -436,7 +445,7 @@ def plot(answer: Answer) -> Figure:
 
 
 def _plot_outcomes(results: pl.DataFrame) -> Figure:
-    """The second run's share of right answers less the first's, by depth."""
+    """Draw the second run's share of right answers less the first's, by depth."""
     figure, (axis,) = panels(1, width=8)
     rows = results.filter((pl.col("metric") == "other_less_run") & (pl.col("label") != "all"))
     points(axis, [int(label.split()[1]) for label in rows["label"]], rows, "the second less the first", line=False)

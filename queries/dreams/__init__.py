@@ -1,1 +1,1 @@
-"""What a model goes on with when it is given a tree alone."""
+"""The free continuations of a model that is given a tree alone."""

@@ -1,4 +1,4 @@
-"""How the study `dreams` shows what it found: a table, a sentence and a figure, made of its rows of `results` alone."""
+"""Table, sentence and figure of the study `dreams`, made from its rows of `results`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEAST = 20  # goals that are leaves, before their distribution is spoken of
+LEAST = 20  # leaf goals, from which the study tests their distribution
 
 SHARES = {
     "well_formed": "begins `goal : root`",
@@ -33,7 +33,7 @@ SHARES = {
     "place 0": "the goal's edge is listed first",
     "place last": "the goal's edge is listed last",
 }
-WALK = "to_leaf"  # the test that steps follow their own tree more than another
+WALK = "to_leaf"  # the test that steps follow their own tree more often than another
 EXPLANATIONS = {
     "depth_p_as_given": "depths as given ones",
     "depth_p_even_leaves": "depths as even among leaves",
@@ -43,15 +43,15 @@ EXPLANATIONS = {
 }
 
 
-def table(results: pl.DataFrame, tests: Sequence[Test]) -> pl.DataFrame:
-    """One row a question that arose: percent of n, or the p of an explanation, and p by Holm of what is tested."""
+def as_frame(results: pl.DataFrame, tests: Sequence[Test]) -> pl.DataFrame:
+    """One row per question: percent of n, or the p of an explanation, and p_holm of a test."""
     rows, by_label = [], {test.label: test for test in tests}
     for kind in results["label"].unique(maintain_order=True):
-        some = _by_metric(results, kind)
-        if not some:
+        by_metric = _by_metric(results, kind)
+        if not by_metric:
             continue
         for metric, name in (SHARES | {metric: f"{name}: p" for metric, name in EXPLANATIONS.items()}).items():
-            row = some.get(metric)
+            row = by_metric.get(metric)
             if row is None or row["value"] is None:
                 continue
             name = f"{name} {row['metric'].split()[1]}" if metric == "first_word" else name
@@ -72,42 +72,46 @@ def table(results: pl.DataFrame, tests: Sequence[Test]) -> pl.DataFrame:
 
 
 def _by_metric(results: pl.DataFrame, kind: str) -> dict[str, dict[str, Any]]:
-    """The rows of one kind; `first_word` is that of the commonest, `place last` that of the last."""
-    some = {row["metric"]: row for row in results.filter(label=kind).iter_rows(named=True)}
-    places = [metric for metric in some if metric.startswith("place ") and metric.count(" ") == 1]
+    """Metric → row of one kind; `first_word` is the commonest word, `place last` the last place."""
+    by_metric = {row["metric"]: row for row in results.filter(label=kind).iter_rows(named=True)}
+    places = [metric for metric in by_metric if metric.startswith("place ") and metric.count(" ") == 1]
     if places:
-        some["place last"] = some[places[-1]]
-    if "well_formed" not in some:  # a test's rows
+        by_metric["place last"] = by_metric[places[-1]]
+    if "well_formed" not in by_metric:  # rows of a test
         return {}
-    some["first_word"] = next(row for metric, row in some.items() if metric.startswith("first_word "))
-    return some
+    by_metric["first_word"] = next(row for metric, row in by_metric.items() if metric.startswith("first_word "))
+    return by_metric
 
 
 def sentence(results: pl.DataFrame, tests: Sequence[Test], given: str) -> str:
-    """Does the model make up goals, does it reach them, and where are they from?
+    """Answer: does the model make up goals, does it reach them, and how are they distributed?
 
     Args:
-        given: what the trees' own goals are called.
+        given: name of the trees' own goals.
     """
     kinds = {kind: _by_metric(results, kind) for kind in results["label"].unique(maintain_order=True)}
     run, by_label = results["run"][0], {test.label: test for test in tests}
-    said = " ".join(_of_kind(run, kind, some, by_label, given) for kind, some in kinds.items() if some)
-    return f"{said} ({adjustment(tests)[0].upper()}{adjustment(tests)[1:]}.)" if tests else said
+    text = " ".join(_of_kind(run, kind, by_metric, by_label, given) for kind, by_metric in kinds.items() if by_metric)
+    return f"{text} ({adjustment(tests)[0].upper()}{adjustment(tests)[1:]}.)" if tests else text
 
 
-def _of_kind(run: str, kind: str, some: dict[str, dict[str, Any]], tests: dict[str, Test], given: str) -> str:
-    formed, found, word = some["well_formed"], some["way_found"], some["first_word"]
-    said = (
+def _of_kind(run: str, kind: str, by_metric: dict[str, dict[str, Any]], tests: dict[str, Test], given: str) -> str:
+    formed, found, word = by_metric["well_formed"], by_metric["way_found"], by_metric["first_word"]
+    text = (
         f"Left alone with a tree ({kind}), run {run!r} makes up a well-formed goal in {percent(formed)} of {formed['n']:,} "
         "continuations"
     )
     if found["value"] is not None:
-        said += f", and then finds the way in {percent(found)} of {found['n']:,}"
+        text += f", and then finds the way in {percent(found)} of {found['n']:,}"
     if formed["value"] < word["value"]:
-        stops = "stops at once" if some["stopped"]["value"] == word["value"] else f"begins with `{word['metric'][11:]}`"
-        said += f"; it {stops} in {percent(word)}{walks(some, tests.get(f'{kind}, {WALK}'))}"
+        stops = (
+            "stops at once"
+            if by_metric["stopped"]["value"] == word["value"]
+            else f"begins with `{word['metric'][11:]}`"
+        )
+        text += f"; it {stops} in {percent(word)}{walks(by_metric, tests.get(f'{kind}, {WALK}'))}"
     of_kind = {name: tests[f"{kind}, {name}"] for name in EXPLANATIONS if f"{kind}, {name}" in tests}
-    return f"{said}; {origin(of_kind, given)}." if formed["value"] else f"{said}."
+    return f"{text}; {origin(of_kind, given)}." if formed["value"] else f"{text}."
 
 
 def percent(row: dict[str, Any]) -> str:
@@ -115,9 +119,9 @@ def percent(row: dict[str, Any]) -> str:
     return f"{100 * row['value']:.2f} % ({100 * row['low']:.2f} to {100 * row['high']:.2f})"
 
 
-def walks(some: dict[str, dict[str, Any]], test: Test | None) -> str:
-    """Whether steps that follow no goal follow the tree."""
-    walk, chance = some["to_leaf"], some["to_leaf_elsewhere"]
+def walks(by_metric: dict[str, dict[str, Any]], test: Test | None) -> str:
+    """Whether steps without a goal follow the tree, in words."""
+    walk, chance = by_metric["to_leaf"], by_metric["to_leaf_elsewhere"]
     if walk["value"] is None or chance["value"] is None or test is None:
         return ""
     verdict = "more than the" if test.found and test.estimate > 0 else "not to be told from the"
@@ -128,7 +132,7 @@ def walks(some: dict[str, dict[str, Any]], test: Test | None) -> str:
 
 
 def origin(tests: dict[str, Test], given: str) -> str:
-    """Which explanations the depths of the goals leave standing."""
+    """The explanations that the depths of the goals do not contradict, in words."""
     if not tests:
         return f"fewer than {LEAST} of these are goals that are leaves, so nothing is said of where goals are from"
     as_given, even = tests["depth_p_as_given"], tests["depth_p_even_leaves"]
@@ -155,13 +159,13 @@ BARS = {
 
 
 def draw(results: pl.DataFrame) -> Figure:
-    """What continuations begin with; where there are goals, their depth and place beside the explanations."""
+    """Draw the beginnings of continuations; with goals, also depths, places and explanations."""
     drawn = [kind for kind in ("depth", "place") if results["metric"].str.starts_with(f"{kind} ").any()]
     figure, axes = panels(1 + len(drawn))
     kinds = results.filter(metric="well_formed")["label"].to_list()
     for turn, kind in enumerate(kinds):
-        some = _by_metric(results, kind)
-        there = [(x, some[metric]) for x, metric in enumerate(BARS) if some[metric]["value"] is not None]
+        by_metric = _by_metric(results, kind)
+        there = [(x, by_metric[metric]) for x, metric in enumerate(BARS) if by_metric[metric]["value"] is not None]
         points(axes[0], [x for x, _ in there], pl.DataFrame([row for _, row in there]), kind, turn, line=False)
     axes[0].set_xticks(range(len(BARS)), list(BARS.values()), fontsize=8)
     axes[0].set_ylabel("share of the continuations (%)")
@@ -173,7 +177,7 @@ def draw(results: pl.DataFrame) -> Figure:
 
 
 def _goals(axis: Axes, results: pl.DataFrame, what: str) -> None:
-    """The dreamed goals' depths, or places, and what explanations expect."""
+    """Draw the made-up goals' depths or places, and the expectations of the explanations."""
     for turn, kind in enumerate(results.filter(metric="well_formed")["label"]):
         rows = results.filter((pl.col("label") == kind) & pl.col("metric").str.contains(f"^{what} \\d+$"))
         if not len(rows):  # too few of this kind

@@ -1,8 +1,9 @@
-"""What a model goes on with when it is given a tree alone, graded against that tree: a goal of its own, and steps.
+"""Free continuations of a tree, graded against the tree: a goal of the model's own, and steps.
 
-A goal is well formed where a continuation begins `goal : root` with two labels of the tree. Where it begins with a step,
-as if a goal stood there, what is graded is the walk: does it go down along edges until a leaf? A walk can do so by
-chance, so each is held against the edges of another tree, too: that of the next continuation.
+A goal is well formed if a continuation begins `goal : root` with two labels of the tree. If a
+continuation begins with a step, as if a goal stood before it, the walk is graded: does it follow
+edges down to a leaf? A walk can do so by chance, so each walk is also graded on another tree, that
+of the next continuation.
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ import numpy as np
 import polars as pl
 
 CONTINUATIONS = """
--- one row a continuation, its tokens in order, beside the tree it goes on from
-with said as (
-    select tree_id, sample, list(token::varchar order by position) as said
+-- one row per continuation: its tokens in order, and its tree
+with continued as (
+    select tree_id, sample, list(token::varchar order by position) as words
     from generations where run = $dreams group by tree_id, sample
 ),
 listed as (
     select tree_id, list(source order by edge) as sources, list(target order by edge) as targets
-    from edges semi join said using (tree_id) group by tree_id
+    from edges semi join continued using (tree_id) group by tree_id
 )
-select tree_id, sample, said, sources, targets, root, goal, depth
-from said join listed using (tree_id) join trees using (tree_id)
+select tree_id, sample, words, sources, targets, root, goal, depth
+from continued join listed using (tree_id) join trees using (tree_id)
 order by sample, tree_id
 """
-STOPS = (",", "<PAD>")  # behind which a continuation ends
+STOPS = (",", "<PAD>")  # a continuation ends after these
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree as its prompt lists it: edge i runs from sources[i] to targets[i]."""
+    """A tree in the order of its prompt: edge i runs from sources[i] to targets[i]."""
 
     sources: list[int]
     targets: list[int]
@@ -39,10 +40,11 @@ class Tree:
 
     @property
     def leaves(self) -> list[int]:
+        """Labels of the leaves, ascending."""
         return sorted(set(self.targets) - set(self.sources))
 
     def way(self, node: int) -> list[int]:
-        """Labels from the root's child to a node; none to the root."""
+        """Labels from the root's child to a node; empty for the root."""
         parent = dict(zip(self.targets, self.sources, strict=True))
         way: list[int] = []
         while node in parent:
@@ -53,12 +55,12 @@ class Tree:
 
 @dataclass(frozen=True)
 class Walk:
-    """The steps that a continuation begins with, on a tree.
+    """The first steps of a continuation, graded on a tree.
 
     Attributes:
-        from_root: the first goes to a child of the root.
-        inside: the first goes to a node with children.
-        to_leaf: and those behind it go on along edges until a leaf.
+        from_root: the first step goes to a child of the root.
+        inside: the first step goes to a node with children.
+        to_leaf: also, the steps after it follow edges down to a leaf.
     """
 
     from_root: bool = False
@@ -68,14 +70,15 @@ class Walk:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a continuation makes up; only of a well-formed one is the rest said.
+    """The goal that a continuation makes up; other attributes count only if it is well formed.
 
     Attributes:
-        formed: begins `goal : root` with labels of the tree.
-        root_right: and names the tree's root.
-        leaf: its goal is a leaf.
-        way_found: what follows is the path to its goal, whole.
-        depth: of its goal; place: in the list, of the edge that leads to it; -1 where there is none.
+        formed: the continuation begins `goal : root` with labels of the tree.
+        root_right: the continuation names the tree's root.
+        leaf: the goal is a leaf.
+        way_found: the whole path to the goal follows.
+        depth: depth of the goal; -1 without a goal.
+        place: place in the list of the edge to the goal; -1 without such an edge.
     """
 
     formed: bool = False
@@ -88,19 +91,19 @@ class Goal:
 
 @dataclass(frozen=True)
 class Continuations:
-    """n continuations, graded; all columns are arrays [n] or lists of n.
+    """n graded continuations; all columns are arrays [n] or lists of n.
 
     Attributes:
         tree: int, tree_id.
-        first_word: str.
-        formed, root_right, leaf, way_found, depth, place: as of Goal.
-        stopped: bool, ended at once.
+        first_word: str, the first word.
+        formed, root_right, leaf, way_found, depth, place: see Goal.
+        stopped: bool, the continuation ended at once.
         stepped: bool, the first word is a step, `→k`.
-        from_root, inside, to_leaf: as of Walk; other_…: of the same words on another tree.
-        given_depth, given_place: int, of the tree's own goal.
-        leaf_share: float, leaves among the tree's nodes.
-        leaf_depths, leaf_places: of each of the tree's leaves.
-        n_edges: of every tree.
+        from_root, inside, to_leaf: see Walk; other_…: the same words graded on another tree.
+        given_depth, given_place: int, depth and place of the tree's own goal.
+        leaf_share: float, share of leaves among the tree's nodes.
+        leaf_depths, leaf_places: depth and place of each leaf of the tree.
+        n_edges: edges per tree.
     """
 
     tree: np.ndarray
@@ -128,7 +131,7 @@ class Continuations:
 
     @property
     def leaf_goal(self) -> np.ndarray:
-        """bool [n]: the goal is a leaf, so that it can be held against goals that were given; one a tree at most."""
+        """bool [n]: the goal is a leaf, comparable with given goals; at most one per tree."""
         first = np.zeros(len(self.tree), bool)
         chosen = np.flatnonzero(self.formed & self.leaf)
         first[chosen[np.unique(self.tree[chosen], return_index=True)[1]]] = True
@@ -136,14 +139,14 @@ class Continuations:
 
 
 def grade(frame: pl.DataFrame) -> Continuations:
-    """Grade rows of CONTINUATIONS, one or more."""
-    said, given = frame["said"].to_list(), frame["goal"].to_list()
+    """Grade one or more rows of CONTINUATIONS."""
+    continuations, given = frame["words"].to_list(), frame["goal"].to_list()
     trees = [Tree(*row) for row in frame.select("sources", "targets", "root").iter_rows()]
-    goals = [grade_goal(words, tree) for words, tree in zip(said, trees, strict=True)]
-    walks = [grade_walk(words, tree) for words, tree in zip(said, trees, strict=True)]
-    others = [grade_walk(words, tree) for words, tree in zip(said, trees[1:] + trees[:1], strict=True)]
+    goals = [grade_goal(words, tree) for words, tree in zip(continuations, trees, strict=True)]
+    walks = [grade_walk(words, tree) for words, tree in zip(continuations, trees, strict=True)]
+    others = [grade_walk(words, tree) for words, tree in zip(continuations, trees[1:] + trees[:1], strict=True)]
     leaves = [tree.leaves for tree in trees]
-    first = np.array([words[0] for words in said])
+    first = np.array([words[0] for words in continuations])
     columns = {name: np.array([getattr(goal, name) for goal in goals]) for name in Goal.__dataclass_fields__}
     for name in Walk.__dataclass_fields__:
         columns[name] = np.array([getattr(walk, name) for walk in walks])
@@ -163,10 +166,10 @@ def grade(frame: pl.DataFrame) -> Continuations:
     )
 
 
-def grade_goal(said: list[str], tree: Tree) -> Goal:
-    """The goal that words make up."""
+def grade_goal(words: list[str], tree: Tree) -> Goal:
+    """Grade the goal that words make up."""
     nodes = {str(node): node for node in [tree.root, *tree.targets]}
-    dreamed, colon, start = [*said, "", "", ""][:3]
+    dreamed, colon, start = [*words, "", "", ""][:3]
     if dreamed not in nodes or colon != ":" or start not in nodes:
         return Goal()
     node = nodes[dreamed]
@@ -175,16 +178,16 @@ def grade_goal(said: list[str], tree: Tree) -> Goal:
         formed=True,
         root_right=nodes[start] == tree.root,
         leaf=node not in tree.sources,
-        way_found=bool(way) and said[3 : 3 + len(way)] == [f"→{step}" for step in way],
+        way_found=bool(way) and words[3 : 3 + len(way)] == [f"→{step}" for step in way],
         depth=len(way),
         place=tree.targets.index(node) if way else -1,
     )
 
 
-def grade_walk(said: list[str], tree: Tree) -> Walk:
-    """The walk that words begin with."""
+def grade_walk(words: list[str], tree: Tree) -> Walk:
+    """Grade the walk that words begin with."""
     edges, nodes = set(zip(tree.sources, tree.targets, strict=True)), set(tree.sources)
-    steps = [int(word[1:]) if word.startswith("→") else None for word in said]
+    steps = [int(word[1:]) if word.startswith("→") else None for word in words]
     from_root = (tree.root, steps[0]) in edges
     if steps[0] not in nodes:
         return Walk(from_root)

@@ -1,18 +1,19 @@
-"""The study `dreams`: given the tree alone, does a model make up goals of its own, and does it find the way to them?
+"""The study `dreams`: given the tree alone, does a model make up goals, and find the way to them?
 
-A continuation is well formed when it begins `goal : root` with two labels of the tree. No training ever graded what
-stands there: the loss of the reproduction is on the path alone, that of the baseline on everything after the root. So
-what a model dreams is what its weights happen to say, and not something that it was taught. Where no goal is made up,
-the study says what is: the commonest first word, whether it stops, and whether steps follow edges of the tree down to
-a leaf, beside the same words on another tree.
+A continuation is well formed if it begins `goal : root` with two labels of the tree. No training
+graded these words: the loss of the reproduction covers the path alone, that of the baseline
+everything after the root. A made-up goal is therefore a by-product of the weights, not something
+that was taught. Without made-up goals, the study reports the commonest first word, stops, and
+whether steps follow edges down to a leaf, compared with the same words on another tree.
 
-The depths and places of the goals it makes up are held against explanations, on the very same trees: that they are
-drawn as the trees' own goals were (the training distribution, where the trees are drawn from it; a recipe may have
-practised others beside, see the model's card), that they are drawn evenly among each tree's leaves, and, for places,
-evenly along the list. Each is tested by the total variation between histograms and what it is under the explanation:
-for the first the dreamed and the given goal of a tree are swapped at random, for the others a leaf of each tree, or a
-place, is drawn. These tests take one goal a tree. That steps follow the tree more than another tree is tested by sign flips
-of each tree's difference.
+The depths and places of made-up goals are compared with explanations, on the same trees. The goals
+may be distributed like the trees' own goals (the training distribution, if the trees are drawn from
+it; a recipe may add other trees, see the model's card), evenly among each tree's leaves, or, for
+places, evenly along the list. The test statistic is the total variation between histograms. Its
+distribution under the first explanation comes from random swaps of a tree's made-up and given goal,
+under the others from a random leaf per tree or a random place. These tests take one goal per tree.
+Sign flips of each tree's difference test whether steps follow their own tree more often than
+another.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import polars as pl
 from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.intervals import change_over_trees, over_trees, share, sign_flip, total_variation
-from actstore.queries.dreams.figures import EXPLANATIONS, LEAST, WALK, draw, sentence, table
+from actstore.queries.dreams.figures import EXPLANATIONS, LEAST, WALK, as_frame, draw, sentence
 from actstore.queries.dreams.grading import CONTINUATIONS, Continuations, grade
 from actstore.queries.study import LEVEL, Answer, Progress, Test, adjusted, result_rows, test_rows
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 NAME = "dreams"
-N_DRAWS = 999  # of each explanation: the smallest p is then 1 in 1,000
+N_DRAWS = 999  # draws per explanation: the smallest p is 1 / 1,000
 COMPANION = """
 select dreams.run as run from runs as base
 join runs as dreams on dreams.dataset = base.dataset and dreams.weights_sha256 = base.weights_sha256
@@ -54,12 +55,12 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
 
     Args:
         store: an open store.
-        run: one that was given whole tasks; the same model's continuations are found by its weights.
-        seed: of the draws that the explanations are tested with.
-        progress: called when the greedy and when the drawn continuations are done.
+        run: a run over whole tasks; the hash of its weights finds the same model's continuations.
+        seed: seed of the draws of the tests.
+        progress: called after the greedy and after the sampled continuations.
 
     Raises:
-        NotStored: there are no continuations; says which ingest command adds them.
+        NotStored: there are no continuations; gives the ingest command that adds them.
     """
     found = store.sql(COMPANION, {"run": run})["run"].to_list()
     about = store.sql(ABOUT, {"run": run}).row(0, named=True)
@@ -70,9 +71,9 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
     tests: list[Test] = []
     frame = store.sql(CONTINUATIONS, {"dreams": found[0]})
     kinds = {"greedy": frame.filter(sample=0), "drawn": frame.filter(pl.col("sample") > 0)}
-    for done, (kind, some) in enumerate(kinds.items(), start=1):
-        if len(some):
-            found, tested = _rows(grade(some), kind, seed)
+    for done, (kind, of_kind) in enumerate(kinds.items(), start=1):
+        if len(of_kind):
+            found, tested = _rows(grade(of_kind), kind, seed)
             rows += [{"label": kind, **row} for row in found]
             tests += tested
         progress(done, len(kinds), kind)
@@ -88,39 +89,39 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
     given = (
         "the goals of its training distribution" if at_home else f"the goals of these `{about['distribution']}` trees"
     )
-    return Answer(NAME, table(results, held), results, sentence(results, held, given), held)
+    return Answer(NAME, as_frame(results, held), results, sentence(results, held, given), held)
 
 
-def _rows(said: Continuations, kind: str, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
-    """Rows of `results`, but for the label, of one kind of continuations; and what is tested of them."""
+def _rows(graded: Continuations, kind: str, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Rows of `results`, without label, and tests of one kind of continuations."""
 
     def among(metric: str, hits: np.ndarray, among: np.ndarray) -> dict[str, Any]:
-        return _share(metric, hits[among], said.tree[among])
+        return _share(metric, hits[among], graded.tree[among])
 
-    everyone = np.ones(len(said.tree), bool)
-    words, counts = np.unique(said.first_word, return_counts=True)
+    everyone = np.ones(len(graded.tree), bool)
+    words, counts = np.unique(graded.first_word, return_counts=True)
     commonest = str(words[counts.argmax()])
     rows = [
-        among("well_formed", said.formed, everyone),
-        among("stopped", said.stopped, everyone),
-        among("first_step", said.stepped, everyone),
-        among(f"first_word {commonest}", said.first_word == commonest, everyone),
-        among("from_root", said.from_root, said.stepped),
-        among("from_root_elsewhere", said.other_from_root, said.stepped),
-        among("to_leaf", said.to_leaf, said.inside),
-        among("to_leaf_elsewhere", said.other_to_leaf, said.other_inside),
-        among("root_right", said.root_right, said.formed),
-        among("leaf", said.leaf, said.formed),
-        among("not_root", said.depth > 0, said.formed),
-        among("way_found", said.way_found, said.root_right),
+        among("well_formed", graded.formed, everyone),
+        among("stopped", graded.stopped, everyone),
+        among("first_step", graded.stepped, everyone),
+        among(f"first_word {commonest}", graded.first_word == commonest, everyone),
+        among("from_root", graded.from_root, graded.stepped),
+        among("from_root_elsewhere", graded.other_from_root, graded.stepped),
+        among("to_leaf", graded.to_leaf, graded.inside),
+        among("to_leaf_elsewhere", graded.other_to_leaf, graded.other_inside),
+        among("root_right", graded.root_right, graded.formed),
+        among("leaf", graded.leaf, graded.formed),
+        among("not_root", graded.depth > 0, graded.formed),
+        among("way_found", graded.way_found, graded.root_right),
     ]
-    if n := int(said.formed.sum()):
-        even, beyond = said.leaf_share[said.formed], (said.leaf - said.leaf_share)[said.formed]
-        low, high = change_over_trees(beyond, said.tree[said.formed])
+    if n := int(graded.formed.sum()):
+        even, beyond = graded.leaf_share[graded.formed], (graded.leaf - graded.leaf_share)[graded.formed]
+        low, high = change_over_trees(beyond, graded.tree[graded.formed])
         rows.append({"metric": "leaf_if_even", "value": float(even.mean()), "n": n})
         rows.append({"metric": "leaf_beyond_even", "value": float(beyond.mean()), "low": low, "high": high, "n": n})
-    origins, tests = _origins(said, kind, seed)
-    return [*rows, *origins], [*_walks(said, kind, seed), *tests]
+    origins, tests = _origins(graded, kind, seed)
+    return [*rows, *origins], [*_walks(graded, kind, seed), *tests]
 
 
 def _share(metric: str, hits: np.ndarray, trees: np.ndarray) -> dict[str, Any]:
@@ -130,13 +131,13 @@ def _share(metric: str, hits: np.ndarray, trees: np.ndarray) -> dict[str, Any]:
     return {"metric": metric, "value": value, "low": low, "high": high, "n": len(hits)}
 
 
-def _walks(said: Continuations, kind: str, seed: int) -> list[Test]:
-    """Whether steps follow their own tree more than another, where they begin inside of both."""
-    both = said.inside & said.other_inside
+def _walks(graded: Continuations, kind: str, seed: int) -> list[Test]:
+    """Test whether steps that begin inside two trees follow their own more often."""
+    both = graded.inside & graded.other_inside
     if not both.any():
         return []
-    names, tree = np.unique(said.tree[both], return_inverse=True)
-    more = said.to_leaf[both].astype(np.float64) - said.other_to_leaf[both]
+    names, tree = np.unique(graded.tree[both], return_inverse=True)
+    more = graded.to_leaf[both].astype(np.float64) - graded.other_to_leaf[both]
     by_tree = np.bincount(tree, weights=more) / np.bincount(tree)
     low, high = change_over_trees(by_tree, names)
     p = sign_flip(by_tree, seed)
@@ -153,18 +154,18 @@ def _walks(said: Continuations, kind: str, seed: int) -> list[Test]:
     ]
 
 
-def _origins(said: Continuations, kind: str, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
-    """Where leaf goals are from, by depth and by place in the list: rows, and a test of each explanation."""
-    chosen = said.leaf_goal
+def _origins(graded: Continuations, kind: str, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:
+    """Rows and tests of the explanations of leaf goals, by depth and by place in the list."""
+    chosen = graded.leaf_goal
     if chosen.sum() < LEAST:
         return [], []
     rows: list[dict[str, Any]] = []
     for what, dreamed, given, of_leaves in (
-        ("depth", said.depth, said.given_depth, said.leaf_depths),
-        ("place", said.place, said.given_place, said.leaf_places),
+        ("depth", graded.depth, graded.given_depth, graded.leaf_depths),
+        ("place", graded.place, graded.given_place, graded.leaf_places),
     ):
         leaves = [of for of, kept in zip(of_leaves, chosen.tolist(), strict=True) if kept]
-        places = said.n_edges if what == "place" else None
+        places = graded.n_edges if what == "place" else None
         rows += _explained(what, dreamed[chosen], given[chosen], leaves, places, seed)
     found, n = {row["metric"]: row["value"] for row in rows}, int(chosen.sum())
     tests = [
@@ -184,7 +185,7 @@ def _origins(said: Continuations, kind: str, seed: int) -> tuple[list[dict[str, 
 def _explained(
     what: str, dreamed: np.ndarray, given: np.ndarray, leaves: list[list[int]], places: int | None, seed: int
 ) -> list[dict[str, Any]]:
-    """Histograms of the dreamed goals and of the explanations, and how well each explains them."""
+    """Histograms of made-up goals and of explanations, and the fit of each explanation."""
     n, size = len(dreamed), places or 1 + max(int(given.max()), max(map(max, leaves)))
     rng = np.random.default_rng(seed)
     n_leaves = np.array([len(of) for of in leaves])
@@ -209,16 +210,16 @@ def _explained(
     }
     if places:
         explanations["even_list"] = (np.ones(size), a_place)
-    said = np.bincount(dreamed, minlength=size)
+    found = np.bincount(dreamed, minlength=size)
     rows: list[dict[str, Any]] = []
     for name, (expected, once) in explanations.items():
-        distance = total_variation(said, expected)
+        distance = total_variation(found, expected)
         p = (1 + sum(once() >= distance - 1e-12 for _ in range(N_DRAWS))) / (1 + N_DRAWS)
         rows.append({"metric": f"{what}_distance_{name}", "value": distance, "n": n})
         rows.append({"metric": f"{what}_p_{name}", "value": p, "n": n})
     for value in range(size):
-        low, high = share(int(said[value]), n)
-        rows.append({"metric": f"{what} {value}", "value": said[value] / n, "low": low, "high": high, "n": n})
+        low, high = share(int(found[value]), n)
+        rows.append({"metric": f"{what} {value}", "value": found[value] / n, "low": low, "high": high, "n": n})
         for name, (expected, _) in explanations.items():
             expected_share = float(expected[value] / expected.sum())
             rows.append({"metric": f"{what} {value} {name}", "value": expected_share, "n": n})
@@ -226,5 +227,5 @@ def _explained(
 
 
 def plot(answer: Answer) -> Figure:
-    """What continuations begin with; where there are goals, their depth and place beside the explanations."""
+    """Draw the beginnings of continuations; with goals, also depths, places and explanations."""
     return draw(answer.results)

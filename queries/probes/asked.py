@@ -1,4 +1,4 @@
-"""What a probe is asked: tokens, their labels, and which of them are for testing."""
+"""The data of a probe: tokens, labels, and the split."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from actstore.queries.study import Test
 
 @dataclass(frozen=True)
 class Asked:
-    """One kind of token and what is asked of it.
+    """One kind of token and its labels.
 
     Attributes:
-        tokens: the n rows of `probe_tokens`, without their activations.
+        tokens: n rows of `probe_tokens`, without activations.
         train: bool [n], rows of training trees.
-        labels: int64 [n] by label.
-        guessed: by label and baseline, float64 [n_test]: how likely a guess from the tree alone is right.
-        n_nodes: of each tree.
+        labels: label → int64 [n].
+        guessed: label → baseline → float64 [n_test], the probability that a guess from the tree
+            alone is right.
+        n_nodes: nodes per tree.
     """
 
     tokens: pl.DataFrame
@@ -32,19 +33,19 @@ class Asked:
 
     @property
     def test_trees(self) -> np.ndarray:
-        """int64 [n_test], the tree of each test row."""
+        """int64 [n_test], tree_id of each test row."""
         return self.tokens["tree_id"].to_numpy()[~self.train]
 
 
 def above_test(about: dict[str, str], above: np.ndarray, trees: np.ndarray, found: dict[str, Any], seed: int) -> Test:
-    """Whether a probe is above the highest baseline.
+    """Test whether a probe is above the highest baseline.
 
     Args:
         about: run, site, token_role and label.
-        above: float64 [n], what each test row is above it.
-        trees: int64 [n], the tree of each.
-        found: the row of `results` that says so of all of them.
-        seed: of the sign flips.
+        above: float64 [n], correctness of each test row less that of the baseline.
+        trees: int64 [n], tree_id of each test row.
+        found: the row of `results` with the mean of `above`.
+        seed: seed of the sign flips.
     """
     _, tree = np.unique(trees, return_inverse=True)
     p, what = (

@@ -1,9 +1,10 @@
-"""The baselines of the study `probes`: how often a label is guessed right from the tree alone, without a network.
+"""The baselines of the study `probes`: labels guessed from the tree alone, without a network.
 
-A baseline is a query that yields `token_id`, a column named like the label that it guesses, and `p`, the probability that it
-gives to that guess: a guess that chooses among several gives each its share, and is scored by the p of the right one, which is
-how often it would be right. A token that it does not guess counts as wrong. The named queries `baseline_…` are these, and
-their headers say what each uses; a query of one's own, in a file, is scored beside them.
+A baseline is a query that yields `token_id`, a column named like the guessed label, and `p`, the
+probability of the guess. A token may have several guesses with a share each. The score of a token
+is the p of the right guess: how often the guess would be right. A token without guesses counts as
+wrong. The named queries `baseline_…` are the stored baselines, and their headers describe them. A
+user's query, in a file, is scored in addition.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from actstore.queries.probes.figures import LABELS, MAJORITY
 if TYPE_CHECKING:
     from actstore.store import Store
 
-ROUNDING = 1e-6  # of probabilities that are added up
+ROUNDING = 1e-6  # tolerance of a sum of probabilities
 SCORES = """
 with asked as (
     from ({tokens}) where split = 'test'
@@ -48,9 +49,9 @@ class Baseline:
     """A query that guesses a label.
 
     Attributes:
-        name: of the query, `baseline_` first.
-        label: which label it guesses, one of LABELS.
-        sql: the query; its parameters are $run and $token_role, or one of them, or none.
+        name: name of the query, which begins with `baseline_`.
+        label: the guessed label, one of LABELS.
+        sql: the query; it may have the parameters $run and $token_role.
     """
 
     name: str
@@ -65,15 +66,15 @@ def stored() -> list[Baseline]:
 
 
 def from_file(store: Store, file: str | Path, params: Mapping[str, Any]) -> Baseline:
-    """A baseline of one's own, named after its file; without a column `p` its guesses have probability 1.
+    """A user's baseline, named after its file; without a column `p`, guesses have probability 1.
 
     Args:
-        store: an open store, which tells the query's columns.
-        file: the path of an .sql file.
-        params: values of $run and $token_role, for those that the query has.
+        store: an open store, on which the query's columns are looked up.
+        file: path of an .sql file.
+        params: values of $run and $token_role; unused ones are ignored.
 
     Raises:
-        BadInput: no such file, or no query that guesses one label.
+        BadInput: there is no such file, or the query does not guess exactly one label.
     """
     try:
         sql = Path(file).read_text(encoding="utf-8").rstrip().rstrip(";")
@@ -100,27 +101,28 @@ def _label(name: str, columns: Iterable[str]) -> str:
 
 
 def _named_in(sql: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Those parameters that a query has."""
+    """The parameters that a query uses."""
     return {name: value for name, value in params.items() if f"${name}" in sql} or None
 
 
 def scores(
     store: Store, baselines: Sequence[Baseline], labels: Sequence[str], tokens: str, params: Mapping[str, Any]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """How likely each baseline's guess is right, for each test token.
+    """The probability that each baseline's guess is right, for each test token.
 
     Args:
         store: an open store.
-        baselines: which; of those that guess none of the labels, or none of these tokens, nothing is said.
-        labels: which labels are asked for.
-        tokens: SQL of the tokens, with the labels and the split; rows by token_id.
-        params: values of its parameters, $run and $token_role.
+        baselines: baselines to score; those without a guess for these labels or tokens are left
+            out.
+        labels: the wanted labels.
+        tokens: SQL of the tokens, with labels and split, ordered by token_id.
+        params: values of $run and $token_role.
 
     Returns:
-        By label and name, float64 [n_test], in [0, 1], in the order of token_id.
+        Label → name → float64 [n_test] in [0, 1], in the order of token_id.
 
     Raises:
-        BadInput: probabilities of one token's guesses are negative or add up to more than 1.
+        BadInput: the probabilities of a token's guesses are negative or sum to more than 1.
     """
     found: dict[str, dict[str, np.ndarray]] = {label: {} for label in labels}
     for baseline in baselines:
@@ -141,10 +143,10 @@ def scores(
 
 
 def with_majority(guessed: Mapping[str, np.ndarray], y_train: np.ndarray, y_test: np.ndarray) -> dict[str, np.ndarray]:
-    """Baselines, float64 [n_test] by name, and `majority`, which guesses the most frequent training label."""
+    """Add `majority`, which guesses the commonest training label: name → float64 [n_test]."""
     return {**guessed, MAJORITY: (y_test == np.bincount(y_train).argmax()).astype(np.float64)}
 
 
 def highest(guessed: Mapping[str, np.ndarray]) -> np.ndarray:
-    """float64 [n_test]: of baselines the one that is right most often on these rows; the first of equals."""
+    """float64 [n_test]: the baseline with the highest mean on these rows; first among equals."""
     return max(guessed.values(), key=lambda of_right: float(of_right.mean()))

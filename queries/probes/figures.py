@@ -1,6 +1,6 @@
-"""What the study `probes` says of its results: the table to print, the answer in a sentence, and the figure.
+"""Table, sentence and figure of the study `probes`.
 
-All three are made from rows of the table `results` alone, so a study that was recorded can be told and drawn again.
+All three need only rows of the table `results`, so a recorded study can be shown again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LABELS = {  # what may be asked for: name, in words
+LABELS = {  # label → words
     "source": "source",
     "target": "target",
     "goal": "tree's goal",
@@ -28,11 +28,11 @@ LABELS = {  # what may be asked for: name, in words
     "edge_depth": "depth",
     "next_node": "next node on the path",
 }
-NODE_LABELS = ("source", "target", "goal", "next_node")  # their classes are the nodes
+NODE_LABELS = ("source", "target", "goal", "next_node")  # labels whose classes are nodes
 PAIR = ["source", "target"]
-BASELINE, MAJORITY = "baseline_", "majority"  # metrics of what guesses from the tree alone
-PLACE, AT = "place_", ", edge "  # before a metric at one place in the list; between a label and its place
-TOKEN_ROLES = {  # where it may be read: name, in words
+BASELINE, MAJORITY = "baseline_", "majority"  # metrics of guesses from the tree alone
+PLACE, AT = "place_", ", edge "  # prefix of a metric at one place in the list; separator of a label and its place
+TOKEN_ROLES = {  # token role → words
     "edge_target": "target token of an edge",
     "edge_source": "source token of an edge",
     "separator": "separator of an edge",
@@ -40,9 +40,10 @@ TOKEN_ROLES = {  # where it may be read: name, in words
     "path": "token of the path that a step is taken from",
 }
 
-# What the researchers' notebook prints, in percent: (source, target) by site. Another trained model of the same system and
-# another protocol: 6,400 trees with goal depths uniform over 1 to 15, the first 14 of 15 edges, rows (not trees) split
-# 80/20, a linear layer trained for 5 epochs with AdamW at 1e-3. Its separator row was interrupted after layer 1.
+# What the researchers' notebook prints, in percent: (source, target) by site. Model and protocol
+# are different: another training of the system; 6,400 trees with goal depths uniform over 1 to 15;
+# the first 14 of 15 edges; rows (not trees) split 80/20; a linear layer trained for 5 epochs with
+# AdamW at 1e-3. The separator's row was interrupted after layer 1.
 NOTEBOOK = {
     "edge_target": {
         "embed": (6.64, 100.00),
@@ -57,11 +58,11 @@ NOTEBOOK = {
 }
 NOTEBOOK_NODES = 16
 
-ZOOM = 90.0  # percent from which the upper panel shows; whatever works at all lies there, squeezed by the whole scale
+ZOOM = 90.0  # percent where the upper panel begins; good probes lie there, squeezed by the whole scale
 
 
 def notebook_numbers(results: pl.DataFrame, role: str) -> dict[str, dict[str, float]]:
-    """The notebook's accuracy, percent, by label and site; empty where it has none for such a token, tree or system."""
+    """Label → site → the notebook's accuracy, percent; empty for other tokens, trees, systems."""
     params = _params(results)
     if params.get("system") != "reproduction" or params["n_nodes"] != NOTEBOOK_NODES:
         return {}
@@ -72,16 +73,16 @@ def notebook_numbers(results: pl.DataFrame, role: str) -> dict[str, dict[str, fl
 
 
 def labels_in(results: pl.DataFrame) -> list[str]:
-    """The labels that were asked for, in the order of LABELS."""
+    """The labels in the results, in the order of LABELS."""
     return [label for label in LABELS if label in results["label"].to_list()]
 
 
-def table(results: pl.DataFrame) -> pl.DataFrame:
-    """What is printed, percent: one row a site where an edge's two nodes were asked for at one kind of token, else one a probe.
+def as_frame(results: pl.DataFrame) -> pl.DataFrame:
+    """The table to print, in percent, with the best baseline of each accuracy.
 
-    One row a probe and place where they were told by place. Beside each accuracy stands the highest baseline, with its name. The
-    notebook's columns are there where it has numbers for this token, those of its protocol where that was asked for,
-    `stopped early` where a probe was.
+    Results by place have one row per probe and place. Source and target at one kind of token have
+    one row per site. Other results have one row per probe. Columns of the notebook's numbers and
+    protocol and `stopped early` appear only when they have values.
     """
     if len(by_place(results)):
         return _one_row_a_place(by_place(results))
@@ -112,14 +113,14 @@ def table(results: pl.DataFrame) -> pl.DataFrame:
 
 
 def by_place(results: pl.DataFrame) -> pl.DataFrame:
-    """The rows that are of one place in the list, their metrics without `place_`, with the columns `asked` (label) and `edge`."""
+    """Rows by place, their metrics without `place_`, with columns `asked` (label) and `edge`."""
     rows = results.filter(pl.col("metric").str.starts_with(PLACE))
     label, edge = pl.col("label").str.split(AT).list.get(0), pl.col("label").str.split(AT).list.get(1).cast(pl.Int64)
     return rows.with_columns(asked=label, edge=edge, metric=pl.col("metric").str.strip_prefix(PLACE))
 
 
 def best_baseline(found: pl.DataFrame) -> tuple[float, str]:
-    """The highest of the baselines among one probe's rows, percent, and its name."""
+    """The best baseline among one probe's rows: its percent and its name."""
     metric = pl.col("metric")
     guesses = found.filter(metric.str.starts_with(BASELINE) | (metric == MAJORITY))
     best = guesses.sort("value", descending=True, maintain_order=True).row(0, named=True)
@@ -127,7 +128,7 @@ def best_baseline(found: pl.DataFrame) -> tuple[float, str]:
 
 
 def _own_baseline(found: pl.DataFrame, before: str = "") -> dict[str, float]:
-    """Where a baseline of the caller's own was given: its column, percent, beside the highest; of one probe's rows."""
+    """The column of a user's baseline, in percent, for one probe's rows; empty without one."""
     name = str(_params(found).get("baseline_name"))
     own = found.filter(metric=name)["value"]
     return {f"{before}{name.removeprefix(BASELINE)} %": round(100 * own.item(), 2)} if len(own) else {}
@@ -151,7 +152,7 @@ def _percent(found: dict[str, Any]) -> tuple[float, str]:
 
 
 def _in_order(results: pl.DataFrame, *keys: str) -> list[tuple[tuple[Any, ...], pl.DataFrame]]:
-    """The rows of each token_role, label and what else is named, in the order of TOKEN_ROLES and LABELS."""
+    """Rows grouped by `keys`, token role and label first, ordered as TOKEN_ROLES and LABELS."""
     order = {name: place for place, name in enumerate((*TOKEN_ROLES, *LABELS))}
     groups = results.filter(pl.col("metric") != "direction").partition_by(*keys, as_dict=True, maintain_order=True)
     return sorted(groups.items(), key=lambda item: [order[name] for name in item[0][:2]])
@@ -159,19 +160,19 @@ def _in_order(results: pl.DataFrame, *keys: str) -> list[tuple[tuple[Any, ...], 
 
 def _one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
     rows = []
-    for (role, label, site), some in _in_order(results, "token_role", "label", "site"):
-        found = {row["metric"]: row for row in some.iter_rows(named=True)}
+    for (role, label, site), of_probe in _in_order(results, "token_role", "label", "site"):
+        found = {row["metric"]: row for row in of_probe.iter_rows(named=True)}
         row = {"token": role, "label": label, "site": site}
         row["accuracy %"], row["95 %"] = _percent(found["accuracy"])
-        value, row["best baseline"] = best_baseline(some)
+        value, row["best baseline"] = best_baseline(of_probe)
         row |= {"baseline %": round(value, 2), "above it, points": _points(found["above_baseline"])}
-        row |= ({"Holm": p_shown(found["p_holm"]["value"])} if "p_holm" in found else {}) | _own_baseline(some)
+        row |= ({"Holm": p_shown(found["p_holm"]["value"])} if "p_holm" in found else {}) | _own_baseline(of_probe)
         for metric, name in (("above_shuffled", "above shuffled labels"), ("selectivity", "selectivity")):
             row[f"{name}, points"] = _points(found[metric])
         for metric, name in (("random_directions_accuracy", "random directions"), *PROTOCOL.items()):
             if metric in found:
                 row[f"{name} %"] = round(100 * found[metric]["value"], 2)
-        numbers = notebook_numbers(some, role)
+        numbers = notebook_numbers(of_probe, role)
         if label in numbers:
             row["notebook %"] = numbers[label].get(site)
         if not found["converged"]["value"]:
@@ -182,12 +183,12 @@ def _one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
 
 def _one_row_a_place(places: pl.DataFrame) -> pl.DataFrame:
     rows = []
-    for (role, label, site, edge), some in _in_order(places, "token_role", "asked", "site", "edge"):
-        found = {row["metric"]: row for row in some.iter_rows(named=True)}
+    for (role, label, site, edge), of_probe in _in_order(places, "token_role", "asked", "site", "edge"):
+        found = {row["metric"]: row for row in of_probe.iter_rows(named=True)}
         row = {"token": role, "label": label, "site": site, "edge": edge, "n": found["accuracy"]["n"]}
         row["accuracy %"], row["95 %"] = _percent(found["accuracy"])
         row["own probe %"], row["own 95 %"] = _percent(found["own_accuracy"])
-        value, row["best baseline"] = best_baseline(some)
+        value, row["best baseline"] = best_baseline(of_probe)
         row |= {"baseline %": round(value, 2), "above it, points": _points(found["above_baseline"])}
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None)
@@ -199,7 +200,7 @@ CAVEAT = (
 
 
 def sentence(results: pl.DataFrame, n_test_trees: int, tests: Sequence[Test]) -> str:
-    """The answer: where each label is read worst and best, and where above the tree's own baselines; which fits were cut short."""
+    """Answer: the worst and best site of each label, tests against baselines, and stopped fits."""
     accuracy = results.filter(metric="accuracy")
     answer = " ".join(
         _of_role(results.filter(token_role=role), n_test_trees)
@@ -220,7 +221,7 @@ def sentence(results: pl.DataFrame, n_test_trees: int, tests: Sequence[Test]) ->
 
 
 def nothing_read(results: pl.DataFrame) -> bool:
-    """No probe is above its shuffled labels, at the 5 % level for all of them together (Bonferroni)."""
+    """Whether no probe is above shuffled labels, at the 5 % level over all probes (Bonferroni)."""
     from scipy.stats import norm
 
     found = results.filter(metric="above_shuffled")
@@ -229,7 +230,7 @@ def nothing_read(results: pl.DataFrame) -> bool:
 
 
 def _difference(results: pl.DataFrame) -> str:
-    """What makes the notebook's protocol and ours differ, on average over all probes."""
+    """The steps between the notebook's protocol and ours, on average over all probes, in words."""
     steps = ("notebook_accuracy", "notebook_by_tree", "without_last", "accuracy")
     mean = [100 * float(results.filter(metric=metric)["value"].to_numpy().mean()) for metric in steps]
     by_tree, fitted, last = np.diff(mean)
@@ -256,7 +257,7 @@ def _of_role(results: pl.DataFrame, n_test_trees: int) -> str:
 
 
 def _of_label(found: pl.DataFrame, what: str) -> str:
-    """Where one label is read worst and best, and how far above what the tree alone gives; no more is claimed."""
+    """The worst and best site of one label, and its distance from the best baseline, in words."""
     above = found.filter(metric="above_baseline")
     most = above.sort("value", descending=True, maintain_order=True).row(0, named=True)
     value, name = best_baseline(found.filter(site=most["site"]))
@@ -272,13 +273,13 @@ def _of_label(found: pl.DataFrame, what: str) -> str:
 
 
 def _standing(above: pl.DataFrame, tested: pl.DataFrame) -> int:
-    """How many of the rows of what is above a baseline Holm leaves standing; their p are among the rows `tested`."""
+    """The number of positive rows in `above` whose p_holm, in `tested`, is significant."""
     left = tested.filter((pl.col("metric") == "p_holm") & (pl.col("value") < LEVEL))
     return len(above.filter(pl.col("value") > 0).join(left, on=["token_role", "label", "site"], how="semi"))
 
 
 def _of_places(places: pl.DataFrame, results: pl.DataFrame) -> str:
-    """The site that reads a label best, place by place."""
+    """The best site of a label, by place, in words."""
     label = places["asked"][0]
     ranked = results.filter(label=label, metric="accuracy").sort("value", descending=True, maintain_order=True)
     here = places.filter(site=ranked["site"][0])
@@ -292,7 +293,7 @@ def _of_places(places: pl.DataFrame, results: pl.DataFrame) -> str:
 
 
 def _range(accuracy: pl.DataFrame) -> str:
-    """`6.11 % (embed) to 100.00 % (resid_post.0)`, the worst and the best site."""
+    """Worst and best site: `6.11 % (embed) to 100.00 % (resid_post.0)`."""
     ranked = accuracy.sort("value", maintain_order=True)
     worst, best = ranked.row(0, named=True), ranked.filter(value=ranked["value"].max()).row(0, named=True)
     low, high = (f"{100 * row['value']:.2f} %" for row in (worst, best))
@@ -300,7 +301,9 @@ def _range(accuracy: pl.DataFrame) -> str:
 
 
 def draw(results: pl.DataFrame) -> Figure:
-    """Draw the results of one run: one column a kind of token, two panels where anything is above 90 %; or place by place.
+    """Draw the results of one run: one column per kind of token, or by place.
+
+    A second panel shows the values above 90 %, if there are any.
 
     Args:
         results: columns as in the table `results`; sites in the order of the forward pass.
@@ -351,7 +354,7 @@ def _column(axes: Any, results: pl.DataFrame, zoomed: bool) -> None:
 
 
 def _panel(axis: Axes, results: pl.DataFrame) -> None:
-    """All labels, what tells nothing, and the notebook's numbers, over the sites in their order."""
+    """Draw all labels, controls and the notebook's numbers by site."""
     sites, n_nodes = _sites(results), _params(results)["n_nodes"]
     notebook = notebook_numbers(results, results["token_role"][0])
     for place, label in enumerate(labels_in(results)):
@@ -390,7 +393,7 @@ def _params(results: pl.DataFrame) -> dict[str, Any]:
 
 
 def _draw_places(places: pl.DataFrame) -> Figure:
-    """One panel a kind of token and label: accuracy over the place in the list, a line a site, the highest baseline beside."""
+    """One panel per token and label: accuracy by place, one line per site, the best baseline."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -399,16 +402,16 @@ def _draw_places(places: pl.DataFrame) -> Figure:
     axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3), squeeze=False, sharey=True).ravel()
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    for axis, ((role, label), some) in zip(axes, panels, strict=False):
-        sites = _sites(some)
+    for axis, ((role, label), of_label) in zip(axes, panels, strict=False):
+        sites = _sites(of_label)
         for place, site in enumerate(sites):
-            rows = some.filter(site=site, metric="accuracy").sort("edge")
+            rows = of_label.filter(site=site, metric="accuracy").sort("edge")
             value, low, high = (100 * rows[column].to_numpy() for column in ("value", "low", "high"))
             bars = np.clip([value - low, high - value], 0, None)
             colour = colormaps["viridis"](0.9 * place / max(1, len(sites) - 1))
             x = rows["edge"].to_numpy() + 0.3 * (place / max(1, len(sites) - 1) - 0.5)
             axis.errorbar(x, value, bars, fmt="-o", color=colour, markersize=3, linewidth=1, label=site)
-        first = some.filter(site=sites[0])
+        first = of_label.filter(site=sites[0])
         edges = first["edge"].unique().sort().to_list()
         drawn = [best_baseline(first.filter(edge=edge))[0] for edge in edges]
         axis.plot(edges, drawn, "--x", color=GREY, linewidth=1, label="the tree alone (the highest)")

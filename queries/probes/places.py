@@ -1,9 +1,9 @@
-"""Probes by place in the list of edges: what a mean over all places hides.
+"""Probes by place in the list of edges, which a mean over all places hides.
 
-At each place the accuracy of the one probe that is fitted to all places, so that the places' accuracies, weighed by their rows,
-have the whole accuracy as their mean; and of a probe of its own, fitted to the rows of that place alone, which finds what is
-kept there in directions that no other place shares, and has as many times fewer rows to find it with. Baselines are those of
-that place's rows.
+Each place has two accuracies. The first is that of the common probe, fitted to all places; its mean
+over places, weighted by rows, is the whole accuracy. The second is that of a place's own probe,
+fitted to the rows of that place alone. The own probe finds directions that no other place shares,
+but has fewer rows. Baselines are computed on the rows of the place.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ if TYPE_CHECKING:
 def place_rows(
     X: np.ndarray, right: np.ndarray, asked: Asked, about: dict[str, str], seed: int, max_iter: int
 ) -> tuple[list[dict[str, Any]], list[Test]]:
-    """Rows of `results`, label `source, edge 3` and so on, and of each place the test that it is above the highest baseline there.
+    """Rows of `results`, labels like `source, edge 3`; per place, a test against its best baseline.
 
-    Places without a test row are left out.
-
-    Metrics: `place_accuracy`, `place_own_accuracy`, `place_above_baseline`, and each baseline's name behind `place_`.
+    Metrics are `place_accuracy`, `place_own_accuracy`, `place_above_baseline`, and `place_` with
+    the name of each baseline. Places without a test row are left out.
 
     Args:
         X: float32 [n, d_model], as stored.
-        right: bool [n_test], which test rows the probe of all places gets right.
+        right: bool [n_test], test rows that the common probe gets right.
         asked: the n rows.
         about: run, site, token_role and label.
-        seed: of the intervals.
-        max_iter: of a fit.
+        seed: seed of the intervals.
+        max_iter: largest number of iterations of a fit.
     """
     from actstore.queries.probes.asked import above_test  # which imports this module where it is needed
 
@@ -71,6 +70,6 @@ def place_rows(
 
 
 def _own(X: np.ndarray, y: np.ndarray, train: np.ndarray, max_iter: int) -> np.ndarray:
-    """bool [n_test]: which test rows of a place its own probe gets right."""
+    """bool [n_test]: test rows of a place that its own probe gets right."""
     whitened = Whitening.of(X[train])(X)
     return fit_all([(whitened, y)], train, max_iter)[0].right

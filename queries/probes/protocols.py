@@ -1,9 +1,10 @@
-"""The notebook's own protocol for a probe, so that its table and ours can stand side by side, and what makes the difference.
+"""The notebook's protocol for a probe, and the steps that separate its numbers from ours.
 
-A linear layer (torch's default start) on the activations as they are, cross-entropy, AdamW at 1e-3 with torch's default
-weight decay (0.01), batches of 64 in random order, 5 epochs; the edge listed last is left out; rows, not trees, are split
-80 to 20. Ours differs in three things, which are undone one after the other: the same training split by tree, and our own
-fit split by tree without the last edges. The three steps from the notebook's number to ours add up to the difference.
+The notebook trains a linear layer (torch's default start) on unscaled activations with
+cross-entropy, AdamW at 1e-3 with torch's default weight decay (0.01), batches of 64 in random
+order, and 5 epochs. It leaves the last edge out and splits rows, not trees, 80 to 20. Our protocol
+differs in three steps: a split by tree, our fit, and the last edge. The first two steps are also
+measured alone, so that the three differences sum to the whole.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ def notebook_rows(
     seed: int,
     max_iter: int = MAX_ITER,
 ) -> list[dict[str, Any]]:
-    """Rows of `results`: `notebook_accuracy`, `notebook_by_tree` (split by tree in place of rows), `without_last` (our fit).
+    """Rows of `results`, metrics `notebook_accuracy`, `notebook_by_tree` and `without_last`.
+
+    `notebook_by_tree` splits by tree; `without_last` is our fit.
 
     Args:
         X: float32 [n, d_model], as stored.
         tokens: rows of `probe_tokens`.
-        labels: which of its columns are asked for.
+        labels: the wanted label columns.
         where: run, site and token_role.
-        seed: of split, start and order.
-        max_iter: of our fit.
+        seed: seed of split, start and order.
+        max_iter: largest number of iterations of our fit.
     """
     from sklearn.model_selection import train_test_split
 
@@ -63,18 +66,18 @@ def notebook_rows(
 
 
 def linear_layer(X: np.ndarray, y: np.ndarray, X_test: np.ndarray, seed: int) -> np.ndarray:
-    """int64 [n_test]: what a linear layer, trained as the notebook trains it, says of the test rows.
+    """int64 [n_test]: labels that a linear layer, trained like the notebook's, gives test rows.
 
     Args:
         X: float32 [n, d_model].
-        y: int64 [n], labels from 0 on.
+        y: int64 [n], labels from 0.
         X_test: float32 [n_test, d_model].
-        seed: of its start and of the order of rows.
+        seed: seed of the start and of the order of rows.
     """
     import torch
 
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of products as small as these a second thread costs more than it saves
+    torch.set_num_threads(1)  # for such small products, a second thread costs more than it saves
     try:
         weight, bias = _train(X, y, seed)
     finally:
@@ -88,7 +91,7 @@ def _train(X: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndar
 
     generator = torch.Generator().manual_seed(seed)
     n_classes, width = int(y.max()) + 1, X.shape[1]
-    bound = width**-0.5  # nn.Linear's own start, drawn here so that the seed is of this layer alone
+    bound = width**-0.5  # nn.Linear's start, drawn here so that the seed affects this layer alone
     weight = torch.empty(n_classes, width).uniform_(-bound, bound, generator=generator).requires_grad_()
     bias = torch.empty(n_classes).uniform_(-bound, bound, generator=generator).requires_grad_()
     optimizer = torch.optim.AdamW([weight, bias], lr=LR, fused=True)

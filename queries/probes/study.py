@@ -1,19 +1,21 @@
-"""The study `probes`: at which sites can what an edge is, and where it leads, be read off a token by a linear map?
+"""The study `probes`: at which sites can a linear probe read an edge or the path from a token?
 
-One probe a site, token and label: multinomial logistic regression (scikit-learn, L2 with C = 1, lbfgs, float32) on
-whitened rows, fitted on the training trees and scored on the test trees, since rows of one tree share it. See fit.py.
+There is one probe per site, token and label: multinomial logistic regression (scikit-learn, L2 with
+C = 1, lbfgs, float32) on whitened rows, see fit.py. A probe is fitted on training trees and scored
+on test trees, since rows of one tree are dependent.
 
-Each has what it is held against. Baselines, which guess from the tree alone (see baselines.py): the most frequent label is one,
-and the highest taken off the accuracy gives `above_baseline`, what the network has added. The same probe on labels shuffled
-among the rows of each side of the split, which taken off gives `above_shuffled`. The same probe on Hewitt and Liang's control
-task (see probe_fit.control_labels), which taken off gives its `selectivity`. And the same probe given as many random
-directions as there are classes. No row is left out of a fit, a control's neither.
+Each probe has four comparisons. Baselines guess from the tree alone (see baselines.py); the
+commonest label is one of them. The accuracy less that of the best baseline is `above_baseline`, the
+network's contribution. The same probe on labels shuffled within each side of the split gives
+`above_shuffled`. The same probe on Hewitt and Liang's control task (see fit.control_labels) gives
+`selectivity`. The last comparison is the same probe on random directions, one per class. Every fit
+uses all rows.
 
-What each probe is above the highest baseline is tested by sign flips of each test tree's sum, and all that a study asks is adjusted
-for each other (Holm): the sentence claims what is left standing.
+Sign flips of each test tree's sum test whether a probe is above the best baseline. Holm's
+correction covers all tests of a study, and the sentence claims only significant tests.
 
-Intervals are over the test trees. The fitted probes are held fixed, and so are the trees they were fitted to; the model is one,
-of one training and seed.
+Intervals are over the test trees. Fitted probes and training trees are held fixed, and the model is
+one training of one seed.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ import polars as pl
 import xxhash
 
 from actstore.advice import ingest_more
-from actstore.errors import BadInput, NotStored
+from actstore.errors import BadInput, NotStored, nearest
 from actstore.intervals import N_RESAMPLES, share_over_trees
-from actstore.queries import load, nearest
+from actstore.queries import load
 from actstore.queries.probes import baselines
 from actstore.queries.probes.asked import Asked, above_test
-from actstore.queries.probes.figures import LABELS, NODE_LABELS, TOKEN_ROLES, draw, sentence, table
+from actstore.queries.probes.figures import LABELS, NODE_LABELS, TOKEN_ROLES, as_frame, draw, sentence
 from actstore.queries.probes.fit import (
     MAX_ITER,
     TOL,
@@ -70,8 +72,8 @@ order by runs.rowid
 """
 PROTOCOLS = ("ours", "notebook")
 BY = "place"
-MIN_TEST_TREES = 2  # one tree resampled is always itself, so it gives no interval
-ENOUGH_TREES = 60  # every label is a source in half of all trees at least, and one tree in five is for testing
+MIN_TEST_TREES = 2  # one tree gives no interval: every resample is the tree itself
+ENOUGH_TREES = 60  # a label is a source in at least half of all trees, and one tree in five is for testing
 
 
 def study(
@@ -89,32 +91,35 @@ def study(
 ) -> Answer:
     """Probe sites of a run.
 
-    Memory is two copies of one site's rows: 15 rows of 4 * d_model bytes a tree of 16 nodes.
+    Memory is two copies of one site's rows: per tree of 16 nodes, 15 rows of 4 * d_model bytes.
 
     Args:
         store: an open store.
-        run: which run.
-        seed: of the bootstrap, the shuffled labels, the control task's labels and the random directions; the fits
-            themselves are deterministic.
+        run: name of the run.
+        seed: seed of the bootstrap, shuffled labels, control labels and random directions; fits are
+            deterministic.
         progress: called with (sites done, sites in all, the site just done).
-        token_role: where to read: names of TOKEN_ROLES, with commas, or `all`.
-        labels: what to ask for: names of LABELS, with commas, or `all`; source and target unless told (at `path`:
-            next_node). Tokens of the path have goal and next_node, the others all but next_node.
-        sites: names of sites, or of a family (`resid_post`) for its every layer; every residual site of the run by default.
-        max_iter: iterations of lbfgs after which a fit is stopped, and said to have been.
-        protocol: `ours`, or `notebook`: the notebook's own beside ours, see protocols.py.
-        by: `place`: the accuracy at each place in the list of edges, too, see places.py.
-        baseline: the path of an .sql file, a baseline of one's own beside the stored ones, see baselines.py.
+        token_role: tokens to read: names of TOKEN_ROLES, separated by commas, or `all`.
+        labels: names of LABELS, separated by commas, or `all`; default source and target, at `path`
+            next_node. Tokens of the path have goal and next_node; other tokens have all labels but
+            next_node.
+        sites: names of sites, or of a family (`resid_post`) for all its layers; default: every
+            residual site.
+        max_iter: largest number of iterations of lbfgs; a fit stopped there is reported.
+        protocol: `ours`, or `notebook`, which adds the notebook's protocol, see protocols.py.
+        by: `place` adds the accuracy at each place in the list of edges, see places.py.
+        baseline: path of an .sql file with an additional baseline, see baselines.py.
 
     Raises:
-        BadInput: no such token, label, protocol, max_iter or by; none of the labels at these tokens; a baseline that is none, or
-            that guesses nothing of what is asked; or too few trees: a label is missing in training, or there are no test trees.
-        NotStored: a site that the run does not hold.
+        BadInput: an argument is unknown, no label fits the tokens, the baseline is invalid or
+            guesses no wanted label, or there are too few trees (a label is missing in training, or
+            test trees are missing).
+        NotStored: the run does not hold a site.
     """
     if protocol not in PROTOCOLS:
         raise BadInput(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
     if not isinstance(max_iter, int) or max_iter < 1:
-        raise BadInput(f"got max_iter {max_iter!r}; it is a number of iterations, 1 or more ({MAX_ITER} unless told)")
+        raise BadInput(f"got max_iter {max_iter!r}; it is a number of iterations, 1 or more (default {MAX_ITER})")
     if by not in (None, BY):
         raise BadInput(f"got by {by!r}; probes are told by {BY}")
     asked = _asked(token_role, labels)
@@ -169,14 +174,14 @@ def study(
         )
         for rows, params in recorded
     )
-    return Answer(NAME, table(results), results, sentence(results, n_test_trees, held), held)
+    return Answer(NAME, as_frame(results), results, sentence(results, n_test_trees, held), held)
 
 
 def _asked(token_role: str | Sequence[str], labels: str | Sequence[str] | None) -> dict[str, list[str]]:
-    """The labels to ask for at each kind of token; of several kinds those that have none of the labels are left out.
+    """Token role → its wanted labels; roles without a wanted label are left out.
 
     Raises:
-        BadInput: no such token or label, or no token that has it.
+        BadInput: a token or label is unknown, or no token has the labels.
     """
     roles = _chosen(token_role, TOKEN_ROLES, "token_role")
     if labels is None:
@@ -191,27 +196,27 @@ def _asked(token_role: str | Sequence[str], labels: str | Sequence[str] | None) 
 
 
 def _has(role: str, label: str) -> bool:
-    """A token of the path is asked where it goes next, an edge's token what the edge is; both for the goal."""
+    """Whether tokens of a role have a label: goal, at `path` next_node, else the edge's labels."""
     return label == "goal" or (label == "next_node") == (role == "path")
 
 
 def _chosen(wanted: str | Sequence[str], known: Iterable[str], what: str) -> list[str]:
-    """Names as `_names` takes them, or `all`, each known and once, in the order of what is known.
+    """The wanted names (see `_names`) or `all`, once each, in the order of `known`.
 
     Raises:
-        BadInput: one is not known, or there is none.
+        BadInput: a name is unknown, or there are no names.
     """
     names = _names(wanted)
     if names == ["all"]:
         return list(known)
     for name in names or [""]:
         if name not in known:
-            raise BadInput(f"no {what} {name!r}; there are {', '.join(known)}, and all{nearest(name, known)}")
+            raise BadInput(f"no {what} {name!r}{nearest(name, known)}; there are {', '.join(known)}, and all")
     return [name for name in known if name in names]
 
 
 def _names(wanted: str | Sequence[str]) -> list[str]:
-    """Names given with commas between, or as a list; a number, which the command line makes of digits, is a name."""
+    """Names from a comma-separated text or a list; a number from the command line is a name."""
     return (
         [str(name) for name in wanted]
         if isinstance(wanted, list | tuple)
@@ -220,7 +225,7 @@ def _names(wanted: str | Sequence[str]) -> list[str]:
 
 
 def data_hash(tokens: pl.DataFrame, labels: Sequence[str]) -> str:
-    """xxh3-128, hexadecimal, of the rows that probes are fitted to and scored on: token ids, labels, split."""
+    """xxh3-128, hexadecimal, of the probes' rows: token ids, labels, split."""
     digest = xxhash.xxh3_128()
     for column in ("token_id", *labels):
         digest.update(tokens[column].to_numpy().astype(np.int64).tobytes())
@@ -229,7 +234,7 @@ def data_hash(tokens: pl.DataFrame, labels: Sequence[str]) -> str:
 
 
 def _trees_hash(store: Store, run: str) -> str:
-    """xxh3-128, hexadecimal, of the run's set of trees: tree_hash and goal of each, in their order."""
+    """xxh3-128, hexadecimal, of the run's trees: tree_hash and goal of each, in order."""
     trees = store.sql(TREES, {"run": run})
     digest = xxhash.xxh3_128(trees["tree_hash"].to_numpy().astype(np.uint64).tobytes())
     digest.update(trees["goal"].to_numpy().astype(np.uint8).tobytes())
@@ -237,16 +242,20 @@ def _trees_hash(store: Store, run: str) -> str:
 
 
 def check_enough(tokens: pl.DataFrame, n_nodes: int, run: str, labels: Sequence[str]) -> int:
-    """Refuse a run of too few trees to fit and to score a probe.
+    """Refuse a run with too few trees for probes.
 
     Args:
         tokens: rows of the query `probe_tokens`.
+        n_nodes: nodes per tree.
+        run: name of the run, for messages.
+        labels: the wanted labels.
 
     Returns:
-        How many test trees there are.
+        The number of test trees.
 
     Raises:
-        BadInput: fewer than 2 test trees, or a node that no training row has; says about how many trees are enough.
+        BadInput: there are fewer than 2 test trees, or no training row has some node; suggests a
+            number of trees.
     """
     train = tokens.filter(pl.col("split") == "train")
     n_train = train["tree_id"].n_unique()
@@ -269,7 +278,7 @@ def check_enough(tokens: pl.DataFrame, n_nodes: int, run: str, labels: Sequence[
 def _sites(store: Store, run: str, wanted: str | Sequence[str] | None) -> list[str]:
     """Short names of the residual sites to probe, in the order of the forward pass."""
     vectors = store.sql("select short from sites where run = $run and kind = 'resid'", {"run": run})["short"].to_list()
-    held = [site for site in store.sites(run) if site in vectors]  # patterns are no vectors of the residual stream
+    held = [site for site in store.sites(run) if site in vectors]  # without patterns
     names = held if wanted is None else meant(store, run, None, _names(wanted) or [""])
     unknown = [site for site in names if site not in held]
     if unknown or not held:
@@ -290,7 +299,7 @@ def _of_tokens(
 
 
 def _where(store: Store, run: str, lacking: list[str]) -> str:
-    """What to do for sites that a run lacks, or for any where none is named; nothing where its model has no such site."""
+    """Advice for sites that a run lacks, or for any site; empty if the model has no such site."""
     n_layers = store.sql(LAYERS, {"run": run}).item() or 0
     possible = {"embed", *(f"resid_{place}.{layer}" for place in ("pre", "mid", "post") for layer in range(n_layers))}
     if not possible.issuperset(lacking):
@@ -306,7 +315,16 @@ def _where(store: Store, run: str, lacking: list[str]) -> str:
 def _probe_site(
     X: np.ndarray, asked: Asked, where: dict[str, str], seed: int, max_iter: int, by: str | None
 ) -> tuple[list[dict[str, Any]], list[Test]]:
-    """Probe one site for each label, with its controls: rows of `results`, and what is tested; `where` names run and site."""
+    """Probe one site for each label, with controls; return rows of `results` and tests.
+
+    Args:
+        X: float32 [n, d_model], as stored.
+        asked: the n rows.
+        where: run, site and token_role.
+        seed: see `study`.
+        max_iter: see `study`.
+        by: see `study`.
+    """
     train = asked.train
     whiten = Whitening.of(X[train])
     whitened = whiten(X)
@@ -341,8 +359,10 @@ CONTROLS = ("shuffled_accuracy", "control_accuracy", "random_directions_accuracy
 
 
 def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int) -> tuple[list[dict[str, Any]], Test]:
-    """The accuracy, the controls' and the baselines', and what the accuracy is above them, with intervals over test trees; its
-    test against the highest baseline.
+    """Rows of accuracy, controls, baselines and differences, and a test; intervals over test trees.
+
+    The test compares the accuracy with the best baseline.
+
     """
     label, trees, train = about["label"], asked.test_trees, asked.train
     y, accuracy = asked.labels[label], made["accuracy"].right.astype(np.float64)
@@ -371,7 +391,7 @@ def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int
 
 
 def _directions(made: Fit, classes: np.ndarray, whiten: Whitening, about: dict[str, str]) -> list[dict[str, Any]]:
-    """A row a class: the direction whose dot product with an activation as stored, plus `value`, is the class's logit."""
+    """One row per class; logit of the class = dot(stored activation, direction) + value."""
     directions = made.weights @ whiten.axes.T
     offsets = made.intercepts - directions @ whiten.mean
     path = "/".join(about.values())
@@ -387,5 +407,5 @@ def _directions(made: Fit, classes: np.ndarray, whiten: Whitening, about: dict[s
 
 
 def plot(answer: Answer) -> Figure:
-    """Accuracy by site of both labels with 95 % intervals, the notebook's numbers hollow, chance as a line."""
+    """Draw accuracy by site with 95 % intervals, the notebook's numbers (hollow) and chance."""
     return draw(answer.results)

@@ -28,9 +28,13 @@ ENTRY = re.compile(r"(\S+)(?: +(.*))?")
 class Readable(Protocol):
     """What a named query needs of a store; `actstore.Store` is one."""
 
-    def sql(self, query: str, params: dict[str, Any] | None = None) -> pl.DataFrame: ...
+    def sql(self, query: str, params: dict[str, Any] | None = None) -> pl.DataFrame:
+        """See Store.sql."""
+        ...
 
-    def of(self, run: str) -> Readable: ...
+    def of(self, run: str) -> Readable:
+        """See Store.of."""
+        ...
 
 
 @dataclass(frozen=True)

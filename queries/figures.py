@@ -1,4 +1,4 @@
-"""Shared parts of the studies' figures: panels, and points with intervals; safe for colour-blind eyes."""
+"""Shared parts of the studies' figures: panels, colour-blind-safe points and intervals."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One page of all studies: every study that a store can answer, of every run over drawn trees, figures and lineage included.
+"""One HTML page of every study of every run over drawn trees, with figures and lineage.
 
-The page holds everything it needs, so it can be sent and read without a network.
+The page is self-contained: it can be sent, and read without a network.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from runs join models using (weights_sha256) join datasets using (dataset) where
 
 @dataclass(frozen=True)
 class Report:
-    """A page, and what stands on it."""
+    """A written page and its questions."""
 
     page: Path
     asked: list[Asked]
 
     @property
     def answers(self) -> list[Answer]:
-        """What was answered."""
+        """The answers on the page."""
         return [asked.answer for asked in self.asked if asked.answer]
 
     @property
     def faults(self) -> list[str]:
-        """What went wrong, one line each."""
+        """Faults, one line each."""
         return [f"{asked.question.study} {asked.question.of}: {_fault(asked)}" for asked in self.asked if asked.fault]
 
     def __str__(self) -> str:
@@ -64,27 +64,27 @@ class Report:
             "lacking something": sum(bool(asked.lacks) for asked in self.asked),
             "failed": len(self.faults),
         }
-        said = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-        return f"{self.page}: of {len(self.asked)} questions {said}"
+        counted = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        return f"{self.page}: of {len(self.asked)} questions {counted}"
 
 
 def report(
     store: Store, out: str | Path, runs: Sequence[str] | None = None, seed: int = 0, progress: Progress | None = None
 ) -> Report:
-    """Run every study and write OUT/index.html, whole or not at all.
+    """Run every study and write OUT/index.html, atomically.
 
-    A study that cannot be answered, or that fails for whatever reason, stands on the page with the reason.
+    A study without an answer is on the page with the reason.
 
     Args:
         store: an open store.
-        out: a folder, made if need be.
-        runs: which; every run over drawn trees by default. Each pair of models over the same trees is compared.
-        seed: of everything random.
-        progress: called with (questions done, questions in all, the one just done).
+        out: a folder, which is made if missing.
+        runs: names of runs; default: every run over drawn trees, with each pair of models compared.
+        seed: seed of everything random.
+        progress: called with (questions done, questions in all, the question just done).
 
     Raises:
-        NotStored: there is no run over drawn trees, or none of that name.
-        BadInput: no page can be written there, or it would lie in a store.
+        NotStored: there is no such run, or no run over drawn trees.
+        BadInput: the page cannot be written there, or would lie in a store.
     """
     page = Path(out) / PAGE
     check_file(page, "OUT", make=True)
@@ -100,7 +100,7 @@ def report(
 
 
 def _drawn(asked: Asked) -> Asked:
-    """With its figure; one that fails costs neither the answer nor another question."""
+    """Add the figure; a failure keeps the answer and other questions."""
     if asked.answer is None:
         return asked
     buffer = io.BytesIO()
@@ -112,7 +112,7 @@ def _drawn(asked: Asked) -> Asked:
 
 
 def render(store: Store, asked: Sequence[Asked], seed: int) -> str:
-    """The page, as HTML that needs nothing else."""
+    """The page as self-contained HTML."""
     escape = html.escape
     name = escape(store.path.resolve().name)
     parts = [HEAD.replace("TITLE", name), f"<h1>Studies over {name}</h1>"]

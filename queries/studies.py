@@ -1,9 +1,9 @@
-"""Studies put to a store: whom a study is asked of, what came of each question, and how answers are kept.
+"""Studies on a store: ask questions, collect answers and faults, record and draw answers.
 
     asked = studies.answer(store, "depth", runs=["reproduction"])
     studies.record(store, asked)
 
-`actstore study`, `actstore report` and `actstore.study` are made of these functions.
+`actstore study`, `actstore report` and `actstore.study` call these functions.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, and what came of it.
+    """A question and its outcome.
 
     Attributes:
         question: the study and the run.
-        answer: None where there is none.
-        confirmation: what a second set of trees says of the answer; None where none was named, or where it failed.
-        error: why the answer, or its confirmation, is missing; None where nothing is.
-        figure: the answer drawn, as PNG; None where nobody drew it.
+        answer: the answer; None if the study failed.
+        confirmation: the test of the answer on a second set of trees; None without such a set, or
+            if the test failed.
+        error: why answer, confirmation or figure is missing; None if nothing is missing.
+        figure: figure of the answer, PNG; None if it was not drawn.
     """
 
     question: Question
@@ -50,12 +51,12 @@ class Asked:
 
     @property
     def lacks(self) -> str:
-        """What the store, or the question, lacks; empty where it lacks nothing."""
+        """What the store or the question lacks; empty if nothing."""
         return str(self.error) if isinstance(self.error, NotStored | BadInput) else ""
 
     @property
     def fault(self) -> str:
-        """What went wrong where nothing should have, as one line (of a bug its class and place, too); empty where nothing did."""
+        """Any other error as one line, for a bug with class and place; empty without one."""
         if self.error is None or self.lacks:
             return ""
         if isinstance(self.error, ActstoreError | OSError):
@@ -74,23 +75,23 @@ def answer(
     confirm: str | None = None,
     progress: Work = silent,
 ) -> list[Asked]:
-    """Put a study to every run that it is about. A run that lacks something costs no other run its answer.
+    """Ask all questions of a study; a question that fails does not stop the others.
 
     Args:
         store: an open store.
-        name: of the study.
+        name: name of the study.
         runs: see `study.questions`.
-        seed: of everything random.
-        options: the study's own.
-        confirm: a second set of trees, to which what is found is put, see `confirm.confirm`.
+        seed: seed of everything random.
+        options: options of the study.
+        confirm: name of a second set of trees that tests the findings, see `confirm.confirm`.
         progress: see `outputs.Work`.
 
     Returns:
-        Each question with what came of it; one at least is answered.
+        The questions with their outcomes; at least one has an answer.
 
     Raises:
         NotStored: there is no such study or run.
-        Exception: no question was answered; it is the first fault, or else the first of what lacks.
+        Exception: no question was answered; the first fault, else the first lack.
     """
     asked = questions(store, name, runs, **(options or {}))
     if confirm is not None:
@@ -99,19 +100,19 @@ def answer(
     for question in asked:
         with progress(f"study {name} {question.of}", None, "parts") as advance:
             found.append(put(store, question, seed, confirm, advance))
-    if not any(one.answer for one in found):
-        raise min(found, key=lambda one: not one.fault).error or AssertionError(name)
+    if not any(outcome.answer for outcome in found):
+        raise min(found, key=lambda outcome: not outcome.fault).error or AssertionError(name)
     return found
 
 
 def put(
     store: Store, question: Question, seed: int = 0, confirm: str | None = None, progress: Progress | None = None
 ) -> Asked:
-    """Put one question to a store; whatever goes wrong costs this question alone. Arguments are those of `answer`."""
+    """Ask one question; an error becomes part of the outcome. See `answer` for the arguments."""
     answered = confirmed = None
     given = {**question.options, "progress": progress}
     try:
-        if confirm is not None:  # what lacks is told before anything is computed
+        if confirm is not None:  # missing runs are reported before anything is computed
             second.look(store, question, confirm)
         answered = each_study.run(store, question.study, **{**given, "run": question.run, "seed": seed})
         if confirm is not None:
@@ -124,19 +125,22 @@ def put(
 def record(
     store: Store, asked: Sequence[Asked], wait: float = 10.0, kept: Callable[[Path], None] | None = None
 ) -> None:
-    """Record answers, and what confirmed them, in the table `results`, one commit each.
+    """Record answers and confirmations in the table `results`, with one commit each.
 
     Args:
-        store: that was asked; it may be closed by now. Its snapshot stays as it is: open the store again to see the rows.
+        store: the asked store, open or closed. Its snapshot does not change; a new opening sees the
+            rows.
         asked: see `answer`.
         wait: seconds to wait for another process that writes to the store.
-        kept: called with the file that keeps what could not be recorded, before the error is raised; a warning by default.
+        kept: called, before an error is raised, with the file that keeps unrecorded rows; default:
+            a warning.
 
     Raises:
-        Busy, NoRoom, Damaged, OSError: the store cannot take them.
+        Busy, NoRoom, Damaged, OSError: the rows cannot be written.
     """
-    results = [one.answer.results for one in asked if one.answer]
-    results += [one.confirmation.results for one in asked if one.confirmation and len(one.confirmation.results)]
+    results = [outcome.answer.results for outcome in asked if outcome.answer]
+    confirmations = [outcome.confirmation for outcome in asked if outcome.confirmation]
+    results += [confirmation.results for confirmation in confirmations if len(confirmation.results)]
 
     def warn(file: Path) -> None:
         warnings.warn(
@@ -147,7 +151,7 @@ def record(
 
 
 def tables(answers: Sequence[Answer]) -> pl.DataFrame:
-    """The tables of several answers as one, with a column `run` before (and `other`); of one its own."""
+    """Concatenate the tables of answers, with columns `run` (and `other`) if there are several."""
     if len(answers) == 1:
         return answers[0].table
     named = [
@@ -160,7 +164,10 @@ def tables(answers: Sequence[Answer]) -> pl.DataFrame:
 
 
 def save_figures(answers: Sequence[Answer], file: str | Path) -> Iterator[Path]:
-    """Draw each answer into a file, and yield its path: FILE of one answer, FILE-RUN of several (of a pair FILE-RUN-OTHER)."""
+    """Draw each answer into a file and yield its path.
+
+    One answer gets FILE; several get FILE-RUN, or FILE-RUN-OTHER for a pair.
+    """
     for answer in answers:
         path = Path(file) if len(answers) == 1 else Path(file).with_stem("-".join([Path(file).stem, *answer.of]))
         save_figure(path, each_study.plot(answer))

@@ -1,8 +1,9 @@
-"""What a study is: a named question put to one run of a store, with a table to print, results to record and a figure.
+"""A study: a named question to a run, answered by table, sentence, figure and rows of `results`.
 
-What a study decides, it tests, and its tests are adjusted for each other (Holm): the sentence claims what is left standing.
-A study is a module with two functions, `study(store, run, seed, progress, **options) -> Answer` and
-`plot(study) -> Figure`; STUDIES says which. Modules are imported when they are asked for, since scikit-learn is slow to.
+A study tests whatever it decides. Holm's correction covers all tests of a study, and the sentence
+claims only significant tests. A study is a module with two functions, `study(store, run, seed,
+progress, **options) -> Answer` and `plot(answer) -> Figure`; STUDIES lists the modules. A module is
+imported at its first use, since scikit-learn imports slowly.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.errors import NotStored, advised
+from actstore.errors import NotStored, advised, nearest
 from actstore.intervals import holm
-from actstore.queries import check_names, nearest
+from actstore.queries import check_names
 from actstore.version import __version__
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ OF_THE_MODEL = (
     "swap",
     "dreams",
     "attention",
-)  # find other runs of the model over the trees, so answer once for them all
+)  # these find other runs of the model over the trees: one answer serves all
 RUNS = """
 select
     run,
@@ -55,9 +56,9 @@ order by runs.rowid
 """
 
 Row = Mapping[str, Any]
-Progress = Callable[[int, int, str], None]  # parts done, parts in all, the part that was just done
+Progress = Callable[[int, int, str], None]  # parts done, parts in all, the part just done
 
-RESULTS = {  # the columns of the table `results`, but for `recorded`, which the store gives
+RESULTS = {  # columns of the table `results`, without `recorded`, which the store sets
     "study": pl.String(),
     "run": pl.String(),
     "site": pl.String(),
@@ -78,21 +79,23 @@ RESULTS = {  # the columns of the table `results`, but for `recorded`, which the
 }
 
 
-LEVEL = 0.05  # of an adjusted p; below, something was found
+LEVEL = 0.05  # an adjusted p below is significant
 
 
 @dataclass(frozen=True)
 class Test:
-    """One comparison that a study tests.
+    """One tested comparison of a study.
 
     Attributes:
-        label: names it, with site and token_role, among the study's own; its rows of `results` carry the three.
-        estimate: what is found: a difference, or how far from an explanation.
-        p: that it is none, for this comparison alone; p_holm: adjusted for all that the study tests.
-        n: what it is over.
-        low, high: ends of the 95 % interval, for this comparison alone; None where there is none.
-        what: the comparison in words; the label by default.
-        points: the estimate is a share, and shown in percentage points.
+        label: with site and token_role, identifies the test within the study and its rows of
+            `results`.
+        estimate: the effect: a difference, or a distance from an explanation.
+        p: p of no effect, for this comparison alone.
+        p_holm: p adjusted for all tests of the study.
+        n: number of observations.
+        low, high: 95 % interval for this comparison alone; None without an interval.
+        what: the comparison in words; default: the label.
+        points: whether the estimate is a share, shown in percentage points.
     """
 
     __test__ = False  # for pytest, which collects classes of this name
@@ -111,30 +114,31 @@ class Test:
 
     @property
     def key(self) -> tuple[str | None, str | None, str]:
+        """Site, token role and label, which identify the test."""
         return self.site, self.token_role, self.label
 
     @property
     def named(self) -> str:
-        """The comparison in words, and where it was read."""
+        """The comparison in words, with token role and site."""
         where = ", ".join(name for name in (self.token_role, self.site) if name)
         return f"{self.what or self.label}{f' ({where})' * bool(where)}"
 
     @property
     def found(self) -> bool:
-        """Holm leaves it standing."""
+        """Whether the test is significant after Holm's correction."""
         return self.p_holm < LEVEL
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a study returns.
+    """A study's answer.
 
     Attributes:
-        name: of the study.
-        table: what is printed, a few rows.
+        name: name of the study.
+        table: a few rows to print.
         results: rows of the table `results`, columns as in RESULTS.
         sentence: the answer in one sentence.
-        tests: all that was tested, adjusted for each other.
+        tests: all tests, with adjusted p.
     """
 
     name: str
@@ -145,7 +149,7 @@ class Answer:
 
     @property
     def of(self) -> list[str]:
-        """The run, or both that are compared."""
+        """The run, or both compared runs."""
         first = self.results.row(0, named=True)
         other = json.loads(first["params"]).get("other")
         return [first["run"], *([other] if other else [])]
@@ -159,10 +163,10 @@ def run(
     Args:
         store: an open store.
         name: one of STUDIES.
-        run: which run; may be left out where the store holds one.
-        seed: of everything random.
-        progress: called with (done, total, what) whenever a part is done.
-        options: the study's own, see its module.
+        run: name of the run; optional if the store holds one run.
+        seed: seed of everything random.
+        progress: called with (done, total, what) after each part.
+        options: options of the study, see its module.
 
     Raises:
         NotStored: there is no such study or run.
@@ -180,12 +184,12 @@ def run(
 
 @dataclass(frozen=True)
 class Question:
-    """A study put to one run.
+    """A study and the run that it asks about.
 
     Attributes:
-        study: its name.
-        run: the run.
-        options: the study's own; `other` of `compare` among them.
+        study: name of the study.
+        run: name of the run.
+        options: options of the study, such as `other` of `compare`.
     """
 
     study: str
@@ -194,24 +198,25 @@ class Question:
 
     @property
     def of(self) -> str:
-        """The run, or both that are compared."""
+        """The run, or both compared runs."""
         return f"{self.run} and {self.options['other']}" if "other" in self.options else self.run
 
 
 def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any) -> list[Question]:
-    """The runs, or pairs of runs, that a study is put to.
+    """The questions that a study asks: runs, or pairs of runs.
+
+    A study in OF_THE_MODEL asks about the first run of each model and set of trees. `compare` asks
+    about every pair of several named runs; about a single named run and every other model over its
+    trees; and by default, per set of trees, about the first run and every other model.
 
     Args:
         store: an open store.
         study: one of STUDIES.
-        runs: which; every run over drawn trees by default. A study that finds the other runs of a model over the same trees
-            by itself is put to the first of them alone. `compare` is put to every pair of those named, to one against every
-            other model over its trees where one is named, and by default, for each set of trees, to the first run against
-            every other model.
-        options: the study's own.
+        runs: names of runs; default: every run over drawn trees.
+        options: options of the study.
 
     Raises:
-        NotStored: there is no such study, or no such run, or none over drawn trees.
+        NotStored: there is no such study or run, or no run over drawn trees.
     """
     _module(study)
     named = list(dict.fromkeys(store.resolve_run(run) for run in runs))
@@ -223,7 +228,7 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
         raise NotStored(f"{store.path} holds no run over drawn trees; ingest one with {command}")
     if study == "compare" and "other" not in options:
         pairs = _pairs(asked, asked if len(named) > 1 else list(known.values()), all_pairs=len(named) > 1)
-        alone = Question(study, asked[0]["run"], options)  # says what is lacking
+        alone = Question(study, asked[0]["run"], options)  # its answer is an error that says what is lacking
         return [Question(study, run, {**options, "other": other}) for run, other in pairs] or [alone]
     if study in OF_THE_MODEL:
         asked = _firsts(asked, "weights_sha256", "dataset")
@@ -231,7 +236,7 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
 
 
 def _pairs(asked: Sequence[Row], among: Sequence[Row], all_pairs: bool) -> list[tuple[str, str]]:
-    """Runs of two models over the same trees: each pair of models once, or the first run of each set with each other."""
+    """Pairs of runs of two models over the same trees; each pair of models is asked once."""
     found: dict[tuple[str, ...], tuple[str, str]] = {}
     for base in asked if all_pairs else _firsts(asked, "dataset"):
         for other in most_alike(base, among):
@@ -249,10 +254,11 @@ def _firsts(rows: Iterable[Row], *keys: str) -> list[Row]:
 
 
 def most_alike(base: Row, among: Iterable[Row]) -> list[Row]:
-    """Of each other model over a run's trees one run, that which shares most residual sites with it, or the first.
+    """One run of each other model over a run's trees: the one that shares most residual sites.
 
     Args:
-        base, among: rows of RUNS.
+        base: a row of RUNS.
+        among: rows of RUNS; the first wins among equals.
     """
     others = [
         row
@@ -265,18 +271,18 @@ def most_alike(base: Row, among: Iterable[Row]) -> list[Row]:
 
 
 def plot(answer: Answer) -> Figure:
-    """Draw a study; `plot(answer).savefig(FILE)` writes it, and needs no display."""
+    """Draw an answer; `plot(answer).savefig(FILE)` writes the figure, without a display."""
     return _module(answer.name).plot(answer)
 
 
 def adjusted(tests: Iterable[Test]) -> tuple[Test, ...]:
-    """The tests of a study, each with its p_holm."""
+    """Holm's correction over the tests of a study: sets p_holm."""
     tests = list(tests)
     return tuple(replace(test, p_holm=p) for test, p in zip(tests, holm([test.p for test in tests]), strict=True))
 
 
 def test_rows(tests: Iterable[Test]) -> list[dict[str, Any]]:
-    """Two rows of `results` a test, but for what `result_rows` shares out: metrics p and p_holm."""
+    """Two rows per test, metrics p and p_holm, without the columns that `result_rows` adds."""
     return [
         {
             "site": test.site,
@@ -292,12 +298,12 @@ def test_rows(tests: Iterable[Test]) -> list[dict[str, Any]]:
 
 
 def adjustment(tests: Sequence[Test]) -> str:
-    """What every sentence says of the p and the intervals that it gives."""
+    """The note on p and intervals that every sentence ends with."""
     return f"of {len(tests)} comparison{'s' * (len(tests) != 1)}, Holm; each interval is for its comparison alone"
 
 
 def shown(test: Test) -> str:
-    """`-0.120 [-0.400, +0.150]`, percentage points; what is no share as it is."""
+    """`-0.120 [-0.400, +0.150]`, in percentage points if the estimate is a share."""
     scale = 100 if test.points else 1
     ends = "" if test.low is None or test.high is None else f" [{scale * test.low:+.3f}, {scale * test.high:+.3f}]"
     return f"{scale * test.estimate:+.3f}{ends}"
@@ -321,9 +327,9 @@ def result_rows(
     """Rows of the table `results`, columns as in RESULTS.
 
     Args:
-        rows: of each what is its own (site, token_role, label, metric, value, low, high, n, name, direction); what is
-            left out is NULL.
-        study, run, query, params, snapshot, seed: what they share.
+        rows: the rows' own columns (site, token_role, label, metric, value, low, high, n, name,
+            direction); missing ones are NULL.
+        study, run, query, params, snapshot, seed: columns that all rows share.
     """
     shared: dict[str, Any] = {
         "study": study,
@@ -337,9 +343,9 @@ def result_rows(
 
 def _module(name: str) -> ModuleType:
     if name not in STUDIES:
-        raise NotStored(f"no study {name!r}; there are {', '.join(STUDIES)}{nearest(name, STUDIES)}")
+        raise NotStored(f"no study {name!r}{nearest(name, STUDIES)}; there are {', '.join(STUDIES)}")
     return import_module(STUDIES[name])
 
 
 def _silent(done: int, total: int, what: str) -> None:
-    """No progress was asked for."""
+    """The default progress: nothing."""

@@ -78,6 +78,7 @@ class Whitening:
         return cls(mean, axes.astype(np.float32))
 
     def __call__(self, X: np.ndarray) -> np.ndarray:
+        """float32 [n, d]: the coordinates of rows, float32 [n, d_model]."""
         return np.asarray((X - self.mean) @ self.axes)
 
 

@@ -205,7 +205,7 @@ CASES = [
     ),
     Case("queries/study.py:questions", ["study", "STORE", "depth"], empty, more=FEW),
     Case(
-        "actstore/reading/opened.py:run",
+        "actstore/reading/opened.py:resolve_run",
         ["read", "STORE", "select token_id from edge_targets", "--site", "embed"],
         empty,
         more=("--trees", "20", "--sites", "embed"),
@@ -243,7 +243,8 @@ CASES = [
     Case("actstore/upkeep/verify.py:raise_if_damaged", ["verify", "STORE"], flipped("parts/tokens/*")),
 ]
 ELSEWHERE = {
-    "actstore/cli/study.py:kept",  # test_recording.py
+    "actstore/cli/study.py:say_it",  # test_recording.py, as the next
+    "queries/studies.py:warn",
     "actstore/cli/ingest.py:ingest",  # below, as the rest
     "actstore/reading/opened.py:_opening_errors",  # test_content.py, as the next
     "actstore/writing/parts.py:rows_committed",

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -19,6 +20,7 @@ from actstore.errors import BadInput, Busy
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.trees.task import TreeSet
+from actstore.queries import studies as answers
 from actstore.queries import study as studies
 from actstore.storage import lease
 from actstore.store import Store
@@ -278,3 +280,14 @@ def test_results_of_another_store_are_refused(root, tmp_path):
 def test_a_number_that_is_none_waits_for_nothing(root):
     with writing(root), pytest.raises(Busy), open_writer(root, wait=float("nan")):
         pass
+
+
+def test_a_warning_says_which_command_records_what_a_notebook_could_not(root):
+    with Store(root) as store:
+        answer = studies.run(store, "depth")
+        asked = SimpleNamespace(answer=answer, confirmation=None)
+        with writing(root), pytest.warns(UserWarning, match="keeps what is not recorded") as told, pytest.raises(Busy):
+            answers.record(store, [asked], wait=0)
+    ((command,),) = [advised_commands(str(warning.message)) for warning in told]
+    assert command[:2] == ["record", str(root)]
+    assert recording.read_kept(root.parent / command[2])[0].equals(answer.results)

@@ -4,7 +4,9 @@
     query = "select token_id, source from edge_targets"
     X, rows = store.read(query, run="reproduction", site="resid_post.0")
 
-Row i of X is the activation of row i of rows, always.
+Row i of X is the activation of row i of rows, always. Each command has a function of its name:
+
+    actstore.ingest("demo.act", model="reproduction", trees=2000)
 """
 
 from importlib import import_module
@@ -26,7 +28,12 @@ from actstore.errors import (
 from actstore.version import __version__
 
 if TYPE_CHECKING:
+    from actstore.ingest.jobs.local import ingest as ingest
     from actstore.store import Store
+    from actstore.verbs import evaluate, record, repair, report, study, train, verify
+
+_LATER = {"Store": "actstore.store"}
+_LATER |= dict.fromkeys(("evaluate", "record", "repair", "report", "study", "train", "verify"), "actstore.verbs")
 
 __all__ = [
     "ActstoreError",
@@ -42,15 +49,25 @@ __all__ = [
     "TooOld",
     "Unsupported",
     "__version__",
+    "evaluate",
+    "ingest",
+    "record",
+    "repair",
+    "report",
+    "study",
+    "train",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the store or a subpackage at first use; `--help` needs neither DuckDB nor polars."""
-    if name == "Store":
-        from actstore.store import Store
-
-        return Store
-    if name in ("ingest", "queries"):
+    """Import a name at first use; `--help` needs neither DuckDB nor polars."""
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    if name in ("ingest", "queries"):  # packages, of which `ingest` can be called
         return import_module(f"actstore.{name}")
     raise AttributeError(f"module 'actstore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "queries"})

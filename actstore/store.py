@@ -10,6 +10,8 @@ meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
@@ -20,15 +22,33 @@ import polars as pl
 
 from actstore.errors import BadInput
 from actstore.reading import activations, given
+from actstore.reading.activations import Dtype, Form
 from actstore.reading.opened import Opened
 from actstore.reading.rows import read_ids
 from actstore.sites import Site, wanted
 
 if TYPE_CHECKING:
     import torch
+    from transformer_lens.model_bridge import TransformerBridge
 
     from actstore.reading.batches import Batches
     from actstore.reading.explain import Explanation
+
+
+SCHEMA = """
+select table_name as "table", column_name as "column", data_type as type, comment
+from duckdb_columns() where database_name = 'store' order by table_oid, column_index
+"""
+
+
+def _above(name: str) -> Any:
+    """A function of actstore/verbs.py, a room above this one, found by name at the call."""
+    return getattr(import_module("actstore.verbs"), name)
+
+
+def _reopened(path: Path, check: bool, run: str | None) -> Store:
+    store = Store(path, check)
+    return store if run is None else store.of(run)
 
 
 class Store:
@@ -103,6 +123,17 @@ class Store:
         except BadInput:
             return f"Store({str(self.path)!r}, closed)"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where the store is, its snapshot, and `info()`."""
+        try:
+            return f"<p>{escape(str(self.path))}, snapshot {self.snapshot}</p>{self.info()._repr_html_()}"
+        except BadInput:
+            return f"<p>{escape(repr(self))}</p>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle a store as its path. Loading opens the store at the snapshot of that moment."""
+        return _reopened, (self.path.absolute(), self.check, self.only)
+
     def close(self) -> None:
         """Close the store; in a process forked after it was opened, do nothing."""
         self._opened.close()
@@ -175,6 +206,15 @@ class Store:
         """
         return Store._around(self._opened.of(run), self.whole)
 
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables and views that `sql` reads."""
+        return self.schema()["table"].unique(maintain_order=True).to_list()
+
+    def schema(self) -> pl.DataFrame:
+        """One row per column of a table or view: table, column, type, comment (NULL for views)."""
+        return self.whole.sql(SCHEMA)
+
     def info(self) -> pl.DataFrame:
         """One row per run: model, trees, sites, size, and the share of right greedy answers."""
         of_all = self.whole.sql(files("actstore.catalog").joinpath("info.sql").read_text(encoding="utf-8"))
@@ -201,6 +241,55 @@ class Store:
         """
         return self._opened.resolve_run(run)
 
+    def model(self, run: str | None = None, device: str = "cpu") -> TransformerBridge:
+        """The model of a run, made from the weights that the store keeps.
+
+            X, rows = store.read(query, site="resid_post.2", out="torch")
+
+            def patch(resid, hook):  # resid: float32 [tree, position, d_model]
+                resid[0, rows["position"].to_list()] = X
+                return resid
+
+            hooks = [("blocks.2.hook_resid_post", patch)]
+            logits = store.model().run_with_hooks(ids, fwd_hooks=hooks)
+
+        The column `site` of the table `sites` holds the names of hooks. A token id is the place of
+        a word in `models.vocabulary`, counted from 0.
+
+        Args:
+            run: the run; optional if the store holds one run.
+            device: "cpu" or "cuda".
+
+        Returns:
+            A TransformerBridge of TransformerLens: float32, in eval mode, without gradients.
+
+        Raises:
+            NotStored: there is no such run.
+            BadInput: there is no such device; or no run was named and there are several.
+            Damaged: the stored weights are not those that were run.
+        """
+        return _above("model")(self, run, device)
+
+    def record(self, name: str, frame: pl.DataFrame, wait: float = 10.0) -> None:
+        """Record numbers of your own in the table `results`, in one commit.
+
+        This store keeps its snapshot: open the store again to see the rows.
+
+        Args:
+            name: of your study; not that of a study of actstore.
+            frame: columns `metric` and `value`, and any other column of `results`. `study`,
+                `params`, `snapshot` and `version` are filled in; so is `run`, if the store holds
+                one. A row with a `name` and a `direction` [d_model] is a direction for
+                `probe_direction(name)`.
+            wait: seconds to wait for another process that writes to the store.
+
+        Raises:
+            BadInput: the name is taken, or the frame's columns are not those of `results`.
+            NotStored: there is no such run.
+            Busy: another process still writes.
+        """
+        _above("record_rows")(self, name, frame, wait)
+
     @overload
     def read(
         self,
@@ -212,7 +301,7 @@ class Store:
         sites: Sequence[Site] | None = ...,
         timeout: float | None = ...,
         memory: str | int | None = ...,
-        dtype: str = ...,
+        dtype: Dtype = ...,
         out: Literal["numpy"] = ...,
         columns: Callable[[list[str]], None] | None = ...,
     ) -> tuple[np.ndarray, pl.DataFrame]: ...
@@ -228,7 +317,7 @@ class Store:
         sites: Sequence[Site] | None = ...,
         timeout: float | None = ...,
         memory: str | int | None = ...,
-        dtype: str = ...,
+        dtype: Dtype = ...,
         out: Literal["torch"],
         columns: Callable[[list[str]], None] | None = ...,
     ) -> tuple[torch.Tensor, pl.DataFrame]: ...
@@ -243,8 +332,8 @@ class Store:
         sites: Sequence[Site] | None = None,
         timeout: float | None = None,
         memory: str | int | None = None,
-        dtype: str = "float32",
-        out: str = "numpy",
+        dtype: Dtype = "float32",
+        out: Form = "numpy",
         columns: Callable[[list[str]], None] | None = None,
     ) -> tuple[Any, pl.DataFrame]:
         """Run a query that names tokens, and read their activations.
@@ -290,13 +379,13 @@ class Store:
             LimitReached: the query reached a limit.
             Damaged: a file is not what was committed, or another store is in this one's place.
         """
-        dtype = activations.check_form(dtype, out)
+        form = activations.check_form(dtype, out)
         run = self.resolve_run(run)
         names = wanted(self._opened, run, site, sites)
         readers = [self._opened.reader(run, name) for name in names]
         activations.same_row_shape(readers, names)
         token_ids, rows = read_ids(self._opened, run, query, params, timeout, memory, columns)
-        return activations.read_activations(readers, token_ids, sites is None, dtype, out), rows
+        return activations.read_activations(readers, token_ids, sites is None, form, out), rows
 
     def explain(
         self,

@@ -36,10 +36,14 @@ def test_the_readme_names_every_table_and_view():
 
 
 def test_the_readmes_python_runs_as_it_stands(demo_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(demo_path.parent)
-    exec(compile(code, "README.md", "exec"), {})
-    assert 0 <= float(capsys.readouterr().out) <= 1
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(code, "README.md", "exec"), names)
+    score, answer = capsys.readouterr().out.split()
+    assert 0 <= float(score) <= 1
+    (path,) = names["store"].sql("select path from trees where tree_id = 1")["path"]
+    assert answer == f"→{path[0]}"
 
 
 def test_what_the_readme_finds_is_confirmed_on_a_second_set(demo_path, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from actstore.cli.output import Output
+    from actstore.reading.activations import Dtype
     from actstore.store import Store
 
 
@@ -108,7 +109,7 @@ def read(
     query: str,
     run: str | None,
     sites: tuple[str, ...],
-    dtype: str,
+    dtype: Dtype,
     explain: bool,
     out: str | None,
     check: bool | None,

@@ -171,14 +171,7 @@ def record(store: Path, files: tuple[Path, ...], wait: float) -> None:
     \b
         actstore record demo.act results-3f9c0a1b2d4e.parquet
     """
-    from actstore.store import Store
-    from actstore.writing import recording
-    from actstore.writing.writer import open_writer
+    from actstore import verbs
 
-    results = [frame for file in files for frame in recording.read_kept(file)]
-    with Store(store) as opened:
-        recording.check_belongs(store, results, opened.runs(), opened.snapshot)
-    with open_writer(store, wait=wait) as writer:
-        for frame in results:
-            writer.record(frame)
+    results = verbs.record(store, files, wait)
     say(f"{store}: {len(results)} answers recorded, {sum(map(len, results)):,} rows of `results`")

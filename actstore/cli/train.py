@@ -9,7 +9,6 @@ import click
 
 from actstore.cli.group import KEPT, main, say
 from actstore.cli.options import checkpoint_option, output_options
-from actstore.errors import BadInput
 
 if TYPE_CHECKING:
     from actstore.cli.output import Output
@@ -52,33 +51,13 @@ def train(
         actstore train reproduction runs/mine
         actstore train baseline runs/small --nodes 8 --steps 3000
     """
+    from actstore import verbs
     from actstore.cli.output import Output
     from actstore.cli.progress import progress
-    from actstore.ingest.training import evaluation
-    from actstore.ingest.training.card import write_card
-    from actstore.ingest.training.recipe import Row, read_config
-    from actstore.ingest.training.train import kept, summary, to_wandb
-    from actstore.ingest.training.train import train as train_model
-    from actstore.outputs import check_folder
+    from actstore.ingest.training.train import kept
 
-    check_folder(out, "OUT")
-    _, shape, recipe = read_config(name, nodes, steps, seed)
-    if grade < 1:
-        raise BadInput(f"got {grade} trees to grade it on; take 1 or more (--grade)")
-    evaluation.check(shape, recipe=recipe)  # refuses what could not be graded at the end
     click.get_current_context().meta[KEPT] = lambda: kept(out)
-    total = recipe.steps
-    send = to_wandb(wandb, out) if wandb else None
-    with progress(f"train {Path(name).stem}", total, "steps") as advance:
-
-        def show(row: Row) -> None:
-            advance(row["step"], total, summary(row))
-            if send:
-                send(row)
-
-        weights = train_model(name, out, steps, nodes, seed, device, show)
-    with progress(f"grade {weights.stem}", grade * len(evaluation.distributions(shape)), "trees") as advance:
-        graded = write_card(weights, grade, device, advance)
+    weights, graded = verbs.train(name, out, steps, nodes, seed, device, grade, wandb, progress)
     Output().write(graded.table)
     say(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
 
@@ -118,20 +97,9 @@ def evaluate(
         actstore evaluate reproduction --trees 5000
         actstore evaluate reproduction --checkpoint 1000 --distribution deep --json
     """
+    from actstore import verbs
     from actstore.cli.progress import progress
-    from actstore.ingest.models.load import check_device, find, load
-    from actstore.ingest.training import evaluation
-    from actstore.ingest.training.recipe import recipe_of
 
-    found = find(model, config, checkpoint)
-    recipe = recipe_of(found.yaml)
-    evaluation.check(found.config, distribution, trees, seed, nodes, recipe)
-    check_device(device)
-    loaded, total = (
-        load(model, config, device, checkpoint),
-        trees * len(evaluation.distributions(found.config, distribution)),
-    )
-    with progress(f"evaluate {found.name}", total, "trees") as advance:
-        answer = evaluation.evaluate(loaded, distribution, trees, seed, nodes, recipe, advance)
+    answer = verbs.evaluate(model, config, checkpoint, distribution, trees, seed, nodes, device, progress)
     output.write(answer.table, answer.to_dict())
     say(answer.sentence(), err=True)

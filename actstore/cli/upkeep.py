@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -37,23 +37,19 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
         actstore verify demo.act --quick
         actstore verify demo.act --recompute 20
     """
+    from actstore import verbs
     from actstore.cli.progress import progress
-    from actstore.upkeep import verify as verifying
+    from actstore.ingest.replay import difference
+    from actstore.upkeep.verify import raise_if_damaged
 
-    total = sum(file.bytes for manifest in verifying.read_manifests(store)[0] for file in manifest.files)
-    with progress("verify", total, "bytes") as advance:
-        report = verifying.verify(store, quick, advance)
+    report = verbs.verify(store, quick, recompute, seed, progress)
     if recompute is None or report.damage:
         output.write(report.as_frame())
     say(f"{store}: {report.n_files:,} files, {report.n_bytes / 1e9:.2f} GB, {len(report.damage)} damaged", err=True)
-    verifying.raise_if_damaged(report, store)
+    raise_if_damaged(report, store)
     if recompute is not None:
-        from actstore.ingest.replay import compare, difference
-
-        with progress("recompute", None, "runs") as advance:
-            found = compare.compare(store, recompute, seed, advance)
-        output.write(difference.as_frame(found))
-        difference.raise_if_apart(found, store)
+        output.write(difference.as_frame(report.differences))
+        difference.raise_if_apart(report.differences, store)
 
 
 @main.command()
@@ -71,21 +67,14 @@ def repair(store: Path, wait: float, output: Output) -> None:
     \b
         actstore repair demo.act
     """
+    from actstore import verbs
     from actstore.cli.progress import progress
     from actstore.errors import Damaged
-    from actstore.upkeep import repair as repairing
-    from actstore.upkeep import verify as verifying
+    from actstore.upkeep.repair import as_frame
 
-    def recompute(*asked: Any) -> dict[str, bytes]:
-        from actstore.ingest.replay.remake import files_of
-
-        return files_of(*asked)
-
-    total = sum(file.bytes for manifest in verifying.read_manifests(store)[0] for file in manifest.files)
-    with progress("verify", total, "bytes") as advance:
-        done = repairing.repair(store, recompute, advance, wait)
+    done = verbs.repair(store, wait, progress)
     if done.mended or done.left:
-        output.write(repairing.as_frame(done))
+        output.write(as_frame(done))
     say(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended")
     if done.left:
         raise Damaged(f"{len(done.left)} files could not be mended, the first {done.left[0].path}: {done.left[0].what}")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from actstore.arrays.reader import SiteReader
 from actstore.errors import BadInput
 
-DTYPES = ("float32", "float16", "float64", "bfloat16")
+Dtype = Literal["float32", "float16", "float64", "bfloat16"]
+Form = Literal["numpy", "torch"]
+DTYPES = get_args(Dtype)
 
 
 def check_form(dtype: Any, out: str) -> str:

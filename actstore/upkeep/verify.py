@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,11 +63,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The findings of `verify`; in a whole store there are only strays."""
+    """The findings of `verify`; in a whole store there are only strays.
+
+    Attributes:
+        findings: one per file that is not as it was committed.
+        n_files: number of files that were read.
+        n_bytes: size of these files.
+        differences: a Difference (ingest/replay/difference.py) per comparison with a rerun.
+    """
 
     findings: list[Finding]
     n_files: int
     n_bytes: int
+    differences: Sequence[Any] = ()
 
     @property
     def damage(self) -> list[Finding]:
@@ -265,6 +273,11 @@ def _strays(root: Path, manifests: list[Manifest], broken: list[Finding]) -> Ite
     for path in log.strays(root, manifests):
         if path not in known:
             yield Finding(path, "stray", "no commit names it; the next writer removes it")
+
+
+def committed_bytes(root: Path) -> int:
+    """The size of all committed files, which `verify` reads."""
+    return sum(file.bytes for manifest in read_manifests(root)[0] for file in manifest.files)
 
 
 def raise_if_damaged(report: Report, path: str | Path) -> None:

@@ -9,12 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import wraps
+from typing import ParamSpec
 
 from actstore.arrays.pack import ShardBuffer
 from actstore.ingest.jobs.batch import Batch, run_batch
 from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.jobs.prepare import prepare
 from actstore.storage.local import check_room
 from actstore.writing.writer import Writer, open_writer
+
+P = ParamSpec("P")
 
 
 def execute(job: Ingest, advance: Callable[[int], None] = lambda trees: None) -> None:
@@ -61,3 +66,20 @@ def _originals(job: Ingest, writer: Writer) -> int | None:
 
 def _commit(writer: Writer, batch: Batch) -> None:
     writer.commit_batch(batch.job.plan, batch.number, batch.first_tree_id, len(batch), batch.contents())
+
+
+def _prepared(prepare: Callable[P, Ingest]) -> Callable[P, str]:
+    """The function `ingest`, with the arguments of `prepare`."""
+
+    @wraps(prepare)
+    def ingest(*args: P.args, **options: P.kwargs) -> str:
+        job = prepare(*args, **options)
+        execute(job)
+        return job.plan.run
+
+    ingest.__doc__ = "Store a run, as `actstore ingest` does, and return its name: `prepare`, then `execute`.\n\n"
+    ingest.__doc__ += f"    prepare: {prepare.__doc__}"
+    return ingest
+
+
+ingest = _prepared(prepare)

@@ -18,7 +18,7 @@ from actstore.writing.committed import check_plan, committed_dataset, committed_
 
 
 def prepare(
-    store: Path,
+    store: str | Path,
     model: str | None = None,
     config: str | None = None,
     trees: int | None = None,
@@ -35,7 +35,7 @@ def prepare(
     variant: str | None = None,
     prompt: str = "task",
     samples: int | None = None,
-    wait: float = 0.0,
+    wait: float = 10.0,
     model_of: str | None = None,
 ) -> Ingest:
     """Turn the arguments of `actstore ingest` into a job; nothing is written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Difference:
         return self.worst <= self.tolerance
 
 
-def as_frame(found: list[Difference]) -> pl.DataFrame:
+def as_frame(found: Sequence[Difference]) -> pl.DataFrame:
     """One row per comparison: run, what, agrees, worst, tolerance, n, where."""
     return pl.DataFrame(
         {
@@ -52,7 +53,7 @@ def as_frame(found: list[Difference]) -> pl.DataFrame:
     )
 
 
-def raise_if_apart(found: list[Difference], path: str | Path) -> None:
+def raise_if_apart(found: Sequence[Difference], path: str | Path) -> None:
     """Refuse a store that differs from what its weights and trees give.
 
     Raises:

@@ -1,0 +1,349 @@
+"""What the commands do, as functions: the same verbs, with the same arguments.
+
+    actstore.ingest("demo.act", model="reproduction", trees=2000)
+    asked = actstore.study("demo.act", "depth")
+
+The package exports these functions; `ingest` is in ingest/jobs/local.py. A command prints what its
+function returns. `model` and `record_rows` are what `Store.model` and `Store.record` call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from actstore.errors import BadInput
+from actstore.outputs import Work, check_file, silent
+from actstore.storage.folder import place
+from actstore.store import Store
+from actstore.version import __version__
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from actstore.ingest.training.evaluation import Evaluation
+    from actstore.queries.report import Report as Page
+    from actstore.queries.studies import Asked
+    from actstore.upkeep.repair import Repair
+    from actstore.upkeep.verify import Report
+
+
+def _path(store: str | Path | Store) -> Path:
+    return store.path if isinstance(store, Store) else place(store)
+
+
+@contextmanager
+def _opened(store: str | Path | Store, check: bool) -> Iterator[Store]:
+    """An open store as it is; else one that is opened, and closed at the end."""
+    if isinstance(store, Store):
+        yield store
+    else:
+        with Store(store, check) as opened:
+            yield opened
+
+
+def verify(
+    store: str | Path | Store,
+    quick: bool = False,
+    recompute: int | None = None,
+    seed: int = 0,
+    progress: Work = silent,
+) -> Report:
+    """Read everything that was committed, and find what is not as it was.
+
+    Args:
+        store: a path, or an open store.
+        quick: look at sizes and index checksums alone.
+        recompute: rerun this many random trees of each run, if nothing is damaged.
+        seed: of the random trees.
+        progress: see `outputs.Work`.
+
+    Returns:
+        A report. `damage` is empty if the store is whole; `differences` compares the reruns.
+
+    Raises:
+        NotStored, TooNew: there is no store, or a later version made it.
+    """
+    from actstore.upkeep import verify as verifying
+
+    root = _path(store)
+    with progress("verify", verifying.committed_bytes(root), "bytes") as advance:
+        report = verifying.verify(root, quick, advance)
+    if recompute is None or report.damage:
+        return report
+    from actstore.ingest.replay import compare
+
+    with progress("recompute", None, "runs") as advance:
+        return replace(report, differences=compare.compare(root, recompute, seed, advance))
+
+
+def repair(store: str | Path | Store, wait: float = 10.0, progress: Work = silent) -> Repair:
+    """Mend what is damaged, to the bytes that were committed, and rebuild the catalog.
+
+    Args:
+        store: a path, or an open store, which keeps its snapshot.
+        wait: seconds to wait for another process that writes to the store.
+        progress: see `outputs.Work`.
+
+    Raises:
+        Busy, Damaged, NotStored, TooNew: see upkeep.repair.
+    """
+    from actstore.upkeep import repair as repairing
+    from actstore.upkeep import verify as verifying
+
+    def recompute(*asked: Any) -> dict[str, bytes]:
+        from actstore.ingest.replay.remake import files_of
+
+        return files_of(*asked)
+
+    root = _path(store)
+    with progress("verify", verifying.committed_bytes(root), "bytes") as advance:
+        return repairing.repair(root, recompute, advance, wait)
+
+
+def study(
+    store: str | Path | Store,
+    name: str,
+    runs: Sequence[str] = (),
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    confirm: str | None = None,
+    plot: str | Path | None = None,
+    record: bool = True,
+    wait: float = 10.0,
+    check: bool = True,
+    progress: Work = silent,
+) -> list[Asked]:
+    """Run a study, record it in `results`, draw its figure.
+
+    Args:
+        store: a path, or an open store.
+        name: name of the study.
+        runs: the runs to ask; default: every run over drawn trees.
+        seed: seed of everything random.
+        options: the study's own options.
+        confirm: a second dataset, on which findings are confirmed.
+        plot: a file for the figure, .png, .svg or .pdf; of several runs FILE-RUN.
+        record: whether to record the answers. An open store shows them when it is opened again.
+        wait: seconds to wait for another process that writes to the store.
+        check: compare files with their committed hashes; an open store does as it was opened.
+        progress: see `outputs.Work`.
+
+    Returns:
+        Each question with what came of it: `asked[0].answer.table`, `.sentence`, `.results`.
+
+    Raises:
+        NotStored, BadInput: there is no such study or run, or nothing could be answered.
+        Busy, NoRoom: the answers cannot be recorded; a warning says which file keeps them.
+    """
+    from actstore.outputs import FIGURES
+    from actstore.queries import studies
+    from actstore.writing import recording
+
+    check_file(plot, "plot", FIGURES)
+    if record:
+        recording.wait_until_free(_path(store), wait)
+    with _opened(store, check) as opened:
+        asked = studies.answer(opened, name, runs, seed, options, confirm, progress)
+        if plot:
+            list(studies.save_figures([one.answer for one in asked if one.answer], plot))
+        if record:
+            studies.record(opened, asked, wait)
+    return asked
+
+
+def report(
+    store: str | Path | Store,
+    out: str | Path,
+    runs: Sequence[str] = (),
+    seed: int = 0,
+    record: bool = True,
+    wait: float = 10.0,
+    check: bool = True,
+    progress: Work = silent,
+) -> Page:
+    """Run every study, record the answers, and write one page of them all, OUT/index.html.
+
+    Args:
+        store: a path, or an open store.
+        out: a folder, made if missing.
+        runs: the runs to ask; default: every run over drawn trees.
+        seed: seed of everything random.
+        record: whether to record the answers. An open store shows them when it is opened again.
+        wait: seconds to wait for another process that writes to the store.
+        check: compare files with their committed hashes; an open store does as it was opened.
+        progress: see `outputs.Work`.
+
+    Raises:
+        NotStored, BadInput: there is no such run, or no page can be written there.
+        Busy, NoRoom: the answers cannot be recorded; a warning says which file keeps them.
+    """
+    from actstore.queries import studies
+    from actstore.queries.report import report as write
+    from actstore.writing import recording
+
+    if record:
+        recording.wait_until_free(_path(store), wait)
+    with _opened(store, check) as opened, progress("report", None, "questions") as advance:
+        made = write(opened, out, runs, seed, advance)
+        if record:
+            studies.record(opened, made.asked, wait)
+    return made
+
+
+def record(store: str | Path | Store, files: Sequence[str | Path], wait: float = 10.0) -> list[pl.DataFrame]:
+    """Record results that a study kept in files, because another process was writing to the store.
+
+    Args:
+        store: a path, or an open store, which keeps its snapshot.
+        files: results-….parquet.
+        wait: seconds to wait for that process.
+
+    Returns:
+        The rows of `results`, a frame for each answer.
+
+    Raises:
+        BadInput: a file holds no results, or results of another store.
+        Busy: another process still writes.
+    """
+    from actstore.writing import recording
+    from actstore.writing.writer import open_writer
+
+    results = [frame for file in files for frame in recording.read_kept(Path(file))]
+    with _opened(store, False) as opened:
+        recording.check_belongs(opened.path, results, opened.whole.runs(), opened.snapshot)
+    with open_writer(_path(store), wait=wait) as writer:
+        for frame in results:
+            writer.record(frame)
+    return results
+
+
+def record_rows(store: Store, name: str, frame: pl.DataFrame, wait: float) -> None:
+    """See Store.record."""
+    from actstore.queries import check_names
+    from actstore.queries.study import RESULTS, STUDIES
+    from actstore.writing import recording
+
+    if name in STUDIES or not name:
+        raise BadInput(f"got the name {name!r}; take one of your own, which is none of {', '.join(STUDIES)}")
+    check_names("a frame of results", frame.columns, ("metric", "value"), RESULTS)
+    shared = {"study": name, "params": "{}", "snapshot": store.snapshot, "version": __version__}
+    if "run" not in frame.columns:
+        shared["run"] = store.resolve_run(None)
+    rows = pl.DataFrame(schema=RESULTS)
+    try:
+        given = frame.with_columns(pl.lit(value).alias(column) for column, value in shared.items())
+        rows = pl.concat([rows, given.cast({column: RESULTS[column] for column in given.columns})], how="diagonal")
+    except pl.exceptions.PolarsError as error:
+        raise BadInput(f"the frame is none of results ({str(error).splitlines()[0]}); see store.schema()") from error
+    for run in rows["run"].unique():
+        store.resolve_run(run)
+    recording.record(store.path, [rows], wait)
+
+
+def model(store: Store, run: str | None, device: str) -> TransformerBridge:
+    """See Store.model."""
+    from actstore.ingest.jobs.stored import model_of
+
+    return model_of(store.path, store.resolve_run(run), device).bridge
+
+
+def evaluate(
+    model: str,
+    config: str | None = None,
+    checkpoint: int | None = None,
+    distribution: str | None = None,
+    trees: int = 20_000,
+    seed: int = 20_000_000,
+    nodes: int | None = None,
+    device: str = "cpu",
+    progress: Work = silent,
+) -> Evaluation:
+    """Grade a model on fresh trees.
+
+    Args:
+        model: a model's name, or the path of a checkpoint.
+        config: the checkpoint's YAML; default: the file beside the weights.
+        checkpoint: a step of the training, instead of the trained weights.
+        distribution: default: each of them.
+        trees: number of fresh trees per distribution.
+        seed: seed of the trees.
+        nodes: nodes per tree; default: the model's own.
+        device: "cpu" or "cuda".
+        progress: see `outputs.Work`.
+
+    Raises:
+        NotStored, BadInput: there is no such model, distribution or device.
+    """
+    from actstore.ingest.models.load import check_device, find, load
+    from actstore.ingest.training import evaluation
+    from actstore.ingest.training.recipe import recipe_of
+
+    found = find(model, config, checkpoint)
+    recipe = recipe_of(found.yaml)
+    evaluation.check(found.config, distribution, trees, seed, nodes, recipe)
+    check_device(device)
+    loaded = load(model, config, device, checkpoint)
+    total = trees * len(evaluation.distributions(found.config, distribution))
+    with progress(f"evaluate {found.name}", total, "trees") as advance:
+        return evaluation.evaluate(loaded, distribution, trees, seed, nodes, recipe, advance)
+
+
+def train(
+    name: str,
+    out: str | Path,
+    steps: int | None = None,
+    nodes: int | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    grade: int = 20_000,
+    wandb: str | None = None,
+    progress: Work = silent,
+) -> tuple[Path, Evaluation]:
+    """Train a system or a YAML configuration into the folder OUT, and grade the model.
+
+    Args:
+        name: reproduction, baseline or the path of a YAML file.
+        out: the run's folder; a training that was started there continues.
+        steps: optimizer steps; default: the configuration's.
+        nodes: nodes per tree; default: the configuration's.
+        seed: seed of weights and trees; default: the configuration's.
+        device: "cpu" or "cuda".
+        grade: number of fresh trees per distribution to grade the model on.
+        wandb: a project of Weights & Biases that gets the log, too.
+        progress: see `outputs.Work`.
+
+    Returns:
+        The trained weights, beside which the model card is written, and how the model was graded.
+
+    Raises:
+        BadInput, NoRoom: see ingest.training.train.train.
+    """
+    from actstore.ingest.training import evaluation
+    from actstore.ingest.training import train as training
+    from actstore.ingest.training.card import write_card
+    from actstore.ingest.training.recipe import Row, read_config
+    from actstore.outputs import check_folder
+
+    out = Path(out)
+    check_folder(out, "OUT")
+    _, shape, recipe = read_config(name, nodes, steps, seed)
+    if grade < 1:
+        raise BadInput(f"got {grade} trees to grade it on; take 1 or more (--grade)")
+    evaluation.check(shape, recipe=recipe)  # what could not be graded at the end
+    send = training.to_wandb(wandb, out) if wandb else None
+    with progress(f"train {Path(name).stem}", recipe.steps, "steps") as advance:
+
+        def show(row: Row) -> None:
+            advance(row["step"], recipe.steps, training.summary(row))
+            if send:
+                send(row)
+
+        weights = training.train(name, out, steps, nodes, seed, device, show)
+    with progress(f"grade {weights.stem}", grade * len(evaluation.distributions(shape)), "trees") as advance:
+        return weights, write_card(weights, grade, device, advance)

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.resources import files
@@ -78,22 +78,33 @@ def column_comments() -> dict[tuple[str, str], str]:
     return comments
 
 
+TABLE_NAMES = [line.split()[2] for line in schema().splitlines() if TABLE.match(line)]
+NO_VIEWS = " union all ".join(  # refused where a table is missing or a view, which has no rowid
+    f"select rowid from store.main.{table} where false" for table in TABLE_NAMES
+)
+COLUMNS_THERE = (
+    " union all ".join(  # in a fifth of the time of TABLES_THERE, for which DuckDB first makes its own views
+        f"select '{table}' as table_name, name, case when type like 'ENUM%' then 'ENUM' else type end as type "
+        f"from pragma_table_info('store.main.{table}')"
+        for table in TABLE_NAMES
+    )
+)
 TABLES_THERE = """
 select table_name, column_name, case when data_type like 'ENUM%' then 'ENUM' else data_type end as type
 from duckdb_columns() join duckdb_tables() using (database_name, schema_name, table_name)
 where database_name = 'store' and schema_name = 'main'"""
 
 
-def check_tables(there: Iterable[Sequence[str]]) -> None:
+def check_tables(there: Iterable[Mapping[str, str]]) -> None:
     """Check that a catalog has today's tables, columns and types; a view does not count as a table.
 
     Args:
-        there: rows of TABLES_THERE.
+        there: rows of COLUMNS_THERE or TABLES_THERE.
 
     Raises:
         ValueError: a column is missing.
     """
-    held, table, wanted = {tuple(row) for row in there}, "", schema()
+    held, table, wanted = {tuple(row.values()) for row in there}, "", schema()
     for line in wanted.splitlines():
         if begins := TABLE.match(line):
             table = begins[1]

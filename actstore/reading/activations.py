@@ -44,8 +44,9 @@ def read_activations(readers: Sequence[SiteReader], token_ids: np.ndarray, one_s
         one_site: leave out the axis of sites.
         dtype, out: see Store.read.
     """
-    if one_site and dtype == "float32":
+    if dtype == "float32" and len(readers) == 1:
         X = readers[0].gather(token_ids)
+        X = X if one_site else X[:, None]
         return _as_torch(X) if out == "torch" else X
     shape = (len(token_ids), len(readers), *readers[0].layout.row_shape)
     if dtype == "bfloat16":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Opened:
         opened.callback(self.session.close)
         tables.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
         try:
-            tables.check_tables(self.session.sql(tables.TABLES_THERE).rows())
+            self._check_tables()
             self.snapshot, hash_of_log = self._snapshot()
             self.vectors = add_functions(self.session, self)
         except (BadInput, ValueError, TypeError) as error:
@@ -106,9 +106,16 @@ class Opened:
         self._opened.close()
         self._readers.clear()
 
+    def _check_tables(self) -> None:
+        """Raises as check_tables. The slow question is asked where the answers to the quick ones are not what they should be."""
+        with suppress(BadInput, ValueError):
+            self.session.look_up(tables.NO_VIEWS)
+            return tables.check_tables(self.session.look_up(tables.COLUMNS_THERE))
+        tables.check_tables(self.session.look_up(tables.TABLES_THERE))
+
     def _snapshot(self) -> tuple[int, str]:
-        ((number, hash_of_log),) = self.sql("select snapshot, log_xxh3_128 from snapshot").rows()
-        return int(number), str(hash_of_log)
+        (found,) = self.session.look_up("select snapshot, log_xxh3_128 from snapshot")
+        return int(found["snapshot"]), str(found["log_xxh3_128"])
 
     def sql(
         self,
@@ -160,12 +167,13 @@ class Opened:
         """See Store.runs."""
         self.session.check()
         if self.run_names is None:  # a snapshot's runs never change
-            self.run_names = self.sql("select run from runs")["run"].to_list()
+            self.run_names = [row["run"] for row in self.session.look_up("select run from runs")]
         return list(self.run_names)
 
     def sites(self, run: str) -> list[str]:
         """See Store.sites."""
-        return self.sql("select short from sites where run = $run", {"run": self.resolve_run(run)})["short"].to_list()
+        held = self.session.look_up("select short from sites where run = $run", {"run": self.resolve_run(run)})
+        return [row["short"] for row in held]
 
     def resolve_run(self, run: str | None) -> str:
         """See Store.resolve_run."""

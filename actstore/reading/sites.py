@@ -40,15 +40,15 @@ def open_site(store: Snapshot, run: str, site: str) -> SiteReader:
     wanted = (
         "from sites join runs using (run) join datasets using (dataset) where run = $run and $site in (site, short)"
     )
-    rows = store.sql(
+    rows = store.session.look_up(
         f"select site, kind, shape, path, trees_per_shard, datasets.first_tree_id {wanted}", {"run": run, "site": site}
-    ).to_dicts()
+    )
     if not rows:
         raise not_held(store, run, site)
     found = catalog_rows(store, SiteRow, rows)[0]
-    shards = store.sql(
+    shards = store.session.look_up(
         "select batch, path from shards where run = $run and site = $site", {"run": run, "site": found.site}
-    ).to_dicts()
+    )
     paths = {row.batch: store.path / row.path for row in catalog_rows(store, ShardRow, shards)}
     where, first = f"{found.site} of run {run!r}", found.first_tree_id
     if max(paths, default=0) >= found.n_batches:

@@ -65,9 +65,9 @@ def add_functions(session: Session, store: Snapshot) -> Vectors:
     Returns:
         The `Vectors` that the functions read with.
     """
-    d_models = store.sql("select distinct shape[3] as d from sites where kind = 'resid'")["d"].to_list()
-    d_vocabs = store.sql("select distinct d_vocab as d from runs join models using (weights_sha256)")["d"].to_list()
-    d_model, d_vocab = _shared(d_models), _shared(d_vocabs)
+    d_models = session.look_up("select distinct shape[3] as d from sites where kind = 'resid'")
+    d_vocabs = session.look_up("select distinct d_vocab as d from runs join models using (weights_sha256)")
+    d_model, d_vocab = (_shared([row["d"] for row in found]) for found in (d_models, d_vocabs))
     vectors = Vectors(weakref.ref(store), d_model, d_vocab)
     text, token = ["VARCHAR"], ["BIGINT", "VARCHAR", "VARCHAR"]
     batches = "STRUCT(first_tree_id INTEGER, n_trees INTEGER)[]"
@@ -75,9 +75,11 @@ def add_functions(session: Session, store: Snapshot) -> Vectors:
     session.add_function("logit_lens", vectors.logit_lens, token, f"FLOAT[{d_vocab or ''}]")
     session.add_function("probe_direction", vectors.probe_direction, text, f"FLOAT[{d_model or ''}]")
     session.add_function("batches_of", vectors.batches_of, text * 2, batches)
-    if not store.sql("select 1 from duckdb_views() where view_name = 'latest_results'").height:  # an older catalog
+    try:
+        session.look_up("select 1 from latest_results limit 0")
+    except BadInput:  # an older catalog
         with suppress(BadInput):  # one from before results had names
-            store.sql("select name, direction from results limit 0")
+            session.look_up("select name, direction from results limit 0")
             session.add_view("main.latest_results", tables.view("latest_results"))
     for macro, body in MACROS.items():
         session.add_macro(macro, body.format(vector="array" if d_model else "list", positions=POSITIONS_PER_TREE))

@@ -62,6 +62,7 @@ NOT_TAKEN = [
 
 def plain(store, query, params=None):
     """What DuckDB itself makes of it."""
+    assert store._opened.vectors  # the functions are there
     return store._opened.session.sql(query, params)
 
 

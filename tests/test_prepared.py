@@ -3,12 +3,15 @@
 import subprocess
 from functools import partial
 
+import numpy as np
+import polars as pl
 import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import BadInput
 from actstore.sql import process
+from actstore.sql.session import Session
 from actstore.store import Store
 from tests.stores import fake
 
@@ -85,6 +88,24 @@ def test_the_limit_holds_from_the_first_word_to_the_last_row(store, monkeypatch)
             timeout=10,
             columns=lambda _: now.append(now.pop() + 11),
         )
+
+
+@pytest.mark.parametrize("given", [list, np.array, pl.Series, lambda ids: pl.DataFrame({"token_id": ids})])
+@pytest.mark.parametrize("sites", [{"site": "resid_post.0"}, {"sites": ["resid_post.0"]}])
+def test_ids_go_past_sql_from_the_opening_on(store, monkeypatch, given, sites):
+    """What a store looks up of its own is asked in short queries, and never of DuckDB's own views, which take 10 ms to make."""
+    ids = store.sql("select token_id from tokens")["token_id"].to_list()
+    asked, look_up = [], Session.look_up
+    monkeypatch.setattr(
+        Session, "look_up", lambda self, query, *rest: asked.append(query) or look_up(self, query, *rest)
+    )
+    monkeypatch.setattr(Session, "sql", lambda *_: pytest.fail("a query was asked"))
+    with Store(store.path) as opened:
+        X, rows = opened.read(given(ids), **sites)
+    assert rows["token_id"].to_list() == ids
+    np.testing.assert_array_equal(X.reshape(len(ids), -1)[:, 1], np.array(ids) % 256)
+    assert not [query for query in asked if "duckdb_" in query]
+    assert len(asked) == 6  # views, columns, the snapshot; runs; the site and its shards
 
 
 def test_a_query_without_ids_is_asked_in_no_words(store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -41,7 +42,8 @@ class Opened:
         self.path, self.check = place(path), check
         self._readers: dict[tuple[str, str], SiteReader] = {}
         self.run_names: list[str] | None = None
-        self.vectors: Vectors | None = None
+        self._functions: list[Vectors] = []  # one, once a query was asked; of a run's store the same list
+        self._adding_functions = threading.Lock()
         self.only: str | None = None  # the run whose rows this shows, see `of`
         self.parent: Opened | None = None  # the whole store, if this shows one run
         with _opening_errors(self.path), ExitStack() as opened:
@@ -57,14 +59,9 @@ class Opened:
         self.session = self._open_session()
         opened.callback(self.session.close)
         tables.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
-        try:
+        with _catalog_errors(self.path):
             self._check_tables()
             self.snapshot, hash_of_log = self._snapshot()
-            self.vectors = add_functions(self.session, self)
-        except (BadInput, ValueError, TypeError) as error:
-            raise Damaged(
-                f"{self.path / tables.CATALOG} is no catalog of a store ({error}); rebuild it with {advised('repair', self.path)}"
-            ) from error
         committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
         if log_hash(committed) != hash_of_log:
             raise Damaged(
@@ -77,6 +74,16 @@ class Opened:
             for part in [part for manifest in committed for part in manifest.parts]:
                 self.folder.read(self.path / part.path)
         self.folder.check()  # or the session and the arrays may belong to two stores
+
+    @property
+    def vectors(self) -> Vectors:
+        """The functions of the session, which the first query adds: they take as long as the rest of opening a store."""
+        self.session.check()
+        with self._adding_functions:
+            if not self._functions:
+                with _opening_errors(self.path), _catalog_errors(self.path):
+                    self._functions.append(add_functions(self.session, self.whole))
+        return self._functions[0]
 
     def _open_session(self) -> Session:
         if self.about["format"] == FORMAT_VERSION:
@@ -206,6 +213,16 @@ class Opened:
         if (run, site) not in self._readers:
             self._readers[run, site] = open_site(self, run, site)
         return self._readers[run, site]
+
+
+@contextmanager
+def _catalog_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (BadInput, ValueError, TypeError) as error:
+        raise Damaged(
+            f"{path / tables.CATALOG} is no catalog of a store ({error}); rebuild it with {advised('repair', path)}"
+        ) from error
 
 
 @contextmanager

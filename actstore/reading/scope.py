@@ -42,7 +42,7 @@ def ask(
         BadInput: DuckDB refuses the query, or the query uses another id as a token_id.
         NotStored: a function is asked for something that is not stored.
     """
-    session, schema, asked = store.session, None, None
+    vectors, session, schema, asked = store.vectors, store.session, None, None
     if reads is not None or MATTERS.search(query):
         session.check()
         asked = Asked(session, query)
@@ -52,8 +52,8 @@ def ask(
         schema = _schema(session, of_run, answers=True)
     elif reads is not None:
         schema = _schema(session, reads, answers=False)
-    if asked and store.vectors:
-        rows = late_act.sql(session, store.vectors, asked, params, schema, check)
+    if asked:
+        rows = late_act.sql(session, vectors, asked, params, schema, check)
     else:
         rows = session.sql(query, params, schema, check)
     if asked and of_run is None:

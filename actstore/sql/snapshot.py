@@ -22,11 +22,15 @@ class Snapshot(Protocol):
     folder: Folder
     session: Session
     snapshot: int
-    vectors: Any  # a sql.functions.Vectors, which reads through this object
     only: str | None
 
     def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
         """See Store.sql."""
+        ...
+
+    @property
+    def vectors(self) -> Any:
+        """The sql.functions.Vectors, which read through this object."""
         ...
 
     def runs(self) -> list[str]:

@@ -77,7 +77,7 @@ class Opened:
 
     @property
     def vectors(self) -> Vectors:
-        """The functions of the session, which the first query adds: they take as long as the rest of opening a store."""
+        """The session's functions, added by the first query: they cost as much as opening."""
         self.session.check()
         with self._adding_functions:
             if not self._functions:
@@ -114,7 +114,7 @@ class Opened:
         self._readers.clear()
 
     def _check_tables(self) -> None:
-        """Raises as check_tables. The slow question is asked where the answers to the quick ones are not what they should be."""
+        """Raises as check_tables. The slow query runs only if the quick ones find a fault."""
         with suppress(BadInput, ValueError):
             self.session.look_up(tables.NO_VIEWS)
             return tables.check_tables(self.session.look_up(tables.COLUMNS_THERE))

@@ -205,12 +205,12 @@ def stratified_difference(
     """
     sides, apart = [], []
     for kind, weights in zip((True, False), _weights(exposed, strata), strict=True):
-        side, of = np.asarray(values[exposed == kind], np.float64), trees[exposed == kind]
+        side, side_trees = np.asarray(values[exposed == kind], np.float64), trees[exposed == kind]
         if not weights.any():
             return float("nan"), float("nan"), float("nan")
         mean = float(np.average(side, weights=weights))
-        sides.append((mean, *over_trees(side, of, weights)))
-        apart.append((weights * (side - mean), of))
+        sides.append((mean, *over_trees(side, side_trees, weights)))
+        apart.append((weights * (side - mean), side_trees))
     return square_and_add(sides[0], sides[1], _correlation(apart))
 
 
@@ -232,8 +232,10 @@ def _correlation(sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     """
     first, other = sides
     _, tree = np.unique(np.concatenate([first[1], other[1]]), return_inverse=True)
-    n_trees, of = tree.max() + 1, (tree[: len(first[1])], tree[len(first[1]) :])
-    sums, others = (np.bincount(at, weights=rows, minlength=n_trees) for at, (rows, _) in zip(of, sides, strict=True))
+    n_trees, rows_trees = tree.max() + 1, (tree[: len(first[1])], tree[len(first[1]) :])
+    sums, others = (
+        np.bincount(at, weights=rows, minlength=n_trees) for at, (rows, _) in zip(rows_trees, sides, strict=True)
+    )
     size = np.sqrt((sums**2).sum() * (others**2).sum())
     return float((sums * others).sum() / size) if size else 0.0
 
@@ -295,7 +297,7 @@ def shuffled_within(values: np.ndarray, exposed: np.ndarray, strata: np.ndarray,
         p; 1 if no two similar trees differ in exposure.
     """
     order = np.lexsort((strata, trees))
-    values, exposed, strata, trees = (np.asarray(of)[order] for of in (values, exposed, strata, trees))
+    values, exposed, strata, trees = (np.asarray(column)[order] for column in (values, exposed, strata, trees))
     _, stratum = np.unique(strata, return_inverse=True)
     n = np.bincount(stratum)
     centred = values.astype(np.float64) - (np.bincount(stratum, weights=values) / n)[stratum]

@@ -57,8 +57,8 @@ class Commands(click.Group):
         except click.exceptions.NoArgsIsHelpError:  # the group prints its help
             raise
         except click.UsageError as error:
-            of = [*error.ctx.command_path.split()[1:]] if error.ctx else [*filter(None, [ctx.invoked_subcommand])]
-            command = " ".join(["actstore", *of])
+            words = [*error.ctx.command_path.split()[1:]] if error.ctx else [*filter(None, [ctx.invoked_subcommand])]
+            command = " ".join(["actstore", *words])
             say(f"actstore: {error.format_message().rstrip('.')}; `{command} --help` says what there is", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:

@@ -140,10 +140,10 @@ def _lines(what: str, total: int | None, unit: str) -> Advance:
 
     def advance(done: int, changed: int | None = None, part: str | None = None) -> None:
         nonlocal last
-        now, of = time.monotonic(), changed or total or done
-        if now - last >= SECONDS_BEFORE_A_LINE or (done == of and now - started >= SECONDS_BEFORE_A_LINE):
+        now, goal = time.monotonic(), changed or total or done
+        if now - last >= SECONDS_BEFORE_A_LINE or (done == goal and now - started >= SECONDS_BEFORE_A_LINE):
             last = now
-            said = f"{what}: {done:,} of {of:,} {unit}, {now - started:.0f} s" + (f", {part}" if part else "")
+            said = f"{what}: {done:,} of {goal:,} {unit}, {now - started:.0f} s" + (f", {part}" if part else "")
             _say(said)
 
     return advance

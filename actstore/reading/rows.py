@@ -38,8 +38,8 @@ def read_ids(
         LimitReached: the query reached a limit.
     """
     if not isinstance(query, str):
-        rows, of = frame_of(query, params)
-        return token_ids(rows, of), rows
+        rows, called = frame_of(query, params)
+        return token_ids(rows, called), rows
 
     def check(names: list[str], types: list[str]) -> None:
         _refuse_twins(names)
@@ -51,16 +51,16 @@ def read_ids(
     return token_ids(rows), rows
 
 
-def token_ids(rows: pl.DataFrame, of: str = "the query") -> np.ndarray:
+def token_ids(rows: pl.DataFrame, called: str = "the query") -> np.ndarray:
     """int64 [n] from a frame's column token_id; raises as read_ids.
 
     Args:
-        of: the frame's name in messages.
+        called: the frame's name in messages.
     """
-    _refuse_without_ids(rows.columns, of)
+    _refuse_without_ids(rows.columns, called)
     ids = rows["token_id"]
     if not ids.dtype.is_integer():
-        raise BadInput(f"{of}'s token_id is {ids.dtype}; it must be an integer, as in the tables")
+        raise BadInput(f"{called}'s token_id is {ids.dtype}; it must be an integer, as in the tables")
     if ids.null_count():
         raise BadInput(
             f"{ids.null_count():,} of {len(ids):,} token_ids are NULL; add `where token_id is not null`, or join the tokens"
@@ -71,10 +71,10 @@ def token_ids(rows: pl.DataFrame, of: str = "the query") -> np.ndarray:
     return as_stored.to_numpy()
 
 
-def _refuse_without_ids(columns: list[str], of: str) -> None:
+def _refuse_without_ids(columns: list[str], called: str) -> None:
     if "token_id" not in columns:
         raise BadInput(
-            f"{of} yields {', '.join(columns) or 'nothing'} and no token_id; select token_id to say which tokens to read"
+            f"{called} yields {', '.join(columns) or 'nothing'} and no token_id; select token_id to say which tokens to read"
         )
 
 

@@ -185,7 +185,7 @@ def _taken(form: Form, query: str, params: dict[str, Any]) -> Taken | None:
     plain = form.is_row_for_row and all(call.is_plain for call in calls)
     if not (calls and plain and of_its_own and set(form.params) == params.keys()):
         return None
-    where = {call.alias: [params[of] if of else text for text, of in call.where] for call in calls}
+    where = {call.alias: [params[name] if name else text for text, name in call.where] for call in calls}
     columns = {
         name: (run, site) for name, (run, site) in where.items() if isinstance(run, str) and isinstance(site, str)
     }

@@ -25,7 +25,11 @@ TAGGED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {  
     "datetime": (datetime, datetime.isoformat, datetime.fromisoformat),  # before date, of which it is one
     "date": (date, date.isoformat, date.fromisoformat),
     "time": (time, time.isoformat, time.fromisoformat),
-    "timedelta": (timedelta, lambda value: [value.days, value.seconds, value.microseconds], lambda of: timedelta(*of)),
+    "timedelta": (
+        timedelta,
+        lambda value: [value.days, value.seconds, value.microseconds],
+        lambda parts: timedelta(*parts),
+    ),
     "decimal": (Decimal, str, Decimal),
     "uuid": (UUID, str, UUID),
 }
@@ -64,4 +68,4 @@ def from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     [(name, held)] = value.items()
-    return {from_json(key): from_json(of) for key, of in held} if name == "dict" else TAGGED[name][2](held)
+    return {from_json(key): from_json(item) for key, item in held} if name == "dict" else TAGGED[name][2](held)

@@ -124,7 +124,7 @@ class Store:
             return f"Store({str(self.path)!r}, closed)"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: where the store is, its snapshot, and `info()`."""
+        """What a notebook shows: the store's path, its snapshot, and `info()`."""
         try:
             return f"<p>{escape(str(self.path))}, snapshot {self.snapshot}</p>{self.info()._repr_html_()}"
         except BadInput:

@@ -39,7 +39,7 @@ def _path(store: str | Path | Store) -> Path:
 
 @contextmanager
 def _opened(store: str | Path | Store, check: bool) -> Iterator[Store]:
-    """An open store as it is; else one that is opened, and closed at the end."""
+    """Yield an open store unchanged, or open a path and close the store at the end."""
     if isinstance(store, Store):
         yield store
     else:
@@ -54,20 +54,20 @@ def verify(
     seed: int = 0,
     progress: Work = silent,
 ) -> Report:
-    """Read everything that was committed, and find what is not as it was.
+    """Read everything that was committed, and list what has changed.
 
     Args:
         store: a path, or an open store.
-        quick: look at sizes and index checksums alone.
-        recompute: rerun this many random trees of each run, if nothing is damaged.
-        seed: of the random trees.
+        quick: check only sizes and the shards' index checksums.
+        recompute: rerun this many random trees per run, if nothing is damaged.
+        seed: seed of the random trees.
         progress: see `outputs.Work`.
 
     Returns:
         A report. `damage` is empty if the store is whole; `differences` compares the reruns.
 
     Raises:
-        NotStored, TooNew: there is no store, or a later version made it.
+        NotStored, TooNew: there is no store, or a later version made the store.
     """
     from actstore.upkeep import verify as verifying
 
@@ -83,7 +83,7 @@ def verify(
 
 
 def repair(store: str | Path | Store, wait: float = 10.0, progress: Work = silent) -> Repair:
-    """Mend what is damaged, to the bytes that were committed, and rebuild the catalog.
+    """Restore what is damaged to the committed bytes, and build the catalog anew.
 
     Args:
         store: a path, or an open store, which keeps its snapshot.
@@ -197,15 +197,15 @@ def report(
 
 
 def record(store: str | Path | Store, files: Sequence[str | Path], wait: float = 10.0) -> list[pl.DataFrame]:
-    """Record results that a study kept in files, because another process was writing to the store.
+    """Record results that a study kept in files while another process was writing to the store.
 
     Args:
         store: a path, or an open store, which keeps its snapshot.
         files: results-….parquet.
-        wait: seconds to wait for that process.
+        wait: seconds to wait for the other process.
 
     Returns:
-        The rows of `results`, a frame for each answer.
+        The rows of `results`, one frame per answer.
 
     Raises:
         BadInput: a file holds no results, or results of another store.

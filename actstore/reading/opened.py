@@ -42,7 +42,7 @@ class Opened:
         self.path, self.check = place(path), check
         self._readers: dict[tuple[str, str], SiteReader] = {}
         self.run_names: list[str] | None = None
-        self._functions: list[Vectors] = []  # one, once a query was asked; of a run's store the same list
+        self._functions: list[Vectors] = []  # one after the first query; shared with the stores of runs
         self._adding_functions = threading.Lock()
         self.only: str | None = None  # the run whose rows this shows, see `of`
         self.parent: Opened | None = None  # the whole store, if this shows one run

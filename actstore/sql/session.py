@@ -221,7 +221,7 @@ class Session:
             ) from error
 
     def look_up(self, query: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Rows of a short query of this package's own over the store's tables.
+        """Run a short query of the package's own, and return its rows.
 
         The query runs in this thread, in a third of the time that `sql` takes; Ctrl-C waits for it.
 
@@ -230,8 +230,9 @@ class Session:
             params: see `sql`.
 
         Raises:
-            BadInput: DuckDB refuses it; or the session is closed or of another process.
-            LimitReached: it needs more memory than DuckDB may take.
+            BadInput: DuckDB refuses the query; or the session is closed or belongs to another
+                process.
+            LimitReached: the query needs more memory than DuckDB may take.
         """
         self.check()
         try:
@@ -245,7 +246,7 @@ class Session:
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     def _told(self, error: duckdb.Error, query: str) -> ActstoreError:
-        """What a caller is told of DuckDB's error."""
+        """The package's error for an error of DuckDB."""
         if isinstance(error, duckdb.OutOfMemoryException):
             return LimitReached(f"the query needs more memory than there is: {one_line(error)}; ask for less")
         return _raised(error) or BadInput(refusal(error, query, self._tables))

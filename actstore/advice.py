@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actstore.errors import ActstoreError, BadInput, NotStored, advised
+from actstore.errors import ActstoreError, BadInput, NotStored, advised, nearest
 
 if TYPE_CHECKING:
     import polars as pl
@@ -76,8 +75,8 @@ def no_run(store: Held, run: object, held: Sequence[str]) -> ActstoreError:
         return NotStored(
             f"no run {run!r}: {holds}; {advised('ingest', store.path, '--model', run)} stores one of that model"
         )
-    if near := get_close_matches(run.lower(), held, 1):
-        return NotStored(f"no run {run!r} (did you mean {near[0]}?): {holds}")
+    if hint := nearest(run.lower(), held):
+        return NotStored(f"no run {run!r}{hint}; {holds}")
     if store.sql("from sites where $run in (site, short)", {"run": run}).height:
         return NotStored(f"no run {run!r}, which is a site (site={run!r}, --site {run}): {holds}")
     return NotStored(f"no run {run!r}: {holds}" + ("; name one of them" if held else ""))

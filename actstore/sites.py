@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actstore.advice import ingest_more
 from actstore.arrays.families import FAMILIES
-from actstore.errors import BadInput, NotStored
+from actstore.errors import BadInput, NotStored, nearest
 
 if TYPE_CHECKING:
     from actstore.advice import Held
@@ -104,8 +103,8 @@ def not_held(store: Held, run: str, site: str) -> NotStored:
         return NotStored(f"{said}; {holds}: for several give sites={site.replace(' ', '').split(',')}")
     if site in store.runs():
         return NotStored(f"{said}, which is a run; {holds}: name a site of it (site=…, --site)")
-    if near := get_close_matches(short.lower(), [*held, "embed", *FAMILIES], 1):
-        return NotStored(f"{said} (did you mean {near[0]}?); {holds}")
+    if hint := nearest(short.lower(), [*held, "embed", *FAMILIES]):
+        return NotStored(f"{said}{hint}; {holds}")
     return NotStored(f"{said}; {holds}: name one of them")
 
 

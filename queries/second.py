@@ -232,7 +232,7 @@ class Apart:
         dataset: name of the set.
     """
 
-    OWN = ("path", "snapshot", "run", "runs", "sites")
+    OWN = ("path", "snapshot", "resolve_run", "runs", "sites")
 
     def __init__(self, store: Store, dataset: str) -> None:
         self._store = store

@@ -236,23 +236,23 @@ REFUSED = {
     ),
     "resid_pots.0": (
         lambda s: s.read(SOME, site="resid_pots.0"),
-        *(NotStored, "did you mean resid_post.0?", f"it holds {HOLDS}"),
+        *(NotStored, "did you mean 'resid_post.0'?", f"it holds {HOLDS}"),
     ),
-    "Resid_Post.0": (lambda s: s.read(SOME, site="Resid_Post.0"), NotStored, "did you mean resid_post.0?"),
+    "Resid_Post.0": (lambda s: s.read(SOME, site="Resid_Post.0"), NotStored, "did you mean 'resid_post.0'?"),
     # runs
     "run misspelt": (
         lambda s: s.read(SOME, run="reproductoin"),
-        *(NotStored, "no run 'reproductoin' (did you mean reproduction?)", "holds reproduction"),
+        *(NotStored, "no run 'reproductoin'; did you mean 'reproduction'?", "holds reproduction"),
     ),
-    "run in capitals": (lambda s: s.sites("Reproduction"), NotStored, "did you mean reproduction?"),
+    "run in capitals": (lambda s: s.sites("Reproduction"), NotStored, "did you mean 'reproduction'?"),
     "run in SQL": (
         lambda s: s.sql("select act(token_id, 'reproductoin', 'embed') as x from tokens"),
-        *(NotStored, "did you mean reproduction?"),
+        *(NotStored, "did you mean 'reproduction'?"),
     ),
     "run of a query": (
         lambda s: select(s, "accuracy_by_depth", run="reproductoin"),
         NotStored,
-        "did you mean reproduction?",
+        "did you mean 'reproduction'?",
     ),
     "run unknown": (
         lambda s: s.read(SOME, run="zzz"),
@@ -444,14 +444,14 @@ TYPED = [
     (["read", "STORE", SOME, "--site", "resid_post.9"], 1, ("layers 0 to 5", f"it holds {HOLDS}")),
     (["read", "STORE", SOME, "--site", "resid_post,resid_post.9"], 1, ("'resid_post.9'", "layers 0 to 5")),
     (["read", "STORE", SOME, "--site", "pattern"], 1, ("no site 'pattern'", "--sites pattern`")),
-    (["read", "STORE", SOME, "--run", "reproductoin"], 1, ("did you mean reproduction?",)),
+    (["read", "STORE", SOME, "--run", "reproductoin"], 1, ("did you mean 'reproduction'?",)),
     (["read", "STORE", SOME, "--run", "baseline"], 1, ("holds reproduction", "--model baseline`")),
     (["read", "STORE", "0,1,256"], 2, ('near "0"', "LINE 1: 0,1,256\n        ^")),
     (["read", "STORE", "tokens"], 2, ("from tokens",)),
-    (["study", "STORE", "depth", "--run", "reproductoin"], 1, ("did you mean reproduction?",)),
-    (["report", "STORE", "OUT", "--run", "reproductoin"], 1, ("did you mean reproduction?",)),
-    (["attention", "STORE", "3", "--run", "reproductoin", "--out", "x.html"], 1, ("did you mean reproduction?",)),
-    (["query", "STORE", "accuracy_by_depth", "-p", "run", "reproductoin"], 1, ("did you mean reproduction?",)),
+    (["study", "STORE", "depth", "--run", "reproductoin"], 1, ("did you mean 'reproduction'?",)),
+    (["report", "STORE", "OUT", "--run", "reproductoin"], 1, ("did you mean 'reproduction'?",)),
+    (["attention", "STORE", "3", "--run", "reproductoin", "--out", "x.html"], 1, ("did you mean 'reproduction'?",)),
+    (["query", "STORE", "accuracy_by_depth", "-p", "run", "reproductoin"], 1, ("did you mean 'reproduction'?",)),
     (["sql", "STORE", "accuracy_by_depth"], 2, ("is a named query", "LINE 1")),
     (
         ["sql", "STORE", 'select * from tokens where role = "path"'],
@@ -470,7 +470,7 @@ TYPED = [
     (
         ["study", "STORE", "probes", "-o", "sites", "resid_pots.1"],
         1,
-        ("did you mean resid_post.1?", f"it holds {HOLDS}"),
+        ("did you mean 'resid_post.1'?", f"it holds {HOLDS}"),
     ),
     (
         ["study", "STORE", "probes", "-o", "baseline", "no.sql"],
@@ -524,7 +524,7 @@ AFTER = {
     "batches": lambda s, made: s.batches(SOME),
     "with": lambda s, made: s.__enter__(),
     "a named query": lambda s, made: select(s, "role_counts"),
-    "the session": lambda s, made: s._session.sql("select 1"),
+    "the session": lambda s, made: s._opened.session.sql("select 1"),
 }
 
 

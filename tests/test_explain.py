@@ -6,6 +6,7 @@ import ctypes
 import json
 import mmap
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,11 @@ from actstore.arrays.foreign import ForeignReader
 from actstore.arrays.layout import Layout
 from actstore.arrays.pack import ShardBuffer
 from actstore.arrays.reader import SiteReader
+from actstore.arrays.site import Cost
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
-from actstore.reading.explain import Cost, Explanation, cost
+from actstore.reading.explain import Explanation
+from actstore.storage.folder import Folder
 from actstore.store import Store
 from tests.stores import Fake, fake
 
@@ -183,7 +186,7 @@ def shards(folder: Path) -> dict[int, Path]:
 def test_the_bytes_said_are_the_pages_touched(shards: dict[int, Path], places: set[tuple[int, int]]) -> None:
     token_ids = np.array([tree * 256 + position for tree, position in sorted(places)])
     assert not any(map(drop, shards.values()))
-    said = cost(cold_reader(shards, {tree // 80 for tree, _ in places}), token_ids)
+    said = cold_reader(shards, {tree // 80 for tree, _ in places}).cost(token_ids)
     assert sum(map(resident, shards.values())) <= 2 * said.shards  # the indexes alone
     assert not any(map(drop, shards.values()))
     X = cold_reader(shards, {tree // 80 for tree, _ in places}).gather(token_ids)
@@ -206,7 +209,7 @@ def test_the_chunks_said_are_those_that_the_general_path_decodes(
     array[:] = 1.0
     token_ids = np.array([0, 1, 4, 9 * 256 + 2, 11 * 256 + 6, 49 * 256])  # chunks (0,0) (0,1) (1,2) (4,0)
     reader = ForeignReader(path, layout, 0, None, "a site")
-    said = cost(reader, token_ids)
+    said = reader.cost(token_ids)
     assert said == Cost(
         chunks=4 * 2,  # each row lies in two
         shards=3 if shards else 4 * 2,
@@ -221,3 +224,30 @@ def test_the_chunks_said_are_those_that_the_general_path_decodes(
     reader.gather(token_ids)
     assert len(decoded) * 2 == said.chunks
     assert len(set(decoded)) == len(decoded)
+
+
+def test_a_reader_opens_again_wherever_it_is_pickled_to(folder: Path, monkeypatch) -> None:
+    """The general path's reader is none of mapped shards: it maps nothing."""
+    layout, every = Layout((5, 4, 3), 1, 5), np.arange(5) * 256
+    buffer = ShardBuffer(layout)
+    buffer.put(0, torch.arange(60, dtype=torch.float32).reshape(5, 4, 3))
+    (folder / "shard").write_bytes(buffer.seal(np.full(5, 4)))
+    array = zarr.create_array(
+        folder / "pickled", shape=layout.shape, chunks=(2, 2, 3), dtype="float32", fill_value=np.nan
+    )
+    array[:] = np.arange(60).reshape(5, 4, 3)
+    monkeypatch.chdir(folder)
+    readers = (
+        SiteReader(layout, 0, {0: Path("shard")}, "a site"),
+        ForeignReader(Path("pickled"), layout, 0, None, "a site"),
+    )
+    pickled = [pickle.dumps(reader.again()) for reader in readers]
+    monkeypatch.chdir(folder.parent)
+    assert not isinstance(readers[1], SiteReader)
+    root = Folder(folder)
+    for opens in map(pickle.loads, pickled):
+        again = opens(root, lambda ids: np.ones(len(ids), bool))
+        np.testing.assert_array_equal(again.gather(every)[:, 0], np.arange(5) * 12)
+        np.testing.assert_array_equal(again.places(every)[0], np.arange(5))
+        assert again.cost(every).bytes_needed == 5 * 3 * 4
+    root.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ import numpy as np
 
 from actstore.arrays.copying import flat_rows
 from actstore.arrays.layout import Layout
-from actstore.arrays.reader import SiteReader, not_stored
+from actstore.arrays.site import Cost, IsToken, Placed, not_stored
 from actstore.errors import BadInput, Damaged, NotStored
+from actstore.storage.folder import Folder
 from actstore.storage.machine import limit_reached
 
 MOST_BYTES = 1 << 34  # the largest decoded chunk that is read
 
 
-class ForeignReader(SiteReader):
-    """A site's array, read through zarr-python; a SiteReader in all else.
+class ForeignReader(Placed):
+    """A site's array, read through zarr-python.
 
     Args:
         path: the array's folder, Zarr v3 or v2.
@@ -49,7 +51,7 @@ class ForeignReader(SiteReader):
         first_tree_id: int,
         shards: Mapping[int, Path] | None,
         where: str,
-        is_token: Callable[[np.ndarray], np.ndarray] | None = None,
+        is_token: IsToken | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.path, self.layout, self.where, self._check = path, layout, where, check
@@ -81,31 +83,38 @@ class ForeignReader(SiteReader):
             raise BadInput(f"{self.where} holds {array.dtype}; activations are floats (float16, float32 or float64)")
         return array
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one activation, as stored."""
-        return self.layout.row_items * int(self._array.dtype.itemsize)
+    def cost(self, token_ids: np.ndarray) -> Cost:
+        """The decoded chunks of a gather.
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of one decoded inner chunk."""
-        return math.prod(self._array.chunks) * int(self._array.dtype.itemsize)
+        Args:
+            token_ids: int64 [n], distinct.
 
-    @property
-    def chunks_per_row(self) -> int:
-        """Inner chunks that hold one row."""
-        return self._pieces_per_row(self._array.chunks)
+        Raises:
+            NotStored: see `places`.
+        """
+        row, position = self.places(token_ids)
+        inner, item_bytes = self._array.chunks, int(self._array.dtype.itemsize)
+        stored, axis = self._array.shards or inner, self.layout.position_axis
+        chunks = np.array([chunk for chunk, _ in self.by_chunk(row, position)], np.int64).reshape(-1, 2)
+        per_shard = int(stored[0]) // self.trees_per_chunk, int(stored[axis]) // self.positions_per_chunk
+        n_chunks = len(chunks) * self._pieces_per_row(inner)
+        return Cost(
+            chunks=n_chunks,
+            shards=len(np.unique(chunks // per_shard, axis=0)) * self._pieces_per_row(stored),
+            bytes_needed=len(row) * self.layout.row_items * item_bytes,
+            bytes_read=n_chunks * math.prod(inner) * item_bytes,
+        )
 
-    @property
-    def shards_per_row(self) -> int:
-        """Stored objects that hold one row."""
-        return self._pieces_per_row(self._array.shards or self._array.chunks)
-
-    @property
-    def chunks_per_shard(self) -> tuple[int, int]:
-        """Inner chunks per stored object: (along trees, along positions)."""
-        stored, axis = self._array.shards or self._array.chunks, self.layout.position_axis
-        return int(stored[0]) // self.trees_per_chunk, int(stored[axis]) // self.positions_per_chunk
+    def again(self) -> Callable[[Folder, IsToken], ForeignReader]:
+        """See site.Reader."""
+        return partial(
+            _open_again,
+            self.path.absolute(),
+            self.layout,
+            self.first_tree_id,
+            dict.fromkeys(self.shards, self.path),
+            self.where,
+        )
 
     def _pieces_per_row(self, size: Sequence[int]) -> int:
         counts = [-(-n // int(length)) for n, length in zip(self.layout.shape, size, strict=True)]
@@ -183,12 +192,24 @@ class ForeignReader(SiteReader):
 
     def _refuse_what_is_no_token(self, token_ids: np.ndarray, X: np.ndarray) -> None:
         fill = self._array.fill_value
-        if self._is_token and not (fill is not None and np.isnan(fill)):
-            padding = ~self._is_token(token_ids)
+        if self.is_token and not (fill is not None and np.isnan(fill)):
+            padding = ~self.is_token(token_ids)
             if padding.any():
                 raise not_stored(self.where, token_ids, padding, "padding, past its tree's last token")
         elif np.isnan(X[:, 0]).any():
-            self._refuse_padding(token_ids, X)
+            self.refuse_padding(token_ids, X)
+
+
+def _open_again(
+    path: Path,
+    layout: Layout,
+    first_tree_id: int,
+    shards: Mapping[int, Path],
+    where: str,
+    folder: Folder,
+    is_token: IsToken,
+) -> ForeignReader:
+    return ForeignReader(path, layout, first_tree_id, shards, where, is_token, folder.check)
 
 
 def _one_line(error: Exception) -> str:

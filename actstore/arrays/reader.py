@@ -13,7 +13,9 @@ offset and length of each as little-endian u64, then the crc32c of that index.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,13 @@ from actstore.arrays.address import POSITION_BITS, POSITION_MASK, POSITIONS_PER_
 from actstore.arrays.copying import copy_rows, flat_rows, n_threads
 from actstore.arrays.layout import Layout
 from actstore.arrays.mapped import Shards
-from actstore.errors import Damaged, NotStored
+from actstore.arrays.site import Cost, IsToken, Placed
+from actstore.errors import Damaged
+from actstore.storage.folder import Folder
 from actstore.storage.regular import open_regular
 
 
-class SiteReader:
+class SiteReader(Placed):
     """The committed shards of one site of one run, mapped into memory.
 
     Args:
@@ -47,12 +51,12 @@ class SiteReader:
         first_tree_id: int,
         shards: Mapping[int, Path],
         where: str,
-        is_token: Callable[[np.ndarray], np.ndarray] | None = None,
+        is_token: IsToken | None = None,
         opener: Callable[[Path], int] = open_regular,
         opener_reads: bool = False,
     ) -> None:
-        self.layout, self.first_tree_id, self.shards, self.where = layout, first_tree_id, dict(shards), where
-        self._is_token, self.mapped = is_token, Shards(layout, shards, where, opener, opener_reads)
+        super().__init__(layout, first_tree_id, shards, where, is_token)
+        self.mapped, self.opener_reads = Shards(layout, shards, where, opener, opener_reads), opener_reads
 
     def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Read the activations of the given tokens.
@@ -85,7 +89,7 @@ class SiteReader:
             X = flat_rows(whole, len(token_ids), layout)
             blank = copy_rows(windows, offsets, X, layout.dtype)
         if blank:
-            self._refuse_padding(token_ids, X)
+            self.refuse_padding(token_ids, X)
         return X.reshape(-1, *layout.row_shape) if out is None else out
 
     def _find(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,44 +109,45 @@ class SiteReader:
             )
         return found
 
-    def places(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row of the array and position of each id, int64 [n] each.
+    def cost(self, token_ids: np.ndarray) -> Cost:
+        """The pages that a gather touches; the whole shards, if the opener reads them.
 
         Args:
-            token_ids: int64 [n].
+            token_ids: int64 [n], distinct.
 
         Raises:
-            NotStored: an id lies outside the array, or its batch is not ingested yet.
+            NotStored: see `places`.
         """
+        row, position = self.places(token_ids)
         layout = self.layout
-        row, position = (token_ids >> POSITION_BITS) - self.first_tree_id, token_ids & POSITION_MASK
-        outside = (row < 0) | (row >= layout.shape[0]) | (position >= layout.n_positions)
-        if outside.any():
-            raise not_stored(self.where, token_ids, outside, "of no tree of this run")
-        missing = ~np.isin(row // layout.trees_per_shard, list(self.shards))
-        if missing.any():
-            raise not_stored(self.where, token_ids, missing, "not ingested yet")
-        return row, position
+        row_bytes = layout.row_items * layout.item_bytes
+        batch, slot = np.divmod(row, layout.trees_per_shard)
+        batches = np.unique(batch).tolist()
+        n_chunks, n_bytes = len(np.unique(batch << POSITION_BITS | position)), len(row) * row_bytes
+        if self.opener_reads:
+            return Cost(n_chunks, len(batches), n_bytes, len(batches) * layout.shard_bytes)
+        index_start = np.array([layout.shard_bytes - layout.index_bytes])
+        n_pages = 0
+        for number in batches:
+            of_batch = batch == number
+            starts = self.mapped.chunk_starts(number)[position[of_batch]] + slot[of_batch] * row_bytes
+            n_pages += len(np.union1d(_pages(starts, row_bytes), _pages(index_start, layout.index_bytes)))
+        return Cost(n_chunks, len(batches), n_bytes, n_pages * mmap.PAGESIZE)
 
-    def _refuse_padding(self, token_ids: np.ndarray, X: np.ndarray) -> None:
-        """Raise for padding, which reads as NaN throughout; a token's row may hold computed NaN."""
-        padding = np.isnan(X[:, 0])
-        if self._is_token:
-            padding[padding] = ~self._is_token(token_ids[padding])
-        if padding.any():
-            raise not_stored(self.where, token_ids, padding, "padding, past its tree's last token")
+    def again(self) -> Callable[[Folder, IsToken], SiteReader]:
+        """See site.Reader."""
+        shards = {batch: path.absolute() for batch, path in self.shards.items()}
+        return partial(_open_again, self.layout, self.first_tree_id, shards, self.where)
 
 
-def not_stored(where: str, token_ids: np.ndarray, bad: np.ndarray, why: str) -> NotStored:
-    """Build the error that counts the bad ids and names the first.
+def _open_again(
+    layout: Layout, first_tree_id: int, shards: Mapping[int, Path], where: str, folder: Folder, is_token: IsToken
+) -> SiteReader:
+    return SiteReader(layout, first_tree_id, shards, where, is_token, folder.open, folder.opens_whole)
 
-    Args:
-        where: run and site.
-        token_ids: int64 [n].
-        bad: bool [n].
-        why: what is wrong with the bad ids.
-    """
-    return NotStored(
-        f"{where} has no activation for {int(bad.sum()):,} of {len(token_ids):,} token ids, the first being "
-        f"{int(token_ids[np.argmax(bad)])} ({why}); choose tokens of the run's own dataset (where dataset = …)"
-    )
+
+def _pages(starts: np.ndarray, n_bytes: int) -> np.ndarray:
+    """int64: numbers of the pages that stretches of n_bytes touch, each page once."""
+    first, last = starts // mmap.PAGESIZE, (starts + n_bytes - 1) // mmap.PAGESIZE
+    most = int((last - first).max(initial=0)) + 1
+    return np.unique(np.concatenate([np.minimum(first + step, last) for step in range(most)]))

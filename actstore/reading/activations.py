@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from actstore.arrays.reader import SiteReader
+from actstore.arrays.site import Reader
 from actstore.errors import BadInput
 
 Dtype = Literal["float32", "float16", "float64", "bfloat16"]
@@ -35,7 +35,7 @@ def check_form(dtype: Any, out: str) -> str:
     return str(name)
 
 
-def read_activations(readers: Sequence[SiteReader], token_ids: np.ndarray, one_site: bool, dtype: str, out: str) -> Any:
+def read_activations(readers: Sequence[Reader], token_ids: np.ndarray, one_site: bool, dtype: str, out: str) -> Any:
     """Read X: [n, *row] of one site, or [n, n_sites, *row].
 
     Args:
@@ -72,7 +72,7 @@ def _as_torch(X: np.ndarray) -> Any:
     return torch.from_numpy(X)
 
 
-def same_row_shape(readers: Sequence[SiteReader], sites: Sequence[str]) -> None:
+def same_row_shape(readers: Sequence[Reader], sites: Sequence[str]) -> None:
     """Refuse sites whose rows differ in shape, since one X cannot hold them.
 
     Args:

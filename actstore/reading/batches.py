@@ -10,8 +10,6 @@ continue at a batch, and each of several workers knows its own batches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +19,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from actstore.arrays.address import POSITION_BITS, POSITION_MASK
-from actstore.arrays.foreign import ForeignReader
-from actstore.arrays.layout import Layout
-from actstore.arrays.reader import SiteReader, not_stored
+from actstore.arrays.site import Reader, not_stored
 from actstore.errors import BadInput, Damaged
 from actstore.reading import activations
 from actstore.reading.rows import read_ids
@@ -72,11 +68,11 @@ class Batches(IterableDataset):
         ids, rows = read_ids(store, run, query, params, timeout, memory)
         _refuse_what_is_not_there(store, readers, ids)
         self._ids, self._columns = ids, {name: _column(rows[name]) for name in rows.columns}
-        self._sites, self._one_site = [_Site.of(reader) for reader in readers], one_site
+        self._again, self._one_site = [reader.again() for reader in readers], one_site
         self._path, self._identity = store.path.absolute(), store.folder.identity()
         self._committed = store.folder.committed if isinstance(store.folder, CheckedFolder) else None
         store.folder.check()
-        self._order = _Shuffled(ids, self._sites[0], seed, window) if shuffle else _AsAsked(len(ids), window)
+        self._order = _Shuffled(ids, readers[0], seed, window) if shuffle else _AsAsked(len(ids), window)
         self._batch_size, self.n_rows = batch_size, len(ids)
         self.n_batches = len(ids) // batch_size if drop_last else -(-len(ids) // batch_size)
         self._now = torch.zeros(
@@ -118,13 +114,13 @@ class Batches(IterableDataset):
                 first = number * self._batch_size
                 stop = min(first + self._batch_size, self.n_rows)
                 if order.window_at(first) != window:  # release the old window's maps, and their pages
-                    window, readers = order.window_at(first), [site.open(folder) for site in self._sites]
+                    window, readers = order.window_at(first), [again(folder, _are_tokens) for again in self._again]
                 rows = order.rows(first, stop)
                 yield self._read(readers, rows), {name: column[rows] for name, column in self._columns.items()}
         finally:
             folder.close()
 
-    def _read(self, readers: Sequence[SiteReader], rows: np.ndarray) -> torch.Tensor:
+    def _read(self, readers: Sequence[Reader], rows: np.ndarray) -> torch.Tensor:
         X: torch.Tensor = activations.read_activations(readers, self._ids[rows], self._one_site, "float32", "torch")
         return X
 
@@ -144,29 +140,6 @@ class Batches(IterableDataset):
         if folder.identity() != self._identity:
             raise Damaged(f"{self._path} was replaced since these batches were made; make them again")
         return folder
-
-
-@dataclass(frozen=True)
-class _Site:
-    """What another process needs to read a site; DuckDB and polars do not survive a fork."""
-
-    layout: Layout
-    first_tree_id: int
-    shards: dict[int, Path]
-    where: str
-    array: Path | None
-
-    @classmethod
-    def of(cls, reader: SiteReader) -> _Site:
-        shards = {batch: path.absolute() for batch, path in reader.shards.items()}
-        array = reader.path.absolute() if isinstance(reader, ForeignReader) else None
-        return cls(reader.layout, reader.first_tree_id, shards, reader.where, array)
-
-    def open(self, folder: Folder) -> SiteReader:
-        about = (self.layout, self.first_tree_id, self.shards, self.where, _are_tokens)
-        if self.array:
-            return ForeignReader(self.array, *about, folder.check)
-        return SiteReader(*about, folder.open, isinstance(folder, CheckedFolder))
 
 
 def _are_tokens(token_ids: np.ndarray) -> np.ndarray:
@@ -225,7 +198,7 @@ class _Shuffled:
         window: rows per window; a window is the shards that begin within so many rows.
     """
 
-    def __init__(self, ids: np.ndarray, site: _Site, seed: int, window: int) -> None:
+    def __init__(self, ids: np.ndarray, site: Reader, seed: int, window: int) -> None:
         self.seed, self.window = seed, window
         self.by_id = np.argsort(ids, kind="stable")
         shard = ((ids[self.by_id] >> POSITION_BITS) - site.first_tree_id) // site.layout.trees_per_shard
@@ -293,7 +266,7 @@ def _column(values: pl.Series) -> _Values | _Numbers:
     return _Numbers(values.to_numpy())
 
 
-def _refuse_what_is_not_there(store: Opened, readers: Sequence[SiteReader], ids: np.ndarray) -> None:
+def _refuse_what_is_not_there(store: Opened, readers: Sequence[Reader], ids: np.ndarray) -> None:
     """Look up every id before the first epoch begins.
 
     Raises:

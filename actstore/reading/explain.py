@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actstore.arrays.address import POSITION_BITS
-from actstore.arrays.foreign import ForeignReader
-from actstore.arrays.reader import SiteReader
+from actstore.arrays.site import Cost
 from actstore.reading.rows import read_ids
 
 if TYPE_CHECKING:
@@ -62,16 +59,6 @@ class Explanation:
         )
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One site's chunks, shards and bytes, see Explanation."""
-
-    chunks: int
-    shards: int
-    bytes_needed: int
-    bytes_read: int
-
-
 def explain(
     store: Opened,
     query: Tokens,
@@ -85,67 +72,9 @@ def explain(
     readers = [store.reader(run, site) for site in sites]
     token_ids, _ = read_ids(store, run, query, params, timeout, memory)
     tokens = np.unique(token_ids)
-    of_sites = [cost(reader, tokens, store.check) for reader in readers]
+    of_sites = [reader.cost(tokens) for reader in readers]
     totals = {field: sum(getattr(of_site, field) for of_site in of_sites) for field in Cost.__dataclass_fields__}
     return Explanation(run=run, sites=tuple(sites), rows=len(token_ids), tokens=len(tokens), **totals)
-
-
-def cost(reader: SiteReader, tokens: np.ndarray, check: bool = False) -> Cost:
-    """What a site's reader touches for these tokens.
-
-    Args:
-        tokens: int64 [n], distinct.
-        check: True if each shard is compared with its hash, and so read whole.
-
-    Raises:
-        NotStored: a token belongs to no tree of the run or is not ingested yet. Padding is not
-            detected here; a read raises for it.
-    """
-    row, position = reader.places(tokens)
-    if isinstance(reader, ForeignReader):
-        return _of_chunks(reader, row, position)
-    return _of_whole_shards(reader, row, position) if check else _of_pages(reader, row, position)
-
-
-def _of_chunks(reader: ForeignReader, row: np.ndarray, position: np.ndarray) -> Cost:
-    chunks = np.array([chunk for chunk, _ in reader.by_chunk(row, position)], np.int64).reshape(-1, 2)
-    shards = np.unique(chunks // reader.chunks_per_shard, axis=0)
-    return Cost(
-        chunks=len(chunks) * reader.chunks_per_row,
-        shards=len(shards) * reader.shards_per_row,
-        bytes_needed=len(row) * reader.row_bytes,
-        bytes_read=len(chunks) * reader.chunks_per_row * reader.chunk_bytes,
-    )
-
-
-def _of_whole_shards(reader: SiteReader, row: np.ndarray, position: np.ndarray) -> Cost:
-    layout, batch = reader.layout, row // reader.layout.trees_per_shard
-    n_chunks, n_shards = len(np.unique(batch << POSITION_BITS | position)), len(np.unique(batch))
-    n_bytes = len(row) * layout.row_items * layout.item_bytes
-    return Cost(n_chunks, n_shards, n_bytes, n_shards * layout.shard_bytes)
-
-
-def _of_pages(reader: SiteReader, row: np.ndarray, position: np.ndarray) -> Cost:
-    layout = reader.layout
-    row_bytes = layout.row_items * layout.item_bytes
-    batch, slot = np.divmod(row, layout.trees_per_shard)
-    batches = np.unique(batch).tolist()
-    index_start = np.array([layout.shard_bytes - layout.index_bytes])
-    n_chunks = n_pages = 0
-    for number in batches:
-        of_batch = batch == number
-        positions = position[of_batch]
-        starts = reader.mapped.chunk_starts(number)[positions] + slot[of_batch] * row_bytes
-        pages = np.union1d(_pages(starts, row_bytes), _pages(index_start, layout.index_bytes))
-        n_chunks, n_pages = n_chunks + len(np.unique(positions)), n_pages + len(pages)
-    return Cost(n_chunks, len(batches), len(row) * row_bytes, n_pages * mmap.PAGESIZE)
-
-
-def _pages(starts: np.ndarray, n_bytes: int) -> np.ndarray:
-    """int64: numbers of the pages that stretches of n_bytes touch, each page once."""
-    first, last = starts // mmap.PAGESIZE, (starts + n_bytes - 1) // mmap.PAGESIZE
-    most = int((last - first).max(initial=0)) + 1
-    return np.unique(np.concatenate([np.minimum(first + step, last) for step in range(most)]))
 
 
 def _size(n_bytes: int) -> str:

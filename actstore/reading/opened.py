@@ -13,7 +13,7 @@ import duckdb
 import polars as pl
 
 from actstore.advice import no_run
-from actstore.arrays.reader import SiteReader
+from actstore.arrays.site import Reader
 from actstore.catalog import build, hash_note, tables
 from actstore.catalog.tables import one_line
 from actstore.commits.format import FORMAT_VERSION, check_format
@@ -40,7 +40,7 @@ class Opened:
 
     def __init__(self, path: str | Path, check: bool = False) -> None:
         self.path, self.check = place(path), check
-        self._readers: dict[tuple[str, str], SiteReader] = {}
+        self._readers: dict[tuple[str, str], Reader] = {}
         self.run_names: list[str] | None = None
         self._functions: list[Vectors] = []  # one after the first query; shared with the stores of runs
         self._adding_functions = threading.Lock()
@@ -199,7 +199,7 @@ class Opened:
             raise NotStored(f"{held} yet; ingest one with {advised('ingest', self.path, '--model', 'reproduction')}")
         raise BadInput(f"which run? {held}: name one (run={runs[0]!r}, --run {runs[0]})")
 
-    def reader(self, run: str, site: str) -> SiteReader:
+    def reader(self, run: str, site: str) -> Reader:
         """The reader of a site; the same object at each call.
 
         Args:

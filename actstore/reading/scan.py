@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from actstore.arrays.reader import SiteReader
+from actstore.arrays.site import Reader
 from actstore.reading.sites import catalog_rows
 from actstore.sql.pushdown import Column, Pushed, push
 from actstore.storage.content import Count, Positive
@@ -51,7 +51,7 @@ class _Source:
     """
 
     store: Opened
-    reader: SiteReader
+    reader: Reader
     columns: dict[str, Column]
     spans: list[tuple[int, int]]
     n_positions: int

@@ -14,6 +14,7 @@ from actstore.arrays.foreign import ForeignReader
 from actstore.arrays.layout import Layout
 from actstore.arrays.metadata import mapped_dtype
 from actstore.arrays.reader import SiteReader
+from actstore.arrays.site import Reader
 from actstore.catalog.tables import CATALOG
 from actstore.errors import Damaged, advised
 from actstore.sites import not_held
@@ -27,7 +28,7 @@ MOST_BATCHES = 1 << 20  # per site: a reader keeps 2 kB of each, and a process m
 MOST_NUMBERS = 1 << 36  # per tree and site
 
 
-def open_site(store: Snapshot, run: str, site: str) -> SiteReader:
+def open_site(store: Snapshot, run: str, site: str) -> Reader:
     """Open one site: mapped shards if laid out as actstore writes them, else through zarr-python.
 
     Args:

@@ -28,7 +28,7 @@ from actstore.errors import BadInput, NotStored, advised
 from actstore.sql.logit_lens import Unembedding, read_unembedding
 
 if TYPE_CHECKING:
-    from actstore.arrays.reader import SiteReader
+    from actstore.arrays.site import Reader
     from actstore.sql.session import Session
     from actstore.sql.snapshot import Snapshot
 
@@ -136,7 +136,7 @@ class Vectors:
             raise BadInput("the store is closed; open it again")
         return store
 
-    def reader(self, run: str, site: str) -> SiteReader:
+    def reader(self, run: str, site: str) -> Reader:
         """The reader of a residual site.
 
         Args:

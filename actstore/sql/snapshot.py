@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import polars as pl
 
-    from actstore.arrays.reader import SiteReader
+    from actstore.arrays.site import Reader
     from actstore.sql.session import Session
     from actstore.storage.folder import Folder
 
@@ -45,6 +45,6 @@ class Snapshot(Protocol):
         """See Store.sites."""
         ...
 
-    def reader(self, run: str, site: str) -> SiteReader:
+    def reader(self, run: str, site: str) -> Reader:
         """See reading.opened.Opened.reader."""
         ...

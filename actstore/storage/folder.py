@@ -55,6 +55,8 @@ class Folder:
         OSError: the folder does not exist.
     """
 
+    opens_whole = False  # True if `open` reads the whole file, to check it
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -125,6 +127,8 @@ class CheckedFolder(Folder):
         committed: xxh3-128 of each file that may be opened, by its path inside the folder, with
             forward slashes.
     """
+
+    opens_whole = True
 
     def __init__(self, path: Path, committed: Mapping[str, str]) -> None:
         super().__init__(path)

@@ -14,8 +14,8 @@ from actstore.errors import Damaged, NotStored, TooNew, TooOld, advised
 from actstore.storage import sealed
 from actstore.storage.content import Positive, Text, as_a, json_object
 from actstore.storage.folder import check_path
+from actstore.storage.local import Local
 from actstore.storage.machine import within_limits
-from actstore.storage.regular import read_regular
 
 FORMAT_VERSION = 3  # 1 had no variants, prompts, generations or catalog hash; 2 did not chain its manifests
 CHAINED_FROM = 3  # from this format on, a manifest names the one before it
@@ -64,7 +64,7 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
     content = b""
     try:
         with within_limits(f"cannot read {root / 'store.json'}"):
-            content = read_regular(root / "store.json")
+            content = Local(root).read("store.json")
         about = json_object(content)
         if "format" not in about:
             raise ValueError("it has no format")

@@ -72,7 +72,7 @@ class Opened:
         hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
         if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was just built from the parts
             for part in [part for manifest in committed for part in manifest.parts]:
-                self.folder.read(self.path / part.path)
+                self.folder.read(part.path, part.bytes)
         self.folder.check()  # or the session and the arrays may belong to two stores
 
     @property

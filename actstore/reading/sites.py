@@ -138,7 +138,7 @@ def _zarr_json(store: Snapshot, path: str) -> dict[str, Any]:
     """An array's metadata; empty for Zarr v2, whose metadata has another name."""
     file = store.path / path / "zarr.json"
     try:
-        return json_object(store.folder.read(file))
+        return json_object(store.folder.read(f"{path}/zarr.json"))
     except Damaged:
         raise
     except FileNotFoundError:

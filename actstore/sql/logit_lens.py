@@ -10,8 +10,8 @@ import numpy as np
 
 from actstore.commits.format import WEIGHTS
 from actstore.errors import Damaged
+from actstore.storage.local import Local
 from actstore.storage.machine import limit_reached
-from actstore.storage.regular import read_regular
 
 if TYPE_CHECKING:
     from actstore.sql.snapshot import Snapshot
@@ -55,9 +55,10 @@ def read_unembedding(store: Snapshot, weights_sha256: str) -> Unembedding:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    path = store.path / WEIGHTS / f"{weights_sha256}.safetensors"
+    place, name = Local(store.path), f"{WEIGHTS}/{weights_sha256}.safetensors"
+    path = store.path / name
     try:
-        content = read_regular(path, path.stat().st_size)
+        content = place.read(name, place.size(name))
         if hashlib.sha256(content).hexdigest() != weights_sha256:
             raise ValueError("its sha256 is another")
         held = load(content)

@@ -116,7 +116,7 @@ def run_in_process(
     catalog, folder = store.session.fileno(), store.folder
     folder.check()
     request = {
-        "path": os.fspath(folder.path),
+        "path": os.fspath(folder.root),
         "identity": folder.identity(),
         "catalog": catalog,
         "query": query,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from actstore.errors import BadInput, Damaged, advised
 from actstore.storage.hashing import hash_of
+from actstore.storage.local import Local
 from actstore.storage.machine import check_process, finalize_here
 from actstore.storage.regular import open_regular
 
@@ -48,7 +49,7 @@ def check_path(root: Path) -> None:
         raise BadInput(f"DuckDB cannot open {wrong}, and got {path}; give the store another name, or another folder")
 
 
-class Folder:
+class Folder(Local):
     """A folder whose files are opened by descriptor: a store put in its place is never read.
 
     Raises:
@@ -58,7 +59,7 @@ class Folder:
     opens_whole = False  # True if `open` reads the whole file, to check it
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._process = os.getpid()
         self._close = finalize_here(self, os.close, self._descriptor)
@@ -81,10 +82,14 @@ class Folder:
         return about.st_dev, about.st_ino
 
     def open(self, path: Path) -> int:
+        """See open_for_map; takes the whole path, as arrays have it."""
+        return self.open_for_map(path.relative_to(self.root).as_posix())
+
+    def open_for_map(self, path: str) -> int:
         """Open a file inside for reading, and return its descriptor.
 
         Args:
-            path: relative to the folder.
+            path: relative to the folder, with forward slashes.
 
         Raises:
             OSError: the file cannot be opened, see os.open.
@@ -92,12 +97,7 @@ class Folder:
             Damaged: the path is not a regular file.
         """
         check_process(self._process)
-        return open_regular(path.relative_to(self.path), self._descriptor)
-
-    def read(self, path: Path) -> bytes:
-        """Read a file inside; raises as `open`."""
-        with os.fdopen(self.open(path), "rb") as file:
-            return file.read()
+        return open_regular(path, self._descriptor)
 
     def check(self) -> None:
         """Check that the folder is still what its path leads to.
@@ -108,11 +108,11 @@ class Folder:
         """
         check_process(self._process)
         try:
-            is_same = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+            is_same = os.path.samestat(os.stat(self.root), os.fstat(self._descriptor))
         except OSError:
             is_same = False
         if not is_same:
-            raise Damaged(f"{self.path} was moved or replaced since it was opened; open the store again")
+            raise Damaged(f"{self.root} was moved or replaced since it was opened; open the store again")
 
 
 class CheckedFolder(Folder):
@@ -137,16 +137,16 @@ class CheckedFolder(Folder):
             str, tuple[int, int]
         ] = {}  # files that were, and what the system says of one that is unchanged
 
-    def open(self, path: Path) -> int:
-        """See Folder.open.
+    def open_for_map(self, path: str) -> int:
+        """See Folder.open_for_map.
 
         Args:
-            path: relative to the folder.
+            path: relative to the folder, with forward slashes.
 
         Raises:
             Damaged: the file is not what was committed.
         """
-        descriptor = super().open(path)
+        descriptor = super().open_for_map(path)
         try:
             self._check_hash(descriptor, path)
         except BaseException:
@@ -154,17 +154,17 @@ class CheckedFolder(Folder):
             raise
         return descriptor
 
-    def _check_hash(self, descriptor: int, path: Path) -> None:
-        name, about = path.relative_to(self.path).as_posix(), os.fstat(descriptor)
+    def _check_hash(self, descriptor: int, path: str) -> None:
+        about = os.fstat(descriptor)
         state = about.st_ino, about.st_ctime_ns
-        if self._whole.get(name) == state:
+        if self._whole.get(path) == state:
             return
-        if hash_of(descriptor) != self.committed.get(name):
+        if hash_of(descriptor) != self.committed.get(path):
             raise Damaged(
-                f"{path} is not what was committed (its hash is another): look with "
-                f"{advised('verify', self.path)}, then mend it with {advised('repair', self.path)}"
+                f"{self.root / path} is not what was committed (its hash is another): look with "
+                f"{advised('verify', self.root)}, then mend it with {advised('repair', self.root)}"
             )
-        self._whole[name] = state
+        self._whole[path] = state
 
 
 def is_unicode(text: str) -> bool:

@@ -91,7 +91,7 @@ class Local:
 
     def read(self, path: str, longest: int = LONGEST) -> bytes:
         """See Storage.read."""
-        return read_regular(self.root / path, longest)
+        return read_regular(self.root / path, self.open_for_map(path), longest)
 
     def read_ranges(self, path: str, ranges: Iterable[tuple[int, int]]) -> Sequence[bytes]:
         """See Storage.read_ranges."""

@@ -25,7 +25,7 @@ NEVER_OPENS = (
 )  # links in a circle, a socket, a device, a name
 
 
-def open_regular(path: Path, dir_fd: int | None = None) -> int:
+def open_regular(path: Path | str, dir_fd: int | None = None) -> int:
     """Open a file for reading, and return its descriptor.
 
     Args:
@@ -52,7 +52,7 @@ def open_regular(path: Path, dir_fd: int | None = None) -> int:
     return descriptor
 
 
-def irregular(path: Path, mode: int) -> str:
+def irregular(path: Path | str, mode: int) -> str:
     """The message for a path of the store that is not a regular file.
 
     Args:
@@ -67,15 +67,15 @@ def check_regular(path: Path) -> None:
     os.close(open_regular(path))
 
 
-def read_regular(path: Path, longest: int = LONGEST, dir_fd: int | None = None) -> bytes:
+def read_regular(path: Path, descriptor: int | None = None, longest: int = LONGEST) -> bytes:
     """Read a file; raises as open_regular.
 
     Args:
+        descriptor: of the file if it is open already; it is closed.
         longest: most bytes that the file may have, so that none fills the memory; a longer file is
             Damaged.
-        dir_fd: see open_regular.
     """
-    with os.fdopen(open_regular(path, dir_fd), "rb") as file:
+    with os.fdopen(open_regular(path) if descriptor is None else descriptor, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > longest:
             raise Damaged(f"{path} has {size:,} bytes, and at most {longest:,} were written; restore it from a copy")

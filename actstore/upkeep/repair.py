@@ -32,7 +32,6 @@ from actstore.storage import links, sealed
 from actstore.storage.backend import File
 from actstore.storage.folder import place
 from actstore.storage.local import Local
-from actstore.storage.regular import read_regular
 from actstore.upkeep.verify import Finding, read_manifests, verify
 from actstore.upkeep.verify_catalog import CONFLICT
 from actstore.writing.parts import GROUP, as_parquet
@@ -156,7 +155,7 @@ def _flip_back(root: Path) -> list[str]:
         names.append("store.json")
     for name in names:
         try:
-            content = sealed.flipped_back(read_regular(root / name))
+            content = sealed.flipped_back(Local(root).read(name))
         except OSError:
             continue
         if content is not None:
@@ -270,7 +269,7 @@ def _zarr_group(root: Path) -> list[str]:
     """Restore the Zarr group of all arrays, which no manifest names."""
     path = f"{ARRAYS}/zarr.json"
     try:
-        if read_regular(root / path) == GROUP:
+        if Local(root).read(path) == GROUP:
             return []
     except OSError:
         pass

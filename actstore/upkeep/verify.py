@@ -28,8 +28,8 @@ from actstore.storage import links
 from actstore.storage.backend import File
 from actstore.storage.folder import place
 from actstore.storage.hashing import hash_of
+from actstore.storage.local import Local
 from actstore.storage.machine import limit_reached, n_processors
-from actstore.storage.regular import open_regular, read_regular
 from actstore.upkeep import verify_catalog
 from actstore.writing.parts import GROUP
 
@@ -194,7 +194,7 @@ def _group(root: Path) -> Iterator[Finding]:
     """What is wrong with the Zarr group of all arrays, which no manifest names; "" if nothing."""
     path = f"{ARRAYS}/zarr.json"
     try:
-        if read_regular(root / path) != GROUP:
+        if Local(root).read(path) != GROUP:
             yield Finding(path, "metadata", "its content is not what was put in place")
     except OSError as error:
         yield Finding(path, "metadata", _unreadable(error, root / path))
@@ -227,7 +227,7 @@ def _finding(manifest: Manifest, file: File, what: str) -> Finding:
 def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, str], int]) -> str:
     """What is wrong with a committed file; "" if the file is whole."""
     try:
-        with os.fdopen(open_regular(root / file.path), "rb") as opened:
+        with os.fdopen(Local(root).open_for_map(file.path), "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             if size != file.bytes:
                 return f"is {size:,} bytes long, not {file.bytes:,}"
@@ -246,7 +246,7 @@ def _positions(root: Path) -> dict[tuple[str, str], int]:
     found = {}
     for path in (root / ARRAYS).glob("*/*/zarr.json"):
         try:
-            about = json.loads(read_regular(path))
+            about = json.loads(Local(root).read(path.relative_to(root).as_posix()))
             outer = about["chunk_grid"]["configuration"]["chunk_shape"]
             inner = about["codecs"][0]["configuration"]["chunk_shape"]
             n = math.prod(-(-int(large) // int(small)) for large, small in zip(outer, inner, strict=True))

@@ -15,8 +15,9 @@ from actstore.catalog.tables import one_line
 from actstore.commits import log
 from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged, LimitReached
+from actstore.storage.local import Local
 from actstore.storage.machine import limit_reached
-from actstore.storage.regular import check_regular, open_regular
+from actstore.storage.regular import check_regular
 
 CATALOG, CONFLICT = (
     "catalog",
@@ -82,7 +83,7 @@ def _is_noted(root: Path) -> bool:
     Retries if a writer replaces the catalog during the check.
     """
     while True:
-        with os.fdopen(open_regular(root / tables.CATALOG), "rb") as opened:
+        with os.fdopen(Local(root).open_for_map(tables.CATALOG), "rb") as opened:
             if (is_noted := hash_note.is_noted(root, opened.fileno())) is not None:
                 return is_noted
 

@@ -12,8 +12,8 @@ import polars as pl
 from actstore.catalog import tables as catalog_tables
 from actstore.commits.manifest import Manifest
 from actstore.errors import BadInput, Damaged, advised
+from actstore.storage.local import Local
 from actstore.storage.machine import limit_reached
-from actstore.storage.regular import read_regular
 
 GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
 NEVER_NULL = {  # columns by which rows are found and counted
@@ -38,7 +38,7 @@ def rows_committed(root: Path, committed: Sequence[Manifest], table: str) -> pl.
     if not parts:
         return pl.DataFrame()
     try:
-        rows = as_stored(table, pl.concat([read_part(root / part.path) for part in parts], how="diagonal_relaxed"))
+        rows = as_stored(table, pl.concat([read_part(root, part.path) for part in parts], how="diagonal_relaxed"))
     except (BadInput, pl.exceptions.PolarsError) as error:
         raise Damaged(
             f"the parts of {table} in {root} hold no rows of it ({error}); see {advised('verify', root)}"
@@ -51,19 +51,20 @@ def rows_committed(root: Path, committed: Sequence[Manifest], table: str) -> pl.
     return rows
 
 
-def read_part(path: Path) -> pl.DataFrame:
+def read_part(root: Path, path: str) -> pl.DataFrame:
     """Read the rows of a part.
 
     Raises:
         Damaged: the file is not Parquet.
     """
+    place = Local(root)
     try:
-        return pl.read_parquet(read_regular(path, path.stat().st_size))
+        return pl.read_parquet(place.read(path, place.size(path)))
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         if isinstance(error, Damaged):
             raise
-        raise (isinstance(error, OSError) and limit_reached(error, f"cannot read {path}")) or Damaged(
-            f"part {path} cannot be read ({str(error).splitlines()[0]}); restore it from a copy of the store"
+        raise (isinstance(error, OSError) and limit_reached(error, f"cannot read {root / path}")) or Damaged(
+            f"part {root / path} cannot be read ({str(error).splitlines()[0]}); restore it from a copy of the store"
         ) from error
 
 

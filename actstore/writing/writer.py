@@ -31,7 +31,7 @@ from actstore.storage.local import Local
 from actstore.storage.refused import needing_room
 from actstore.writing.committed import batches_of, must_agree, stored_dataset, stored_run
 from actstore.writing.create import create
-from actstore.writing.parts import GROUP, as_parquet, rows_committed
+from actstore.writing.parts import GROUP, as_parquet, read_part, rows_committed
 from actstore.writing.plan import RunPlan
 
 
@@ -203,10 +203,10 @@ class Writer:
     def _part(self, part: Content, first_tree_id: int | None = None, n_trees: int | None = None) -> list[Part]:
         """Publish rows of a table; returns [] if an earlier commit brought the same rows."""
         if part.path in self._files and not self._has(part.path, part.content):
-            held = pl.read_parquet(
-                (self.root / part.path).read_bytes()
-            )  # another version may have encoded the same rows otherwise
-            if not held.equals(pl.read_parquet(bytes(part.content))):
+            held = read_part(self.root, part.path)
+            if not held.equals(
+                pl.read_parquet(bytes(part.content))
+            ):  # another version may encode the same rows otherwise
                 raise _otherwise(self.root / part.path)
             return []
         table = cast(TableOfParts, part.table)

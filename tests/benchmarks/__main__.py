@@ -16,7 +16,7 @@ os.environ.setdefault("POLARS_MAX_THREADS", "1")  # trees per second are of one 
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import Row, generate, ingest, probes, trust
+from tests.benchmarks import Row, generate, ingest, opening, probes, trust
 
 README = Path(__file__).with_name("README.md")
 VERSIONS = (
@@ -26,7 +26,11 @@ VERSIONS = (
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 
 
-SECTIONS = {"trust": ("What trust costs", trust.rows), "probes": ("The notebook's grid of probes", probes.rows)}
+SECTIONS = {
+    "opening": ("Ids past SQL, and the opening", opening.rows),
+    "trust": ("What trust costs", trust.rows),
+    "probes": ("The notebook's grid of probes", probes.rows),
+}
 
 
 def main() -> None:
@@ -40,8 +44,7 @@ def main() -> None:
             "Ingest": ingest.speed(),
             "Memory of an ingest": ingest.memory(large),
             **_reads(large),
-            "What trust costs": trust.rows(),
-            "The notebook's grid of probes": probes.rows(),
+            **{title: section() for title, section in SECTIONS.values()},
         }
     for title, rows in sections.items():
         _print(title, rows)

@@ -20,6 +20,7 @@ from actstore.storage.machine import within_limits
 FORMAT_VERSION = 3  # 1 had no variants, prompts, generations or catalog hash; 2 did not chain its manifests
 CHAINED_FROM = 3  # from this format on, a manifest names the one before it
 LOG, PARTS, ARRAYS, WEIGHTS = "log", "parts", "activations.zarr", "models"
+CHECKPOINT = "log.json"  # of the log; see checkpoint.py
 FOLDERS = (LOG, PARTS, ARRAYS, WEIGHTS)
 
 MOST_BESIDE = 100  # stores that are searched for a similar name

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import xxhash
 
-from actstore.commits.format import ARRAYS, CHAINED_FROM, FOLDERS, LOG, store_around
+from actstore.commits.format import ARRAYS, CHAINED_FROM, CHECKPOINT, FOLDERS, LOG, store_around
 from actstore.commits.manifest import MANIFEST, Manifest, manifest_path
 from actstore.errors import Damaged
 from actstore.storage import links
@@ -42,6 +42,17 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
         if link := links.broken(root / LOG):
             raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}, since {link}; bring that back")
         raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}; restore it from a copy of the store")
+    return chained(root, after, last)
+
+
+def chained(root: Path, after: int, last: int) -> list[Manifest]:
+    """The commits numbered after+1 to last, in order, without a look at what else is in the log.
+
+    Raises:
+        Damaged: a manifest cannot be read, has another number than its name, or does not follow
+            the one before it.
+        FileNotFoundError: a manifest is missing.
+    """
     found: list[Manifest] = []
     before = read_manifest(root / manifest_path(after), after) if after else None
     for number in range(after + 1, last + 1):
@@ -175,7 +186,7 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     Returns:
         The paths removed.
     """
-    for path in root.glob(".catalog.*.tmp*"):  # one that was never put in place
+    for path in [*root.glob(".catalog.*.tmp*"), *root.glob(f".{CHECKPOINT}.*.tmp")]:  # never put in place
         discard(path)
     removed = strays(root, committed)
     for stray in removed:

@@ -16,8 +16,11 @@ from actstore.advice import no_run
 from actstore.arrays.site import Reader
 from actstore.catalog import build, hash_note, tables
 from actstore.catalog.tables import one_line
+from actstore.commits import checkpoint
+from actstore.commits.checkpoint import Checkpoint
 from actstore.commits.format import FORMAT_VERSION, check_format
 from actstore.commits.log import check_sizes, log_hash, manifests
+from actstore.commits.manifest import Manifest
 from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
 from actstore.reading import given, scope
 from actstore.reading.sites import open_site
@@ -52,6 +55,7 @@ class Opened:
 
     def _open(self, opened: ExitStack) -> None:
         self.about = check_format(self.path, older=True)
+        summed = None if self.check else checkpoint.parsed(checkpoint.content(self.path))  # before the catalog
         hashes: dict[str, str] = {}
         self.folder: Folder = CheckedFolder(self.path, hashes) if self.check else Folder(self.path)
         opened.callback(self.folder.close)
@@ -62,6 +66,26 @@ class Opened:
         with _catalog_errors(self.path):
             self._check_tables()
             self.snapshot, hash_of_log = self._snapshot()
+        committed = self._check_log(hash_of_log, summed)
+        hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
+        if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was just built from the parts
+            for part in [part for manifest in committed for part in manifest.parts]:
+                self.folder.read(part.path, part.bytes)
+        self.folder.check()  # or the session and the arrays may belong to two stores
+
+    def _check_log(self, hash_of_log: str, summed: Checkpoint | None) -> list[Manifest]:
+        """Compare the log with the catalog, and the sizes of the files that its manifests name.
+
+        Where the checkpoint fits, it stands for past batches, and the size of their shards is
+        compared when a shard is first read.
+
+        Returns:
+            The manifests that were read, or that the checkpoint holds.
+        """
+        if summed and (few := summed.since(self.path, self.snapshot, hash_of_log)) is not None:
+            with suppress(Damaged):  # the manifests judge what is damaged
+                check_sizes(self.path, few)
+                return few
         committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
         if log_hash(committed) != hash_of_log:
             raise Damaged(
@@ -69,11 +93,7 @@ class Opened:
                 f"{advised('verify', self.path)}"
             )
         check_sizes(self.path, committed)
-        hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
-        if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was just built from the parts
-            for part in [part for manifest in committed for part in manifest.parts]:
-                self.folder.read(part.path, part.bytes)
-        self.folder.check()  # or the session and the arrays may belong to two stores
+        return committed
 
     @property
     def vectors(self) -> Vectors:

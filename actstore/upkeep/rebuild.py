@@ -6,7 +6,7 @@ from pathlib import Path
 
 from actstore.catalog import build, witness
 from actstore.catalog import tables as catalog_tables
-from actstore.commits import log
+from actstore.commits import checkpoint, log
 from actstore.commits.format import check_format
 from actstore.storage.folder import place
 from actstore.storage.local import Local
@@ -26,4 +26,6 @@ def rebuild(path: str | Path) -> int:
         # a shorter log than the old catalog knows is refused
         committed = log.manifests(root, least=catalog_tables.snapshot(root))
         witness.refuse_conflict(root, committed)
-        return build.publish(root, from_nothing=True)
+        snapshot = build.publish(root, from_nothing=True)
+        checkpoint.write(root, committed)
+        return snapshot

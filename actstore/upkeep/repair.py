@@ -23,7 +23,7 @@ import polars as pl
 import xxhash
 
 from actstore.catalog import build, tables, witness
-from actstore.commits import log
+from actstore.commits import checkpoint, log
 from actstore.commits.format import ARRAYS, FOLDERS, FORMAT_VERSION, check_format
 from actstore.commits.log import refuse_astray
 from actstore.commits.manifest import Manifest, Part
@@ -109,7 +109,8 @@ def repair(
         mended += _zarr_group(root)
         if not any(finding.kind == "part" for finding in left):
             build.publish(root, from_nothing=True)
-            mended += dict.fromkeys(of_catalog)
+            checkpoint.write(root, manifests)
+            mended += dict.fromkeys([*of_catalog, *(file.path for file in report.damage if file.kind == "checkpoint")])
             if about["format"] < FORMAT_VERSION:
                 about = {key: value for key, value in about.items() if key != sealed.CHECKSUM}
                 Local(root).swap("store.json", sealed.to_json({**about, "format": FORMAT_VERSION}))

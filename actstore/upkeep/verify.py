@@ -19,8 +19,8 @@ import google_crc32c
 import polars as pl
 
 from actstore.catalog import tables, witness
-from actstore.commits import log
-from actstore.commits.format import ARRAYS, FORMAT_VERSION, LOG, WEIGHTS, check_format
+from actstore.commits import checkpoint, log
+from actstore.commits.format import ARRAYS, CHECKPOINT, FORMAT_VERSION, LOG, WEIGHTS, check_format
 from actstore.commits.log import led_astray
 from actstore.commits.manifest import Manifest, Part, Shard, manifest_path
 from actstore.errors import Damaged, TooNew, advised
@@ -42,8 +42,8 @@ class Finding:
 
     Attributes:
         path: the file, inside the store.
-        kind: `shard`, `part`, `weights`, `metadata`, `manifest`, `catalog`, `store.json`, `link` (a
-            link into another store), `conflict` (the catalog and the manifests are each whole and
+        kind: `shard`, `part`, `weights`, `metadata`, `manifest`, `catalog`, `checkpoint` (of the
+            log), `store.json`, `link` (a link into another store), `conflict` (the catalog and the manifests are each whole and
             disagree) or `stray` (harmless).
         what: what is wrong with the file.
         run: the file's run, if any.
@@ -113,8 +113,13 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
         raise
     except Damaged as error:
         findings.append(Finding("store.json", "store.json", str(error)))
+    summed = checkpoint.content(root)  # before the manifests: a writer may go on
     manifests, broken = read_manifests(root)
     findings += broken
+    if not broken and summed is not None and not checkpoint.fits(summed, manifests):
+        findings.append(
+            Finding(CHECKPOINT, "checkpoint", "it is not what the manifests come to; no reader relies on it")
+        )
     jobs = [(manifest, file) for manifest in manifests for file in manifest.files]
     small = [job for job in jobs if not isinstance(job[1], Shard)]
     findings += _files(root, small, quick, advance)

@@ -19,7 +19,7 @@ import xxhash
 from actstore.arrays.metadata import metadata
 from actstore.catalog import build, witness
 from actstore.catalog import tables as catalog_tables
-from actstore.commits import log
+from actstore.commits import checkpoint, log
 from actstore.commits.format import ARRAYS, check_format, part_path, weights_path
 from actstore.commits.log import refuse_astray
 from actstore.commits.manifest import Manifest, Part, Shard, TableOfParts
@@ -92,9 +92,11 @@ class Writer:
         return batches_of(self._log, run)
 
     def publish(self) -> int:
-        """Bring the catalog up to the last commit, and return its snapshot number."""
+        """Bring the catalog and the log's checkpoint up to the last commit, and return its snapshot number."""
         self._lease.check()
-        return build.publish(self.root)
+        snapshot = build.publish(self.root)
+        checkpoint.write(self.root, self._log)
+        return snapshot
 
     def define(self, plan: RunPlan) -> int:
         """Commit a run's definition; an equal definition that is committed already is kept.

@@ -1,0 +1,104 @@
+"""The checkpoint of the log: one sealed file that sums up manifests 1 to n, so that a reader need not read each of them.
+
+It is derived from the manifests, and is no witness of what was committed. Where it does not fit, every manifest is read.
+A writer puts it in place after the catalog, so whoever reads it first and the catalog second finds no older catalog.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from actstore.commits import log
+from actstore.commits.format import CHECKPOINT
+from actstore.commits.manifest import Manifest
+from actstore.errors import Damaged
+from actstore.storage import sealed
+from actstore.storage.content import Hash, Positive, as_a, json_object
+from actstore.storage.local import put
+from actstore.storage.machine import limit_reached
+from actstore.storage.regular import LONGEST, read_regular
+
+LEAST = 16  # commits; the manifests of fewer are read as quickly
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What manifests 1 to n come to.
+
+    Attributes:
+        commits: n.
+        last_xxh3_128: xxh3-128 of manifest n.
+        log_xxh3_128: log_hash of all n.
+        definitions: the commits among them that define runs, whose files a reader looks for at once.
+    """
+
+    commits: Positive
+    last_xxh3_128: Hash
+    log_xxh3_128: Hash
+    definitions: list[Manifest]
+
+    @classmethod
+    def of(cls, committed: Sequence[Manifest]) -> Checkpoint:
+        """The checkpoint of a whole log."""
+        runs = [manifest for manifest in committed if manifest.kind == "run"]
+        return cls(len(committed), committed[-1].xxh3_128, log.log_hash(committed), runs)
+
+    def to_json(self) -> bytes:
+        return sealed.to_json(asdict(self))
+
+    def since(self, root: Path, snapshot: int, hash_of_log: str) -> list[Manifest] | None:
+        """The definitions, and the commits after n; None where the checkpoint does not fit.
+
+        Args:
+            root: the store.
+            snapshot: commits that the catalog holds.
+            hash_of_log: of their manifests, as the catalog has it.
+        """
+        if self.commits > snapshot:
+            return None
+        try:
+            last, *since = log.chained(root, self.commits - 1, snapshot)
+        except (Damaged, FileNotFoundError):
+            return None
+        fits = last.xxh3_128 == self.last_xxh3_128 and log.log_hash(since, self.log_xxh3_128) == hash_of_log
+        return [*self.definitions, *since] if fits else None
+
+
+def content(root: Path) -> bytes | None:
+    """The bytes of a store's checkpoint: None where there is none, empty where it cannot be read."""
+    try:
+        return read_regular(root / CHECKPOINT)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if reached := limit_reached(error, f"cannot read {root / CHECKPOINT}"):
+            raise reached from error
+        return b""
+
+
+def parsed(held: bytes | None) -> Checkpoint | None:
+    """The checkpoint that some bytes are; None where they are none."""
+    try:
+        return as_a(Checkpoint, json_object(held)) if held and sealed.is_whole(held) else None
+    except ValueError:
+        return None
+
+
+def fits(held: bytes, committed: Sequence[Manifest]) -> bool:
+    """Whether some bytes are what manifests 1 to n come to, of whatever n."""
+    found = parsed(held)
+    return bool(
+        found and found.commits <= len(committed) and Checkpoint.of(committed[: found.commits]).to_json() == held
+    )
+
+
+def write(root: Path, committed: Sequence[Manifest]) -> None:
+    """Put the checkpoint of a whole log in place, where there is one or the log has grown long enough for one."""
+    if not committed or (len(committed) < LEAST and not os.path.lexists(root / CHECKPOINT)):
+        return
+    wanted = Checkpoint.of(committed).to_json()
+    if len(wanted) <= LONGEST and content(root) != wanted:
+        put(root / CHECKPOINT, wanted)

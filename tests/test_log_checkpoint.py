@@ -19,7 +19,7 @@ from actstore.commits.checkpoint import Checkpoint
 from actstore.commits.format import CHECKPOINT
 from actstore.commits.manifest import Manifest, manifest_path
 from actstore.errors import Damaged
-from actstore.storage.local import put
+from actstore.storage.local import Local
 from actstore.store import Store
 from actstore.upkeep.rebuild import rebuild
 from actstore.upkeep.repair import repair
@@ -78,7 +78,7 @@ def read_at_opening(root: Path, monkeypatch: pytest.MonkeyPatch, check: bool = F
 
 def forged(root: Path, **changes: Any) -> None:
     """A checkpoint whose own checksum is right, and that says something else."""
-    put(root / CHECKPOINT, replace(Checkpoint.of(log.manifests(root)), **changes).to_json())
+    Local(root).swap(CHECKPOINT, replace(Checkpoint.of(log.manifests(root)), **changes).to_json())
 
 
 def test_what_an_opening_reads_does_not_grow_with_the_log(
@@ -102,7 +102,7 @@ def test_an_older_checkpoint_is_read_with_the_commits_after_it(root: Path, monke
     before = (root / CHECKPOINT).read_bytes()
     plant(root, 9)
     assert (root / CHECKPOINT).read_bytes() != before
-    put(root / CHECKPOINT, before)
+    Local(root).swap(CHECKPOINT, before)
     assert read_at_opening(root, monkeypatch) == [5, 6, 7, 8, 9]
     assert verify(root).damage == []
     rebuild(root)
@@ -121,7 +121,7 @@ def strange_definitions(root: Path) -> None:
 
 UNFIT = {
     "a flipped bit": lambda root: damage(root / CHECKPOINT, flip(40)),
-    "empty": lambda root: put(root / CHECKPOINT, b""),
+    "empty": lambda root: Local(root).swap(CHECKPOINT, b""),
     "a pipe": as_pipe,
     "of more commits": lambda root: forged(root, commits=7),
     "of fewer commits": lambda root: forged(root, commits=4),

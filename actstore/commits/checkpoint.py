@@ -1,7 +1,8 @@
-"""The checkpoint of the log: one sealed file that sums up manifests 1 to n, so that a reader need not read each of them.
+"""The checkpoint of the log: one sealed file that sums up manifests 1 to n for readers.
 
-It is derived from the manifests, and is no witness of what was committed. Where it does not fit, every manifest is read.
-A writer puts it in place after the catalog, so whoever reads it first and the catalog second finds no older catalog.
+The checkpoint is derived from the manifests, and is no witness of what was committed. If it does
+not fit, every manifest is read. A writer replaces it after the catalog, so a reader that reads the
+checkpoint first and the catalog second finds no older catalog.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged
 from actstore.storage import sealed
 from actstore.storage.content import Hash, Positive, as_a, json_object
-from actstore.storage.local import put
+from actstore.storage.local import Local
 from actstore.storage.machine import limit_reached
-from actstore.storage.regular import LONGEST, read_regular
+from actstore.storage.regular import LONGEST
 
 LEAST = 16  # commits; the manifests of fewer are read as quickly
 
@@ -32,7 +33,7 @@ class Checkpoint:
         commits: n.
         last_xxh3_128: xxh3-128 of manifest n.
         log_xxh3_128: log_hash of all n.
-        definitions: the commits among them that define runs, whose files a reader looks for at once.
+        definitions: the commits among them that define runs; a reader checks their files' sizes.
     """
 
     commits: Positive
@@ -47,10 +48,11 @@ class Checkpoint:
         return cls(len(committed), committed[-1].xxh3_128, log.log_hash(committed), runs)
 
     def to_json(self) -> bytes:
+        """The bytes of the checkpoint's file."""
         return sealed.to_json(asdict(self))
 
     def since(self, root: Path, snapshot: int, hash_of_log: str) -> list[Manifest] | None:
-        """The definitions, and the commits after n; None where the checkpoint does not fit.
+        """The definitions, and the commits after n; None if the checkpoint does not fit.
 
         Args:
             root: the store.
@@ -68,9 +70,9 @@ class Checkpoint:
 
 
 def content(root: Path) -> bytes | None:
-    """The bytes of a store's checkpoint: None where there is none, empty where it cannot be read."""
+    """The bytes of a store's checkpoint; None if there is none, empty if it cannot be read."""
     try:
-        return read_regular(root / CHECKPOINT)
+        return Local(root).read(CHECKPOINT)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -80,7 +82,7 @@ def content(root: Path) -> bytes | None:
 
 
 def parsed(held: bytes | None) -> Checkpoint | None:
-    """The checkpoint that some bytes are; None where they are none."""
+    """The checkpoint in some bytes; None if they hold none."""
     try:
         return as_a(Checkpoint, json_object(held)) if held and sealed.is_whole(held) else None
     except ValueError:
@@ -88,7 +90,7 @@ def parsed(held: bytes | None) -> Checkpoint | None:
 
 
 def fits(held: bytes, committed: Sequence[Manifest]) -> bool:
-    """Whether some bytes are what manifests 1 to n come to, of whatever n."""
+    """True if some bytes are the checkpoint of the first n commits, for any n."""
     found = parsed(held)
     return bool(
         found and found.commits <= len(committed) and Checkpoint.of(committed[: found.commits]).to_json() == held
@@ -96,9 +98,13 @@ def fits(held: bytes, committed: Sequence[Manifest]) -> bool:
 
 
 def write(root: Path, committed: Sequence[Manifest]) -> None:
-    """Put the checkpoint of a whole log in place, where there is one or the log has grown long enough for one."""
+    """Replace the checkpoint, if there is one or the log is long enough for one.
+
+    Args:
+        committed: all manifests.
+    """
     if not committed or (len(committed) < LEAST and not os.path.lexists(root / CHECKPOINT)):
         return
     wanted = Checkpoint.of(committed).to_json()
     if len(wanted) <= LONGEST and content(root) != wanted:
-        put(root / CHECKPOINT, wanted)
+        Local(root).swap(CHECKPOINT, wanted)

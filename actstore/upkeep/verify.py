@@ -43,8 +43,8 @@ class Finding:
     Attributes:
         path: the file, inside the store.
         kind: `shard`, `part`, `weights`, `metadata`, `manifest`, `catalog`, `checkpoint` (of the
-            log), `store.json`, `link` (a link into another store), `conflict` (the catalog and the manifests are each whole and
-            disagree) or `stray` (harmless).
+            log), `store.json`, `link` (a link into another store), `conflict` (the catalog and the
+            manifests are each whole and disagree) or `stray` (harmless).
         what: what is wrong with the file.
         run: the file's run, if any.
         site: the file's site, if any.

@@ -92,7 +92,7 @@ class Writer:
         return batches_of(self._log, run)
 
     def publish(self) -> int:
-        """Bring the catalog and the log's checkpoint up to the last commit, and return its snapshot number."""
+        """Bring catalog and checkpoint up to the last commit, and return its snapshot number."""
         self._lease.check()
         snapshot = build.publish(self.root)
         checkpoint.write(self.root, self._log)

@@ -73,10 +73,11 @@ def cut(image: Path, mounted: Path, whole: Path, model: object, rng: random.Rand
 
         commit = log.commit
 
-        def reporting(at: Path, manifest: Manifest) -> None:
-            commit(at, manifest)
+        def reporting(at: Path, manifest: Manifest, before: Manifest | None = None) -> Manifest:
+            published = commit(at, manifest, before)
             with told.open("a") as file:  # on a disk that keeps its power
                 file.write(f"{manifest.number}\n")
+            return published
 
         log.commit = reporting
         ingest(root, model)

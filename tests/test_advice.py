@@ -246,7 +246,7 @@ ELSEWHERE = {
     "actstore/cli/study.py:say_it",  # test_recording.py, as the next
     "queries/studies.py:warn",
     "actstore/cli/ingest.py:ingest",  # below, as the rest
-    "actstore/reading/opened.py:_open",  # below: `verify` says more, and mends nothing
+    "actstore/reading/opened.py:_check_log",  # below: `verify` says more, and mends nothing
     "actstore/reading/opened.py:_opening_errors",  # test_content.py, as the next
     "actstore/writing/parts.py:rows_committed",
     "actstore/reading/scope.py:_note",  # test_scope.py: a note, which refuses nothing

@@ -220,9 +220,9 @@ def test_a_full_disk_leaves_the_catalog_as_it_was(
         raise OSError(reason, os.strerror(reason))
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", full)
+        patch.setattr(build, "_extend", full)
         with pytest.raises(error, match=os.strerror(reason)) as caught:
-            build.publish(root)
+            build.publish(root, from_nothing=True)
     assert isinstance(caught.value, NoRoom) == (error is NoRoom)
     assert files(root) == before
 

@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_the_catalog_as_it_was(
 ) -> None:
     before = files(root)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(reason, os.strerror(reason))
 
     with monkeypatch.context() as patch:

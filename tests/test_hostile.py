@@ -514,7 +514,7 @@ def test_a_parameter_that_no_other_process_takes_is_refused(store: Store, value:
 
 def test_too_little_memory_is_told_whatever_the_limits() -> None:
     kind, said = _as_sent(MemoryError(), None)
-    assert kind == "LimitReached"
+    assert kind == "limit_reached"
     assert said == "the query needs more memory than there is; ask for less"
 
 

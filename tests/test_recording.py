@@ -24,7 +24,6 @@ from actstore.queries import studies as answers
 from actstore.queries import study as studies
 from actstore.storage import lease
 from actstore.store import Store
-from actstore.upkeep import repair
 from actstore.writing import recording
 from actstore.writing.writer import open_writer
 from tests.answering import Answering, noise
@@ -239,7 +238,6 @@ def test_what_a_store_that_cannot_be_written_answers_is_printed_and_kept(root, t
 
     with monkeypatch.context() as patched:
         patched.setattr(lease, "lease", read_only)
-        patched.setattr(repair, "lease", read_only)
         answer = run("study", root, "depth", "--no-record")
         assert (answer.exit_code, answer.stderr) == (0, "")
         result = run("study", root, "depth")

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import xxhash
+
 from actstore.arrays.pack import ShardBuffer
 from actstore.commits import log
 from actstore.ingest.jobs.job import Ingest
@@ -65,7 +67,7 @@ def _cost_in_ingest(folder: Path) -> Row:
 def _without_safety() -> list[AbstractContextManager[object]]:
     return [
         mock.patch.object(ShardBuffer, "_checksum"),
-        mock.patch.object(log.xxhash, "xxh3_128_hexdigest", return_value="0" * 32),
+        mock.patch.object(xxhash, "xxh3_128_hexdigest", return_value="0" * 32),
         mock.patch.object(os, "fsync"),
     ]
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from actstore.errors import BadInput
 from actstore.ingest.models.config import LONGEST, ModelConfig
-from actstore.ingest.models.weights import canonical, checked, read_state, shapes
+from actstore.ingest.models.weights import canonical, check_weights, read_state, shapes
 from actstore.ingest.training.recipe import read_config
 
 CONFIG = ModelConfig("reproduction", 4, n_layers=1, d_model=4, d_head=4, d_mlp=8)
@@ -20,7 +20,7 @@ NAME = "embed.W_E"
 
 
 def read(path):
-    return canonical(checked(read_state(path), CONFIG, str(path)))
+    return canonical(check_weights(read_state(path), CONFIG, str(path)))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 
 from actstore.errors import BadInput, NotStored
 from actstore.sql import session
+from actstore.sql.session import Session
 from actstore.store import Store
 from tests.stores import fake, files
 
@@ -288,6 +289,26 @@ def test_a_run_or_site_that_is_not_there_is_answered_with_those_that_are(store: 
 
 
 # Ctrl-C.
+
+
+@pytest.mark.parametrize("turn", [1, 3])
+def test_ctrl_c_while_the_functions_are_added_costs_none_of_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch, turn: int
+) -> None:
+    add, turns = Session.add_macro, iter(range(1, 1000))
+
+    def stopped(self: Session, *args: str) -> None:
+        if next(turns) == turn:
+            raise KeyboardInterrupt
+        add(self, *args)
+
+    monkeypatch.setattr(Session, "add_macro", stopped)
+    with Store(root) as store:
+        with pytest.raises(KeyboardInterrupt):
+            store.sql("select 1")
+        assert store.sql("select dot([1, 2]::float[2], [3, 4]::float[2])").item() == 11
+        assert store.sql("select count(act(token_id, 'r', 'resid_post.0')) from tokens").item() > 0
+
 
 ENDLESS = """
 import signal, sys, threading

@@ -134,6 +134,8 @@ class Session:
             except ActstoreError as error:  # DuckDB keeps only its text
                 raise RuntimeError(f"actstore {error.kind}: {error}") from error
 
+        with suppress(duckdb.Error):  # there is one where Ctrl-C came while the session's functions were added
+            self._connection.remove_function(name)
         self._connection.create_function(name, passed_on, list(takes), gives, type=PythonUDFType.ARROW)
 
     def add_macro(self, signature: str, body: str) -> None:
@@ -144,7 +146,7 @@ class Session:
             body: an expression, or `table` and a query. The query names the store's tables in full,
                 `store.main.tokens`.
         """
-        self._connection.execute(f"create macro memory.main.{signature} as {body}")
+        self._connection.execute(f"create or replace macro memory.main.{signature} as {body}")
 
     def add_view(self, name: str, query: str) -> None:
         """Add a view to this session alone.
@@ -155,7 +157,7 @@ class Session:
         """
         with self._connection.cursor() as cursor:
             cursor.execute(SEARCH)
-            cursor.execute(f"create view memory.{name} as {query}")
+            cursor.execute(f"create or replace view memory.{name} as {query}")
 
     def add_schema(self, name: str, views: Mapping[str, str]) -> None:
         """Add a schema of views to this session alone, all or none.

@@ -102,7 +102,12 @@ class Opened:
         with self._adding_functions:
             if not self._functions:
                 with _opening_errors(self.path), _catalog_errors(self.path):
-                    self._functions.append(add_functions(self.session, self.whole))
+                    try:
+                        self._functions.append(add_functions(self.session, self.whole))
+                    except RuntimeError as error:
+                        if "interrupted" in str(error).lower():  # DuckDB's own words for Ctrl-C
+                            raise KeyboardInterrupt from error
+                        raise
         return self._functions[0]
 
     def _open_session(self) -> Session:

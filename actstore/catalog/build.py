@@ -23,6 +23,7 @@ from actstore.catalog.tables import (
     CATALOG,
     attached,
     column_comments,
+    ctrl_c,
     discard_beside,
     located,
     quoted,
@@ -105,12 +106,9 @@ def of_older(root: Path) -> Iterator[Path]:
 def _building(root: Path) -> Iterator[None]:
     """Turn errors of DuckDB and the system into the package's own while a catalog is built."""
     try:
-        yield
-    except (duckdb.Error, RuntimeError) as error:
-        if "interrupted" in str(error).lower():  # DuckDB's own words for Ctrl-C
-            raise KeyboardInterrupt from error
-        if not isinstance(error, duckdb.Error):
-            raise
+        with ctrl_c():
+            yield
+    except duckdb.Error as error:
         if any(os.strerror(reason) in str(error) for reason in DISK_FULL):
             raise NoRoom(f"no room for the catalog of {root}; free some, then go on") from error
         for reason in (errno.EIO, errno.EROFS):  # errors of the disk, not of the parts

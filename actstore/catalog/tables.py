@@ -164,6 +164,17 @@ def snapshot_of(connection: duckdb.DuckDBPyConnection) -> tuple[int, str | None]
 
 
 @contextmanager
+def ctrl_c() -> Iterator[None]:
+    """Raise KeyboardInterrupt for the errors that DuckDB tells a Ctrl-C by, in the main thread."""
+    try:
+        yield
+    except (duckdb.Error, RuntimeError) as error:
+        if "interrupted" in str(error).lower():
+            raise KeyboardInterrupt from error
+        raise
+
+
+@contextmanager
 def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """Attach the catalog's file for reading, as the database `there`, without a log beside it.
 

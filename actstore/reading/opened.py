@@ -101,13 +101,8 @@ class Opened:
         self.session.check()
         with self._adding_functions:
             if not self._functions:
-                with _opening_errors(self.path), _catalog_errors(self.path):
-                    try:
-                        self._functions.append(add_functions(self.session, self.whole))
-                    except RuntimeError as error:
-                        if "interrupted" in str(error).lower():  # DuckDB's own words for Ctrl-C
-                            raise KeyboardInterrupt from error
-                        raise
+                with _opening_errors(self.path), _catalog_errors(self.path), tables.ctrl_c():
+                    self._functions.append(add_functions(self.session, self.whole))
         return self._functions[0]
 
     def _open_session(self) -> Session:

@@ -21,7 +21,7 @@ import duckdb
 import polars as pl
 from duckdb.func import PythonUDFType
 
-from actstore.catalog.tables import located, one_line
+from actstore.catalog.tables import ctrl_c, located, one_line
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
 from actstore.sql.refused import refusal
 from actstore.storage.folder import is_unicode
@@ -238,7 +238,7 @@ class Session:
         """
         self.check()
         try:
-            with self._connection.cursor() as cursor:
+            with ctrl_c(), self._connection.cursor() as cursor:
                 cursor.execute(SEARCH)
                 cursor.execute(READ_ONLY)
                 rows = cursor.execute(query, dict(params) if params else None).fetchall()

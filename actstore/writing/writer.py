@@ -120,14 +120,8 @@ class Writer:
             *self._part(part_content("runs", plan.run, [plan.row(first_tree_id)])),
             *self._part(part_content("sites", plan.run, [site.row(plan.run) for site in plan.sites])),
         ]
-        others = [
-            *self._file(weights_path(model["weights_sha256"]), plan.weights),
-            *self._file(f"{ARRAYS}/{plan.run}/zarr.json", GROUP),
-        ]
-        of_run = {"weights_sha256": model["weights_sha256"], "first_tree_id": first_tree_id}
-        for site in plan.sites:
-            about = metadata(site.layout, site.axes, {"run": plan.run, "site": site.site, **of_run})
-            others += self._file(f"{site.path(plan.run)}/zarr.json", about)
+        contents = definition_contents(plan, first_tree_id)
+        others = [file for content in contents for file in self._file(content.path, content.content)]
         self._commit(Manifest(len(self._log) + 1, "run", plan.run, None, parts, [], others))
         return first_tree_id
 
@@ -250,6 +244,24 @@ class Content:
     owner: str = ""
     batch: int | None = None
     site: str = ""
+
+
+def definition_contents(plan: RunPlan, first_tree_id: int) -> list[Content]:
+    """The files of a run's definition other than its parts: weights, and metadata of its arrays.
+
+    Args:
+        first_tree_id: tree_id of the first tree of the run's dataset.
+    """
+    of_run = {"weights_sha256": plan.model["weights_sha256"], "first_tree_id": first_tree_id}
+    arrays = [
+        Content(
+            f"{site.path(plan.run)}/zarr.json",
+            metadata(site.layout, site.axes, {"run": plan.run, "site": site.site, **of_run}),
+        )
+        for site in plan.sites
+    ]
+    weights = Content(weights_path(plan.model["weights_sha256"]), plan.weights)
+    return [weights, Content(f"{ARRAYS}/{plan.run}/zarr.json", GROUP), *arrays]
 
 
 def batch_contents(

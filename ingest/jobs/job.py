@@ -96,6 +96,17 @@ class Ingest:
         per_shard = int(self.plan.dataset["trees_per_shard"])
         return batch * per_shard, min((batch + 1) * per_shard, self.trees.n_trees)
 
+    def originals(self, datasets: pl.DataFrame) -> int | None:
+        """tree_id of the first tree of the set that a variant was made from; None for a drawn set.
+
+        Args:
+            datasets: the committed rows of `datasets`.
+        """
+        if not self.trees.variant_of:
+            return None
+        known = {row["dataset"]: row["first_tree_id"] for row in datasets.to_dicts()}
+        return int(known[self.trees.variant_of])
+
     def left(self) -> list[int]:
         """Numbers of the batches that the store does not hold yet; reads the store."""
         try:

@@ -36,7 +36,7 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda trees: None) ->
     """
     check_room(job.store, job.bytes_left(), f"run {job.plan.run!r}")
     with open_writer(job.store, make=True, wait=job.wait) as writer:
-        originals = _originals(job, writer)
+        originals = job.originals(writer.table("datasets"))
         first_tree_id = writer.define(job.plan)
         done = writer.batches(job.plan.run)
         left = [batch for batch in range(job.n_batches) if batch not in done]
@@ -54,14 +54,6 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda trees: None) ->
                 pending = pool.submit(_commit, writer, batch)
             if pending:
                 pending.result()
-
-
-def _originals(job: Ingest, writer: Writer) -> int | None:
-    """tree_id of the first tree of the set that a variant was made from; None for a drawn set."""
-    if not job.trees.variant_of:
-        return None
-    known = {row["dataset"]: row["first_tree_id"] for row in writer.table("datasets").to_dicts()}
-    return int(known[job.trees.variant_of])
 
 
 def _commit(writer: Writer, batch: Batch) -> None:

@@ -26,10 +26,10 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.forward import forward
 from actstore.ingest.replay.difference import Difference
 from actstore.ingest.replay.rehydrate import rehydrate
-from actstore.ingest.replay.remake import originals_of
 from actstore.ingest.trees.draw import Trees
 from actstore.ingest.trees.tokens import PAD, WORDS, arrow_word, encode, path_at, root_at
 from actstore.store import Store
+from actstore.writing.parts import rows_committed
 
 # of a site's largest number: float32 sums of 128 to 512 terms through six layers differ by 1e-6 to
 # 1e-5
@@ -59,7 +59,12 @@ def compare(
         for done, run in enumerate(runs, start=1):
             job, about = rehydrate(root, committed, run)
             found += _compare_run(
-                store, job, int(about["first_tree_id"]), n_trees, seed, originals_of(root, committed, job)
+                store,
+                job,
+                int(about["first_tree_id"]),
+                n_trees,
+                seed,
+                job.originals(rows_committed(root, committed, "datasets")),
             )
             advance(done, len(runs), run)
     return found

@@ -73,9 +73,8 @@ class Writer:
 
     def __init__(self, root: Path, lease: Lease) -> None:
         self.root, self._lease = root, lease
-        self._log = log.manifests(
-            root, least=catalog_tables.snapshot(root)
-        )  # before anything is swept: is the log whole?
+        # before anything is swept: is the log whole?
+        self._log = log.manifests(root, least=catalog_tables.snapshot(root))
         log.check_sizes(root, self._log)
         refuse_astray(root, self._log)
         witness.refuse_conflict(root, self._log)
@@ -199,10 +198,8 @@ class Writer:
     def _part(self, part: Content, first_tree_id: int | None = None, n_trees: int | None = None) -> list[Part]:
         """Publish rows of a table; returns [] if an earlier commit brought the same rows."""
         if part.path in self._files and not self._has(part.path, part.content):
-            held = read_part(self.root, part.path)
-            if not held.equals(
-                pl.read_parquet(bytes(part.content))
-            ):  # another version may encode the same rows otherwise
+            held = read_part(self.root, part.path)  # another version may encode the same rows otherwise
+            if not held.equals(pl.read_parquet(bytes(part.content))):
                 raise _otherwise(self.root / part.path)
             return []
         table = cast(TableOfParts, part.table)

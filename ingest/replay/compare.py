@@ -55,17 +55,10 @@ def compare(
     found: list[Difference] = []
     with Store(root) as store:
         committed = manifests(root)[: store.snapshot]
-        runs = store.runs()
+        datasets, runs = rows_committed(root, committed, "datasets"), store.runs()
         for done, run in enumerate(runs, start=1):
             job, about = rehydrate(root, committed, run)
-            found += _compare_run(
-                store,
-                job,
-                int(about["first_tree_id"]),
-                n_trees,
-                seed,
-                job.originals(rows_committed(root, committed, "datasets")),
-            )
+            found += _compare_run(store, job, int(about["first_tree_id"]), n_trees, seed, job.originals(datasets))
             advance(done, len(runs), run)
     return found
 

@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from actstore.catalog import build, tables
@@ -377,3 +379,14 @@ def test_the_views_name_the_tokens_they_say(tmp_path: Path, n_nodes: int) -> Non
     assert (answers["next_node"] == answers["node"]).all()
     assert (answers["step"] == answers["next_step"]).all()
     assert set(answers["role"]) <= {"root", "path"}
+
+
+def test_a_ctrl_c_while_rows_are_handed_to_duckdb_is_a_ctrl_c() -> None:
+    def rows() -> Iterator[pa.RecordBatch]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt), tables.ctrl_c(), duckdb.connect() as connection:
+        schema = pa.schema([("a", pa.int64())])
+        connection.register("new_rows", pa.RecordBatchReader.from_batches(schema, rows()))
+        connection.sql("from new_rows").fetchall()

@@ -165,11 +165,15 @@ def snapshot_of(connection: duckdb.DuckDBPyConnection) -> tuple[int, str | None]
 
 @contextmanager
 def ctrl_c() -> Iterator[None]:
-    """Raise KeyboardInterrupt for the errors that DuckDB tells a Ctrl-C by, in the main thread."""
+    """Raise KeyboardInterrupt for the errors that DuckDB tells a Ctrl-C by, in the main thread.
+
+    DuckDB names it in three ways: an interrupted query, a RuntimeError, and, where the Ctrl-C came
+    while Python handed rows over, the text of the exception that Python raised there.
+    """
     try:
         yield
     except (duckdb.Error, RuntimeError) as error:
-        if "interrupted" in str(error).lower():
+        if any(word in str(error).lower() for word in ("interrupted", "keyboardinterrupt")):
             raise KeyboardInterrupt from error
         raise
 
@@ -184,7 +188,7 @@ def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         FileNotFoundError: there is no catalog.
         duckdb.Error: the file is not a database.
     """
-    with ExitStack() as stack:
+    with ctrl_c(), ExitStack() as stack:
         path = root / CATALOG
         check_regular(path)
         if replayed(root):

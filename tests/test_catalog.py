@@ -386,7 +386,7 @@ def test_a_ctrl_c_while_rows_are_handed_to_duckdb_is_a_ctrl_c() -> None:
         raise KeyboardInterrupt
         yield
 
-    with pytest.raises(KeyboardInterrupt), tables.ctrl_c(), duckdb.connect() as connection:
-        schema = pa.schema([("a", pa.int64())])
-        connection.register("new_rows", pa.RecordBatchReader.from_batches(schema, rows()))
-        connection.sql("from new_rows").fetchall()
+    with duckdb.connect() as connection:
+        connection.register("new_rows", pa.RecordBatchReader.from_batches(pa.schema([("a", pa.int64())]), rows()))
+        with pytest.raises(KeyboardInterrupt), tables.ctrl_c():
+            connection.execute("from new_rows")

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Z_95 = 1.959964  # quantile of the normal distribution, two-sided
 ENDS = (0.025, 0.975)  # quantiles, two-sided
 N_RESAMPLES = 1000  # resamples of the bootstrap; 25 lie beyond each end of a 95 % interval
 N_DRAWS = 9999  # draws per test: the smallest p is 1 in 10,000, which Holm over 500 tests leaves below 5 %
@@ -36,22 +35,6 @@ def share(n_right: int, n: int) -> Interval:
     low = _beta_quantile(ENDS[0], n_right, n - n_right + 1) if n_right else 0.0
     high = _beta_quantile(ENDS[1], n_right + 1, n - n_right) if n_right < n else 1.0
     return low, high
-
-
-def wilson(n_right: int, n: int) -> Interval:
-    """Wilson's 95 % interval of a share: shorter than the exact one, too little cover near 100 %.
-
-    For n = 0 the interval is 0 to 1. https://doi.org/10.1080/01621459.1927.10502953
-    """
-    if not n:
-        return 0.0, 1.0
-    proportion = n_right / n
-    centre, half = (
-        proportion + Z_95**2 / (2 * n),
-        Z_95 * np.sqrt(proportion * (1 - proportion) / n + (Z_95 / (2 * n)) ** 2),
-    )
-    low, high = (centre - half) / (1 + Z_95**2 / n), (centre + half) / (1 + Z_95**2 / n)
-    return float(max(0.0, low)), float(min(1.0, high))
 
 
 def share_over_trees(values: np.ndarray, trees: np.ndarray, seed: int = 0) -> Interval:
@@ -106,9 +89,7 @@ def _end(value: np.ndarray, weight: np.ndarray, end: int) -> float:
 
 
 def _beta_quantile(quantile: float, a: float, b: float) -> float:
-    from scipy.special import (
-        betaincinv,  # imports three times faster than scipy.stats; imported only when needed
-    )
+    from scipy.special import betaincinv  # imports three times faster than scipy.stats; imported only when needed
 
     return float(betaincinv(a, b, quantile))
 

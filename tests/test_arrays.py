@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,8 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from actstore.arrays.layout import Layout
@@ -118,17 +119,24 @@ def test_a_shard_is_not_sealed_with_the_activations_of_other_trees(n_put: int) -
         buffer.seal(np.full(2, 7))
 
 
-def test_the_metadata_says_how_the_array_lies() -> None:
-    about = json.loads(metadata(Layout((10, 63, 8), 1, 4), ("tree", "position", "d_model"), {"run": "r"}))
-    codec = about["codecs"][0]["configuration"]
-    assert about["shape"] == [10, 63, 8]
-    assert about["chunk_grid"]["configuration"]["chunk_shape"] == [4, 63, 8]
-    assert about["dimension_names"] == ["tree", "position", "d_model"]
-    assert about["fill_value"] == "NaN"
-    assert about["attributes"] == {"run": "r"}
-    assert codec["chunk_shape"] == [4, 1, 8]
-    assert [step["name"] for step in codec["codecs"] + codec["index_codecs"]] == ["bytes", "crc32c"] * 2
-    assert [step["name"] for step in about["codecs"]] == ["sharding_indexed"]
+@pytest.mark.parametrize("layout", [Layout((10, 63, 8), 1, 4), Layout((8, 2, 7, 7), 2, 3, "float16")])
+def test_the_metadata_is_what_zarr_python_writes(layout: Layout) -> None:
+    names, store = tuple("abcd"[: len(layout.shape)]), MemoryStore()
+    zarr.create_array(
+        store,
+        shape=layout.shape,
+        chunks=layout.shard_shape,
+        dtype=layout.dtype,
+        fill_value=float("nan"),
+        serializer=ShardingCodec(chunk_shape=layout.chunk_shape, codecs=[BytesCodec(endian="little"), Crc32cCodec()]),
+        compressors=None,
+        dimension_names=names,
+        attributes={"run": "é"},
+        config={"write_empty_chunks": True},
+    )
+    written = sync(store.get("zarr.json", default_buffer_prototype()))
+    assert written is not None
+    assert metadata(layout, names, {"run": "é"}) == written.to_bytes()
 
 
 # Foreign eyes.

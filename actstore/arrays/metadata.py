@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actstore.arrays.layout import Layout
 
+LAYOUT_KEYS = ("zarr_format", "node_type", "shape", "chunk_grid", "chunk_key_encoding", "codecs")  # where numbers lie
+
 
 def metadata(layout: Layout, names: tuple[str, ...], attributes: Mapping[str, Any]) -> bytes:
-    """Build the array's zarr.json, as zarr-python writes it."""
-    import zarr
-    from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
-    from zarr.core.buffer import default_buffer_prototype
-    from zarr.core.sync import sync
-    from zarr.storage import MemoryStore
+    """Build the array's zarr.json, the same bytes as zarr-python 3 writes."""
+    return json.dumps(_content(layout, names, attributes), indent=2).encode()
 
-    store = MemoryStore()
-    zarr.create_array(
-        store,
-        shape=layout.shape,
-        chunks=layout.shard_shape,
-        dtype=layout.dtype,
-        fill_value=float("nan"),
-        serializer=ShardingCodec(chunk_shape=layout.chunk_shape, codecs=[BytesCodec(endian="little"), Crc32cCodec()]),
-        compressors=None,
-        dimension_names=names,
-        attributes=dict(attributes),
-        config={"write_empty_chunks": True},
-    )
-    buffer = sync(store.get("zarr.json", default_buffer_prototype()))
-    assert buffer is not None
-    return buffer.to_bytes()
+
+def _content(layout: Layout, names: Sequence[str], attributes: Mapping[str, Any]) -> dict[str, Any]:
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {
+        "chunk_shape": list(layout.chunk_shape),
+        "codecs": checked,
+        "index_codecs": checked,
+        "index_location": "end",
+    }
+    return {
+        "shape": list(layout.shape),
+        "data_type": layout.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(layout.shard_shape)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "NaN",
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": dict(attributes),
+        "dimension_names": list(names),
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
 
 
 def mapped_dtype(about: Mapping[str, Any], layout: Layout) -> str | None:
@@ -42,24 +47,6 @@ def mapped_dtype(about: Mapping[str, Any], layout: Layout) -> str | None:
     Args:
         about: the content of the array's zarr.json.
     """
-    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    expected = {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(layout.shape),
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(layout.shard_shape)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "codecs": [
-            {
-                "name": "sharding_indexed",
-                "configuration": {
-                    "chunk_shape": list(layout.chunk_shape),
-                    "codecs": checked,
-                    "index_codecs": checked,
-                    "index_location": "end",
-                },
-            }
-        ],
-    }
-    same = all(about.get(key) == value for key, value in expected.items()) and not about.get("storage_transformers")
+    expected = _content(layout, (), {})
+    same = all(about.get(key) == expected[key] for key in LAYOUT_KEYS) and not about.get("storage_transformers")
     return about["data_type"] if same and about.get("data_type") in ("float32", "float16") else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 from typing import TYPE_CHECKING
 
@@ -22,13 +21,11 @@ class ShardBuffer:
         self.layout = layout
         self.n_put = 0  # trees since the last seal
         self.bytes = np.frombuffer(mmap.mmap(-1, layout.shard_bytes), np.uint8)  # page-aligned, to be written directly
-        self.rows = np.ndarray(  # [position, tree, *row]: the order on the disk
-            (layout.n_positions, layout.trees_per_shard, *layout.row_shape),
-            layout.dtype,
-            self.bytes,
-            strides=(layout.chunk_bytes, *_contiguous_strides((1, *layout.row_shape), layout.item_bytes)),
-        )
-        index = np.ndarray((layout.n_positions, 2), "<u8", self.bytes, layout.n_positions * layout.chunk_bytes)
+        self._index = self.bytes[-layout.index_bytes :]
+        self._chunks = self.bytes[: -layout.index_bytes].reshape(layout.n_positions, layout.chunk_bytes)
+        numbers = self._chunks[:, :-CRC_BYTES].view(layout.dtype)
+        self.rows = numbers.reshape(-1, layout.trees_per_shard, *layout.row_shape)  # [position, tree, *row], a view
+        index = self._index[:-CRC_BYTES].view("<u8").reshape(layout.n_positions, 2)
         index[:, 0] = np.arange(layout.n_positions, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
         index[:, 1] = layout.chunk_bytes
 
@@ -70,16 +67,7 @@ class ShardBuffer:
         self.rows[:, n_trees:] = np.nan
         for position in range(int(lengths.min()), self.layout.n_positions):
             self.rows[position, :n_trees][lengths <= position] = np.nan
-        for position in range(self.layout.n_positions):
-            start = position * self.layout.chunk_bytes
-            self._checksum(start, start + self.layout.chunk_bytes - CRC_BYTES)
-        self._checksum(self.layout.n_positions * self.layout.chunk_bytes, self.layout.shard_bytes - CRC_BYTES)
+        for part in (*self._chunks, self._index):
+            crc = google_crc32c.value(part[:-CRC_BYTES])
+            part[-CRC_BYTES:] = np.frombuffer(crc.to_bytes(CRC_BYTES, "little"), np.uint8)
         return self.bytes.data
-
-    def _checksum(self, start: int, stop: int) -> None:
-        crc = google_crc32c.value(self.bytes[start:stop])
-        self.bytes[stop : stop + CRC_BYTES] = np.frombuffer(crc.to_bytes(CRC_BYTES, "little"), np.uint8)
-
-
-def _contiguous_strides(shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
-    return tuple(item_bytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> Path:
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --csv, --json and --parquet FILE; default: a table."""
 
+    @wraps(command)
     def wrapped(*args: Any, as_csv: bool, as_json: bool, parquet: str | None, **options: Any) -> Any:
         from actstore.cli.output import Output
         from actstore.outputs import check_file
@@ -34,8 +36,6 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
             raise click.UsageError("choose one of --csv, --json and --parquet")
         return command(*args, output=Output("csv" if as_csv else "json" if as_json else "table", parquet), **options)
 
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     for option in (
         click.option("--parquet", metavar="FILE", help="Write the rows to a Parquet file."),
         click.option("--json", "as_json", is_flag=True, help="Print rows as JSON."),
@@ -51,13 +51,14 @@ param_option: Option = click.option(
     "params",
     type=(str, str),
     multiple=True,
+    callback=lambda ctx, parameter, pairs: dict(pairs),
     metavar="NAME VALUE",
     help="Value of a $NAME, as text; cast the text to a number in SQL (`$NAME::int`).",
 )
 
 
 def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --timeout and --memory, limits of the query."""
+    """Add --timeout and --memory, limits of the query; see Store.sql."""
     command = click.option("--memory", metavar="SIZE", help="Stop the query when it holds more: 2GB, 512MB.")(command)
     return click.option("--timeout", type=float, metavar="SECONDS", help="Stop the query after this time.")(command)
 

@@ -13,6 +13,7 @@ from actstore.outputs import printable
 
 if TYPE_CHECKING:
     from rich.live import Live
+    from rich.progress import Progress
 
 Advance = Callable[..., None]  # (done, total=None, what=None): units done; a total or a name where they change
 
@@ -42,29 +43,15 @@ def progress(what: str, total: int | None, unit: str) -> Iterator[Advance]:
 
 @contextmanager
 def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
+    from rich import progress as rich
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.text import Text
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    counted = (rich.BarColumn(), rich.MofNCompleteColumn(), rich.TextColumn(unit))
+    timed = (rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn())
     console, details = Console(stderr=True), Text(style="dim")  # below the bar, where a long line leaves it its room
-    bars = Progress(*columns, console=console)
+    bars = rich.Progress(rich.TextColumn("{task.description}", markup=False), *counted, *timed, console=console)
     task = bars.add_task(printable(what), total=total)
 
     def advance(done: int, total: int | None = None, part: str | None = None) -> None:
@@ -89,21 +76,18 @@ def waiting(what: str) -> Iterator[None]:
 
 @contextmanager
 def _spinner(what: str) -> Iterator[None]:
+    from rich import progress as rich
     from rich.console import Console
-    from rich.live import Live
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    bars = Progress(
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console
-    )
-    bars.add_task(printable(what), total=None)
-    with _shown_late(Live(bars, console=console, transient=True)):
+    columns = (rich.SpinnerColumn(), rich.TextColumn("{task.description}", markup=False), rich.TimeElapsedColumn())
+    spinner = rich.Progress(*columns, console=Console(stderr=True), transient=True)
+    spinner.add_task(printable(what), total=None)
+    with _shown_late(spinner):
         yield
 
 
 @contextmanager
-def _shown_late(live: Live) -> Iterator[None]:
+def _shown_late(live: Live | Progress) -> Iterator[None]:
     """Show something after two seconds, so that short work does not flash."""
     timer = threading.Timer(SECONDS_BEFORE_A_BAR, live.start)
     timer.daemon = True

@@ -52,14 +52,7 @@ def info(store: Path, output: Output) -> None:
 @check_option
 @output_options
 def sql(
-    store: Path,
-    query: str,
-    run: str | None,
-    params: tuple[tuple[str, str], ...],
-    timeout: float | None,
-    memory: str | None,
-    check: bool,
-    output: Output,
+    store: Path, query: str, run: str | None, params: dict[str, str], check: bool, output: Output, **limits: Any
 ) -> None:
     """Run SQL over a store's tables, vectors included.
 
@@ -76,7 +69,7 @@ def sql(
 
     with Store(store, check) as opened, waiting("sql"):
         asked = opened if run is None else opened.of(run)
-        rows = asked.sql(query, dict(params), timeout, memory)
+        rows = asked.sql(query, params, **limits)
     output.write(rows)
 
 
@@ -113,10 +106,9 @@ def read(
     explain: bool,
     out: str | None,
     check: bool | None,
-    params: tuple[tuple[str, str], ...],
-    timeout: float | None,
-    memory: str | None,
+    params: dict[str, str],
     output: Output,
+    **limits: Any,
 ) -> None:
     """Read the activations of the tokens that a query names, row for row.
 
@@ -138,20 +130,18 @@ def read(
     check_file(out, "--out", ACTIVATION_FILES)
     names = [name.strip() for listed in sites for name in listed.split(",")]
     where: dict[str, Any] = {"sites": names} if len(names) > 1 or names[0] in FAMILIES else {"site": names[0]}
-    where |= {"timeout": timeout, "memory": memory}
+    where |= {"params": params, **limits}
     with Store(store, bool(out) if check is None else check) as opened:
         if explain:
             with waiting("explain"):
-                explanation = opened.explain(query, run, params=dict(params), **where)
+                explanation = opened.explain(query, run, **where)
             if output.format == "table" and not output.parquet:
                 say(str(explanation))
             else:
                 output.write(pl.DataFrame([explanation.to_dict()]), explanation.to_dict())
             return
         with waiting("read"):
-            X, rows = opened.read(
-                query, run, params=dict(params), dtype=dtype, columns=lambda names: check_columns(names, out), **where
-            )
+            X, rows = opened.read(query, run, dtype=dtype, columns=lambda names: check_columns(names, out), **where)
     if out:
         save_activations(out, X, rows)
         say(f"{out}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
@@ -166,15 +156,7 @@ def read(
 @limit_options
 @check_option
 @output_options
-def query(
-    store: Path,
-    name: str | None,
-    params: tuple[tuple[str, str], ...],
-    timeout: float | None,
-    memory: str | None,
-    check: bool,
-    output: Output,
-) -> None:
+def query(store: Path, name: str | None, params: dict[str, str], check: bool, output: Output, **limits: Any) -> None:
     """Run a named query; without a name, list them.
 
     Example:
@@ -188,7 +170,7 @@ def query(
     from actstore.store import Store
 
     with Store(store, check) as opened, waiting("query"):
-        rows = queries.select(Limited(opened, timeout, memory), name, **dict(params)) if name else queries.listing()
+        rows = queries.select(Limited(opened, **limits), name, **params) if name else queries.listing()
     output.write(rows)
 
 

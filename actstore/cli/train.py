@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,16 +29,7 @@ if TYPE_CHECKING:
     help="Fresh trees per distribution that the model is graded on at the end.",
 )
 @click.option("--wandb", metavar="PROJECT", help="Also send the log to this project of Weights & Biases.")
-def train(
-    name: str,
-    out: Path,
-    steps: int | None,
-    nodes: int | None,
-    seed: int | None,
-    device: str,
-    grade: int,
-    wandb: str | None,
-) -> None:
+def train(name: str, out: Path, **options: Any) -> None:
     """Train a system (reproduction, baseline) or a YAML configuration, into the folder OUT.
 
     Every 25 steps the state is saved and OUT/NAME.jsonl gets a row. After a kill, the same command
@@ -57,7 +48,7 @@ def train(
     from actstore.ingest.training.train import kept
 
     click.get_current_context().meta[KEPT] = lambda: kept(out)
-    weights, graded = verbs.train(name, out, steps, nodes, seed, device, grade, wandb, progress)
+    weights, graded = verbs.train(name, out, **options, progress=progress)
     Output().write(graded.table)
     say(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
 
@@ -74,17 +65,7 @@ def train(
 @click.option("--nodes", type=int, help="Nodes per tree; default: the model's own.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @output_options
-def evaluate(
-    model: str,
-    config: str | None,
-    distribution: str | None,
-    trees: int,
-    seed: int,
-    nodes: int | None,
-    device: str,
-    checkpoint: int | None,
-    output: Output,
-) -> None:
+def evaluate(model: str, output: Output, **options: Any) -> None:
     """Grade a model on fresh trees: tokens, whole paths, greedy answers; by distribution and depth.
 
     Intervals are exact, at 95 %. Every distribution is tested, since a model that is right on its
@@ -100,6 +81,6 @@ def evaluate(
     from actstore import verbs
     from actstore.cli.progress import progress
 
-    answer = verbs.evaluate(model, config, checkpoint, distribution, trees, seed, nodes, device, progress)
+    answer = verbs.evaluate(model, **options, progress=progress)
     output.write(answer.table, answer.to_dict())
     say(answer.sentence(), err=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear
 
 from actstore.ingest.models.config import ModelConfig
-from actstore.ingest.models.equations import ACTIVATIONS, LN_EPS
+from actstore.ingest.models.equations import mlp, norm
 
 
 class Cache:
@@ -28,12 +27,10 @@ class Cache:
         mask = torch.ones(n_new, self.n_pos + n_new, dtype=torch.bool, device=ids.device).tril(self.n_pos)
         for layer in range(self.config.n_layers):
             block = f"blocks.{layer}."
-            resid = resid + self._attend(layer, _norm(w, block + "ln1", resid), mask)
-            x = _norm(w, block + "ln2", resid)
-            hidden = ACTIVATIONS[self.config.act_fn](linear(x, w[block + "mlp.W_in"].T, w[block + "mlp.b_in"]))
-            resid = resid + linear(hidden, w[block + "mlp.W_out"].T, w[block + "mlp.b_out"])
+            resid = resid + self._attend(layer, norm(w, block + "ln1", resid), mask)
+            resid = resid + mlp(w, block, self.config, norm(w, block + "ln2", resid))
         self.n_pos += n_new
-        return _norm(w, "ln_final", resid[:, -1]) @ w["unembed.W_U"] + w["unembed.b_U"]
+        return norm(w, "ln_final", resid[:, -1]) @ w["unembed.W_U"] + w["unembed.b_U"]
 
     def _attend(self, layer: int, x: Tensor, mask: Tensor) -> Tensor:
         """Cache keys and values; return one layer's output, float32 [sequence, n_new, d_model]."""
@@ -49,7 +46,3 @@ class Cache:
         scores = (q @ k.transpose(2, 3)) * self.config.d_head**-0.5
         pattern = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         return torch.einsum("shpe,hed->spd", pattern @ v, w[block + "W_O"]) + w[block + "b_O"]
-
-
-def _norm(w: dict[str, Tensor], name: str, resid: Tensor) -> Tensor:
-    return layer_norm(resid, resid.shape[-1:], w[name + ".w"], w[name + ".b"], LN_EPS)

@@ -67,7 +67,7 @@ def forward(params: dict[str, Tensor], config: ModelConfig, batch: Packed, dtype
     for layer in range(config.n_layers):
         at = batch.at if layer == config.n_layers - 1 else None
         resid = _block(w, f"blocks.{layer}.", config, resid, bias, at)
-    return (_norm(w, "ln_final", resid, dtype) @ w["unembed.W_U"] + w["unembed.b_U"]).float()
+    return (norm(w, "ln_final", resid, dtype) @ w["unembed.W_U"] + w["unembed.b_U"]).float()
 
 
 def _hidden(batch: Packed) -> Tensor:
@@ -84,14 +84,18 @@ def _block(
 ) -> Tensor:
     """One layer; with `at`, the output covers those positions only, [n_targets, d_model]."""
     dtype = bias.dtype
-    mixed = _attend(w, prefix + "attn.", config, _norm(w, prefix + "ln1", resid, dtype), bias)
+    mixed = _attend(w, prefix + "attn.", config, norm(w, prefix + "ln1", resid, dtype), bias)
     if at is not None:
         resid, mixed = resid.flatten(0, 1)[at], mixed.flatten(0, 1)[at]
     w_o = w[prefix + "attn.W_O"].flatten(0, 1)
     resid = resid + linear(mixed, w_o.T, w[prefix + "attn.b_O"])
-    x = _norm(w, prefix + "ln2", resid, dtype)
+    return resid + mlp(w, prefix, config, norm(w, prefix + "ln2", resid, dtype))
+
+
+def mlp(w: dict[str, Tensor], prefix: str, config: ModelConfig, x: Tensor) -> Tensor:
+    """The output of one layer's MLP, in the shape of its normalised input [..., d_model]."""
     hidden = ACTIVATIONS[config.act_fn](linear(x, w[prefix + "mlp.W_in"].T, w[prefix + "mlp.b_in"]))
-    return resid + linear(hidden, w[prefix + "mlp.W_out"].T, w[prefix + "mlp.b_out"])
+    return linear(hidden, w[prefix + "mlp.W_out"].T, w[prefix + "mlp.b_out"])
 
 
 def _attend(w: dict[str, Tensor], prefix: str, config: ModelConfig, x: Tensor, bias: Tensor) -> Tensor:
@@ -107,5 +111,6 @@ def _attend(w: dict[str, Tensor], prefix: str, config: ModelConfig, x: Tensor, b
     return (pattern @ v).view(n_trees, n_heads, n_pos, d_head).transpose(1, 2).flatten(2)
 
 
-def _norm(w: dict[str, Tensor], name: str, resid: Tensor, dtype: torch.dtype) -> Tensor:
+def norm(w: dict[str, Tensor], name: str, resid: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The layer norm of this name, of resid [..., d_model]."""
     return layer_norm(resid, resid.shape[-1:], w[name + ".w"], w[name + ".b"], LN_EPS).to(dtype)

@@ -13,27 +13,13 @@ import polars as pl
 
 from actstore.errors import BadInput, NotStored, nearest
 from actstore.ingest.models.config import MODEL_FIELDS, ModelConfig, parse_yaml, read_text, there_are
-from actstore.ingest.models.weights import SUFFIXES, canonical, check_weights, parse, read_state, replace, save, state
+from actstore.ingest.models.weights import SUFFIXES, canonical, check_weights, parse, read_state, replace
 from actstore.ingest.trees.tokens import SYSTEMS
 from actstore.named import SHIPPED, available, by_name, own_folder, place
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
-
-__all__ = [
-    "Model",
-    "ModelConfig",
-    "add",
-    "available",
-    "build",
-    "find",
-    "from_bytes",
-    "listing",
-    "load",
-    "save",
-    "state",
-]
 
 
 @dataclass

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+Z_95 = 1.959964  # quantile of the normal distribution, two-sided
 ENDS = (0.025, 0.975)  # quantiles, two-sided
 N_RESAMPLES = 1000  # resamples of the bootstrap; 25 lie beyond each end of a 95 % interval
 N_DRAWS = 9999  # draws per test: the smallest p is 1 in 10,000, which Holm over 500 tests leaves below 5 %

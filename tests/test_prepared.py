@@ -105,7 +105,7 @@ def test_ids_go_past_sql_from_the_opening_on(store, monkeypatch, given, sites):
     assert rows["token_id"].to_list() == ids
     np.testing.assert_array_equal(X.reshape(len(ids), -1)[:, 1], np.array(ids) % 256)
     assert not [query for query in asked if "duckdb_" in query]
-    assert len(asked) == 6  # views, columns, the snapshot; runs; the site and its shards
+    assert len(asked) == 4  # the snapshot; runs; the site and its shards
 
 
 def test_a_query_without_ids_is_asked_in_no_words(store):

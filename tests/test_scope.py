@@ -6,7 +6,6 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import polars as pl
 import pytest
 from click.testing import CliRunner
 
@@ -199,6 +198,34 @@ MIXED = [
     "select count(*) from outcomes where tree_id in (select first_tree_id from runs where run = 'r')",
     "from (select tree_id from outcomes union all select tree_id from trees)",
     "select count(*) from store.main.outcomes",
+    "select count(*) from query('select tree_id from outcomes')",
+    "explain select count(*) from outcomes",
+    "-- why\nEXPLAIN ANALYZE select count(*) from outcomes",
+    "explain (format json) select tree_id from predictions",
+    "explain pivot outcomes on greedy_right using count(*) group by tree_id",
+    "explain summarize select greedy_right from outcomes",
+    "summarize select greedy_right from outcomes",
+    "from (summarize select greedy_right from outcomes)",
+    *(
+        query.format(values)
+        for values in ("", " in (true, false)")  # without IN, DuckDB first queries the values
+        for query in (
+            "pivot outcomes on greedy_right{} using count(*) group by tree_id",
+            "pivot (select tree_id, greedy_right from outcomes) on greedy_right{} using count(*)",
+            "pivot (from outcomes o join trees using (tree_id)) on greedy_right{} using count(*) as n, max(depth) group by depth",
+            "pivot outcomes o join trees t on o.tree_id = t.tree_id on greedy_right{} using count(*) group by depth",
+            "select count(*) from (pivot predictions on correct{} using avg(p_target) group by step)",
+            "with p as (pivot outcomes on greedy_right{} using count(*) group by tree_id) from p",
+            "with o as (select tree_id, greedy_right from outcomes) pivot o on greedy_right{} using count(*)",
+            "(pivot outcomes on greedy_right{0} group by tree_id) union all (pivot outcomes on greedy_right{0} group by tree_id)",
+        )
+    ),
+    "pivot outcomes on 'right ' || greedy_right using count(*) group by tree_id",
+    "pivot trees on depth in ((select 1 from outcomes)) using count(*) group by root",
+    "select * from outcomes pivot (count(*) for greedy_right in (true, false) group by tree_id)",
+    "unpivot (select tree_id, greedy_right, teacher_forced_right from outcomes) on columns(* exclude (tree_id))",
+    "unpivot (select tree_id, greedy_right from outcomes) on greedy_right into name n value v",
+    "select tree_id from outcomes unpivot (v for n in (greedy_right))",
 ]
 PLAIN = [
     "from outcomes",
@@ -219,6 +246,31 @@ PLAIN = [
     "select count(*) from generations",
     "select 'outcomes' as x",
     "describe outcomes",
+    "show outcomes",
+    "explain from outcomes",
+    "explain analyze select * from outcomes join trees using (tree_id)",
+    "explain describe outcomes",
+    "explain select count(*) from outcomes where run = 'r'",
+    "summarize outcomes",
+    "summarize select greedy_right from outcomes where run = 'r'",
+    "describe pivot outcomes on greedy_right using count(*) group by tree_id",
+    *(
+        query.format(values)
+        for values in ("", " in ('r', 'model')")
+        for query in (
+            "pivot outcomes on run{} using count(*) group by tree_id",
+            "pivot outcomes on run{} using count(*)",
+            "explain pivot outcomes on run{} using count(*) group by tree_id",
+        )
+    ),
+    "pivot outcomes on greedy_right",
+    "pivot outcomes on greedy_right using count(*) group by tree_id, run",
+    "select count(*) from (pivot outcomes on greedy_right using count(*) group by run)",
+    "select count(*) from (pivot outcomes on greedy_right in (true) using count(*) group by run)",
+    "pivot (from outcomes where run = 'r') on greedy_right using count(*) group by tree_id",
+    "pivot trees on depth using count(*) group by root",
+    "from outcomes unpivot (v for n in (greedy_right))",
+    "from query('from outcomes')",
 ]
 
 
@@ -297,6 +349,17 @@ REFUSED = [
     ("select trees.tree_id.act('r', 'embed') from trees", "act", "tree_id"),
     ("from trees, (select unnest([1, 2]) as i) order by norm(act(i, 'r', 'embed'))", "act", "i"),
     ("select dot(act(token_id, 'r', 'embed'), act(tree_id, 'r', 'embed')) from tokens", "act", "tree_id"),
+    ("explain select act(tree_id, 'r', 'embed') as x from trees", "act", "tree_id"),
+    ("explain analyze select logit_lens(edge, 'r', 'embed') as x from edges", "logit_lens", "edge"),
+    ("pivot (select depth, norm(act(tree_id, 'r', 'embed')) as n from trees) on depth using sum(n)", "act", "tree_id"),
+    ("pivot trees on depth using sum(norm(act(tree_id, 'r', 'embed')))", "act", "tree_id"),
+    ("pivot trees on norm(act(tree_id, 'r', 'embed')) > 0 using count(*) group by root", "act", "tree_id"),
+    ("pivot trees on depth in (1, 2) using sum(norm(act(tree_id, 'r', 'embed')))", "act", "tree_id"),
+    ("select act(tree_id, 'r', 'embed') from (pivot trees on depth using count(*) group by tree_id)", "act", "tree_id"),
+    ("unpivot (select norm(act(tree_id, 'r', 'embed')) as n from trees) on n", "act", "tree_id"),
+    ("summarize select act(tree_id, 'r', 'embed') as x from trees", "act", "tree_id"),
+    ("describe select act(tree_id, 'r', 'embed') as x from trees", "act", "tree_id"),
+    ("from query('select act(tree_id, ''r'', ''embed'') as x from trees')", "act", "tree_id"),
 ]
 
 
@@ -320,6 +383,9 @@ RENAMED = [
     "select token_id from (select tree_id from trees) t(token_id)",
     "select token_id from tokens union all select tree_id from trees",
     "select variant_of as Token_Id from trees",
+    "select token_id from (pivot (select tree_id as token_id, depth from trees) on depth using count(*))",
+    "pivot (select tree_id as token_id, depth from trees) on depth in (1, 2) using count(*)",
+    "from query('select tree_id as token_id from trees')",
 ]
 
 
@@ -368,8 +434,17 @@ def test_what_is_a_token_id_may_be_renamed_to_it(store, query):
 
 
 def test_a_statement_that_the_parser_does_not_hand_out_is_asked_as_it_is(store):
-    for query in ("pivot outcomes on run using count(*) group by tree_id", "selec 1", "from (", "\ud800"):
+    for query in ("selec 1", "explain", "explain pivot", "pivot (on", "pivot )) on", "from (", "pivot \ud800"):
         asked = Asked(store._opened.session, query)
         asked.refuse_other_ids(True)
         assert asked.without_run([]) == {}
-    assert isinstance(store.sql("pivot outcomes on run using count(*) group by tree_id"), pl.DataFrame)
+    both = "select * from trees pivot (count(*) for depth in (1, 2)) p join (pivot outcomes on greedy_right) o on true"
+    assert Asked(store._opened.session, both).without_run([]) == {"outcomes": "outcomes"}
+    assert len(notes(lambda: store.sql(f"select 1 as one from ({both})"))[1]) == 1
+
+
+def test_a_query_that_takes_no_where_is_advised_none(store):
+    for query in ("pivot outcomes on greedy_right group by tree_id", "summarize select greedy_right from outcomes"):
+        for kept in ("", "explain "):
+            assert "where" not in notes(lambda query=kept + query: store.sql(query))[1][0]
+    assert "add `where o.run = 'r'`" in notes(lambda: store.sql("explain select count(*) from outcomes o"))[1][0]

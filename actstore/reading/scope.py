@@ -57,11 +57,14 @@ def ask(
     else:
         rows = session.sql(query, params, schema, check)
     if asked and of_run is None:
-        _note(store, asked.without_run(rows.columns), schema)
+        columns = rows.columns
+        if asked.explained is not None:
+            columns = session.sql(f"describe {asked.explained}", params, schema)["column_name"].to_list()
+        _note(store, asked.without_run(columns), schema, asked.takes_where)
     return rows
 
 
-def _note(store: Snapshot, tables: Mapping[str, str], schema: str | None) -> None:
+def _note(store: Snapshot, tables: Mapping[str, str], schema: str | None, takes_where: bool) -> None:
     """Warn about tables that hold answers of several runs while the query names no run."""
     found = {}
     for table in set(tables.values()):
@@ -71,9 +74,10 @@ def _note(store: Snapshot, tables: Mapping[str, str], schema: str | None) -> Non
         return
     runs = [run for run in store.runs() if any(run in found[table] for table in mixed.values())]
     condition = " and ".join(f"{alias}.run = '{runs[0]}'" for alias in mixed)
+    add = f"add `where {condition}`, or ask" if takes_where else "ask"
     warnings.warn(
         f"{' and '.join(dict.fromkeys(mixed.values()))} hold the answers of {len(runs)} runs ({', '.join(runs)}), and the query "
-        f"does not say whose it wants, so rows of several may stand side by side: add `where {condition}`, or ask one run alone, "
+        f"does not say whose it wants, so rows of several may stand side by side: {add} one run alone, "
         f"store.of('{runs[0]}').sql(…) ({advised('sql', store.path, '…', '--run', runs[0])})",
         SeveralRuns,
         stacklevel=outside(),

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+import duckdb
+
 from actstore.catalog.tables import column_comments
 from actstore.errors import BadInput
-from actstore.sql.session import Session
+from actstore.sql.session import EXPLAIN, LONGEST, Session
 
 Node = dict[str, Any]
 TAKE_TOKENS = ("act", "logit_lens")  # functions whose first argument is a token_id
@@ -19,16 +21,23 @@ MATTERS = re.compile(
     rf"\b(?:{'|'.join((*TAKE_TOKENS, *OF_RUNS))})\b", re.IGNORECASE
 )  # other queries need not be parsed
 RUN = re.compile(r"\brun\b", re.IGNORECASE)
+REWRITTEN = re.compile(r"\b(?:explain|pivot\w*)\b", re.IGNORECASE)
+NOT_PIVOT = {"pivot": b"from", "on": b"select *,", "using": b","}
 NO_TOKEN = "a token is named by tree_id * 256 + position, so token 300 is no part of tree 300"
 
 
 class Asked:
     """One parsed query.
 
-    A statement that the parser does not return, such as PIVOT, has no nodes.
+    DuckDB's parser returns neither EXPLAIN nor a PIVOT that first queries its columns. Of EXPLAIN
+    the query within is parsed, and of such a PIVOT the SELECT of the same source and columns.
 
     Attributes:
-        tree: JSON of each statement; empty if the parser returns none.
+        tree: JSON of each statement, and of each text that is passed to the table function `query`;
+            empty if the parser returns none.
+        is_as_written: True if the places in `tree` are those of the query's own text.
+        explained: the query after EXPLAIN; None without EXPLAIN.
+        takes_where: True if a WHERE can choose the run, as it cannot in a PIVOT or SUMMARIZE.
 
     Args:
         session: the session whose parser is used.
@@ -36,11 +45,24 @@ class Asked:
     """
 
     def __init__(self, session: Session, query: str) -> None:
-        self.query = query
-        self.tree: list[Node] = []
-        with suppress(ValueError, RecursionError):
-            parsed = json.loads(session.parse(query))
-            self.tree = [] if parsed["error"] else parsed["statements"]
+        self.query, self.explained = query, None
+        self.tree = plain = _parsed(session, query)
+        self.is_as_written = bool(plain)
+        if not plain and len(query) <= LONGEST and REWRITTEN.search(query):
+            with suppress(ValueError, duckdb.Error):
+                content = query.encode()
+                first = next((at for at, kind in duckdb.tokenize(query) if kind != duckdb.token_type.comment), 0)
+                text = content[first:].decode()
+                if found := EXPLAIN.match(text):
+                    self.explained = text = text[found.end() :]
+                plain = _parsed(session, text)
+                self.tree = plain or _parsed(session, _without_pivot(text))
+        self.takes_where = bool(plain) and not any(
+            found.get("type") in ("PIVOT", "SHOW_REF") for found in _dicts(plain)
+        )
+        for call in nodes(self.tree, "FUNCTION"):
+            for argument in call["arguments"] if call["function_name"].lower() == "query" else ():
+                self.tree = [*self.tree, *_parsed(session, argument["expression"].get("literal", {}).get("text", ""))]
 
     def refuse_other_ids(self, reads: bool) -> None:
         """Refuse a column used as a token_id whose name says otherwise; expressions are allowed.
@@ -76,7 +98,8 @@ class Asked:
         """True if the query mentions a column `run` anywhere."""
         if not self.tree:
             return bool(RUN.search(self.query))
-        return "run" in _names(self.tree) or any("run" in _using(join) for join in _joins(self.tree))
+        used = [*(_using(join) for join in _joins(self.tree)), *map(_pivot_groups, _dicts(self.tree))]
+        return "run" in _names(self.tree) or any("run" in columns for columns in used)
 
     def without_run(self, columns: Sequence[str]) -> dict[str, str]:
         """Tables of OF_RUNS, by alias, for which the query neither chooses a run nor yields one.
@@ -84,12 +107,16 @@ class Asked:
         Of tables joined by their run, the first stands for all.
 
         Args:
-            columns: the query's columns.
+            columns: the query's columns; of EXPLAIN, those of the query within.
         """
-        if any(found.get("type") == "SHOW_REF" for found in _dicts(self.tree)):  # DESCRIBE, SUMMARIZE
+        if not self.tree:
+            mentioned = [table for table in OF_RUNS if re.search(rf"\b{table}\b", self.query, re.IGNORECASE)]
+            return {} if self.names_a_run else dict(zip(mentioned, mentioned, strict=True))
+        shown = {found["show_type"] for found in _dicts(self.tree) if found.get("type") == "SHOW_REF"}
+        if shown - {"SUMMARY"}:  # DESCRIBE yields none of the rows
             return {}
         defined = {entry["key"].lower() for found in _dicts(self.tree) for entry in _entries(found)}
-        passed_on = "run" in map(str.lower, columns) or self.names_a_run
+        passed_on = "run" in map(str.lower, columns) or self.names_a_run or "SUMMARY" in shown
         lacking = [
             group
             for select in _selects(self.tree)
@@ -97,6 +124,38 @@ class Asked:
             if not _is_named(select, group, passed_on)
         ]
         return dict(next(iter(group.items())) for group in lacking if not defined & set(group.values()))
+
+
+def _parsed(session: Session, query: str) -> list[Node]:
+    """JSON of each statement; empty if the parser returns none."""
+    with suppress(ValueError, RecursionError):
+        parsed = json.loads(session.parse(query))
+        return [] if parsed["error"] else list(parsed["statements"])
+    return []
+
+
+def _without_pivot(query: str) -> str:
+    """Replace each `pivot a on b using c` by `from a select *, b, c`."""
+    content, found = query.encode(), list[dict[str, int]]()
+    scopes: list[dict[str, int]] = [{}]  # the places of PIVOT, its ON and its USING, in each open parenthesis
+    for at, kind in duckdb.tokenize(query):
+        word = content[at:].split(maxsplit=1)[0].lower() if kind == duckdb.token_type.keyword else content[at : at + 1]
+        scope = scopes[-1]
+        if word == b"(":
+            scopes.append({})
+        elif word == b")" and len(scopes) > 1:
+            found.append(scopes.pop())
+        elif word.startswith(b"pivot"):
+            found.append(scope)
+            scopes[-1] = {"pivot": at}
+        elif word == b"on" and "pivot" in scope:  # joins within its source have one, too: the last is its own
+            scopes[-1] = {"pivot": scope["pivot"], "on": at}
+        elif word == b"using" and "on" in scope:
+            scope.setdefault("using", at)
+    places = {scope[word]: word for scope in [*found, *scopes] if "on" in scope for word in scope}
+    for at in sorted(places, reverse=True):
+        content = content[:at] + NOT_PIVOT[places[at]] + re.sub(rb"^\w+", b"", content[at:])
+    return content.decode()
 
 
 def nodes(tree: Any, kind: str) -> Iterator[Node]:
@@ -126,6 +185,11 @@ def _joins(tree: Any, within: bool = False) -> Iterator[Node]:
 
 def _using(join: Node) -> list[str]:
     return [column.lower() for column in join["using_columns"]]
+
+
+def _pivot_groups(node: Node) -> list[str]:
+    """The columns that a PIVOT groups by; none for another node."""
+    return [column.lower() for column in node["groups"]] if node.get("type") == "PIVOT" else []
 
 
 def _entries(node: Node) -> list[Node]:
@@ -224,6 +288,8 @@ def _sources(table: Node | None) -> Iterator[Node]:
     """The tables of a FROM, without those of its subqueries."""
     if table and table["type"] == "BASE_TABLE":
         yield table
+    elif table and table["type"] == "PIVOT":
+        yield from _sources(table["source"])
     elif table and table["type"] == "JOIN":
         yield from _sources(table["left"])
         yield from _sources(table["right"])
@@ -265,8 +331,11 @@ def _is_named(select: Node, group: dict[str, str], passed_on: bool) -> bool:
     ties = {id(side) for pair in _equal_runs(select) for side in pair}
     if any(_table(found) in group for found in nodes(select, "COLUMN_REF") if id(found) not in ties):
         return True
-    own = [node for node in _dicts(select, within=True) if node.get("class") in ("COLUMN_REF", "STAR")]
-    if any([name.lower() for name in node.get("column_names", ())] == ["run"] for node in own):
+    within = list(_dicts(select, within=True))
+    own = [node for node in within if node.get("class") in ("COLUMN_REF", "STAR")]
+    if any("run" in _pivot_groups(node) for node in within) or any(
+        [name.lower() for name in node.get("column_names", ())] == ["run"] for node in own
+    ):
         return True
     stars = [star for star in own if star["class"] == "STAR" and "run" not in star["exclude_list"]]
     return passed_on and any(star["relation_name"].lower() in ("", *group) for star in stars)

@@ -126,7 +126,7 @@ def take_out(asked: Asked, params: dict[str, Any], vectors: Vectors) -> Taken | 
         unknown to this module.
     """
     try:
-        form = _read(asked.tree)
+        form = _read(asked.tree) if asked.is_as_written else None
     except (KeyError, TypeError):
         vectors.not_taken["JSON"] += 1
         return None

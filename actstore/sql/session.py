@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +42,7 @@ T = TypeVar("T")
 Check = Callable[[list[str], list[str]], None]  # takes names and SQL types of a prepared query's columns
 LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and cannot be interrupted then
 EXPLAIN = re.compile(  # the words before an explained statement, as DuckDB returns them: without a comment
-    r"explain\b\s*(?:analyze\b\s*)?(?:\(\s*(?:analyze|format)\b[^()]*\)\s*)?", re.IGNORECASE
+    r"\Aexplain\b\s*(?:analyze\b\s*)?(?:\(\s*(?:analyze|format)\b[^()]*\)\s*)?", re.IGNORECASE
 )
 RAISED = re.compile(r"while executing the UDF: RuntimeError: actstore (\w+): (.*)", re.DOTALL)  # see add_function
 LOOK_UP = 0.1  # seconds between checks for a Ctrl-C while a query runs
@@ -236,16 +236,31 @@ class Session:
                 process.
             LimitReached: the query needs more memory than DuckDB may take.
         """
+        with self._looking_up(query) as cursor:
+            rows = cursor.execute(query, dict(params) if params else None).fetchall()
+            names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def types(self, query: str) -> list[str]:
+        """SQL types of the columns of a query, which is not run; ENUM for each enum.
+
+        Raises:
+            BadInput: see `look_up`.
+        """
+        with self._looking_up(query) as cursor:
+            return [str(dtype).partition("(")[0] for dtype in cursor.sql(query).types]
+
+    @contextmanager
+    def _looking_up(self, query: str) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor for a query of the package's own; DuckDB's errors become the package's."""
         self.check()
         try:
             with ctrl_c(), self._connection.cursor() as cursor:
                 cursor.execute(SEARCH)
                 cursor.execute(READ_ONLY)
-                rows = cursor.execute(query, dict(params) if params else None).fetchall()
-                names = [column[0] for column in cursor.description]
+                yield cursor
         except duckdb.Error as error:
             raise self._told(error, query) from error
-        return [dict(zip(names, row, strict=True)) for row in rows]
 
     def _told(self, error: duckdb.Error, query: str) -> ActstoreError:
         """The package's error for an error of DuckDB."""
@@ -316,7 +331,7 @@ def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> du
         raise BadInput("a store is read with SELECT, and cannot do this") from None
     if kind not in READING:
         raise BadInput(f"a store is read with SELECT, and cannot do {kind.name}")
-    if kind != duckdb.StatementType.SELECT and not _selects(cursor, _explained(statements[0].query)):
+    if kind != duckdb.StatementType.SELECT and not _selects(cursor, EXPLAIN.sub("", statements[0].query, count=1)):
         raise BadInput(
             "a store is read with SELECT, and nothing else can be explained or pivoted; got another statement"
         )
@@ -328,12 +343,6 @@ def _check(cursor: duckdb.DuckDBPyConnection, query: str, given: set[str]) -> du
         takes = ", ".join(f"${name}" for name in sorted(wanted)) or "no parameters"
         raise BadInput(f"the query {what}; it takes {takes}")
     return statements[0]
-
-
-def _explained(query: str) -> str:
-    """The query after EXPLAIN, or the query itself without EXPLAIN."""
-    found = EXPLAIN.match(query)
-    return query[found.end() :] if found else query
 
 
 def _selects(cursor: duckdb.DuckDBPyConnection, query: str) -> bool:

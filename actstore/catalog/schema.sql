@@ -1,11 +1,12 @@
--- The tables of a store. `catalog.duckdb` holds them natively. Each is filled from the committed parts, and a reader
--- never writes them. Every line `name type, -- …` becomes the column's comment in the catalog. Numbers are signed here, so
--- that they can be subtracted (`depth - 2`); the parts hold small numbers unsigned.
+-- The tables of a store. `catalog.duckdb` holds each table natively, filled from the committed parts.
+-- A reader never writes a table. The comment of each line `name type, -- …` becomes the column's
+-- comment in the catalog. Numbers are signed here, so that queries can subtract (`depth - 2`). The
+-- parts hold small numbers unsigned.
 --
--- A token has one number: token_id = tree_id * 256 + position. A tree is row tree_id - datasets.first_tree_id of every
--- array of a run over its dataset.
+-- A token has one number: token_id = tree_id * 256 + position. In every array of a run, the row of a
+-- tree is tree_id - datasets.first_tree_id.
 
-create type token_word as enum (  -- word numbers as in ingest/tokens.py; both systems' tokens, spelled the reproduction's way
+create type token_word as enum (  -- in the order of ingest/trees/tokens.py, in the reproduction's spelling
     '<PAD>', ',', '|', ':', '0', '→0', '1', '→1', '2', '→2', '3', '→3', '4', '→4', '5', '→5', '6', '→6', '7', '→7',
     '8', '→8', '9', '→9', '10', '→10', '11', '→11', '12', '→12', '13', '→13', '14', '→14', '15', '→15', '16', '→16',
     '17', '→17', '18', '→18', '19', '→19', '20', '→20', '21', '→21', '22', '→22', '23', '→23', '24', '→24', '25',

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, chisquare
 
 from actstore.errors import BadInput
-from actstore.ingest.trees.draw import DISTRIBUTIONS, MAX_NODES, NO_NODE, Trees, draw, sample
+from actstore.ingest.trees.draw import DISTRIBUTIONS, MAX_NODES, NO_NODE, Trees, draw
 from actstore.ingest.trees.rows import edge_rows, tree_rows
 
 UNLIKELY = 1e-6  # seeds are fixed, so a test that passes once passes always; a wrong sampler gives far less than this
@@ -504,9 +504,3 @@ def test_a_tree_id_that_no_row_can_hold_is_refused_and_not_wrapped() -> None:
 def test_one_tree_in_five_is_a_test_tree(distribution: str) -> None:
     counts = tree_rows(draw(distribution, 0, 0, 20_000), 0, "d")["split"].value_counts().rows()
     assert dict(counts)["test"] == pytest.approx(4_000, abs=6 * (20_000 * 0.2 * 0.8) ** 0.5)
-
-
-def test_sample_takes_the_generator_it_is_given() -> None:
-    some, others = (sample("deep", np.random.default_rng(seed), 30) for seed in (3, 3))
-    assert_same(some, others)
-    assert (sample("deep", np.random.default_rng(4), 30).edges != some.edges).any()

@@ -141,7 +141,9 @@ class ForeignReader(Placed):
         except FloatingPointError:
             raise BadInput(f"an activation is too large for {X.dtype}; read it as {self._array.dtype}") from None
         self._check()
-        self._refuse_what_is_no_token(token_ids, X)
+        fill = self._array.fill_value
+        tells_nothing = self.is_token is not None and not (fill is not None and np.isnan(fill))  # padding is no NaN
+        self.refuse_padding(token_ids, np.isnan(X[:, 0]) | tells_nothing)
         return whole
 
     def by_chunk(self, row: np.ndarray, position: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
@@ -189,15 +191,6 @@ class ForeignReader(Placed):
         number = tuple((part.start or 0) // int(size) for part, size in zip(span, stored, strict=True))
         key = self._array.metadata.encode_chunk_key(number)
         return bool(sync((self._array.store_path / key).exists()))
-
-    def _refuse_what_is_no_token(self, token_ids: np.ndarray, X: np.ndarray) -> None:
-        fill = self._array.fill_value
-        if self.is_token and not (fill is not None and np.isnan(fill)):
-            padding = ~self.is_token(token_ids)
-            if padding.any():
-                raise not_stored(self.where, token_ids, padding, "padding, past its tree's last token")
-        elif np.isnan(X[:, 0]).any():
-            self.refuse_padding(token_ids, X)
 
 
 def _open_again(

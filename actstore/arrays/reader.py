@@ -89,7 +89,7 @@ class SiteReader(Placed):
             X = flat_rows(whole, len(token_ids), layout)
             blank = copy_rows(windows, offsets, X, layout.dtype)
         if blank:
-            self.refuse_padding(token_ids, X)
+            self.refuse_padding(token_ids, np.isnan(X[:, 0]))
         return X.reshape(-1, *layout.row_shape) if out is None else out
 
     def _find(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -89,18 +89,18 @@ class Placed:
             raise not_stored(self.where, token_ids, missing, "not ingested yet")
         return row, position
 
-    def refuse_padding(self, token_ids: np.ndarray, X: np.ndarray) -> None:
-        """Raise for padding, which reads as NaN throughout; a token's row may hold computed NaN.
+    def refuse_padding(self, token_ids: np.ndarray, suspect: np.ndarray) -> None:
+        """Raise for padding.
 
         Args:
             token_ids: int64 [n].
-            X: [n, numbers in a row], of these ids.
+            suspect: bool [n], True for ids that may be padding: rows that begin with NaN, as those
+                of padding do, and as a token's row may. Overwritten.
         """
-        padding = np.isnan(X[:, 0])
-        if self.is_token:
-            padding[padding] = ~self.is_token(token_ids[padding])
-        if padding.any():
-            raise not_stored(self.where, token_ids, padding, "padding, past its tree's last token")
+        if self.is_token and suspect.any():
+            suspect[suspect] = ~self.is_token(token_ids[suspect])
+        if suspect.any():
+            raise not_stored(self.where, token_ids, suspect, "padding, past its tree's last token")
 
 
 def not_stored(where: str, token_ids: np.ndarray, bad: np.ndarray, why: str) -> NotStored:

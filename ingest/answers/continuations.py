@@ -114,13 +114,6 @@ def _choose(logits: Tensor, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     return ids, p[rows, ids], p[rows, best]
 
 
-def concatenate(batches: list[Generations]) -> Generations:
-    """Concatenate the continuations of several batches."""
-    return Generations(
-        *(np.concatenate([getattr(batch, name) for batch in batches]) for name in ("words", "p", "p_best", "length"))
-    )
-
-
 def generation_rows(generated: Generations, run: str, first_tree_id: int) -> pl.DataFrame:
     """The rows of `generations`, one per token, by (tree, sample, position), as in schema.sql."""
     n_new = generated.words.shape[2]

@@ -7,8 +7,7 @@ right if and only if all predictions are right, so only trees with a wrong step 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -20,16 +19,7 @@ from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
 from actstore.ingest.trees.draw import NO_NODE, at_label
 from actstore.ingest.trees.rows import enum_series, null_where_no_node
-from actstore.ingest.trees.tokens import (
-    PAD,
-    WORDS,
-    decode,
-    is_arrow,
-    n_nodes_of,
-    path_at,
-    root_at,
-    word_label,
-)
+from actstore.ingest.trees.tokens import PAD, WORDS, decode, is_arrow, n_nodes_of, path_at, root_at, word_label
 
 FAILURES = ("wrong_child", "not_a_child", "not_a_step")
 
@@ -140,12 +130,6 @@ def _failures(words: np.ndarray, first: np.ndarray, word: np.ndarray) -> np.ndar
     a_child = at_label(parents, label[:, None])[:, 0] == stood_on
     kinds = np.where(a_child, FAILURES.index("wrong_child"), FAILURES.index("not_a_child"))
     return np.where(is_arrow(word), kinds, FAILURES.index("not_a_step")).astype(np.uint8)
-
-
-def concatenate(answers: Sequence[Answers]) -> Answers:
-    """Concatenate the answers of several batches over trees of one size."""
-    columns = [np.concatenate([getattr(batch, field.name) for batch in answers]) for field in fields(Answers)]
-    return Answers(*columns)
 
 
 def prediction_rows(answers: Answers, run: str, first_tree_id: int) -> pl.DataFrame:

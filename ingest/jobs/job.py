@@ -19,6 +19,7 @@ from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
 from actstore.ingest.models.sites import SiteSpec, site_specs
+from actstore.ingest.trees.draw import concatenate
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import Drawn
 from actstore.storage.folder import place
@@ -181,7 +182,7 @@ class Ingest:
             logits = forward(self.model, ids[rows], self.specs, take)
             answers.append(tree_paths.answer(self.model, drawn.words[rows], logits))
             advance(drawn.start + rows.stop)
-        graded = tree_paths.concatenate(answers)
+        graded = concatenate(answers)
         return {
             "predictions": tree_paths.prediction_rows(graded, self.plan.run, first_tree_id),
             "outcomes": tree_paths.outcome_rows(graded, self.plan.run, first_tree_id),
@@ -197,7 +198,7 @@ class Ingest:
         for rows in self._passes(len(drawn.words)):
             generated.append(self.generator.go_on(drawn.words[rows], drawn.start + rows.start))
             advance(drawn.start + rows.stop)
-        whole = continuations.concatenate(generated)
+        whole = concatenate(generated)
         return {"generations": continuations.generation_rows(whole, self.plan.run, first_tree_id)}
 
     def _passes(self, n_trees: int) -> list[slice]:

@@ -183,23 +183,6 @@ def find(model: str, config: str | None = None, checkpoint: int | None = None) -
         NotStored: there is no such model, or no such checkpoint of the model.
         BadInput: the configuration is missing.
     """
-    path, yaml = locate(model, config)
-    parsed, name = ModelConfig.from_yaml(yaml), as_text(path.stem)
-    if checkpoint is not None:
-        return Found(f"{name}-step{checkpoint}", parsed, _kept(path, checkpoint), yaml)
-    if not path.is_file():  # its training has not ended
-        steps = ", ".join(map(str, checkpoints(path)))
-        raise BadInput(f"no checkpoint {path} yet; its training has kept the steps {steps}: name one (--checkpoint)")
-    return Found(name, parsed, path, yaml)
-
-
-def locate(model: str, config: str | None = None) -> tuple[Path, Path]:
-    """The paths of a model's weights and YAML; see `load` for the arguments.
-
-    Raises:
-        NotStored: there is no such model.
-        BadInput: the configuration is missing.
-    """
     path = Path(model) if Path(model).suffix in SUFFIXES else place(model)
     if path is None:
         known = available()
@@ -210,7 +193,14 @@ def locate(model: str, config: str | None = None) -> tuple[Path, Path]:
         )
     if not path.is_file() and not checkpoints(path):
         raise BadInput(f"no checkpoint {path}; give the path of a file, or name a model: {there_are(available())}")
-    return path, _yaml(config) if config else _yaml_beside(path)
+    yaml = _yaml(path, config)
+    parsed, name = ModelConfig.from_yaml(yaml), as_text(path.stem)
+    if checkpoint is not None:
+        return Found(f"{name}-step{checkpoint}", parsed, _kept(path, checkpoint), yaml)
+    if not path.is_file():  # its training has not ended
+        steps = ", ".join(map(str, checkpoints(path)))
+        raise BadInput(f"no checkpoint {path} yet; its training has kept the steps {steps}: name one (--checkpoint)")
+    return Found(name, parsed, path, yaml)
 
 
 def checkpoint_path(weights: Path, step: int) -> Path:
@@ -235,23 +225,14 @@ def _kept(weights: Path, step: int) -> Path:
     return path
 
 
-def _yaml_beside(path: Path) -> Path:
-    beside = path.with_suffix(".yaml")
-    if not beside.is_file():
-        raise BadInput(f"{path} has no {beside.name} beside it ({_yamls_in(path.parent)}): name one with --config")
-    return beside
-
-
-def _yaml(config: str | Path) -> Path:
-    """The path of a named YAML."""
-    path = Path(config)
+def _yaml(weights: Path, config: str | Path | None) -> Path:
+    """The path of a checkpoint's YAML: the one that is named, else the one beside the weights."""
+    path = Path(config) if config else weights.with_suffix(".yaml")
     if not path.is_file():
-        raise BadInput(f"no configuration {path} ({_yamls_in(path.parent)}): name the checkpoint's YAML (--config)")
+        there = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "none"
+        lacking = f"no configuration {path}" if config else f"{weights} has no {path.name} beside it"
+        raise BadInput(f"{lacking} (YAML files there: {there}): name one with --config")
     return path
-
-
-def _yamls_in(folder: Path) -> str:
-    return f"YAML files there: {', '.join(sorted(path.name for path in folder.glob('*.yaml'))) or 'none'}"
 
 
 def add(
@@ -297,7 +278,7 @@ def _configuration(weights: Path, config_path: str | Path | None, system: str | 
     if config_path is None and system and not weights.with_suffix(".yaml").is_file():
         path = SHIPPED / "configs" / f"{system}.yaml"
     else:
-        path = _yaml(config_path) if config_path else _yaml_beside(weights)
+        path = _yaml(weights, config_path)
     text = read_text(path)
     stated = parse_yaml(text, str(path)).get("system")
     if system and stated and stated != system:

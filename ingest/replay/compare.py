@@ -21,12 +21,12 @@ from actstore.arrays.address import positions, token_ids
 from actstore.catalog.tables import DERIVED
 from actstore.commits.log import manifests
 from actstore.ingest.answers.continuations import generation_rows
-from actstore.ingest.answers.tree_paths import answer, concatenate, outcome_rows, prediction_rows
+from actstore.ingest.answers.tree_paths import answer, outcome_rows, prediction_rows
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.forward import forward
 from actstore.ingest.replay.difference import Difference
 from actstore.ingest.replay.rehydrate import rehydrate
-from actstore.ingest.trees.draw import Trees
+from actstore.ingest.trees.draw import Trees, concatenate
 from actstore.ingest.trees.tokens import PAD, WORDS, arrow_word, encode, path_at, root_at
 from actstore.store import Store
 from actstore.writing.parts import rows_committed
@@ -73,7 +73,7 @@ def _compare_run(
         return []
     chosen = np.sort(np.random.default_rng(seed).choice(held, min(n_trees, len(held)), replace=False)) - first_tree_id
     drawn = [job.trees.drawn(i, i + 1) for i in chosen.tolist()]
-    trees = _concatenate([tree.trees for tree in drawn])
+    trees = concatenate([tree.trees for tree in drawn])
     found = [_vocabulary(store, job)]
     dataset = str(job.plan.dataset["dataset"])
     rows = [tree.rows(first_tree_id + tree.start, dataset, originals) for tree in drawn]
@@ -82,10 +82,6 @@ def _compare_run(
     if job.generator:
         return [*found, *_generations(store, job, chosen, first_tree_id)]
     return found + _answers(store, job, trees, chosen + first_tree_id)
-
-
-def _concatenate(trees: list[Trees]) -> Trees:
-    return Trees(*(np.concatenate(columns) for columns in zip(*(vars(batch).values() for batch in trees), strict=True)))
 
 
 def _vocabulary(store: Store, job: Ingest) -> Difference:

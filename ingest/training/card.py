@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 
 import polars as pl
@@ -44,80 +45,65 @@ def write_card(
         raise BadInput(f"{weights.with_suffix('.yaml')} names no recipe; grade it with {advised('evaluate', weights)}")
     rows = [json.loads(line) for line in weights.with_suffix(".jsonl").read_text().splitlines()]
     graded = evaluate(model, n_trees=n_trees, recipe=recipe, progress=progress)
-    text = "\n".join(card(model.config, recipe, rows, graded, machine(device))) + "\n"
+    text = card(model.config, recipe, rows, graded, machine(device))
     replace(weights.with_suffix(".md"), text.encode())
     return graded
 
 
-def card(config: ModelConfig, recipe: Recipe, rows: list[Row], graded: Evaluation, where: str) -> Iterator[str]:
-    """The lines of a model card.
+def card(config: ModelConfig, recipe: Recipe, rows: list[Row], graded: Evaluation, where: str) -> str:
+    """The text of a model card: card.md, filled in.
 
     Args:
         rows: rows of the log.
         graded: the evaluation on unseen trees, of the model's own distribution and others.
         where: the machine, in words.
     """
-    name, n_trees = graded.model, recipe.steps * recipe.batch_size
+    n_trees = recipe.steps * recipe.batch_size
     n_deep = recipe.steps * round(recipe.deep_share * recipe.batch_size)
-    sources = f"{n_trees - n_deep:,} of the `{config.system}` distribution" + (f", {n_deep:,} `deep`" if n_deep else "")
-    loss = "the path and the padding after it" if config.system == "baseline" else "the path alone"
-    yield f"# {name}"
-    yield ""
-    yield f"Finds the path from the root of a tree of {config.n_nodes} nodes to a leaf. Whole, and left to itself, in % of"
-    yield f"{graded.n_trees:,} trees of each distribution that its training never saw:"
-    yield ""
-    for row in graded.table.filter(pl.col("depth").is_null(), pl.col("edges").is_null()).iter_rows(named=True):
-        yield f"- `{row['distribution']}`{', its own' * (row['distribution'] == config.system)}: {_share(row, 'greedy')}"
-    yield ""
-    yield "| | |"
-    yield "|---|---|"
-    yield f"| system | {config.system} |"
-    heads = f"{config.n_heads} head{'s' * (config.n_heads > 1)} a layer"
-    widths = f"d_model {config.d_model}, d_head {config.d_head}, d_mlp {config.d_mlp}"
-    sizes = f"{config.n_layers} layers, {heads}, {widths}, {config.act_fn}"
-    yield f"| model | {sizes}, n_ctx {config.n_ctx}, d_vocab {config.d_vocab} |"
-    yield f"| weights | sha256 `{graded.weights_sha256}` |"
-    yield f"| trees | {n_trees:,} fresh ones, {recipe.batch_size} a step, no fixed set: {sources}; seed {recipe.seed} |"
-    far = "and every node at depth {} to {} ".format(*recipe.inner_goals) if recipe.inner_goals else ""
-    yield f"| goals | every leaf of a tree {far}in one packed sequence; loss on {loss} |"
-    yield (
-        f"| curriculum | trees grow from 4 nodes to {config.n_nodes} over the first {recipe.curriculum * recipe.steps:,.0f} steps; "
-        f"over the first {recipe.shallow * recipe.steps:,.0f} the goals are all nodes near the root |"
+    whole = graded.table.filter(pl.col("depth").is_null(), pl.col("edges").is_null())
+    return (
+        files(__package__)
+        .joinpath("card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            config=config,
+            recipe=recipe,
+            graded=graded,
+            machine=where,
+            greedy="\n".join(_of_distribution(row, config.system) for row in whole.iter_rows(named=True)),
+            heads=f"{config.n_heads} head{'s' * (config.n_heads > 1)}",
+            n_trees=n_trees,
+            sources=f"{n_trees - n_deep:,} of the `{config.system}` distribution"
+            + (f", {n_deep:,} `deep`" if n_deep else ""),
+            far="and every node at depth {} to {} ".format(*recipe.inner_goals) if recipe.inner_goals else "",
+            loss="the path and the padding after it" if config.system == "baseline" else "the path alone",
+            growing=recipe.curriculum * recipe.steps,
+            shallow=recipe.shallow * recipe.steps,
+            minutes=rows[-1]["seconds"] / 60,
+            kept=", ".join(f"{step:,}" for step in KEPT if step < recipe.steps),
+            left_out=", ".join(f"{n:,} `{name}`" for name, n in (graded.n_left_out or {}).items()),
+            accuracy="\n".join(map(_accuracy, graded.table.iter_rows(named=True))),
+            log_every=rows[0]["step"],
+            learning="\n".join(
+                _learnt(min(rows, key=lambda row: abs(row["step"] - share * recipe.steps))) for share in LEARNT
+            ),
+        )
     )
-    adamw = f"AdamW, lr {recipe.lr:g}, betas {recipe.betas[0]:g} and {recipe.betas[1]:g}, weight decay {recipe.weight_decay:g}"
-    decay = f"warmup {recipe.warmup:.0%}, linear decay to 0 over the last {recipe.decay:.0%}"
-    yield f"| optimizer | {adamw}, gradients clipped at {recipe.clip:g}; {recipe.steps:,} steps, {decay} |"
-    yield "| precision | bfloat16 products, float32 weights |"
-    yield f"| wall time | {rows[-1]['seconds'] / 60:.0f} minutes |"
-    yield f"| machine | {where} |"
-    kept = ", ".join(f"{step:,}" for step in KEPT if step < recipe.steps)
-    yield f"| kept along the way | steps {kept}, in float16 |"
-    yield ""
-    yield "## Accuracy"
-    yield ""
-    yield f"On {graded.n_trees:,} fresh trees of each distribution, of seed {graded.seed:,}, by depth of the goal, in %, with exact"
-    yield "95 % intervals over trees. In `baseline` every other tree lists its edges backward, and the others shuffled."
-    left_out = ", ".join(f"{n:,} `{name}`" for name, n in (graded.n_left_out or {}).items())
-    yield f"Drawn beyond those and left out, since training had seen them: {left_out} (the"
-    yield "canonical hash of a tree tells, which is the same whatever the order of its edges)."
-    yield ""
-    yield "| trees | depth | n | token | whole path, teacher-forced | whole path, greedy |"
-    yield "|---|---|---|---|---|---|"
-    for row in graded.table.iter_rows(named=True):
-        trees = f"{row['distribution']}, {row['edges']}" if row["edges"] else row["distribution"]
-        depth = "all" if row["depth"] is None else row["depth"]
-        yield f"| {trees} | {depth} | {row['n_trees']:,} | {' | '.join(_share(row, measure) for measure in MEASURES)} |"
-    yield ""
-    yield "## Learning"
-    yield ""
-    yield f"Means over {rows[0]['step']} steps, of every packed goal, read off `{name}.jsonl`:"
-    yield ""
-    yield "| step | nodes | loss | tokens right % | paths right % |"
-    yield "|---|---|---|---|---|"
-    for wanted in LEARNT:
-        row = min(rows, key=lambda row: abs(row["step"] - wanted * recipe.steps))
-        right = f"{100 * row['token_accuracy']:.2f} | {100 * row['path_accuracy']:.2f}"
-        yield f"| {row['step']:,} | {row['n_nodes']} | {row['loss']:.4f} | {right} |"
+
+
+def _of_distribution(row: Row, own: str) -> str:
+    return f"- `{row['distribution']}`{', its own' * (row['distribution'] == own)}: {_share(row, 'greedy')}"
+
+
+def _accuracy(row: Row) -> str:
+    trees = f"{row['distribution']}, {row['edges']}" if row["edges"] else row["distribution"]
+    depth = "all" if row["depth"] is None else row["depth"]
+    return f"| {trees} | {depth} | {row['n_trees']:,} | {' | '.join(_share(row, measure) for measure in MEASURES)} |"
+
+
+def _learnt(row: Row) -> str:
+    right = f"{100 * row['token_accuracy']:.2f} | {100 * row['path_accuracy']:.2f}"
+    return f"| {row['step']:,} | {row['n_nodes']} | {row['loss']:.4f} | {right} |"
 
 
 def _share(row: Row, measure: str) -> str:

@@ -30,13 +30,11 @@ SEED = 20_000_000  # far from the seeds that people train with
 BATCH = 128  # trees per forward pass; the quickest on a CPU
 MEASURES = ("token", "whole_path", "greedy")
 SCHEMA: dict[str, pl.DataType] = {
-    **{
-        "distribution": pl.String(),
-        "edges": pl.String(),
-        "depth": pl.UInt8(),
-        "n_trees": pl.Int64(),
-        "n_tokens": pl.Int64(),
-    },
+    "distribution": pl.String(),
+    "edges": pl.String(),
+    "depth": pl.UInt8(),
+    "n_trees": pl.Int64(),
+    "n_tokens": pl.Int64(),
     **{measure + end: pl.Float64() for measure in MEASURES for end in ("", "_low", "_high")},
 }
 

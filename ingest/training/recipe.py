@@ -17,7 +17,7 @@ import numpy as np
 
 from actstore.errors import BadInput, nearest
 from actstore.ingest.models.config import ModelConfig, parse_yaml, read_text, there_are
-from actstore.ingest.trees.draw import Trees, draw, leaves
+from actstore.ingest.trees.draw import Trees, concatenate, draw, leaves
 from actstore.named import SHIPPED
 
 SHARES = ("warmup", "decay", "curriculum", "shallow", "deep_share")
@@ -102,11 +102,8 @@ class Recipe:
                     f"{source}: {section} is {brief(mapping[section])}; it is a mapping, such as `lr: 0.001`"
                 )
         values = {"seed": mapping.get("random_seed"), "batch_size": mapping.get("batch_size")}
-        values |= {
-            "steps": mapping.get("max_iters"),
-            **(mapping.get("optimizer") or {}),
-            **(mapping.get("training") or {}),
-        }
+        values |= {"steps": mapping.get("max_iters")}
+        values |= {**(mapping.get("optimizer") or {}), **(mapping.get("training") or {})}
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
@@ -205,7 +202,7 @@ def step_trees(recipe: Recipe, config: ModelConfig, step: int) -> tuple[Trees, n
         draw(name, recipe.seed, step * n, (step + 1) * n, n_nodes, config.n_nodes)
         for name, n in ((config.system, recipe.batch_size - n_deep), ("deep", n_deep))
     ]
-    trees = Trees(*(np.concatenate(both) for both in zip(*(vars(half).values() for half in drawn), strict=True)))
+    trees = concatenate(drawn)
     rng = np.random.default_rng([recipe.seed, step])
     among = rng.random((len(trees), config.n_nodes - 2)).argsort(axis=1)[:, : n_nodes - 2]
     slots = np.pad(np.sort(among, axis=1), ((0, 0), (0, 1)), constant_values=config.n_nodes - 2)

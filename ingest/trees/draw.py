@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -31,6 +32,7 @@ from actstore.errors import BadInput, nearest
 
 DISTRIBUTIONS = ("reproduction", "baseline", "deep")
 MIN_NODES, MAX_NODES = 2, 64  # 64 nodes are 255 positions, so that a position and a token id both fit a byte
+Batch = TypeVar("Batch")
 NO_NODE = 255  # past the end of a path, and the root's own parent
 SPLITS = ("train", "test")
 TREES_PER_TEST_TREE = 5  # a fifth of the trees is held out: enough to test a probe on, and most are left to fit it
@@ -119,6 +121,12 @@ def at_label(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.take_along_axis(table, labels.astype(np.intp), axis=1)
 
 
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Join batches that are structs of arrays, such as Trees, along the trees."""
+    columns = zip(*(vars(batch).values() for batch in batches), strict=True)
+    return type(batches[0])(*map(np.concatenate, columns))
+
+
 def draw(
     distribution: str,
     seed: int,
@@ -128,9 +136,18 @@ def draw(
     n_labels: int | None = None,
     depths: Sequence[int] | None = None,
 ) -> Trees:
-    """Draw trees start…stop-1 of a seed's endless stream; see `sample` for the other arguments.
+    """Draw trees start…stop-1 of a seed's endless stream.
 
     The generator jumps to `start`, so a late range costs no more than an early one.
+
+    Args:
+        distribution: one of DISTRIBUTIONS.
+        n_nodes: nodes per tree, 2…64.
+        n_labels: labels are drawn without repetition from 0…n_labels-1; default n_nodes.
+        depths: goal depths that `deep` draws from, each 1…n_nodes-1; default all.
+
+    Raises:
+        BadInput: the distribution is unknown, or no such tree has this size or depth.
     """
     n_labels = n_nodes if n_labels is None else n_labels
     _check(distribution, n_nodes, n_labels, depths)
@@ -139,36 +156,9 @@ def draw(
     if not 0 <= start <= stop:
         raise BadInput(f"got trees {start} to {stop}; a range runs forward from 0 or more")
     bits = np.random.PCG64DXSM(np.random.SeedSequence([seed, *distribution.encode()]))
-    bits.advance(start * _n_uniforms(n_nodes, n_labels))
-    return sample(distribution, np.random.Generator(bits), stop - start, n_nodes, n_labels, depths, first=start)
-
-
-def sample(
-    distribution: str,
-    rng: np.random.Generator,
-    n_trees: int,
-    n_nodes: int = 16,
-    n_labels: int | None = None,
-    depths: Sequence[int] | None = None,
-    first: int = 0,
-) -> Trees:
-    """Sample n_trees trees of one distribution.
-
-    Args:
-        distribution: one of DISTRIBUTIONS.
-        rng: every tree takes the same number of uniforms from it.
-        n_trees: number of trees.
-        n_nodes: nodes per tree, 2…64.
-        n_labels: labels are drawn without repetition from 0…n_labels-1; default n_nodes.
-        depths: goal depths that `deep` draws from, each 1…n_nodes-1; default all.
-        first: index of the first tree; its parity says which baseline trees list edges backward.
-
-    Raises:
-        BadInput: the distribution is unknown, or no such tree has this size or depth.
-    """
-    n_labels = n_nodes if n_labels is None else n_labels
-    _check(distribution, n_nodes, n_labels, depths)
-    u = rng.random((n_trees, _n_uniforms(n_nodes, n_labels)))
+    bits.advance(start * _n_uniforms(n_nodes, n_labels))  # every tree takes the same number
+    n_trees = stop - start
+    u = np.random.Generator(bits).random((n_trees, _n_uniforms(n_nodes, n_labels)))
     u_shape, u_goal, u_second, u_label, u_order = np.split(u, np.cumsum([n_nodes, 1, 1, n_labels]).tolist(), axis=1)
     labels = np.argsort(u_label, axis=1, kind="stable")[:, :n_nodes].astype(np.uint8)
     order = np.argsort(u_order, axis=1, kind="stable")
@@ -183,7 +173,7 @@ def sample(
             second = np.where(left_over > 0, 1 + _pick(u_second[:, 0], np.maximum(left_over, 1)), 0)
         parent, goal = _paths_and_rest(u_shape, main, second), main
     if distribution == "baseline":
-        backward = (first + np.arange(n_trees)) % 2 == 0
+        backward = np.arange(start, stop) % 2 == 0
         order[backward] = _breadth_first(parent[backward], labels[backward])[:, :0:-1] - 1
     return _label(parent, goal, labels, order)
 

@@ -34,17 +34,12 @@ def folders() -> list[Path]:
 
 
 def by_name() -> dict[str, Path]:
-    """Files of all models, by name."""
+    """Files of all models, by name, as seen from the working folder."""
     found: dict[str, Path] = {}
     for folder in folders():
         for path in sorted(folder.glob("[!.]*.safetensors")):
             found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
-
-
-def place(name: str) -> Path | None:
-    """The file of a model's name, as seen from the working folder; None if there is none."""
-    return by_name().get(name)
 
 
 def available() -> list[str]:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from actstore.ingest.answers.tree_paths import FAILURES, Answers, answer, concatenate, outcome_rows, prediction_rows
+from actstore.ingest.answers.tree_paths import FAILURES, Answers, answer, outcome_rows, prediction_rows
 from actstore.ingest.models.config import ModelConfig
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model, from_bytes
 from actstore.ingest.models.weights import canonical
-from actstore.ingest.trees.draw import Trees, draw
+from actstore.ingest.trees.draw import Trees, concatenate, draw
 from actstore.ingest.trees.tokens import COMMA, encode, token_rows
 from tests.reference import one_thread, random_state, reference, weights  # noqa: F401
 

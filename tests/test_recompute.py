@@ -9,7 +9,7 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import Model
 from actstore.ingest.replay import compare
-from actstore.ingest.trees.tokens import PAD, encode, word_label
+from actstore.ingest.trees.tokens import PAD, word_label
 from actstore.upkeep.verify import verify
 from actstore.writing import writer
 from tests.damaged import TREES
@@ -154,7 +154,7 @@ def test_continuations_of_another_tree_are_caught(tmp_path, monkeypatch, column,
 
 def test_a_tie_is_no_difference(monkeypatch):
     """Two words as likely as one another: the model that says either stores an answer that agrees."""
-    job, words = Ingest("unused.act", small_model(), TREES, sites=[]), encode(TREES.slice(0, 12))
+    job, words = Ingest("unused.act", small_model(), TREES, sites=[]), TREES.drawn(0, 12).words
     right = [{"greedy_path": word_label(said[said != PAD]).tolist(), **RIGHT} for said in words[:, 3 * TREES.n_nodes :]]
     assert not all(compare._is_greedy(job, words[i], held) for i, held in enumerate(right)), (
         "an untrained model is right"

@@ -65,7 +65,7 @@ def models_add(name: str, weights: str, config: str | None, system: str | None, 
         actstore models add baseline model.pt --system baseline
     """
     from actstore.ingest.models.load import add
-    from actstore.named import own_folder, place
+    from actstore.named import by_name, own_folder
     from actstore.outputs import check_folder
 
     if into:
@@ -74,7 +74,7 @@ def models_add(name: str, weights: str, config: str | None, system: str | None, 
     model = add(name, weights, config, system, into)
     target = (into or own_folder()) / f"{name}.safetensors"
     say(f"{target}: {model.config.system}, weights sha256 {model.weights_sha256}")
-    found = place(name)
+    found = by_name().get(name)
     if found is None or not found.samefile(target):
-        by_name = f"here the name {name} means {found}" if found else f"the name {name} is not looked up there"
-        say(f"actstore: {by_name}; set ACTSTORE_MODELS to that folder, or give the path of the file", err=True)
+        meant = f"here the name {name} means {found}" if found else f"the name {name} is not looked up there"
+        say(f"actstore: {meant}; set ACTSTORE_MODELS to that folder, or give the path of the file", err=True)

@@ -137,7 +137,7 @@ def _variant(store: Path, original: TreeSet, change: str, is_stored: bool) -> Tr
         )
     if original.variant_of:
         raise BadInput(f"{original.name} is a variant of {original.variant_of} already; name the drawn set (--dataset)")
-    vary(original.slice(0, 0), change, original.seed, 0)  # refuses what is no change
+    vary(original.drawn(0, 0).trees, change, original.seed, 0)  # refuses what is no change
     return replace(original, name=f"{original.name}-{change}", variant_of=original.name, change=change)
 
 

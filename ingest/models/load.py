@@ -15,7 +15,7 @@ from actstore.errors import BadInput, NotStored, nearest
 from actstore.ingest.models.config import MODEL_FIELDS, ModelConfig, parse_yaml, read_text, there_are
 from actstore.ingest.models.weights import SUFFIXES, canonical, check_weights, parse, read_state, replace
 from actstore.ingest.trees.tokens import SYSTEMS
-from actstore.named import SHIPPED, available, by_name, own_folder, place
+from actstore.named import SHIPPED, available, by_name, own_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,7 +183,7 @@ def find(model: str, config: str | None = None, checkpoint: int | None = None) -
         NotStored: there is no such model, or no such checkpoint of the model.
         BadInput: the configuration is missing.
     """
-    path = Path(model) if Path(model).suffix in SUFFIXES else place(model)
+    path = Path(model) if Path(model).suffix in SUFFIXES else by_name().get(model)
     if path is None:
         known = available()
         raise NotStored(

@@ -254,7 +254,7 @@ def _generations(store: Store, job: Ingest, chosen: np.ndarray, first_tree_id: i
     assert job.generator is not None
     run, frames = job.plan.run, []
     for i in chosen.tolist():  # one tree at a time, since draws depend on the tree's own index
-        generated = job.generator.go_on(encode(job.trees.slice(i, i + 1)), i)
+        generated = job.generator.go_on(job.trees.drawn(i, i + 1).words, i)
         frames.append(generation_rows(generated, run, first_tree_id + i))
     ours = pl.concat(frames)
     held = _stored(store, "generations", run, chosen + first_tree_id, "tree_id, sample, position").cast(ours.schema)

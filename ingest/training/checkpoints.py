@@ -148,11 +148,9 @@ class TrainingFolder:
     def last_good(self) -> str:
         """The step that the folder holds, in words."""
         step = kept_step(self.out)
-        return (
-            f"nothing good is in {self.out} yet"
-            if step is None
-            else f"the last good state is step {step} in {self.out}"
-        )
+        if step is None:
+            return f"nothing good is in {self.out} yet"
+        return f"the last good state is step {step} in {self.out}"
 
 
 def kept_step(out: Path) -> int | None:

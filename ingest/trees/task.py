@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actstore.errors import BadInput
-from actstore.ingest.trees.draw import Trees, draw
+from actstore.ingest.trees.draw import draw
 from actstore.ingest.trees.tokens import Drawn, n_positions
 from actstore.ingest.trees.variants import vary
 
@@ -38,10 +38,6 @@ class TreeSet:
         if self.n_trees < 1:
             raise BadInput(f"got {self.n_trees} trees; ask for 1 or more (--trees)")
         draw(self.distribution, self.seed, 0, 0, self.n_nodes, depths=self.depths)  # refuses what no tree can be
-
-    def slice(self, start: int, stop: int) -> Trees:
-        """Trees start…stop-1 of the set."""
-        return self.drawn(start, stop).trees
 
     def drawn(self, start: int, stop: int) -> Drawn:
         """Draw trees start…stop-1 of the set, ready to be written as words and as rows."""

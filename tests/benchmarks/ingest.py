@@ -15,7 +15,6 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
 from actstore.ingest.trees.task import TreeSet
-from actstore.ingest.trees.tokens import encode
 from tests.benchmarks import Row, median
 
 N_TREES = 10_000  # what `actstore ingest` stores unless told otherwise
@@ -38,7 +37,7 @@ def speed() -> list[Row]:
     """Trees per second of ingest at the default sites, over those of the bare forward pass, alternating in one run."""
     model = load("reproduction")
     trees = TreeSet("reproduction", N_TREES)
-    ids = torch.from_numpy(model.config.vocabulary.encode(encode(trees.slice(0, N_TREES))))
+    ids = torch.from_numpy(model.config.vocabulary.encode(trees.drawn(0, N_TREES).words))
     bare, stored = [], []
     for _ in range(ROUNDS):
         started = time.perf_counter()

@@ -26,7 +26,7 @@ from actstore.ingest.models import load
 from actstore.ingest.trees.draw import DISTRIBUTIONS
 from actstore.ingest.trees.tokens import n_positions
 from actstore.ingest.trees.variants import CHANGES
-from actstore.named import available, place
+from actstore.named import by_name
 from actstore.writing import parts
 from actstore.writing.parts import as_parquet
 
@@ -73,9 +73,8 @@ def _with_hash(part: Part, guesses: Iterable[Row]) -> Row | None:
 
 def _models(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[str, list[Row]]) -> Iterator[Row]:
     """Guess: a named model with these weights."""
-    for name in available():
-        path = place(name)
-        if path and hashlib.sha256(path.read_bytes()).hexdigest().startswith(part.owner):
+    for name, path in by_name().items():
+        if hashlib.sha256(path.read_bytes()).hexdigest().startswith(part.owner):
             with suppress(ActstoreError):
                 yield job.model_row(load.load(name))
 

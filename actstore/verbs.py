@@ -72,7 +72,7 @@ def verify(
     from actstore.upkeep import verify as verifying
 
     root = _path(store)
-    with progress("verify", verifying.committed_bytes(root), "bytes") as advance:
+    with progress("verify", None, "bytes") as advance:
         report = verifying.verify(root, quick, advance)
     if recompute is None or report.damage:
         return report
@@ -94,16 +94,14 @@ def repair(store: str | Path | Store, wait: float = 10.0, progress: Work = silen
         Busy, Damaged, NotStored, TooNew: see upkeep.repair.
     """
     from actstore.upkeep import repair as repairing
-    from actstore.upkeep import verify as verifying
 
     def recompute(*asked: Any) -> dict[str, bytes]:
         from actstore.ingest.replay.remake import files_of
 
         return files_of(*asked)
 
-    root = _path(store)
-    with progress("verify", verifying.committed_bytes(root), "bytes") as advance:
-        return repairing.repair(root, recompute, advance, wait)
+    with progress("verify", None, "bytes") as advance:
+        return repairing.repair(_path(store), recompute, advance, wait)
 
 
 def study(

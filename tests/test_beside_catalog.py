@@ -13,7 +13,6 @@ from actstore.commits.manifest import manifest_path
 from actstore.errors import Damaged
 from actstore.ingest.replay.remake import files_of
 from actstore.store import Store
-from actstore.upkeep.rebuild import rebuild
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
 from actstore.writing.writer import open_writer
@@ -97,14 +96,6 @@ def test_a_writer_removes_whatever_lies_beside_the_catalog(small, tmp_path, endi
     assert verify(root).findings == []
     assert catalog_rows(root / tables.CATALOG) == rows
     assert (mine / "notes").read_text() == "mine"
-
-
-def test_rebuilding_removes_it_too(small):
-    root, rows = small
-    leave_a_log(root)
-    rebuild(root)
-    assert not (root / WAL).exists()
-    assert catalog_rows(root / tables.CATALOG) == rows
 
 
 def test_a_log_that_lowers_the_snapshot_hides_no_lost_manifest(small):

@@ -26,7 +26,7 @@ from actstore.reading import batches as batching
 from actstore.sql import process
 from actstore.storage import machine
 from actstore.store import Store
-from actstore.upkeep.rebuild import rebuild
+from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
 from tests.stores import Fake, fake
 from tests.test_arrays import pack, planted
@@ -81,7 +81,7 @@ def read_everything(path: str) -> None:
         assert store.sql(f"select count(act(token_id, 'r', 'embed')) from ({ALL})", timeout=100).item() == len(X)
         assert len(os.listdir("/proc/self/fd")) < 64
     assert not verify(path).damage
-    assert rebuild(path) == N_BATCHES + 1
+    assert repair(path, lambda *of: {}).snapshot == N_BATCHES + 1
 
 
 def query_with_many_open(path: str) -> None:

@@ -11,7 +11,6 @@ from actstore.commits.manifest import Manifest, manifest_path
 from actstore.errors import Damaged
 from actstore.ingest.replay.remake import files_of
 from actstore.store import Store
-from actstore.upkeep.rebuild import rebuild
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
 from actstore.writing.writer import open_writer
@@ -55,7 +54,7 @@ def refused(root, kind, said, what):
     assert {found.kind for found in verify(root, quick=True).damage} == {kind}
     with pytest.raises(Damaged):
         Store(root)
-    for act in (mend,) if kind == "manifest" else (mend, writer, rebuild):
+    for act in (mend,) if kind == "manifest" else (mend, writer):
         with pytest.raises(Damaged, match=what) as caught:
             act(root)
         assert "\n" not in str(caught.value)

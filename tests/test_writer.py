@@ -23,7 +23,7 @@ from actstore.errors import ActstoreError, BadInput, Busy, Damaged, NotStored, T
 from actstore.named import NAME
 from actstore.storage.lease import lease
 from actstore.store import Store
-from actstore.upkeep.rebuild import rebuild
+from actstore.upkeep.repair import repair
 from actstore.writing.committed import committed_batches
 from actstore.writing.create import create
 from actstore.writing.plan import RunPlan
@@ -408,7 +408,7 @@ def test_two_that_make_the_same_store_do_not_mix(tmp_path: Path) -> None:
 def test_only_one_at_a_time_holds_a_store_for_writing_and_readers_do_not_mind(run: Fake, whole: Path) -> None:
     before = files(whole)
     with open_writer(whole):
-        for second in (lambda: run.store(whole), lambda: rebuild(whole)):
+        for second in (lambda: run.store(whole), lambda: repair(whole, lambda *of: {})):
             with pytest.raises(Busy, match=f"by process {os.getpid()}"):
                 second()
         with Store(whole) as store:
@@ -419,7 +419,6 @@ def test_only_one_at_a_time_holds_a_store_for_writing_and_readers_do_not_mind(ru
 OPENINGS: dict[str, Callable[[Path], object]] = {
     "Store": lambda root: Store(root).close(),
     "open_writer": lambda root: open_writer(root).__enter__(),
-    "rebuild": rebuild,
     "committed_batches": lambda root: committed_batches(root, "r"),
 }
 
@@ -428,7 +427,7 @@ OPENINGS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize(
     ("about", "error", "said"),
     [
-        (None, NotStored, r"is no actstore store \(it has no store.json\); make one with"),
+        (None, NotStored, r"\(it has no store.json\), and holds the rest of a store: restore that file from a copy"),
         (
             '{"format": 4, "made_by": "actstore 9.1"}',
             TooNew,
@@ -476,7 +475,7 @@ def test_every_committed_file_is_missed_by_name(whole: Path, tmp_path: Path) -> 
     Store(root).close()
 
 
-@pytest.mark.parametrize("opening", ["Store", "open_writer", "rebuild"])
+@pytest.mark.parametrize("opening", ["Store", "open_writer"])
 @pytest.mark.parametrize("lost", [[3], [2, 3], [1, 2, 3]])
 def test_a_log_cut_short_is_damaged_and_what_it_named_is_not_swept(
     whole: Path, tmp_path: Path, opening: str, lost: list[int]

@@ -66,7 +66,8 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
             expected = there
         except Damaged:  # not a regular file
             there, expected = None, ANY
-        held = 0 if from_nothing or there is None else _held(root, there)
+        usable = None if there is None else _held(root, there)
+        held = 0 if from_nothing else usable or 0
         new = manifests(root, after=held, least=held)
 
         def write(temporary: Path) -> None:
@@ -76,7 +77,7 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
                 temporary.touch()
                 _extend(root, temporary, new, create=not held)
                 os.chmod(temporary, 0o444)
-                note_hash(root, temporary, there)
+                note_hash(root, temporary, None if usable is None else there)  # none that is damaged
             finally:
                 discard_beside(temporary)
 
@@ -126,16 +127,20 @@ def _building(root: Path) -> Iterator[None]:
         raise
 
 
-def _held(root: Path, there: str) -> int:
-    """Returns the present catalog's number of commits, given its hash; 0 if it is unusable."""
+def _held(root: Path, there: str) -> int | None:
+    """The present catalog's number of commits, given its hash.
+
+    Returns:
+        None if the catalog is damaged, 0 if it has other tables than today's.
+    """
     try:
         if there not in noted_hashes(root):  # damage must not spread to the next catalog
-            return 0
+            return None
         with attached(root) as connection:
             version, held = connection.execute("select format_version, snapshot::int from there.snapshot").fetchall()[0]
             columns = connection.execute("select table_name, column_name from duckdb_columns()").fetchall()
     except (duckdb.Error, IndexError, FileNotFoundError, Damaged):
-        return 0
+        return None
     is_of_today = version == FORMAT_VERSION and column_comments().keys() <= set(columns)  # tables may gain columns
     return int(held or 0) if is_of_today else 0
 

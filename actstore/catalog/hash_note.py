@@ -37,7 +37,7 @@ def note_hash(root: Path, new: Path, there: str | None) -> None:
 
     Args:
         new: the finished catalog, still under another name.
-        there: hash of the present catalog; None if there is none.
+        there: hash of the present catalog; None if there is none, or if the catalog is damaged.
     """
     hashes = list(dict.fromkeys([hash_of_file(new), *[there] * (there is not None)]))
     Local(root).swap(HASHES, sealed.to_json({"xxh3_128": hashes}))

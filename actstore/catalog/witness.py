@@ -8,6 +8,7 @@ still must name its own files, and the catalog records what the manifests said w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from actstore.catalog import hash_note, tables
@@ -93,6 +94,8 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
     with tables.attached(root) as connection:
         held, hash_of_log = tables.snapshot_of(connection)
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
+        if held > len(committed):
+            yield f"the catalog says that it holds {held:,} commits, and there are {len(committed):,} manifests"
         if hash_of_log is not None and log_hash(committed) != hash_of_log:
             yield f"the catalog was built from manifests of hash {hash_of_log}, and these have {log_hash(committed)}"
         named = {shard.path: shard.xxh3_128 for manifest in committed for shard in manifest.shards}
@@ -109,6 +112,34 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
                 what = f"hash {named[path]}" if path in named else "no such file"
                 yield f"the catalog holds {path} with hash {hashed}, and the manifests name {what}"
                 break
+
+
+def least(root: Path) -> int:
+    """The number of commits that the log must hold: the catalog's, unless the number is damaged.
+
+    The catalog holds the hash of its log, too. Where that is the hash of the manifests that are
+    there, they are all, and the number is wrong.
+    """
+    held, hash_of_log = tables.built_from(root)
+    n_there = len(log.numbers(root))
+    with suppress(Damaged, FileNotFoundError):
+        if held > n_there and log_hash(log.manifests(root)) == hash_of_log:
+            return n_there
+    return held
+
+
+def doubt(root: Path, n_there: int) -> str:
+    """What to do where the catalog names more manifests than there are, and is damaged itself.
+
+    Returns:
+        "" if the catalog has a noted hash.
+    """
+    if hash_note.is_whole(root):
+        return ""
+    return (
+        f", by the catalog, which is not what {tables.HASHES} notes: if the store never had more than {n_there} commits, remove "
+        f"{root / tables.CATALOG} and run {advised('repair', root)}"
+    )
 
 
 def conflict(root: Path, committed: list[Manifest]) -> str:

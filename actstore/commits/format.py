@@ -48,11 +48,12 @@ class About:
 WITHOUT_CHECKSUM = {"format", "made_by", "made_at"}  # keys of store.json as a development version wrote it
 
 
-def check_format(root: Path, older: bool = False) -> dict[str, Any]:
+def check_format(root: Path, older: bool = False, content: bytes | None = None) -> dict[str, Any]:
     """Read a store's store.json, and refuse a format that cannot be used.
 
     Args:
         older: whether a store of an earlier version is accepted.
+        content: the bytes of store.json; default: those of the file.
 
     Raises:
         BadInput: DuckDB cannot open a path like this one.
@@ -62,27 +63,26 @@ def check_format(root: Path, older: bool = False) -> dict[str, Any]:
         Damaged: store.json cannot be read.
     """
     check_path(root)
-    content = b""
+    held = content or b""
     try:
-        with within_limits(f"cannot read {root / 'store.json'}"):
-            content = Local(root).read("store.json")
-        about = json_object(content)
+        if content is None:
+            with within_limits(f"cannot read {root / 'store.json'}"):
+                held = Local(root).read("store.json")
+        about = json_object(held)
         if "format" not in about:
             raise ValueError("it has no format")
     except (FileNotFoundError, NotADirectoryError):
         raise _no_store(root) from None
     except ValueError as error:
-        raise Damaged(f"{root / 'store.json'} cannot be read ({error}); {_mend(root, content)}") from error
+        raise Damaged(f"{root / 'store.json'} cannot be read ({error}); {_mend(root, held)}") from error
     try:
         described = as_a(About, about)
     except ValueError as error:
-        raise Damaged(
-            f"{root / 'store.json'} names no format, or no maker ({error}); {_mend(root, content)}"
-        ) from error
+        raise Damaged(f"{root / 'store.json'} names no format, or no maker ({error}); {_mend(root, held)}") from error
     version, maker = described.format, described.made_by
-    if not about.keys() <= WITHOUT_CHECKSUM and not sealed.is_whole(content):
+    if not about.keys() <= WITHOUT_CHECKSUM and not sealed.is_whole(held):
         raise Damaged(
-            f"{root / 'store.json'} is not what was written (its checksum does not match); {_mend(root, content)}"
+            f"{root / 'store.json'} is not what was written (its checksum does not match); {_mend(root, held)}"
         )
     if version < FORMAT_VERSION and not older:
         raise TooOld(
@@ -104,6 +104,8 @@ def _no_store(root: Path) -> NotStored:
     if around and around != Path(os.path.realpath(root)):
         return NotStored(f"{root} lies in a store; name the store itself, {around}")
     what = "is no actstore store (it has no store.json)" if root.exists() else "does not exist"
+    if around:
+        return NotStored(f"{root} {what}, and holds the rest of a store: restore that file from a copy of the store")
     with suppress(OSError):
         beside = [folder.parent.name for folder in islice(root.absolute().parent.glob("*/store.json"), MOST_BESIDE)]
         if near := get_close_matches(root.name, beside, 1, cutoff=0.75):

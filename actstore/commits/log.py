@@ -9,6 +9,7 @@ manifest names does not exist. A lease keeps a second writer out.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -16,13 +17,17 @@ from pathlib import Path
 
 import xxhash
 
-from actstore.commits.format import ARRAYS, CHAINED_FROM, CHECKPOINT, FOLDERS, LOG, store_around
+from actstore.commits.format import ARRAYS, CHAINED_FROM, FOLDERS, LOG, store_around
 from actstore.commits.manifest import MANIFEST, Manifest, manifest_path
-from actstore.errors import Damaged
+from actstore.errors import Damaged, advised
 from actstore.storage import links
 from actstore.storage.local import Local, discard
 from actstore.storage.machine import limit_reached
 from actstore.storage.regular import read_regular
+
+NEVER_PUT_IN_PLACE = re.compile(
+    r"\.(store|log|catalog)\..*\.tmp.*"
+)  # DuckDB may have written beside a new catalog, too
 
 
 def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
@@ -41,7 +46,8 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
     if (gap := first_gap(there)) <= last:
         if link := links.broken(root / LOG):
             raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}, since {link}; bring that back")
-        raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}; restore it from a copy of the store")
+        unless = f", or, if the catalog only says that it was there, run {advised('repair', root)}" * (gap > len(there))
+        raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}; restore it from a copy of the store{unless}")
     return chained(root, after, last)
 
 
@@ -106,18 +112,19 @@ def log_hash(committed: Iterable[Manifest], before: str = "") -> str:
     return before
 
 
-def read_manifest(path: Path, number: int) -> Manifest:
+def read_manifest(path: Path, number: int, content: bytes | None = None) -> Manifest:
     """Read one manifest.
 
     Args:
         number: the number that it must have.
+        content: its bytes; default: those of the file.
 
     Raises:
         Damaged: the file cannot be read, or has another number.
         FileNotFoundError: the file does not exist.
     """
     try:
-        content = read_regular(path)
+        content = read_regular(path) if content is None else content
     except FileNotFoundError:
         if link := links.broken(path):
             raise Damaged(f"manifest {path} cannot be read, since {link}; bring that back") from None
@@ -186,7 +193,7 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     Returns:
         The paths removed.
     """
-    for path in [*root.glob(".catalog.*.tmp*"), *root.glob(f".{CHECKPOINT}.*.tmp")]:  # never put in place
+    for path in [path for path in root.iterdir() if NEVER_PUT_IN_PLACE.fullmatch(path.name)]:
         discard(path)
     removed = strays(root, committed)
     for stray in removed:

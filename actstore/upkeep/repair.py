@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import polars as pl
@@ -24,7 +25,7 @@ import xxhash
 
 from actstore.catalog import build, tables, witness
 from actstore.commits import checkpoint, log
-from actstore.commits.format import ARRAYS, FOLDERS, FORMAT_VERSION, check_format
+from actstore.commits.format import ARRAYS, FOLDERS, FORMAT_VERSION, WEIGHTS, check_format
 from actstore.commits.log import refuse_astray
 from actstore.commits.manifest import Manifest, Part
 from actstore.errors import Damaged, advised
@@ -32,7 +33,7 @@ from actstore.storage import links, sealed
 from actstore.storage.backend import File
 from actstore.storage.folder import place
 from actstore.storage.local import Local
-from actstore.upkeep.verify import Finding, read_manifests, verify
+from actstore.upkeep.verify import Advance, Finding, read_manifests, verify_files
 from actstore.upkeep.verify_catalog import CONFLICT
 from actstore.writing.parts import GROUP, as_parquet
 
@@ -57,14 +58,14 @@ class Repair:
 
 
 def repair(
-    path: str | Path, recompute: Recompute, advance: Callable[[int], None] = lambda done: None, wait: float = 0.0
+    path: str | Path, recompute: Recompute, advance: Advance = lambda done, total: None, wait: float = 0.0
 ) -> Repair:
     """Verify a store, mend what is damaged, and build its catalog anew.
 
     Args:
         recompute: makes the files of a batch again, or of a run's definition if the batch is None;
             see ingest/replay/remake.py.
-        advance: called with the bytes read so far, while damage is looked for.
+        advance: called with the bytes read so far and the bytes of all files.
         wait: seconds to wait for another process that writes to the store.
 
     Returns:
@@ -79,51 +80,68 @@ def repair(
             nowhere or into another store. Nothing was touched.
     """
     root = place(path)
-    _refuse_what_is_no_store(root)
+    with suppress(Damaged):
+        check_format(root, older=True)  # a folder that is no store gets no lock
     with Local(root).lease(wait):
-        refuse_astray(root, read_manifests(root)[0])
-        mended = _flip_back(root)
-        about = check_format(root, older=True)
-        report = verify(root, advance=advance)
-        manifests, broken = read_manifests(root)
-        if broken:
-            raise Damaged(
-                f"{root / broken[0].path}: {broken[0].what}; it cannot be made again: restore it from a copy of the store"
-            )
-        refuse_astray(root, manifests)
+        about, manifests, flipped_back = _committed(root)
+        is_older = about["format"] < FORMAT_VERSION
+        report = verify_files(root, manifests, [], checkpoint.content(root), is_older, False, advance)
         if conflict := [finding.what for finding in report.damage if finding.kind == CONFLICT]:
             raise Damaged(witness.in_conflict(root, "; ".join(conflict)))
-        _refuse_shared_places(root, manifests, [finding.path for finding in report.damage])
+        damaged = {finding.path: finding for finding in report.damage}
+        _refuse_shared_places(root, manifests, damaged.keys())
+        for name, content in flipped_back.items():
+            Local(root).swap(name, content)
         log.sweep(root, manifests)  # removes what an interrupted repair left
         tables.discard_beside(root / tables.CATALOG)
-        of_catalog = [finding.path for finding in report.damage if finding.kind == "catalog"]
-        is_whole = all(path.startswith(f"{tables.CATALOG}.") for path in of_catalog)  # but for what was beside it
-        damaged = {finding.path: finding for finding in report.damage}
-        left: list[Finding] = []
+        mended, left = list(flipped_back), list[Finding]()
         for manifest in manifests:
             of_this = [damaged[file.path] for file in manifest.files if file.path in damaged]
             if of_this:
-                done, not_done = _mend(root, manifests, manifest, of_this, damaged.keys(), is_whole, recompute)
+                done, not_done = _mend(root, manifests, manifest, of_this, damaged.keys(), recompute)
                 damaged = {path: finding for path, finding in damaged.items() if path not in done}
                 mended, left = mended + done, left + not_done
         mended += _zarr_group(root)
         if not any(finding.kind == "part" for finding in left):
             build.publish(root, from_nothing=True)
             checkpoint.write(root, manifests)
-            mended += dict.fromkeys([*of_catalog, *(file.path for file in report.damage if file.kind == "checkpoint")])
-            if about["format"] < FORMAT_VERSION:
+            mended += [path for path, finding in damaged.items() if finding.kind in ("catalog", "checkpoint")]
+            if is_older:
                 about = {key: value for key, value in about.items() if key != sealed.CHECKSUM}
                 Local(root).swap("store.json", sealed.to_json({**about, "format": FORMAT_VERSION}))
                 mended.append("store.json")
         return Repair(mended, left, len(manifests))
 
 
-def _refuse_what_is_no_store(root: Path) -> None:
-    with suppress(Damaged):
+def _committed(root: Path) -> tuple[dict[str, Any], list[Manifest], dict[str, bytes]]:
+    """What store.json says, all manifests, and the bytes of files of which one bit has flipped.
+
+    Raises:
+        Damaged: more than a bit of such a file is damaged, or a link on the way to a committed file
+            leads nowhere or into another store.
+    """
+    manifests, broken = read_manifests(root)
+    names = [finding.path for finding in broken]
+    try:
         check_format(root, older=True)
+    except Damaged:
+        names.append("store.json")
+    flipped_back = dict[str, bytes]()
+    for name in names:
+        with suppress(OSError):
+            if content := sealed.flipped_back(Local(root).read(name)):
+                flipped_back[name] = content
+    about = check_format(root, older=True, content=flipped_back.get("store.json"))
+    if flipped_back:
+        manifests, broken = read_manifests(root, flipped_back)
+    refuse_astray(root, manifests)
+    if broken:
+        what = broken[0].what.removesuffix("; restore it from a copy of the store")
+        raise Damaged(f"{root / broken[0].path}: {what}; it cannot be made again: restore it from a copy of the store")
+    return about, manifests, flipped_back
 
 
-def _refuse_shared_places(root: Path, manifests: list[Manifest], damaged: list[str]) -> None:
+def _refuse_shared_places(root: Path, manifests: list[Manifest], damaged: Collection[str]) -> None:
     """Check that no damaged file lies, behind a link, in the place of another committed file.
 
     Raises:
@@ -145,26 +163,6 @@ def _refuse_shared_places(root: Path, manifests: list[Manifest], damaged: list[s
             )
 
 
-def _flip_back(root: Path) -> list[str]:
-    """Mend files that carry their own checksum and have a single flipped bit."""
-    mended = []
-    _, broken = read_manifests(root)
-    names = [finding.path for finding in broken]
-    try:
-        check_format(root, older=True)
-    except Damaged:
-        names.append("store.json")
-    for name in names:
-        try:
-            content = sealed.flipped_back(Local(root).read(name))
-        except OSError:
-            continue
-        if content is not None:
-            Local(root).swap(name, content)
-            mended.append(name)
-    return mended
-
-
 def _without(manifest: Manifest, damaged: Collection[str]) -> Manifest:
     return replace(manifest, parts=[part for part in manifest.parts if part.path not in damaged])
 
@@ -175,27 +173,18 @@ def _mend(
     manifest: Manifest,
     damage: list[Finding],
     damaged: Collection[str],
-    whole_catalog: bool,
     recompute: Recompute,
 ) -> tuple[list[str], list[Finding]]:
     """Mend the damaged files of one commit; rows from the catalog come first.
 
     Files that are computed need the rows.
+
+    Returns:
+        The paths of mended files, and the findings that remain, each with what to do.
     """
     files = {file.path: file for file in manifest.files}
-    done, left = [], []
-    for finding in damage:
-        file, content = files[finding.path], None
-        if isinstance(file, Part) and whole_catalog:
-            with suppress(duckdb.Error, LookupError, ValueError):  # raised for a manifest that no writer wrote
-                content = _from_catalog(root, file)
-        elif file.path == f"{ARRAYS}/{manifest.run}/zarr.json":
-            content = GROUP
-        if content is not None and _is(content, file):
-            Local(root).swap(finding.path, content)
-            done.append(finding.path)
-        else:
-            left.append(finding)
+    left = [finding for finding in damage if not _put(root, files[finding.path], _kept(root, files[finding.path]))]
+    done = [finding.path for finding in damage if finding not in left]
     if not left:
         return done, left
     made, why = dict[str, bytes](), ""
@@ -209,23 +198,28 @@ def _mend(
         why = f"it could not be computed again: {str(error).splitlines()[0]}"
     still = []
     for finding in left:
-        content = made.get(finding.path)
-        if content is not None and _is(content, files[finding.path]):
-            Local(root).swap(finding.path, content)
+        file, content = files[finding.path], made.get(finding.path)
+        if _put(root, file, content):
             done.append(finding.path)
-        else:
-            differs = "what is computed here differs: it was made by other versions or on another machine (see runs)"
-            reason = why or (differs if content is not None else "nothing else in the store tells it")
-            file = files[finding.path]
-            if isinstance(file, Part):
-                reason += f"; {_how_to_remake(root, manifest, file.table)}"
-            still.append(Finding(**{**vars(finding), "what": f"{finding.what}; {reason}"}))
+            continue
+        differs = "what is computed here differs: it was made by other versions or on another machine (see runs)"
+        reason = why or (differs if content is not None else "nothing else in the store tells it")
+        still.append(replace(finding, what=f"{finding.what}; {reason}; {_how_to_remake(root, manifest, file)}"))
     return done, still
 
 
-def _how_to_remake(root: Path, manifest: Manifest, table: str) -> str:
-    """Advice for a part that cannot be mended: a copy, or the command that makes its rows again."""
-    if table == "models":
+def _put(root: Path, file: File, content: bytes | None) -> bool:
+    """Put bytes in a committed file's place; False if they are not the committed bytes."""
+    is_committed = content is not None and xxhash.xxh3_128_hexdigest(content) == file.xxh3_128
+    if content is not None and is_committed:
+        Local(root).swap(file.path, content)
+    return is_committed
+
+
+def _how_to_remake(root: Path, manifest: Manifest, file: File) -> str:
+    """Advice for a file that cannot be mended: a copy, or the command that makes it again."""
+    table = file.table if isinstance(file, Part) else ""
+    if table == "models" or file.path.startswith(f"{WEIGHTS}/"):
         how = f"put the model that was run where it is found ({advised('models', 'add')}), then run {advised('repair', root)}"
     elif table == "results":
         how = f"store the runs anew in another store, and make the results there ({advised('study')})"
@@ -234,17 +228,22 @@ def _how_to_remake(root: Path, manifest: Manifest, table: str) -> str:
     return f"restore it from a copy of the store, or {how}"
 
 
-def _is(content: bytes, file: File) -> bool:
-    return xxhash.xxh3_128_hexdigest(content) == file.xxh3_128
+def _kept(root: Path, file: File) -> bytes | None:
+    """Make a file's bytes of what the store holds besides: a part of its rows in the catalog.
 
-
-def _from_catalog(root: Path, part: Part) -> bytes:
-    """Make a part's bytes from its rows in the catalog."""
-    with tables.attached(root) as connection:
-        where, values = _rows_of(connection, part)
-        rows = connection.sql(f"from there.{part.table} {where}", params=values).pl()
-    rows = rows.drop(tables.DERIVED.get(part.table, ""), strict=False)
-    return as_parquet(part.table, rows.head(part.rows))
+    A damaged catalog may still hold them; the hash of the part tells whether it does.
+    """
+    if file.path.startswith(f"{ARRAYS}/") and file.path.count("/") == 2:  # the Zarr group of a run
+        return GROUP
+    if not isinstance(file, Part):
+        return None
+    with suppress(duckdb.Error, OSError, LookupError, ValueError):  # also for a manifest that no writer wrote
+        with tables.attached(root) as connection:
+            where, values = _rows_of(connection, file)
+            rows = connection.sql(f"from there.{file.table} {where}", params=values).pl()
+        rows = rows.drop(tables.DERIVED.get(file.table, ""), strict=False)
+        return as_parquet(file.table, rows.head(file.rows))
+    return None
 
 
 def _rows_of(connection: duckdb.DuckDBPyConnection, part: Part) -> tuple[str, list[object]]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import google_crc32c
@@ -21,7 +22,7 @@ import polars as pl
 from actstore.catalog import tables, witness
 from actstore.commits import checkpoint, log
 from actstore.commits.format import ARRAYS, CHECKPOINT, FORMAT_VERSION, LOG, WEIGHTS, check_format
-from actstore.commits.log import led_astray
+from actstore.commits.log import led_astray, log_hash
 from actstore.commits.manifest import Manifest, Part, Shard, manifest_path
 from actstore.errors import Damaged, TooNew, advised
 from actstore.storage import links
@@ -33,6 +34,7 @@ from actstore.storage.machine import limit_reached, n_processors
 from actstore.upkeep import verify_catalog
 from actstore.writing.parts import GROUP
 
+Advance = Callable[[int, int], None]  # bytes read so far, bytes of all files
 COLUMNS = ("path", "kind", "what", "run", "site", "batch", "trees")
 
 
@@ -90,12 +92,12 @@ class Report:
 _SCHEMA = {name: pl.Int64() if name == "batch" else pl.String() for name in COLUMNS}
 
 
-def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None] = lambda done: None) -> Report:
+def verify(path: str | Path, quick: bool = False, advance: Advance = lambda done, total: None) -> Report:
     """Look for damage.
 
     Args:
         quick: check only sizes and the shards' index checksums.
-        advance: called with the bytes read so far.
+        advance: called with the bytes read so far, and with those of all files.
 
     Returns:
         The findings, and how much was read.
@@ -105,35 +107,55 @@ def verify(path: str | Path, quick: bool = False, advance: Callable[[int], None]
         TooNew: a later version of actstore made the store.
     """
     root = place(path)
-    findings: list[Finding] = []
-    is_older = False
+    wrong, is_older = list[Finding](), False
     try:
         is_older = check_format(root, older=True)["format"] < FORMAT_VERSION
     except TooNew:
         raise
     except Damaged as error:
-        findings.append(Finding("store.json", "store.json", str(error)))
+        wrong.append(Finding("store.json", "store.json", str(error)))
     summed = checkpoint.content(root)  # before the manifests: a writer may go on
     manifests, broken = read_manifests(root)
-    findings += broken
+    report = verify_files(root, manifests, broken, summed, is_older, quick, advance)
+    return replace(report, findings=wrong + report.findings)
+
+
+def verify_files(
+    root: Path,
+    manifests: list[Manifest],
+    broken: list[Finding],
+    summed: bytes | None,
+    is_older: bool,
+    quick: bool,
+    advance: Advance,
+) -> Report:
+    """Look for damage in a store whose manifests were read.
+
+    Args:
+        manifests, broken: see read_manifests.
+        summed: the checkpoint's bytes, read before the manifests.
+        is_older: an earlier version made the store.
+        quick, advance: see verify.
+    """
+    findings = list(broken)
     if not broken and summed is not None and not checkpoint.fits(summed, manifests):
         findings.append(
             Finding(CHECKPOINT, "checkpoint", "it is not what the manifests come to; no reader relies on it")
         )
     jobs = [(manifest, file) for manifest in manifests for file in manifest.files]
     small = [job for job in jobs if not isinstance(job[1], Shard)]
-    findings += _files(root, small, quick, advance)
+    done, total = sum(file.bytes for _, file in small), sum(file.bytes for _, file in jobs)
+    findings += _files(root, small, quick, lambda n: advance(n, total))
     findings += [Finding(path, "link", what) for path, what in led_astray(root, (file.path for _, file in jobs))]
     parts_are_whole = not any(finding.kind == "part" for finding in findings)
     with ThreadPoolExecutor(1) as beside:  # DuckDB compares the rows while the shards are hashed
         of_catalog = beside.submit(_catalog, root, None if broken else manifests, is_older, parts_are_whole, quick)
-        done = sum(file.bytes for _, file in small)
         shards = [job for job in jobs if isinstance(job[1], Shard)]
-        findings += _files(root, shards, quick, lambda n: advance(done + n))
+        findings += _files(root, shards, quick, lambda n: advance(done + n, total))
         findings += _group(root)
         findings += of_catalog.result()
     findings += _strays(root, manifests, broken)
-    return Report(findings, len(jobs), sum(file.bytes for _, file in jobs))
+    return Report(findings, len(jobs), total)
 
 
 def _catalog(
@@ -148,25 +170,23 @@ def _catalog(
     return found
 
 
-def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
-    """The manifests that can be read, and findings about the others."""
+def read_manifests(
+    root: Path, instead: Mapping[str, bytes] = MappingProxyType({})
+) -> tuple[list[Manifest], list[Finding]]:
+    """The manifests that can be read, and findings about the others.
+
+    Args:
+        instead: path → bytes to take in place of the file's own.
+    """
     found: list[Manifest] = []
     broken: list[Finding] = []
     there = log.numbers(root)
-    end = max([*there[-1:], tables.snapshot(root)]) + 1
-    expected = 1
-    for number in [*there, end]:
-        if number > expected:  # each gap once: a name can be any number
-            what = "is missing" + f", as are all up to {number - 1}" * (number > expected + 1)
-            if link := links.broken(root / LOG):
-                what += f", since {link}"
-            broken.append(Finding(manifest_path(expected), "manifest", what))
-        expected = number + 1
-        if number == end:
-            break
+    for expected, number in zip([1, *(number + 1 for number in there)], there, strict=False):
+        if number > expected:
+            broken.append(_gap(root, expected, number - 1))
         path = root / manifest_path(number)
         try:
-            manifest = log.read_manifest(path, number)
+            manifest = log.read_manifest(path, number, instead.get(manifest_path(number)))
             before = found[-1] if found and found[-1].number == number - 1 else None
             if (before or number == 1) and (what := log.breaks_chain(before, manifest)):
                 broken.append(Finding(manifest_path(max(number - 1, 1)), "manifest", what))
@@ -175,8 +195,21 @@ def read_manifests(root: Path) -> tuple[list[Manifest], list[Finding]]:
             broken.append(Finding(manifest_path(number), "manifest", str(error)))
         except OSError as error:
             broken.append(Finding(manifest_path(number), "manifest", _unreadable(error, path)))
+    held, hash_of_log = tables.built_from(root)
+    last = max([0, *there[-1:]])
+    if held > last and (broken or log_hash(found) != hash_of_log):  # else the catalog's number is what is damaged
+        gap = _gap(root, last + 1, held)
+        broken.append(replace(gap, what=gap.what + witness.doubt(root, last)))
     broken += [Finding(manifest_path(number), "manifest", what) for number, what in witness.at_odds(found)]
     return found, broken
+
+
+def _gap(root: Path, first: int, last: int) -> Finding:
+    """The finding for manifests that are missing: one each gap, since a name can be any number."""
+    what = "is missing" + f", as are all up to {last}" * (last > first)
+    if link := links.broken(root / LOG):
+        what += f", since {link}"
+    return Finding(manifest_path(first), "manifest", what)
 
 
 def _files(
@@ -278,11 +311,6 @@ def _strays(root: Path, manifests: list[Manifest], broken: list[Finding]) -> Ite
     for path in log.strays(root, manifests):
         if path not in known:
             yield Finding(path, "stray", "no commit names it; the next writer removes it")
-
-
-def committed_bytes(root: Path) -> int:
-    """The size of all committed files, which `verify` reads."""
-    return sum(file.bytes for manifest in read_manifests(root)[0] for file in manifest.files)
 
 
 def raise_if_damaged(report: Report, path: str | Path) -> None:

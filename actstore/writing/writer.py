@@ -74,7 +74,7 @@ class Writer:
     def __init__(self, root: Path, lease: Lease) -> None:
         self.root, self._lease = root, lease
         # before anything is swept: is the log whole?
-        self._log = log.manifests(root, least=catalog_tables.snapshot(root))
+        self._log = log.manifests(root, least=witness.least(root))
         log.check_sizes(root, self._log)
         refuse_astray(root, self._log)
         witness.refuse_conflict(root, self._log)

@@ -20,7 +20,7 @@ install: .venv/installed
 help:
 	@awk '/^# /{said=substr($$0,3)} /^[a-z]+:/&&said{sub(":.*","");printf "make %-8s %s\n",$$0,said} !/^# /{said=""}' Makefile
 
-# a small store of the reproduction, asked and probed; see README.md
+# a small store of the reproduction, two queries and the probe study; see README.md
 demo: install
 	$(BIN)/actstore ingest $(STORE) --model reproduction --trees 2000
 	$(BIN)/actstore info $(STORE)
@@ -29,8 +29,7 @@ demo: install
 	$(BIN)/actstore show $(STORE) 1
 	$(BIN)/actstore study $(STORE) probes --plot probes.png
 
-# what data/README.md tells of: both models on the same 20,000 trees, their variants and continuations, and the probes' own set;
-# and what is found there is put to sets that were drawn apart: `fresh`, and `fresh-sites` with activations
+# the store of data/README.md: both models, every study, and each finding tested again on a second set of trees
 full: install
 	$(BIN)/actstore ingest $(FULL) --model reproduction --trees 20000 --seed 7 --distribution reproduction --dataset trees --sites $(SITES)
 	$(BIN)/actstore ingest $(FULL) --model baseline --dataset trees --sites $(SITES)
@@ -59,7 +58,7 @@ full: install
 	    $(BIN)/actstore study $(FULL) $$study --run reproduction --run baseline --confirm fresh-sites; \
 	done
 
-# everything that has to pass: lint, then all tests
+# everything that must pass: lint, then all tests
 test: lint
 	$(BIN)/python -m pytest -n 2
 
@@ -81,7 +80,7 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# kills, faults of the disk, flipped bits and power cuts; see actstore/README.md
+# kills, disk faults, flipped bits and power cuts, by the hundred; see actstore/README.md
 torture: install
 	$(BIN)/python -m tests.torture.kills 200
 	$(BIN)/python -m tests.torture.readers
@@ -89,7 +88,7 @@ torture: install
 	$(BIN)/python -m tests.torture.flips 1000
 	$(BIN)/python -m tests.torture.power 40
 
-# measure everything that tests/benchmarks/README.md shows, in ten minutes, and rewrite its figures
+# run every benchmark in ten minutes, and rewrite the figures of tests/benchmarks/README.md
 bench: .venv/bench
 	$(BIN)/python -m tests.benchmarks
 
@@ -97,6 +96,6 @@ bench: .venv/bench
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
 	touch $@
 
-# remove .venv and what builds leave
+# remove .venv and build outputs
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -83,7 +83,7 @@ def verify(
 
 
 def repair(store: str | Path | Store, wait: float = 10.0, progress: Work = silent) -> Repair:
-    """Restore what is damaged to the committed bytes, and build the catalog anew.
+    """Restore what is damaged to the committed bytes, and rebuild the catalog.
 
     Args:
         store: a path, or an open store, which keeps its snapshot.

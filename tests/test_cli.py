@@ -297,7 +297,7 @@ def tiny_config(folder, steps=30):
 @pytest.mark.parametrize(
     ("stopped_at", "said"),
     [
-        (1, "nothing was kept yet (the state is saved every 25 steps), and the same command begins anew"),
+        (1, "nothing was kept yet (the state is saved every 25 steps), and the same command starts over"),
         (25, "nothing was kept yet"),  # it is learnt, and not yet saved
         (26, "step 25 is kept in OUT, and the same command goes on from there"),
         (70, "step 50 is kept in OUT, and the same command goes on from there"),
@@ -334,7 +334,7 @@ def test_an_ingest_that_is_stopped_before_its_first_commit_promises_nothing(tmp_
 
     monkeypatch.setattr(Ingest, "answers", stopped)
     first = run("ingest", tmp_path / "s.act", "--model", "reproduction", "--trees", "8", "--sites", "none")
-    assert_one_line(first, 1, "stopped; nothing was committed yet, and the same command begins anew")
+    assert_one_line(first, 1, "stopped; nothing was committed yet, and the same command starts over")
 
 
 def test_ctrl_c_keeps_what_was_committed_and_says_how_to_go_on(tmp_path):

@@ -219,7 +219,7 @@ class Job:
         return "a run"
 
     def kept(self):
-        return "nothing was committed yet, and the same command begins anew"
+        return "nothing was committed yet, and the same command starts over"
 
 
 @pytest.mark.parametrize("ability", LACKING)

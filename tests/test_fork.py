@@ -43,7 +43,7 @@ for use in (
     try:
         use()
     except BadInput as error:
-        assert "open the store in a process that is started anew" in str(error), error
+        assert "open the store in a fresh process" in str(error), error
     else:
         raise AssertionError("it was used")
 """

@@ -250,7 +250,7 @@ def test_ctrl_c_in_what_commits_as_it_goes_says_how_to_go_on(tmp_path, monkeypat
 
     monkeypatch.setattr("actstore.ingest.jobs.local.execute", stopped)
     result = run("ingest", tmp_path / "s.act", "--model", "reproduction", "--trees", "10")
-    said = "actstore: stopped; nothing was committed yet, and the same command begins anew\n"
+    said = "actstore: stopped; nothing was committed yet, and the same command starts over\n"
     assert (result.exit_code, result.stderr) == (1, said)
 
 

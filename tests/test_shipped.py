@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 
 from actstore.ingest.models import load
 from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.training.card import card
 from actstore.ingest.training.checkpoints import KEPT
-from actstore.ingest.training.evaluation import evaluate
+from actstore.ingest.training.evaluation import MEASURES, Evaluation, evaluate
 from actstore.ingest.training.recipe import read_config, recipe_of
 from actstore.ingest.trees.draw import DISTRIBUTIONS
 
@@ -43,6 +45,29 @@ def test_a_shipped_model_is_what_its_card_its_configuration_and_its_log_say(name
     log = pl.read_ndjson(weights.with_suffix(".jsonl"))
     assert log["step"][-1] == recipe.steps
     assert log["step"].is_sorted()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_card_is_what_the_program_writes_today(name):
+    """From the configuration, the log, and the card's own shares and machine."""
+    weights = CHECKPOINTS / f"{name}.safetensors"
+    written = weights.with_suffix(".md").read_text()
+    _, config, recipe = read_config(name)
+    shares = [f"{measure}{end}" for measure in MEASURES for end in ("", "_low", "_high")]
+    rows = []
+    for line in re.findall(r"^\| (\w+(?:, \w+)? \| (?:all|\d+) \| .*\)) \|$", written, re.MULTILINE):
+        trees, depth, n, *cells = line.split(" | ")
+        distribution, _, edges = trees.partition(", ")
+        numbers = [float(number) / 100 for cell in cells for number in re.findall(r"[\d.]+", cell)]
+        row = {"distribution": distribution, "edges": edges or None, "depth": None if depth == "all" else int(depth)}
+        rows.append(row | {"n_trees": int(n.replace(",", ""))} | dict(zip(shares, numbers, strict=True)))
+    own = (name, *(other for other in DISTRIBUTIONS if other != name))
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    table = pl.DataFrame(rows, infer_schema_length=None)
+    graded = Evaluation(name, sha256, own, 20_000_000, 16, 20_000, dict.fromkeys(own, 0), table)
+    log = [json.loads(line) for line in weights.with_suffix(".jsonl").read_text().splitlines()]
+    (machine,) = re.findall(r"^\| machine \| (.*) \|$", written, re.MULTILINE)
+    assert card(config, recipe, log, graded, machine) == written
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,7 @@
 """Compare a store's manifests with each other and with the catalog: each witnesses the commits.
 
 A manifest's checksum shows that the manifest is whole. It does not show that the manifest is the
-one that was written, since whoever edits a manifest can write its checksum anew. An edited manifest
+one that was written, since an editor can also write a new checksum. An edited manifest
 still must name its own files, and the catalog records what the manifests said when it was built.
 """
 

@@ -57,7 +57,7 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
 @wait_option
 @output_options
 def repair(store: Path, wait: float, output: Output) -> None:
-    """Restore what is damaged to the committed bytes, and build the catalog anew.
+    """Restore what is damaged to the committed bytes, and rebuild the catalog.
 
     A store of an earlier version is brought up to date. Rows come from the catalog or from the
     definition of the trees, activations from the run's own weights.

@@ -134,7 +134,7 @@ def check_process(opened_in: int) -> None:
     if os.getpid() != opened_in:
         raise BadInput(
             f"process {opened_in} opened a store, and this process ({os.getpid()}) was forked from it: the threads of "
-            "DuckDB and polars do not survive a fork; open the store in a process that is started anew "
+            "DuckDB and polars do not survive a fork; open the store in a fresh process "
             "(`multiprocessing.get_context('spawn')`), or read `Store.batches` in a DataLoader"
         )
 

@@ -60,7 +60,7 @@ class Repair:
 def repair(
     path: str | Path, recompute: Recompute, advance: Advance = lambda done, total: None, wait: float = 0.0
 ) -> Repair:
-    """Verify a store, mend what is damaged, and build its catalog anew.
+    """Verify a store, mend what is damaged, and rebuild its catalog.
 
     Args:
         recompute: makes the files of a batch again, or of a run's definition if the batch is None;
@@ -222,9 +222,9 @@ def _how_to_remake(root: Path, manifest: Manifest, file: File) -> str:
     if table == "models" or file.path.startswith(f"{WEIGHTS}/"):
         how = f"put the model that was run where it is found ({advised('models', 'add')}), then run {advised('repair', root)}"
     elif table == "results":
-        how = f"store the runs anew in another store, and make the results there ({advised('study')})"
+        how = f"store the runs again in another store, and make the results there ({advised('study')})"
     else:
-        how = f"store the run anew in another store ({advised('ingest')} … --run {manifest.run})"
+        how = f"store the run again in another store ({advised('ingest')} … --run {manifest.run})"
     return f"restore it from a copy of the store, or {how}"
 
 

@@ -136,7 +136,7 @@ class Ingest:
         """One sentence: what a stop keeps now, and what the same command does after it."""
         done = self.n_batches - len(self.left())
         if not done:
-            return "nothing was committed yet, and the same command begins anew"
+            return "nothing was committed yet, and the same command starts over"
         return f"{done} of {self.n_batches} batches are committed, and the same command goes on from there"
 
     def announcement(self) -> str:

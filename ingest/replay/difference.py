@@ -64,5 +64,5 @@ def raise_if_apart(found: Sequence[Difference], path: str | Path) -> None:
         first = apart[0]
         raise Damaged(
             f"{path} is not what its weights and trees give: {len(apart)} of {len(found)} comparisons differ, the first "
-            f"{first.what} of run {first.run!r} by {first.worst:.3g} ({first.first}); ingest it anew, into another store"
+            f"{first.what} of run {first.run!r} by {first.worst:.3g} ({first.first}); ingest it again, into another store"
         )

@@ -123,7 +123,7 @@ def kept(out: Path) -> str:
     """One sentence: what a stop keeps now, and what the same command does after it."""
     step = kept_step(out)
     if step is None:
-        return f"nothing was kept yet (the state is saved every {LOG_EVERY} steps), and the same command begins anew"
+        return f"nothing was kept yet (the state is saved every {LOG_EVERY} steps), and the same command starts over"
     return f"step {step:,} is kept in {out}, and the same command goes on from there"
 
 

@@ -264,7 +264,8 @@ def test_a_card_says_what_was_trained_and_how_good_it_is_on_trees_never_seen(tmp
     text = path.with_suffix(".md").read_text()
     assert f"sha256 `{model.weights_sha256}`" in text
     assert (
-        "800 fresh trees (no fixed set), 16 per step: 600 of the `reproduction` distribution, 200 `deep`; seed 42" in text
+        "800 fresh trees (no fixed set), 16 per step: 600 of the `reproduction` distribution, 200 `deep`; seed 42"
+        in text
     )
     rows = [
         line.split(" | ") for line in text.splitlines() if re.match(r"\| [\w, ]+ \| (all|\d+) \| \d+ \| \S+ \(", line)

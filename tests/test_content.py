@@ -86,6 +86,7 @@ def put_in(body, at, value):
 def read(root):
     with Store(root) as store:
         for run in store.runs():
+            store.of(run).sql("select 1 from outcomes, latest_results")
             for site in store.sites(run):
                 X, rows = store.read(ALL, run, site)
                 store.scan(run, site).select("token_id", "x").collect()
@@ -253,6 +254,9 @@ PLACES = [
 @example(place=("datasets", "trees_per_shard"), value="0")
 @example(place=("shards", "batch"), value="2000000000")
 @example(place=("snapshot", "snapshot"), value="null")
+@example(place=("sites", "short"), value="null")
+@example(place=("runs", "run"), value="null")
+@example(place=("runs", "first_tree_id"), value="null")
 def test_a_catalog_of_strange_rows_is_damage_and_is_built_anew(whole, tmp_path, place, value):
     root, (table, column) = copy(whole, tmp_path / "s.act"), place
     try:
@@ -269,6 +273,13 @@ def test_a_shape_that_no_array_has_is_damage_when_it_is_read(root, shape):
     change_catalog(root, f"update sites set shape = {shape}")
     with Store(root) as store, pytest.raises(Damaged, match=r"says what cannot be|and the catalog says"):
         store.read(ALL, "r", "resid_post.0")
+
+
+def test_a_run_asks_though_the_catalog_lacks_a_view(root):
+    change_catalog(root, "drop view latest_results")
+    with Store(root) as store:
+        assert store.of("r").sql("from latest_results").is_empty()
+        assert len(store.of("r").read(ALL, site="resid_post.0")[1])
 
 
 def test_a_path_of_the_catalog_leads_to_no_file_outside(root, tmp_path):

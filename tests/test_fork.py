@@ -28,6 +28,9 @@ if child := os.fork():
     sys.exit()
 """
 REFUSES = """
+from actstore.upkeep.repair import repair
+from actstore.upkeep.verify import verify
+from actstore.writing.writer import open_writer
 for use in (
     lambda: store.sql("select 1"),
     lambda: store.sql("select 1", timeout=10),
@@ -39,6 +42,9 @@ for use in (
     lambda: store.sites("r"),
     lambda: store.info(),
     lambda: Store(sys.argv[1]),
+    lambda: verify(sys.argv[1]),
+    lambda: repair(sys.argv[1], None),
+    lambda: open_writer(sys.argv[1]).__enter__(),
 ):
     try:
         use()

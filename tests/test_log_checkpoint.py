@@ -118,6 +118,11 @@ def strange_definitions(root: Path) -> None:
     forged(root, definitions=[replace(of_run, others=[replace(of_run.others[0], bytes=1)])])
 
 
+def strange_paths(root: Path) -> None:
+    (of_run,) = [manifest for manifest in log.manifests(root) if manifest.kind == "run"]
+    forged(root, definitions=[replace(of_run, others=[replace(of_run.others[0], path="a\0b")])])
+
+
 UNFIT = {
     "a flipped bit": lambda root: damage(root / CHECKPOINT, flip(40)),
     "empty": lambda root: Local(root).swap(CHECKPOINT, b""),
@@ -127,6 +132,7 @@ UNFIT = {
     "of another last": lambda root: forged(root, last_xxh3_128="0" * 32),
     "of another log": lambda root: forged(root, log_xxh3_128="0" * 32),
     "of another run": strange_definitions,
+    "of paths that no file has": strange_paths,
 }
 
 

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import unicodedata
 
+import click
 import polars as pl
 import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main, progress
 from actstore.cli.output import print_table
+from actstore.cli.terminal import wrapped
 from actstore.outputs import printable
 
 ACTSTORE = [sys.executable, "-c", "from actstore.cli import main; main()"]
@@ -118,6 +120,59 @@ def test_a_table_shows_headers_and_values_as_they_are(capsys, text):
     wide = pl.DataFrame({text: [text + "." * 11_000]})  # shown as a block
     print_table(wide)
     assert capsys.readouterr().out.count(text) == 2
+
+
+def narrow(monkeypatch):
+    """A terminal of 80 columns; called in a test's body, since capsys puts stdout in place between its phases."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+
+
+MANY = pl.DataFrame(
+    {
+        "name": [f"the_name_of_query_{i}" for i in range(12)],
+        "interval": ["[99.05, 100.00]"] * 12,
+        "n": [1234567 + i for i in range(12)],
+        "text": [f"begins{i} with a step, as if a goal stood there, and goes on to a leaf" for i in range(12)],
+    }
+)
+
+
+def test_a_narrow_terminal_cuts_no_number_and_no_text(monkeypatch, capsys):
+    narrow(monkeypatch)
+    print_table(MANY)
+    shown = click.unstyle(capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    assert all(str(value) in shown for row in MANY.select("name", "interval", "n").rows() for value in row)
+    assert {*" ".join(MANY["text"]).split()} <= {*shown.split()}
+
+
+def test_rows_too_wide_to_be_narrowed_are_blocks(monkeypatch, capsys):
+    narrow(monkeypatch)
+    wide = MANY.select("n", "name", *(pl.col("n").alias(f"number{i}") for i in range(9)))
+    print_table(pl.concat([wide] * 6))
+    shown = click.unstyle(capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.count("1234567") == 5 * 10  # of 60 rows that are shown
+    assert "… 12 more of 72 rows" in shown
+
+
+def test_a_long_list_alone_is_cut(monkeypatch, capsys):
+    narrow(monkeypatch)
+    print_table(MANY.select("n", x=pl.lit([0.123456] * 128)))
+    lines = click.unstyle(capsys.readouterr().out).splitlines()
+    assert len(lines) == 2 + 12
+    assert all(line.rstrip().endswith("…") for line in lines[2:])
+
+
+def test_a_sentence_is_broken_between_words_at_the_end_of_the_line(monkeypatch):
+    narrow(monkeypatch)
+    words = " ".join(MANY["text"])
+    assert max(map(len, wrapped(words).splitlines())) <= 80
+    assert wrapped(words).split() == words.split()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert wrapped(words) == words
 
 
 @pytest.mark.parametrize("text", ["\x1b[31m", "\x9b31m", "\x07", "\r", "\x00", "\u202e", "\u2028", "\x7f"])

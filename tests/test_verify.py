@@ -92,6 +92,12 @@ def test_a_manifest_that_is_gone_is_missed_even_where_it_was_the_last(store):
     assert [finding.what for finding in verify(store).damage] == ["is missing"]
 
 
+def test_what_a_manifest_that_cannot_be_read_may_name_is_no_stray(store):
+    """No writer removes it: a store without that manifest refuses every writer."""
+    damage(store / manifest_path(len(log.manifests(store))), shorten)
+    assert {finding.kind for finding in verify(store).findings} == {"manifest"}
+
+
 def test_the_group_of_all_arrays_is_looked_at(store):
     damage(store / "activations.zarr/zarr.json", flip(8))
     assert [(found.path, found.kind) for found in verify(store).damage] == [("activations.zarr/zarr.json", "metadata")]

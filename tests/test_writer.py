@@ -416,6 +416,22 @@ def test_only_one_at_a_time_holds_a_store_for_writing_and_readers_do_not_mind(ru
     assert files(whole) == before
 
 
+def test_a_path_where_no_store_can_be_made_gets_no_command_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    for taken in (tmp_path, tmp_path / "file", tmp_path / "gone"):
+        with pytest.raises(NotStored, match="name the folder of a store, or a new folder to make one"):
+            Store(taken)
+        with pytest.raises(BadInput):
+            open_writer(taken, make=True).__enter__()
+    for free in (tmp_path / "empty", tmp_path / "new"):
+        with pytest.raises(NotStored, match="make one with"):
+            Store(free)
+        with open_writer(free, make=True):
+            pass
+
+
 OPENINGS: dict[str, Callable[[Path], object]] = {
     "Store": lambda root: Store(root).close(),
     "open_writer": lambda root: open_writer(root).__enter__(),

@@ -15,10 +15,10 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from actstore.errors import Damaged, advised
+from actstore.errors import BadInput, Damaged, advised
 from actstore.storage.folder import check_path
 from actstore.storage.local import discard
-from actstore.storage.machine import limit_reached
+from actstore.storage.machine import limit_reached, refuse_forked
 from actstore.storage.regular import check_regular
 
 
@@ -146,10 +146,16 @@ def built_from(root: Path) -> tuple[int, str | None]:
 
     If no catalog can be read, the number is 0 and the hash None. The hash of a catalog of an
     earlier format is None, too.
+
+    Raises:
+        BadInput: DuckDB cannot open the store's path, or this process was forked from one that had
+            opened a store.
     """
     try:
         with attached(root) as connection:
             return snapshot_of(connection)
+    except BadInput:  # a ValueError, too
+        raise
     except (duckdb.Error, FileNotFoundError, Damaged, IndexError, KeyError, TypeError, ValueError) as error:
         if reached := limit_reached(error, f"cannot open {root / CATALOG}"):
             raise reached from error
@@ -184,11 +190,13 @@ def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """Attach the catalog's file for reading, as the database `there`, without a log beside it.
 
     Raises:
+        BadInput: this process was forked from one that had opened a store.
         Damaged: the catalog is not a regular file, or has a view in the place of a table. Such a
             view's query would run, and may read any file.
         FileNotFoundError: there is no catalog.
         duckdb.Error: the file is not a database.
     """
+    refuse_forked()
     with ctrl_c(), ExitStack() as stack:
         path = root / CATALOG
         check_regular(path)

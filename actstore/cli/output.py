@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 ROWS_SHOWN = 60  # rows of a printed table; the other formats give every row
 ACTIVATION_FILES = (".npz", ".safetensors", ".parquet")
 ARGUMENTS = ("file", "allow_pickle")  # np.savez takes arrays by keyword beside its own
-ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with cells cut short
+ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with wrapped cells
+LEAST_WIDTH = 16  # of a column that is narrowed: an interval, `[99.05, 100.00]`, stays whole
+GAP = 3  # between two columns
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,21 @@ class Output:
 def print_table(frame: pl.DataFrame) -> None:
     """Print a frame as a table, or as one block of lines per row.
 
-    Blocks are used for few rows that are wider than the terminal. Without a terminal, lines are as
-    long as they need to be.
+    Few rows that are wider than the terminal become blocks. In more rows, long texts are wrapped
+    and long lists cut short; the rows become blocks if that does not suffice. Numbers and short
+    texts are always whole. Without a terminal, lines are as long as they need to be.
     """
     from rich.console import Console
     from rich.measure import Measurement
 
     console = Console() if sys.stdout.isatty() else Console(width=10_000, color_system=None)
-    table = _table(frame)
-    if Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width:
-        console.print(table)
-    elif len(frame) <= ROWS_AS_BLOCKS:
-        for row in frame.iter_rows(named=True):
+    table, shown = _table(frame), frame.head(ROWS_SHOWN)
+    is_wide = Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width
+    if is_wide and (len(frame) <= ROWS_AS_BLOCKS or not _narrowed(table, shown, console.width)):
+        for row in shown.iter_rows(named=True):
             console.print(_block(row))
             console.print()
     else:
-        for column in table.columns:
-            column.no_wrap, column.overflow = True, "ellipsis"
         console.print(table)
     if len(frame) > ROWS_SHOWN:
         console.print(
@@ -82,6 +82,28 @@ def print_table(frame: pl.DataFrame) -> None:
         )
     elif not len(frame):
         console.print("(no rows)")
+
+
+def _narrowed(table: Table, frame: pl.DataFrame, width: int) -> bool:
+    """Narrow the columns of long texts and lists until a table fits; False if it cannot fit."""
+    from rich.cells import cell_len
+
+    cells = [[printable(column.name), *map(_cell, column)] for column in frame.iter_columns()]
+    widths = [max(map(cell_len, column)) for column in cells]
+    long = [
+        place
+        for place, dtype in enumerate(frame.dtypes)
+        if widths[place] > LEAST_WIDTH and not dtype.is_numeric() and not dtype.is_temporal()
+    ]
+    room = width - GAP * (len(widths) - 1) - sum(widths) + sum(widths[place] for place in long)
+    if room < LEAST_WIDTH * len(long) or not long:
+        return False
+    for turn, place in enumerate(sorted(long, key=widths.__getitem__)):
+        column, given = table.columns[place], min(widths[place], room // (len(long) - turn))
+        column.max_width, column.no_wrap = given, frame.dtypes[place].is_nested()
+        column.overflow = "ellipsis" if column.no_wrap else "fold"
+        room -= given
+    return True
 
 
 def _table(frame: pl.DataFrame) -> Table:

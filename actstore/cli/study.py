@@ -10,6 +10,7 @@ import click
 
 from actstore.cli.group import main, say
 from actstore.cli.options import no_check_option, no_record_option, output_options, store_argument, wait_option
+from actstore.cli.terminal import wrapped
 from actstore.errors import advised
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def study(
         as_table = output.format == "table" and not output.parquet
         output.write(*rows(studies.tables(answers), confirmed, as_table))
         for line in "\n".join([one.sentence for one in answers] + [one.sentence for one in confirmed]).splitlines():
-            say(line, err=not as_table)
+            say(wrapped(line) if as_table else line, err=not as_table)
         for file in studies.save_figures(answers, plot) if plot else ():
             say(f"figure: {file}", err=True)
     finally:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +54,14 @@ def print_data(text: str) -> None:
         except UnicodeEncodeError:
             sys.stdout.reconfigure(encoding="utf-8", errors=HANDLES_ANY_TEXT)
     sys.stdout.write(text)
+
+
+def wrapped(text: str) -> str:
+    """Break a line between words where stdout's terminal ends; without a terminal, leave it."""
+    if not sys.stdout.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
 
 
 def finish() -> None:

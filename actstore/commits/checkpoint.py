@@ -17,7 +17,7 @@ from actstore.commits.format import CHECKPOINT
 from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged
 from actstore.storage import sealed
-from actstore.storage.content import Hash, Positive, as_a, json_object
+from actstore.storage.content import Hash, Positive, as_a, check_inside, json_object
 from actstore.storage.local import Local
 from actstore.storage.machine import limit_reached
 from actstore.storage.regular import LONGEST
@@ -83,10 +83,15 @@ def content(root: Path) -> bytes | None:
 
 def parsed(held: bytes | None) -> Checkpoint | None:
     """The checkpoint in some bytes; None if they hold none."""
+    if not held or not sealed.is_whole(held):
+        return None
     try:
-        return as_a(Checkpoint, json_object(held)) if held and sealed.is_whole(held) else None
+        found = as_a(Checkpoint, json_object(held))
+        for file in (file for manifest in found.definitions for file in manifest.files):
+            check_inside(file.path)
     except ValueError:
         return None
+    return found
 
 
 def fits(held: bytes, committed: Sequence[Manifest]) -> bool:

@@ -110,7 +110,14 @@ def _no_store(root: Path) -> NotStored:
         beside = [folder.parent.name for folder in islice(root.absolute().parent.glob("*/store.json"), MOST_BESIDE)]
         if near := get_close_matches(root.name, beside, 1, cutoff=0.75):
             return NotStored(f"{root} {what}; did you mean {root.with_name(near[0])}, beside it?")
+        if is_taken(root):
+            return NotStored(f"{root} {what}; name the folder of a store, or a new folder to make one")
     return NotStored(f"{root} {what}; make one with {advised('ingest', root, '--model', 'reproduction')}")
+
+
+def is_taken(root: Path) -> bool:
+    """True if something other than an empty folder has a path: no store can be made there."""
+    return root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir())))
 
 
 def _mend(root: Path, content: bytes) -> str:

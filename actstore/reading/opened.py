@@ -23,9 +23,10 @@ from actstore.commits.log import check_sizes, log_hash, manifests
 from actstore.commits.manifest import Manifest
 from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
 from actstore.reading import given, scope
-from actstore.reading.sites import open_site
+from actstore.reading.sites import catalog_rows, open_site
 from actstore.sql.functions import Vectors, add_functions
 from actstore.sql.session import Check, Session
+from actstore.storage.content import Text
 from actstore.storage.folder import CheckedFolder, Folder, place
 from actstore.storage.machine import limit_reached
 
@@ -194,13 +195,16 @@ class Opened:
         """See Store.runs."""
         self.session.check()
         if self.run_names is None:  # a snapshot's runs never change
-            self.run_names = [row["run"] for row in self.session.look_up("select run from runs")]
+            self.run_names = self._names("select run from runs")
         return list(self.run_names)
 
     def sites(self, run: str) -> list[str]:
         """See Store.sites."""
-        held = self.session.look_up("select short from sites where run = $run", {"run": self.resolve_run(run)})
-        return [row["short"] for row in held]
+        return self._names("select short from sites where run = $run", {"run": self.resolve_run(run)})
+
+    def _names(self, query: str, params: Mapping[str, Any] | None = None) -> list[str]:
+        rows = self.session.look_up(query, params)
+        return catalog_rows(self, list[Text], [[name for row in rows for name in row.values()]])[0]
 
     def resolve_run(self, run: str | None) -> str:
         """See Store.resolve_run."""

@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from actstore.errors import SeveralRuns, advised
+from actstore.reading.sites import catalog_rows
 from actstore.sql import late_act
 from actstore.sql.asked import MATTERS, Asked
 from actstore.sql.process import outside
+from actstore.storage.content import Count, Text
 
 if TYPE_CHECKING:
-    from actstore.sql.session import Check, Session
+    from actstore.sql.session import Check
     from actstore.sql.snapshot import Snapshot
 
 
@@ -49,9 +52,9 @@ def ask(
         asked.refuse_other_ids(reads is not None)
     of_run = store.only or (reads if reads is not None and asked and not asked.names_a_run else None)
     if of_run is not None:
-        schema = _schema(session, of_run, answers=True)
+        schema = _schema(store, of_run, answers=True)
     elif reads is not None:
-        schema = _schema(session, reads, answers=False)
+        schema = _schema(store, reads, answers=False)
     if asked:
         rows = late_act.sql(session, vectors, asked, params, schema, check)
     else:
@@ -84,41 +87,52 @@ def _note(store: Snapshot, tables: Mapping[str, str], schema: str | None, takes_
     )
 
 
-def _schema(session: Session, run: str, answers: bool) -> str:
+def _schema(store: Snapshot, run: str, answers: bool) -> str:
     """The schema of a run's views, made when it is first needed.
 
     Args:
-        session: the store's session.
+        store: the whole store, or the store of one run.
         run: a run of the store.
         answers: restrict every table to the run, and not only to the run's trees.
     """
+    session = store.session
     with session.making_schemas:
         if (run, answers) not in session.schemas:
             name = f"of_{len(session.schemas)}"
-            session.add_schema(name, _views(session, run, answers))
+            session.add_schema(name, _views(store, run, answers))
             session.schemas[run, answers] = name
     return session.schemas[run, answers]
 
 
-def _views(session: Session, run: str, answers: bool) -> dict[str, str]:
+def _views(store: Snapshot, run: str, answers: bool) -> dict[str, str]:
     """A SELECT for each table and view about a tree; with `answers`, also for those about a run."""
-    about = session.sql(
+    rows = store.session.look_up(
         "select dataset, first_tree_id, n_trees, weights_sha256 from runs where run = $run", {"run": run}
     )
-    dataset, first, n_trees, weights = about.row(0)
-    of_trees = f"tree_id >= {first} and tree_id < {first + n_trees}"
+    about = catalog_rows(store, RunRow, rows)[0]
+    of_trees = f"tree_id >= {about.first_tree_id} and tree_id < {about.first_tree_id + about.n_trees}"
     of_run = {"run": _equal("run", run)} if answers else {}
-    others = {"datasets": _equal("dataset", dataset), "models": _equal("weights_sha256", weights)} if answers else {}
-    held = session.sql(
+    others = {"datasets": _equal("dataset", about.dataset), "models": _equal("weights_sha256", about.weights_sha256)}
+    held = store.session.sql(
         "select database_name, table_name, list(column_name) from duckdb_columns() "
         "where schema_name = 'main' and database_name in ('memory', 'store') and not internal group by all order by all"
     )
     found = {}
     for database, table, columns in held.iter_rows():  # if both have a table of the name, the store's comes last
         wanted = [condition for column, condition in {**of_run, "tree_id": of_trees}.items() if column in columns]
-        if condition := others.get(table) or next(iter(wanted), None):
+        if condition := (others.get(table) if answers else None) or next(iter(wanted), None):
             found[table] = f'select * from {database}.main."{table}" where {condition}'
     return found
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run's row in the catalog."""
+
+    dataset: Text
+    first_tree_id: Count
+    n_trees: Count
+    weights_sha256: Text
 
 
 def _equal(column: str, value: str) -> str:

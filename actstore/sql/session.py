@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from actstore.catalog.tables import ctrl_c, located, one_line
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
 from actstore.sql.refused import refusal
 from actstore.storage.folder import is_unicode
-from actstore.storage.machine import check_process, finalize_here, limit_reached
+from actstore.storage.machine import check_process, finalize_here, limit_reached, refuse_forked
 from actstore.storage.regular import check_regular, open_regular
 
 LOCKED = (
@@ -71,7 +71,7 @@ class Session:
         self._process = os.getpid()
         self.schemas: dict[tuple[str, bool], str] = {}  # see reading/scope.py
         self.making_schemas = threading.Lock()
-        check_process(_first_process())
+        refuse_forked()
         try:
             check_regular(catalog)  # DuckDB 2.0 aborts a process that may open no file more
             self._connection = duckdb.connect(":memory:")
@@ -168,6 +168,7 @@ class Session:
         """
         self.check()
         with self._connection.cursor() as cursor:
+            cursor.execute(SEARCH)  # for a view that this session alone has, see add_view
             cursor.execute("begin")
             cursor.execute(f"create schema memory.{name}")
             for view, query in views.items():
@@ -285,15 +286,6 @@ class Session:
         with self._connection.cursor() as cursor:
             names = cursor.execute("select table_name from information_schema.tables where table_catalog = 'store'")
             return sorted(name for (name,) in names.fetchall())
-
-
-@cache
-def _first_process() -> int:
-    """Id of the process that opened the first session.
-
-    In a process forked later, a call of polars would wait for ever.
-    """
-    return os.getpid()
 
 
 def _attach(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actstore.errors import Busy, Damaged
-from actstore.storage.machine import check_process
+from actstore.storage.machine import check_process, refuse_forked
 from actstore.storage.refused import relying_on
 
 LOCK = ".lock"
@@ -61,7 +61,9 @@ def lease(root: Path, wait: float = 0.0) -> Iterator[Lease]:
     Raises:
         Busy: another process held the store for all that time; the message says which.
         Unsupported: the file system has no locks.
+        BadInput: this process was forked from one that had opened a store.
     """
+    refuse_forked()
     deadline = time.monotonic() + wait
     with open(root / LOCK, "a+", encoding="utf-8", errors="backslashreplace", opener=_open_lock) as file:  # any bytes
         while not _taken(file.fileno(), root):

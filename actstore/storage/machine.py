@@ -9,6 +9,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,23 @@ def check_process(opened_in: int) -> None:
             "DuckDB and polars do not survive a fork; open the store in a fresh process "
             "(`multiprocessing.get_context('spawn')`), or read `Store.batches` in a DataLoader"
         )
+
+
+@cache
+def _first_process() -> int:
+    """Id of the process that first opened a store, in whatever way."""
+    return os.getpid()
+
+
+def refuse_forked() -> None:
+    """Refuse to open a store, in whatever way, in a process forked from one that had opened one.
+
+    A call of DuckDB or polars would wait there for ever.
+
+    Raises:
+        BadInput: this process was forked from one that had opened a store.
+    """
+    check_process(_first_process())
 
 
 def finalize_here(owner: object, close: Callable[..., object], *args: Any) -> weakref.finalize[Any, Any]:

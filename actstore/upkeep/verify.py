@@ -154,7 +154,8 @@ def verify_files(
         findings += _files(root, shards, quick, lambda n: advance(done + n, total))
         findings += _group(root)
         findings += of_catalog.result()
-    findings += _strays(root, manifests, broken)
+    if not broken:  # else nobody knows what the broken ones name, and no writer removes it
+        findings += _strays(root, manifests)
     return Report(findings, len(jobs), total)
 
 
@@ -305,12 +306,10 @@ def _index_is_whole(descriptor: int, shard: Shard, positions: dict[tuple[str, st
     return google_crc32c.value(index[:-4]).to_bytes(4, "little") == index[-4:]
 
 
-def _strays(root: Path, manifests: list[Manifest], broken: list[Finding]) -> Iterator[Finding]:
+def _strays(root: Path, manifests: list[Manifest]) -> Iterator[Finding]:
     """Files that no manifest names: a stopped writer left them, the next writer removes them."""
-    known = {finding.path for finding in broken}
     for path in log.strays(root, manifests):
-        if path not in known:
-            yield Finding(path, "stray", "no commit names it; the next writer removes it")
+        yield Finding(path, "stray", "no commit names it; the next writer removes it")
 
 
 def raise_if_damaged(report: Report, path: str | Path) -> None:

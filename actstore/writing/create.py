@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from actstore.catalog import build
-from actstore.commits.format import ARRAYS, FORMAT_VERSION, LOG, PARTS, WEIGHTS, store_around
+from actstore.commits.format import ARRAYS, FORMAT_VERSION, LOG, PARTS, WEIGHTS, is_taken, store_around
 from actstore.errors import BadInput, Unsupported
 from actstore.storage import sealed
 from actstore.storage.folder import check_path
@@ -65,7 +65,7 @@ def is_store(root: Path) -> bool:
     check_path(root)
     if (root / "store.json").exists():
         return True
-    if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
+    if is_taken(root):
         raise BadInput(f"{root} exists and is no actstore store; name a new folder, or an empty one")
     if around := store_around(root):
         raise BadInput(f"{root} lies in the store {around}; name a folder outside it")

@@ -229,6 +229,8 @@ def record_rows(store: Store, name: str, frame: pl.DataFrame, wait: float) -> No
 
     if name in STUDIES or not name:
         raise BadInput(f"got the name {name!r}; take one of your own, which is none of {', '.join(STUDIES)}")
+    if not isinstance(frame, pl.DataFrame):
+        raise BadInput(f"got a {type(frame).__name__} to record; give a polars frame with columns metric and value")
     check_names("a frame of results", frame.columns, ("metric", "value"), RESULTS)
     shared = {"study": name, "params": "{}", "snapshot": store.snapshot, "version": __version__}
     if "run" not in frame.columns:

@@ -210,6 +210,8 @@ def test_numbers_of_ones_own_are_recorded(tmp_path):
                 store.record("my study", wrong)
         with pytest.raises(BadInput, match="of your own"):
             store.of("a").record("depth", mine)
+        with pytest.raises(BadInput, match="got a list to record; give a polars frame"):
+            store.of("a").record("my study", [1])
         assert len(store.sql("select * from results")) == 0
     with Store(tmp_path / "s.act") as store:
         found = store.sql("select study, run, metric, value, seed, snapshot, version from results order by run")

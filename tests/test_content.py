@@ -27,7 +27,7 @@ from actstore.storage.content import check_inside
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
-from actstore.writing.committed import committed_dataset
+from actstore.writing.committed import committed_datasets
 from actstore.writing.writer import open_writer
 from tests.stores import fake, files
 from tests.test_fuzz import NESTED
@@ -108,7 +108,7 @@ def every_way_ends_well(root, and_mended=False):
         verify(root)
     assert files(root) == before
     with suppress(ActstoreError):
-        committed_dataset(root, "d")
+        committed_datasets(root)
     if and_mended:
         rebuild(root)
         return

@@ -95,21 +95,13 @@ def committed_batches(root: Path, run: str) -> set[int]:
     return batches_of(log.manifests(root), run)
 
 
-def committed_dataset(root: Path, name: str) -> dict[str, Any] | None:
-    """A dataset's row, read without the lease; None if the store or the row does not exist."""
-    return next((row for row in _datasets(root) if row["dataset"] == name), None)
-
-
-def committed_datasets(root: Path) -> list[str]:
-    """Names of the stored datasets, read without the lease; empty if there is no store."""
-    return [row["dataset"] for row in _datasets(root)]
-
-
-def _datasets(root: Path) -> Rows:
+def committed_datasets(root: Path) -> dict[str, dict[str, Any]]:
+    """Name → row of the stored datasets, read without the lease; empty if there is no store."""
     if not (root / "store.json").exists():
-        return []
+        return {}
     check_format(root)
-    return rows_committed(root, log.manifests(root), "datasets").to_dicts()
+    rows = rows_committed(root, log.manifests(root), "datasets").to_dicts()
+    return {row["dataset"]: row for row in rows}
 
 
 def batches_of(committed: Sequence[Manifest], run: str) -> set[int]:

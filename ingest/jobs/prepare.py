@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from actstore.ingest.models.load import check_device, find, load
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.variants import vary
 from actstore.storage.folder import place
-from actstore.writing.committed import check_plan, committed_dataset, committed_datasets
+from actstore.writing.committed import check_plan, committed_datasets
 
 
 def prepare(
@@ -72,7 +73,8 @@ def prepare(
         found = find(str(model), config, checkpoint)
         name, shape = found.name, found.config
     defaults = {"distribution": shape.system, "n_trees": 10_000, "seed": 0, "n_nodes": shape.n_nodes}
-    stored = (committed_dataset(store, dataset) if dataset else None) or {}
+    there = committed_datasets(store)
+    stored = there.get(dataset, {}) if dataset else {}
     given: dict[str, Any] = {
         "distribution": distribution,
         "n_trees": trees,
@@ -88,9 +90,9 @@ def prepare(
     chosen |= {key: stored.get(key) for key in ("trees_per_shard", "variant_of", "change")}
     chosen_set = TreeSet(**chosen, name=dataset)
     if variant:
-        chosen_set = _variant(store, chosen_set, variant, bool(stored))
+        chosen_set = _variant(there, chosen_set, variant)
     if not chosen_set.trees_per_shard:  # a set that is stored keeps its batches
-        stored = committed_dataset(store, chosen_set.row()["dataset"]) or {}
+        stored = there.get(chosen_set.row()["dataset"], {})
         chosen_set = replace(chosen_set, trees_per_shard=stored.get("trees_per_shard"))
     names = _parse_sites(sites)
     plan, _ = draft(name, shape, chosen_set, run, names, prompt, samples)
@@ -123,17 +125,17 @@ def _parse_sites(text: str | None) -> list[str] | None:
     return [] if names == ["none"] else names
 
 
-def _variant(store: Path, original: TreeSet, change: str, is_stored: bool) -> TreeSet:
-    """The variant of a stored set.
+def _variant(there: Collection[str], original: TreeSet, change: str) -> TreeSet:
+    """The variant of a stored set, one of those named.
 
     Raises:
         BadInput: the set is not stored or is itself a variant, or the change is unknown.
     """
-    if not is_stored or original.name is None:
+    if original.name is None or original.name not in there:
         named = f"no set {original.name!r} is stored" if original.name else "no set was named"
         raise BadInput(
             f"--variant {change} is made from a stored set of trees, and {named} (--dataset); "
-            f"{there_are(committed_datasets(store))}: name one, or ingest it first, without --variant"
+            f"{there_are(list(there))}: name one, or ingest it first, without --variant"
         )
     if original.variant_of:
         raise BadInput(f"{original.name} is a variant of {original.variant_of} already; name the drawn set (--dataset)")

@@ -160,6 +160,7 @@ def report(
     out: str | Path,
     runs: Sequence[str] = (),
     seed: int = 0,
+    confirm: str | None = None,
     record: bool = True,
     wait: float = 10.0,
     check: bool = True,
@@ -172,6 +173,7 @@ def report(
         out: a folder, made if missing.
         runs: the runs to ask; default: every run over drawn trees.
         seed: seed of everything random.
+        confirm: a second dataset, on which findings are confirmed.
         record: whether to record the answers. An open store shows them when it is opened again.
         wait: seconds to wait for another process that writes to the store.
         check: compare files with their committed hashes; an open store does as it was opened.
@@ -188,7 +190,7 @@ def report(
     if record:
         recording.wait_until_free(_path(store), wait)
     with _opened(store, check) as opened, progress("report", None, "questions") as advance:
-        made = write(opened, out, runs, seed, advance)
+        made = write(opened, out, runs, seed, confirm, advance)
         if record:
             studies.record(opened, made.asked, wait)
     return made

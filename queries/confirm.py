@@ -1,23 +1,24 @@
 """Confirmation: a study's findings on one set of trees are tested on a second, independent set.
 
-A claim is a test that stays significant after Holm's correction. The study is repeated on the same
-model's run over the second set, which the hash of the weights identifies. Only the claims are
-tested there, with Holm's correction over the claims. A claim is confirmed if its test on the second
-set is significant, too, in the same direction. Trees of both sets, by their canonical hash, are
-left out of the second set, so that no tree counts twice.
+A claim is a test that stays significant after Holm's correction, in either direction. A claim that
+is below what it has to exceed, such as a probe below its baseline, is called so and never `found`.
+The study is repeated on the same model's run over the second set, which the hash of the weights
+identifies. Only the claims are tested there, with Holm's correction over the claims. A claim is
+confirmed if its test on the second set is significant, too, in the same direction. Trees of both
+sets, by their canonical hash, are left out of the second set, so that no tree counts twice.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
 from actstore.queries import study as studies
-from actstore.queries.second import RUNS, Apart, Second, look
+from actstore.queries.second import RUNS, Apart, Second, runs_over
 from actstore.queries.study import Answer, Progress, Question, Test, adjusted, p_shown, result_rows, shown
 
 if TYPE_CHECKING:
@@ -40,18 +41,20 @@ class Claim:
     @property
     def confirmed(self) -> bool:
         """Whether the second set's test is significant, too, in the same direction."""
-        return self.there is not None and self.there.found and self.there.estimate * self.here.estimate > 0
+        return self.there is not None and self.there.significant and self.there.estimate * self.here.estimate > 0
 
     @property
     def verdict(self) -> str:
-        """`confirmed there` or `not confirmed there`."""
-        return "confirmed there" if self.confirmed else "not confirmed there"
+        """`found here, confirmed there`; a difference below its baseline is not called found."""
+        here = f"below {self.here.exceeds}" if self.here.below else "found"
+        return f"{here} here, {'' if self.confirmed else 'not '}confirmed there"
 
     @property
     def sentence(self) -> str:
         """The claim, its verdict, and the numbers of both sets."""
-        there = _numbers(self.there) if self.there else "nothing tests it there"
-        return f"{self.here.named}: found here ({_numbers(self.here)}), {self.verdict} ({there})."
+        there = _numbers(self.there) if self.there else "no test there"
+        here, confirmed = self.verdict.split(", ")
+        return f"{self.here.named}: {here} ({_numbers(self.here)}), {confirmed} ({there})."
 
 
 @dataclass(frozen=True)
@@ -79,18 +82,20 @@ class Confirmation:
         """The number of confirmed claims, then one line per claim with the numbers of both sets."""
         second, who = self.second, " and ".join(map(repr, self.of))
         if not self.n_tests:
-            return f"The study {self.study!r} tests nothing of {who}, so there is no claim to be put to {second.dataset!r}."
+            return f"The study {self.study!r} tests nothing on {who}, so {second.dataset!r} tests no claim."
         if not self.claims:
             return (
-                f"Nothing that {self.study!r} tests was found of {who} (of {self.n_tests} comparisons, Holm), so there is no "
-                f"claim to be put to {second.dataset!r}."
+                f"The study {self.study!r} finds nothing on {who} (of {self.n_tests} comparisons, Holm), so "
+                f"{second.dataset!r} tests no claim."
             )
         n, n_put = len(self.claims), sum(claim.there is not None for claim in self.claims)
+        n_confirmed, many = sum(claim.confirmed for claim in self.claims), len(second.runs) > 1
         head = (
-            f"Of {n} claim{'s' * (n != 1)} that {self.study!r} found of {who}, {sum(claim.confirmed for claim in self.claims)} "
-            f"confirmed on {second.dataset!r}: {second.n_trees - second.n_shared:,} trees drawn apart"
-            f" ({second.n_shared:,} left out that {second.first!r} holds, too), run {' and '.join(map(repr, second.runs))}, "
-            f"Holm over the {n_put} put to it."
+            f"{n} comparison{'s' * (n != 1)} of {self.study!r} on {who} {'are' if n != 1 else 'is'} significant here, and "
+            f"{n_confirmed} of {n} {'are' if n_confirmed != 1 else 'is'} confirmed on {second.dataset!r}. The second set has "
+            f"{second.n_trees - second.n_shared:,} trees that were drawn apart ({second.n_shared:,} trees that "
+            f"{second.first!r} also holds are left out). The test there uses the run{'s' * many} "
+            f"{' and '.join(map(repr, second.runs))}, with Holm's correction over {n_put} comparison{'s' * (n_put != 1)}."
         )
         return "\n".join([head, *(claim.sentence for claim in self.claims)])
 
@@ -102,7 +107,7 @@ class Confirmation:
                 {
                     "run": " and ".join(self.of),
                     "claim": claim.here.named,
-                    "verdict": f"found here, {claim.verdict}",
+                    "verdict": claim.verdict,
                     **_cells("here", self.second.first, claim.here),
                     **_cells("there", self.second.dataset, claim.there),
                 }
@@ -130,28 +135,27 @@ def _numbers(test: Test) -> str:
 
 
 def confirm(
-    store: Store, found: Answer, dataset: str, seed: int = 0, progress: Progress | None = None, **options: Any
+    store: Store, found: Answer, second: Second, seed: int = 0, progress: Progress | None = None, **options: Any
 ) -> Confirmation:
     """Test the findings of a study on a second set of trees.
 
     Args:
         store: an open store.
         found: the study's answer.
-        dataset: the second set, drawn like the first set from another seed.
+        second: the second set, see `second.look`.
         seed: seed of everything random.
         progress: see `study.run`; not called without findings.
         options: the options of the study.
 
     Raises:
-        NotStored: the second set or a needed run is missing, see `second.look`.
-        BadInput: the second set does not fit, see `second.look`.
+        NotStored: no run over the second set holds the sites of the findings.
     """
-    store, tests = store.whole, [test for test in found.tests if test.found]
+    store, tests = store.whole, [test for test in found.tests if test.significant]
     sites = list(dict.fromkeys(test.site for test in tests if test.site and not test.site.startswith("pattern")))
     if found.name == "compare" and sites and "embed" in _held_by_all(store, found.of):
         sites.append("embed")  # a control of the linear map
     question = Question(found.name, found.of[0], {**options, **dict(zip(["other"], found.of[1:], strict=False))})
-    second = look(store, question, dataset, sites)
+    second = replace(second, runs=runs_over(store, question, second.dataset, sites))
     if not tests:
         return Confirmation(found.name, found.of, second, len(found.tests), (), found.results.clear())
     given = {**question.options, **dict(zip(["other"], second.runs[1:], strict=False))}
@@ -160,7 +164,7 @@ def confirm(
     apart = cast("Store", Apart(store, second.first)) if second.n_shared else store
     answer = studies.run(apart, found.name, second.runs[0], seed, progress, **given)
     claims = _claims(tests, answer.tests)
-    params = {**json.loads(found.results["params"][0]), "confirm": dataset, "runs": second.runs}
+    params = {**json.loads(found.results["params"][0]), "confirm": second.dataset, "runs": second.runs}
     params |= {"n_trees": second.n_trees, "n_left_out": second.n_shared}
     results = result_rows(
         [row for claim in claims for row in _rows(claim)],

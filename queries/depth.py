@@ -41,7 +41,7 @@ select runs.run from runs as base join runs using (weights_sha256, dataset)
 where base.run = $run and coalesce(runs.prompt, 'task') = 'task'
 order by runs.rowid
 """
-MEASURES = {"step": "steps", "whole_path": "whole path", "greedy": "left to itself"}
+MEASURES = {"step": "steps", "whole_path": "whole path", "greedy": "greedy"}
 
 
 def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
@@ -82,7 +82,7 @@ def outcomes(store: Store, query: str, run: str) -> pl.DataFrame:
         return trees
     answering = store.sql(ANSWERING, {"run": run})["run"].to_list()
     if run in answering:
-        raise NotStored(f"run {run!r} has no answers yet; let its ingest go on")
+        raise NotStored(f"run {run!r} has no answers yet; let the ingest of this run go on")
     if answering:
         raise NotStored(f"run {run!r} has no answers to whole tasks; name one that has (--run): {', '.join(answering)}")
     command = ingest_more(store, run, f"{run}-tasks", "--sites", "none")
@@ -140,22 +140,29 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
 
 
 def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
-    """The accuracy overall, and the depths that are worse than all others."""
+    """The accuracy overall, and the depths that differ from all others."""
     whole = results.filter(metric="greedy").row(0, named=True)
     answer = (
         f"Run {whole['run']!r} finds {100 * whole['value']:.2f} % of the paths "
-        f"({100 * whole['low']:.2f} to {100 * whole['high']:.2f}, n = {whole['n']:,}) when left to itself"
+        f"({100 * whole['low']:.2f} to {100 * whole['high']:.2f}, n = {whole['n']:,}) by greedy decoding"
     )
     if not tests:
-        return f"{answer}; all goals have one depth, so nothing is said of a fall with depth."
-    fallen = [test for test in tests if test.found and test.estimate < 0]
-    if not fallen:
-        return f"{answer}; at no depth is it worse than at the others beyond chance ({adjustment(tests)})."
-    worst = min(fallen, key=lambda test: test.estimate)
-    there = results.filter(label=worst.label, metric="greedy")["value"].item()
+        return f"{answer}. All goals have one depth, so the study cannot compare depths."
+    lower = _apart("lower", [test for test in tests if test.found and test.estimate < 0], results)
+    higher = _apart("higher", [test for test in tests if test.found and test.estimate > 0], results)
+    lower = lower or "The accuracy is significantly lower than at all other depths together at no depth."
+    return " ".join(filter(None, [f"{answer}.", lower, higher, adjustment(tests)]))
+
+
+def _apart(way: str, tests: Sequence[Test], results: pl.DataFrame) -> str:
+    """The depths that differ from all others in one direction; empty without any."""
+    if not tests:
+        return ""
+    most = max(tests, key=lambda test: abs(test.estimate))
+    there = results.filter(label=most.label, metric="greedy")["value"].item()
     return (
-        f"{answer}; it is worse than at all other depths together at {_listed(fallen)} ({adjustment(tests)}), most at "
-        f"{worst.label}: {100 * there:.2f} % (n = {worst.n:,}), {shown(worst)} points, {p_shown(worst.p_holm)}."
+        f"The accuracy is significantly {way} than at all other depths together at {_listed(tests)}, most at {most.label}: "
+        f"{100 * there:.2f} % (n = {most.n:,}), {shown(most)} points, {p_shown(most.p_holm)}."
     )
 
 

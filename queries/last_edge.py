@@ -123,7 +123,11 @@ def _row(
     }
 
 
-NAMES = {"path": "whole path right", "step": "step right", "p_target": "probability of the right step"}
+NAMES = {
+    "path": "share of right whole paths",
+    "step": "share of right steps",
+    "p_target": "probability of the right step",
+}
 
 
 def as_frame(results: pl.DataFrame) -> pl.DataFrame:
@@ -147,16 +151,16 @@ def interval(row: dict[str, Any]) -> str:
     return f"{100 * row['value']:+.3f} [{100 * row['low']:+.3f}, {100 * row['high']:+.3f}]"
 
 
-def verdict(test: Test) -> str:
-    """The verdict of a test in words; without one, what its interval leaves open."""
+def direction(test: Test) -> str:
+    """The direction of a change in words, or how large a drop the interval leaves possible."""
     if test.found:
-        return "yes, it drops" if test.estimate < 0 else "no, it rises"
-    return f"no drop beyond chance{within(test)}"
-
-
-def within(test: Test) -> str:
-    """The drop that an interval leaves open, in words."""
-    return f", and none of more than {-100 * test.low:.2f} points" if test.low is not None and test.low < 0 else ""
+        return "drops" if test.estimate < 0 else "rises"
+    largest = (
+        test.low is not None
+        and test.low < 0
+        and f" (its interval leaves out a drop of more than {-100 * test.low:.2f} points)"
+    )
+    return f"does not change significantly{largest or ''}"
 
 
 def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
@@ -166,13 +170,14 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
         n = results.filter(label=label, metric="last")["n"].item()
         if test := by_label.get(label):
             parts.append(
-                f"{name}: {verdict(test)} ({shown(test)} points at equal depth, n = {n:,} through it, "
-                f"{p_shown(test.p_holm)})"
+                f"The {name} {direction(test)}: {shown(test)} points, n = {n:,} through the last edge, {p_shown(test.p_holm)}."
             )
         else:
-            parts.append(f"{name}: not decidable here, no depth has both kinds")
-    asked = f"Does run {results['run'][0]!r} do worse through the edge listed last?"
-    return f"{asked} {'; '.join(parts)} ({adjustment(tests)})."
+            parts.append(f"The {name} cannot be compared, because no depth has both kinds of paths.")
+    asked = (
+        f"Paths of run {results['run'][0]!r} through the edge listed last are compared with other paths of equal depth."
+    )
+    return " ".join([asked, *parts, *([adjustment(tests)] if tests else [])])
 
 
 def plot(answer: Answer) -> Figure:

@@ -18,7 +18,8 @@ import polars as pl
 
 from actstore.outputs import check_file, write_text
 from actstore.queries import study as studies
-from actstore.queries.studies import Asked, put
+from actstore.queries.confirm import of_other_sets
+from actstore.queries.studies import Asked, look, put
 from actstore.queries.study import Answer, Progress
 from actstore.version import __version__
 
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 PAGE = "index.html"
 TITLES = {
     "depth": "How does accuracy fall with the goal's depth?",
-    "last-edge": "What if the path goes through the last edge: does performance drop?",
-    "swap": "The same tree, its edges listed in another order",
-    "dreams": "Do the models dream of goals of their own?",
-    "attention": "What do an edge's tokens look at?",
-    "probes": "Where can an edge's nodes be read by a linear probe?",
-    "compare": "Two models on the same trees",
+    "last-edge": "Does performance drop if the path goes through the last edge?",
+    "swap": "Does the answer change if edges of the same tree are listed in another order?",
+    "dreams": "Does a model make up goals if it is given a tree alone?",
+    "attention": "What do the tokens of an edge attend to?",
+    "probes": "At which sites can a linear probe read the nodes of an edge?",
+    "compare": "How do two models differ on the same trees?",
 }
 LINEAGE = """
 select run, dataset, models.model, models.system, runs.weights_sha256, runs.versions, distribution, datasets.seed, datasets.n_trees
@@ -61,6 +62,7 @@ class Report:
     def __str__(self) -> str:
         counts = {
             "answered": len(self.answers),
+            "tested again on the second set": sum(bool(asked.confirmation) for asked in self.asked),
             "lacking something": sum(bool(asked.lacks) for asked in self.asked),
             "failed": len(self.faults),
         }
@@ -69,7 +71,12 @@ class Report:
 
 
 def report(
-    store: Store, out: str | Path, runs: Sequence[str] | None = None, seed: int = 0, progress: Progress | None = None
+    store: Store,
+    out: str | Path,
+    runs: Sequence[str] | None = None,
+    seed: int = 0,
+    confirm: str | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Run every study and write OUT/index.html, atomically.
 
@@ -80,18 +87,28 @@ def report(
         out: a folder, which is made if missing.
         runs: names of runs; default: every run over drawn trees, with each pair of models compared.
         seed: seed of everything random.
+        confirm: name of a second set of trees that tests the findings, see `confirm.confirm`; the
+            page gives the reason where a study cannot be tested there.
         progress: called with (questions done, questions in all, the question just done).
 
     Raises:
-        NotStored: there is no such run, or no run over drawn trees.
-        BadInput: the page cannot be written there, or would lie in a store.
+        NotStored: there is no such run, or no run over drawn trees; or the second set can test no
+            study.
+        BadInput: the page cannot be written there, or would lie in a store; or the second set fits
+            no study.
     """
     page = Path(out) / PAGE
     check_file(page, "OUT", make=True)
     questions = [question for name in TITLES for question in studies.questions(store, name, runs or ())]
+    if confirm is not None:
+        questions = of_other_sets(store, questions, confirm, bool(runs))
+    seconds = [look(store, question, confirm) for question in questions]
+    lacking = [second for second in seconds if isinstance(second, Exception)]
+    if lacking and len(lacking) == len(seconds):
+        raise lacking[0]
     asked = []
-    for done, question in enumerate(questions, start=1):
-        asked.append(_drawn(put(store, question, seed)))
+    for done, (question, second) in enumerate(zip(questions, seconds, strict=True), start=1):
+        asked.append(_drawn(put(store, question, seed, second)))
         if progress:
             progress(done, len(questions), f"{question.study} {question.of}")
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +134,8 @@ def render(store: Store, asked: Sequence[Asked], seed: int) -> str:
     name = escape(store.path.resolve().name)
     parts = [HEAD.replace("TITLE", name), f"<h1>Studies over {name}</h1>"]
     parts.append(
-        f"<p>Snapshot {store.snapshot}, seed {seed}, actstore {escape(__version__)}. Each number stands in the store's "
-        "table <code>results</code> with the query that made it, and comes out the same when the page is made again.</p>"
+        f"<p>Snapshot {store.snapshot}, seed {seed}, actstore {escape(__version__)}. The store's table <code>results</code> "
+        "holds each recorded number with its query. The same snapshot and seed give the same page.</p>"
     )
     names = [study for study in TITLES if any(one.question.study == study for one in asked)]
     parts.append(
@@ -135,14 +152,19 @@ def render(store: Store, asked: Sequence[Asked], seed: int) -> str:
 
 
 def _fault(asked: Asked) -> str:
-    return f"its figure: {asked.fault}" if asked.fault and asked.answer else asked.fault
+    what = "" if not asked.answer else "its confirmation: " if asked.figure else "its figure: "
+    return asked.fault and what + asked.fault
 
 
 def _asked(asked: Asked) -> str:
     parts, answer = [f"<h3>{html.escape(asked.question.of)}</h3>"], asked.answer
     if answer:
         parts.append(f"<p>{html.escape(answer.sentence)}</p>{_image(answer, asked.figure)}")
-    for begins, what in (("Not answered", asked.lacks), ("Failed", _fault(asked))):
+    if asked.confirmation:
+        head, *claims = (html.escape(line) for line in asked.confirmation.sentence.splitlines())
+        parts.append(f"<p>{head}</p><ul>{''.join(f'<li>{claim}</li>' for claim in claims)}</ul>")
+    lacks = "Not tested on the second set" if answer else "Not answered"
+    for begins, what in ((lacks, asked.lacks), ("Failed", _fault(asked))):
         if what:
             parts.append(f'<p class="lacks">{begins}: {html.escape(what)}</p>')
     if answer:

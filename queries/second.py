@@ -107,14 +107,13 @@ class Need:
         return [*(["--variant", self.change] if self.change else []), "--sites", ",".join(self.sites) or "none"]
 
 
-def look(store: Store, question: Question, dataset: str, sites: Sequence[str] = ()) -> Second:
+def look(store: Store, question: Question, dataset: str) -> Second:
     """Find the set and the runs that a confirmation needs; nothing is computed.
 
     Args:
         store: an open store.
         question: the study and its run or runs.
         dataset: name of the second set.
-        sites: short names of the residual sites of the claims.
 
     Raises:
         NotStored: a needed set or run is missing; gives the command line that adds all of them.
@@ -122,11 +121,8 @@ def look(store: Store, question: Question, dataset: str, sites: Sequence[str] = 
             first set.
     """
     sets = {row["dataset"]: row for row in store.sql(DATASETS).iter_rows(named=True)}
-    every = list(store.sql(RUNS).iter_rows(named=True))
-    by_name = {row["run"]: row for row in every}
-    asked = [by_name[run] for run in (question.run, question.options.get("other")) if run]
+    asked, needed, _ = _needed(store, question)
     first = sets[asked[0]["dataset"]]
-    needed = [need for row in asked for need in _needs(question.study, row, tuple(sites), every)]
 
     def elsewhere() -> str:
         """Another set to name, in words."""
@@ -154,17 +150,41 @@ def look(store: Store, question: Question, dataset: str, sites: Sequence[str] = 
             f"{dataset!r} was not drawn as {first['dataset']!r} was, on which the claims were found ({_drawn(sets[dataset])}, "
             f"and not {_drawn(first)}): {elsewhere()}"
         )
-    if lacking := [need for need in needed if not need.met(dataset, every)]:
-        whose = " and ".join(dict.fromkeys(repr(need.of["run"]) for need in lacking))
-        raise NotStored(
-            f"runs of the model of {whose} over {dataset!r} that {question.study!r} needs are lacking; "
-            f"{_line(store, lacking, dataset)} stores what lacks"
-        )
+    runs = runs_over(store, question, dataset)
     n, n_shared = store.sql(SHARED, {"first": first["dataset"], "second": dataset}).row(0)
     if n == n_shared:
         raise BadInput(f"all {n:,} trees of {dataset!r} are in {first['dataset']!r}, too: {elsewhere()}")
-    runs = [next(need for need in needed if need.of is row).met(dataset, every) for row in asked]
-    return Second(first["dataset"], dataset, tuple(map(str, runs)), n, n_shared)
+    return Second(first["dataset"], dataset, runs, n, n_shared)
+
+
+def runs_over(store: Store, question: Question, dataset: str, sites: Sequence[str] = ()) -> tuple[str, ...]:
+    """The run of each model of a question over the second set.
+
+    Args:
+        store: an open store.
+        question: the study and its run or runs.
+        dataset: name of the second set.
+        sites: short names of the residual sites of the claims.
+
+    Raises:
+        NotStored: a needed run is missing; gives the command line that adds all of them.
+    """
+    asked, needed, every = _needed(store, question, sites)
+    if lacking := [need for need in needed if not need.met(dataset, every)]:
+        whose = " and ".join(dict.fromkeys(repr(need.of["run"]) for need in lacking))
+        raise NotStored(
+            f"{dataset!r} lacks runs of the model of {whose} that {question.study!r} needs; "
+            f"{_line(store, lacking, dataset)} stores these runs"
+        )
+    return tuple(str(next(need for need in needed if need.of is row).met(dataset, every)) for row in asked)
+
+
+def _needed(store: Store, question: Question, sites: Sequence[str] = ()) -> tuple[list[Row], list[Need], list[Row]]:
+    """The asked rows of RUNS, what each needs over the second set, and all rows of RUNS."""
+    every: list[Row] = list(store.sql(RUNS).iter_rows(named=True))
+    by_name = {row["run"]: row for row in every}
+    asked: list[Row] = [by_name[run] for run in (question.run, question.options.get("other")) if run]
+    return asked, [need for row in asked for need in _needs(question.study, row, tuple(sites), every)], every
 
 
 def _needs(study: str, of: Row, sites: tuple[str, ...], runs: Sequence[Row]) -> list[Need]:

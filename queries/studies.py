@@ -23,6 +23,7 @@ from actstore.queries import confirm as confirming
 from actstore.queries import second
 from actstore.queries import study as each_study
 from actstore.queries.confirm import Confirmation
+from actstore.queries.second import Second
 from actstore.queries.study import Answer, Progress, Question, questions
 from actstore.writing import recording
 
@@ -93,30 +94,53 @@ def answer(
         NotStored: there is no such study or run.
         Exception: no question was answered; the first fault, else the first lack.
     """
+    each_study.check_options(name, options or {})
     asked = questions(store, name, runs, **(options or {}))
     if confirm is not None:
         asked = confirming.of_other_sets(store, asked, confirm, bool(runs))
     found = []
     for question in asked:
         with progress(f"study {name} {question.of}", None, "parts") as advance:
-            found.append(put(store, question, seed, confirm, advance))
+            apart = look(store, question, confirm)
+            lacking = isinstance(apart, Exception)  # and is reported before anything is computed
+            found.append(Asked(question, error=apart) if lacking else put(store, question, seed, apart, advance))
     if not any(outcome.answer for outcome in found):
         raise min(found, key=lambda outcome: not outcome.fault).error or AssertionError(name)
     return found
 
 
-def put(
-    store: Store, question: Question, seed: int = 0, confirm: str | None = None, progress: Progress | None = None
-) -> Asked:
-    """Ask one question; an error becomes part of the outcome. See `answer` for the arguments."""
-    answered = confirmed = None
-    given = {**question.options, "progress": progress}
+def look(store: Store, question: Question, confirm: str | None) -> Second | Exception | None:
+    """The second set of a question, or the error that says why there is none."""
     try:
-        if confirm is not None:  # missing runs are reported before anything is computed
-            second.look(store, question, confirm)
-        answered = each_study.run(store, question.study, **{**given, "run": question.run, "seed": seed})
-        if confirm is not None:
-            confirmed = confirming.confirm(store, answered, confirm, seed, **given)
+        return None if confirm is None else second.look(store, question, confirm)
+    except Exception as error:
+        return error
+
+
+def put(
+    store: Store,
+    question: Question,
+    seed: int = 0,
+    apart: Second | Exception | None = None,
+    progress: Progress | None = None,
+) -> Asked:
+    """Ask one question; an error becomes part of the outcome.
+
+    Args:
+        store: an open store.
+        question: the study and its run.
+        seed: seed of everything random.
+        apart: the second set that tests the findings, see `look`; an error becomes part of the
+            outcome once the question is answered.
+        progress: see `study.run`.
+    """
+    answered = confirmed = None
+    try:
+        answered = each_study.run(store, question.study, question.run, seed, progress, **question.options)
+        if isinstance(apart, Exception):
+            raise apart
+        if apart is not None:
+            confirmed = confirming.confirm(store, answered, apart, seed, progress, **question.options)
     except Exception as error:
         return Asked(question, answered, error=error)
     return Asked(question, answered, confirmed)

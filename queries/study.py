@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.errors import NotStored, advised, nearest
+from actstore.errors import BadInput, NotStored, advised, nearest
 from actstore.intervals import holm
 from actstore.queries import check_names
 from actstore.version import __version__
@@ -79,6 +79,7 @@ RESULTS = {  # columns of the table `results`, without `recorded`, which the sto
 }
 
 
+ARGUMENTS = ("store", "run", "seed", "progress")  # of every study; the others are its options
 LEVEL = 0.05  # an adjusted p below is significant
 
 
@@ -96,6 +97,8 @@ class Test:
         low, high: 95 % interval for this comparison alone; None without an interval.
         what: the comparison in words; default: the label.
         points: whether the estimate is a share, shown in percentage points.
+        exceeds: what the estimate has to exceed, such as `its baseline`: a significant estimate
+            below 0 is then no finding. Empty if either sign is one.
     """
 
     __test__ = False  # for pytest, which collects classes of this name
@@ -110,6 +113,7 @@ class Test:
     site: str | None = None
     token_role: str | None = None
     points: bool = True
+    exceeds: str = ""
     p_holm: float = float("nan")
 
     @property
@@ -124,9 +128,19 @@ class Test:
         return f"{self.what or self.label}{f' ({where})' * bool(where)}"
 
     @property
-    def found(self) -> bool:
+    def significant(self) -> bool:
         """Whether the test is significant after Holm's correction."""
         return self.p_holm < LEVEL
+
+    @property
+    def below(self) -> bool:
+        """Whether the estimate is significantly below what it has to exceed."""
+        return self.significant and bool(self.exceeds) and self.estimate < 0
+
+    @property
+    def found(self) -> bool:
+        """Whether the test is significant, and not below what it has to exceed."""
+        return self.significant and not self.below
 
 
 @dataclass(frozen=True)
@@ -172,14 +186,23 @@ def run(
         NotStored: there is no such study or run.
         BadInput: the study has no such option, or the run holds too little for it.
     """
-    module = _module(name)
-    known = [
-        option
-        for option in inspect.signature(module.study).parameters
-        if option not in ("store", "run", "seed", "progress")
-    ]
-    check_names(f"study {name!r}", options, (), known)
-    return module.study(store.whole, store.resolve_run(run), seed, progress or _silent, **options)
+    check_options(name, options)
+    return _module(name).study(store.whole, store.resolve_run(run), seed, progress or _silent, **options)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a study does not take.
+
+    Raises:
+        NotStored: there is no such study.
+        BadInput: the study has no such option, or the option has an argument of its own.
+    """
+    taken = [option for option in inspect.signature(_module(name).study).parameters if option not in ARGUMENTS]
+    for option in options:
+        if option.rstrip("s") in ARGUMENTS[1:3] and option not in taken:
+            argument = f"--{option.rstrip('s')} {options[option]}"
+            raise BadInput(f"{option!r} is no option of the study {name!r}; write {argument} in its place")
+    check_names(f"study {name!r}", options, (), taken)
 
 
 @dataclass(frozen=True)
@@ -298,8 +321,10 @@ def test_rows(tests: Iterable[Test]) -> list[dict[str, Any]]:
 
 
 def adjustment(tests: Sequence[Test]) -> str:
-    """The note on p and intervals that every sentence ends with."""
-    return f"of {len(tests)} comparison{'s' * (len(tests) != 1)}, Holm; each interval is for its comparison alone"
+    """The note on p and intervals that every answer ends with."""
+    n = len(tests)
+    covered = f"all {n} comparisons" if n != 1 else "the one comparison"
+    return f"Holm's correction covers {covered} of the study; each interval covers its own comparison alone."
 
 
 def shown(test: Test) -> str:

@@ -21,7 +21,7 @@ from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.intervals import change_over_trees, paired, sign_flip
 from actstore.queries.figures import panels, points
-from actstore.queries.last_edge import interval, within
+from actstore.queries.last_edge import direction, interval
 from actstore.queries.study import (
     Answer,
     Progress,
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
 NAME = "swap"
 KINDS = {
-    "through": "both ways: through the last edge, less not",
-    "to_last": "an edge of the path becomes the last",
-    "from_last": "the path's last edge moves inward",
-    "inner": "control: moves, but not to the end",
+    "through": "through the last edge, less elsewhere",
+    "to_last": "path's edge moves to the end",
+    "from_last": "path's last edge moves inward",
+    "inner": "control: path's edge moves elsewhere",
 }
 CHANGES = ("swap_last", "swap_inner")
 LEAST_DRAWN = 100  # pairs of a depth; with fewer, an interval would dwarf all others in the figure
@@ -116,7 +116,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
         progress(done, len(CHANGES), change)
     if not any(len(frame) for frame in pairs.values()):
         raise NotStored(
-            f"no tree of run {run!r} has a variant that was answered; let its ingest go on, or ingest more trees"
+            f"no tree of run {run!r} has a variant that was answered; let the ingest of the variants go on, or ingest more trees"
         )
     last = pairs["swap_last"]
     kinds = {
@@ -149,7 +149,7 @@ def companions(store: Store, run: str) -> dict[str, str]:
     if about["variant_of"]:
         drawn = store.sql(DRAWN, {"run": run, "dataset": about["variant_of"]})["run"].to_list()
         raise NotStored(
-            f"run {run!r} is over variants itself; name its model's run over the drawn trees {about['variant_of']!r} "
+            f"run {run!r} is over variants; name the run of the same model over the drawn trees {about['variant_of']!r} "
             f"(--run): {', '.join(drawn) or 'there is none yet'}"
         )
     if lacking := [change for change in CHANGES if change not in found]:
@@ -157,7 +157,7 @@ def companions(store: Store, run: str) -> dict[str, str]:
             ingest_more(store, run, f"{run}-{change}", "--variant", change, "--sites", "none") for change in lacking
         )
         raise NotStored(
-            f"no run of the model of {run!r} over its trees' variants {', '.join(lacking)}; {commands} store what is lacking"
+            f"no run of the model of {run!r} over the variants {', '.join(lacking)} of its trees; {commands} store these runs"
         )
     return found
 
@@ -224,8 +224,18 @@ def _through(pairs: pl.DataFrame, rows: list[dict[str, Any]], seed: int) -> list
     found = {row["metric"]: row for row in rows if row["label"] == "through"}
     before, after = _p(pairs)
     return [
-        _test("through", found["change"], found["mcnemar_p"]["value"], "led through the last edge, less not"),
-        _test("through, p", found["p_change"], sign_flip(after - before, seed), "the same, of the step's probability"),
+        _test(
+            "through",
+            found["change"],
+            found["mcnemar_p"]["value"],
+            "right whole paths through the last edge, less elsewhere",
+        ),
+        _test(
+            "through, p",
+            found["p_change"],
+            sign_flip(after - before, seed),
+            "the step's probability through the last edge, less elsewhere",
+        ),
     ]
 
 
@@ -240,7 +250,7 @@ def _beyond_the_control(
     both = to_last.join(inner, on="tree_id", suffix="_inner")
     rows: list[dict[str, Any]] = []
     tests: list[Test] = []
-    for column, prefix, of in (("right", "", ""), ("p", "p_", ", of the step's probability")) if len(both) else ():
+    for column, prefix, of in (("right", "", ""), ("p", "p_", " (the step's probability)")) if len(both) else ():
         change, control = (
             both[f"{column}_after{which}"].cast(pl.Float64) - both[f"{column}_before{which}"].cast(pl.Float64)
             for which in ("", "_inner")
@@ -249,7 +259,14 @@ def _beyond_the_control(
         row = {"label": "to_last", "metric": f"{prefix}change_beyond_control", **_mean(beyond, most=2.0)}
         rows.append({**row, "n": len(both)})
         label = f"to_last beyond control{', p' if prefix else ''}"
-        tests.append(_test(label, rows[-1], sign_flip(beyond, seed), f"moved to the end, less moved elsewhere{of}"))
+        tests.append(
+            _test(
+                label,
+                rows[-1],
+                sign_flip(beyond, seed),
+                f"change by a move to the end, less that by a move elsewhere{of}",
+            )
+        )
     return rows, tests
 
 
@@ -284,35 +301,30 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     """Answer: does performance drop where the path takes the last edge?"""
     run = results["run"][0]
     found = {kind: {row["metric"]: row for row in results.filter(label=kind).iter_rows(named=True)} for kind in KINDS}
-    both = found["through"]
+    both, by_label = found["through"], {test.label: test for test in tests}
     if "change" not in both:
-        return f"No path of run {run!r} could be led through the last edge or off it, so nothing is decided."
-    change, by_label = both["change"], {test.label: test for test in tests}
-    drop = by_label["through"]
-    if drop.found:
-        answer = "performance drops" if drop.estimate < 0 else "performance rises"
-    else:
-        answer = f"no drop beyond chance{within(drop)}"
+        return f"No path of run {run!r} could be led through the last edge or off the last edge, so the study decides nothing."
+    drop, of_p = by_label["through"], by_label["through, p"]
     moves = {"to_last": "moved to the end", "from_last": "moved inward", "inner": "moved elsewhere (the control)"}
     apart = [
-        f"{interval(found[kind]['change'])} where an edge of the path is {name} (n = {found[kind]['change']['n']:,})"
+        f"{interval(found[kind]['change'])} if an edge of the path is {name} (n = {found[kind]['change']['n']:,})"
         for kind, name in moves.items()
         if found[kind]
     ]
-    beyond = ""
-    if more := by_label.get("to_last beyond control, p"):
-        beyond = (
-            f"; moved to the end, {shown(more)} beyond what a move elsewhere does to the same {more.n:,} trees "
-            f"({p_shown(more.p_holm)})"
-        )
-    of_p = by_label["through, p"]
-    return (
-        f"The same trees with the path led through the edge listed last, and not: {answer}. The share of whole paths that "
-        f"run {run!r} gets right changes by {shown(drop)} points (n = {change['n']:,} pairs; "
-        f"{both['right_only_without']['value']:.0f} right only without it, {both['right_only_through']['value']:.0f} only "
-        f"through it, {p_shown(drop.p_holm)}): {', '.join(apart)}. The probability of the step that takes "
-        f"the edge changes by {shown(of_p)} points ({p_shown(of_p.p_holm)}){beyond} ({adjustment(tests)})."
+    text = (
+        f"Run {run!r} answers the same trees with the path through the edge listed last and with the path elsewhere. Through "
+        f"the last edge, the share of right whole paths {direction(drop)}: {shown(drop)} points (n = {drop.n:,} pairs; "
+        f"{both['right_only_without']['value']:.0f} right only without the last edge, "
+        f"{both['right_only_through']['value']:.0f} only through the last edge, {p_shown(drop.p_holm)}). By kind of move, the "
+        f"share changes by {', '.join(apart)} points. The probability of the step that takes the moved edge {direction(of_p)}: "
+        f"{shown(of_p)} points ({p_shown(of_p.p_holm)})."
     )
+    if more := by_label.get("to_last beyond control, p"):
+        text += (
+            f" The change of this probability by a move to the end, less the change by a move elsewhere on the same "
+            f"{more.n:,} trees, is {shown(more)} points ({p_shown(more.p_holm)})."
+        )
+    return f"{text} {adjustment(tests)}"
 
 
 def plot(answer: Answer) -> Figure:

@@ -75,7 +75,7 @@ def test_planted_shares_come_out_exactly(store):
     )
     for kind in ("others", "last"):
         assert value(answer, site="pattern.0", token_role="path", metric="next edge", label=kind) == 1
-    assert "the last edge's target gives its own edge -48.052" in answer.sentence
+    assert "relative to even attention, the last edge's target gives its own edge -48.052" in answer.sentence
     assert "75.00 %" in answer.sentence
 
 
@@ -107,7 +107,7 @@ def test_even_attention_is_chance(store):
 
 def test_it_says_so_where_nothing_is_looked_at_more_than_by_chance(tmp_path):
     with Store(plant(tmp_path / "s.act", TREES, {"pattern.0": even()})) as opened:
-        assert "so no more than chance" in study.run(opened, "attention").sentence
+        assert "This share is no more than even attention gives" in study.run(opened, "attention").sentence
 
 
 def test_all_that_a_token_looks_at_sums_to_one(store):
@@ -154,10 +154,10 @@ def test_a_last_edge_within_the_spread_of_neighbours_is_not_called_another(tmp_p
     )
     assert value(answer, **at, metric="p") == 1
     assert (
-        "other 13 pairs of neighbours differ by -10.000 to +5.000 (half of them by -10.000 to +5.000)"
+        "other 13 pairs of neighbours differ by -10.000 to +5.000 points, half of them by -10.000 to +5.000."
         in answer.sentence
     )
-    assert answer.sentence.count("no more than neighbours differ by anyway") == 2
+    assert answer.sentence.count("the last pair does not stand out from other neighbours") == 2
     assert answer.table["pairs as far from their median"].to_list() == ["14 of 14"]
     assert answer.table["other neighbours (half of them), points"].item() == "-10.000 to +5.000 (-10.000 to +5.000)"
 
@@ -168,9 +168,11 @@ def test_the_farthest_of_14_pairs_is_told_as_that_and_no_more(tmp_path):
     answer = asked(tmp_path / "s.act", 16, shares)
     assert [test.p for test in answer.tests] == [1 / 14, 1 / 14]
     assert [test.p_holm for test in answer.tests] == [2 / 14, 2 / 14]
-    assert answer.sentence.count("1 of 14 lie as far from their median, p = 0.143 by rank") == 2
-    assert answer.sentence.count("so few as 14 pairs do not tell from chance") == 2
-    assert "(of 2 comparisons, Holm;" in answer.sentence
+    assert (
+        answer.sentence.count("Of all 14 pairs, 1 lies as far from their median as the last (p = 0.143 by rank)") == 2
+    )
+    assert answer.sentence.count("14 pairs are too few to exclude chance") == 2
+    assert "Holm's correction covers all 2 comparisons" in answer.sentence
 
 
 def test_a_last_edge_that_stands_out_of_many_neighbours_is_found(tmp_path):
@@ -178,13 +180,13 @@ def test_a_last_edge_that_stands_out_of_many_neighbours_is_found(tmp_path):
     shares[-1] -= 0.2
     answer = asked(tmp_path / "s.act", 64, shares)
     assert all(test.found for test in answer.tests)
-    assert answer.sentence.count("so more than neighbours differ by") == 2
+    assert answer.sentence.count("so the difference of the last pair is lower than usual") == 2
 
 
 def test_where_there_is_one_pair_nothing_is_tested(tmp_path):
     answer = asked(tmp_path / "s.act", 3, [0.3, 0.1])
     assert answer.tests == ()
-    assert answer.sentence.count("with no other pair of neighbours to hold that against") == 2
+    assert answer.sentence.count("The list has no other pair of neighbours to compare with.") == 2
     assert "Holm" not in answer.sentence
 
 
@@ -251,7 +253,8 @@ def test_a_figure_shows_every_token_on_both_axes(store, tmp_path):
 
 
 def test_what_is_not_there_is_named(store):
-    with pytest.raises(NotStored, match="no tree 999"):
+    said = rf"'planted' has no tree 999; it has {len(TREES)} trees of the dataset 'made-up', numbered 0 to {len(TREES) - 1}:"
+    with pytest.raises(NotStored, match=said):
         page(store, "planted", 999)
     with pytest.raises(NotStored, match=r"no pattern.5; it holds pattern.0, pattern.1"):
         draw_patterns(store, "planted", 7, layer=5)

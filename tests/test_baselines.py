@@ -222,9 +222,16 @@ def test_only_what_is_above_the_highest_baseline_is_claimed(found):
         end: 100 * value(found, "above_baseline", end, site="resid_post.0", label="source") for end in ("low", "high")
     }
     assert 0 < best["low"] < best["high"] < 100 - share + 10
-    assert f"the tree alone gives {share:.2f} % (source_listed), above which are 1 of 2 sites" in found.sentence
-    assert f"({best['low']:+.2f} to {best['high']:+.2f}) at resid_post.0" in found.sentence
-    assert "the tree alone gives 100.00 % (target_word), which none is above" in found.sentence
+    said = f"The tree alone gives {share:.2f} % (source_listed), and the probe is above this baseline at 1 of 2 sites, most at"
+    assert f"{said} resid_post.0" in found.sentence
+    assert f"points ({best['low']:+.2f} to {best['high']:+.2f}; p < 0.001)" in found.sentence
+    assert "The tree alone gives 100.00 % (target_word), and the probe is below this baseline at" in found.sentence
+
+
+def test_a_probe_below_its_baseline_is_said_to_be_and_not_found(found):
+    below = [test for test in found.tests if test.label == "target"]
+    assert [(test.estimate < 0, test.significant, test.found) for test in below] == [(True, True, False)] * 2
+    assert "the probe is below this baseline at 2 of 2 sites, most at" in found.sentence
 
 
 def test_the_most_frequent_label_is_a_baseline_too(store):
@@ -348,7 +355,7 @@ def test_by_place_is_what_the_table_the_sentence_and_the_figure_show(by_place):
     assert first["accuracy %"] == round(100 * at(by_place, "accuracy", "resid_post.0")[0], 2)
     assert first["n"] == IS_TEST.sum()
     assert (first["best baseline"], first["baseline %"]) == ("source_listed", 100)
-    assert "By place in the list its source at" in by_place.sentence
+    assert "By place in the list, the accuracy for the source at" in by_place.sentence
     axis = study.plot(by_place).axes[0]
     drawn = [line.get_ydata() for line in axis.get_lines() if len(line.get_ydata()) == 6]
     assert any(np.allclose(y, 100 * at(by_place, "accuracy", "resid_post.0")) for y in drawn)
@@ -382,5 +389,5 @@ def test_by_place_adds_rows_and_changes_none(store, found):
     rest = answer.results.filter(~pl.col("label").str.contains(", edge ") & (pl.col("metric") != "p_holm"))
     assert rest.drop("params").equals(found.results.filter(pl.col("metric") != "p_holm").drop("params"))
     assert len(answer.tests) == len(found.tests) + 2 * 2 * 7, "so Holm asks more of each"
-    with pytest.raises(BadInput, match="got by 'depth'; probes are told by place"):
+    with pytest.raises(BadInput, match="got by 'depth'; write place, for"):
         study.run(store, "probes", by="depth")

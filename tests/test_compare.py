@@ -1,6 +1,8 @@
 """The study `compare`: CKA against its equation, and planted pairs of models that hold the same, turned, or nothing alike."""
 
 import re
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -16,6 +18,7 @@ from actstore.ingest.trees.rows import tree_rows
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import encode, token_rows
 from actstore.queries import study
+from actstore.queries.compare import study as compare
 from actstore.queries.compare.controls import random_features
 from actstore.queries.compare.study import cka, cka_interval
 from actstore.queries.report import report
@@ -112,7 +115,7 @@ def value(answer, **where):
 
 
 def test_the_answer_says_which_errors_its_intervals_do_not_know_of(store):
-    assert "the fitted probes are held fixed" in study.run(store, "compare", run="one").sentence
+    assert "The fitted probes are held fixed" in study.run(store, "compare", run="one").sentence
 
 
 def test_who_fails_where_is_counted(store):
@@ -170,7 +173,7 @@ def test_what_two_untrained_networks_share_by_a_map_is_not_claimed(tmp_path):
         found = {row["metric"]: row["value"] for row in answer.results.filter(label=f"source, {way}").to_dicts()}
         assert found["mapped"] > found["mapped_shuffled"] + 0.1, "the map makes something of nothing learned"
         assert found["mapped_random"] == pytest.approx(found["mapped"], abs=0.12)
-    assert "behind a linear map it reads at none of 2 (sites, both ways) more than" in answer.sentence
+    assert "(the map's controls) at 0 of 2 sites and directions" in answer.sentence
 
 
 def test_what_the_embedding_holds_already_is_not_claimed_of_a_later_site(tmp_path):
@@ -187,7 +190,7 @@ def test_what_the_embedding_holds_already_is_not_claimed_of_a_later_site(tmp_pat
     assert found["mapped_embed"]["value"] > 0.99
     assert found["mapped_above_controls"]["value"] == pytest.approx(0, abs=0.01)
     assert answer.table["best control of the map"].str.ends_with("the embedding").all()
-    assert "behind a linear map it reads at none of 4" in answer.sentence
+    assert "(the map's controls) at 0 of 4 sites and directions" in answer.sentence
 
 
 def test_a_map_is_claimed_where_it_reads_more_than_its_controls_do(store):
@@ -197,10 +200,36 @@ def test_a_map_is_claimed_where_it_reads_more_than_its_controls_do(store):
     for way in ("run to other", "other to run"):
         assert asked["resid_post.0", f"source, {way}"].found
         assert asked["resid_post.1", f"source, {way}"].estimate <= 0, "noise"
-    assert "more than the map's controls at 2 of 4 (sites, both ways), most at resid_post.0" in answer.sentence
-    assert "(of 5 comparisons, Holm;" in answer.sentence
+    assert "(the map's controls) at 2 of 4 sites and directions" in answer.sentence
+    assert "Holm's correction covers all 5 comparisons" in answer.sentence
     found = {row["metric"]: row["value"] for row in answer.results.filter(label="source, run to other").to_dicts()}
     assert not [metric for metric in found if metric == "mapped_embed"], "neither run holds its embedding"
+
+
+def test_a_map_that_reads_less_than_its_controls_is_not_called_found(store):
+    answer = study.run(store, "compare", run="one")
+    turned = [replace(test, estimate=-test.estimate) if test.site == "resid_post.0" else test for test in answer.tests]
+    assert [test.found for test in turned if test.site == "resid_post.0"] == [False, False]
+    said = compare._mapped(answer.results, turned)
+    assert "at 0 of 4 sites and directions, and less than after the best control at 4." in said
+
+
+def test_fits_do_not_wait_for_threads_of_each_other(store, monkeypatch):
+    limited, real = [], compare._transfer
+
+    @contextmanager
+    def counted():
+        limited.append(True)
+        yield
+        limited.pop()
+
+    def transfer(*args):
+        assert limited
+        return real(*args)
+
+    monkeypatch.setattr(compare, "one_thread", counted)
+    monkeypatch.setattr(compare, "_transfer", transfer)
+    assert study.run(store, "compare", run="one").results["site"].count()
 
 
 def test_random_features_are_of_the_words_up_to_the_token_and_by_their_distance():
@@ -234,7 +263,7 @@ def test_a_comparison_is_the_same_again_and_draws(store):
 
 
 def test_what_cannot_be_compared_is_said(store, demo_store):
-    with pytest.raises(BadInput, match="beside 'one' there are: turned"):
+    with pytest.raises(BadInput, match="over the trees of 'one' are: turned"):
         study.run(store, "compare", run="one", other="one")
     with pytest.raises(NotStored, match="--model baseline --dataset reproduction"):
         study.run(demo_store, "compare")
@@ -315,10 +344,18 @@ def test_several_pairs_stand_in_one_table_and_each_has_its_figure(three, tmp_pat
         (
             120,
             0,
-            r"the second is right 100.00 points less often \(95 % interval \d+.\d\d to 100.00, McNemar's p < 0.001\)",
+            r"The second is right less often \(100.00 points, 95 % interval \d+.\d\d to 100.00, McNemar's p < 0.001\)",
         ),
-        (0, 120, r"100.00 points more often \(95 % interval \d+.\d\d to 100.00, McNemar's p < 0.001\)"),
-        (60, 60, r"0.00 points more often \(95 % interval -\d+.\d\d to \d+.\d\d, McNemar's p = 1.000\)"),
+        (
+            0,
+            120,
+            r"The second is right more often \(100.00 points, 95 % interval \d+.\d\d to 100.00, McNemar's p < 0.001\)",
+        ),
+        (
+            60,
+            60,
+            r"do not differ significantly \(0.00 points, 95 % interval -\d+.\d\d to \d+.\d\d, McNemar's p = 1.000\)",
+        ),
     ],
 )
 def test_a_difference_is_said_in_the_direction_that_it_has(tmp_path, mine, theirs, said):

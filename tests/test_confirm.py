@@ -1,5 +1,6 @@
 """Confirmation: what was planted in both sets is confirmed, what was planted in the first alone is not."""
 
+import html
 import json
 import re
 import shlex
@@ -21,7 +22,7 @@ from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import n_positions, token_rows
 from actstore.intervals import holm
 from actstore.queries import confirm, load, study
-from actstore.queries.second import Apart, look
+from actstore.queries.second import SHARED, Apart, look
 from actstore.store import Store
 from tests.answering import Answering, Dreaming, noise
 from tests.planted import plant
@@ -61,7 +62,8 @@ def test_a_store_without_trees_has_no_method_that_would_show_them(path):
 def put(path, name, dataset="fresh", run="r", **options):
     with Store(path) as store:
         found = study.run(store, name, run, **options)
-        return found, confirm.confirm(store, found, dataset, **options)
+        apart = look(store, study.Question(name, run, options), dataset)
+        return found, confirm.confirm(store, found, apart, **options)
 
 
 @pytest.mark.parametrize("name", ["last-edge", "swap"])
@@ -83,20 +85,21 @@ def test_what_is_in_the_first_set_alone_is_not_confirmed(path, name):
     assert len(put_there.claims) >= 3
     assert not any(claim.confirmed for claim in put_there.claims)
     assert put_there.sentence.count(", not confirmed there (") == len(put_there.claims)
-    assert ", 0 confirmed on 'others'" in put_there.sentence
+    assert f"and 0 of {len(put_there.claims)} are confirmed on 'others'" in put_there.sentence
 
 
 def test_where_nothing_is_found_nothing_is_put_to_the_second_set(path):
     found, put_there = put(path, "last-edge", run="t")
     assert not any(test.found for test in found.tests)
     assert (put_there.claims, len(put_there.results), len(put_there.table)) == ((), 0, 0)
-    assert "Nothing that 'last-edge' tests was found of 't' (of 3 comparisons, Holm)" in put_there.sentence
+    assert "The study 'last-edge' finds nothing on 't' (of 3 comparisons, Holm)" in put_there.sentence
 
 
 def test_a_study_that_tests_nothing_says_so(path):
     with Store(path) as store:
         found = replace(study.run(store, "depth", "r"), tests=())
-        assert "tests nothing of 'r'" in confirm.confirm(store, found, "fresh").sentence
+        apart = look(store, study.Question("depth", "r"), "fresh")
+        assert "tests nothing on 'r'" in confirm.confirm(store, found, apart).sentence
 
 
 def test_an_effect_that_turned_round_is_not_confirmed():
@@ -105,7 +108,19 @@ def test_an_effect_that_turned_round_is_not_confirmed():
     assert not confirm.Claim(here, replace(here, estimate=0.2)).confirmed
     assert not confirm.Claim(here, replace(here, p_holm=0.06)).confirmed
     assert not confirm.Claim(here, None).confirmed
-    assert "not confirmed there (nothing tests it there)" in confirm.Claim(here, None).sentence
+    assert "not confirmed there (no test there)" in confirm.Claim(here, None).sentence
+
+
+def test_what_is_below_its_baseline_is_called_so_and_never_found():
+    here = study.Test("source", -0.2, 0.001, 100, p_holm=0.001, exceeds="its baseline")
+    assert (here.significant, here.found, here.below) == (True, False, True)
+    assert replace(here, exceeds="").found, "a difference whose direction is the question may be negative"
+    sentence = confirm.Claim(here, here).sentence
+    assert sentence.startswith(
+        "source: below its baseline here (-20.000 points, n = 100, p = 0.001), confirmed there ("
+    )
+    assert "found" not in sentence
+    assert confirm.Claim(replace(here, estimate=0.2), None).verdict == "found here, not confirmed there"
 
 
 def test_claims_are_adjusted_there_for_those_put_and_no_other():
@@ -211,7 +226,10 @@ def test_trees_that_both_sets_hold_are_left_out_and_counted(tmp_path):
         second = look(store, study.Question("depth", "r"), "fresh")
         assert (second.n_trees, second.n_shared) == (300, shared.sum())
     _, put_there = put(tmp_path / "s", "last-edge")
-    assert f"{300 - shared.sum()} trees drawn apart ({shared.sum()} left out that 'd' holds, too)" in put_there.sentence
+    assert (
+        f"{300 - shared.sum()} trees that were drawn apart ({shared.sum()} trees that 'd' also holds"
+        in put_there.sentence
+    )
     path = next(claim for claim in put_there.claims if claim.here.label == "path")
     assert (path.here.n, path.there.n) == (300, 300 - shared.sum())
 
@@ -331,3 +349,51 @@ def test_runs_over_the_second_set_are_not_put_to_it_unless_they_are_named(path):
     refused = run(*words, "--run", "s")
     assert refused.exit_code == 2
     assert "on 'fresh' itself" in refused.stderr
+
+
+def test_a_report_puts_each_study_to_the_second_set_or_says_why_not(path, tmp_path):
+    shutil.copytree(path, copy := tmp_path / "s")
+    done = run("report", copy, tmp_path / "out", "--run", "r", "--confirm", "others")
+    assert done.exit_code == 0, done.output
+    page = html.unescape((tmp_path / "out" / "index.html").read_text())
+    studied = run("study", copy, "last-edge", "--run", "r", "--confirm", "others", "--no-record").stdout
+    claims = [line for line in studied.splitlines() if ": found here (" in line]
+    assert len(claims) == 3
+    assert all(f"<li>{claim}</li>" in page for claim in claims)
+    (lacks,) = re.findall(r"Not tested on the second set: (.*?)</p>", page)
+    assert "--run t-dreams" in lacks or "--prompt tree" in lacks, "there are no continuations over `others`"
+    assert page.count("Not answered: ") == 3, "probes, attention and compare lack more than a second set"
+    assert "tested again on the second set" in done.stdout
+    with Store(copy) as store:
+        rows = store.sql("select distinct study from results where metric = 'confirmed' order by study")
+    assert rows["study"].to_list() == ["depth", "last-edge", "swap"] or rows["study"].to_list() == ["last-edge", "swap"]
+
+
+def test_a_second_set_that_fits_no_study_is_refused_before_the_report_computes(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("actstore.queries.depth.study", None)
+    refused = run("report", path, tmp_path / "out", "--run", "r", "--confirm", "frseh", "--no-record")
+    assert refused.exit_code == 1
+    assert "did you mean 'fresh'" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_second_set_is_looked_up_once(path, monkeypatch):
+    looked, real = [], Store.sql
+
+    def counted(self, query, *args):
+        looked.append(query)
+        return real(self, query, *args)
+
+    monkeypatch.setattr(Store, "sql", counted)
+    done = run("study", path, "last-edge", "--run", "r", "--confirm", "fresh", "--no-record")
+    assert done.exit_code == 0, done.output
+    assert looked.count(SHARED) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "said"), [("run", "write --run s in"), ("runs", "write --run s in"), ("seed", "write --seed s in")]
+)
+def test_what_has_an_argument_of_its_own_is_refused_as_an_option(path, option, said):
+    refused = run("study", path, "depth", "-o", option, "s", "--no-record")
+    assert refused.exit_code == 2
+    assert said in refused.stderr

@@ -82,7 +82,7 @@ def test_the_notebooks_protocol_leaks_what_a_split_by_tree_does_not(tmp_path):
     for metric in ("notebook_by_tree", "without_last", "accuracy"):  # a tree counts once, with one label
         assert value(answer, "goal", metric) < chance + 5 * np.sqrt(chance * (1 - chance) / n_test)
     leak = 100 * (value(answer, "goal", "notebook_by_tree") - value(answer, "goal", "notebook_accuracy"))
-    assert f"{leak:+.2f} come of the split by tree" in answer.sentence
+    assert f"{leak:+.2f} from a split by tree" in answer.sentence
     assert leak < -50
 
 
@@ -99,12 +99,12 @@ def test_what_the_last_edges_alone_lack_is_said_to_come_of_them(last_hidden):
     last = 100 * np.mean(
         [value(last_hidden, label) - value(last_hidden, label, "without_last") for label in ("source", "target")]
     )
-    assert f"{last:+.2f} of the last edge" in last_hidden.sentence
+    assert f"{last:+.2f} from the last edge" in last_hidden.sentence
 
 
 def test_the_steps_to_our_number_add_up(last_hidden):
     mean = [100 * last_hidden.results.filter(metric=metric)["value"].mean() for metric in STEPS]
-    words = last_hidden.sentence.partition("By the notebook's protocol")[2].replace(";", " ").split()
+    words = last_hidden.sentence.partition("with the notebook's protocol")[2].replace(";", " ").split()
     said = [float(word) for word in words if word[0] in "+-"]
     assert said == pytest.approx([mean[3] - mean[0], *np.diff(mean)], abs=0.006)
     assert said[0] == pytest.approx(sum(said[1:]), abs=0.03)
@@ -115,7 +115,7 @@ def test_where_no_edge_is_the_last_leaving_it_out_changes_nothing(tmp_path):
     answer = ask(tmp_path, noise, token_role="separator")
     for label in ("source", "target"):
         assert value(answer, label, "without_last") == value(answer, label)
-    assert "+0.00 of the last edge" in answer.sentence
+    assert "+0.00 from the last edge" in answer.sentence
 
 
 def test_both_tables_stand_side_by_side(last_hidden):

@@ -13,9 +13,10 @@ from actstore.ingest.trees.task import TreeSet
 from actstore.intervals import holm, share
 from actstore.queries import study, swap
 from actstore.queries.depth import against_the_others
+from actstore.queries.dreams.figures import walks
 from actstore.queries.dreams.grading import Goal, Tree, Walk, grade_goal, grade_walk
 from actstore.queries.dreams.study import _share
-from actstore.queries.last_edge import verdict
+from actstore.queries.last_edge import direction
 from actstore.store import Store
 from tests.answering import Answering, Dreaming, last_step, noise
 from tests.test_pipeline import small_model
@@ -86,9 +87,9 @@ def test_depth_says_how_many_are_right_at_each(stores):
         assert found["low"] < n_right / n <= found["high"]
         assert 0.35 < n_right / n < 0.65 if depth >= 3 else n_right == n
     assert value(answer, "all", "whole_path")["value"] == pytest.approx(counted["share"][0])
-    assert (
-        "it is worse than at all other depths together at depths 3, 4 and 5 (of 5 comparisons, Holm" in answer.sentence
-    )
+    for way, depths in (("lower", "depths 3, 4 and 5"), ("higher", "depths 1 and 2")):
+        said = f"accuracy is significantly {way} than at all other depths together at {depths}, most at"
+        assert said in answer.sentence
 
 
 def test_noise_falls_with_depth_no_more_than_its_steps_multiply(stores):
@@ -106,13 +107,13 @@ def test_a_model_that_ignores_the_last_edge_is_caught(stores):
     assert value(answer, "p_target", "difference_at_equal_depth")["value"] == pytest.approx(-0.8)
     assert value(answer, "step", "place 4")["value"] == 0
     assert value(answer, "step", "place 3")["value"] == 1
-    assert answer.sentence.count("yes, it drops") == 3
+    assert answer.sentence.count(" drops: -") == 3
 
 
 @pytest.mark.parametrize("name", ["noise", "deep"])
 def test_neither_noise_nor_depth_passes_for_the_last_edge(stores, name):
     answer = ask(stores[name], "last-edge")
-    assert "yes" not in answer.sentence
+    assert "drops" not in answer.sentence
     for label in ("path", "step"):
         found = value(answer, label, "difference_at_equal_depth")
         assert found["low"] <= 0 <= found["high"]
@@ -138,7 +139,7 @@ def test_a_swap_catches_a_model_that_ignores_the_last_edge(stores):
     assert value(answer, "through", "p_change")["value"] == pytest.approx(-0.8, abs=1e-6)
     assert value(answer, "inner", "p_change")["value"] == 0
     assert value(answer, "to_last", "p_change_beyond_control")["value"] == pytest.approx(-0.8, abs=1e-6)
-    assert "performance drops" in answer.sentence
+    assert "the share of right whole paths drops: -" in answer.sentence
     with Store(stores["blind"]) as store:
         n_last = store.sql(
             "select count(*) as n from edges join trees using (tree_id) where dataset = 'd' and is_last and on_path"
@@ -161,7 +162,7 @@ def test_both_ways_of_a_swap_together_are_counted_as_by_hand():
 @pytest.mark.parametrize("name", ["noise", "deep", "restless"])
 def test_a_swap_finds_nothing_where_the_order_does_nothing(stores, name):
     answer = ask(stores[name], "swap")
-    assert "no drop beyond chance" in answer.sentence
+    assert "the share of right whole paths does not change significantly" in answer.sentence
     for kind in ("through", "to_last", "inner"):
         found = value(answer, kind, "change")
         assert found["low"] <= 0 <= found["high"]
@@ -201,7 +202,10 @@ def test_no_interval_is_without_a_width_or_leaves_its_estimate_out(stores, name,
 def test_all_that_is_tested_is_adjusted_recorded_and_counted(stores, asked, n_tests):
     answer = ask(stores["noise"], asked)
     assert len(answer.tests) == n_tests
-    assert f"of {n_tests} comparisons, Holm; each interval is for its comparison alone" in answer.sentence
+    assert (
+        f"Holm's correction covers all {n_tests} comparisons of the study; each interval covers its own comparison alone."
+        in answer.sentence
+    )
     assert [test.p_holm for test in answer.tests] == holm([test.p for test in answer.tests])
     for test in answer.tests:
         recorded = [value(answer, test.label, metric)["value"] for metric in ("p", "p_holm")]
@@ -212,8 +216,9 @@ def test_all_that_is_tested_is_adjusted_recorded_and_counted(stores, asked, n_te
 def test_what_holm_does_not_leave_standing_is_not_claimed():
     alone = study.Test("path", -0.01, 0.03, 1000, -0.02, -0.001)
     held = study.adjusted([alone, replace(alone, p=0.4), replace(alone, p=0.5)])[0]
-    assert verdict(held).startswith("no drop beyond chance")
-    assert verdict(study.adjusted([alone])[0]) == "yes, it drops"
+    assert direction(held).startswith("does not change significantly")
+    assert direction(study.adjusted([alone])[0]) == "drops"
+    assert direction(study.adjusted([replace(alone, estimate=0.01)])[0]) == "rises"
 
 
 def test_the_worst_of_many_depths_is_not_tested_as_if_it_were_the_only_one():
@@ -334,18 +339,18 @@ def test_a_model_that_copies_the_goals_of_its_training_is_reported_as_such(tmp_p
     answer = ask(dreaming(tmp_path / "s.act", dreams, "baseline", "baseline"), "dreams")
     assert value(answer, "greedy", "well_formed")["value"] == 1
     assert value(answer, "greedy", "way_found")["value"] == 1
-    assert "as the goals of its training distribution, and not as leaves drawn evenly" in answer.sentence
+    assert "fit the goals of its training distribution, and contradict leaves drawn evenly" in answer.sentence
 
 
 def test_the_goals_of_trees_that_training_did_not_draw_are_not_called_its_own(tmp_path):
     answer = ask(dreaming(tmp_path / "s.act", copies_its_training), "dreams")
     assert value(answer, "greedy", "depth_distance_as_given")["value"] == 0
-    assert "as the goals of these `deep` trees, and not as leaves drawn evenly" in answer.sentence
+    assert "fit the goals of these `deep` trees, and contradict leaves drawn evenly" in answer.sentence
 
 
 def test_a_model_that_takes_any_leaf_is_not_said_to_copy(tmp_path):
     answer = ask(dreaming(tmp_path / "s.act", even_leaves), "dreams")
-    assert "as leaves drawn evenly, and not as the goals of these `deep` trees" in answer.sentence
+    assert "fit leaves drawn evenly, and contradict the goals of these `deep` trees" in answer.sentence
     assert value(answer, "greedy", "leaf")["value"] == 1
     assert value(answer, "greedy", "leaf_beyond_even")["low"] > 0
     assert value(answer, "greedy", "place_p_even_list")["value"] > 0.01
@@ -375,7 +380,7 @@ def test_a_model_that_takes_what_the_list_names_first_is_caught(tmp_path):
 
 def test_where_goals_are_even_among_leaves_neither_is_told_apart(tmp_path):
     answer = ask(dreaming(tmp_path / "s.act", even_leaves, "reproduction"), "dreams")
-    assert "which these trees do not tell apart" in answer.sentence
+    assert "contradict neither the goals of" in answer.sentence
 
 
 def test_noise_dreams_nothing_and_finds_no_way(tmp_path):
@@ -383,7 +388,7 @@ def test_noise_dreams_nothing_and_finds_no_way(tmp_path):
     formed = value(answer, "greedy", "well_formed")
     chance = 6 / 15 * 1 / 15 * 6 / 15  # a label, the colon, a label
     assert formed["low"] < chance < formed["high"]
-    assert "nothing is said of where goals are from" in answer.sentence
+    assert "the study does not ask where goals come from" in answer.sentence
     assert value(answer, "greedy", "first_step")["value"] == pytest.approx(6 / 15, abs=0.05)
     assert value(answer, "greedy", "stopped")["value"] == pytest.approx(1 / 15, abs=0.03)
 
@@ -392,19 +397,29 @@ def test_a_walk_that_follows_the_tree_is_told_from_one_that_does_not(tmp_path):
     walker = ask(dreaming(tmp_path / "walks.act", walks_without_a_goal), "dreams")
     assert value(walker, "greedy", "first_word →0")["value"] == value(walker, "greedy", "to_leaf")["value"] == 1
     assert value(walker, "greedy", "to_leaf_elsewhere")["high"] < 0.6
-    assert "the next follow edges down to a leaf in 100.00 %" in walker.sentence
-    assert ", more than the" in walker.sentence
+    assert "the next steps follow edges down to a leaf in 100.00 %" in walker.sentence
+    assert ", more often than on another tree" in walker.sentence
     random = ask(dreaming(tmp_path / "random.act", steps_at_random), "dreams")
-    assert "not to be told from the" in random.sentence
+    assert "not significantly more often than on another tree" in random.sentence
     for answer in (walker, random):
-        assert "fewer than" not in answer.sentence
+        assert "Fewer than" not in answer.sentence
         assert len(study.plot(answer).axes) == 1
+
+
+@pytest.mark.parametrize(
+    ("estimate", "p", "said"),
+    [(0.3, 0.01, " more often"), (-0.3, 0.01, " less often"), (-0.3, 0.5, " not significantly more often")],
+)
+def test_a_walk_is_said_to_follow_its_tree_in_the_direction_that_it_does(estimate, p, said):
+    by_metric = {name: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9} for name in ("to_leaf", "to_leaf_elsewhere")}
+    test = study.Test("greedy, to_leaf", estimate, p, 9, p_holm=p, exceeds="the other tree's share")
+    assert f"of 9,{said} than on another tree" in walks(by_metric, test)
 
 
 def test_a_model_that_stops_is_said_to(tmp_path):
     answer = ask(dreaming(tmp_path / "s.act", stops, system="baseline"), "dreams")
     assert "goal in 0.00 %" in answer.sentence
-    assert "; it stops at once in 100.00 % (99.75 to 100.00)." in answer.sentence
+    assert "The run stops at once in 100.00 % (99.75 to 100.00)." in answer.sentence
 
 
 def test_continuations_of_one_tree_do_not_pass_for_independent():

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from actstore.cli.output import Output
 
 
+seed_option = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
+confirm_option = click.option(
+    "--confirm",
+    metavar="DATASET",
+    help="Test the findings again on this stored set of trees, drawn apart from the run's own.",
+)
+
+
 def _look_before(store: Path, wait: float) -> None:
     """Wait for another writer before the work; warn if nobody can write to the store."""
     from actstore.writing import recording
@@ -39,15 +47,11 @@ def _kept(store: Path) -> Callable[[Path], None]:
 @store_argument
 @click.argument("name")
 @click.option("--run", "runs", multiple=True, help="The run to study; default: every run with prompt 'task'.")
-@click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
+@seed_option
 @click.option(
     "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="An option of the study."
 )
-@click.option(
-    "--confirm",
-    metavar="DATASET",
-    help="Test the findings again on this stored set of trees, drawn apart from the run's own.",
-)
+@confirm_option
 @click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; with several runs, FILE-RUN.")
 @no_record_option
 @wait_option
@@ -73,9 +77,10 @@ def study(
     every pair of models over the same trees among the named runs; with one run, every pair of that
     run; by default, for each set of trees, its first run against every other model.
 
-    With --confirm, each finding (each test that Holm leaves standing) is tested again on a second
-    set of trees, with the same model's run over it and without the trees that both sets hold. Each
-    claim is then reported as found here, and as confirmed there or not.
+    With --confirm, each test that is significant after Holm's correction is repeated on a second
+    set of trees. The second set's test uses the same model's run over that set, and leaves out
+    trees that both sets hold. Each finding is then reported as found here, and as confirmed there
+    or not.
 
     Example:
 
@@ -122,21 +127,35 @@ def study(
 @store_argument
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--run", "runs", multiple=True, help="A run to study; default: every run over drawn trees.")
-@click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
+@seed_option
+@confirm_option
 @no_record_option
 @wait_option
 @no_check_option
-def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: bool, wait: float, check: bool) -> None:
+def report(
+    store: Path,
+    out: Path,
+    runs: tuple[str, ...],
+    seed: int,
+    confirm: str | None,
+    no_record: bool,
+    wait: float,
+    check: bool,
+) -> None:
     """Run every study, and write one self-contained page, OUT/index.html.
 
     If the store lacks what a study needs, the page shows the `actstore ingest` that adds it. If a
     study fails, the page shows the reason, and the exit code is 1. Each pair of models over the
     same trees is compared.
 
+    With --confirm, the findings of each study are tested again on a second set of trees (see
+    `actstore study --help`). If a study cannot be tested there, the page shows the reason.
+
     Example:
 
     \b
         actstore report demo.act report/
+        actstore report demo.act report/ --confirm fresh
         actstore report demo.act report/ --run reproduction --run baseline
     """
     from actstore.cli.progress import progress
@@ -150,7 +169,7 @@ def report(store: Path, out: Path, runs: tuple[str, ...], seed: int, no_record: 
     with Store(store, check) as opened, progress("report", None, "questions") as advance:
         if not no_record:
             _look_before(store, wait)
-        made = make(opened, out, runs, seed, advance)
+        made = make(opened, out, runs, seed, confirm, advance)
     say(str(made))
     for fault in made.faults:
         say(f"actstore: {fault}", err=True)

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 ENDINGS = (".png", ".svg", ".pdf", ".html")
+TREES = """
+select count(*) as n, min(tree_id) as first, max(tree_id) as last, any_value(dataset) as dataset
+from trees semi join held_trees($run) using (tree_id)
+"""
+TOKENS = """
+select token::varchar as token from tokens semi join held_trees($run) using (tree_id)
+where tree_id = $t order by position
+"""
 HTMLS_OWN = "<>&\u2028\u2029"  # the last two end a line of older JavaScript
 DIGITS = 4  # of a weight on the page; an eye cannot tell finer steps of colour apart
 
@@ -38,12 +46,16 @@ def patterns_of(store: Store, run: str, tree_id: int) -> tuple[list[str], dict[s
     Raises:
         NotStored: there is no such tree, or no pattern of the tree.
     """
-    run = pattern_run(store, run)
-    tokens = store.sql(
-        "select token::varchar as token from tokens where tree_id = $t order by position", {"t": tree_id}
-    )
+    asked, run = run, pattern_run(store, run)
+    n_trees, first, last, dataset = store.sql(TREES, {"run": run}).row(0)
+    if not n_trees:
+        raise NotStored(f"run {run!r} has no patterns of a tree yet; let its ingest go on")
+    tokens = store.sql(TOKENS, {"run": run, "t": tree_id})
     if not len(tokens):
-        raise NotStored(f"{store.path} has no tree {tree_id} (select tree_id from trees)")
+        raise NotStored(
+            f"run {asked!r} has no tree {tree_id}; it has {n_trees:,} trees of the dataset {dataset!r}, numbered {first} to "
+            f"{last}: give one of these numbers as TREE"
+        )
     query, n = "select token_id from tokens where tree_id = $t order by position", len(tokens)
     read = {site: store.read(query, run, site, {"t": tree_id})[0] for site in pattern_sites(store, run)}
     return list(tokens["token"]), {site: X[:, :, :n].transpose(1, 0, 2) for site, X in read.items()}
@@ -83,8 +95,8 @@ def draw_patterns(store: Store, run: str, tree_id: int, layer: int | None = None
         ticks = range(len(tokens))
         axis.set_xticks(ticks, tokens, rotation=90, fontsize=7 if alone else 4)
         axis.set_yticks(ticks, tokens, fontsize=7 if alone else 4)
-        axis.set_xlabel("looked at (key)")
-        axis.set_ylabel("looking (query)")
+        axis.set_xlabel("attended to (key)")
+        axis.set_ylabel("attending (query)")
         axis.set_title(f"{site}, head {head}", fontsize=10)
     figure.colorbar(shown, ax=figure.axes, shrink=0.6, label="share of the attention")
     figure.suptitle(f"Tree {tree_id}, run {run}")
@@ -145,13 +157,13 @@ PAGE = """<!doctype html>
 <h1>$title</h1>
 <p>
   <label>Layer <select id="site"></select></label>
-  <label><input type="checkbox" id="turned"> who looks at the token, in place of what it looks at</label>
+  <label><input type="checkbox" id="turned"> show the tokens that attend to the chosen token</label>
   0 <span class="key"></span> 1
 </p>
 <div class="tokens" id="tokens"></div>
-<p id="said" aria-live="polite">Point at a token, or click to keep it.</p>
-<canvas id="matrix" width="720" height="720" aria-label="The whole pattern: rows look at columns"></canvas>
-<p>Rows look at columns; both are the tokens above, from left to right.</p>
+<p id="said" aria-live="polite">Point at a token, or click a token to keep it.</p>
+<canvas id="matrix" width="720" height="720" aria-label="The whole pattern: rows attend to columns"></canvas>
+<p>Rows attend to columns. Both list the tokens above, from left to right.</p>
 <script type="application/json" id="data">$data</script>
 <script>
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -179,7 +191,7 @@ function show() {
     button.classList.toggle("chosen", i === at);
   });
   const most = weights.map((w, i) => [w, i]).sort((a, b) => b[0] - a[0]).slice(0, 5).filter(([w]) => w > 0.0005);
-  said.textContent = `$${data.tokens[at]} at position $${at} ` + (turned.checked ? "is looked at by " : "looks at ")
+  said.textContent = `$${data.tokens[at]} at position $${at} ` + (turned.checked ? "is attended to by " : "attends to ")
     + most.map(([w, i]) => `$${data.tokens[i]} (position $${i}): $${(100 * w).toFixed(1)} %`).join(", ");
   matrix();
 }

@@ -82,7 +82,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
     holder = pattern_run(store, run)
     if store.sql(N_NODES, {"run": run}).item() == 2:
         raise BadInput(
-            f"run {run!r} is over trees of 2 nodes, whose one edge has no other to be held against; ingest larger ones (--nodes)"
+            f"run {run!r} is over trees of 2 nodes, whose one edge cannot be compared with another; ingest larger ones (--nodes)"
         )
     sites, params = pattern_sites(store, holder), {"run": holder}
     rows: list[dict[str, Any]] = []
@@ -119,7 +119,7 @@ def pattern_run(store: Store, run: str) -> str:
     if not found:
         command = ingest_more(store, run, f"{run}-patterns", "--sites", "pattern")
         raise NotStored(
-            f"run {run!r} holds no attention patterns, nor does another run of its model over its trees; {command} adds one "
+            f"neither run {run!r} nor another run of its model over its trees holds attention patterns; {command} adds a run "
             "that does"
         )
     return str(found[0])
@@ -217,11 +217,22 @@ def _neighbours(
         if n_pairs > 1:
             last = pairs[-1]
             p, ends = as_far / n_pairs, (last["low"], last["high"])
-            tests.append(Test(LAST, last["value"], p, last["n"], *ends, WHAT[role], site, role))
+            tests.append(
+                Test(
+                    LAST,
+                    last["value"],
+                    p,
+                    last["n"],
+                    *ends,
+                    f"attention of {WHAT[role]} to its own edge, less that of the edge before",
+                    site,
+                    role,
+                )
+            )
     return rows, tests
 
 
-WHAT = {"edge_target": "the last edge's target", "bar": "the bar behind it"}
+WHAT = {"edge_target": "the last edge's target", "bar": "the bar after the last edge"}
 
 
 def _beyond_even(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> np.ndarray:
@@ -297,36 +308,42 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     even = results.filter(token_role="edge_target", metric="even", label="others")
     best = own.sort("value", descending=True, maintain_order=True).row(0, named=True)
     chance = even.filter(site=best["site"])["value"].item()
-    answer = (
-        f"In run {best['run']!r} the target tokens give most attention to their own source at {best['site']}: "
-        f"{100 * best['value']:.2f} % ({100 * best['low']:.2f} to {100 * best['high']:.2f}, n = {best['n']:,} edges), where even "
-        f"attention would give {100 * chance:.2f} %"
-    )
+    apart = "more than" if best["low"] - ROUNDING > chance else "less than"
     if best["low"] - ROUNDING <= chance <= best["high"] + ROUNDING:
-        answer += ", so no more than chance"
+        apart = "no more than"
     by_key = {test.key: test for test in tests}
-    beside = "; and ".join(_beside(results, best["site"], role, by_key) for role in CLOSES)
-    return (
-        f"{answer}. Beside the edge before it on the same trees, and beyond even attention, {beside}"
-        f"{f' ({adjustment(tests)})' if tests else ''}."
+    return " ".join(
+        [
+            f"In run {best['run']!r}, target tokens give most attention to their own source at {best['site']}: "
+            f"{100 * best['value']:.2f} % ({100 * best['low']:.2f} to {100 * best['high']:.2f}, n = {best['n']:,} edges). This "
+            f"share is {apart} even attention gives ({100 * chance:.2f} %).",
+            *(_beside(results, best["site"], role, by_key) for role in CLOSES),
+            *([adjustment(tests)] if tests else []),
+        ]
     )
 
 
 def _beside(results: pl.DataFrame, site: str, role: str, tests: Mapping[Any, Test]) -> str:
     """The difference of the last pair, compared with those of other pairs."""
     last, spread, as_far, n_pairs = _last_pair(results, site, role)
-    answer = f"{WHAT[role]} gives its own edge {interval(last)} points there (n = {last['n']:,} trees)"
+    answer = (
+        f"There, relative to even attention, {WHAT[role]} gives its own edge {interval(last)} points compared with the edge "
+        f"before on the same {last['n']:,} trees."
+    )
     test = tests.get((site, role, LAST))
     if test is None:
-        return f"{answer}, with no other pair of neighbours to hold that against"
-    verdict = "no more than neighbours differ by anyway"
+        return f"{answer} The list has no other pair of neighbours to compare with."
+    verdict = "so the last pair does not stand out from other neighbours"
     if test.found:
-        verdict = "more than neighbours differ by"
+        verdict = (
+            f"so the difference of the last pair is {'higher' if last['value'] > spread[2] else 'lower'} than usual"
+        )
     elif as_far == 1:
-        verdict = f"the farthest out, which so few as {n_pairs} pairs do not tell from chance"
+        verdict = f"but {n_pairs} pairs are too few to exclude chance"
     return (
-        f"{answer}, where the other {n_pairs - 1} pairs of neighbours differ by {_ends(spread, 0, 4)} (half of them by "
-        f"{_ends(spread, 1, 3)}): {as_far} of {n_pairs} lie as far from their median, {p_shown(test.p_holm)} by rank, so {verdict}"
+        f"{answer} The other {n_pairs - 1} pairs of neighbours differ by {_ends(spread, 0, 4)} points, half of them by "
+        f"{_ends(spread, 1, 3)}. Of all {n_pairs} pairs, {as_far} lie{'s' * (as_far == 1)} as far from their median as the last "
+        f"({p_shown(test.p_holm)} by rank), {verdict}."
     )
 
 
@@ -353,6 +370,9 @@ def plot(answer: Answer) -> Figure:
 
 _PANELS = {
     "target → its own source": [("edge_target", "others", "other edges"), ("edge_target", "last", "the last edge")],
-    "separator → its own edge": [("separator", "others", "separators"), ("bar", "last", "the bar, behind the last")],
-    "root and path → the edge to take next": [("path", "others", "other edges"), ("path", "last", "the last edge")],
+    "separator → its own edge": [
+        ("separator", "others", "separators"),
+        ("bar", "last", "the bar, after the last edge"),
+    ],
+    "root and path → the next edge": [("path", "others", "other edges"), ("path", "last", "the last edge")],
 }

@@ -30,6 +30,7 @@ from actstore.queries import load
 from actstore.queries.compare.controls import CONTROLS, best_control, map_controls, random_features, words_of
 from actstore.queries.figures import GREY, panels, points
 from actstore.queries.probes.figures import CAVEAT
+from actstore.queries.probes.fit import one_thread
 from actstore.queries.study import (
     RUNS,
     Answer,
@@ -96,7 +97,14 @@ def study(
         NotStored: there is no second run; gives the ingest command that adds one.
         BadInput: `other` is over other trees, or there are too few trees.
     """
-    other = _other(store, run, other)
+    import sklearn.linear_model
+    import sklearn.preprocessing  # noqa: F401, imported here: one_thread covers only libraries loaded before
+
+    with one_thread():
+        return _compared(store, run, seed, progress, _other(store, run, other), max_trees)
+
+
+def _compared(store: Store, run: str, seed: int, progress: Progress, other: str, max_trees: int) -> Answer:
     rows, tests = _failures(store.sql(BOTH, {"run": run, "other": other}))
     sites = [site for site in _vectors(store, run) if site in _vectors(store, other)]
     read = f"from ({load(QUERY).sql.rstrip()}) where tree_id < (select min(tree_id) + $max_trees from trees where dataset = $d)"
@@ -140,8 +148,8 @@ def _other(store: Store, run: str, other: str | None) -> str:
             return other
         found = [row["run"] for row in runs if most_alike(base, [row])]
         raise BadInput(
-            f"runs {run!r} and {other!r} are not two models over the same trees; beside {run!r} there are: "
-            f"{', '.join(found) if found else 'none'}"
+            f"runs {run!r} and {other!r} are not two models over the same trees; runs of other models over the trees of "
+            f"{run!r} are: {', '.join(found) if found else 'none'}"
         )
     found = most_alike(base, runs)
     if not found:
@@ -167,7 +175,7 @@ def _read(store: Store, run: str, other: str, site: str, query: str, params: dic
             f"runs {run!r} and {other!r} share {n_test} test trees; {LEAST} are needed: ingest about {10 * LEAST} trees or more"
         )
     if not their_tokens["token_id"].equals(tokens["token_id"]):
-        raise BadInput(f"run {other!r} does not hold all trees of {run!r} yet; let its ingest go on")
+        raise BadInput(f"run {other!r} does not hold all trees of {run!r} yet; let the ingest of this run go on")
     return Pair(mine, theirs, tokens)
 
 
@@ -190,7 +198,11 @@ def _failures(both: pl.DataFrame) -> tuple[list[dict[str, Any]], list[Test]]:
         p = binomtest(lost, lost + won).pvalue if lost + won else 1.0
         rows.append({"label": label, "metric": "mcnemar_p", "value": float(p), "n": n})
         if depth is None:
-            tests.append(Test(label, change, float(p), n, low, high, "right by the second, less by the first"))
+            tests.append(
+                Test(
+                    label, change, float(p), n, low, high, "right answers of the second model, less those of the first"
+                )
+            )
     return rows, tests
 
 
@@ -242,9 +254,10 @@ def _transfer(
                 len(above),
                 low,
                 high,
-                f"{about['label']}, mapped above the map's controls",
+                f"{about['label']}, read after a linear map, less the map's best control",
                 site,
                 about["token_role"],
+                exceeds="the map's controls",
             )
         )
     return rows, tests
@@ -313,7 +326,7 @@ COUNTS = {
 }
 PROBED = {
     "own": "own trees",
-    "as_it_is": "other, as it is",
+    "as_it_is": "other, unmapped",
     "mapped": "other, mapped",
 }
 
@@ -365,51 +378,54 @@ def sentence(results: pl.DataFrame, other: str, tests: Sequence[Test]) -> str:
     """Which model is right more often, how similar the layers are, and what the map reads."""
     run = results["run"][0]
     found = {row["metric"]: row for row in results.filter(label="all").iter_rows(named=True)}
-    less = found["other_less_run"]
+    count = {metric: f"{int(found[metric]['value']):,}" for metric in COUNTS}
     answer = (
-        f"Of {less['n']:,} trees {int(found['both_right']['value']):,} are right by both {run!r} and {other!r}, "
-        f"{int(found['only_run']['value']):,} by the first alone, {int(found['only_other']['value']):,} by the second alone, "
-        f"{int(found['both_wrong']['value']):,} by neither; the second is right {_oftener(less)}, McNemar's "
-        f"{p_shown(found['p_holm']['value'])})"
+        f"Of {found['both_right']['n']:,} trees, {count['both_right']} are right by both {run!r} and {other!r}, "
+        f"{count['only_run']} by the first alone, {count['only_other']} by the second alone, and {count['both_wrong']} by "
+        f"neither. {_more_often(next(test for test in tests if test.site is None))}"
     )
     same = results.filter((pl.col("metric") == "cka") & (pl.col("label") == pl.col("site")))
     if not len(same):
-        return f"{answer}; they share no residual site, so their layers are not compared."
+        return f"{answer} The runs share no residual site, so their layers are not compared."
     most, least = same.sort("value")[-1].row(0, named=True), same.sort("value")[0].row(0, named=True)
     shuffled = results.filter(metric="cka_shuffled")["value"].to_numpy().max()
     as_it_is = results.filter(label="source, run to other", metric="as_it_is")["value"].to_numpy().max()
     return (
-        f"{answer}. At the edges' target tokens their layers are most alike at {most['site']} (CKA {most['value']:.3f}) "
-        f"and least at {least['site']} ({least['value']:.3f}; rows shuffled give {shuffled:.3f} at most); a probe for the source "
-        f"carries over as it is with at most {100 * as_it_is:.2f} %; {_mapped(results, tests)} ({adjustment(tests)}). {CAVEAT}"
+        f"{answer} At the target tokens of edges, equal layers are most alike at {most['site']} (CKA {most['value']:.3f}) and "
+        f"least alike at {least['site']} ({least['value']:.3f}); shuffled rows give at most {shuffled:.3f}. A probe for the "
+        f"source that was fitted on the first model reads at most {100 * as_it_is:.2f} % in the second without a map. "
+        f"{_mapped(results, tests)} {adjustment(tests)} {CAVEAT}"
     )
 
 
 def _mapped(results: pl.DataFrame, tests: Sequence[Test]) -> str:
-    """What a probe reads after the linear map and above its controls, over sites and directions."""
+    """What a probe reads after the linear map, beside its controls, over sites and directions."""
     asked = [test for test in tests if test.site is not None]
-    above = [test for test in asked if test.found and test.estimate > 0]
-    if not above:
-        return (
-            f"behind a linear map it reads at none of {len(asked)} (sites, both ways) more than the same map from the embedding, "
-            "random features or shuffled rows"
-        )
-    best = max(above, key=lambda test: test.estimate)
+    below = sum(test.below for test in asked)
+    text = (
+        f"After a linear map, the probe reads more than after the same map from the embedding, random features or shuffled "
+        f"rows (the map's controls) at {sum(test.found for test in asked)} of {len(asked)} sites and directions"
+    )
+    text += f", and less than after the best control at {below}" * bool(below)
+    if not any(test.found for test in asked):
+        return f"{text}."
+    best = max((test for test in asked if test.found), key=lambda test: test.estimate)
     probes = results.filter(site=best.site, label=best.label)
     mapped, (value, control) = probes.filter(metric="mapped")["value"].item(), _best(probes)
     return (
-        f"behind a linear map it reads more than the map's controls at {len(above)} of {len(asked)} (sites, both ways), most at "
-        f"{best.site}, {best.label.removeprefix('source, ')}: {100 * mapped:.2f} %, of its controls "
-        f"{control} {value:.2f} % ({p_shown(best.p_holm)})"
+        f"{text}. The largest difference is at {best.site}, {best.label.removeprefix('source, ')}: {100 * mapped:.2f} % from "
+        f"the site and {value:.2f} % from {control} ({p_shown(best.p_holm)})."
     )
 
 
-def _oftener(less: dict[str, Any]) -> str:
-    """A difference with its interval: `2.50 points more often (95 % interval 1.00 to 4.00`."""
-    sign = -1 if less["value"] < 0 else 1
-    low, high = sorted(100 * sign * end for end in (less["low"], less["high"]))
-    way = "less" if sign < 0 else "more"
-    return f"{100 * abs(less['value']):.2f} points {way} often (95 % interval {low:.2f} to {high:.2f}"
+def _more_often(less: Test) -> str:
+    """McNemar's test in words, as a difference with its interval."""
+    sign = -1 if less.estimate < 0 else 1
+    low, high = sorted(100 * sign * end for end in (less.low or 0.0, less.high or 0.0))
+    numbers = f"{100 * abs(less.estimate):.2f} points, 95 % interval {low:.2f} to {high:.2f}, McNemar's {p_shown(less.p_holm)}"
+    if less.found:
+        return f"The second is right {'more' if sign > 0 else 'less'} often ({numbers})."
+    return f"The shares of right answers do not differ significantly ({numbers})."
 
 
 def plot(answer: Answer) -> Figure:
@@ -438,7 +454,7 @@ def plot(answer: Answer) -> Figure:
         at = [sites.index(site) for site in rows["site"]]
         right.plot(at, 100 * rows["value"].to_numpy(), marker, color=GREY, label=f"map from {name}")
     right.set_ylim(-2, 104)
-    right.set_ylabel("edge's source read right (%)")
+    right.set_ylabel("accuracy for the edge's source (%)")
     right.set_title(f"probe fitted on {results['run'][0]}, scored on", fontsize=10)
     right.legend(frameon=False, fontsize=8)
     return figure
@@ -451,7 +467,7 @@ def _plot_outcomes(results: pl.DataFrame) -> Figure:
     points(axis, [int(label.split()[1]) for label in rows["label"]], rows, "the second less the first", line=False)
     axis.axhline(0, color=GREY, linewidth=1)
     axis.set_xlabel("depth of the goal (steps of the path)")
-    axis.set_ylabel("right by the second, less by the first (points)")
+    axis.set_ylabel("right answers, second less first (points)")
     other = str(results["params"].str.json_path_match("$.other")[0])
     axis.set_title(f"{results['run'][0]} and {other}; bars are 95 % intervals", fontsize=10)
     return figure

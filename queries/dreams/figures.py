@@ -19,27 +19,27 @@ LEAST = 20  # leaf goals, from which the study tests their distribution
 SHARES = {
     "well_formed": "begins `goal : root`",
     "stopped": "stops at once",
-    "first_step": "begins with a step, as if a goal stood there",
+    "first_step": "begins with a step",
     "first_word": "begins with",
-    "from_root": "of these steps, goes to a child of the root",
-    "from_root_elsewhere": "control: of another tree's root",
-    "to_leaf": "beginning inside, follows edges down to a leaf",
-    "to_leaf_elsewhere": "control: in another tree",
+    "from_root": "step goes to a child of the root",
+    "from_root_elsewhere": "control: another tree's root",
+    "to_leaf": "steps follow edges down to a leaf",
+    "to_leaf_elsewhere": "control: on another tree",
     "root_right": "names the tree's root",
     "leaf": "goal is a leaf",
-    "leaf_if_even": "would be, drawn evenly among nodes",
+    "leaf_if_even": "control: node drawn evenly",
     "not_root": "goal is not the root",
-    "way_found": "then finds the way",
-    "place 0": "the goal's edge is listed first",
-    "place last": "the goal's edge is listed last",
+    "way_found": "finds the way to the goal",
+    "place 0": "goal's edge is listed first",
+    "place last": "goal's edge is listed last",
 }
 WALK = "to_leaf"  # the test that steps follow their own tree more often than another
 EXPLANATIONS = {
-    "depth_p_as_given": "depths as given ones",
-    "depth_p_even_leaves": "depths as even among leaves",
-    "place_p_as_given": "places as given ones",
-    "place_p_even_leaves": "places as even among leaves",
-    "place_p_even_list": "places as even along the list",
+    "depth_p_as_given": "depths as given",
+    "depth_p_even_leaves": "depths as even leaves",
+    "place_p_as_given": "places as given",
+    "place_p_even_leaves": "places as even leaves",
+    "place_p_even_list": "places as even in list",
 }
 
 
@@ -92,26 +92,24 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test], given: str) -> str:
     kinds = {kind: _by_metric(results, kind) for kind in results["label"].unique(maintain_order=True)}
     run, by_label = results["run"][0], {test.label: test for test in tests}
     text = " ".join(_of_kind(run, kind, by_metric, by_label, given) for kind, by_metric in kinds.items() if by_metric)
-    return f"{text} ({adjustment(tests)[0].upper()}{adjustment(tests)[1:]}.)" if tests else text
+    return f"{text} {adjustment(tests)}" if tests else text
 
 
 def _of_kind(run: str, kind: str, by_metric: dict[str, dict[str, Any]], tests: dict[str, Test], given: str) -> str:
     formed, found, word = by_metric["well_formed"], by_metric["way_found"], by_metric["first_word"]
-    text = (
-        f"Left alone with a tree ({kind}), run {run!r} makes up a well-formed goal in {percent(formed)} of {formed['n']:,} "
+    parts = [
+        f"Given a tree alone ({kind}), run {run!r} makes up a well-formed goal in {percent(formed)} of {formed['n']:,} "
         "continuations"
-    )
+    ]
     if found["value"] is not None:
-        text += f", and then finds the way in {percent(found)} of {found['n']:,}"
+        parts[0] += f", and then finds the way in {percent(found)} of {found['n']:,}"
     if formed["value"] < word["value"]:
-        stops = (
-            "stops at once"
-            if by_metric["stopped"]["value"] == word["value"]
-            else f"begins with `{word['metric'][11:]}`"
-        )
-        text += f"; it {stops} in {percent(word)}{walks(by_metric, tests.get(f'{kind}, {WALK}'))}"
+        stops = by_metric["stopped"]["value"] == word["value"]
+        begins = "stops at once" if stops else f"begins with `{word['metric'][11:]}`"
+        parts += [f"The run {begins} in {percent(word)}", walks(by_metric, tests.get(f"{kind}, {WALK}"))]
     of_kind = {name: tests[f"{kind}, {name}"] for name in EXPLANATIONS if f"{kind}, {name}" in tests}
-    return f"{text}; {origin(of_kind, given)}." if formed["value"] else f"{text}."
+    parts.append(origin(of_kind, given) if formed["value"] else "")
+    return " ".join(f"{part}." for part in parts if part)
 
 
 def percent(row: dict[str, Any]) -> str:
@@ -124,28 +122,30 @@ def walks(by_metric: dict[str, dict[str, Any]], test: Test | None) -> str:
     walk, chance = by_metric["to_leaf"], by_metric["to_leaf_elsewhere"]
     if walk["value"] is None or chance["value"] is None or test is None:
         return ""
-    verdict = "more than the" if test.found and test.estimate > 0 else "not to be told from the"
+    verdict = (
+        "more often than" if test.found else "less often than" if test.below else "not significantly more often than"
+    )
     return (
-        f", and where its first step goes to a node with children, the next follow edges down to a leaf in {percent(walk)} of "
-        f"{walk['n']:,}, {verdict} {100 * chance['value']:.2f} % on another tree ({p_shown(test.p_holm)})"
+        f"If the first step goes to a node with children, the next steps follow edges down to a leaf in {percent(walk)} of "
+        f"{walk['n']:,}, {verdict} on another tree ({100 * chance['value']:.2f} %, {p_shown(test.p_holm)})"
     )
 
 
 def origin(tests: dict[str, Test], given: str) -> str:
     """The explanations that the depths of the goals do not contradict, in words."""
     if not tests:
-        return f"fewer than {LEAST} of these are goals that are leaves, so nothing is said of where goals are from"
+        return f"Fewer than {LEAST} of these goals are leaves, so the study does not ask where goals come from"
     as_given, even = tests["depth_p_as_given"], tests["depth_p_even_leaves"]
     verdicts = {
-        (True, True): f"as {given} and as leaves drawn evenly, which these trees do not tell apart",
-        (True, False): f"as {given}, and not as leaves drawn evenly",
-        (False, True): f"as leaves drawn evenly, and not as {given}",
-        (False, False): f"neither as {given} nor as leaves drawn evenly",
+        (True, True): f"contradict neither {given} nor leaves drawn evenly",
+        (True, False): f"fit {given}, and contradict leaves drawn evenly",
+        (False, True): f"fit leaves drawn evenly, and contradict {given}",
+        (False, False): f"contradict both {given} and leaves drawn evenly",
     }
-    spread = f"the depths of its {as_given.n:,} leaf goals are spread {verdicts[not as_given.found, not even.found]}"
     return (
-        f"{spread} (total variation {as_given.estimate:.3f} from the given, {p_shown(as_given.p_holm)}; "
-        f"{even.estimate:.3f} from the even, {p_shown(even.p_holm)})"
+        f"The depths of the {as_given.n:,} leaf goals {verdicts[not as_given.found, not even.found]} (total variation "
+        f"{as_given.estimate:.3f} from the given goals, {p_shown(as_given.p_holm)}; {even.estimate:.3f} from even leaves, "
+        f"{p_shown(even.p_holm)})"
     )
 
 
@@ -182,7 +182,7 @@ def _goals(axis: Axes, results: pl.DataFrame, what: str) -> None:
         rows = results.filter((pl.col("label") == kind) & pl.col("metric").str.contains(f"^{what} \\d+$"))
         if not len(rows):  # too few of this kind
             continue
-        points(axis, [int(metric.split()[1]) for metric in rows["metric"]], rows, f"dreamed, {kind}", turn)
+        points(axis, [int(metric.split()[1]) for metric in rows["metric"]], rows, f"made up, {kind}", turn)
     first = results.filter(pl.col("metric").str.starts_with(f"{what} "))["label"][0]
     expected = {"as_given": ("--", "given goals"), "even_leaves": (":", "leaves drawn evenly")}
     for name, (style, shown) in expected.items():

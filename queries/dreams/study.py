@@ -78,7 +78,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
             tests += tested
         progress(done, len(kinds), kind)
     if not rows:
-        raise NotStored(f"run {found[0]!r} has no continuation yet; let its ingest go on")
+        raise NotStored(f"run {found[0]!r} has no continuation yet; let the ingest of this run go on")
     held = adjusted(tests)
     rows += test_rows(held)
     params = {"run": run, "dreams": found[0], "n_draws": N_DRAWS, "level": LEVEL}
@@ -149,7 +149,8 @@ def _walks(graded: Continuations, kind: str, seed: int) -> list[Test]:
             len(names),
             low,
             high,
-            f"{kind}: down its own tree, less another",
+            f"{kind}: steps follow their own tree, less another tree",
+            exceeds="the other tree's share",
         )
     ]
 
@@ -174,7 +175,7 @@ def _origins(graded: Continuations, kind: str, seed: int) -> tuple[list[dict[str
             found[name.replace("_p_", "_distance_")],
             found[name],
             n,
-            what=f"{kind}: {what}, total variation",
+            what=f"{kind}: {what} (total variation)",
             points=False,
         )
         for name, what in EXPLANATIONS.items()

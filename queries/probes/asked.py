@@ -48,11 +48,15 @@ def above_test(about: dict[str, str], above: np.ndarray, trees: np.ndarray, foun
         seed: seed of the sign flips.
     """
     _, tree = np.unique(trees, return_inverse=True)
-    p, what = (
-        sign_flip(np.bincount(tree, weights=above), seed),
-        f"the {about['label']} read by a probe, less what the tree alone gives",
-    )
-    numbers = {"n": found["n"], "low": found["low"], "high": found["high"]}
     return Test(
-        about["label"], found["value"], p, **numbers, what=what, site=about["site"], token_role=about["token_role"]
+        about["label"],
+        found["value"],
+        sign_flip(np.bincount(tree, weights=above), seed),
+        found["n"],
+        found["low"],
+        found["high"],
+        f"a probe for the {about['label']}, less its baseline from the tree alone",
+        about["site"],
+        about["token_role"],
+        exceeds="its baseline",
     )

@@ -136,7 +136,7 @@ def scores(
         if least < 0 or most > 1 + ROUNDING:
             raise BadInput(
                 f"baseline {baseline.name!r} gives the guesses of one token probabilities that "
-                f"{'are negative' if least < 0 else f'add up to {most:g}'}; p is a probability, one row a token and guess"
+                f"{'are negative' if least < 0 else f'add up to {most:g}'}; p is a probability, with one row per token and guess"
             )
         found[baseline.label][baseline.name] = scored["of_right"].to_numpy()
     return found

@@ -24,8 +24,8 @@ LABELS = {  # label → words
     "source": "source",
     "target": "target",
     "goal": "tree's goal",
-    "on_path": "being on the path",
-    "edge_depth": "depth",
+    "on_path": "place on or off the path",
+    "edge_depth": "depth of the edge",
     "next_node": "next node on the path",
 }
 NODE_LABELS = ("source", "target", "goal", "next_node")  # labels whose classes are nodes
@@ -36,8 +36,8 @@ TOKEN_ROLES = {  # token role → words
     "edge_target": "target token of an edge",
     "edge_source": "source token of an edge",
     "separator": "separator of an edge",
-    "next_source": "source token behind an edge (the next one's)",
-    "path": "token of the path that a step is taken from",
+    "next_source": "source token after an edge (that of the next edge)",
+    "path": "token of the path from which a step starts",
 }
 
 # What the researchers' notebook prints, in percent: (source, target) by site. Model and protocol
@@ -195,29 +195,29 @@ def _one_row_a_place(places: pl.DataFrame) -> pl.DataFrame:
 
 
 CAVEAT = (
-    "Intervals are over test trees: the fitted probes are held fixed, and the model is one, of one training and seed."
+    "The intervals are over test trees. The fitted probes are held fixed, and the model is one training with one seed."
 )
 
 
 def sentence(results: pl.DataFrame, n_test_trees: int, tests: Sequence[Test]) -> str:
     """Answer: the worst and best site of each label, tests against baselines, and stopped fits."""
     accuracy = results.filter(metric="accuracy")
-    answer = " ".join(
+    parts = [
         _of_role(results.filter(token_role=role), n_test_trees)
         for role in results["token_role"].unique(maintain_order=True)
-    )
-    answer += f" ({adjustment(tests)[0].upper()}{adjustment(tests)[1:]}.)"
+    ]
+    parts.append(adjustment(tests))
     if nothing_read(results):
-        answer += " That is no more than shuffled labels give: nothing is read anywhere."
+        parts.append("No probe reads more than the same probe on shuffled labels.")
     if len(results.filter(metric="notebook_accuracy")):
-        answer += " " + _difference(results)
+        parts.append(_difference(results))
     stopped = results.filter(metric="converged", value=0.0)
     if len(stopped):
-        answer += (
-            f" Of {len(accuracy)} probes {len(stopped)} were stopped at {_params(results)['max_iter']:,} iterations, before "
-            "they converged, and may be too low (see the table): raise max_iter."
+        parts.append(
+            f"Of {len(accuracy)} probes, {len(stopped)} stopped at {_params(results)['max_iter']:,} iterations before they "
+            "converged, so their accuracies may be too low (the table names these probes). A larger max_iter lets them converge."
         )
-    return f"{answer} {CAVEAT}"
+    return " ".join([*parts, CAVEAT])
 
 
 def nothing_read(results: pl.DataFrame) -> bool:
@@ -235,21 +235,23 @@ def _difference(results: pl.DataFrame) -> str:
     mean = [100 * float(results.filter(metric=metric)["value"].to_numpy().mean()) for metric in steps]
     by_tree, fitted, last = np.diff(mean)
     return (
-        f"By the notebook's protocol the same probes read {mean[0]:.2f} % on average, by ours {mean[3]:.2f} %: of the "
-        f"{mean[3] - mean[0]:+.2f} points {by_tree:+.2f} come of the split by tree in place of rows, {fitted:+.2f} of a fit of "
-        f"whitened rows that converges in place of 5 epochs, {last:+.2f} of the last edge, which the notebook leaves out."
+        f"The same probes read {mean[0]:.2f} % on average with the notebook's protocol and {mean[3]:.2f} % with ours. The "
+        f"difference of {mean[3] - mean[0]:+.2f} points is the sum of three steps: {by_tree:+.2f} from a split by tree instead "
+        f"of by row, {fitted:+.2f} from a fit of whitened rows that converges instead of 5 epochs, and {last:+.2f} from the "
+        "last edge, which the notebook leaves out."
     )
 
 
 def _of_role(results: pl.DataFrame, n_test_trees: int) -> str:
     first, accuracy = results.row(0, named=True), results.filter(metric="accuracy")
-    found = ", and ".join(_of_label(results.filter(label=label), LABELS[label]) for label in labels_in(results))
+    found = " ".join(_of_label(results.filter(label=label), LABELS[label]) for label in labels_in(results))
     chance = " / ".join(f"{100 * value:.2f}" for value in results.filter(metric="chance")["value"].unique().sort())
     shuffled = 100 * results.filter(metric="shuffled_accuracy")["value"].to_numpy()
     n_rows = int(accuracy["n"].to_numpy().max())
     answer = (
-        f"From the {TOKEN_ROLES[first['token_role']]} in run {first['run']!r}, linear probes read {found}; chance is {chance} %, "
-        f"shuffled labels give {shuffled.min():.2f} to {shuffled.max():.2f} % ({n_rows:,} rows of {n_test_trees:,} test trees)."
+        f"Linear probes read the {TOKEN_ROLES[first['token_role']]} in run {first['run']!r} ({n_rows:,} rows of "
+        f"{n_test_trees:,} test trees). {found} Chance is {chance} %, and shuffled labels give {shuffled.min():.2f} to "
+        f"{shuffled.max():.2f} %."
     )
     places = by_place(results)
     asked = places["asked"].unique(maintain_order=True)
@@ -259,23 +261,28 @@ def _of_role(results: pl.DataFrame, n_test_trees: int) -> str:
 def _of_label(found: pl.DataFrame, what: str) -> str:
     """The worst and best site of one label, and its distance from the best baseline, in words."""
     above = found.filter(metric="above_baseline")
-    most = above.sort("value", descending=True, maintain_order=True).row(0, named=True)
-    value, name = best_baseline(found.filter(site=most["site"]))
-    n_above = _standing(above, found)
-    claim = "which none is above"
-    if n_above:
-        interval = " to ".join(f"{100 * most[end]:+.2f}" for end in ("low", "high"))
-        claim = (
-            f"above which are {n_above} of {len(above)} sites, by {100 * most['value']:+.2f} points ({interval}) at "
-            f"{most['site']}, {p_shown(found.filter(metric='p_holm', site=most['site'])['value'].item())}"
-        )
-    return f"its {what} at {_range(found.filter(metric='accuracy'))}, where the tree alone gives {value:.2f} % ({name}), {claim}"
+    value, name = best_baseline(found.filter(site=above["site"][0]))
+    claims = []
+    for side, way in ((1, "above"), (-1, "below")):
+        if len(there := _significant(above, found, side)):
+            most = there.row(0, named=True)
+            ends = " to ".join(f"{100 * most[end]:+.2f}" for end in ("low", "high"))
+            p = p_shown(found.filter(metric="p_holm", site=most["site"])["value"].item())
+            claims.append(
+                f"{way} this baseline at {len(there)} of {len(above)} sites, most at {most['site']} by "
+                f"{100 * most['value']:+.2f} points ({ends}; {p})"
+            )
+    return (
+        f"The {what} is read at {_range(found.filter(metric='accuracy'))}. The tree alone gives {value:.2f} % ({name}), and "
+        f"the probe is {' and '.join(claims) or 'above this baseline at no site'}."
+    )
 
 
-def _standing(above: pl.DataFrame, tested: pl.DataFrame) -> int:
-    """The number of positive rows in `above` whose p_holm, in `tested`, is significant."""
+def _significant(above: pl.DataFrame, tested: pl.DataFrame, side: int) -> pl.DataFrame:
+    """Rows of `above` on one side of 0 with a significant p_holm in `tested`; farthest first."""
     left = tested.filter((pl.col("metric") == "p_holm") & (pl.col("value") < LEVEL))
-    return len(above.filter(pl.col("value") > 0).join(left, on=["token_role", "label", "site"], how="semi"))
+    there = above.filter(side * pl.col("value") > 0).join(left, on=["token_role", "label", "site"], how="semi")
+    return there.sort(side * pl.col("value"), descending=True, maintain_order=True)
 
 
 def _of_places(places: pl.DataFrame, results: pl.DataFrame) -> str:
@@ -285,10 +292,12 @@ def _of_places(places: pl.DataFrame, results: pl.DataFrame) -> str:
     here = places.filter(site=ranked["site"][0])
     shares = here.filter(metric="accuracy").sort("value", maintain_order=True)
     (least, most), above = (shares.row(i, named=True) for i in (0, -1)), here.filter(metric="above_baseline")
+    n_above, n_below = (len(_significant(above, results, side)) for side in (1, -1))
     return (
-        f"By place in the list its {LABELS[label]} at {ranked['site'][0]} runs from {100 * least['value']:.2f} % (edge "
-        f"{least['edge']}) to {100 * most['value']:.2f} % (edge {most['edge']}), above what the tree alone gives there at "
-        f"{_standing(above, results)} of {len(above)} places."
+        f"By place in the list, the accuracy for the {LABELS[label]} at {ranked['site'][0]} runs from "
+        f"{100 * least['value']:.2f} % (edge {least['edge']}) to {100 * most['value']:.2f} % (edge {most['edge']}). The "
+        f"accuracy is above the baseline of the place at {n_above} of {len(above)} places"
+        f"{f' and below the baseline at {n_below}' * bool(n_below)}."
     )
 
 

@@ -106,6 +106,11 @@ def fit(X: np.ndarray, y: np.ndarray, train: np.ndarray, max_iter: int = MAX_ITE
     return Fit(right, int(probe.n_iter_[0]), converged, weights, intercepts)
 
 
+def one_thread() -> threadpool_limits:
+    """Limit BLAS and OpenMP to one thread in a with block; covers only libraries loaded before."""
+    return threadpool_limits(1)
+
+
 def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, max_iter: int = MAX_ITER) -> list[Fit]:
     """Fit a probe per (X, y), in order, with one fit per core at a time."""
     from sklearn.exceptions import (
@@ -114,7 +119,7 @@ def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, ma
 
     with (
         warnings.catch_warnings(),
-        threadpool_limits(1),
+        one_thread(),
         ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool,
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)  # Fit.converged says so per probe

@@ -121,7 +121,7 @@ def study(
     if not isinstance(max_iter, int) or max_iter < 1:
         raise BadInput(f"got max_iter {max_iter!r}; it is a number of iterations, 1 or more (default {MAX_ITER})")
     if by not in (None, BY):
-        raise BadInput(f"got by {by!r}; probes are told by {BY}")
+        raise BadInput(f"got by {by!r}; write {BY}, for the accuracy at each place in the list")
     asked = _asked(token_role, labels)
     sites = _sites(store, run, sites)
     guessers = baselines.stored()
@@ -158,8 +158,8 @@ def study(
         recorded.append((rows, params))
     if not own_is_used:
         raise BadInput(
-            f"the baseline {str(baseline)!r} guesses the {LABELS[guessers[-1].label]} of none of the tokens that were asked "
-            f"({', '.join(asked)})"
+            f"the baseline {str(baseline)!r} guesses the {LABELS[guessers[-1].label]} of none of the tokens {', '.join(asked)}; "
+            "ask for tokens and labels that it guesses (token_role, labels)"
         )
     held, snapshot = adjusted(tests), store.snapshot
     results = pl.concat(
@@ -268,7 +268,7 @@ def check_enough(tokens: pl.DataFrame, n_nodes: int, run: str, labels: Sequence[
     if faults:
         todo = f"ingest a run of {ENOUGH_TREES} trees or more (--trees)"
         if n_nodes == 2:
-            todo = "there are but two trees of 2 nodes, both for training, so ingest larger ones (--nodes)"
+            todo = "both trees of 2 nodes that exist are for training, so ingest larger ones (--nodes)"
         raise BadInput(
             f"run {run!r} holds {n_train} training and {n_test} test trees, too few for probes: {'; '.join(faults)}; {todo}"
         )
@@ -307,9 +307,9 @@ def _where(store: Store, run: str, lacking: list[str]) -> str:
     others = store.sql(HOLDING, {"run": run})
     have = [name for name, sites in others.rows() if set(lacking) <= set(sites)]
     if have:
-        return f"; a run of its model over its trees has (--run): {', '.join(have)}"
+        return f"; name a run of its model over its trees that holds more (--run): {', '.join(have)}"
     command = ingest_more(store, run, f"{run}-sites", "--sites", ",".join(lacking) or "embed,resid_mid,resid_post")
-    return f"; {command} stores a run that has, to be named (--run)"
+    return f"; {command} stores a run that holds the site, to be named (--run)"
 
 
 def _probe_site(

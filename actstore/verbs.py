@@ -133,7 +133,7 @@ def study(
         progress: see `outputs.Work`.
 
     Returns:
-        Each question with what came of it: `asked[0].answer.table`, `.sentence`, `.results`.
+        Each question with what came of it: `asked[0].answer.frame`, `.sentence`, `.results`.
 
     Raises:
         NotStored, BadInput: there is no such study or run, or nothing could be answered.

@@ -99,8 +99,7 @@ class Confirmation:
         )
         return "\n".join([head, *(claim.sentence for claim in self.claims)])
 
-    @property
-    def table(self) -> pl.DataFrame:
+    def as_frame(self) -> pl.DataFrame:
         """One row per claim; effects of shares are in percentage points."""
         return pl.DataFrame(
             [
@@ -144,7 +143,7 @@ def confirm(
         found: the study's answer.
         second: the second set, see `second.look`.
         seed: seed of everything random.
-        progress: see `study.run`; not called without findings.
+        progress: see `study.ask`; not called without findings.
         options: the options of the study.
 
     Raises:
@@ -162,7 +161,7 @@ def confirm(
     if found.name == "probes":
         given["sites"] = sites
     apart = cast("Store", Apart(store, second.first)) if second.n_shared else store
-    answer = studies.run(apart, found.name, second.runs[0], seed, progress, **given)
+    answer = studies.ask(apart, found.name, second.runs[0], seed, progress, **given)
     claims = _claims(tests, answer.tests)
     params = {**json.loads(found.results["params"][0]), "confirm": second.dataset, "runs": second.runs}
     params |= {"n_trees": second.n_trees, "n_left_out": second.n_shared}
@@ -213,19 +212,15 @@ def of_other_sets(store: Store, asked: Sequence[Question], dataset: str, named: 
     return list(asked) if named or not others else others
 
 
-def rows(
-    table: pl.DataFrame, confirmed: Sequence[Confirmation], as_table: bool
-) -> tuple[pl.DataFrame, dict[str, Any] | None]:
-    """What is printed of a study and its confirmations: a frame, and the data for JSON.
+def rows(frame: pl.DataFrame, confirmed: Sequence[Confirmation]) -> tuple[pl.DataFrame, dict[str, Any] | None]:
+    """The rows of a study and of its confirmations: a frame, and the data for JSON.
 
     Args:
-        table: the study's table.
+        frame: the study's frame.
         confirmed: the confirmations; without any, the data is None.
-        as_table: the frame is for a terminal, where sentences give the claims; else the frame has
-            the rows of both.
     """
     if not confirmed:
-        return table, None
-    claims = pl.concat([confirmation.table for confirmation in confirmed])
-    whole = {"study": table.to_dicts(), "confirmation": claims.to_dicts()}
-    return (table if as_table else pl.concat([table, claims], how="diagonal_relaxed")), whole
+        return frame, None
+    claims = pl.concat([confirmation.as_frame() for confirmation in confirmed])
+    whole = {"study": frame.to_dicts(), "confirmation": claims.to_dicts()}
+    return pl.concat([frame, claims], how="diagonal_relaxed"), whole

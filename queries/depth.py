@@ -17,7 +17,7 @@ from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.intervals import difference, over_trees, share
 from actstore.queries import load
-from actstore.queries.figures import panels, points
+from actstore.queries.figures import points, side_by_side
 from actstore.queries.study import (
     Answer,
     Progress,
@@ -129,13 +129,14 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
     rows = []
     for (label,), of_depth in results.group_by("label", maintain_order=True):
         row: dict[str, Any] = {"goal": label, "trees": of_depth.filter(metric="greedy")["n"].item()}
+        ends: dict[str, str] = {}
         for measure, name in MEASURES.items():
             found = of_depth.filter(metric=measure).row(0, named=True)
             row[f"{name} %"] = round(100 * found["value"], 2)
-            row[f"{name} 95 %"] = f"[{100 * found['low']:.2f}, {100 * found['high']:.2f}]"
+            ends[f"{name} 95 %"] = f"[{100 * found['low']:.2f}, {100 * found['high']:.2f}]"
         p = of_depth.filter(metric="p_holm")["value"]
         row["against the others, Holm"] = p_shown(p.item()) if len(p) else ""
-        rows.append(row)
+        rows.append(row | dict(reversed(ends.items())))
     return pl.DataFrame(rows)
 
 
@@ -174,7 +175,7 @@ def _listed(tests: Sequence[Test]) -> str:
 
 def plot(answer: Answer) -> Figure:
     """Accuracy by goal depth, the three measures, with 95 % intervals."""
-    figure, (axis,) = panels(1, width=8)
+    figure, (axis,) = side_by_side(1, width=8)
     by_depth = answer.results.filter(pl.col("label") != "all")
     for turn, (measure, name) in enumerate(MEASURES.items()):
         rows = by_depth.filter(metric=measure)

@@ -17,7 +17,7 @@ MARKERS = "osD^v"
 GREY = "0.45"
 
 
-def panels(n: int, width: float = 5.2, height: float = 4.0) -> tuple[Figure, list[Axes]]:
+def side_by_side(n: int, width: float = 5.2, height: float = 4.0) -> tuple[Figure, list[Axes]]:
     """A figure of n panels side by side, each width × height inches."""
     from matplotlib.figure import Figure
 

@@ -19,7 +19,7 @@ from actstore.errors import BadInput
 from actstore.intervals import difference, over_trees, share, shuffled_within, stratified_difference
 from actstore.queries import load
 from actstore.queries.depth import outcomes
-from actstore.queries.figures import GREY, panels, points
+from actstore.queries.figures import GREY, points, side_by_side
 from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
 
 if TYPE_CHECKING:
@@ -128,18 +128,19 @@ NAMES = {
     "step": "share of right steps",
     "p_target": "probability of the right step",
 }
+ROWS = {"path": "whole paths", "step": "steps", "p_target": "p of the step"}  # names in the table
 
 
 def as_frame(results: pl.DataFrame) -> pl.DataFrame:
     """One row per measure, in percent: last edge, others, difference at equal depth, and p_holm."""
     rows = []
-    for label, name in NAMES.items():
+    for label, name in ROWS.items():
         by_metric = {row["metric"]: row for row in results.filter(label=label).iter_rows(named=True)}
         row: dict[str, Any] = {"measure": name}
-        for kind in ("last", "others"):
-            row |= {f"{kind} %": round(100 * by_metric[kind]["value"], 3), f"n {kind}": by_metric[kind]["n"]}
+        row |= {f"{kind} %": round(100 * by_metric[kind]["value"], 3) for kind in ("last", "others")}
         row["at equal depth, points"] = interval(by_metric["difference_at_equal_depth"])
         row["Holm"] = p_shown(by_metric["p_holm"]["value"]) if "p_holm" in by_metric else ""
+        row |= {f"n {kind}": by_metric[kind]["n"] for kind in ("last", "others")}
         rows.append(row)
     return pl.DataFrame(rows)
 
@@ -182,7 +183,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 def plot(answer: Answer) -> Figure:
     """Draw, by place of the step's edge, the share right and the probability of the right step."""
-    figure, axes = panels(2)
+    figure, axes = side_by_side(2)
     for axis, label in zip(axes, ("step", "p_target"), strict=True):
         rows = answer.results.filter((pl.col("label") == label) & pl.col("metric").str.starts_with("place"))
         x = [int(metric.split()[1]) for metric in rows["metric"]]

@@ -171,7 +171,7 @@ def _asked(asked: Asked) -> str:
         first = answer.results.row(0, named=True)
         params = json.dumps(json.loads(first["params"]), indent=1, sort_keys=True)
         parts.append(
-            f'<div class="wide">{_table(answer.table)}</div>'
+            f'<div class="wide">{_table(answer.frame)}</div>'
             f"<details><summary>How it was made</summary><pre>{html.escape(first['query'])}</pre>"
             f"<pre>{html.escape(params)}</pre></details>"
         )

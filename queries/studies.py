@@ -132,11 +132,11 @@ def put(
         seed: seed of everything random.
         apart: the second set that tests the findings, see `look`; an error becomes part of the
             outcome once the question is answered.
-        progress: see `study.run`.
+        progress: see `study.ask`.
     """
     answered = confirmed = None
     try:
-        answered = each_study.run(store, question.study, question.run, seed, progress, **question.options)
+        answered = each_study.ask(store, question.study, question.run, seed, progress, **question.options)
         if isinstance(apart, Exception):
             raise apart
         if apart is not None:
@@ -174,12 +174,12 @@ def record(
     recording.record(store.path, results, wait, kept or warn)
 
 
-def tables(answers: Sequence[Answer]) -> pl.DataFrame:
-    """Concatenate the tables of answers, with columns `run` (and `other`) if there are several."""
+def as_frame(answers: Sequence[Answer]) -> pl.DataFrame:
+    """Concatenate the frames of answers, with columns `run` (and `other`) if there are several."""
     if len(answers) == 1:
-        return answers[0].table
+        return answers[0].frame
     named = [
-        answer.table.select(
+        answer.frame.select(
             *(pl.lit(run).alias(name) for name, run in zip(("run", "other"), answer.of, strict=False)), pl.all()
         )
         for answer in answers

@@ -149,14 +149,14 @@ class Answer:
 
     Attributes:
         name: name of the study.
-        table: a few rows to print.
+        frame: a few rows to print, with the most important columns first.
         results: rows of the table `results`, columns as in RESULTS.
         sentence: the answer in one sentence.
         tests: all tests, with adjusted p.
     """
 
     name: str
-    table: pl.DataFrame
+    frame: pl.DataFrame
     results: pl.DataFrame
     sentence: str
     tests: tuple[Test, ...] = ()
@@ -169,7 +169,7 @@ class Answer:
         return [first["run"], *([other] if other else [])]
 
 
-def run(
+def ask(
     store: Store, name: str, run: str | None = None, seed: int = 0, progress: Progress | None = None, **options: Any
 ) -> Answer:
     """Run a study; the same store, run, seed and options give the same numbers.

@@ -20,7 +20,7 @@ import polars as pl
 from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.intervals import change_over_trees, paired, sign_flip
-from actstore.queries.figures import panels, points
+from actstore.queries.figures import points, side_by_side
 from actstore.queries.last_edge import direction, interval
 from actstore.queries.study import (
     Answer,
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
 NAME = "swap"
 KINDS = {
-    "through": "through the last edge, less elsewhere",
-    "to_last": "path's edge moves to the end",
-    "from_last": "path's last edge moves inward",
-    "inner": "control: path's edge moves elsewhere",
+    "through": "last, less elsewhere",
+    "to_last": "moved to the end",
+    "from_last": "moved inward",
+    "inner": "control: elsewhere",
 }
 CHANGES = ("swap_last", "swap_inner")
 LEAST_DRAWN = 100  # pairs of a depth; with fewer, an interval would dwarf all others in the figure
@@ -280,11 +280,11 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
                 {
                     "pairs": name,
                     "n": by_metric["change"]["n"],
+                    "change, points": interval(by_metric["change"]),
+                    "Holm": p_shown(by_metric["p_holm"]["value"]) if "p_holm" in by_metric else "",
                     "right before %": round(100 * by_metric["right_before"]["value"], 2),
                     "right after %": round(100 * by_metric["right_after"]["value"], 2),
-                    "change, points": interval(by_metric["change"]),
                     "change of p, points": interval(by_metric["p_change"]),
-                    "Holm": p_shown(by_metric["p_holm"]["value"]) if "p_holm" in by_metric else "",
                     "of p, Holm": _holm(results, f"{kind}, p"),
                 }
             )
@@ -316,7 +316,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
         f"the last edge, the share of right whole paths {direction(drop)}: {shown(drop)} points (n = {drop.n:,} pairs; "
         f"{both['right_only_without']['value']:.0f} right only without the last edge, "
         f"{both['right_only_through']['value']:.0f} only through the last edge, {p_shown(drop.p_holm)}). By kind of move, the "
-        f"share changes by {', '.join(apart)} points. The probability of the step that takes the moved edge {direction(of_p)}: "
+        f"change in points is {', '.join(apart)}. The probability of the step that takes the moved edge {direction(of_p)}: "
         f"{shown(of_p)} points ({p_shown(of_p.p_holm)})."
     )
     if more := by_label.get("to_last beyond control, p"):
@@ -329,7 +329,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 def plot(answer: Answer) -> Figure:
     """Draw the change of accuracy and of the moved edge's step probability, by depth and kind."""
-    figure, axes = panels(2)
+    figure, axes = side_by_side(2)
     names = {"change": "accuracy, whole path", "p_change": "p of the moved edge's step"}
     for axis, (metric, name) in zip(axes, names.items(), strict=True):
         for turn, (kind, kind_name) in enumerate(KINDS.items()):

@@ -23,7 +23,7 @@ def make(root, model=None):
     execute(Ingest(root, model, varied, sites=[]))
     execute(Ingest(root, model, TREES, prompt="tree"))
     with Store(root) as store:
-        results = study.run(store, "depth", run="small").results
+        results = study.ask(store, "depth", run="small").results
     with open_writer(root) as writer:
         writer.record(results)
     return root

@@ -64,7 +64,7 @@ def value(answer, **where):
 
 
 def test_planted_shares_come_out_exactly(store):
-    answer = study.run(store, "attention")
+    answer = study.ask(store, "attention")
     at = {"site": "pattern.0", "token_role": "edge_target"}
     assert value(answer, **at, metric="own source", label="others") == 0.75
     assert value(answer, **at, metric="own source", label="last") == 0.25
@@ -80,7 +80,7 @@ def test_planted_shares_come_out_exactly(store):
 
 
 def test_even_attention_is_chance(store):
-    answer = study.run(store, "attention")
+    answer = study.ask(store, "attention")
     for role, metric in (
         ("edge_target", "own source"),
         ("separator", "own edge"),
@@ -107,11 +107,11 @@ def test_even_attention_is_chance(store):
 
 def test_it_says_so_where_nothing_is_looked_at_more_than_by_chance(tmp_path):
     with Store(plant(tmp_path / "s.act", TREES, {"pattern.0": even()})) as opened:
-        assert "This share is no more than even attention gives" in study.run(opened, "attention").sentence
+        assert "This share is no more than even attention gives" in study.ask(opened, "attention").sentence
 
 
 def test_all_that_a_token_looks_at_sums_to_one(store):
-    results = study.run(store, "attention").results
+    results = study.ask(store, "attention").results
     for where, some in results.filter(label="others").group_by("site", "token_role"):
         parts = [row["value"] for row in some.iter_rows(named=True) if row["metric"] != "even"]
         assert sum(parts) == pytest.approx(1, abs=1e-5), where
@@ -135,7 +135,7 @@ def looked_at(trees, shares):
 def asked(path, n_nodes, shares):
     trees = draw("deep", 0, 0, 30, n_nodes)
     with Store(plant(path, trees, {"pattern.0": looked_at(trees, shares)})) as opened:
-        return study.run(opened, "attention")
+        return study.ask(opened, "attention")
 
 
 def test_a_last_edge_within_the_spread_of_neighbours_is_not_called_another(tmp_path):
@@ -158,8 +158,8 @@ def test_a_last_edge_within_the_spread_of_neighbours_is_not_called_another(tmp_p
         in answer.sentence
     )
     assert answer.sentence.count("the last pair does not stand out from other neighbours") == 2
-    assert answer.table["pairs as far from their median"].to_list() == ["14 of 14"]
-    assert answer.table["other neighbours (half of them), points"].item() == "-10.000 to +5.000 (-10.000 to +5.000)"
+    assert answer.frame["pairs as far from their median"].to_list() == ["14 of 14"]
+    assert answer.frame["other neighbours (half of them), points"].item() == "-10.000 to +5.000 (-10.000 to +5.000)"
 
 
 def test_the_farthest_of_14_pairs_is_told_as_that_and_no_more(tmp_path):
@@ -192,7 +192,7 @@ def test_where_there_is_one_pair_nothing_is_tested(tmp_path):
 
 def test_a_run_without_patterns_says_what_adds_them(demo_store):
     with pytest.raises(NotStored, match="--run reproduction-patterns --sites pattern"):
-        study.run(demo_store, "attention")
+        study.ask(demo_store, "attention")
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def sisters(tmp_path_factory):
 
 
 def test_a_run_finds_its_models_patterns_in_another_run(sisters):
-    asked, holding = (study.run(sisters, "attention", run=run) for run in ("small", "small-patterns"))
+    asked, holding = (study.ask(sisters, "attention", run=run) for run in ("small", "small-patterns"))
     assert asked.results["run"].unique().to_list() == ["small"]
     assert json.loads(asked.results["params"][0]) == {"run": "small-patterns"}
     assert asked.results["value"].equals(holding.results["value"])
@@ -225,7 +225,7 @@ def test_runs_of_one_model_over_the_same_trees_are_asked_once(sisters):
 
 
 def test_the_study_gives_the_same_again_and_a_figure(store):
-    first, again = study.run(store, "attention", seed=3), study.run(store, "attention", seed=3)
+    first, again = study.ask(store, "attention", seed=3), study.ask(store, "attention", seed=3)
     assert first.results.equals(again.results)
     assert len(study.plot(first).axes) == 3
 

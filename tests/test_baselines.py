@@ -18,6 +18,7 @@ from actstore.queries import study
 from actstore.queries.probes import baselines
 from actstore.store import Store
 from tests.planted import plant
+from tests.test_output import lines_at_80
 
 N_TREES, N_NODES, D_MODEL = 150, 8, 24
 N_EDGES = N_NODES - 1
@@ -43,7 +44,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(store):
-    return study.run(store, "probes")
+    return study.ask(store, "probes")
 
 
 def value(answer, metric, column="value", **where):
@@ -214,10 +215,10 @@ def test_a_study_scores_a_guess_by_its_probability(found):
 
 
 def test_only_what_is_above_the_highest_baseline_is_claimed(found):
-    row = found.table.row(by_predicate=pl.col("site") == "resid_post.0", named=True)
+    row = found.frame.row(by_predicate=pl.col("site") == "resid_post.0", named=True)
     share = 100 * value(found, "baseline_source_listed", site="embed", label="source")
-    assert row["source, best baseline"] == f"{share:.2f} source_listed"
-    assert row["target, best baseline"] == "100.00 target_word"
+    assert (row["source, best baseline"], row["source, tree alone %"]) == ("source_listed", round(share, 2))
+    assert (row["target, best baseline"], row["target, tree alone %"]) == ("target_word", 100)
     best = {
         end: 100 * value(found, "above_baseline", end, site="resid_post.0", label="source") for end in ("low", "high")
     }
@@ -235,8 +236,8 @@ def test_a_probe_below_its_baseline_is_said_to_be_and_not_found(found):
 
 
 def test_the_most_frequent_label_is_a_baseline_too(store):
-    answer = study.run(store, "probes", labels="on_path", sites="embed")
-    row = answer.table.row(0, named=True)
+    answer = study.ask(store, "probes", labels="on_path", sites="embed")
+    row = answer.frame.row(0, named=True)
     guesses = answer.results.filter(pl.col("metric").str.starts_with("baseline_") | (pl.col("metric") == "majority"))
     assert set(guesses["metric"]) == {"baseline_on_path_inner", "baseline_on_path_height", "majority"}
     assert row["baseline %"] == round(100 * guesses["value"].max(), 2)
@@ -253,18 +254,18 @@ def own(folder, sql, name="mine.sql"):
 def test_a_baseline_of_ones_own_stands_beside_the_stored_ones(store, tmp_path):
     sure = own(tmp_path, "select token_id, target as goal from edge_targets where edge < 2;", "sure.sql")
     for file, name, share in ((sure, "sure", None), (own(tmp_path, OWN), "mine", 0.5)):
-        answer = study.run(store, "probes", labels="goal", sites="embed", baseline=file)
+        answer = study.ask(store, "probes", labels="goal", sites="embed", baseline=file)
         goals = (TREES.edges[IS_TEST][:, :2, 1] == TREES.goal[IS_TEST][:, None]).sum()
         by_hand = share or goals / (IS_TEST.sum() * N_EDGES)
         assert value(answer, f"baseline_{name}", label="goal") == pytest.approx(by_hand)
-        assert answer.table[f"{name} %"].item() == round(100 * by_hand, 2)
+        assert answer.frame[f"{name} %"].item() == round(100 * by_hand, 2)
         assert "as goal" in json.loads(answer.results["params"][0])["baseline"]
         assert len(answer.results.filter(metric="baseline_goal_leaf")) == 1
 
 
 def test_a_baseline_of_ones_own_may_take_the_run_and_the_token(store, tmp_path):
     file = own(tmp_path, queries.load("baseline_source_listed").sql)
-    answer = study.run(store, "probes", token_role="separator,edge_target", sites="embed", baseline=file)
+    answer = study.ask(store, "probes", token_role="separator,edge_target", sites="embed", baseline=file)
     for role in ("separator", "edge_target"):
         where = {"token_role": role, "label": "source"}
         assert value(answer, "baseline_mine", **where) == value(answer, "baseline_source_listed", **where)
@@ -285,15 +286,15 @@ def test_a_baseline_of_ones_own_may_take_the_run_and_the_token(store, tmp_path):
 )
 def test_a_baseline_that_is_none_is_refused(store, tmp_path, sql, words):
     with pytest.raises(BadInput) as error:
-        study.run(store, "probes", sites="embed", baseline=own(tmp_path, sql))
+        study.ask(store, "probes", sites="embed", baseline=own(tmp_path, sql))
     assert words in str(error.value)
 
 
 def test_a_baseline_that_cannot_be_read_or_told_from_a_stored_one_is_refused(store, tmp_path):
     with pytest.raises(BadInput, match=r"cannot read the baseline 'no\.sql'"):
-        study.run(store, "probes", baseline="no.sql")
+        study.ask(store, "probes", baseline="no.sql")
     with pytest.raises(BadInput, match="has the name of a stored query"):
-        study.run(store, "probes", baseline=own(tmp_path, OWN, "baseline_goal_leaf.sql"))
+        study.ask(store, "probes", baseline=own(tmp_path, OWN, "baseline_goal_leaf.sql"))
 
 
 # By place in the list.
@@ -312,7 +313,7 @@ def by_place(tmp_path_factory):
         values[1, :, 3 * edge + 2] += directions[(sources[:, edge] + edge) % N_NODES]
     planted = {"resid_post.0": values[0], "resid_post.1": values[1]}
     with Store(plant(tmp_path_factory.mktemp("place") / "s.act", TREES, planted)) as opened:
-        yield study.run(opened, "probes", token_role="separator", labels="source", by="place")
+        yield study.ask(opened, "probes", token_role="separator", labels="source", by="place")
 
 
 def at(answer, metric, site):
@@ -347,7 +348,7 @@ def test_by_place_each_place_has_its_own_baseline(by_place):
 
 
 def test_by_place_is_what_the_table_the_sentence_and_the_figure_show(by_place):
-    table = by_place.table
+    table = by_place.frame
     assert table.select("site", "edge").rows() == [
         (site, e) for site in ("resid_post.0", "resid_post.1") for e in range(6)
     ]
@@ -385,9 +386,16 @@ def test_the_data_pages_table_by_place_and_checkpoint_is_what_its_command_prints
 
 
 def test_by_place_adds_rows_and_changes_none(store, found):
-    answer = study.run(store, "probes", by="place")
+    answer = study.ask(store, "probes", by="place")
     rest = answer.results.filter(~pl.col("label").str.contains(", edge ") & (pl.col("metric") != "p_holm"))
     assert rest.drop("params").equals(found.results.filter(pl.col("metric") != "p_holm").drop("params"))
     assert len(answer.tests) == len(found.tests) + 2 * 2 * 7, "so Holm asks more of each"
     with pytest.raises(BadInput, match="got by 'depth'; write place, for"):
-        study.run(store, "probes", by="depth")
+        study.ask(store, "probes", by="depth")
+
+
+def test_the_table_by_place_fits_a_terminal_of_80_columns(by_place, monkeypatch):
+    lines = lines_at_80(by_place.frame, monkeypatch)
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert not any("…" in line for line in lines)
+    assert " 100" in "".join(lines)

@@ -115,11 +115,11 @@ def value(answer, **where):
 
 
 def test_the_answer_says_which_errors_its_intervals_do_not_know_of(store):
-    assert "The fitted probes are held fixed" in study.run(store, "compare", run="one").sentence
+    assert "The fitted probes are held fixed" in study.ask(store, "compare", run="one").sentence
 
 
 def test_who_fails_where_is_counted(store):
-    answer = study.run(store, "compare", run="one")
+    answer = study.ask(store, "compare", run="one")
     counts = {
         metric: value(answer, label="all", metric=metric)["value"]
         for metric in ("both_right", "only_run", "only_other")
@@ -135,7 +135,7 @@ def test_who_fails_where_is_counted(store):
 
 
 def test_the_same_in_another_basis_is_alike_and_a_probe_needs_a_map(store):
-    answer = study.run(store, "compare", run="one")
+    answer = study.ask(store, "compare", run="one")
     assert value(answer, site="resid_post.0", label="resid_post.0", metric="cka")["value"] == pytest.approx(1, abs=1e-4)
     probes = {
         row["metric"]: row["value"]
@@ -155,7 +155,7 @@ def planted_pair(path, one, two):
     plant(path, TREES, one, "one", split, outcomes("one", np.ones(N, bool)))
     plant(path, TREES, two, "two", split, outcomes("two", np.ones(N, bool)))
     with Store(path) as opened:
-        return study.run(opened, "compare", run="one")
+        return study.ask(opened, "compare", run="one")
 
 
 def untrained(seed):
@@ -189,12 +189,12 @@ def test_what_the_embedding_holds_already_is_not_claimed_of_a_later_site(tmp_pat
     assert found["mapped"]["value"] > 0.99
     assert found["mapped_embed"]["value"] > 0.99
     assert found["mapped_above_controls"]["value"] == pytest.approx(0, abs=0.01)
-    assert answer.table["best control of the map"].str.ends_with("the embedding").all()
+    assert answer.frame["best control of the map"].str.ends_with("the embedding").all()
     assert "(the map's controls) at 0 of 4 sites and directions" in answer.sentence
 
 
 def test_a_map_is_claimed_where_it_reads_more_than_its_controls_do(store):
-    answer = study.run(store, "compare", run="one")
+    answer = study.ask(store, "compare", run="one")
     asked = {(test.site, test.label): test for test in answer.tests}
     assert len(asked) == 5, "two sites both ways, and McNemar's"
     for way in ("run to other", "other to run"):
@@ -207,7 +207,7 @@ def test_a_map_is_claimed_where_it_reads_more_than_its_controls_do(store):
 
 
 def test_a_map_that_reads_less_than_its_controls_is_not_called_found(store):
-    answer = study.run(store, "compare", run="one")
+    answer = study.ask(store, "compare", run="one")
     turned = [replace(test, estimate=-test.estimate) if test.site == "resid_post.0" else test for test in answer.tests]
     assert [test.found for test in turned if test.site == "resid_post.0"] == [False, False]
     said = compare._mapped(answer.results, turned)
@@ -229,7 +229,7 @@ def test_fits_do_not_wait_for_threads_of_each_other(store, monkeypatch):
 
     monkeypatch.setattr(compare, "one_thread", counted)
     monkeypatch.setattr(compare, "_transfer", transfer)
-    assert study.run(store, "compare", run="one").results["site"].count()
+    assert study.ask(store, "compare", run="one").results["site"].count()
 
 
 def test_random_features_are_of_the_words_up_to_the_token_and_by_their_distance():
@@ -247,7 +247,7 @@ def test_random_features_are_of_the_words_up_to_the_token_and_by_their_distance(
 
 
 def test_noise_is_as_alike_as_shuffled_rows_and_no_probe_reads_it(store):
-    answer = study.run(store, "compare", run="one")
+    answer = study.ask(store, "compare", run="one")
     found = value(answer, site="resid_post.1", label="resid_post.1", metric="cka")
     control = value(answer, site="resid_post.1", label="resid_post.1", metric="cka_shuffled")
     assert abs(found["value"] - control["value"]) < 0.05
@@ -257,16 +257,16 @@ def test_noise_is_as_alike_as_shuffled_rows_and_no_probe_reads_it(store):
 
 
 def test_a_comparison_is_the_same_again_and_draws(store):
-    first, again = study.run(store, "compare", run="one"), study.run(store, "compare", run="one", other="turned")
+    first, again = study.ask(store, "compare", run="one"), study.ask(store, "compare", run="one", other="turned")
     assert first.results.equals(again.results)
     assert len(study.plot(first).axes) == 3
 
 
 def test_what_cannot_be_compared_is_said(store, demo_store):
     with pytest.raises(BadInput, match="over the trees of 'one' are: turned"):
-        study.run(store, "compare", run="one", other="one")
+        study.ask(store, "compare", run="one", other="one")
     with pytest.raises(NotStored, match="--model baseline --dataset reproduction"):
-        study.run(demo_store, "compare")
+        study.ask(demo_store, "compare")
 
 
 # Pairs.
@@ -364,4 +364,4 @@ def test_a_difference_is_said_in_the_direction_that_it_has(tmp_path, mine, their
         right = numbers < n_right if name == "one" or mine != theirs else numbers >= N - n_right
         plant(tmp_path / "s.act", TREES, {}, name, of_run=outcomes(name, right))
     with Store(tmp_path / "s.act") as opened:
-        assert re.search(said, study.run(opened, "compare", run="one").sentence)
+        assert re.search(said, study.ask(opened, "compare", run="one").sentence)

@@ -61,7 +61,7 @@ def test_a_store_without_trees_has_no_method_that_would_show_them(path):
 
 def put(path, name, dataset="fresh", run="r", **options):
     with Store(path) as store:
-        found = study.run(store, name, run, **options)
+        found = study.ask(store, name, run, **options)
         apart = look(store, study.Question(name, run, options), dataset)
         return found, confirm.confirm(store, found, apart, **options)
 
@@ -91,13 +91,13 @@ def test_what_is_in_the_first_set_alone_is_not_confirmed(path, name):
 def test_where_nothing_is_found_nothing_is_put_to_the_second_set(path):
     found, put_there = put(path, "last-edge", run="t")
     assert not any(test.found for test in found.tests)
-    assert (put_there.claims, len(put_there.results), len(put_there.table)) == ((), 0, 0)
+    assert (put_there.claims, len(put_there.results), len(put_there.as_frame())) == ((), 0, 0)
     assert "The study 'last-edge' finds nothing on 't' (of 3 comparisons, Holm)" in put_there.sentence
 
 
 def test_a_study_that_tests_nothing_says_so(path):
     with Store(path) as store:
-        found = replace(study.run(store, "depth", "r"), tests=())
+        found = replace(study.ask(store, "depth", "r"), tests=())
         apart = look(store, study.Question("depth", "r"), "fresh")
         assert "tests nothing on 'r'" in confirm.confirm(store, found, apart).sentence
 

@@ -300,7 +300,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, pl
     X[:, 1:12:3] += meaning[0, trees.edges[:, :, 0]] + meaning[1, trees.edges[:, :, 1]]
     root = plant(tmp_path_factory.mktemp("probed") / "p.act", trees, {"resid_post.0": X})
     with Store(root) as store:
-        results = study.run(store, "probes").results
+        results = study.ask(store, "probes").results
     with open_writer(root) as writer:
         writer.record(results)
     with Store(root) as store:

@@ -112,7 +112,7 @@ def test_a_notebook_does_what_the_commands_do(tmp_path):
     assert (tmp_path / "depth.svg").exists()
     with Store(root) as store:
         assert len(store.sql("select * from results")) == len(asked.answer.results)
-        assert actstore.study(store, "depth", record=False)[0].answer.table.equals(asked.answer.table)
+        assert actstore.study(store, "depth", record=False)[0].answer.frame.equals(asked.answer.frame)
         with pytest.raises(NotStored, match="--variant swap_last"):
             actstore.study(store, "swap")
         made = actstore.report(store, tmp_path / "out")

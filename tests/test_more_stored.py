@@ -63,11 +63,11 @@ def test_a_named_query_gives_the_same_rows(both, name):
 
 
 def test_a_study_of_a_run_answers_the_same(both):
-    expected, found = (study.run(store, "depth", run=RUN) for store in both)
-    assert study.run(both[1].of(RUN), "depth").table.equals(expected.table), (
+    expected, found = (study.ask(store, "depth", run=RUN) for store in both)
+    assert study.ask(both[1].of(RUN), "depth").frame.equals(expected.frame), (
         "it sees other runs from a run's session, too"
     )
-    assert found.table.equals(expected.table)
+    assert found.frame.equals(expected.frame)
     assert found.sentence == expected.sentence
 
 

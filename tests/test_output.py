@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actstore.cli import main, progress
-from actstore.cli.output import Output, save_activations
+from actstore.cli.output import Output, print_table, save_activations
 from actstore.errors import BadInput
 from actstore.sql.session import Session
 from actstore.store import Store
@@ -333,3 +333,24 @@ def test_every_query_command_says_that_it_waits_and_prints_its_rows_after(root, 
     assert result.exit_code == 0, result.output
     assert waited == [(named, 0), ("done", 0)]
     assert result.stdout
+
+
+# A study's table on a terminal of 80 columns.
+
+
+def lines_at_80(frame: pl.DataFrame, monkeypatch) -> list[str]:
+    monkeypatch.setattr("sys.stdout", out := Terminal())
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    print_table(frame, fold=True)
+    return out.getvalue().splitlines()
+
+
+def test_a_wide_table_folds_its_headers_and_names_the_columns_that_do_not_fit(monkeypatch):
+    frame = pl.DataFrame({"site": ["resid_post.0"], "a long header of a short number %": [12.5], "text": ["x" * 60]})
+    frame = frame.with_columns(pl.lit("y" * 50).alias("left, out"), pl.lit(7).alias("last"))
+    *table, note = lines_at_80(frame, monkeypatch)
+    assert {len(line) for line in table} == {80}
+    assert table[-1].split() == ["resid_post.0", "12.5", "y" * 50, "7"]
+    assert "long" in table[-6], "one word of the header to a line"
+    assert note == "Too wide for this terminal: text (--csv, --json and --parquet give all columns)."

@@ -21,6 +21,7 @@ from actstore.queries.probes.figures import TOKEN_ROLES
 from actstore.store import Store
 from actstore.writing.writer import open_writer
 from tests.planted import plant
+from tests.test_output import lines_at_80
 
 N_TREES, N_NODES, D_MODEL = 150, 8, 24
 N_EDGES = N_NODES - 1
@@ -51,7 +52,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(store):
-    return study.run(store, "probes")
+    return study.ask(store, "probes")
 
 
 def value(found, site, label, metric="accuracy", column="value"):
@@ -81,9 +82,9 @@ def test_shuffled_labels_give_chance_even_where_the_answer_is_planted(found):
 
 
 def test_the_token_role_says_where_to_read(store):
-    at_source = study.run(store, "probes", token_role="edge_source", sites=["resid_post.1"])
+    at_source = study.ask(store, "probes", token_role="edge_source", sites=["resid_post.1"])
     assert value(at_source, "resid_post.1", "source") < 0.5, "the source is planted at the target token alone"
-    behind = study.run(store, "probes", token_role="separator", sites=["resid_post.1"])
+    behind = study.ask(store, "probes", token_role="separator", sites=["resid_post.1"])
     assert value(behind, "resid_post.1", "target") < 0.5
     assert value(behind, "resid_post.1", "target", column="n") == IS_TEST.sum() * (N_EDGES - 1), (
         "the bar is no separator"
@@ -109,7 +110,7 @@ def test_the_study_splits_by_tree(tmp_path):
     vectors = rng.normal(size=(N_TREES, 4 * N_NODES - 1, 512)).astype(np.float32)
     vectors[:, 1 : 3 * N_EDGES : 3] = own[np.arange(N_TREES)[:, None], TREES.edges[:, :, 0]]
     with Store(plant(tmp_path / "s.act", TREES, {"embed": vectors})) as opened:
-        by_tree = value(study.run(opened, "probes"), "embed", "source")
+        by_tree = value(study.ask(opened, "probes"), "embed", "source")
     X, y = vectors[:, 1 : 3 * N_EDGES : 3].reshape(-1, 512), TREES.edges[:, :, 0].reshape(-1).astype(np.int64)
     by_row = fit.fit(X, y, rng.random(len(y)) < 0.8).right.mean()
     assert at_chance(by_tree, int(IS_TEST.sum()) * N_EDGES)
@@ -126,14 +127,14 @@ def test_references_are_those_computed_by_hand(found):
 
 
 def test_patterns_are_not_probed_and_sites_keep_the_order_of_the_forward_pass(store, found):
-    assert found.table["site"].to_list() == ["embed", "resid_post.0", "resid_post.1"]
-    some = study.run(store, "probes", sites=["resid_post.1", "embed"])
-    assert some.table["site"].to_list() == ["embed", "resid_post.1"]
+    assert found.frame["site"].to_list() == ["embed", "resid_post.0", "resid_post.1"]
+    some = study.ask(store, "probes", sites=["resid_post.1", "embed"])
+    assert some.frame["site"].to_list() == ["embed", "resid_post.1"]
 
 
 def test_twice_the_same_numbers_and_another_seed_moves_no_accuracy(store, found):
-    again = study.run(store, "probes", seed=0)
-    other = study.run(store, "probes", seed=1)
+    again = study.ask(store, "probes", seed=0)
+    other = study.ask(store, "probes", seed=1)
     assert again.results.equals(found.results)
     assert again.sentence == found.sentence
     accuracies = [answer.results.filter(metric="accuracy") for answer in (found, other)]
@@ -144,7 +145,7 @@ def test_twice_the_same_numbers_and_another_seed_moves_no_accuracy(store, found)
 @pytest.mark.parametrize("n_cores", [1, 8])
 def test_the_numbers_do_not_depend_on_how_many_cores_there_are(store, found, monkeypatch, n_cores):
     monkeypatch.setattr(fit.os, "cpu_count", lambda: n_cores)
-    assert study.run(store, "probes").results.equals(found.results)
+    assert study.ask(store, "probes").results.equals(found.results)
 
 
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
@@ -174,11 +175,11 @@ def test_convergence_is_judged_by_the_gradient_of_the_objective(n_classes):
 def test_a_probe_that_is_stopped_is_said_to_be(store, found):
     assert found.results.filter(metric="converged")["value"].to_list() == [1.0] * 6
     assert "stopped" not in found.sentence
-    assert "stopped early" not in found.table.columns
-    cut = study.run(store, "probes", max_iter=2)
+    assert "stopped early" not in found.frame.columns
+    cut = study.ask(store, "probes", max_iter=2)
     assert value(cut, "resid_post.0", "target", "converged") == 0.0
     assert "stopped at 2 iterations" in cut.sentence
-    assert "target" in dict(cut.table.select("site", "stopped early").rows())["resid_post.0"]
+    assert "target" in dict(cut.frame.select("site", "stopped early").rows())["resid_post.0"]
 
 
 def test_labels_are_shuffled_on_each_side_of_the_split():
@@ -192,7 +193,7 @@ def test_labels_are_shuffled_on_each_side_of_the_split():
 def test_results_are_recorded_and_read_back(tmp_path):
     root = plant(tmp_path / "r.act", TREES, planted_sites(TREES))
     with Store(root) as opened:
-        answer = study.run(opened, "probes", seed=4)
+        answer = study.ask(opened, "probes", seed=4)
         snapshot = opened.snapshot
     with open_writer(root) as writer:
         writer.record(answer.results)
@@ -210,7 +211,7 @@ def used(params):
 
 
 def test_the_table_and_the_sentence_say_what_the_results_hold(found):
-    row = found.table.row(by_predicate=pl.col("site") == "embed", named=True)
+    row = found.frame.row(by_predicate=pl.col("site") == "embed", named=True)
     low, high = (100 * value(found, "embed", "target", column=end) for end in ("low", "high"))
     assert row["target %"] == round(100 * value(found, "embed", "target"), 2)
     assert row["target 95 %"] == f"[{low:.2f}, {high:.2f}]"
@@ -293,7 +294,7 @@ def test_the_figure_shows_the_results_with_chance_and_the_notebook(tmp_path):
 
 def test_progress_names_each_site_once_it_is_done(store):
     said = []
-    study.run(store, "probes", sites=["embed", "resid_post.1"], progress=lambda *said_now: said.append(said_now))
+    study.ask(store, "probes", sites=["embed", "resid_post.1"], progress=lambda *said_now: said.append(said_now))
     assert said == [(1, 2, "embed"), (2, 2, "resid_post.1")]
 
 
@@ -309,7 +310,7 @@ def test_too_few_trees_are_refused_with_how_many_are_enough(tmp_path, split, wor
     few = draw("reproduction", 0, 0, 3, N_NODES)
     path = plant(tmp_path / "few.act", few, planted_sites(few), split=split)
     with Store(path) as opened, pytest.raises(BadInput) as error:
-        study.run(opened, "probes")
+        study.ask(opened, "probes")
     assert all(word in str(error.value) for word in [*words, f"{probes_study.ENOUGH_TREES} trees or more"])
     assert "\n" not in str(error.value)
 
@@ -328,29 +329,29 @@ def test_of_trees_of_two_nodes_none_is_for_testing_and_the_message_says_so(tmp_p
     smallest = draw("reproduction", 0, 0, 60, 2)
     path = plant(tmp_path / "2.act", smallest, planted_sites(smallest))
     with Store(path) as opened, pytest.raises(BadInput, match="ingest larger ones"):
-        study.run(opened, "probes")
+        study.ask(opened, "probes")
 
 
 def test_a_run_that_was_defined_and_not_ingested_is_refused(tmp_path):
     path = plant(tmp_path / "none.act", TREES, planted_sites(TREES), batches=[])
     with Store(path) as opened, pytest.raises(BadInput, match="0 training and 0 test trees"):
-        study.run(opened, "probes")
+        study.ask(opened, "probes")
 
 
 def test_unknown_sites_and_roles_are_refused_with_what_there_is(store):
     with pytest.raises(NotStored, match=r"no site 'resid_pst.0'; did you mean 'resid_post.0'\?.*embed"):
-        study.run(store, "probes", sites=["resid_pst.0"])
+        study.ask(store, "probes", sites=["resid_pst.0"])
     with pytest.raises(NotStored, match=r"no site 'pattern\.0' to probe"):
-        study.run(store, "probes", sites=["pattern.0"])
+        study.ask(store, "probes", sites=["pattern.0"])
     with pytest.raises(BadInput, match=r"edge_targt.*did you mean 'edge_target'"):
-        study.run(store, "probes", token_role="edge_targt")
+        study.ask(store, "probes", token_role="edge_targt")
 
 
 def test_a_run_without_residual_sites_is_refused(tmp_path):
     patterns = {"pattern.0": np.zeros((len(TREES), 1, n_positions(N_NODES), n_positions(N_NODES)), np.float32)}
     path = plant(tmp_path / "patterns.act", TREES, patterns)
     with Store(path) as opened, pytest.raises(NotStored, match=r"no residual site to probe; it holds pattern.0"):
-        study.run(opened, "probes", labels="source")
+        study.ask(opened, "probes", labels="source")
 
 
 # Other tokens, other labels, other protocols.
@@ -376,7 +377,7 @@ def elsewhere(tmp_path_factory):
 
 
 def test_each_label_is_found_at_the_token_it_was_planted_at_and_nowhere_else(elsewhere):
-    answer = study.run(elsewhere, "probes", token_role="all", labels="source,target,on_path,next_node")
+    answer = study.ask(elsewhere, "probes", token_role="all", labels="source,target,on_path,next_node")
     read = {
         (row["token_role"], row["label"])
         for row in answer.results.filter(metric="above_shuffled", site="resid_post.0").to_dicts()
@@ -387,12 +388,12 @@ def test_each_label_is_found_at_the_token_it_was_planted_at_and_nowhere_else(els
     assert ("edge_target", "target") not in read
     nothing = answer.results.filter(metric="above_shuffled", site="embed")
     assert all(row["low"] < 0.06 for row in nothing.to_dicts())
-    assert set(answer.table["token"]) == set(TOKEN_ROLES)
+    assert set(answer.frame["token"]) == set(TOKEN_ROLES)
     assert study.plot(answer).axes
 
 
 def test_the_path_is_asked_for_the_node_to_go_to(elsewhere):
-    answer = study.run(elsewhere, "probes", token_role="path", sites="resid_post.0")
+    answer = study.ask(elsewhere, "probes", token_role="path", sites="resid_post.0")
     assert value(answer, "resid_post.0", "next_node") > 0.95
     assert value(answer, "resid_post.0", "next_node", column="n") == int(TREES.depth[IS_TEST].sum())
 
@@ -415,9 +416,9 @@ def test_what_a_probe_is_above_is_what_its_control_leaves(found):
 
 
 def test_the_table_shows_selectivity_of_each_label_with_its_interval(elsewhere):
-    answer = study.run(elsewhere, "probes", labels="goal,on_path", sites="resid_post.0")
-    assert answer.table["label"].to_list() == ["goal", "on_path"]
-    for label, shown in answer.table.select("label", "selectivity, points").rows():
+    answer = study.ask(elsewhere, "probes", labels="goal,on_path", sites="resid_post.0")
+    assert answer.frame["label"].to_list() == ["goal", "on_path"]
+    for label, shown in answer.frame.select("label", "selectivity, points").rows():
         ends = [100 * value(answer, "resid_post.0", label, "selectivity", end) for end in ("value", "low", "high")]
         assert shown == f"{ends[0]:+.2f} [{ends[1]:+.2f}, {ends[2]:+.2f}]"
 
@@ -478,7 +479,7 @@ def test_selectivity_tells_planted_directions_from_what_stands_at_the_token(tmp_
     types[tree, 3 * edge + 1, TREES.edges[:, :, 1] * N_EDGES + edge] = 1
     sites = {"embed": types, "resid_post.0": planted_sites(TREES, types.shape[2])["resid_post.0"]}
     with Store(plant(tmp_path / "s.act", TREES, sites)) as opened:
-        answer = study.run(opened, "probes")
+        answer = study.ask(opened, "probes")
     assert value(answer, "embed", "target") > 0.99
     assert value(answer, "embed", "target", "control_accuracy") > 0.9
     assert value(answer, "embed", "target", "selectivity") < 0.1
@@ -488,7 +489,7 @@ def test_selectivity_tells_planted_directions_from_what_stands_at_the_token(tmp_
 def test_noise_alone_is_said_to_tell_nothing(tmp_path):
     noise = np.random.default_rng(3).normal(size=(N_TREES, 4 * N_NODES - 1, D_MODEL)).astype(np.float32)
     with Store(plant(tmp_path / "s.act", TREES, {"embed": noise})) as opened:
-        assert "No probe reads more than the same probe on shuffled labels." in study.run(opened, "probes").sentence
+        assert "No probe reads more than the same probe on shuffled labels." in study.ask(opened, "probes").sentence
 
 
 def test_whitened_rows_have_no_correlation_and_drop_what_is_no_dimension():
@@ -506,7 +507,7 @@ def test_rows_that_are_all_the_same_tell_no_more_than_the_most_frequent_label(tm
         np.float32(1) / np.arange(3, D_MODEL + 3, dtype=np.float32), (N_TREES, 4 * N_NODES - 1, D_MODEL)
     )
     with Store(plant(tmp_path / "s.act", TREES, {"embed": same})) as opened:
-        answer = study.run(opened, "probes", token_role="separator", protocol="notebook")
+        answer = study.ask(opened, "probes", token_role="separator", protocol="notebook")
     for label in ("source", "target"):
         assert value(answer, "embed", label) == value(answer, "embed", label, "majority")
         assert value(answer, "embed", label, "converged") == 1
@@ -523,7 +524,7 @@ def test_a_result_names_its_data_by_a_hash_of_ids_labels_and_split(store, found)
 
 
 def test_each_result_of_several_tokens_says_what_to_read_to_get_it_again(store):
-    answer = study.run(store, "probes", token_role="edge_source,separator", sites="embed")
+    answer = study.ask(store, "probes", token_role="edge_source,separator", sites="embed")
     for role in ("edge_source", "separator"):
         first = answer.results.filter(token_role=role, metric="accuracy").row(0, named=True)
         _, rows = store.read(first["query"], site="embed", params=used(first["params"]))
@@ -542,26 +543,33 @@ def test_a_result_names_its_trees_by_a_hash_and_its_models_weights(store, found)
 
 
 def test_of_several_tokens_those_without_the_label_are_left_out(elsewhere):
-    answer = study.run(elsewhere, "probes", token_role="edge_target,path", labels="next_node", sites="embed")
+    answer = study.ask(elsewhere, "probes", token_role="edge_target,path", labels="next_node", sites="embed")
     assert answer.results["token_role"].unique().to_list() == ["path"]
     assert answer.results["label"].unique().to_list() == ["next_node"]
 
 
 def test_what_no_probe_can_be_asked_is_refused(store):
     with pytest.raises(BadInput, match=r"no label 'sourc'.*did you mean 'source'"):
-        study.run(store, "probes", labels="sourc")
+        study.ask(store, "probes", labels="sourc")
     with pytest.raises(BadInput, match="none of the labels asked for is one of path; there are goal, next_node"):
-        study.run(store, "probes", token_role="path", labels="source")
+        study.ask(store, "probes", token_role="path", labels="source")
     with pytest.raises(BadInput, match="there are ours, notebook"):
-        study.run(store, "probes", protocol="theirs")
+        study.ask(store, "probes", protocol="theirs")
     with pytest.raises(BadInput, match="no token_role ''; there are edge_target"):
-        study.run(store, "probes", token_role=[])
+        study.ask(store, "probes", token_role=[])
     with pytest.raises(BadInput, match="no label '3'"):
-        study.run(store, "probes", labels=3)  # what the command line makes of digits
+        study.ask(store, "probes", labels=3)  # what the command line makes of digits
     with pytest.raises(NotStored, match="no site '5'"):
-        study.run(store, "probes", sites=5)
+        study.ask(store, "probes", sites=5)
     with pytest.raises(NotStored, match="no site ''"):
-        study.run(store, "probes", sites=[])
+        study.ask(store, "probes", sites=[])
     for max_iter in (0, "many"):
         with pytest.raises(BadInput, match=f"got max_iter {max_iter!r}"):
-            study.run(store, "probes", max_iter=max_iter)
+            study.ask(store, "probes", max_iter=max_iter)
+
+
+def test_the_table_fits_a_terminal_of_80_columns(found, monkeypatch):
+    lines = lines_at_80(found.frame, monkeypatch)
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert not any("…" in line for line in lines)
+    assert " 100" in "".join(lines)

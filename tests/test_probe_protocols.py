@@ -25,7 +25,7 @@ def value(found, label, metric="accuracy", column="value"):
 
 def ask(folder, embed, **options):
     with Store(plant(folder / "s.act", TREES, {"embed": embed})) as opened:
-        return study.run(opened, "probes", protocol="notebook", **options)
+        return study.ask(opened, "probes", protocol="notebook", **options)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_where_no_edge_is_the_last_leaving_it_out_changes_nothing(tmp_path):
 
 
 def test_both_tables_stand_side_by_side(last_hidden):
-    row = last_hidden.table.row(0, named=True)
+    row = last_hidden.frame.row(0, named=True)
     for label in ("source", "target"):
         for metric, name in zip(
             STEPS[:3], ("its protocol here", "its, split by tree", "ours, last edge left out"), strict=True
@@ -130,7 +130,7 @@ def test_both_tables_stand_side_by_side(last_hidden):
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
     noise = np.random.default_rng(4).normal(size=(N_TREES, WIDTH, D_MODEL)).astype(np.float32)
     with Store(plant(tmp_path / "s.act", TREES, {"embed": noise})) as opened:
-        first, again, other = (study.run(opened, "probes", protocol="notebook", seed=seed) for seed in (5, 5, 6))
+        first, again, other = (study.ask(opened, "probes", protocol="notebook", seed=seed) for seed in (5, 5, 6))
     assert again.results.equals(first.results)
     own = [
         answer.results.filter(pl.col("metric") == "notebook_accuracy")["value"].to_list() for answer in (first, other)

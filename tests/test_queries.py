@@ -253,11 +253,11 @@ def test_the_columns_of_a_study_are_those_of_the_results_table():
 
 def test_an_unknown_study_or_option_is_refused_with_what_there_is(store):
     with pytest.raises(NotStored, match="did you mean 'probes'"):
-        study.run(store, "probe", run="tiny")
+        study.ask(store, "probe", run="tiny")
     with pytest.raises(BadInput, match=r"no 'token_rule'; did you mean 'token_role'"):
-        study.run(store, "probes", run="tiny", token_rule="separator")
+        study.ask(store, "probes", run="tiny", token_rule="separator")
 
 
 def test_a_study_asks_which_run_where_there_are_several(store):
     with pytest.raises(BadInput, match="tiny, half"):
-        study.run(store, "probes")
+        study.ask(store, "probes")

@@ -103,7 +103,7 @@ MADE = {
 
 def kept_file(root):
     with Store(root) as store:
-        return recording._keep([studies.run(store, "depth").results])
+        return recording._keep([studies.ask(store, "depth").results])
 
 
 @pytest.mark.parametrize("command", MADE)
@@ -130,7 +130,7 @@ def test_a_writer_that_does_not_end_is_waited_for_no_longer_than_told(root, comm
 @contextmanager
 def a_writer_comes_while_it_computes(monkeypatch, root):
     """Another process takes the store as soon as the first study is answered, and keeps it."""
-    real, others = studies.run, []
+    real, others = studies.ask, []
 
     def answer(*args, **options):
         found = real(*args, **options)
@@ -180,7 +180,7 @@ def test_an_answer_that_cannot_be_recorded_is_printed_and_kept_and_the_advised_c
 
 def test_only_what_was_not_recorded_is_kept(root, monkeypatch):
     with Store(root) as store:
-        results = [studies.run(store, "depth", seed=seed).results for seed in (1, 2, 3)]
+        results = [studies.ask(store, "depth", seed=seed).results for seed in (1, 2, 3)]
     real = log.commit
 
     def full(path, manifest, *previous):
@@ -199,7 +199,7 @@ def test_only_what_was_not_recorded_is_kept(root, monkeypatch):
 
 def test_ctrl_c_while_it_waits_to_record_keeps_the_answer(root, monkeypatch):
     with Store(root) as store:
-        results = studies.run(store, "depth").results
+        results = studies.ask(store, "depth").results
     monkeypatch.setattr(time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
     kept = []
     with writing(root), pytest.raises(KeyboardInterrupt):
@@ -219,7 +219,7 @@ def test_an_answer_is_recorded_though_nobody_reads_the_table(root):
 
 def test_answers_are_kept_elsewhere_where_the_working_folder_is_a_store(root, monkeypatch):
     with Store(root) as store:
-        results = studies.run(store, "depth").results
+        results = studies.ask(store, "depth").results
     monkeypatch.chdir(root)
     before = files(root)
     file = recording._keep([results])
@@ -282,7 +282,7 @@ def test_a_number_that_is_none_waits_for_nothing(root):
 
 def test_a_warning_says_which_command_records_what_a_notebook_could_not(root):
     with Store(root) as store:
-        answer = studies.run(store, "depth")
+        answer = studies.ask(store, "depth")
         asked = SimpleNamespace(answer=answer, confirmation=None)
         with writing(root), pytest.warns(UserWarning, match="keeps what is not recorded") as told, pytest.raises(Busy):
             answers.record(store, [asked], wait=0)

@@ -19,6 +19,7 @@ from actstore.queries.dreams.study import _share
 from actstore.queries.last_edge import direction
 from actstore.store import Store
 from tests.answering import Answering, Dreaming, last_step, noise
+from tests.test_output import lines_at_80
 from tests.test_pipeline import small_model
 
 TREES = TreeSet("reproduction", 2000, seed=5, n_nodes=6, name="d", trees_per_shard=500)
@@ -66,7 +67,7 @@ def stores(tmp_path_factory):
 
 def ask(path, name, **options):
     with Store(path) as store:
-        return study.run(store, name, run="small", **options)
+        return study.ask(store, name, run="small", **options)
 
 
 def value(answer, label, metric):
@@ -179,10 +180,18 @@ def test_a_missing_variant_says_what_adds_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["depth", "last-edge", "swap"])
+def test_the_table_fits_a_terminal_of_80_columns(stores, name, monkeypatch):
+    frame = ask(stores["deep"], name).frame
+    lines = lines_at_80(frame, monkeypatch)
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert "p = 1.000" in "".join(lines) or "p < 0.001" in "".join(lines), "the table shows the test"
+
+
+@pytest.mark.parametrize("name", ["depth", "last-edge", "swap"])
 def test_a_study_run_twice_gives_the_same_numbers_and_a_figure(stores, name):
     first, again = ask(stores["noise"], name), ask(stores["noise"], name)
     assert first.results.equals(again.results)
-    assert first.table.equals(again.table)
+    assert first.frame.equals(again.frame)
     assert study.plot(first).axes
 
 

@@ -18,6 +18,7 @@ from actstore.errors import BadInput
 from actstore.outputs import check_ending, printable, replacing
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 ROWS_SHOWN = 60  # rows of a printed table; the other formats give every row
@@ -26,6 +27,7 @@ ARGUMENTS = ("file", "allow_pickle")  # np.savez takes arrays by keyword beside 
 ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with wrapped cells
 LEAST_WIDTH = 16  # of a column that is narrowed: an interval, `[99.05, 100.00]`, stays whole
 GAP = 3  # between two columns
+FOLDED_GAP = 2  # the same in a folded table
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class Output:
     format: str = "table"
     parquet: str | None = None
 
-    def write(self, frame: pl.DataFrame, whole: Mapping[str, Any] | None = None) -> None:
+    def write(self, frame: pl.DataFrame, whole: Mapping[str, Any] | None = None, fold: bool = False) -> None:
         """Print a frame.
 
         Args:
             whole: printed as JSON instead of the rows, if there is more to say than rows hold.
+            fold: see `print_table`.
         """
         if self.parquet:
             replacing(self.parquet, frame.write_parquet)
@@ -54,15 +57,19 @@ class Output:
         elif self.format == "json":
             print_data(_json(whole or frame.to_dicts()) + "\n")
         else:
-            print_table(frame)
+            print_table(frame, fold)
 
 
-def print_table(frame: pl.DataFrame) -> None:
+def print_table(frame: pl.DataFrame, fold: bool = False) -> None:
     """Print a frame as a table, or as one block of lines per row.
 
     Few rows that are wider than the terminal become blocks. In more rows, long texts are wrapped
     and long lists cut short; the rows become blocks if that does not suffice. Numbers and short
     texts are always whole. Without a terminal, lines are as long as they need to be.
+
+    Args:
+        fold: if the table is too wide, fold the headers and leave out columns that do not fit, the
+            first ones first served; a note names the columns that are left out.
     """
     from rich.console import Console
     from rich.measure import Measurement
@@ -70,7 +77,9 @@ def print_table(frame: pl.DataFrame) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=10_000, color_system=None)
     table, shown = _table(frame), frame.head(ROWS_SHOWN)
     is_wide = Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width
-    if is_wide and (len(frame) <= ROWS_AS_BLOCKS or not _narrowed(table, shown, console.width)):
+    if is_wide and fold:
+        _print_folded(console, frame)
+    elif is_wide and (len(frame) <= ROWS_AS_BLOCKS or not _narrowed(table, shown, console.width)):
         for row in shown.iter_rows(named=True):
             console.print(_block(row))
             console.print()
@@ -104,6 +113,23 @@ def _narrowed(table: Table, frame: pl.DataFrame, width: int) -> bool:
         column.overflow = "ellipsis" if column.no_wrap else "fold"
         room -= given
     return True
+
+
+def _print_folded(console: Console, frame: pl.DataFrame) -> None:
+    """Print the columns that fit, with folded headers, and name the others."""
+    room, widths = console.width + FOLDED_GAP, {}
+    for name, column in zip(frame.columns, frame.head(ROWS_SHOWN).iter_columns(), strict=True):
+        width = max(map(len, [*printable(name).split(), *map(_cell, column.to_list())]))
+        if width + FOLDED_GAP <= room:
+            room -= width + FOLDED_GAP
+            widths[name] = width
+    table = _table(frame.select(list(widths)))
+    table.collapse_padding = True
+    for column, width in zip(table.columns, widths.values(), strict=True):
+        column.width = width
+    console.print(table)
+    if left := [printable(name) for name in frame.columns if name not in widths]:
+        console.print(f"Too wide for this terminal: {'; '.join(left)} (--csv, --json and --parquet give all columns).")
 
 
 def _table(frame: pl.DataFrame) -> Table:

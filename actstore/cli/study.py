@@ -109,7 +109,12 @@ def study(
         say(f"actstore: {lack}", err=True)
     try:
         as_table = output.format == "table" and not output.parquet
-        output.write(*rows(studies.tables(answers), confirmed, as_table))
+        for one in answers if as_table else ():
+            if len(answers) > 1:
+                say(f"{' and '.join(one.of)}:")
+            output.write(one.frame, fold=True)
+        if not as_table:
+            output.write(*rows(studies.as_frame(answers), confirmed))
         for line in "\n".join([one.sentence for one in answers] + [one.sentence for one in confirmed]).splitlines():
             say(wrapped(line) if as_table else line, err=not as_table)
         for file in studies.save_figures(answers, plot) if plot else ():

@@ -24,7 +24,7 @@ import polars as pl
 from actstore.advice import ingest_more
 from actstore.errors import BadInput, NotStored
 from actstore.intervals import n_as_far, share_over_trees
-from actstore.queries.figures import GREY, panels, points
+from actstore.queries.figures import GREY, points, side_by_side
 from actstore.queries.last_edge import interval
 from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, test_rows
 
@@ -253,20 +253,17 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
     rows = []
     for (site,), of_site in results.group_by("site", maintain_order=True):
         row: dict[str, Any] = {"site": site}
-        for role, what in FIRST.items():
-            for kind in ("others", "last"):
-                found = of_site.filter(token_role=role, metric=what, label=kind)
-                if len(found) and role != "path":
-                    row[f"{_NAMES[role]}{', last' if kind == 'last' and role == 'edge_target' else ''} %"] = _percent(
-                        found
-                    )
+        last, spread, as_far, n_pairs = _last_pair(results, str(site), "edge_target")
+        for name, (role, kind) in COLUMNS.items():
+            found = of_site.filter(token_role=role, metric=FIRST[role], label=kind)["value"]
+            row[f"{name} %"] = None if found[0] is None else round(100 * found[0], 2)
+            if kind == "last" and role == "edge_target":
+                row[f"{LAST}, points"] = interval(last)
+                row |= {"pairs as far from their median": f"{as_far} of {n_pairs}"} if n_pairs > 1 else {}
         both = of_site.filter(token_role="path", metric="next edge")
         row["path → next edge %"] = round(100 * float(np.average(both["value"].fill_null(0), weights=both["n"])), 2)
-        last, spread, as_far, n_pairs = _last_pair(results, str(site), "edge_target")
-        row[f"{LAST}, points"] = interval(last)
         if n_pairs > 1:
             row["other neighbours (half of them), points"] = f"{_ends(spread, 0, 4)} ({_ends(spread, 1, 3)})"
-            row["pairs as far from their median"] = f"{as_far} of {n_pairs}"
         rows.append(row)
     return pl.DataFrame(rows)
 
@@ -289,17 +286,12 @@ def _ends(spread: np.ndarray, first: int, last: int) -> str:
     return f"{spread[first]:+.3f} to {spread[last]:+.3f}"
 
 
-_NAMES = {
-    "edge_target": "target → its source",
-    "separator": "separator → its edge",
-    "bar": "bar → last edge",
-    "path": "path",
+COLUMNS = {  # name in the table → role of the tokens, and which edges
+    "target → its source": ("edge_target", "others"),
+    "target → its source, last": ("edge_target", "last"),
+    "separator → its edge": ("separator", "others"),
+    "bar → last edge": ("bar", "last"),
 }
-
-
-def _percent(found: pl.DataFrame) -> float | None:
-    value = found["value"][0]
-    return None if value is None else round(100 * value, 2)
 
 
 def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
@@ -349,7 +341,7 @@ def _beside(results: pl.DataFrame, site: str, role: str, tests: Mapping[Any, Tes
 
 def plot(answer: Answer) -> Figure:
     """Draw attention by layer: target on source, separator on its edge, path on the next edge."""
-    figure, axes = panels(3, width=4.4)
+    figure, axes = side_by_side(3, width=4.4)
     for axis, (title, series) in zip(axes, _PANELS.items(), strict=True):
         for turn, (role, kind, name) in enumerate(series):
             rows = answer.results.filter(token_role=role, metric=FIRST[role], label=kind).drop_nulls("value")

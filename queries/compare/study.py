@@ -28,7 +28,7 @@ from actstore.errors import BadInput, NotStored
 from actstore.intervals import bootstrap, paired, share_over_trees, sign_flip
 from actstore.queries import load
 from actstore.queries.compare.controls import CONTROLS, best_control, map_controls, random_features, words_of
-from actstore.queries.figures import GREY, panels, points
+from actstore.queries.figures import GREY, points, side_by_side
 from actstore.queries.probes.figures import CAVEAT
 from actstore.queries.probes.fit import one_thread
 from actstore.queries.study import (
@@ -325,9 +325,9 @@ COUNTS = {
     "both_wrong": "by neither",
 }
 PROBED = {
-    "own": "own trees",
-    "as_it_is": "other, unmapped",
-    "mapped": "other, mapped",
+    "own": "probe: own model",
+    "as_it_is": "probe: other, unmapped",
+    "mapped": "probe: other, mapped",
 }
 
 
@@ -340,16 +340,19 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
         of_site = results.filter(site=site)
         same = of_site.filter(metric="cka", label=site).row(0, named=True)
         row: dict[str, Any] = {"site": site, "CKA": round(same["value"], 3)}
-        row["95 %"] = f"[{same['low']:.3f}, {same['high']:.3f}]"
         row["CKA, rows shuffled"] = round(of_site.filter(metric="cka_shuffled")["value"].item(), 3)
         probes = of_site.filter(label="source, run to other")
         for metric, name in PROBED.items():
-            row[f"source probe: {name} %"] = round(100 * probes.filter(metric=metric)["value"].item(), 2)
+            row[f"{name} %"] = round(100 * probes.filter(metric=metric)["value"].item(), 2)
         value, control = _best(probes)
-        row["best control of the map"] = f"{value:.2f} {control}"
-        above = probes.filter(metric="mapped_above_controls").row(0, named=True)
-        row["above it, points"] = f"{100 * above['value']:+.2f} [{100 * above['low']:+.2f}, {100 * above['high']:+.2f}]"
+        row["best control %"] = round(value, 2)
         row["Holm"] = p_shown(probes.filter(metric="p_holm")["value"].item())
+        row["CKA 95 %"] = f"[{same['low']:.3f}, {same['high']:.3f}]"
+        row["best control of the map"] = control
+        above = probes.filter(metric="mapped_above_controls").row(0, named=True)
+        row["mapped above it, points"] = (
+            f"{100 * above['value']:+.2f} [{100 * above['low']:+.2f}, {100 * above['high']:+.2f}]"
+        )
         rows.append(row)
     return pl.DataFrame(rows)
 
@@ -434,7 +437,7 @@ def plot(answer: Answer) -> Figure:
     if not results["site"].count():
         return _plot_outcomes(results)
     sites = results.drop_nulls("site")["site"].unique(maintain_order=True).to_list()
-    figure, (left, right) = panels(2, width=6.2, height=5)
+    figure, (left, right) = side_by_side(2, width=6.2, height=5)
     grid = [[results.filter(site=site, label=of, metric="cka")["value"].item() for of in sites] for site in sites]
     left.grid(False)
     shown = left.imshow(grid, cmap="viridis", vmin=0, vmax=1, origin="lower")
@@ -462,7 +465,7 @@ def plot(answer: Answer) -> Figure:
 
 def _plot_outcomes(results: pl.DataFrame) -> Figure:
     """Draw the second run's share of right answers less the first's, by depth."""
-    figure, (axis,) = panels(1, width=8)
+    figure, (axis,) = side_by_side(1, width=8)
     rows = results.filter((pl.col("metric") == "other_less_run") & (pl.col("label") != "all"))
     points(axis, [int(label.split()[1]) for label in rows["label"]], rows, "the second less the first", line=False)
     axis.axhline(0, color=GREY, linewidth=1)

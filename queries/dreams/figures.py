@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.queries.figures import panels, points
+from actstore.queries.figures import points, side_by_side
 from actstore.queries.study import Test, adjustment, p_shown
 
 if TYPE_CHECKING:
@@ -21,17 +21,17 @@ SHARES = {
     "stopped": "stops at once",
     "first_step": "begins with a step",
     "first_word": "begins with",
-    "from_root": "step goes to a child of the root",
-    "from_root_elsewhere": "control: another tree's root",
-    "to_leaf": "steps follow edges down to a leaf",
+    "from_root": "first step is root's child",
+    "from_root_elsewhere": "control: other tree's root",
+    "to_leaf": "follows edges to a leaf",
     "to_leaf_elsewhere": "control: on another tree",
     "root_right": "names the tree's root",
     "leaf": "goal is a leaf",
     "leaf_if_even": "control: node drawn evenly",
     "not_root": "goal is not the root",
     "way_found": "finds the way to the goal",
-    "place 0": "goal's edge is listed first",
-    "place last": "goal's edge is listed last",
+    "place 0": "goal's edge listed first",
+    "place last": "goal's edge listed last",
 }
 WALK = "to_leaf"  # the test that steps follow their own tree more often than another
 EXPLANATIONS = {
@@ -60,7 +60,7 @@ def as_frame(results: pl.DataFrame, tests: Sequence[Test]) -> pl.DataFrame:
             test = by_label.get(f"{kind}, {metric}")
             rows.append(
                 {
-                    "continuations": kind,
+                    "kind": kind,
                     "question": name,
                     "answer": shown,
                     "95 %": interval,
@@ -161,7 +161,7 @@ BARS = {
 def draw(results: pl.DataFrame) -> Figure:
     """Draw the beginnings of continuations; with goals, also depths, places and explanations."""
     drawn = [kind for kind in ("depth", "place") if results["metric"].str.starts_with(f"{kind} ").any()]
-    figure, axes = panels(1 + len(drawn))
+    figure, axes = side_by_side(1 + len(drawn))
     kinds = results.filter(metric="well_formed")["label"].to_list()
     for turn, kind in enumerate(kinds):
         by_metric = _by_metric(results, kind)

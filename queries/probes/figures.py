@@ -93,11 +93,13 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
     rows = []
     for (site,), of_site in results.group_by("site", maintain_order=True):
         row: dict[str, Any] = {"site": site}
+        found = {label: of_site.filter(label=label, metric="accuracy").row(0, named=True) for label in PAIR}
+        best = {label: best_baseline(of_site.filter(label=label)) for label in PAIR}
+        row |= {f"{label} %": round(100 * found[label]["value"], 2) for label in PAIR}
+        row |= {f"{label}, tree alone %": round(best[label][0], 2) for label in PAIR}
+        row |= {f"{label} 95 %": _ends(found[label], "") for label in PAIR}
         for label in PAIR:
-            found = of_site.filter(label=label, metric="accuracy").row(0, named=True)
-            row[f"{label} %"], row[f"{label} 95 %"] = _percent(found)
-            value, name = best_baseline(of_site.filter(label=label))
-            row[f"{label}, best baseline"] = f"{value:.2f} {name}"
+            row[f"{label}, best baseline"] = best[label][1]
             row |= _own_baseline(of_site.filter(label=label), f"{label}, ")
         for label, by_site in notebook.items():
             row[f"notebook {label} %"] = by_site.get(str(site))
@@ -136,7 +138,12 @@ def _own_baseline(found: pl.DataFrame, before: str = "") -> dict[str, float]:
 
 def _points(found: dict[str, Any]) -> str:
     """A difference and its interval, for the table."""
-    return f"{100 * found['value']:+.2f} [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
+    return f"{100 * found['value']:+.2f} {_ends(found)}"
+
+
+def _ends(found: dict[str, Any], sign: str = "+") -> str:
+    """`[+1.20, +3.40]`, a row's interval in percent or points."""
+    return f"[{100 * found['low']:{sign}.2f}, {100 * found['high']:{sign}.2f}]"
 
 
 PROTOCOL = {
@@ -144,11 +151,6 @@ PROTOCOL = {
     "notebook_by_tree": "its, split by tree",
     "without_last": "ours, last edge left out",
 }
-
-
-def _percent(found: dict[str, Any]) -> tuple[float, str]:
-    """A row's value and interval, for the table."""
-    return round(100 * found["value"], 2), f"[{100 * found['low']:.2f}, {100 * found['high']:.2f}]"
 
 
 def _in_order(results: pl.DataFrame, *keys: str) -> list[tuple[tuple[Any, ...], pl.DataFrame]]:
@@ -163,10 +165,9 @@ def _one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
     for (role, label, site), of_probe in _in_order(results, "token_role", "label", "site"):
         found = {row["metric"]: row for row in of_probe.iter_rows(named=True)}
         row = {"token": role, "label": label, "site": site}
-        row["accuracy %"], row["95 %"] = _percent(found["accuracy"])
-        value, row["best baseline"] = best_baseline(of_probe)
-        row |= {"baseline %": round(value, 2), "above it, points": _points(found["above_baseline"])}
+        row |= _beside_baseline(found, best_baseline(of_probe))
         row |= ({"Holm": p_shown(found["p_holm"]["value"])} if "p_holm" in found else {}) | _own_baseline(of_probe)
+        row |= _intervals(found, best_baseline(of_probe))
         for metric, name in (("above_shuffled", "above shuffled labels"), ("selectivity", "selectivity")):
             row[f"{name}, points"] = _points(found[metric])
         for metric, name in (("random_directions_accuracy", "random directions"), *PROTOCOL.items()):
@@ -186,12 +187,27 @@ def _one_row_a_place(places: pl.DataFrame) -> pl.DataFrame:
     for (role, label, site, edge), of_probe in _in_order(places, "token_role", "asked", "site", "edge"):
         found = {row["metric"]: row for row in of_probe.iter_rows(named=True)}
         row = {"token": role, "label": label, "site": site, "edge": edge, "n": found["accuracy"]["n"]}
-        row["accuracy %"], row["95 %"] = _percent(found["accuracy"])
-        row["own probe %"], row["own 95 %"] = _percent(found["own_accuracy"])
-        value, row["best baseline"] = best_baseline(of_probe)
-        row |= {"baseline %": round(value, 2), "above it, points": _points(found["above_baseline"])}
+        row |= _beside_baseline(found, best_baseline(of_probe))
+        row["own probe %"] = round(100 * found["own_accuracy"]["value"], 2)
+        row |= _intervals(found, best_baseline(of_probe)) | {"own probe 95 %": _ends(found["own_accuracy"], "")}
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _beside_baseline(found: dict[str, dict[str, Any]], best: tuple[float, str]) -> dict[str, Any]:
+    """An accuracy, its best baseline and their difference, in percent."""
+    numbers = {"accuracy %": 100 * found["accuracy"]["value"], "baseline %": best[0]}
+    numbers["above it, points"] = 100 * found["above_baseline"]["value"]
+    return {name: round(number, 2) for name, number in numbers.items()}
+
+
+def _intervals(found: dict[str, dict[str, Any]], best: tuple[float, str]) -> dict[str, Any]:
+    """The intervals of `_beside_baseline`, and the name of the baseline."""
+    return {
+        "95 %": _ends(found["accuracy"], ""),
+        "above it 95 %": _ends(found["above_baseline"]),
+        "best baseline": best[1],
+    }
 
 
 CAVEAT = (

@@ -65,7 +65,7 @@ def rows() -> list[Row]:
 
 def _grid(path: Path, check: bool) -> None:
     with Store(path, check) as store:
-        study.run(store, "probes", token_role=ROLES)
+        study.ask(store, "probes", token_role=ROLES)
 
 
 def _reads(path: Path, check: bool) -> None:

@@ -142,7 +142,7 @@ def study_kills(n: int, folder: Path, rng: random.Random) -> int:
         from actstore.writing.writer import open_writer
 
         with Store(root) as store:
-            results = study.run(store, "depth").results
+            results = study.ask(store, "depth").results
         with open_writer(root) as writer:
             writer.record(results)
 

@@ -18,17 +18,7 @@ from actstore.errors import NotStored
 from actstore.intervals import difference, over_trees, share
 from actstore.queries import load
 from actstore.queries.figures import points, side_by_side
-from actstore.queries.study import (
-    Answer,
-    Progress,
-    Test,
-    adjusted,
-    adjustment,
-    p_shown,
-    result_rows,
-    shown,
-    test_rows,
-)
+from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -87,7 +87,7 @@ def _at_equal_depth(
     row, tests = _row(label, "difference_at_equal_depth", *found, len(values)), []
     if row["value"] is not None:
         p = shuffled_within(values, last, strata, ids, seed)
-        tests.append(Test(label, row["value"], p, row["n"], row["low"], row["high"], NAMES[label]))
+        tests.append(Test.of(row, p, NAMES[label]))
     return row, tests
 
 

@@ -16,10 +16,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput, NotStored, advised, nearest
-from actstore.intervals import holm
+from actstore.intervals import holm, share_over_trees
 from actstore.queries import check_names
 from actstore.version import __version__
 
@@ -115,6 +116,12 @@ class Test:
     points: bool = True
     exceeds: str = ""
     p_holm: float = float("nan")
+
+    @classmethod
+    def of(cls, row: Row, p: float, what: str = "", **more: Any) -> Test:
+        """The test of a row of `results`: of its label, place and numbers."""
+        ends = row.get("low"), row.get("high")
+        return cls(row["label"], row["value"], p, row["n"], *ends, what, row.get("site"), row.get("token_role"), **more)
 
     @property
     def key(self) -> tuple[str | None, str | None, str]:
@@ -302,6 +309,14 @@ def adjusted(tests: Iterable[Test]) -> tuple[Test, ...]:
     """Holm's correction over the tests of a study: sets p_holm."""
     tests = list(tests)
     return tuple(replace(test, p_holm=p) for test, p in zip(tests, holm([test.p for test in tests]), strict=True))
+
+
+def mean_row(values: np.ndarray, trees: np.ndarray, seed: int, **about: Any) -> dict[str, Any]:
+    """A row of `results`: the mean of values with its interval over trees; NULL without values."""
+    if not len(values):
+        return {**about, "value": None, "n": 0}
+    low, high = share_over_trees(values, trees, seed)
+    return {**about, "value": float(values.mean()), "low": low, "high": high, "n": len(values)}
 
 
 def test_rows(tests: Iterable[Test]) -> list[dict[str, Any]]:

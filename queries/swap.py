@@ -22,17 +22,7 @@ from actstore.errors import NotStored
 from actstore.intervals import change_over_trees, paired, sign_flip
 from actstore.queries.figures import points, side_by_side
 from actstore.queries.last_edge import direction, interval
-from actstore.queries.study import (
-    Answer,
-    Progress,
-    Test,
-    adjusted,
-    adjustment,
-    p_shown,
-    result_rows,
-    shown,
-    test_rows,
-)
+from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -223,24 +213,15 @@ def _through(pairs: pl.DataFrame, rows: list[dict[str, Any]], seed: int) -> list
         return []
     found = {row["metric"]: row for row in rows if row["label"] == "through"}
     before, after = _p(pairs)
+    p = found["mcnemar_p"]["value"], sign_flip(after - before, seed)
     return [
-        _test(
-            "through",
-            found["change"],
-            found["mcnemar_p"]["value"],
-            "right whole paths through the last edge, less elsewhere",
-        ),
-        _test(
-            "through, p",
-            found["p_change"],
-            sign_flip(after - before, seed),
+        Test.of(found["change"], p[0], "right whole paths through the last edge, less elsewhere"),
+        Test.of(
+            found["p_change"] | {"label": "through, p"},
+            p[1],
             "the step's probability through the last edge, less elsewhere",
         ),
     ]
-
-
-def _test(label: str, found: dict[str, Any], p: float, what: str) -> Test:
-    return Test(label, found["value"], p, found["n"], found["low"], found["high"], what)
 
 
 def _beyond_the_control(
@@ -259,14 +240,8 @@ def _beyond_the_control(
         row = {"label": "to_last", "metric": f"{prefix}change_beyond_control", **_mean(beyond, most=2.0)}
         rows.append({**row, "n": len(both)})
         label = f"to_last beyond control{', p' if prefix else ''}"
-        tests.append(
-            _test(
-                label,
-                rows[-1],
-                sign_flip(beyond, seed),
-                f"change by a move to the end, less that by a move elsewhere{of}",
-            )
-        )
+        what = f"change by a move to the end, less that by a move elsewhere{of}"
+        tests.append(Test.of(rows[-1] | {"label": label}, sign_flip(beyond, seed), what))
     return rows, tests
 
 

@@ -23,10 +23,20 @@ import polars as pl
 
 from actstore.advice import ingest_more
 from actstore.errors import BadInput, NotStored
-from actstore.intervals import n_as_far, share_over_trees
+from actstore.intervals import n_as_far
 from actstore.queries.figures import GREY, points, side_by_side
 from actstore.queries.last_edge import interval
-from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, test_rows
+from actstore.queries.study import (
+    Answer,
+    Progress,
+    Test,
+    adjusted,
+    adjustment,
+    mean_row,
+    p_shown,
+    result_rows,
+    test_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,13 +108,7 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
         progress(done, len(sites), site)
     tests = list(adjusted(tests))
     results = result_rows(
-        [*rows, *test_rows(tests)],
-        study=NAME,
-        run=run,
-        query=TOKENS,
-        params=params,
-        snapshot=store.snapshot,
-        seed=seed,
+        [*rows, *test_rows(tests)], study=NAME, run=run, query=TOKENS, params=params, snapshot=store.snapshot, seed=seed
     )
     return Answer(NAME, as_frame(results), results, sentence(results, tests), tuple(tests))
 
@@ -169,7 +173,7 @@ def _of_head(pattern: np.ndarray, tokens: pl.DataFrame, at: dict[str, Any], seed
         for name, values in looks(pattern[which], chosen_tokens, role).items():
             for kind, chosen in _kinds(role, chosen_tokens["is_last"].to_numpy()).items():
                 rows.append(
-                    _mean(
+                    mean_row(
                         values[chosen],
                         chosen_tokens["tree_id"].to_numpy()[chosen],
                         seed,
@@ -209,26 +213,14 @@ def _neighbours(
         about = {"site": site, "token_role": role}
         labels = [*(f"edge {edge + 1} less {edge}" for edge in range(n_pairs - 1)), LAST]
         pairs = [
-            _mean(apart[:, pair], trees, seed, **about, label=label, metric=FIRST[role])
+            mean_row(apart[:, pair], trees, seed, **about, label=label, metric=FIRST[role])
             for pair, label in enumerate(labels)
         ]
         as_far = n_as_far([row["value"] for row in pairs], n_pairs - 1, ROUNDING)
         rows += [*pairs, {**about, "label": LAST, "metric": "as_far", "value": float(as_far), "n": n_pairs}]
         if n_pairs > 1:
-            last = pairs[-1]
-            p, ends = as_far / n_pairs, (last["low"], last["high"])
-            tests.append(
-                Test(
-                    LAST,
-                    last["value"],
-                    p,
-                    last["n"],
-                    *ends,
-                    f"attention of {WHAT[role]} to its own edge, less that of the edge before",
-                    site,
-                    role,
-                )
-            )
+            what = f"attention of {WHAT[role]} to its own edge, less that of the edge before"
+            tests.append(Test.of(pairs[-1], as_far / n_pairs, what))
     return rows, tests
 
 
@@ -239,13 +231,6 @@ def _beyond_even(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> np.nda
     """float64 [n]: the attention on a token's own edge, less even attention."""
     found = looks(pattern, tokens, role)
     return found[FIRST[role]] - found["even"]
-
-
-def _mean(values: np.ndarray, trees: np.ndarray, seed: int, **about: Any) -> dict[str, Any]:
-    if not len(values):
-        return {**about, "value": None, "n": 0}
-    low, high = share_over_trees(values, trees, seed)
-    return {**about, "value": float(values.mean()), "low": low, "high": high, "n": len(values)}
 
 
 def as_frame(results: pl.DataFrame) -> pl.DataFrame:

@@ -25,7 +25,7 @@ import polars as pl
 
 from actstore.advice import ingest_command
 from actstore.errors import BadInput, NotStored
-from actstore.intervals import bootstrap, paired, share_over_trees, sign_flip
+from actstore.intervals import bootstrap, paired, sign_flip
 from actstore.queries import load
 from actstore.queries.compare.controls import CONTROLS, best_control, map_controls, random_features, words_of
 from actstore.queries.figures import GREY, points, side_by_side
@@ -38,6 +38,7 @@ from actstore.queries.study import (
     Test,
     adjusted,
     adjustment,
+    mean_row,
     most_alike,
     p_shown,
     result_rows,
@@ -242,24 +243,10 @@ def _transfer(
         above = right["mapped"] - right[best_control({name: float(of.mean()) for name, of in right.items()})]
         about = {"site": site, "token_role": "edge_target", "label": f"source, {direction}"}
         for metric, values in {**right, "mapped_above_controls": above}.items():
-            low, high = share_over_trees(values, trees, seed)
-            value = float(values.mean())
-            rows.append({**about, "metric": metric, "value": value, "low": low, "high": high, "n": len(values)})
+            rows.append(mean_row(values, trees, seed, **about, metric=metric))
         by_tree = np.bincount(np.unique(trees, return_inverse=True)[1], weights=above)
-        tests.append(  # the last metric
-            Test(
-                about["label"],
-                value,
-                sign_flip(by_tree, seed),
-                len(above),
-                low,
-                high,
-                f"{about['label']}, read after a linear map, less the map's best control",
-                site,
-                about["token_role"],
-                exceeds="the map's controls",
-            )
-        )
+        what = f"{about['label']}, read after a linear map, less the map's best control"
+        tests.append(Test.of(rows[-1], sign_flip(by_tree, seed), what, exceeds="the map's controls"))  # the last metric
     return rows, tests
 
 
@@ -324,11 +311,7 @@ COUNTS = {
     "only_other": "by the second alone",
     "both_wrong": "by neither",
 }
-PROBED = {
-    "own": "probe: own model",
-    "as_it_is": "probe: other, unmapped",
-    "mapped": "probe: other, mapped",
-}
+PROBED = {"own": "probe: own model", "as_it_is": "probe: other, unmapped", "mapped": "probe: other, mapped"}
 
 
 def as_frame(results: pl.DataFrame) -> pl.DataFrame:

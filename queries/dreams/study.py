@@ -140,19 +140,9 @@ def _walks(graded: Continuations, kind: str, seed: int) -> list[Test]:
     more = graded.to_leaf[both].astype(np.float64) - graded.other_to_leaf[both]
     by_tree = np.bincount(tree, weights=more) / np.bincount(tree)
     low, high = change_over_trees(by_tree, names)
-    p = sign_flip(by_tree, seed)
-    return [
-        Test(
-            f"{kind}, {WALK}",
-            float(by_tree.mean()),
-            p,
-            len(names),
-            low,
-            high,
-            f"{kind}: steps follow their own tree, less another tree",
-            exceeds="the other tree's share",
-        )
-    ]
+    row = {"label": f"{kind}, {WALK}", "value": float(by_tree.mean()), "low": low, "high": high, "n": len(names)}
+    what = f"{kind}: steps follow their own tree, less another tree"
+    return [Test.of(row, sign_flip(by_tree, seed), what, exceeds="the other tree's share")]
 
 
 def _origins(graded: Continuations, kind: str, seed: int) -> tuple[list[dict[str, Any]], list[Test]]:

@@ -37,26 +37,15 @@ class Asked:
         return self.tokens["tree_id"].to_numpy()[~self.train]
 
 
-def above_test(about: dict[str, str], above: np.ndarray, trees: np.ndarray, found: dict[str, Any], seed: int) -> Test:
+def above_test(above: np.ndarray, trees: np.ndarray, row: dict[str, Any], seed: int) -> Test:
     """Test whether a probe is above the highest baseline.
 
     Args:
-        about: run, site, token_role and label.
         above: float64 [n], correctness of each test row less that of the baseline.
         trees: int64 [n], tree_id of each test row.
-        found: the row of `results` with the mean of `above`.
+        row: the row of `results` with the mean of `above`.
         seed: seed of the sign flips.
     """
-    _, tree = np.unique(trees, return_inverse=True)
-    return Test(
-        about["label"],
-        found["value"],
-        sign_flip(np.bincount(tree, weights=above), seed),
-        found["n"],
-        found["low"],
-        found["high"],
-        f"a probe for the {about['label']}, less its baseline from the tree alone",
-        about["site"],
-        about["token_role"],
-        exceeds="its baseline",
-    )
+    p = sign_flip(np.bincount(np.unique(trees, return_inverse=True)[1], weights=above), seed)
+    what = f"a probe for the {row['label']}, less its baseline from the tree alone"
+    return Test.of(row, p, what, exceeds="its baseline")

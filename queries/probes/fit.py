@@ -117,11 +117,7 @@ def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, ma
         ConvergenceWarning,  # imported here: the thread limit covers only libraries loaded before
     )
 
-    with (
-        warnings.catch_warnings(),
-        one_thread(),
-        ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool,
-    ):
+    with warnings.catch_warnings(), one_thread(), ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore", ConvergenceWarning)  # Fit.converged says so per probe
         return list(pool.map(lambda job: fit(job[0], job[1], train, max_iter), jobs))
 

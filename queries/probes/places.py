@@ -8,18 +8,15 @@ but has fewer rows. Baselines are computed on the rows of the place.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from actstore.intervals import share_over_trees
+from actstore.queries.probes.asked import Asked, above_test
 from actstore.queries.probes.baselines import highest, with_majority
-from actstore.queries.probes.figures import AT
+from actstore.queries.probes.figures import AT, PLACE
 from actstore.queries.probes.fit import Whitening, fit_all
-from actstore.queries.study import Test
-
-if TYPE_CHECKING:
-    from actstore.queries.probes.asked import Asked
+from actstore.queries.study import Test, mean_row
 
 
 def place_rows(
@@ -38,8 +35,6 @@ def place_rows(
         seed: seed of the intervals.
         max_iter: largest number of iterations of a fit.
     """
-    from actstore.queries.probes.asked import above_test  # which imports this module where it is needed
-
     places, train, y = asked.tokens["edge"].to_numpy(), asked.train, asked.labels[about["label"]]
     rows: list[dict[str, Any]] = []
     tests: list[Test] = []
@@ -55,17 +50,9 @@ def place_rows(
         measured |= {"above_baseline": measured["accuracy"] - highest(guessed), **guessed}
         trees, at = asked.test_trees[in_test], {**about, "label": f"{about['label']}{AT}{place}"}
         for metric, values in measured.items():
-            low, high = share_over_trees(values, trees, seed)
-            row = {
-                "metric": f"place_{metric}",
-                "value": float(values.mean()),
-                "low": low,
-                "high": high,
-                "n": len(trees),
-            }
-            rows.append({**at, **row})
+            rows.append(mean_row(values, trees, seed, **at, metric=f"{PLACE}{metric}"))
             if metric == "above_baseline":
-                tests.append(above_test(at, values, trees, row, seed))
+                tests.append(above_test(values, trees, rows[-1], seed))
     return rows, tests
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from actstore.intervals import share_over_trees
 from actstore.queries.probes.fit import MAX_ITER, Whitening, fit_all
+from actstore.queries.study import mean_row
 
 LR, BATCH_SIZE, EPOCHS, TEST_SHARE = 1e-3, 64, 5, 0.2  # the notebook's
 
@@ -59,9 +59,7 @@ def notebook_rows(
             ("notebook_by_tree", by_tree, linear_layer(X[by_tree], y[by_tree], X[~by_tree], seed) == y[~by_tree]),
             ("without_last", by_tree, ours.right),
         ):
-            low, high = share_over_trees(right, trees[~train], seed)
-            found = {"metric": metric, "value": float(right.mean()), "low": low, "high": high, "n": len(right)}
-            rows.append({**where, "label": label, **found})
+            rows.append(mean_row(right, trees[~train], seed, **where, label=label, metric=metric))
     return rows
 
 

@@ -30,7 +30,7 @@ import xxhash
 
 from actstore.advice import ingest_more
 from actstore.errors import BadInput, NotStored, nearest
-from actstore.intervals import N_RESAMPLES, share_over_trees
+from actstore.intervals import N_RESAMPLES
 from actstore.queries import load
 from actstore.queries.probes import baselines
 from actstore.queries.probes.asked import Asked, above_test
@@ -46,7 +46,9 @@ from actstore.queries.probes.fit import (
     random_directions,
     shuffle_within,
 )
-from actstore.queries.study import Answer, Progress, Test, adjusted, result_rows, test_rows
+from actstore.queries.probes.places import place_rows
+from actstore.queries.probes.protocols import notebook_rows
+from actstore.queries.study import Answer, Progress, Test, adjusted, mean_row, result_rows, test_rows
 from actstore.sites import not_held
 from actstore.sites import wanted as meant
 
@@ -116,31 +118,26 @@ def study(
             test trees are missing).
         NotStored: the run does not hold a site.
     """
-    if protocol not in PROTOCOLS:
-        raise BadInput(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
-    if not isinstance(max_iter, int) or max_iter < 1:
-        raise BadInput(f"got max_iter {max_iter!r}; it is a number of iterations, 1 or more (default {MAX_ITER})")
-    if by not in (None, BY):
-        raise BadInput(f"got by {by!r}; write {BY}, for the accuracy at each place in the list")
-    asked = _asked(token_role, labels)
-    sites = _sites(store, run, sites)
-    guessers = baselines.stored()
+    _check(protocol, max_iter, by)
+    asked, sites = _asked(token_role, labels), _sites(store, run, sites)
+    guessers, own = baselines.stored(), None
     if baseline is not None:
-        guessers.append(baselines.from_file(store, baseline, {"run": run, "token_role": next(iter(asked))}))
+        own = baselines.from_file(store, baseline, {"run": run, "token_role": next(iter(asked))})
+        guessers.append(own)
     query, about = load(QUERY).sql, store.sql(RUN, {"run": run}).row(0, named=True)
     shared = {"run": run, **about, "trees_xxh3": _trees_hash(store, run), "protocol": protocol}
     shared |= {"C": C, "tol": TOL, "max_iter": max_iter, "n_resamples": N_RESAMPLES, "by": by}
-    shared |= {"baseline": guessers[-1].sql, "baseline_name": guessers[-1].name} if baseline is not None else {}
+    shared |= {"baseline": own.sql, "baseline_name": own.name} if own else {}
     recorded: list[tuple[list[dict[str, Any]], dict[str, Any]]] = []
     tests: list[Test] = []
-    n_test_trees, done, own_is_used = 0, 0, baseline is None
+    n_test_trees, done, guessed_by = 0, 0, set()
     for role, its_labels in asked.items():
         used = {"run": run, "token_role": role}
         tokens = store.sql(query, used)
         n_test_trees = check_enough(tokens, about["n_nodes"], run, its_labels)
         params = {**shared, **used, "labels": its_labels, "data_xxh3": data_hash(tokens, its_labels)}
         guessed = baselines.scores(store, guessers, its_labels, query, used)
-        own_is_used |= any(guessers[-1].name in names for names in guessed.values())
+        guessed_by |= {name for by_name in guessed.values() for name in by_name}
         rows: list[dict[str, Any]] = []
         for site in sites:
             X, tokens = store.read(query, run=run, site=site, params=used)
@@ -150,31 +147,42 @@ def study(
             rows += found
             tests += tested
             if protocol == "notebook":
-                from actstore.queries.probes.protocols import notebook_rows
-
                 rows += notebook_rows(X, tokens, its_labels, at, seed, max_iter)
             done += 1
             progress(done, len(sites) * len(asked), site if len(asked) == 1 else f"{role} {site}")
         recorded.append((rows, params))
-    if not own_is_used:
+    if own and own.name not in guessed_by:
         raise BadInput(
-            f"the baseline {str(baseline)!r} guesses the {LABELS[guessers[-1].label]} of none of the tokens {', '.join(asked)}; "
+            f"the baseline {str(baseline)!r} guesses the {LABELS[own.label]} of none of the tokens {', '.join(asked)}; "
             "ask for tokens and labels that it guesses (token_role, labels)"
         )
-    held, snapshot = adjusted(tests), store.snapshot
+    return _answer(store, run, seed, query, recorded, adjusted(tests), n_test_trees)
+
+
+def _check(protocol: str, max_iter: int, by: str | None) -> None:
+    """Refuse unknown values of options."""
+    if protocol not in PROTOCOLS:
+        raise BadInput(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+    if not isinstance(max_iter, int) or max_iter < 1:
+        raise BadInput(f"got max_iter {max_iter!r}; it is a number of iterations, 1 or more (default {MAX_ITER})")
+    if by not in (None, BY):
+        raise BadInput(f"got by {by!r}; write {BY}, for the accuracy at each place in the list")
+
+
+def _answer(
+    store: Store, run: str, seed: int, query: str, recorded: Sequence[Any], tests: tuple[Test, ...], n_test_trees: int
+) -> Answer:
+    """The answer from rows and params of each kind of token."""
+    shared: dict[str, Any] = {"study": NAME, "run": run, "query": query, "snapshot": store.snapshot, "seed": seed}
     results = pl.concat(
         result_rows(
-            [*rows, *test_rows(test for test in held if test.token_role == params["token_role"])],
-            study=NAME,
-            run=run,
-            query=query,
+            [*rows, *test_rows(test for test in tests if test.token_role == params["token_role"])],
             params=params,
-            snapshot=snapshot,
-            seed=seed,
+            **shared,
         )
         for rows, params in recorded
     )
-    return Answer(NAME, as_frame(results), results, sentence(results, n_test_trees, held), held)
+    return Answer(NAME, as_frame(results), results, sentence(results, n_test_trees, tests), tests)
 
 
 def _asked(token_role: str | Sequence[str], labels: str | Sequence[str] | None) -> dict[str, list[str]]:
@@ -347,8 +355,6 @@ def _probe_site(
         directions = _directions(made["accuracy"], np.unique(y[train]), whiten, about)
         rows += [{**about, "n": int(train.sum()), **row} for row in directions]
         if by == BY:
-            from actstore.queries.probes.places import place_rows
-
             its_rows, its_tests = place_rows(X, made["accuracy"].right, asked, about, seed, max_iter)
             rows += its_rows
             tests += its_tests
@@ -362,7 +368,6 @@ def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int
     """Rows of accuracy, controls, baselines and differences, and a test; intervals over test trees.
 
     The test compares the accuracy with the best baseline.
-
     """
     label, trees, train = about["label"], asked.test_trees, asked.train
     y, accuracy = asked.labels[label], made["accuracy"].right.astype(np.float64)
@@ -373,12 +378,8 @@ def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int
         "above_shuffled": accuracy - made["shuffled_accuracy"].right,
         "selectivity": accuracy - made["control_accuracy"].right,
     }
-    rows = []
-    for metric, values in measured.items():
-        low, high = share_over_trees(values, trees, seed)
-        rows.append(
-            {**about, "metric": metric, "value": float(values.mean()), "low": low, "high": high, "n": len(trees)}
-        )
+    rows = [mean_row(values, trees, seed, **about, metric=metric) for metric, values in measured.items()]
+    above = next(row for row in rows if row["metric"] == "above_baseline")
     n_classes = asked.n_nodes if label in NODE_LABELS else len(np.unique(y[train]))
     for metric, value, n in (
         ("chance", 1 / n_classes, len(trees)),
@@ -386,8 +387,7 @@ def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int
         ("converged", made["accuracy"].converged, int(train.sum())),
     ):
         rows.append({**about, "metric": metric, "value": float(value), "n": n})
-    above = next(row for row in rows if row["metric"] == "above_baseline")
-    return rows, above_test(about, measured["above_baseline"], trees, above, seed)
+    return rows, above_test(measured["above_baseline"], trees, above, seed)
 
 
 def _directions(made: Fit, classes: np.ndarray, whiten: Whitening, about: dict[str, str]) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import polars as pl
 
 from actstore.queries import study as studies
-from actstore.queries.second import RUNS, Apart, Second, runs_over
-from actstore.queries.study import Answer, Progress, Question, Test, adjusted, p_shown, result_rows, shown
+from actstore.queries.second import Apart, Second, runs_over
+from actstore.queries.study import RUNS, Answer, Progress, Question, Test, adjusted, p_shown, result_rows, shown
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -111,17 +111,8 @@ class Confirmation:
                     **_cells("there", self.second.dataset, claim.there),
                 }
                 for claim in self.claims
-            ],
-            schema=COLUMNS,
+            ]
         )
-
-
-COLUMNS: dict[str, Any] = {"run": pl.String, "claim": pl.String, "verdict": pl.String}
-COLUMNS |= {
-    f"{what}{where}": dtype
-    for where in ("here", "there")
-    for what, dtype in (("", pl.String), ("effect ", pl.String), ("n ", pl.Int64), ("p by Holm ", pl.Float64))
-}
 
 
 def _cells(where: str, dataset: str, test: Test | None) -> dict[str, Any]:
@@ -221,6 +212,6 @@ def rows(frame: pl.DataFrame, confirmed: Sequence[Confirmation]) -> tuple[pl.Dat
     """
     if not confirmed:
         return frame, None
-    claims = pl.concat([confirmation.as_frame() for confirmation in confirmed])
+    claims = pl.concat([confirmation.as_frame() for confirmation in confirmed], how="diagonal_relaxed")
     whole = {"study": frame.to_dicts(), "confirmation": claims.to_dicts()}
     return pl.concat([frame, claims], how="diagonal_relaxed"), whole

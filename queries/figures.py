@@ -24,9 +24,14 @@ def side_by_side(n: int, width: float = 5.2, height: float = 4.0) -> tuple[Figur
     figure = Figure(figsize=(width * n, height), layout="constrained")
     axes = list(figure.subplots(1, n, squeeze=False)[0])
     for axis in axes:
-        axis.grid(axis="y", color="0.92")
-        axis.spines[["top", "right"]].set_visible(False)
+        plain(axis)
     return figure, axes
+
+
+def plain(axis: Axes) -> None:
+    """Show horizontal grid lines, and no frame at the top and right."""
+    axis.grid(axis="y", color="0.92")
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def points(

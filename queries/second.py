@@ -13,27 +13,12 @@ import polars as pl
 from actstore.advice import ingest_command, together
 from actstore.errors import BadInput, NotStored, nearest
 from actstore.named import NAME
-from actstore.queries.study import Question
+from actstore.queries.study import RUNS, Question, Row
 
 if TYPE_CHECKING:
     from actstore.store import Store
 
-Row = Mapping[str, Any]
-
 DATASETS = "from datasets order by rowid"
-RUNS = """
-select
-    runs.run,
-    weights_sha256,
-    dataset,
-    coalesce(prompt, 'task') as prompt,
-    samples,
-    variant_of,
-    change,
-    coalesce((select list(short) from sites where sites.run = runs.run), []) as held
-from runs join datasets using (dataset)
-order by runs.rowid
-"""
 SHARED = """
 with first as (select distinct tree_hash from trees where dataset = $first)
 select count(*) as n, count(first.tree_hash) as n_shared

@@ -45,13 +45,17 @@ OF_THE_MODEL = (
     "attention",
 )  # these find other runs of the model over the trees: one answer serves all
 RUNS = """
+-- one row per run; held: its sites, vectors: those of the residual stream
 select
     run,
     weights_sha256,
     dataset,
-    coalesce(prompt, 'task') = 'task' as answers,
-    variant_of is null as drawn,
-    coalesce((select list(short) from sites where sites.run = runs.run and kind = 'resid'), []) as held
+    coalesce(prompt, 'task') as prompt,
+    samples,
+    variant_of,
+    change,
+    coalesce((select list(short) from sites where sites.run = runs.run), []) as held,
+    coalesce((select list(short) from sites where sites.run = runs.run and kind = 'resid'), []) as vectors
 from runs join datasets using (dataset)
 order by runs.rowid
 """
@@ -251,7 +255,7 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
     _module(study)
     named = list(dict.fromkeys(store.resolve_run(run) for run in runs))
     known: dict[str, Row] = {row["run"]: row for row in store.sql(RUNS).iter_rows(named=True)}
-    every = [row for row in known.values() if row["answers"] and row["drawn"]]
+    every = [row for row in known.values() if row["prompt"] == "task" and not row["variant_of"]]
     asked: list[Row] = [known[run] for run in named] or every
     if not asked:
         command = advised("ingest", store.path, "--model", "reproduction")
@@ -293,10 +297,12 @@ def most_alike(base: Row, among: Iterable[Row]) -> list[Row]:
     others = [
         row
         for row in among
-        if row["answers"] and row["dataset"] == base["dataset"] and row["weights_sha256"] != base["weights_sha256"]
+        if row["prompt"] == "task"
+        and row["dataset"] == base["dataset"]
+        and row["weights_sha256"] != base["weights_sha256"]
     ]
     order = [row["weights_sha256"] for row in _firsts(others, "weights_sha256")]
-    best = _firsts(sorted(others, key=lambda row: -len({*row["held"]} & {*base["held"]})), "weights_sha256")
+    best = _firsts(sorted(others, key=lambda row: -len({*row["vectors"]} & {*base["vectors"]})), "weights_sha256")
     return sorted(best, key=lambda row: order.index(row["weights_sha256"]))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from actstore.queries.figures import points, side_by_side
-from actstore.queries.study import Test, adjustment, p_shown
+from actstore.queries.study import Answer, Test, adjustment, p_shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,8 +158,9 @@ BARS = {
 }
 
 
-def draw(results: pl.DataFrame) -> Figure:
+def plot(answer: Answer) -> Figure:
     """Draw the beginnings of continuations; with goals, also depths, places and explanations."""
+    results = answer.results
     drawn = [kind for kind in ("depth", "place") if results["metric"].str.starts_with(f"{kind} ").any()]
     figure, axes = side_by_side(1 + len(drawn))
     kinds = results.filter(metric="well_formed")["label"].to_list()

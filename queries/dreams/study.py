@@ -27,13 +27,12 @@ import polars as pl
 from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.intervals import change_over_trees, over_trees, share, sign_flip, total_variation
-from actstore.queries.dreams.figures import EXPLANATIONS, LEAST, WALK, as_frame, draw, sentence
+from actstore.queries.dreams.figures import EXPLANATIONS, LEAST, WALK, as_frame, sentence
+from actstore.queries.dreams.figures import plot as plot
 from actstore.queries.dreams.grading import CONTINUATIONS, Continuations, grade
 from actstore.queries.study import LEVEL, Answer, Progress, Test, adjusted, result_rows, test_rows
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from actstore.store import Store
 
 NAME = "dreams"
@@ -215,8 +214,3 @@ def _explained(
             expected_share = float(expected[value] / expected.sum())
             rows.append({"metric": f"{what} {value} {name}", "value": expected_share, "n": n})
     return rows
-
-
-def plot(answer: Answer) -> Figure:
-    """Draw the beginnings of continuations; with goals, also depths, places and explanations."""
-    return draw(answer.results)

@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 
 from actstore.intervals import Z_95
-from actstore.queries.figures import COLOURS, GREY, MARKERS
-from actstore.queries.study import LEVEL, Test, adjustment, p_shown
+from actstore.queries.figures import COLOURS, GREY, MARKERS, plain
+from actstore.queries.study import LEVEL, Answer, Test, adjustment, p_shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -325,16 +325,14 @@ def _range(accuracy: pl.DataFrame) -> str:
     return f"{low} at every site" if low == high else f"{low} ({worst['site']}) to {high} ({best['site']})"
 
 
-def draw(results: pl.DataFrame) -> Figure:
+def plot(answer: Answer) -> Figure:
     """Draw the results of one run: one column per kind of token, or by place.
 
     A second panel shows the values above 90 %, if there are any.
-
-    Args:
-        results: columns as in the table `results`; sites in the order of the forward pass.
     """
     from matplotlib.figure import Figure
 
+    results = answer.results
     if len(by_place(results)):
         return _draw_places(by_place(results))
     accuracy = results.filter(metric="accuracy")
@@ -405,8 +403,7 @@ def _panel(axis: Axes, results: pl.DataFrame) -> None:
     if set(labels_in(results)) & set(NODE_LABELS):
         name = f"chance, 1 of {n_nodes} nodes"
         axis.axhline(100 / n_nodes, color=GREY, linestyle="--", linewidth=1, label=name)
-    axis.grid(axis="y", color="0.92")
-    axis.spines[["top", "right"]].set_visible(False)
+    plain(axis)
 
 
 def _sites(results: pl.DataFrame) -> list[str]:
@@ -443,8 +440,7 @@ def _draw_places(places: pl.DataFrame) -> Figure:
         axis.set_title(f"{TOKEN_ROLES[role]}: {LABELS[label]}", fontsize=10)
         axis.set_xlabel("place in the list of edges")
         axis.set_ylim(-2, 104)
-        axis.grid(axis="y", color="0.92")
-        axis.spines[["top", "right"]].set_visible(False)
+        plain(axis)
     axes[0].set_ylabel("accuracy on test trees (%)")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=9, frameon=False)

@@ -34,7 +34,8 @@ from actstore.intervals import N_RESAMPLES
 from actstore.queries import load
 from actstore.queries.probes import baselines
 from actstore.queries.probes.asked import Asked, above_test
-from actstore.queries.probes.figures import LABELS, NODE_LABELS, TOKEN_ROLES, as_frame, draw, sentence
+from actstore.queries.probes.figures import LABELS, NODE_LABELS, TOKEN_ROLES, as_frame, sentence
+from actstore.queries.probes.figures import plot as plot
 from actstore.queries.probes.fit import (
     MAX_ITER,
     TOL,
@@ -53,8 +54,6 @@ from actstore.sites import not_held
 from actstore.sites import wanted as meant
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from actstore.store import Store
 
 NAME, QUERY = "probes", "probe_tokens"
@@ -404,8 +403,3 @@ def _directions(made: Fit, classes: np.ndarray, whiten: Whitening, about: dict[s
         }
         for label, direction, offset in zip(classes.tolist(), directions, offsets, strict=True)
     ]
-
-
-def plot(answer: Answer) -> Figure:
-    """Draw accuracy by site with 95 % intervals, the notebook's numbers (hollow) and chance."""
-    return draw(answer.results)

@@ -102,8 +102,10 @@ def answer(
     for question in asked:
         with progress(f"study {name} {question.of}", None, "parts") as advance:
             apart = look(store, question, confirm)
-            lacking = isinstance(apart, Exception)  # and is reported before anything is computed
-            found.append(Asked(question, error=apart) if lacking else put(store, question, seed, apart, advance))
+            if isinstance(apart, Exception):  # reported before anything is computed
+                found.append(Asked(question, error=apart))
+            else:
+                found.append(put(store, question, seed, apart, advance))
     if not any(outcome.answer for outcome in found):
         raise min(found, key=lambda outcome: not outcome.fault).error or AssertionError(name)
     return found

@@ -125,8 +125,8 @@ def _print_folded(console: Console, frame: pl.DataFrame) -> None:
             widths[name] = width
     table = _table(frame.select(list(widths)))
     table.collapse_padding = True
-    for column, width in zip(table.columns, widths.values(), strict=True):
-        column.width = width
+    for shown, width in zip(table.columns, widths.values(), strict=True):
+        shown.width = width
     console.print(table)
     if left := [printable(name) for name in frame.columns if name not in widths]:
         console.print(f"Too wide for this terminal: {'; '.join(left)} (--csv, --json and --parquet give all columns).")

@@ -112,6 +112,6 @@ class SeveralRuns(UserWarning):
 
 
 class Busy(ActstoreError, TimeoutError):
-    """Another process holds the store's writing lease."""
+    """Another process writes to the store, or has its catalog open to write."""
 
     kind = "busy"

@@ -72,6 +72,7 @@ class Store:
         Damaged: a committed file is missing or has another size than was committed, or a manifest
             is not the one that the next manifest, or the catalog, was written after. With `check`
             also: the catalog is not what was put in place.
+        Busy: a client of DuckDB has the catalog open to write.
         LimitReached: the system allows this process no more open files or memory.
         BadInput: the path is not on this machine, or this process was forked from one that had
             opened a store.

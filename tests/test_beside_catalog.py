@@ -10,7 +10,7 @@ import pytest
 
 from actstore.catalog import tables
 from actstore.commits.manifest import manifest_path
-from actstore.errors import Damaged
+from actstore.errors import Busy, Damaged
 from actstore.ingest.replay.remake import files_of
 from actstore.store import Store
 from actstore.upkeep.repair import repair
@@ -138,3 +138,23 @@ def test_a_log_beside_the_file_that_the_catalog_is_a_link_to_is_found(small, tmp
     repair(root, files_of)
     assert verify(root).findings == []
     assert catalog_rows(root / tables.CATALOG) == rows
+
+
+def test_a_catalog_that_a_client_has_open_to_write_is_in_use_and_not_damaged(small):
+    root, _ = small
+    (root / tables.CATALOG).chmod(0o644)
+    hold = "import duckdb, sys; held = duckdb.connect(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(root / tables.CATALOG)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        for read in (Store, lambda path: Store(path, check=True), verify):
+            with pytest.raises(
+                Busy, match=rf"process {holder.pid} has .*catalog.duckdb open to write.*`actstore repair "
+            ):
+                read(root)
+        repair(root, files_of)  # as the message advises
+        Store(root).close()
+        assert not verify(root).damage
+        holder.stdin.close()
+    with duckdb.connect(root / tables.CATALOG), pytest.raises(Busy, match=r"this process has .* open to write; close"):
+        Store(root)

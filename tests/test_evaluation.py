@@ -47,7 +47,7 @@ def test_a_model_that_is_always_right_has_every_token_path_and_answer(monkeypatc
     found = evaluate(model, "baseline", n_trees=300, seed=SEED)
     trees = draw("baseline", SEED, 0, 300, N_NODES)
     depths, backward = np.bincount(trees.depth), trees.is_backward()
-    overall, *by_edges_and_depth = found.table.rows(named=True)
+    overall, *by_edges_and_depth = found.frame.rows(named=True)
     by_depth = [row for row in by_edges_and_depth if row["depth"]]
     assert [(row["edges"], row["n_trees"]) for row in by_edges_and_depth[:2]] == [
         ("backward", backward.sum()),
@@ -55,7 +55,7 @@ def test_a_model_that_is_always_right_has_every_token_path_and_answer(monkeypatc
     ]
     assert (overall["depth"], overall["n_trees"], overall["n_tokens"]) == (None, 300, (depths * range(6)).sum())
     assert [(row["depth"], row["n_trees"]) for row in by_depth] == list(enumerate(depths))[1:]
-    assert all(row[measure] == 1 for row in found.table.rows(named=True) for measure in evaluation.MEASURES)
+    assert all(row[measure] == 1 for row in found.frame.rows(named=True) for measure in evaluation.MEASURES)
     assert json.loads(json.dumps(found.to_dict()))["table"][0]["greedy"] == 1
 
 
@@ -69,7 +69,7 @@ def test_one_wrong_last_step_costs_one_token_and_the_whole_path(monkeypatch):
         said[deep, at[deep]] = COMMA
 
     plant(monkeypatch, model, spoil)
-    overall, *by_depth = evaluate(model, "reproduction", n_trees=100, seed=SEED).table.rows(named=True)
+    overall, *by_depth = evaluate(model, "reproduction", n_trees=100, seed=SEED).frame.rows(named=True)
     assert overall["token"] == pytest.approx(1 - deep.sum() / trees.depth.sum())
     assert overall["whole_path"] == overall["greedy"] == pytest.approx(1 - deep.mean())
     for row in by_depth:
@@ -86,7 +86,7 @@ def test_the_baseline_must_stop_behind_the_goal_to_have_answered(monkeypatch):
             said[:, 3 * N_NODES - 1 :][said[:, 3 * N_NODES - 1 :] <= COMMA] = arrow
 
         plant(monkeypatch, model, go_on)
-        overall = evaluate(model, n_trees=64, seed=SEED).table.row(0, named=True)
+        overall = evaluate(model, n_trees=64, seed=SEED).frame.row(0, named=True)
         assert (overall["token"], overall["whole_path"], overall["greedy"]) == (1, 1, stopped)
 
 
@@ -115,12 +115,12 @@ def test_every_distribution_is_asked_for_the_models_own_first_and_each_has_its_o
     found = evaluate(model, n_trees=150, seed=SEED, progress=done.append)
     assert found.distributions == ("baseline", "reproduction", "deep")
     assert done == [128, 150, 278, 300, 428, 450]
-    overall = found.table.filter(pl.col("depth").is_null(), pl.col("edges").is_null())
+    overall = found.frame.filter(pl.col("depth").is_null(), pl.col("edges").is_null())
     assert overall["distribution"].to_list() == list(found.distributions)
     drawn = [draw(name, SEED, 0, 150, N_NODES) for name in found.distributions]
     assert overall["n_tokens"].to_list() == [trees.depth.sum() for trees in drawn]
     assert np.concatenate([t.hashes() for t in asked]).tolist() == [x for t in drawn for x in t.hashes().tolist()]
-    assert found.table.filter(pl.col("edges").is_not_null())["distribution"].unique().to_list() == ["baseline"]
+    assert found.frame.filter(pl.col("edges").is_not_null())["distribution"].unique().to_list() == ["baseline"]
     assert "150 baseline, reproduction, deep trees each of 6 nodes" in found.sentence()
 
 
@@ -134,7 +134,7 @@ def test_the_intervals_are_the_exact_ones_over_trees(monkeypatch):
         said[wrong, at[wrong]] = COMMA
 
     plant(monkeypatch, model, spoil)
-    row = evaluate(model, "reproduction", n_trees=100, seed=SEED).table.row(0, named=True)
+    row = evaluate(model, "reproduction", n_trees=100, seed=SEED).frame.row(0, named=True)
     exact = binomtest(int(100 - wrong.sum()), 100).proportion_ci()
     assert (row["greedy_low"], row["greedy_high"]) == pytest.approx((exact.low, exact.high))
     weights = trees.depth.astype(float)
@@ -157,4 +157,4 @@ def test_what_cannot_be_evaluated_is_refused():
 
 def test_the_shipped_model_finds_paths_it_was_never_shown(shipped):
     found = evaluate(shipped, "reproduction", n_trees=128)
-    assert found.table["greedy"][0] > 0.98
+    assert found.frame["greedy"][0] > 0.98

@@ -152,8 +152,8 @@ def cold_reader(shards: dict[int, Path], batches: set[int]) -> SiteReader:
     """A reader that has mapped some shards, and tells the system to read no more of them than is touched."""
     reader = SiteReader(LAYOUT, 0, shards, "a site", opener=open_without_readahead)
     for batch in batches:
-        reader.mapped.chunk_starts(batch)
-        mapped = reader.mapped._view.maps[batch][0]
+        reader.files.chunk_starts(batch)
+        mapped = reader.files._view.maps[batch][0]
         assert not LIBC.madvise(mapped.ctypes.data, len(mapped), mmap.MADV_RANDOM)
     return reader
 

@@ -76,7 +76,7 @@ def test_a_shipped_model_answers_as_often_as_its_card_says(name):
     assert stated["trees"].to_list()[0] == name
     assert {*stated["trees"]} == {*DISTRIBUTIONS, "baseline, backward", "baseline, shuffled"}
     assert stated.filter(pl.col("trees").is_in(DISTRIBUTIONS))["n"].to_list() == [20_000] * 3
-    found = evaluate(load.load(name), n_trees=256, seed=7_000_000).table.filter(pl.col("depth").is_null())
+    found = evaluate(load.load(name), n_trees=256, seed=7_000_000).frame.filter(pl.col("depth").is_null())
     for row in found.iter_rows(named=True):
         trees = ", ".join(filter(None, (row["distribution"], row["edges"])))
         greedy = stated.row(by_predicate=pl.col("trees") == trees, named=True)["greedy"]
@@ -92,7 +92,7 @@ def test_the_reproductions_moments_lead_from_its_start_to_its_end():
     for name, value in start.items():
         torch.testing.assert_close(value, fresh[name].half().float())
     steps = [
-        evaluate(load.load("reproduction", checkpoint=step), "reproduction", n_trees=128).table["token"][0]
+        evaluate(load.load("reproduction", checkpoint=step), "reproduction", n_trees=128).frame["token"][0]
         for step in KEPT
     ]
     assert np.argmax(steps) == len(steps) - 1

@@ -260,7 +260,7 @@ def test_a_card_says_what_was_trained_and_how_good_it_is_on_trees_never_seen(tmp
     model, recipe = load.load(str(path)), recipe_of(path.with_suffix(".yaml"))
     assert recipe == read_config(config)[2]
     again = evaluate(model, n_trees=300, recipe=recipe)
-    assert graded.table.equals(again.table)
+    assert graded.frame.equals(again.frame)
     text = path.with_suffix(".md").read_text()
     assert f"sha256 `{model.weights_sha256}`" in text
     assert (
@@ -270,8 +270,8 @@ def test_a_card_says_what_was_trained_and_how_good_it_is_on_trees_never_seen(tmp
     rows = [
         line.split(" | ") for line in text.splitlines() if re.match(r"\| [\w, ]+ \| (all|\d+) \| \d+ \| \S+ \(", line)
     ]
-    assert [int(row[2]) for row in rows] == graded.table["n_trees"].to_list()
-    assert [float(row[5].split()[0]) for row in rows] == [round(100 * share, 2) for share in graded.table["greedy"]]
+    assert [int(row[2]) for row in rows] == graded.frame["n_trees"].to_list()
+    assert [float(row[5].split()[0]) for row in rows] == [round(100 * share, 2) for share in graded.frame["greedy"]]
     path.with_suffix(".yaml").write_text(yaml.safe_dump(model.config.to_mapping()))
     with pytest.raises(BadInput, match="names no recipe"):
         write_card(path, 300)

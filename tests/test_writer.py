@@ -516,7 +516,7 @@ def test_store_json_says_the_format_and_who_made_it(whole: Path) -> None:
 def test_a_writer_reads_the_small_tables_without_a_catalog(whole: Path) -> None:
     with open_writer(whole) as opened:
         assert isinstance(opened, Writer)
-        assert opened.table("runs")["run"].to_list() == ["r"]
-        assert opened.table("sites")["short"].to_list() == ["resid_post.0"]
-        assert opened.table("results").is_empty()
+        assert opened.rows_of("runs")["run"].to_list() == ["r"]
+        assert opened.rows_of("sites")["short"].to_list() == ["resid_post.0"]
+        assert opened.rows_of("results").is_empty()
         assert opened.batches("r") == {0, 1}

@@ -56,7 +56,7 @@ class SiteReader(Placed):
         opener_reads: bool = False,
     ) -> None:
         super().__init__(layout, first_tree_id, shards, where, is_token)
-        self.mapped, self.opener_reads = Shards(layout, shards, where, opener, opener_reads), opener_reads
+        self.files, self.opener_reads = Shards(layout, shards, where, opener, opener_reads), opener_reads
 
     def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Read the activations of the given tokens.
@@ -101,7 +101,7 @@ class SiteReader(Placed):
         inside = row.min(initial=0) >= 0 and row.max(initial=0) < self.layout.shape[0] * POSITIONS_PER_TREE
         position = row & POSITION_MASK
         row >>= POSITION_BITS
-        found = self.mapped.find(row, position) if inside else None
+        found = self.files.find(row, position) if inside else None
         if found is None:
             self.places(token_ids)  # raises, with which and why
             raise Damaged(
@@ -130,7 +130,7 @@ class SiteReader(Placed):
         n_pages = 0
         for number in batches:
             of_batch = batch == number
-            starts = self.mapped.chunk_starts(number)[position[of_batch]] + slot[of_batch] * row_bytes
+            starts = self.files.chunk_starts(number)[position[of_batch]] + slot[of_batch] * row_bytes
             n_pages += len(np.union1d(_pages(starts, row_bytes), _pages(index_start, layout.index_bytes)))
         return Cost(n_chunks, len(batches), n_bytes, n_pages * mmap.PAGESIZE)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from actstore.errors import BadInput, Damaged, advised
+from actstore.errors import BadInput, Busy, Damaged, advised
 from actstore.storage.folder import check_path
 from actstore.storage.local import discard
 from actstore.storage.machine import limit_reached, refuse_forked
@@ -36,6 +36,18 @@ def in_parts(error: Exception) -> tuple[str, list[str]]:
 def one_line(error: Exception) -> str:
     """DuckDB's message, without the copy of the query at its end."""
     return in_parts(error)[0]
+
+
+def in_use(error: Exception, root: Path) -> Busy | None:
+    """The error for a catalog that somebody has open to write; None for another error of DuckDB."""
+    if "is already attached" in str(error):
+        return Busy(f"this process has {root / CATALOG} open to write; close that connection of DuckDB first")
+    if found := re.search(r"Conflicting lock is held in .*\(PID (\d+)", str(error)):
+        return Busy(
+            f"process {found[1]} has {root / CATALOG} open to write, and DuckDB lets no other read it meanwhile; end that "
+            f"process, or put a new catalog in the place of its own with {advised('repair', root)}"
+        )
+    return None
 
 
 CATALOG = "catalog.duckdb"

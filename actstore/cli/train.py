@@ -49,7 +49,7 @@ def train(name: str, out: Path, **options: Any) -> None:
 
     click.get_current_context().meta[KEPT] = lambda: kept(out)
     weights, graded = verbs.train(name, out, **options, progress=progress)
-    Output().write(graded.table)
+    Output().write(graded.frame)
     say(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
 
 

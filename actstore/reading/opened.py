@@ -151,20 +151,10 @@ class Opened:
         params: Mapping[str, Any] | None = None,
         timeout: float | None = None,
         memory: str | int | None = None,
-    ) -> pl.DataFrame:
-        """See Store.sql."""
-        return self.ask(query, params, timeout, memory)
-
-    def ask(
-        self,
-        query: str,
-        params: Mapping[str, Any] | None,
-        timeout: float | None,
-        memory: str | int | None,
         reads: str | None = None,
         check: Check | None = None,
     ) -> pl.DataFrame:
-        """Run a query as `sql` does.
+        """See Store.sql.
 
         Args:
             query, params, timeout, memory: see Store.sql.

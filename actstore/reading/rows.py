@@ -47,7 +47,7 @@ def read_ids(
         if columns:
             columns(names)
 
-    rows = store.ask(query, params, timeout, memory, run, check)
+    rows = store.sql(query, params, timeout, memory, run, check)
     return token_ids(rows), rows
 
 

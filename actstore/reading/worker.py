@@ -55,7 +55,7 @@ def main() -> None:
             with warnings.catch_warnings(record=True) as notes:
                 warnings.simplefilter("always", errors.SeveralRuns)
                 asked_of = store if asked["of"] is None else store.of(asked["of"])
-                frame = asked_of.ask(asked["query"], params, None, None, asked["reads"], tell)
+                frame = asked_of.sql(asked["query"], params, reads=asked["reads"], check=tell)
         said = [str(note.message) for note in notes if issubclass(note.category, errors.SeveralRuns)]
         out.write(ROWS + json.dumps(said).encode() + b"\n")
         frame.write_ipc_stream(out)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -78,9 +77,7 @@ def add_functions(session: Session, store: Snapshot) -> Vectors:
     try:
         session.look_up("select 1 from latest_results limit 0")
     except BadInput:  # an older catalog
-        with suppress(BadInput):  # one from before results had names
-            session.look_up("select name, direction from results limit 0")
-            session.add_view("main.latest_results", tables.view("latest_results"))
+        session.add_view("main.latest_results", tables.view("latest_results"))
     for macro, body in MACROS.items():
         session.add_macro(macro, body.format(vector="array" if d_model else "list", positions=POSITIONS_PER_TREE))
     return vectors
@@ -224,13 +221,8 @@ def _read_direction(store: Snapshot, name: str) -> np.ndarray:
     """float32 [d_model]: the direction last recorded under a name.
 
     Raises:
-        NotStored: there is no direction of this name, or the catalog predates directions.
+        NotStored: there is no direction of this name.
     """
-    if "direction" not in store.sql("from results limit 0").columns:
-        raise NotStored(
-            f"no probe direction {name!r}: an older version made this store's catalog; bring it up to date with "
-            f"{advised('repair', store.path)}, then record some with {advised('study', store.path, 'probes')}"
-        )
     known = "from latest_results where direction is not null"
     found = store.sql(f"select direction {known} and name = $name order by recorded desc limit 1", {"name": name})
     if len(found):

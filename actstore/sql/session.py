@@ -21,7 +21,7 @@ import duckdb
 import polars as pl
 from duckdb.func import PythonUDFType
 
-from actstore.catalog.tables import ctrl_c, located, one_line
+from actstore.catalog.tables import ctrl_c, in_use, located, one_line
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
 from actstore.sql.refused import refusal
 from actstore.storage.folder import is_unicode
@@ -63,6 +63,7 @@ class Session:
 
     Raises:
         Damaged: the catalog cannot be opened.
+        Busy: a client of DuckDB has the catalog open to write.
         LimitReached: this process may have no more files open, or no more memory.
         BadInput: this process was forked from one that had opened a session.
     """
@@ -81,8 +82,12 @@ class Session:
             self._close_file = finalize_here(self, os.close, self._file)
         except (duckdb.Error, OSError, MemoryError) as error:
             self.close()
-            raise limit_reached(error, f"cannot open {catalog}") or Damaged(
-                f"{catalog} cannot be opened ({one_line(error)}); rebuild it with {advised('repair', catalog.parent)}"
+            raise (
+                limit_reached(error, f"cannot open {catalog}")
+                or in_use(error, catalog.parent)
+                or Damaged(
+                    f"{catalog} cannot be opened ({one_line(error)}); rebuild it with {advised('repair', catalog.parent)}"
+                )
             ) from error
         if memory is not None:
             self._connection.execute(f"set memory_limit = '{memory}B'")

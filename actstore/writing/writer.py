@@ -82,9 +82,9 @@ class Writer:
         catalog_tables.discard_beside(root / catalog_tables.CATALOG)
         self._files = {file.path: file for manifest in self._log for file in manifest.files}
 
-    def table(self, name: str) -> pl.DataFrame:
+    def rows_of(self, table: str) -> pl.DataFrame:
         """All committed rows of one of the small tables (models, datasets, runs, sites)."""
-        return rows_committed(self.root, self._log, name)
+        return rows_committed(self.root, self._log, table)
 
     def batches(self, run: str) -> set[int]:
         """Numbers of the run's committed batches."""
@@ -109,7 +109,7 @@ class Writer:
         """
         model = self._model(plan.model)
         first_tree_id = self._first_tree_id(plan.dataset)
-        if stored_run(self.table("runs").to_dicts(), self.table("sites").to_dicts(), plan):
+        if stored_run(self.rows_of("runs").to_dicts(), self.rows_of("sites").to_dicts(), plan):
             return first_tree_id
         parts = [
             *self._part(part_content("models", model["weights_sha256"], [model])),
@@ -126,7 +126,7 @@ class Writer:
 
     def _model(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row of `models` for these weights: the stored row if there is one, under any name."""
-        for row in self.table("models").to_dicts():
+        for row in self.rows_of("models").to_dicts():
             if row["weights_sha256"] == model["weights_sha256"]:
                 what = f"the model of weights {model['weights_sha256'][:12]}"
                 must_agree(
@@ -136,7 +136,7 @@ class Writer:
         return model
 
     def _first_tree_id(self, dataset: Mapping[str, Any]) -> int:
-        known = self.table("datasets").to_dicts()
+        known = self.rows_of("datasets").to_dicts()
         if stored := stored_dataset(known, dataset):
             return int(stored["first_tree_id"])
         return max((row["first_tree_id"] + row["n_trees"] for row in known), default=0)

@@ -36,7 +36,7 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda trees: None) ->
     """
     check_room(job.store, job.bytes_left(), f"run {job.plan.run!r}")
     with open_writer(job.store, make=True, wait=job.wait) as writer:
-        originals = job.originals(writer.table("datasets"))
+        originals = job.originals(writer.rows_of("datasets"))
         first_tree_id = writer.define(job.plan)
         done = writer.batches(job.plan.run)
         left = [batch for batch in range(job.n_batches) if batch not in done]

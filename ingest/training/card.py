@@ -60,7 +60,7 @@ def card(config: ModelConfig, recipe: Recipe, rows: list[Row], graded: Evaluatio
     """
     n_trees = recipe.steps * recipe.batch_size
     n_deep = recipe.steps * round(recipe.deep_share * recipe.batch_size)
-    whole = graded.table.filter(pl.col("depth").is_null(), pl.col("edges").is_null())
+    whole = graded.frame.filter(pl.col("depth").is_null(), pl.col("edges").is_null())
     return (
         files(__package__)
         .joinpath("card.md")
@@ -82,7 +82,7 @@ def card(config: ModelConfig, recipe: Recipe, rows: list[Row], graded: Evaluatio
             minutes=rows[-1]["seconds"] / 60,
             kept=", ".join(f"{step:,}" for step in KEPT if step < recipe.steps),
             left_out=", ".join(f"{n:,} `{name}`" for name, n in (graded.n_left_out or {}).items()),
-            accuracy="\n".join(map(_accuracy, graded.table.iter_rows(named=True))),
+            accuracy="\n".join(map(_accuracy, graded.frame.iter_rows(named=True))),
             log_every=rows[0]["step"],
             learning="\n".join(
                 _learnt(min(rows, key=lambda row: abs(row["step"] - share * recipe.steps))) for share in LEARNT

@@ -48,7 +48,7 @@ class Evaluation:
         n_trees: trees evaluated per distribution.
         n_left_out: trees per distribution that were drawn but left out, since training had seen
             them; None without a recipe.
-        table: columns distribution, edges, depth, n_trees, n_tokens, and for each of MEASURES the
+        frame: columns distribution, edges, depth, n_trees, n_tokens, and for each of MEASURES the
             share right and its exact 95 % interval over trees: token, token_low, token_high, … Each
             distribution has a row for all its trees (depth null), then a row per depth. `baseline`
             also has a row each for trees with `backward` and `shuffled` edges.
@@ -61,11 +61,12 @@ class Evaluation:
     n_nodes: int
     n_trees: int
     n_left_out: dict[str, int] | None
-    table: pl.DataFrame
+    frame: pl.DataFrame
 
     def to_dict(self) -> dict[str, object]:
-        """The evaluation as plain data for JSON; the table becomes a list of rows."""
-        return {**vars(self), "distributions": list(self.distributions), "table": self.table.to_dicts()}
+        """The evaluation as plain data for JSON; the frame becomes `table`, a list of rows."""
+        about = vars(self) | {"distributions": list(self.distributions)}
+        return about | {"table": about.pop("frame").to_dicts()}
 
     def sentence(self) -> str:
         """One line: model, trees, and trees left out."""

@@ -63,7 +63,7 @@ def plant(
         facts={"device": "cpu", "versions": "{}"},
     )
     with open_writer(root, make=True) as writer:
-        known = set(writer.table("trees")["tree_id"].to_list()) if writer.table("datasets").height else set()
+        known = set(writer.rows_of("trees")["tree_id"].to_list()) if writer.rows_of("datasets").height else set()
         first = writer.define(plan)
         for batch in range(-(-len(trees) // per_shard)) if batches is None else batches:
             rows = slice(batch * per_shard, min((batch + 1) * per_shard, len(trees)))

@@ -82,5 +82,5 @@ def evaluate(model: str, output: Output, **options: Any) -> None:
     from actstore.cli.progress import progress
 
     answer = verbs.evaluate(model, **options, progress=progress)
-    output.write(answer.table, answer.to_dict())
+    output.write(answer.frame, answer.to_dict())
     say(answer.sentence(), err=True)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from actstore.commits.format import store_around
 from actstore.errors import BadInput
-from actstore.storage.folder import is_unicode
-from actstore.storage.local import write_whole
+from actstore.storage.at import is_unicode
 from actstore.storage.refused import needing_room
+from actstore.storage.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

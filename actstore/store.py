@@ -26,6 +26,7 @@ from actstore.reading.activations import Dtype, Form
 from actstore.reading.opened import Opened
 from actstore.reading.rows import read_ids
 from actstore.sites import Site, wanted
+from actstore.storage.at import absolute
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +134,7 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle a store as its path. Loading opens the store at the snapshot of that moment."""
-        return _reopened, (self.path.absolute(), self.check, self.only)
+        return _reopened, (absolute(self.path), self.check, self.only)
 
     def close(self) -> None:
         """Close the store; in a process forked after it was opened, do nothing."""

@@ -19,7 +19,7 @@ import polars as pl
 
 from actstore.errors import BadInput
 from actstore.outputs import Work, check_file, silent
-from actstore.storage.folder import place
+from actstore.storage.at import place
 from actstore.store import Store
 from actstore.version import __version__
 

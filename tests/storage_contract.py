@@ -19,6 +19,7 @@ import pytest
 import xxhash
 
 from actstore.errors import ActstoreError, Busy, Damaged
+from actstore.storage.at import at
 from actstore.storage.backend import File, Storage
 
 RACERS = 8
@@ -71,7 +72,11 @@ class StorageContract(ABC):
         """Another process that acts with each content once a line is written to it; it waits until its input ends."""
         code = IN_ANOTHER_PROCESS.format(act=act)
         started = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # the place may be of a class of tests
         )
         assert started.stdin is not None
         assert started.stdout is not None
@@ -271,6 +276,76 @@ class StorageContract(ABC):
             other.send_signal(signal.SIGKILL)
             with place.lease(wait=10):
                 pass
+
+    def test_a_place_is_made_once_and_whole(self, place: Storage) -> None:
+        def fails(root: Path) -> None:
+            raise OSError("of the disk")
+
+        place = at(place.root / "made")
+        with pytest.raises(OSError, match="of the disk"):
+            place.make("last", ["a"], fails)
+        assert not place.has("last")
+        for content in (b"first", b"second"):
+
+            def fill(root: Path, content: bytes = content) -> None:
+                at(root).publish("a/x", content)
+                at(root).publish("last", content)
+
+            assert place.unusable() == place.unwritable() == "" or place.has("last")
+            place.make("last", ["a"], fill)
+        assert (place.read("a/x"), place.read("last")) == (b"first", b"first")
+
+    def test_a_token_is_the_hash_of_the_content(self, place: Storage) -> None:
+        assert place.publish("x", b"content").xxh3_128 == place.token("x")
+
+    def test_something_has_a_path_or_nothing_has(self, place: Storage) -> None:
+        place.publish("a/x", b"")
+        assert [place.has(path) for path in ("a/x", "x", "a/x/y", "no/x")] == [True, False, False, False]
+
+    def test_what_no_path_names_is_listed_and_tidying_leaves_the_rest(self, place: Storage) -> None:
+        for path in ("a/x", "a/b/y", "a/z", "c/x", "top"):
+            place.publish(path, b"")
+        assert list(place.unnamed(["a", "no"], ["a/z", "c/x"])) == ["a/b/y", "a/x"]
+        place.tidy(["top"], ["a", "no"])
+        assert place.list("") == ["a/b/y", "a/x", "a/z", "c/x", "top"]
+        assert not place.linked(["a/x"])
+        assert place.broken("a/x") == ""
+
+    def test_a_library_gets_paths_of_this_machine(self, place: Storage) -> None:
+        contents = {"a/x": b"1", "a/b/y": bytes(3 << 20), "a/xx": b"3"}
+        for path, content in contents.items():
+            place.publish(path, content)
+        with place.local(contents) as paths:
+            assert [path.read_bytes() for path in paths] == list(contents.values())
+        with place.local(["a"]) as [folder]:
+            assert {path: (folder.parent / path).read_bytes() for path in contents} == contents
+        with pytest.raises(FileNotFoundError), place.local(["b"]) as [absent]:
+            absent.read_bytes()
+
+    def test_a_descriptor_shows_the_file_to_its_end(self, place: Storage) -> None:
+        place.publish("x", b"content")
+        descriptor = place.descriptor("x")
+        try:
+            place.swap("x", b"another")
+            assert os.pread(descriptor, 10, 0) == b"content"
+            assert os.fstat(descriptor).st_size == 7
+        finally:
+            os.close(descriptor)
+        with pytest.raises(FileNotFoundError):
+            place.descriptor("y")
+
+    def test_what_is_held_open_compares_hashes_if_it_is_given_any(self, place: Storage) -> None:
+        hashes = {path: place.publish(path, path.encode()).xxh3_128 for path in ("a", "b")}
+        for committed in (None, {"a": hashes["a"], "b": hashes["a"]}):
+            held = place.hold(committed)
+            held.check()
+            assert held.identity() == place.hold().identity()
+            assert (held.read("a"), held.committed) == (b"a", committed)
+            if committed:
+                for read in (held.read, held.descriptor):
+                    with pytest.raises(Damaged, match="not what was committed"):
+                        read("b")
+            held.close()
 
     def test_room_is_a_number_of_bytes(self, place: Storage) -> None:
         assert place.free_room() > 0

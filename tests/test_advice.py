@@ -226,7 +226,7 @@ CASES = [
     Case("actstore/commits/format.py:_no_store", ["sql", "STORE", "select 1"], shutil.rmtree, more=FEW),
     Case("actstore/commits/format.py:check_format", ["study", "STORE", "depth"], of_format_2),
     Case("actstore/commits/format.py:_mend", ["info", "STORE"], flipped("store.json")),
-    Case("actstore/storage/folder.py:_check_hash", READ, shard_flipped, commands=2),
+    Case("actstore/storage/local.py:_check_hash", READ, shard_flipped, commands=2),
     Case("actstore/sql/session.py:__init__", ["info", "STORE"], without_catalog),
     Case("actstore/reading/opened.py:_catalog_errors", ["info", "STORE"], of_another_database),
     Case(

@@ -25,6 +25,7 @@ from actstore.arrays.metadata import metadata
 from actstore.arrays.pack import ShardBuffer
 from actstore.arrays.reader import SiteReader
 from actstore.errors import BadInput, Damaged, NotStored
+from actstore.storage.local import Local
 from actstore.store import Store
 from tests.stores import Fake, fake
 
@@ -209,12 +210,16 @@ def written(folder: Path, layout: Layout, first: int, seed: int) -> tuple[SiteRe
     values, lengths = planted(layout, seed)
     paths = {}
     for batch, shard in enumerate(pack(layout, values, lengths)):
-        paths[batch] = folder / str(batch)
-        paths[batch].unlink(missing_ok=True)
-        paths[batch].write_bytes(shard)
+        paths[batch] = str(batch)
+        (folder / paths[batch]).unlink(missing_ok=True)
+        (folder / paths[batch]).write_bytes(shard)
     tree, position = np.nonzero(np.arange(layout.n_positions) < lengths[:, None])
     by_position = np.moveaxis(values, layout.position_axis, 1)
-    return SiteReader(layout, first, paths, "a site"), (first + tree) * 256 + position, by_position[tree, position]
+    return (
+        SiteReader(layout, first, paths, "a site", Local(folder)),
+        (first + tree) * 256 + position,
+        by_position[tree, position],
+    )
 
 
 @given(layouts(), st.integers(0, 10**6), st.integers(0, 2**32), st.data())
@@ -271,7 +276,7 @@ def test_a_number_too_large_for_float16_is_refused_and_not_read_as_infinity(fold
     layout = Layout((1, 2, 3), 1, 1)
     values = np.array([[[1, 2, 3], [4, 70_000, np.inf]]], np.float32)
     (folder / "large").write_bytes(pack(layout, values, np.array([2]))[0])
-    reader = SiteReader(layout, 0, {0: folder / "large"}, "a site")
+    reader = SiteReader(layout, 0, {0: "large"}, "a site", Local(folder))
     np.testing.assert_array_equal(reader.gather(np.array([0, 1])), values[0])
     reader.gather(np.array([0]), out=np.empty((1, 3), np.float16))
     with pytest.raises(BadInput, match="too large for float16; read it as float32"):
@@ -287,7 +292,7 @@ def test_nan_that_the_model_computed_is_read_and_padding_is_refused(folder: Path
         asked.append(ids.tolist())
         return ids < 2
 
-    reader = SiteReader(layout, 0, {0: folder / "nan"}, "a site", is_token)
+    reader = SiteReader(layout, 0, {0: "nan"}, "a site", Local(folder), is_token)
     assert np.isnan(reader.gather(np.array([1, 0]))).all()
     with pytest.raises(NotStored, match=r"1 of 2 token ids, the first being 2 \(padding"):
         reader.gather(np.array([1, 2]))
@@ -304,7 +309,7 @@ def test_chunks_in_another_order_are_found_by_the_shards_index(folder: Path) -> 
     index = np.array([[(4 - place) * size, size] for place in range(5)], "<u8").tobytes()
     crc = google_crc32c.value(index).to_bytes(4, "little")
     (folder / "reversed").write_bytes(b"".join(reversed(chunks)) + index + crc)
-    reader = SiteReader(layout, 0, {0: folder / "reversed"}, "a site")
+    reader = SiteReader(layout, 0, {0: "reversed"}, "a site", Local(folder))
     ids = np.arange(4)[:, None] * 256 + np.arange(5)
     np.testing.assert_array_equal(reader.gather(ids.reshape(-1)).reshape(values.shape), values)
 
@@ -321,15 +326,15 @@ def test_a_shard_whose_index_is_not_its_own_is_damaged_and_named(folder: Path, w
         shard[-4:] = google_crc32c.value(bytes(shard[start:-4])).to_bytes(4, "little")
     (folder / what).write_bytes(shard)
     with pytest.raises(Damaged, match="lacks chunks" if what == "absent" else f"index of {folder / what}"):
-        SiteReader(layout, 0, {0: folder / what}, "a site").gather(np.array([0]))
+        SiteReader(layout, 0, {0: what}, "a site", Local(folder)).gather(np.array([0]))
 
 
 def test_readers_in_many_threads_map_shards_while_others_copy(run: Fake, root: Path) -> None:
     layout = run.plan.sites[0].layout
-    paths = {b: root / "activations.zarr" / "r" / RESID / layout.shard_name(b) for b in COMMITTED}
+    paths = {b: f"activations.zarr/r/{RESID}/{layout.shard_name(b)}" for b in COMMITTED}
     stored = run.as_stored(RESID, COMMITTED)
     for _ in range(20):
-        reader = SiteReader(layout, 0, paths, "the site")
+        reader = SiteReader(layout, 0, paths, "the site", Local(root))
         trees = [0, 6, 1, 7, 2] * 4
         with ThreadPoolExecutor(8) as threads:
             rows = list(threads.map(lambda tree, reader=reader: reader.gather(np.array([tree * 256 + 4]))[0], trees))
@@ -343,7 +348,7 @@ FIRST = 7  # tree_id of the first tree: none below is this run's
 def reader(run: Fake, root: Path) -> SiteReader:
     layout = run.plan.sites[0].layout
     array = root / "activations.zarr" / "r" / RESID
-    return SiteReader(layout, FIRST, {batch: array / layout.shard_name(batch) for batch in COMMITTED}, "the site")
+    return SiteReader(layout, FIRST, {batch: layout.shard_name(batch) for batch in COMMITTED}, "the site", Local(array))
 
 
 @pytest.mark.parametrize(
@@ -407,4 +412,4 @@ def test_a_shard_cut_short_or_gone_is_damaged_and_named(
     if keep is not None:
         shard.write_bytes((root / "activations.zarr" / "r" / RESID / layout.shard_name(0)).read_bytes()[:keep])
     with pytest.raises(Damaged, match=str(shard)):
-        SiteReader(layout, 0, {0: shard}, "the site").gather(np.array([0]))
+        SiteReader(layout, 0, {0: "cut"}, "the site", Local(tmp_path)).gather(np.array([0]))

@@ -18,9 +18,9 @@ from actstore.catalog import hash_note, tables
 from actstore.catalog.tables import CATALOG
 from actstore.errors import Damaged
 from actstore.reading import sites
-from actstore.storage import folder
-from actstore.storage.folder import CheckedFolder
+from actstore.storage import local
 from actstore.storage.hashing import hash_of
+from actstore.storage.local import CheckedFolder
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
@@ -136,7 +136,7 @@ def test_each_file_is_hashed_once_an_open(whole, monkeypatch):
     hashed: list[str] = []
     real = hash_of
     monkeypatch.setattr(
-        folder, "hash_of", lambda file: hashed.append(os.readlink(f"/proc/self/fd/{file}")) or real(file)
+        local, "hash_of", lambda file: hashed.append(os.readlink(f"/proc/self/fd/{file}")) or real(file)
     )
     with Store(whole, check=True) as store:
         for _ in range(2):

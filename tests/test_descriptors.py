@@ -25,6 +25,7 @@ from actstore.errors import Damaged, LimitReached
 from actstore.reading import batches as batching
 from actstore.sql import process
 from actstore.storage import machine
+from actstore.storage.local import Local
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
@@ -156,27 +157,28 @@ def shard(folder: Path) -> tuple[Layout, Path]:
     [(errno.EMFILE, "ulimit -n"), (errno.ENFILE, r"fs\.file-max"), (errno.ENOMEM, "ulimit -v"), (errno.EIO, None)],
 )
 def test_what_the_system_refuses_says_what_ran_out(tmp_path, reason, advice):
-    def refuse(path):
-        raise OSError(reason, os.strerror(reason))
+    class Refusing(Local):
+        def open_for_map(self, path):
+            raise OSError(reason, os.strerror(reason))
 
-    layout, path = shard(tmp_path)
+    layout, _ = shard(tmp_path)
     with pytest.raises(LimitReached if advice else Damaged, match=advice or "Input/output error"):
-        SiteReader(layout, 0, {0: path}, "a site", opener=refuse).gather(np.array([0]))
+        SiteReader(layout, 0, {0: "shard"}, "a site", Refusing(tmp_path)).gather(np.array([0]))
 
 
 def test_a_process_that_has_all_its_maps_says_so(tmp_path, monkeypatch):
-    layout, path = shard(tmp_path)
+    layout, _ = shard(tmp_path)
     (tmp_path / "max_map_count").write_text("10\n")
     monkeypatch.setattr(machine, "MAPS", tmp_path / "max_map_count")
     of_file = mapped._Map
     monkeypatch.setattr(mapped, "_Map", lambda descriptor, size: of_file(descriptor, 2**60))  # which no system maps
     with pytest.raises(LimitReached, match=r"maps of memory and may have 10: .*`sysctl -w vm\.max_map_count=40`"):
-        SiteReader(layout, 0, {0: path}, "a site").gather(np.array([0]))
+        SiteReader(layout, 0, {0: "shard"}, "a site", Local(tmp_path)).gather(np.array([0]))
 
 
 def test_a_shard_is_mapped_without_a_descriptor_until_the_last_array_goes(tmp_path):
     layout, path = shard(tmp_path)
-    reader = SiteReader(layout, 0, {0: path}, "a site")
+    reader = SiteReader(layout, 0, {0: "shard"}, "a site", Local(tmp_path))
     X = reader.gather(np.array([0]))
     windows, offsets = reader.files.find(np.array([0]), np.array([0]))
 

@@ -27,7 +27,7 @@ from actstore.arrays.site import Cost
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
 from actstore.reading.explain import Explanation
-from actstore.storage.folder import Folder
+from actstore.storage.local import Folder, Local
 from actstore.store import Store
 from tests.stores import Fake, fake
 
@@ -142,15 +142,18 @@ def drop(path: Path) -> int:
     return resident(path)
 
 
-def open_without_readahead(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-    return descriptor
+class WithoutReadahead(Local):
+    def open_for_map(self, path: str) -> int:
+        descriptor = super().open_for_map(path)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        return descriptor
 
 
 def cold_reader(shards: dict[int, Path], batches: set[int]) -> SiteReader:
     """A reader that has mapped some shards, and tells the system to read no more of them than is touched."""
-    reader = SiteReader(LAYOUT, 0, shards, "a site", opener=open_without_readahead)
+    reader = SiteReader(
+        LAYOUT, 0, {batch: path.name for batch, path in shards.items()}, "a site", WithoutReadahead(shards[0].parent)
+    )
     for batch in batches:
         reader.files.chunk_starts(batch)
         mapped = reader.files._view.maps[batch][0]
@@ -238,7 +241,7 @@ def test_a_reader_opens_again_wherever_it_is_pickled_to(folder: Path, monkeypatc
     array[:] = np.arange(60).reshape(5, 4, 3)
     monkeypatch.chdir(folder)
     readers = (
-        SiteReader(layout, 0, {0: Path("shard")}, "a site"),
+        SiteReader(layout, 0, {0: "shard"}, "a site", Local(Path())),
         ForeignReader(Path("pickled"), layout, 0, None, "a site"),
     )
     pickled = [pickle.dumps(reader.again()) for reader in readers]

@@ -18,7 +18,7 @@ from actstore.cli import main
 from actstore.errors import ActstoreError, BadInput, NotStored
 from actstore.ingest.models.load import load
 from actstore.queries import select
-from actstore.storage.folder import place
+from actstore.storage.at import place
 from actstore.store import Store
 from tests.stores import fake, files
 

@@ -143,3 +143,76 @@ def test_nothing_private_is_taken_from_elsewhere(module):
             of_own = isinstance(node.value, ast.Name) and node.value.id in own
             of_python = isinstance(node.value, ast.Name) and node.value.id in ("os", "sys")
             assert of_own or of_python, f"{FILES[module]}:{node.lineno}: {ast.unparse(node)}"
+
+
+# The storage seam: a store's bytes are touched in storage/ alone; all else asks storage.at for their place.
+
+CALLS = {  # that touch a file: of os, and of any path
+    "os": "open link symlink unlink remove rename replace rmdir mkdir makedirs scandir listdir walk truncate",
+    "": "open read_bytes read_text write_bytes write_text glob rglob iterdir unlink rmdir mkdir touch",
+}
+OF_PATHS = {"local", "whole", "lease", "links", "regular", "hashing"}  # modules of storage/ that take paths
+NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a store's
+    "catalog.build": "regular.check_regular shutil.copyfile path.unlink temporary.touch",  # what the place lends
+    "catalog.hash_note": "hashing.hash_of hashing.hash_of_file",  # a descriptor, and the new catalog
+    "catalog.tables": "regular.check_regular shutil.copyfile files('actstore.catalog').joinpath('schema.sql').read_text",
+    "cli.output": "target.open",  # the user's
+    "cli.terminal": "os.open",  # /dev/null
+    "commits.format": "root.absolute().parent.glob",  # the names of stores beside, for a message
+    "ingest.models.config": "open",  # models and their configurations, until the next comment
+    "ingest.models.load": "folder.glob path.read_bytes target.read_bytes weights.with_suffix('').glob",
+    "ingest.models.weights": "path.parent.mkdir path.read_bytes under_way.write_bytes whole.write_whole",
+    "ingest.replay.definitions": "path.read_bytes",
+    "ingest.training.card": "info.read_text weights.with_suffix('.jsonl').read_text",
+    "ingest.training.checkpoints": "(self.out/self.name).mkdir local.Local self.log_path.open self.log_path.read_text",
+    "ingest.training.recipe": "(SHIPPED/'configs').glob",
+    "named": "folder.glob",
+    "outputs": "target.write_text whole.write_whole",  # the user's
+    "queries": "files(__name__).iterdir files(__name__).joinpath(f'{name}.sql').read_text",
+    "queries.probes.baselines": "Path(file).read_text",  # the user's query
+    "queries.report": "page.parent.mkdir",  # the user's
+    "sql.process": "Path(f'/proc/{pid}/status').read_text",
+    "sql.session": "regular.check_regular regular.open_regular",  # the catalog that the place lends
+    "store": "files('actstore.catalog').joinpath('info.sql').read_text",
+    "upkeep.verify": "hashing.hash_of",  # a descriptor
+    "writing.recording": "file.read_bytes",  # results that were kept beside the store
+}
+
+
+def touches(source: ast.Module) -> set[str]:
+    """The calls by which a file touches files by their path, and what it takes from storage/ to do so."""
+    found = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+            if of == "shutil" or node.func.attr in named(CALLS["os" if of == "os" else ""]):
+                found.add(ast.unparse(node.func).replace(" / ", "/"))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
+            found.add("open")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("actstore.storage"):
+            of = str(node.module).rpartition(".")[2]
+            whole = {name.name for name in node.names} & OF_PATHS if of == "storage" else set()
+            taken = {f"{of}.{name.name}" for name in node.names if of in OF_PATHS and not name.name.isupper()}
+            found |= whole | taken
+    return found
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if room_of(module) != "storage"])
+def test_a_stores_bytes_are_touched_in_storage_alone(module):
+    may = named(NO_STORE_OF_ITS_OWN.get(module.removeprefix("actstore."), ""))
+    assert touches(tree(module)) == may, f"{FILES[module]}: ask storage.at.at(root) for the store's place instead"
+
+
+def test_what_would_pass_the_seam_by_is_seen():
+    lines = {
+        "(root / path).read_bytes()": "(root/path).read_bytes",
+        "os.open(path, 0)": "os.open",
+        "open(path)": "open",
+        "shutil.rmtree(root)": "shutil.rmtree",
+        "from actstore.storage.local import Local": "local.Local",
+        "from actstore.storage import links": "links",
+        "from actstore.storage.regular import LONGEST": None,
+        "place.descriptor(path)": None,
+    }
+    for line, seen in lines.items():
+        assert touches(ast.parse(line)) == ({seen} if seen else set()), line

@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 from actstore.commits import log
 from actstore.commits.manifest import Manifest, Part, Shard, TableOfParts, manifest_path
 from actstore.errors import Busy, Damaged, NoRoom
+from actstore.storage.at import check_room
 from actstore.storage.backend import File
 from actstore.storage.lease import lease
-from actstore.storage.local import BLOCK, DIRECT_FROM, Local, check_room
+from actstore.storage.local import Local
+from actstore.storage.whole import BLOCK, DIRECT_FROM
 from tests.stores import committed_files, fake, files, folders
 
 # Publishing.
@@ -302,7 +304,7 @@ def test_a_manifest_names_the_one_before_it(root: Path) -> None:
 @pytest.mark.parametrize("edited", [1, 2, 3])
 def test_an_edit_of_a_past_manifest_shows_though_its_checksum_is_right(root: Path, edited: int) -> None:
     path = root / manifest_path(edited)
-    manifest = replace(log.read_manifest(path, edited), run="another")
+    manifest = replace(log.read_manifest(root, edited), run="another")
     path.unlink()
     path.write_bytes(manifest.to_json())
     for after in range(edited + 1):
@@ -315,7 +317,7 @@ def test_an_edit_of_a_past_manifest_shows_though_its_checksum_is_right(root: Pat
 @pytest.mark.parametrize("change", [{"previous": None}, {"previous": None, "format": 2}])
 def test_a_chain_that_was_cut_shows(root: Path, change: dict[str, Any]) -> None:
     path = root / manifest_path(3)
-    cut = replace(log.read_manifest(path, 3), **change)
+    cut = replace(log.read_manifest(root, 3), **change)
     path.unlink()
     path.write_bytes(cut.to_json())
     with pytest.raises(Damaged, match="manifest 2 is not the one that manifest 3 was written after"):
@@ -467,7 +469,7 @@ def test_missing_and_shortened_files_are_found_by_size(tmp_path: Path) -> None:
 def test_room_is_asked_for_where_the_store_will_be(tmp_path: Path) -> None:
     free = check_room(tmp_path / "not" / "there", 0, "it")
     assert free > 0
-    with pytest.raises(NoRoom, match=f"the run needs .* GB and {tmp_path} has .* GB free"):
+    with pytest.raises(NoRoom, match=f"the run needs .* GB and the disk of {tmp_path}/not/there has .* GB free"):
         check_room(tmp_path / "not" / "there", free * 1000, "the run")
     assert list(tmp_path.iterdir()) == []
 

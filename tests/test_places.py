@@ -16,7 +16,7 @@ from actstore.cli.output import save_activations
 from actstore.errors import BadInput, NoRoom
 from actstore.outputs import replacing, save_figure, write_text
 from actstore.queries.attention import page
-from actstore.storage import local
+from actstore.storage import whole
 from actstore.store import Store
 from tests.stores import fake, files
 
@@ -171,7 +171,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, mon
     def failing(*args):
         raise fault
 
-    monkeypatch.setattr("actstore.storage.local.fsync", failing)
+    monkeypatch.setattr("actstore.storage.whole.fsync", failing)
     with pytest.raises((NoRoom, KeyboardInterrupt)):
         WRITERS[kind](tmp_path / "x")
     assert list(tmp_path.iterdir()) == [file]
@@ -180,7 +180,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, mon
 
 def test_a_file_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
     calls = []
-    for module, name in ((local, "fsync"), (local, "fsync_folder"), (os, "replace")):
+    for module, name in ((whole, "fsync"), (whole, "fsync_folder"), (os, "replace")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
     write_text(tmp_path / "x", "text")

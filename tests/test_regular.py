@@ -14,7 +14,7 @@ from actstore.errors import ActstoreError, Damaged, NotStored
 from actstore.ingest.replay.remake import files_of
 from actstore.storage import sealed
 from actstore.storage.lease import LOCK
-from actstore.storage.local import discard
+from actstore.storage.whole import discard
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify

@@ -144,7 +144,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(path, tmp_path, mon
         page = report(store, tmp_path / "out").page
         before = page.read_bytes()
         monkeypatch.setattr(
-            "actstore.storage.local.fsync", lambda *args: (_ for _ in ()).throw(OSError(28, "No space"))
+            "actstore.storage.whole.fsync", lambda *args: (_ for _ in ()).throw(OSError(28, "No space"))
         )
         with pytest.raises(NoRoom):
             report(store, tmp_path / "out", seed=1)

@@ -13,7 +13,8 @@ from actstore.errors import Busy, Damaged, NoRoom, Unsupported
 from actstore.ingest.models.weights import replace
 from actstore.outputs import replacing
 from actstore.storage.backend import Storage
-from actstore.storage.local import Local, write_whole
+from actstore.storage.local import Local
+from actstore.storage.whole import write_whole
 from tests.storage_contract import StorageContract
 from tests.stores import fake
 

@@ -19,7 +19,7 @@ from actstore.arrays.copying import flat_rows
 from actstore.arrays.layout import Layout
 from actstore.arrays.site import Cost, IsToken, Placed, not_stored
 from actstore.errors import BadInput, Damaged, NotStored
-from actstore.storage.folder import Folder
+from actstore.storage.backend import Reading
 from actstore.storage.machine import limit_reached
 
 MOST_BYTES = 1 << 34  # the largest decoded chunk that is read
@@ -49,7 +49,7 @@ class ForeignReader(Placed):
         path: Path,
         layout: Layout,
         first_tree_id: int,
-        shards: Mapping[int, Path] | None,
+        shards: Mapping[int, str] | None,
         where: str,
         is_token: IsToken | None = None,
         check: Callable[[], None] = lambda: None,
@@ -58,7 +58,7 @@ class ForeignReader(Placed):
         self._array = self._open()  # before anything is made as large as the layout says
         every = range(-(-layout.shape[0] // layout.trees_per_shard))
         super().__init__(
-            layout, first_tree_id, dict.fromkeys(every, path) if shards is None else shards, where, is_token
+            layout, first_tree_id, dict.fromkeys(every, str(path)) if shards is None else shards, where, is_token
         )
         chunks = self._array.chunks  # the inner chunks, if the array is sharded
         self.trees_per_chunk, self.positions_per_chunk = int(chunks[0]), int(chunks[layout.position_axis])
@@ -105,14 +105,14 @@ class ForeignReader(Placed):
             bytes_read=n_chunks * math.prod(inner) * item_bytes,
         )
 
-    def again(self) -> Callable[[Folder, IsToken], ForeignReader]:
+    def again(self) -> Callable[[Reading, IsToken], ForeignReader]:
         """See site.Reader."""
         return partial(
             _open_again,
             self.path.absolute(),
             self.layout,
             self.first_tree_id,
-            dict.fromkeys(self.shards, self.path),
+            self.shards,
             self.where,
         )
 
@@ -197,9 +197,9 @@ def _open_again(
     path: Path,
     layout: Layout,
     first_tree_id: int,
-    shards: Mapping[int, Path],
+    shards: Mapping[int, str],
     where: str,
-    folder: Folder,
+    folder: Reading,
     is_token: IsToken,
 ) -> ForeignReader:
     return ForeignReader(path, layout, first_tree_id, shards, where, is_token, folder.check)

@@ -19,7 +19,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -31,8 +31,8 @@ import numpy as np
 from actstore.arrays.address import POSITION_BITS, POSITIONS_PER_TREE
 from actstore.arrays.copying import n_threads
 from actstore.errors import ActstoreError, Damaged
+from actstore.storage.backend import Storage
 from actstore.storage.machine import limit_reached
-from actstore.storage.regular import open_regular
 
 if TYPE_CHECKING:
     from actstore.arrays.layout import Layout
@@ -90,22 +90,20 @@ class Shards:
 
     Args:
         layout: the array's layout on the disk.
-        paths: the shard file of each stored batch.
+        paths: the path of each stored batch's shard.
         where: run and site, for messages.
-        opener: opens a path and returns its descriptor.
-        opener_reads: True if the opener reads the whole file, to check it.
+        place: where the shards are.
     """
 
     def __init__(
         self,
         layout: Layout,
-        paths: Mapping[int, Path],
+        paths: Mapping[int, str],
         where: str,
-        opener: Callable[[Path], int] = open_regular,
-        opener_reads: bool = False,
+        place: Storage,
     ) -> None:
         self.layout, self.paths, self.where = layout, dict(paths), where
-        self._opener, self._opener_reads = opener, opener_reads
+        self._place, self.reads_whole = place, place.committed is not None
         self._lock = threading.Lock()
         self._view = self._see({})
 
@@ -150,9 +148,9 @@ class Shards:
             return self._view
 
     def _map_all(self, batches: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Map shards, with threads if the opener reads them; one map costs less than a thread."""
+        """Map shards, with threads if they are hashed; one map costs less than a thread."""
         paths = [self.paths[batch] for batch in batches]
-        n_floats = len(paths) * math.prod(self.layout.shard_shape) if self._opener_reads else 0
+        n_floats = len(paths) * math.prod(self.layout.shard_shape) if self.reads_whole else 0
         if (threads_wanted := n_threads(n_floats)) == 1:
             return dict(zip(batches, map(self._map_one, paths), strict=True))
         with ThreadPoolExecutor(threads_wanted) as threads:
@@ -179,9 +177,10 @@ class Shards:
         )
         return View(windows, table.reshape(-1), maps)
 
-    def _map_one(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    def _map_one(self, inside: str) -> tuple[np.ndarray, np.ndarray]:
+        path = self._place.root / inside
         try:
-            descriptor = self._opener(path)
+            descriptor = self._place.descriptor(inside)
             try:
                 size = os.fstat(descriptor).st_size
                 if size != self.layout.shard_bytes:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -26,8 +25,7 @@ from actstore.arrays.layout import Layout
 from actstore.arrays.mapped import Shards
 from actstore.arrays.site import Cost, IsToken, Placed
 from actstore.errors import Damaged
-from actstore.storage.folder import Folder
-from actstore.storage.regular import open_regular
+from actstore.storage.backend import Reading, Storage
 
 
 class SiteReader(Placed):
@@ -36,27 +34,25 @@ class SiteReader(Placed):
     Args:
         layout: the array's layout on the disk.
         first_tree_id: tree_id of the array's row 0.
-        shards: the shard file of each stored batch.
+        shards: the path of each stored batch's shard.
         where: run and site, for messages.
+        place: where the shards are. One that is held with committed hashes reads each shard whole.
         is_token: takes token ids, int64 [n]; returns bool [n], False for padding. It is asked only
             about rows that begin with NaN, to tell an activation that is NaN from padding. By
             default all such rows are padding.
-        opener: opens a shard's path and returns its descriptor.
-        opener_reads: True if the opener reads the whole shard, to check it.
     """
 
     def __init__(
         self,
         layout: Layout,
         first_tree_id: int,
-        shards: Mapping[int, Path],
+        shards: Mapping[int, str],
         where: str,
+        place: Storage,
         is_token: IsToken | None = None,
-        opener: Callable[[Path], int] = open_regular,
-        opener_reads: bool = False,
     ) -> None:
         super().__init__(layout, first_tree_id, shards, where, is_token)
-        self.files, self.opener_reads = Shards(layout, shards, where, opener, opener_reads), opener_reads
+        self.files = Shards(layout, shards, where, place)
 
     def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Read the activations of the given tokens.
@@ -110,7 +106,7 @@ class SiteReader(Placed):
         return found
 
     def cost(self, token_ids: np.ndarray) -> Cost:
-        """The pages that a gather touches; the whole shards, if the opener reads them.
+        """The pages that a gather touches; the whole shards, if they are compared with hashes.
 
         Args:
             token_ids: int64 [n], distinct.
@@ -124,7 +120,7 @@ class SiteReader(Placed):
         batch, slot = np.divmod(row, layout.trees_per_shard)
         batches = np.unique(batch).tolist()
         n_chunks, n_bytes = len(np.unique(batch << POSITION_BITS | position)), len(row) * row_bytes
-        if self.opener_reads:
+        if self.files.reads_whole:
             return Cost(n_chunks, len(batches), n_bytes, len(batches) * layout.shard_bytes)
         index_start = np.array([layout.shard_bytes - layout.index_bytes])
         n_pages = 0
@@ -134,16 +130,15 @@ class SiteReader(Placed):
             n_pages += len(np.union1d(_pages(starts, row_bytes), _pages(index_start, layout.index_bytes)))
         return Cost(n_chunks, len(batches), n_bytes, n_pages * mmap.PAGESIZE)
 
-    def again(self) -> Callable[[Folder, IsToken], SiteReader]:
+    def again(self) -> Callable[[Reading, IsToken], SiteReader]:
         """See site.Reader."""
-        shards = {batch: path.absolute() for batch, path in self.shards.items()}
-        return partial(_open_again, self.layout, self.first_tree_id, shards, self.where)
+        return partial(_open_again, self.layout, self.first_tree_id, self.shards, self.where)
 
 
 def _open_again(
-    layout: Layout, first_tree_id: int, shards: Mapping[int, Path], where: str, folder: Folder, is_token: IsToken
+    layout: Layout, first_tree_id: int, shards: Mapping[int, str], where: str, place: Reading, is_token: IsToken
 ) -> SiteReader:
-    return SiteReader(layout, first_tree_id, shards, where, is_token, folder.open, folder.opens_whole)
+    return SiteReader(layout, first_tree_id, shards, where, place, is_token)
 
 
 def _pages(starts: np.ndarray, n_bytes: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -14,7 +13,7 @@ from actstore.errors import NotStored
 
 if TYPE_CHECKING:
     from actstore.arrays.layout import Layout
-    from actstore.storage.folder import Folder
+    from actstore.storage.backend import Reading
 
 IsToken = Callable[[np.ndarray], np.ndarray]  # token ids, int64 [n] → bool [n], False for padding
 
@@ -48,7 +47,7 @@ class Reader(Protocol):
         """What a gather of distinct ids touches; raises as `places`, and not for padding."""
         ...
 
-    def again(self) -> Callable[[Folder, IsToken], Reader]:
+    def again(self) -> Callable[[Reading, IsToken], Reader]:
         """A function that opens the site again, in any process that it is pickled to."""
         ...
 
@@ -59,13 +58,13 @@ class Placed:
     Args:
         layout: the array's layout on the disk.
         first_tree_id: tree_id of the array's row 0.
-        shards: where each stored batch is.
+        shards: the path of each stored batch, inside the store.
         where: run and site, for messages.
         is_token: see SiteReader.
     """
 
     def __init__(
-        self, layout: Layout, first_tree_id: int, shards: Mapping[int, Path], where: str, is_token: IsToken | None
+        self, layout: Layout, first_tree_id: int, shards: Mapping[int, str], where: str, is_token: IsToken | None
     ) -> None:
         self.layout, self.first_tree_id, self.shards, self.where = layout, first_tree_id, dict(shards), where
         self.is_token = is_token

@@ -11,8 +11,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import duckdb
@@ -35,8 +35,8 @@ from actstore.commits.format import FORMAT_VERSION
 from actstore.commits.log import log_hash, manifests
 from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged, NoRoom
+from actstore.storage.at import at
 from actstore.storage.backend import ANY
-from actstore.storage.local import Local
 from actstore.storage.machine import limit_reached
 from actstore.storage.refused import DISK_FULL, say_where
 from actstore.storage.regular import check_regular
@@ -58,9 +58,9 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
         NoRoom: the disk is full; the present catalog is unchanged.
         Busy: another process replaced the catalog meanwhile; its catalog stays.
     """
-    place = Local(root)
+    place = at(root)
     with _building(root):
-        discard_beside(root / CATALOG)
+        discard_beside(place, CATALOG)
         try:
             there = place.token(CATALOG)
             expected = there
@@ -73,13 +73,14 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
         def write(temporary: Path) -> None:
             try:
                 if held:
-                    shutil.copyfile(root / CATALOG, temporary)
+                    with place.local([CATALOG]) as [catalog]:
+                        shutil.copyfile(catalog, temporary)
                 temporary.touch()
                 _extend(root, temporary, new, create=not held)
                 os.chmod(temporary, 0o444)
                 note_hash(root, temporary, None if usable is None else there)  # none that is damaged
             finally:
-                discard_beside(temporary)
+                discard_beside(at(temporary.parent), temporary.name)
 
         if new or not held:
             place.swap(CATALOG, write, expected)
@@ -149,17 +150,16 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
     """Insert the rows of the given commits into the catalog at path."""
     if create:
         path.unlink(missing_ok=True)
-    with duckdb.connect() as connection:
+    with duckdb.connect() as connection, ExitStack() as stack:
         connection.execute(f"attach {located(path)} as new (storage_version '{STORAGE_VERSION}')")
         connection.execute("use new")
         connection.execute("begin")  # one transaction, comments and all: each commit is an fsync
         if create:
             _create(connection)
         parts: dict[str, list[Path]] = {}
-        for manifest in new:
-            for part in manifest.parts:
-                _check_part(root, part.path)
-                parts.setdefault(part.table, []).append(root / part.path)
+        listed = [part for manifest in new for part in manifest.parts]
+        for part, file in zip(listed, _parts(root, [part.path for part in listed], stack), strict=True):
+            parts.setdefault(part.table, []).append(file)
         for table, paths in parts.items():
             connection.execute(f"insert into {table} by name from {source(connection, table, paths, 'new.datasets')}")
         if shards := [shard for manifest in new for shard in manifest.shards]:
@@ -172,13 +172,19 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
         connection.execute("checkpoint new")
 
 
-def _check_part(root: Path, path: str) -> None:
+def _parts(root: Path, paths: Sequence[str], stack: ExitStack) -> Sequence[Path]:
+    """The files of parts, for DuckDB, as long as the stack is open."""
+    files: Sequence[Path] = []
     try:
-        check_regular(root / path)
-    except (FileNotFoundError, NotADirectoryError):
+        files = stack.enter_context(at(root).local(paths))
+        for file in files:
+            check_regular(file)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = next((path for path in paths if str(error.filename).endswith(path)), "one")
         raise Damaged(
-            f"the catalog of {root} cannot be built from its parts ({path} is missing); restore it from a copy of the store"
+            f"the catalog of {root} cannot be built from its parts ({missing} is missing); restore it from a copy of the store"
         ) from None
+    return files
 
 
 def _create(connection: duckdb.DuckDBPyConnection) -> None:

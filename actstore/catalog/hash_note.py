@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from actstore.catalog.tables import CATALOG, HASHES
 from actstore.errors import Damaged, advised
 from actstore.storage import sealed
+from actstore.storage.at import at
 from actstore.storage.content import Hash, as_a, json_object
 from actstore.storage.hashing import hash_of, hash_of_file
-from actstore.storage.local import Local
 
 
 def noted_hashes(root: Path) -> list[str]:
@@ -22,7 +21,7 @@ def noted_hashes(root: Path) -> list[str]:
         Damaged: the note is not what was written.
         FileNotFoundError: the store has no note, as a store of format 1.
     """
-    content = Local(root).read(HASHES)
+    content = at(root).read(HASHES)
     try:
         noted = json_object(content)
         if noted.keys() != {"xxh3_128"} and not sealed.is_whole(content):  # development versions wrote no checksum
@@ -40,7 +39,7 @@ def note_hash(root: Path, new: Path, there: str | None) -> None:
         there: hash of the present catalog; None if there is none, or if the catalog is damaged.
     """
     hashes = list(dict.fromkeys([hash_of_file(new), *[there] * (there is not None)]))
-    Local(root).swap(HASHES, sealed.to_json({"xxh3_128": hashes}))
+    at(root).swap(HASHES, sealed.to_json({"xxh3_128": hashes}))
 
 
 def is_noted(root: Path, descriptor: int) -> bool | None:
@@ -56,12 +55,12 @@ def is_noted(root: Path, descriptor: int) -> bool | None:
     found = hash_of(descriptor)
     if found in noted_hashes(root):  # read afterwards: a hash is noted before its catalog is put in place
         return True
-    return False if os.path.samestat(os.fstat(descriptor), os.stat(root / CATALOG)) else None
+    return False if at(root).token(CATALOG) == found else None
 
 
 def is_whole(root: Path) -> bool:
     """True if the present catalog has a noted hash."""
     try:
-        return Local(root).token(CATALOG) in noted_hashes(root)
+        return at(root).token(CATALOG) in noted_hashes(root)
     except (FileNotFoundError, Damaged):
         return False

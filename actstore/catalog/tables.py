@@ -16,8 +16,8 @@ import duckdb
 import polars as pl
 
 from actstore.errors import BadInput, Busy, Damaged, advised
-from actstore.storage.folder import check_path
-from actstore.storage.local import discard
+from actstore.storage.at import at, check_path
+from actstore.storage.backend import Storage
 from actstore.storage.machine import limit_reached, refuse_forked
 from actstore.storage.regular import check_regular
 
@@ -210,9 +210,9 @@ def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """
     refuse_forked()
     with ctrl_c(), ExitStack() as stack:
-        path = root / CATALOG
+        [path] = stack.enter_context(at(root).local([CATALOG]))
         check_regular(path)
-        if replayed(root):
+        if replayed(path):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="actstore-catalog-"))
             path = Path(shutil.copyfile(path, Path(folder) / CATALOG))
         connection = stack.enter_context(duckdb.connect())
@@ -230,33 +230,36 @@ def not_a_table(root: Path, name: str) -> str:
     return f"{root / CATALOG} has a view {name} in the place of the table; rebuild it with {advised('repair', root)}"
 
 
-def replayed(root: Path) -> list[Path]:
-    """Files beside the catalog that DuckDB would read with it; they are not part of the store.
+def replayed(catalog: Path) -> list[Path]:
+    """Files beside a catalog's file that DuckDB would read with it; they are not part of the store.
 
     A client that opened the catalog to write, and died, leaves its write-ahead log there. DuckDB
     looks for a log beside the file that a link leads to.
     """
-    paths = dict.fromkeys((str(root / CATALOG), os.path.realpath(root / CATALOG)))
+    paths = dict.fromkeys((str(catalog), os.path.realpath(catalog)))
     return [Path(path + ending) for path in paths for ending in REPLAYED if os.path.lexists(path + ending)]
 
 
-def refuse_replayed(root: Path) -> None:
+def refuse_replayed(root: Path, catalog: Path) -> None:
     """Check that a read of the catalog reads the catalog alone.
+
+    Args:
+        catalog: the file that is opened.
 
     Raises:
         Damaged: DuckDB would add a file beside the catalog.
     """
-    if found := replayed(root):
+    if found := replayed(catalog):
         raise Damaged(
             f"{found[0]} was left by a program that wrote to the catalog, and is no part of the store: each read would take "
             f"its changes for committed; remove it with {advised('repair', root)}"
         )
 
 
-def discard_beside(path: Path) -> None:
+def discard_beside(place: Storage, path: str) -> None:
     """Remove what DuckDB may have left beside a database: logs, and its temporary folder."""
     for ending in (*REPLAYED, ".tmp"):
-        discard(path.with_name(path.name + ending))
+        place.delete(path + ending)
 
 
 def rows_of(parts: list[Path]) -> str:

@@ -18,7 +18,7 @@ def store_argument(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> Path:
-    from actstore.storage.folder import place
+    from actstore.storage.at import place
 
     return place(value)
 

@@ -7,7 +7,6 @@ checkpoint first and the catalog second finds no older catalog.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from actstore.commits.format import CHECKPOINT
 from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged
 from actstore.storage import sealed
+from actstore.storage.at import at
 from actstore.storage.content import Hash, Positive, as_a, check_inside, json_object
-from actstore.storage.local import Local
 from actstore.storage.machine import limit_reached
 from actstore.storage.regular import LONGEST
 
@@ -72,7 +71,7 @@ class Checkpoint:
 def content(root: Path) -> bytes | None:
     """The bytes of a store's checkpoint; None if there is none, empty if it cannot be read."""
     try:
-        return Local(root).read(CHECKPOINT)
+        return at(root).read(CHECKPOINT)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -108,8 +107,8 @@ def write(root: Path, committed: Sequence[Manifest]) -> None:
     Args:
         committed: all manifests.
     """
-    if not committed or (len(committed) < LEAST and not os.path.lexists(root / CHECKPOINT)):
+    if not committed or (len(committed) < LEAST and not at(root).has(CHECKPOINT)):
         return
     wanted = Checkpoint.of(committed).to_json()
     if len(wanted) <= LONGEST and content(root) != wanted:
-        Local(root).swap(CHECKPOINT, wanted)
+        at(root).swap(CHECKPOINT, wanted)

@@ -12,9 +12,8 @@ from typing import Any
 
 from actstore.errors import Damaged, NotStored, TooNew, TooOld, advised
 from actstore.storage import sealed
+from actstore.storage.at import at, check_path, scheme
 from actstore.storage.content import Positive, Text, as_a, json_object
-from actstore.storage.folder import check_path
-from actstore.storage.local import Local
 from actstore.storage.machine import within_limits
 
 FORMAT_VERSION = 3  # 1 had no variants, prompts, generations or catalog hash; 2 did not chain its manifests
@@ -22,6 +21,7 @@ CHAINED_FROM = 3  # from this format on, a manifest names the one before it
 LOG, PARTS, ARRAYS, WEIGHTS = "log", "parts", "activations.zarr", "models"
 CHECKPOINT = "log.json"  # of the log; see checkpoint.py
 FOLDERS = (LOG, PARTS, ARRAYS, WEIGHTS)
+SWAPPED = ("store", "log", "catalog")  # the names of files that are replaced begin so
 
 MOST_BESIDE = 100  # stores that are searched for a similar name
 
@@ -67,7 +67,7 @@ def check_format(root: Path, older: bool = False, content: bytes | None = None) 
     try:
         if content is None:
             with within_limits(f"cannot read {root / 'store.json'}"):
-                held = Local(root).read("store.json")
+                held = at(root).read("store.json")
         about = json_object(held)
         if "format" not in about:
             raise ValueError("it has no format")
@@ -132,6 +132,8 @@ def store_around(path: Path) -> Path | None:
 
     A damaged store counts as a store.
     """
+    if scheme(path):
+        return None
     place = Path(os.path.realpath(path))
     return next((folder for folder in (place, *place.parents) if _looks_like_a_store(folder)), None)
 

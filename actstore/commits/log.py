@@ -9,25 +9,17 @@ manifest names does not exist. A lease keeps a second writer out.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
-from actstore.commits.format import ARRAYS, CHAINED_FROM, FOLDERS, LOG, store_around
+from actstore.commits.format import ARRAYS, CHAINED_FROM, FOLDERS, LOG, SWAPPED, store_around
 from actstore.commits.manifest import MANIFEST, Manifest, manifest_path
 from actstore.errors import Damaged, advised
-from actstore.storage import links
-from actstore.storage.local import Local, discard
+from actstore.storage.at import at
 from actstore.storage.machine import limit_reached
-from actstore.storage.regular import read_regular
-
-NEVER_PUT_IN_PLACE = re.compile(
-    r"\.(store|log|catalog)\..*\.tmp.*"
-)  # DuckDB may have written beside a new catalog, too
 
 
 def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
@@ -44,7 +36,7 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
     there = numbers(root)
     last = max([*there[-1:], least])
     if (gap := first_gap(there)) <= last:
-        if link := links.broken(root / LOG):
+        if link := at(root).broken(LOG):
             raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}, since {link}; bring that back")
         unless = f", or, if the catalog only says that it was there, run {advised('repair', root)}" * (gap > len(there))
         raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}; restore it from a copy of the store{unless}")
@@ -60,9 +52,9 @@ def chained(root: Path, after: int, last: int) -> list[Manifest]:
         FileNotFoundError: a manifest is missing.
     """
     found: list[Manifest] = []
-    before = read_manifest(root / manifest_path(after), after) if after else None
+    before = read_manifest(root, after) if after else None
     for number in range(after + 1, last + 1):
-        manifest = read_manifest(root / manifest_path(number), number)
+        manifest = read_manifest(root, number)
         if what := breaks_chain(before, manifest):
             raise Damaged(f"{root / LOG}: {what}; restore it from a copy of the store")
         found.append(manifest)
@@ -72,7 +64,7 @@ def chained(root: Path, after: int, last: int) -> list[Manifest]:
 
 def numbers(root: Path) -> list[int]:
     """Numbers in the names of the log's files, in order; gaps and large numbers are possible."""
-    paths = Local(root).list(f"{LOG}/")
+    paths = at(root).list(f"{LOG}/")
     named = ((int(path[len(LOG) + 1 : -5]), path) for path in paths if MANIFEST.fullmatch(path[len(LOG) + 1 :]))
     return sorted(number for number, path in named if manifest_path(number) == path)
 
@@ -112,7 +104,7 @@ def log_hash(committed: Iterable[Manifest], before: str = "") -> str:
     return before
 
 
-def read_manifest(path: Path, number: int, content: bytes | None = None) -> Manifest:
+def read_manifest(root: Path, number: int, content: bytes | None = None) -> Manifest:
     """Read one manifest.
 
     Args:
@@ -123,10 +115,12 @@ def read_manifest(path: Path, number: int, content: bytes | None = None) -> Mani
         Damaged: the file cannot be read, or has another number.
         FileNotFoundError: the file does not exist.
     """
+    place, name = at(root), manifest_path(number)
+    path = root / name
     try:
-        content = read_regular(path) if content is None else content
+        content = place.read(name) if content is None else content
     except FileNotFoundError:
-        if link := links.broken(path):
+        if link := place.broken(name):
             raise Damaged(f"manifest {path} cannot be read, since {link}; bring that back") from None
         raise
     manifest = Manifest.from_json(content, path)
@@ -144,7 +138,7 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
         Damaged: names the first file that is missing, has another size, or is not a regular file.
         LimitReached: the system allows this process no more open files or memory.
     """
-    place = Local(root)
+    place = at(root)
     for manifest in committed:
         for file in manifest.files:
             what, path = "", root / file.path
@@ -153,7 +147,7 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
                     what = f"is {size:,} bytes long, not {file.bytes:,}"
             except (FileNotFoundError, NotADirectoryError):
                 what = "is missing"
-                if link := links.broken(path):
+                if link := place.broken(file.path):
                     raise Damaged(
                         f"{path} is missing, since {link}; bring that back (mount its disk), or put it in the place of the "
                         f"link: commit {manifest.number} names it"
@@ -179,7 +173,7 @@ def commit(root: Path, manifest: Manifest, before: Manifest | None = None) -> Ma
         The manifest as it was published, chained to the one before it.
     """
     chained = replace(manifest, previous=before.xxh3_128 if before else None)
-    file = Local(root).publish(manifest_path(manifest.number), chained.to_json())
+    file = at(root).publish(manifest_path(manifest.number), chained.to_json())
     return replace(chained, xxh3_128=file.xxh3_128)
 
 
@@ -193,16 +187,10 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     Returns:
         The paths removed.
     """
-    for path in [path for path in root.iterdir() if NEVER_PUT_IN_PLACE.fullmatch(path.name)]:
-        discard(path)
-    removed = strays(root, committed)
+    place, removed = at(root), strays(root, committed)
     for stray in removed:
-        Local(root).delete(stray)
-    for place in [root / folder for folder in FOLDERS if not (root / folder).is_symlink()]:
-        for at, inner, _ in os.walk(place, topdown=False):
-            for name in inner:
-                with suppress(OSError):  # not empty, or a link
-                    os.rmdir(os.path.join(at, name))
+        place.delete(stray)
+    place.tidy(SWAPPED, FOLDERS)
     return removed
 
 
@@ -214,12 +202,12 @@ def strays(root: Path, committed: Iterable[Manifest]) -> list[str]:
     """
     named = {file.path for manifest in committed for file in manifest.files}
     named |= {manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
-    return links.unnamed(root, FOLDERS, named)
+    return list(at(root).unnamed(FOLDERS, named))
 
 
 def led_astray(root: Path, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(link, what is wrong with it) for links on the way to files that lead into another store."""
-    for place in links.linked(root, paths):
+    for place in at(root).linked(paths):
         around = store_around(root / place)
         if around is not None and around != Path(os.path.realpath(root)):
             yield place, f"it leads into another store, {around}"
@@ -232,8 +220,8 @@ def refuse_astray(root: Path, committed: Iterable[Manifest]) -> None:
         Damaged: a link on the way to a committed file leads nowhere, or into another store.
     """
     paths = [*FOLDERS, *(file.path for manifest in committed for file in manifest.files)]
-    for place in links.linked(root, paths):
-        if what := links.broken(root / place):
+    for place in at(root).linked(paths):
+        if what := at(root).broken(place):
             raise Damaged(
                 f"{what}; bring that back (mount its disk), or put it in the place of the link: nothing was touched"
             )

@@ -24,7 +24,8 @@ from actstore.errors import BadInput, Damaged
 from actstore.reading import activations
 from actstore.reading.rows import read_ids
 from actstore.reading.sites import open_site
-from actstore.storage.folder import CheckedFolder, Folder
+from actstore.storage.at import absolute, at
+from actstore.storage.backend import Reading
 from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ class Batches(IterableDataset):
         _refuse_what_is_not_there(store, readers, ids)
         self._ids, self._columns = ids, {name: _column(rows[name]) for name in rows.columns}
         self._again, self._one_site = [reader.again() for reader in readers], one_site
-        self._path, self._identity = store.path.absolute(), store.folder.identity()
-        self._committed = store.folder.committed if isinstance(store.folder, CheckedFolder) else None
+        self._path, self._identity = absolute(store.path), store.folder.identity()
+        self._committed = store.folder.committed
         store.folder.check()
         self._order = _Shuffled(ids, readers[0], seed, window) if shuffle else _AsAsked(len(ids), window)
         self._batch_size, self.n_rows = batch_size, len(ids)
@@ -124,14 +125,14 @@ class Batches(IterableDataset):
         X: torch.Tensor = activations.read_activations(readers, self._ids[rows], self._one_site, "float32", "torch")
         return X
 
-    def _open_folder(self) -> Folder:
+    def _open_folder(self) -> Reading:
         """Open the store's folder in this process.
 
         Raises:
             Damaged: another folder is in its place.
         """
         try:
-            folder = Folder(self._path) if self._committed is None else CheckedFolder(self._path, self._committed)
+            folder = at(self._path).hold(self._committed)
         except OSError as error:
             raise limit_reached(error, f"cannot open {self._path}") or Damaged(
                 f"{self._path} cannot be opened ({error}); make the batches again"

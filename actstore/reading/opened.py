@@ -26,8 +26,9 @@ from actstore.reading import given, scope
 from actstore.reading.sites import catalog_rows, open_site
 from actstore.sql.functions import Vectors, add_functions
 from actstore.sql.session import Check, Session
+from actstore.storage.at import at, place
+from actstore.storage.backend import Reading
 from actstore.storage.content import Text
-from actstore.storage.folder import CheckedFolder, Folder, place
 from actstore.storage.machine import limit_reached
 
 
@@ -36,7 +37,7 @@ class Opened:
 
     Attributes:
         path: the store's folder.
-        folder: the same folder, held open.
+        folder: the place of its bytes, held open.
         session: the session on the catalog.
         snapshot: number of the catalog's last commit.
         check: True if files that are read are compared with their committed hashes.
@@ -58,12 +59,13 @@ class Opened:
         self.about = check_format(self.path, older=True)
         summed = None if self.check else checkpoint.parsed(checkpoint.content(self.path))  # before the catalog
         hashes: dict[str, str] = {}
-        self.folder: Folder = CheckedFolder(self.path, hashes) if self.check else Folder(self.path)
+        self.folder: Reading = at(self.path).hold(hashes if self.check else None)
         opened.callback(self.folder.close)
-        tables.refuse_replayed(self.path)
-        self.session = self._open_session()
+        [catalog] = opened.enter_context(at(self.path).local([tables.CATALOG]))
+        tables.refuse_replayed(self.path, catalog)
+        self.session = self._open_session(catalog)
         opened.callback(self.session.close)
-        tables.refuse_replayed(self.path)  # one that came while the catalog was opened was read with it
+        tables.refuse_replayed(self.path, catalog)  # one that came while the catalog was opened was read with it
         with _catalog_errors(self.path):
             self._check_tables()
             self.snapshot, hash_of_log = self._snapshot()
@@ -106,16 +108,16 @@ class Opened:
                     self._functions.append(add_functions(self.session, self.whole))
         return self._functions[0]
 
-    def _open_session(self) -> Session:
+    def _open_session(self, catalog: Path) -> Session:
         if self.about["format"] == FORMAT_VERSION:
-            return self._open_checked() if self.check else Session(self.path / tables.CATALOG)
+            return self._open_checked(catalog) if self.check else Session(catalog, self.path)
         with build.of_older(self.path) as built:  # the store's own catalog lacks some of today's tables and columns
-            return Session(built)
+            return Session(built, self.path)
 
-    def _open_checked(self) -> Session:
+    def _open_checked(self, catalog: Path) -> Session:
         """Open the catalog after its hash was compared with the noted one."""
         while True:  # a writer may replace the catalog meanwhile
-            session = Session(self.path / tables.CATALOG)
+            session = Session(catalog, self.path)
             try:
                 is_noted = hash_note.is_noted(self.path, session.fileno())
             except FileNotFoundError:
@@ -212,6 +214,11 @@ class Opened:
         if not runs:
             raise NotStored(f"{held} yet; ingest one with {advised('ingest', self.path, '--model', 'reproduction')}")
         raise BadInput(f"which run? {held}: name one (run={runs[0]!r}, --run {runs[0]})")
+
+    def local(self, path: str) -> Path:
+        """A file or folder of the store as a path of this machine, until the store is closed."""
+        [found] = self._opened.enter_context(at(self.path).local([path]))
+        return found
 
     def reader(self, run: str, site: str) -> Reader:
         """The reader of a site; the same object at each call.

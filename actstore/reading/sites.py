@@ -50,7 +50,7 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
     shards = store.session.look_up(
         "select batch, path from shards where run = $run and site = $site", {"run": run, "site": found.site}
     )
-    paths = {row.batch: store.path / row.path for row in catalog_rows(store, ShardRow, shards)}
+    paths = {row.batch: row.path for row in catalog_rows(store, ShardRow, shards)}
     where, first = f"{found.site} of run {run!r}", found.first_tree_id
     if max(paths, default=0) >= found.n_batches:
         raise _impossible(store, f"batch {max(paths)} of {found.n_batches} of {where}")
@@ -68,8 +68,8 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
             "read is what was committed; read it without check (check=False, --no-check)"
         )
     if dtype is None:
-        return ForeignReader(store.path / found.path, layout, first, paths, where, is_token, store.folder.check)
-    return SiteReader(replace(layout, dtype=dtype), first, paths, where, is_token, store.folder.open, store.check)
+        return ForeignReader(store.local(found.path), layout, first, paths, where, is_token, store.folder.check)
+    return SiteReader(replace(layout, dtype=dtype), first, paths, where, store.folder, is_token)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ class _Inherited(Opened):
         self._identity, self._inherited, self._memory = identity, Path(f"/dev/fd/{catalog}"), memory
         super().__init__(path, check)
 
-    def _open_session(self) -> Session:
+    def _open_session(self, catalog: Path) -> Session:
         if self.folder.identity() != self._identity:
             raise Damaged(f"{self.path} was moved or replaced since it was opened; open the store again")
-        return Session(self._inherited, self._memory)
+        return Session(self._inherited, self.path, self._memory)
 
 
 def main() -> None:

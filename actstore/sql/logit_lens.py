@@ -10,7 +10,7 @@ import numpy as np
 
 from actstore.commits.format import WEIGHTS
 from actstore.errors import Damaged
-from actstore.storage.local import Local
+from actstore.storage.at import at
 from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read_unembedding(store: Snapshot, weights_sha256: str) -> Unembedding:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    place, name = Local(store.path), f"{WEIGHTS}/{weights_sha256}.safetensors"
+    place, name = at(store.path), f"{WEIGHTS}/{weights_sha256}.safetensors"
     path = store.path / name
     try:
         content = place.read(name, place.size(name))

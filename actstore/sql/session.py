@@ -21,10 +21,10 @@ import duckdb
 import polars as pl
 from duckdb.func import PythonUDFType
 
-from actstore.catalog.tables import ctrl_c, in_use, located, one_line
+from actstore.catalog.tables import CATALOG, ctrl_c, in_use, located, one_line
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
 from actstore.sql.refused import refusal
-from actstore.storage.folder import is_unicode
+from actstore.storage.at import is_unicode
 from actstore.storage.machine import check_process, finalize_here, limit_reached, refuse_forked
 from actstore.storage.regular import check_regular, open_regular
 
@@ -58,6 +58,7 @@ class Session:
 
     Args:
         catalog: the catalog's file.
+        store: whose catalog it is, for messages; default: the folder of the file.
         memory: bytes that DuckDB may hold; default: DuckDB's own limit, 80 % of the machine's
             memory.
 
@@ -68,7 +69,7 @@ class Session:
         BadInput: this process was forked from one that had opened a session.
     """
 
-    def __init__(self, catalog: Path, memory: int | None = None) -> None:
+    def __init__(self, catalog: Path, store: Path | None = None, memory: int | None = None) -> None:
         self._process = os.getpid()
         self.schemas: dict[tuple[str, bool], str] = {}  # see reading/scope.py
         self.making_schemas = threading.Lock()
@@ -82,11 +83,12 @@ class Session:
             self._close_file = finalize_here(self, os.close, self._file)
         except (duckdb.Error, OSError, MemoryError) as error:
             self.close()
+            store = store or catalog.parent
             raise (
-                limit_reached(error, f"cannot open {catalog}")
-                or in_use(error, catalog.parent)
+                limit_reached(error, f"cannot open {store / CATALOG}")
+                or in_use(error, store)
                 or Damaged(
-                    f"{catalog} cannot be opened ({one_line(error)}); rebuild it with {advised('repair', catalog.parent)}"
+                    f"{store / CATALOG} cannot be opened ({one_line(error)}); rebuild it with {advised('repair', store)}"
                 )
             ) from error
         if memory is not None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from actstore.arrays.site import Reader
     from actstore.sql.session import Session
-    from actstore.storage.folder import Folder
+    from actstore.storage.backend import Reading
 
 
 class Snapshot(Protocol):
@@ -19,7 +19,7 @@ class Snapshot(Protocol):
 
     path: Path
     check: bool
-    folder: Folder
+    folder: Reading
     session: Session
     snapshot: int
     only: str | None
@@ -43,6 +43,10 @@ class Snapshot(Protocol):
 
     def sites(self, run: str) -> list[str]:
         """See Store.sites."""
+        ...
+
+    def local(self, path: str) -> Path:
+        """See reading.opened.Opened.local."""
         ...
 
     def reader(self, run: str, site: str) -> Reader:

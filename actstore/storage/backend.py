@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from actstore.storage.content import Hash, Size
 
@@ -41,8 +44,16 @@ class Storage(Protocol):
 
     Paths are relative to the place, with forward slashes. Methods that read a file raise
     FileNotFoundError if nothing has the path, and Damaged if it is not a regular file.
-    tests/storage_contract.py tests each promise.
+    tests/storage_contract.py tests each promise. The methods with a body suit a place whose files
+    are no files of this machine, and which has no links.
+
+    Attributes:
+        root: the place's address, for messages and for storage.at.
+        committed: hashes that each file is compared with when it is opened; None compares nothing.
     """
+
+    root: Path
+    committed: Mapping[str, str] | None = None
 
     def publish(self, path: str, content: bytes | memoryview) -> File:
         """Publish one file, durably, under a name that is free or has the same bytes.
@@ -73,7 +84,7 @@ class Storage(Protocol):
         """
 
     def token(self, path: str) -> str | None:
-        """The version of a file's content, for `swap`; None if there is no file."""
+        """xxh3-128, hexadecimal, of a file's content, for `swap`; None if there is no file."""
 
     def read(self, path: str, longest: int = ...) -> bytes:
         """The content of a file; a file of more than `longest` bytes is Damaged."""
@@ -84,11 +95,14 @@ class Storage(Protocol):
     def size(self, path: str) -> int:
         """Size of a file, in bytes."""
 
+    def has(self, path: str) -> bool:
+        """True if something has the path."""
+
     def list(self, prefix: str) -> Sequence[str]:
         """Paths that start with a prefix, sorted; unfinished files are left out."""
 
     def delete(self, path: str) -> None:
-        """Remove a file; do nothing if there is none."""
+        """Remove a file, or whatever stands there; do nothing if nothing does."""
 
     def lease(self, wait: float = 0.0) -> AbstractContextManager[Held]:
         """Lock the place for writing, until the context or the process ends.
@@ -105,3 +119,109 @@ class Storage(Protocol):
 
     def open_for_map(self, path: str) -> int | None:
         """A descriptor that can be mapped, which the caller closes; None if this place has none."""
+        return None
+
+    def descriptor(self, path: str) -> int:
+        """A descriptor of a file, or of a nameless copy of this machine; the caller closes it."""
+        if (descriptor := self.open_for_map(path)) is not None:
+            return descriptor
+        with tempfile.TemporaryFile() as copy:
+            copy.write(self.read(path, self.size(path)))
+            copy.flush()
+            return os.dup(copy.fileno())
+
+    def local(self, paths: Iterable[str]) -> AbstractContextManager[Sequence[Path]]:
+        """Files or folders as paths of this machine, for a library that opens paths.
+
+        The context gives a path for each: the file itself, or a copy that lasts as long.
+
+        Raises:
+            FileNotFoundError: nothing has the path, and there is nothing to copy.
+        """
+        return _copies(self, paths)
+
+    def hold(self, committed: Mapping[str, str] | None = None) -> Reading:
+        """Open the place for reading; the caller closes it.
+
+        Args:
+            committed: xxh3-128 of each file that may be opened, which is compared; default: none.
+
+        Raises:
+            OSError: there is no such place.
+        """
+
+    def make(self, last: str, folders: Iterable[str], fill: Callable[[Path], object], wait: float = 0.0) -> None:
+        """Make the place with its first files, whole or not at all; do nothing if it is made.
+
+        Args:
+            last: the file that `fill` publishes last, which a place that is made has.
+            folders: folders to make, where there are folders.
+            fill: publishes the files into the place at the given address.
+            wait: seconds to wait for another process that is making it.
+
+        Raises:
+            Busy, NoRoom, Unsupported: see lease and publish.
+        """
+        with self.lease(wait):
+            if not self.has(last):
+                fill(self.root)
+
+    def unusable(self) -> str:
+        """Why no store can be made here; "" if one can."""
+        return ""
+
+    def unwritable(self) -> str:
+        """Why nothing can be written here; "" if nothing speaks against it."""
+        return ""
+
+    def linked(self, paths: Iterable[str]) -> Sequence[str]:
+        """Those of some paths, and of the folders above, that are links; outermost first."""
+        return []
+
+    def broken(self, path: str) -> str:
+        """Describe the link on the way to a file that leads nowhere; "" if there is none."""
+        return ""
+
+    def unnamed(self, folders: Iterable[str], named: Iterable[str]) -> Sequence[str]:
+        """Files in some folders that are not on the way to a named path, sorted."""
+        there = {path for folder in folders for path in self.list(f"{folder}/")}
+        return sorted(there.difference(named))
+
+    def tidy(self, names: Iterable[str], folders: Iterable[str]) -> None:
+        """Remove what interrupted swaps of some files left, and what interrupted publishes left.
+
+        Args:
+            names: files at the top of the place, by the first part of their names.
+            folders: folders in which files are published.
+        """
+
+
+class Reading(Storage, Protocol):
+    """A place that is held open for reading."""
+
+    def close(self) -> None:
+        """Let go of the place."""
+
+    def identity(self) -> tuple[Any, ...]:
+        """Numbers and texts by which another process tells whether it has the same place.
+
+        Raises:
+            BadInput: the place is closed, or this process was forked after it was opened.
+        """
+
+    def check(self) -> None:
+        """Raise Damaged if the place was moved, removed or replaced since it was opened."""
+
+
+@contextmanager
+def _copies(place: Storage, paths: Iterable[str]) -> Iterator[Sequence[Path]]:
+    with tempfile.TemporaryDirectory(prefix="actstore-") as folder:
+        wanted = list(paths)
+        for path in wanted:
+            inside = [found for found in place.list(path) if found == path or found.startswith(f"{path}/")]
+            if not inside:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place.root / path))
+            for found in inside:
+                (copy := Path(folder, found)).parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(place.read(found, place.size(found)))
+        yield [Path(folder, path) for path in wanted]

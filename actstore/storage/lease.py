@@ -98,22 +98,6 @@ def _open_lock(path: str, flags: int) -> int:
     return descriptor
 
 
-def wait_until_free(root: Path, wait: float) -> None:
-    """Wait until no process holds the store; called before long work that ends with a write.
-
-    Args:
-        root: the store; a store that does not exist yet is free.
-        wait: seconds to wait.
-
-    Raises:
-        Busy: another process held the store for all that time.
-        OSError: the store cannot be written.
-    """
-    if (root / "store.json").exists():
-        with lease(root, wait):
-            pass
-
-
 def _taken(descriptor: int, root: Path) -> bool:
     try:
         with relying_on("locks (flock)", root):

@@ -1,35 +1,33 @@
-"""A local folder as the place of a store's bytes; files are written whole or not at all."""
+"""A local folder as the place of a store's bytes; what reads it holds it open."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import mmap
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from uuid import uuid4
 
 import xxhash
 
-from actstore.errors import Busy, Damaged, NoRoom, Unsupported
+from actstore.errors import BadInput, Busy, Damaged, NoRoom, Unsupported, advised
 from actstore.storage import lease as leases
-from actstore.storage.backend import ANY, Content, File
+from actstore.storage import links
+from actstore.storage.backend import ANY, Content, File, Reading, Storage
 from actstore.storage.hashing import hash_of
-from actstore.storage.lease import Lease
-from actstore.storage.refused import DISK_FULL, needing_room, relying_on, say_where
+from actstore.storage.lease import LOCK, Lease
+from actstore.storage.machine import check_process, finalize_here
+from actstore.storage.refused import DISK_FULL, needing_room, say_where
 from actstore.storage.regular import LONGEST, irregular, open_regular, read_regular
+from actstore.storage.whole import discard, fsync_folder, make_folder, write_whole
 
-DIRECT_FROM = 1 << 20  # bytes; a smaller copy through the page cache costs nothing
-BLOCK = mmap.PAGESIZE  # O_DIRECT wants memory, offsets and lengths aligned to this, on any disk of today
-UNDER_WAY = re.compile(r"\..*\.tmp")  # names of unfinished files; see `beside`
+UNDER_WAY = re.compile(r"\..*\.tmp")  # names of unfinished files; see whole.beside
 
 
-class Local:
+class Local(Storage):
     """A folder of this machine. Storage says what each method takes, gives and raises."""
 
     def __init__(self, root: Path) -> None:
@@ -108,6 +106,10 @@ class Local:
             raise Damaged(irregular(self.root / path, found.st_mode))
         return found.st_size
 
+    def has(self, path: str) -> bool:
+        """See Storage.has."""
+        return (self.root / path).exists()
+
     def list(self, prefix: str) -> Sequence[str]:
         """See Storage.list; links to folders are followed, and each folder is entered once."""
         found, seen = list[str](), set[str]()
@@ -121,7 +123,7 @@ class Local:
     def delete(self, path: str) -> None:
         """See Storage.delete."""
         with suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(self.root / path)
+            discard(self.root / path)
 
     def lease(self, wait: float = 0.0) -> AbstractContextManager[Lease]:
         """See Storage.lease."""
@@ -135,191 +137,183 @@ class Local:
         """See Storage.open_for_map; never None."""
         return open_regular(self.root / path)
 
+    def local(self, paths: Iterable[str]) -> AbstractContextManager[Sequence[Path]]:
+        """See Storage.local; the files themselves, which need not exist."""
+        return nullcontext([self.root / path for path in paths])
 
-def write_whole(
-    final: Path,
-    content: Content,
-    *,
-    once: bool = False,
-    surely: bool = True,
-    guard: AbstractContextManager[object] | None = None,
-) -> None:
-    """Write a file whole or not at all: durably under a temporary name, and then under its own.
+    def hold(self, committed: Mapping[str, str] | None = None) -> Folder:
+        """See Storage.hold."""
+        return Folder(self.root) if committed is None else CheckedFolder(self.root, committed)
 
-    Args:
-        final: the file; its folder exists.
-        content: the bytes of a read-only file, or a function that writes a file to a given path.
-        once: fail if the name is taken; the default replaces the file.
-        surely: fail if the file system has no fsync; if False, a power cut may still tear the file.
-        guard: entered for the renaming alone; if the guard raises, nothing is changed.
-
-    Raises:
-        FileExistsError: the name is taken (with `once`).
-        Damaged: `final` is a folder.
-        Unsupported: the file system has no fsync, or no hard links (with `once`).
-    """
-    temporary, linked = beside(final), False
-    try:
-        if callable(content):
-            content(temporary)
-            with nullcontext() if surely else suppress(Unsupported):
-                fsync(temporary)
-        else:
-            write_durably(temporary, content)
-        if once:
+    def make(self, last: str, folders: Iterable[str], fill: Callable[[Path], object], wait: float = 0.0) -> None:
+        """See Storage.make; the folder is filled beside its place, and renamed."""
+        under_way = self.root.parent / f".{self.root.name}.new"
+        with needing_room(self.root):
+            make_folder(under_way)
             try:
-                with relying_on("hard links", final.parent):
-                    os.link(temporary, final)
-                linked = True
-            finally:
-                os.unlink(temporary)
-        else:
-            with guard or nullcontext():
-                replace_file(temporary, final)
-        with nullcontext() if surely else suppress(OSError):
-            fsync_folder(final.parent)
-    except BaseException:
-        for left in (temporary, *[final] * linked):  # a name that a power cut may remove is not published
-            with suppress(OSError):
-                left.unlink(missing_ok=True)
-        raise
+                with leases.lease(under_way, wait):  # the lease moves with the folder
+                    if self.has(last):  # another process made it since
+                        shutil.rmtree(under_way, ignore_errors=True)
+                        return
+                    for left in under_way.iterdir():  # left by a process that was killed
+                        if left.name != LOCK:
+                            discard(left)
+                    for folder in folders:
+                        make_folder(under_way / folder)
+                    fill(under_way)
+                    under_way.rename(self.root)
+                    fsync_folder(self.root.parent)
+            except Unsupported:  # so no other process can be at work there
+                shutil.rmtree(under_way, ignore_errors=True)
+                raise
+
+    def unusable(self) -> str:
+        """See Storage.unusable."""
+        root = self.root
+        if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
+            return f"{root} exists and is no actstore store; name a new folder, or an empty one"
+        if root.name in ("", "..") or (root.exists() and root.samefile(Path.cwd())):
+            return f"a store is a folder of its own and cannot be made of {str(root)!r}; name a new folder"
+        return ""
+
+    def unwritable(self) -> str:
+        """See Storage.unwritable."""
+        above = _existing(self.root.absolute())
+        if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+            return ""
+        return f"{above} is read-only, or another user's" if above.is_dir() else f"{above} is no folder"
+
+    def linked(self, paths: Iterable[str]) -> Sequence[str]:
+        """See Storage.linked."""
+        return links.linked(self.root, paths)
+
+    def broken(self, path: str) -> str:
+        """See Storage.broken."""
+        return links.broken(self.root / path)
+
+    def unnamed(self, folders: Iterable[str], named: Iterable[str]) -> Sequence[str]:
+        """See Storage.unnamed."""
+        return links.unnamed(self.root, folders, named)
+
+    def tidy(self, names: Iterable[str], folders: Iterable[str]) -> None:
+        """See Storage.tidy; empty folders go, too: one that was not fsynced must be made again."""
+        for path in [path for name in names for path in self.root.glob(f".{name}.*.tmp*")]:
+            discard(path)
+        for folder in [self.root / folder for folder in folders if not (self.root / folder).is_symlink()]:
+            for at, inner, _ in os.walk(folder, topdown=False):
+                for name in inner:
+                    with suppress(OSError):  # not empty, or a link
+                        os.rmdir(os.path.join(at, name))
 
 
-def beside(final: Path) -> Path:
-    """A temporary name in a file's own folder, the same for no other process, thread or attempt."""
-    return final.with_name(f".{final.name[:40]}.{uuid4().hex}.tmp")  # a name may have 255 bytes
+class Folder(Local, Reading):
+    """A folder whose files are opened by descriptor: a store put in its place is never read.
 
-
-def write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Write a read-only file and wait until the disk has it."""
-    left = memoryview(content).cast("B")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        if len(left) >= DIRECT_FROM:
-            left = _write_blocks_directly(descriptor, left)
-        while left:
-            left = left[os.write(descriptor, left) :]
-        os.fchmod(descriptor, 0o444)
-        sync(descriptor, path)
-    finally:
-        os.close(descriptor)
-
-
-def _write_blocks_directly(descriptor: int, content: memoryview) -> memoryview:
-    """Write whole blocks of page-aligned content straight to the disk; return the unwritten rest.
-
-    A copy into the page cache would take more processor time than all the rest of a commit, and
-    take it from the model that runs at the same time. If the file system allows no direct writes,
-    nothing is written.
+    Raises:
+        OSError: the folder does not exist.
     """
-    import numpy as np
 
-    o_direct = getattr(os, "O_DIRECT", 0)  # Linux has it
-    if not o_direct or np.frombuffer(content, np.uint8).ctypes.data % BLOCK:
-        return content
-    flags, written, blocks = fcntl.fcntl(descriptor, fcntl.F_GETFL), 0, len(content) // BLOCK * BLOCK
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | o_direct)
-        while written < blocks:
-            written += os.write(descriptor, content[written:blocks])
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
-    return content[written:]
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._process = os.getpid()
+        self._close = finalize_here(self, os.close, self._descriptor)
 
+    def close(self) -> None:
+        """Close the folder's descriptor."""
+        self._close()
+        self._descriptor = -1  # the number may soon be another file's
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and its parents; each entry is on the disk before anything is put inside."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
+    def identity(self) -> tuple[int, int]:
+        """Device and inode, by which another process can tell whether it has the same folder.
+
+        Raises:
+            BadInput: the folder is closed, or this process was forked after it was opened.
+        """
+        check_process(self._process)
+        if not self._close.alive:
+            raise BadInput("the store is closed; open it again")
+        about = os.fstat(self._descriptor)
+        return about.st_dev, about.st_ino
+
+    def open_for_map(self, path: str) -> int:
+        """Open a file inside for reading, and return its descriptor.
+
+        Args:
+            path: relative to the folder, with forward slashes.
+
+        Raises:
+            OSError: the file cannot be opened, see os.open.
+            BadInput: this process was forked after the folder was opened.
+            Damaged: the path is not a regular file.
+        """
+        check_process(self._process)
+        return open_regular(path, self._descriptor)
+
+    def check(self) -> None:
+        """Check that the folder is still what its path leads to.
+
+        Raises:
+            Damaged: the folder was moved or removed, or another is in its place.
+            BadInput: this process was forked after the folder was opened.
+        """
+        check_process(self._process)
         try:
-            folder.mkdir(exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            what = "a link that leads nowhere" if folder.is_symlink() else "no folder"
-            raise Damaged(
-                f"{folder} is {what}, where a folder belongs: move it away, or put back what it led to, then go on"
-            ) from error
-        try:
-            fsync_folder(folder.parent)
+            is_same = os.path.samestat(os.stat(self.root), os.fstat(self._descriptor))
         except OSError:
-            with suppress(OSError):
-                folder.rmdir()  # or the next attempt would take the folder for durable
+            is_same = False
+        if not is_same:
+            raise Damaged(f"{self.root} was moved or replaced since it was opened; open the store again")
+
+
+class CheckedFolder(Folder):
+    """A folder that compares each file, whole, with its committed hash when the file is opened.
+
+    A file is hashed when it is first opened, and again when it is opened after it moved or changed.
+    Changes under an existing map are not seen. The crc32c of a chunk is not checked, since the
+    file's hash covers the same bytes, and since a chunk of another shard has a right crc32c, too.
+
+    Args:
+        path: the folder.
+        committed: xxh3-128 of each file that may be opened, by its path inside the folder, with
+            forward slashes.
+    """
+
+    def __init__(self, path: Path, committed: Mapping[str, str]) -> None:
+        super().__init__(path)
+        self.committed = self._hashes = committed
+        self._whole: dict[
+            str, tuple[int, int]
+        ] = {}  # files that were, and what the system says of one that is unchanged
+
+    def open_for_map(self, path: str) -> int:
+        """See Folder.open_for_map.
+
+        Args:
+            path: relative to the folder, with forward slashes.
+
+        Raises:
+            Damaged: the file is not what was committed.
+        """
+        descriptor = super().open_for_map(path)
+        try:
+            self._check_hash(descriptor, path)
+        except BaseException:
+            os.close(descriptor)
             raise
+        return descriptor
 
-
-def replace_file(temporary: Path, final: Path) -> None:
-    """Rename a file over another, which need not exist.
-
-    Args:
-        temporary: the new file.
-        final: the name to take.
-
-    Raises:
-        Damaged: `final` is a folder.
-    """
-    try:
-        os.replace(temporary, final)
-    except IsADirectoryError as error:
-        raise Damaged(f"{final} is a folder, where a file belongs: move it away, then go on") from error
-
-
-def fsync(path: Path) -> None:
-    """Wait until the disk has a file's content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        sync(descriptor, path)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's entries."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        sync(descriptor, folder)
-    finally:
-        os.close(descriptor)
-
-
-def sync(descriptor: int, path: Path) -> None:
-    """Wait until the disk has a file or folder.
-
-    Args:
-        descriptor: of the open file or folder.
-
-    Raises:
-        Unsupported: the file system has no fsync.
-    """
-    with relying_on("fsync", path):
-        os.fsync(descriptor)
-
-
-def discard(path: Path) -> None:
-    """Remove a file, a link, or a folder with its content; do nothing if the name is free."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        path.unlink()
-
-
-def check_room(root: Path, wanted: int, what: str) -> int:
-    """Returns the bytes free on the disk where the store is (or will be).
-
-    Args:
-        wanted: bytes needed.
-        what: what needs them, for the message.
-
-    Raises:
-        NoRoom: fewer than `wanted` bytes are free.
-    """
-    free = Local(root).free_room()
-    if free < wanted:
-        raise NoRoom(
-            f"{what} needs {wanted / 1e9:.2f} GB and {_existing(root)} has {free / 1e9:.2f} GB free; free some or ask for less"
-        )
-    return free
+    def _check_hash(self, descriptor: int, path: str) -> None:
+        about = os.fstat(descriptor)
+        state = about.st_ino, about.st_ctime_ns
+        if self._whole.get(path) == state:
+            return
+        if hash_of(descriptor) != self._hashes.get(path):
+            raise Damaged(
+                f"{self.root / path} is not what was committed (its hash is another): look with "
+                f"{advised('verify', self.root)}, then mend it with {advised('repair', self.root)}"
+            )
+        self._whole[path] = state
 
 
 def _unless_gone(error: OSError) -> None:

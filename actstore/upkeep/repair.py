@@ -29,10 +29,9 @@ from actstore.commits.format import ARRAYS, FOLDERS, FORMAT_VERSION, WEIGHTS, ch
 from actstore.commits.log import refuse_astray
 from actstore.commits.manifest import Manifest, Part
 from actstore.errors import Damaged, advised
-from actstore.storage import links, sealed
+from actstore.storage import sealed
+from actstore.storage.at import at, place
 from actstore.storage.backend import File
-from actstore.storage.folder import place
-from actstore.storage.local import Local
 from actstore.upkeep.verify import Advance, Finding, read_manifests, verify_files
 from actstore.upkeep.verify_catalog import CONFLICT
 from actstore.writing.parts import GROUP, as_parquet
@@ -82,7 +81,7 @@ def repair(
     root = place(path)
     with suppress(Damaged):
         check_format(root, older=True)  # a folder that is no store gets no lock
-    with Local(root).lease(wait):
+    with at(root).lease(wait):
         about, manifests, flipped_back = _committed(root)
         is_older = about["format"] < FORMAT_VERSION
         report = verify_files(root, manifests, [], checkpoint.content(root), is_older, False, advance)
@@ -91,9 +90,9 @@ def repair(
         damaged = {finding.path: finding for finding in report.damage}
         _refuse_shared_places(root, manifests, damaged.keys())
         for name, content in flipped_back.items():
-            Local(root).swap(name, content)
+            at(root).swap(name, content)
         log.sweep(root, manifests)  # removes what an interrupted repair left
-        tables.discard_beside(root / tables.CATALOG)
+        tables.discard_beside(at(root), tables.CATALOG)
         mended, left = list(flipped_back), list[Finding]()
         for manifest in manifests:
             of_this = [damaged[file.path] for file in manifest.files if file.path in damaged]
@@ -108,7 +107,7 @@ def repair(
             mended += [path for path, finding in damaged.items() if finding.kind in ("catalog", "checkpoint")]
             if is_older:
                 about = {key: value for key, value in about.items() if key != sealed.CHECKSUM}
-                Local(root).swap("store.json", sealed.to_json({**about, "format": FORMAT_VERSION}))
+                at(root).swap("store.json", sealed.to_json({**about, "format": FORMAT_VERSION}))
                 mended.append("store.json")
         return Repair(mended, left, len(manifests))
 
@@ -129,7 +128,7 @@ def _committed(root: Path) -> tuple[dict[str, Any], list[Manifest], dict[str, by
     flipped_back = dict[str, bytes]()
     for name in names:
         with suppress(OSError):
-            if content := sealed.flipped_back(Local(root).read(name)):
+            if content := sealed.flipped_back(at(root).read(name)):
                 flipped_back[name] = content
     about = check_format(root, older=True, content=flipped_back.get("store.json"))
     if flipped_back:
@@ -148,7 +147,7 @@ def _refuse_shared_places(root: Path, manifests: list[Manifest], damaged: Collec
         Damaged: mending the one would damage the other.
     """
     files = {file.path: file for manifest in manifests for file in manifest.files}
-    if not links.linked(root, [*FOLDERS, *files]):
+    if not at(root).linked([*FOLDERS, *files]):
         return
     there: dict[str, list[File]] = {}
     for file in files.values():
@@ -212,7 +211,7 @@ def _put(root: Path, file: File, content: bytes | None) -> bool:
     """Put bytes in a committed file's place; False if they are not the committed bytes."""
     is_committed = content is not None and xxhash.xxh3_128_hexdigest(content) == file.xxh3_128
     if content is not None and is_committed:
-        Local(root).swap(file.path, content)
+        at(root).swap(file.path, content)
     return is_committed
 
 
@@ -269,11 +268,11 @@ def _zarr_group(root: Path) -> list[str]:
     """Restore the Zarr group of all arrays, which no manifest names."""
     path = f"{ARRAYS}/zarr.json"
     try:
-        if Local(root).read(path) == GROUP:
+        if at(root).read(path) == GROUP:
             return []
     except OSError:
         pass
-    Local(root).swap(path, GROUP)
+    at(root).swap(path, GROUP)
     return [path]
 
 

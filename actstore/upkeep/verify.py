@@ -25,11 +25,9 @@ from actstore.commits.format import ARRAYS, CHECKPOINT, FORMAT_VERSION, LOG, WEI
 from actstore.commits.log import led_astray, log_hash
 from actstore.commits.manifest import Manifest, Part, Shard, manifest_path
 from actstore.errors import Damaged, TooNew, advised
-from actstore.storage import links
+from actstore.storage.at import at, place
 from actstore.storage.backend import File
-from actstore.storage.folder import place
 from actstore.storage.hashing import hash_of
-from actstore.storage.local import Local
 from actstore.storage.machine import limit_reached, n_processors
 from actstore.upkeep import verify_catalog
 from actstore.writing.parts import GROUP
@@ -185,9 +183,8 @@ def read_manifests(
     for expected, number in zip([1, *(number + 1 for number in there)], there, strict=False):
         if number > expected:
             broken.append(_gap(root, expected, number - 1))
-        path = root / manifest_path(number)
         try:
-            manifest = log.read_manifest(path, number, instead.get(manifest_path(number)))
+            manifest = log.read_manifest(root, number, instead.get(manifest_path(number)))
             before = found[-1] if found and found[-1].number == number - 1 else None
             if (before or number == 1) and (what := log.breaks_chain(before, manifest)):
                 broken.append(Finding(manifest_path(max(number - 1, 1)), "manifest", what))
@@ -195,7 +192,7 @@ def read_manifests(
         except Damaged as error:
             broken.append(Finding(manifest_path(number), "manifest", str(error)))
         except OSError as error:
-            broken.append(Finding(manifest_path(number), "manifest", _unreadable(error, path)))
+            broken.append(Finding(manifest_path(number), "manifest", _unreadable(error, root, manifest_path(number))))
     held, hash_of_log = tables.built_from(root)
     last = max([0, *there[-1:]])
     if held > last and (broken or log_hash(found) != hash_of_log):  # else the catalog's number is what is damaged
@@ -208,7 +205,7 @@ def read_manifests(
 def _gap(root: Path, first: int, last: int) -> Finding:
     """The finding for manifests that are missing: one each gap, since a name can be any number."""
     what = "is missing" + f", as are all up to {last}" * (last > first)
-    if link := links.broken(root / LOG):
+    if link := at(root).broken(LOG):
         what += f", since {link}"
     return Finding(manifest_path(first), "manifest", what)
 
@@ -217,7 +214,7 @@ def _files(
     root: Path, jobs: list[tuple[Manifest, File]], quick: bool, advance: Callable[[int], None]
 ) -> Iterator[Finding]:
     """Hash every file, several at a time: hashing releases the interpreter and outruns one read."""
-    positions = _positions(root) if quick else {}
+    positions = _positions(root, jobs) if quick else {}
     done = 0
     with ThreadPoolExecutor(n_processors()) as pool:
         for (manifest, file), what in zip(
@@ -233,13 +230,13 @@ def _group(root: Path) -> Iterator[Finding]:
     """What is wrong with the Zarr group of all arrays, which no manifest names; "" if nothing."""
     path = f"{ARRAYS}/zarr.json"
     try:
-        if Local(root).read(path) != GROUP:
+        if at(root).read(path) != GROUP:
             yield Finding(path, "metadata", "its content is not what was put in place")
     except OSError as error:
-        yield Finding(path, "metadata", _unreadable(error, root / path))
+        yield Finding(path, "metadata", _unreadable(error, root, path))
 
 
-def _unreadable(error: OSError, path: Path) -> str:
+def _unreadable(error: OSError, root: Path, path: str) -> str:
     """The message for a file that the system refuses to read.
 
     Raises:
@@ -247,7 +244,7 @@ def _unreadable(error: OSError, path: Path) -> str:
     """
     if reached := limit_reached(error, "cannot verify every file"):
         raise reached from error
-    if link := links.broken(path):
+    if link := at(root).broken(path):
         return f"is missing, since {link}"
     is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
     return "is missing" if is_missing else error.strerror or str(error)
@@ -266,7 +263,7 @@ def _finding(manifest: Manifest, file: File, what: str) -> Finding:
 def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, str], int]) -> str:
     """What is wrong with a committed file; "" if the file is whole."""
     try:
-        with os.fdopen(Local(root).open_for_map(file.path), "rb") as opened:
+        with os.fdopen(at(root).descriptor(file.path), "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             if size != file.bytes:
                 return f"is {size:,} bytes long, not {file.bytes:,}"
@@ -276,22 +273,22 @@ def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, 
             if hash_of(opened.fileno()) != file.xxh3_128:
                 return "its content is not what was committed"
     except OSError as error:
-        return _unreadable(error, root / file.path)
+        return _unreadable(error, root, file.path)
     return ""
 
 
-def _positions(root: Path) -> dict[tuple[str, str], int]:
+def _positions(root: Path, jobs: list[tuple[Manifest, File]]) -> dict[tuple[str, str], int]:
     """Chunks per shard of each (run, site), from the arrays' own metadata."""
     found = {}
-    for path in (root / ARRAYS).glob("*/*/zarr.json"):
+    for run, site in {(file.run, file.site) for _, file in jobs if isinstance(file, Shard)}:
         try:
-            about = json.loads(Local(root).read(path.relative_to(root).as_posix()))
+            about = json.loads(at(root).read(f"{ARRAYS}/{run}/{site}/zarr.json"))
             outer = about["chunk_grid"]["configuration"]["chunk_shape"]
             inner = about["codecs"][0]["configuration"]["chunk_shape"]
             n = math.prod(-(-int(large) // int(small)) for large, small in zip(outer, inner, strict=True))
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
             continue  # it has its own finding
-        found[path.parent.parent.name, path.parent.name] = n
+        found[run, site] = n
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import duckdb
@@ -15,9 +16,8 @@ from actstore.catalog.tables import one_line
 from actstore.commits import log
 from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged, LimitReached
-from actstore.storage.local import Local
+from actstore.storage.at import at
 from actstore.storage.machine import limit_reached
-from actstore.storage.regular import check_regular
 
 CATALOG, CONFLICT = (
     "catalog",
@@ -59,9 +59,10 @@ def wrong_with(
 
 def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
     """(file, what is wrong) by names alone: a missing catalog, or files that DuckDB would add."""
-    for left in tables.replayed(root):
-        where = left.name if os.path.samefile(left.parent, root) else tables.CATALOG
-        yield where, f"{left} is no part of the store, and each read would take its changes for committed"
+    with suppress(FileNotFoundError), at(root).local([tables.CATALOG]) as [catalog]:
+        for left in tables.replayed(catalog):
+            where = left.name if os.path.samefile(left.parent, catalog.parent) else tables.CATALOG
+            yield where, f"{left} is no part of the store, and each read would take its changes for committed"
     if what := _lacking(root):
         yield tables.CATALOG, what
 
@@ -69,7 +70,7 @@ def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
 def _lacking(root: Path) -> str:
     """What is wrong if no file has the catalog's name; "" if one has."""
     try:
-        check_regular(root / tables.CATALOG)
+        os.close(at(root).descriptor(tables.CATALOG))
     except FileNotFoundError:
         return "is missing"
     except Damaged as error:
@@ -83,7 +84,7 @@ def _is_noted(root: Path) -> bool:
     Retries if a writer replaces the catalog during the check.
     """
     while True:
-        with os.fdopen(Local(root).open_for_map(tables.CATALOG), "rb") as opened:
+        with os.fdopen(at(root).descriptor(tables.CATALOG), "rb") as opened:
             if (is_noted := hash_note.is_noted(root, opened.fileno())) is not None:
                 return is_noted
 
@@ -110,6 +111,7 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
     with (
         tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder,
         tables.attached(root) as connection,
+        ExitStack() as copies,
     ):
         connection.execute(f"set temp_directory = {tables.quoted(folder)}")  # or DuckDB would use the working folder
         held = int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
@@ -119,12 +121,15 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         connection.register("shards_committed", pl.DataFrame(shards, schema=types))
         there = {row[0] for row in connection.execute(tables.TABLES_ATTACHED).fetchall()}
         for table in [table for table in tables.tables() if table in there and table != "snapshot"]:
-            yield from _differences(connection, table, _committed_rows(root, connection, table, committed))
+            yield from _differences(connection, table, _committed_rows(root, connection, table, committed, copies))
 
 
-def _committed_rows(root: Path, connection: duckdb.DuckDBPyConnection, table: str, committed: list[Manifest]) -> str:
+def _committed_rows(
+    root: Path, connection: duckdb.DuckDBPyConnection, table: str, committed: list[Manifest], copies: ExitStack
+) -> str:
     """SQL for a table's rows in the parts, with the catalog's columns and types."""
-    parts = [root / part.path for manifest in committed for part in manifest.parts if part.table == table]
+    paths = [part.path for manifest in committed for part in manifest.parts if part.table == table]
+    parts = list(copies.enter_context(at(root).local(paths)))
     if table == "shards":
         source = "shards_committed"
     elif parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from actstore.commits import log
 from actstore.commits.format import check_format
 from actstore.commits.manifest import Manifest
 from actstore.errors import BadInput
+from actstore.storage.at import at
 from actstore.writing.create import is_store
 from actstore.writing.parts import rows_committed
 from actstore.writing.plan import RunPlan
@@ -37,10 +37,8 @@ def check_plan(root: Path, plan: RunPlan) -> None:
         )
         stored_dataset(datasets, plan.dataset)
         stored_run(runs, sites, plan)
-    above = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        what = "is read-only, or another user's" if above.is_dir() else "is no folder"
-        raise BadInput(f"{root} cannot be written, since {above} {what}; name another folder")
+    if why := at(root).unwritable():
+        raise BadInput(f"{root} cannot be written, since {why}; name another folder")
 
 
 def stored_dataset(datasets: Rows, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -97,7 +95,7 @@ def committed_batches(root: Path, run: str) -> set[int]:
 
 def committed_datasets(root: Path) -> dict[str, dict[str, Any]]:
     """Name → row of the stored datasets, read without the lease; empty if there is no store."""
-    if not (root / "store.json").exists():
+    if not at(root).has("store.json"):
         return {}
     check_format(root)
     rows = rows_committed(root, log.manifests(root), "datasets").to_dicts()

@@ -12,7 +12,7 @@ import polars as pl
 from actstore.catalog import tables as catalog_tables
 from actstore.commits.manifest import Manifest
 from actstore.errors import BadInput, Damaged, advised
-from actstore.storage.local import Local
+from actstore.storage.at import at
 from actstore.storage.machine import limit_reached
 
 GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
@@ -57,7 +57,7 @@ def read_part(root: Path, path: str) -> pl.DataFrame:
     Raises:
         Damaged: the file is not Parquet.
     """
-    place = Local(root)
+    place = at(root)
     try:
         return pl.read_parquet(place.read(path, place.size(path)))
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:

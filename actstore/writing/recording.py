@@ -15,7 +15,7 @@ from actstore.catalog import tables
 from actstore.commits.format import check_format, store_around
 from actstore.errors import BadInput, Unsupported
 from actstore.outputs import replacing
-from actstore.storage import lease
+from actstore.storage.at import at
 from actstore.writing.writer import open_writer
 
 NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -36,7 +36,8 @@ def wait_until_free(root: Path, wait: float) -> str:
     """
     check_format(root)
     try:
-        lease.wait_until_free(root, wait)
+        with at(root).lease(wait):
+            pass
     except OSError as error:
         if error.errno not in NO_WRITING and not isinstance(error, Unsupported):
             raise

@@ -24,10 +24,8 @@ from actstore.commits.format import ARRAYS, check_format, part_path, weights_pat
 from actstore.commits.log import refuse_astray
 from actstore.commits.manifest import Manifest, Part, Shard, TableOfParts
 from actstore.errors import BadInput
-from actstore.storage.backend import File
-from actstore.storage.folder import place
-from actstore.storage.lease import Lease
-from actstore.storage.local import Local
+from actstore.storage.at import at, place
+from actstore.storage.backend import File, Held
 from actstore.storage.refused import needing_room
 from actstore.writing.committed import batches_of, must_agree, stored_dataset, stored_run
 from actstore.writing.create import create
@@ -57,10 +55,10 @@ def open_writer(path: str | Path, *, make: bool = False, wait: float = 0.0) -> I
         Unsupported: the file system lacks hard links, locks or fsync.
     """
     root = place(path)
-    if make and not (root / "store.json").exists():
+    if make and not at(root).has("store.json"):
         create(root, wait)
     check_format(root)
-    with needing_room(root), Local(root).lease(wait) as lease:
+    with needing_room(root), at(root).lease(wait) as lease:
         writer = Writer(root, lease)
         try:
             yield writer
@@ -71,7 +69,7 @@ def open_writer(path: str | Path, *, make: bool = False, wait: float = 0.0) -> I
 class Writer:
     """The writing end of a store, while its lease is held; see `open_writer`."""
 
-    def __init__(self, root: Path, lease: Lease) -> None:
+    def __init__(self, root: Path, lease: Held) -> None:
         self.root, self._lease = root, lease
         # before anything is swept: is the log whole?
         self._log = log.manifests(root, least=witness.least(root))
@@ -79,7 +77,7 @@ class Writer:
         refuse_astray(root, self._log)
         witness.refuse_conflict(root, self._log)
         log.sweep(root, self._log)
-        catalog_tables.discard_beside(root / catalog_tables.CATALOG)
+        catalog_tables.discard_beside(at(root), catalog_tables.CATALOG)
         self._files = {file.path: file for manifest in self._log for file in manifest.files}
 
     def rows_of(self, table: str) -> pl.DataFrame:
@@ -214,7 +212,7 @@ class Writer:
                 raise _otherwise(self.root / path)
             return []
         self._lease.check()
-        return [Local(self.root).publish(path, content)]
+        return [at(self.root).publish(path, content)]
 
     def _has(self, path: str, content: bytes | memoryview) -> bool:
         return xxhash.xxh3_128_hexdigest(content) == self._files[path].xxh3_128

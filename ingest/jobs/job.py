@@ -22,8 +22,7 @@ from actstore.ingest.models.sites import SiteSpec, site_specs
 from actstore.ingest.trees.draw import concatenate
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import Drawn
-from actstore.storage.folder import place
-from actstore.storage.local import Local
+from actstore.storage.at import at, place
 from actstore.writing.committed import committed_batches
 from actstore.writing.plan import RunPlan, SitePlan
 
@@ -141,7 +140,7 @@ class Ingest:
 
     def announcement(self) -> str:
         """One sentence: what the job will cost in trees, tokens, sites and bytes."""
-        free = Local(self.store).free_room()
+        free = at(self.store).free_room()
         left = len(self.left())
         done = self.n_batches - left
         resumed = f"; {done} of {self.n_batches} batches are there" if done else ""

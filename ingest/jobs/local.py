@@ -16,7 +16,7 @@ from actstore.arrays.pack import ShardBuffer
 from actstore.ingest.jobs.batch import Batch, run_batch
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.prepare import prepare
-from actstore.storage.local import check_room
+from actstore.storage.at import check_room
 from actstore.writing.writer import Writer, open_writer
 
 P = ParamSpec("P")

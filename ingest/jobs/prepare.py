@@ -14,7 +14,7 @@ from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.load import check_device, find, load
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.variants import vary
-from actstore.storage.folder import place
+from actstore.storage.at import place
 from actstore.writing.committed import check_plan, committed_datasets
 
 

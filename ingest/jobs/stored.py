@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actstore.commits.format import WEIGHTS, check_format
+from actstore.commits.format import check_format, weights_path
 from actstore.commits.log import manifests as read_all
 from actstore.errors import ActstoreError, Damaged, NotStored, nearest
 from actstore.ingest.models import load
 from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.load import Model
 from actstore.named import available
+from actstore.storage.at import at
 from actstore.writing import parts as writing_parts
 
 
@@ -76,8 +77,9 @@ def model_of_row(root: Path, row: dict[str, Any], device: str) -> Model:
     import torch
 
     where = device if device == "cpu" or torch.cuda.is_available() else "cpu"
-    path = root / WEIGHTS / f"{wanted}.safetensors"
-    content = path.read_bytes() if path.is_file() else b""
+    path, content = weights_path(wanted), b""
+    with suppress(FileNotFoundError, Damaged):
+        content = at(root).read(path, at(root).size(path))
     if hashlib.sha256(content).hexdigest() == wanted:
         return load.from_bytes(content, _config(row), name, row["source"], where)
     of, _, step = name.rpartition("-step")
@@ -88,5 +90,5 @@ def model_of_row(root: Path, row: dict[str, Any], device: str) -> Model:
                 if found.weights_sha256 == wanted:
                     return replace(found, name=name, source=row["source"])
     raise Damaged(
-        f"the weights {path} are not those that were run, and no model {name!r} has them; restore them from a copy"
+        f"the weights {root / path} are not those that were run, and no model {name!r} has them; restore them from a copy"
     )

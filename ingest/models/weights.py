@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from actstore.errors import BadInput, nearest
 from actstore.ingest.models.config import ModelConfig
-from actstore.storage.local import write_whole
+from actstore.storage.whole import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor

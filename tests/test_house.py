@@ -158,7 +158,7 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "catalog.tables": "regular.check_regular shutil.copyfile read_text",  # what the place lends, and schema.sql
     "cli.output": "open",  # the user's
     "cli.terminal": "os.open",  # /dev/null
-    "commits.format": "glob",  # the names of stores beside, for a message
+    "commits.format": "glob iterdir",  # the names of stores beside, for a message
     "ingest.models.config": "open",  # models and their configurations, until the next comment
     "ingest.models.load": "glob read_bytes",
     "ingest.models.weights": "mkdir read_bytes write_bytes whole.write_whole",

@@ -157,7 +157,7 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "catalog.hash_note": "hashing.hash_of hashing.hash_of_file",  # a descriptor, and the new catalog
     "catalog.tables": "regular.check_regular shutil.copyfile read_text",  # what the place lends, and schema.sql
     "cli.output": "open",  # the user's
-    "cli.terminal": "os.open",  # /dev/null
+    "cli.terminal": "os.open shutil.get_terminal_size",  # /dev/null
     "commits.format": "glob iterdir",  # the names of stores beside, for a message
     "ingest.models.config": "open",  # models and their configurations, until the next comment
     "ingest.models.load": "glob read_bytes",

@@ -16,7 +16,7 @@ from actstore.storage.backend import Storage
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
-from actstore.writing.committed import check_plan, committed_batches, committed_dataset
+from actstore.writing.committed import check_plan, committed_batches, committed_datasets
 from actstore.writing.recording import wait_until_free
 from actstore.writing.writer import open_writer
 from tests.elsewhere import SCHEME, Elsewhere, address, calls
@@ -112,7 +112,7 @@ def test_every_file_is_the_same_byte_for_byte_and_came_through_the_verbs(root: P
 
 def test_a_store_elsewhere_is_written_on_and_leased_and_refused_as_any(root: Path, run: Fake, tmp_path: Path) -> None:
     assert committed_batches(root, "r") == {0, 1, 2}
-    assert committed_dataset(root, "d")
+    assert committed_datasets(root)["d"]
     check_plan(root, run.plan)
     with open_writer(root), pytest.raises(Busy), open_writer(root):
         pass

@@ -24,7 +24,6 @@ from actstore.errors import BadInput, Damaged, NoRoom
 from actstore.ingest.trees import tokens
 from actstore.ingest.trees.draw import SPLITS
 from actstore.store import Store
-from actstore.upkeep.rebuild import rebuild
 from actstore.writing.create import create
 from actstore.writing.parts import as_parquet
 from actstore.writing.writer import open_writer
@@ -67,7 +66,7 @@ def test_a_catalog_extended_step_by_step_is_the_one_built_from_nothing(root: Pat
     stepwise = catalog_rows(root / "catalog.duckdb")
     copy = tmp_path / "copy.act"
     shutil.copytree(root, copy)
-    assert rebuild(copy) == len(log.manifests(root)) == 12
+    assert build.publish(copy, from_nothing=True) == len(log.manifests(root)) == 12
     assert catalog_rows(copy / "catalog.duckdb") == stepwise
     (copy / "catalog.duckdb").unlink()
     with open_writer(copy):
@@ -102,7 +101,7 @@ def test_a_catalog_that_is_damaged_is_built_again(root: Path, tmp_path: Path) ->
     (copy / "catalog.duckdb").write_bytes(b"no catalog")
     with pytest.raises(Damaged, match=r"catalog\.duckdb cannot be opened .* rebuild it with `actstore repair"):
         Store(copy)
-    assert rebuild(copy) == 12
+    assert build.publish(copy, from_nothing=True) == 12
     assert catalog_rows(copy / "catalog.duckdb") == catalog_rows(root / "catalog.duckdb")
 
 
@@ -125,7 +124,7 @@ def test_the_folder_that_a_store_lies_in_changes_no_row(root: Path, tmp_path: Pa
     shutil.copytree(root, copy)
     if other:
         shutil.copytree(root / "parts", tmp_path / other / "copy.act" / "parts")
-    assert rebuild(copy) == 12
+    assert build.publish(copy, from_nothing=True) == 12
     assert catalog_rows(copy / "catalog.duckdb") == catalog_rows(root / "catalog.duckdb")
     with Store(copy) as store:
         assert store.read("select token_id from tokens where tree_id < 5", run="one")[0].shape[1] == 6
@@ -206,10 +205,10 @@ def test_a_committed_part_that_is_gone_is_damaged_and_named(root: Path, tmp_path
     part = next((copy / "parts" / "tokens").iterdir())
     part.unlink()
     with pytest.raises(Damaged, match=f"cannot be built from its parts .*{part.name}"):
-        rebuild(copy)
+        build.publish(copy, from_nothing=True)
     part.write_bytes(b"no parquet")
     with pytest.raises(Damaged, match=f"cannot be built from its parts .*{part.name}"):
-        rebuild(copy)
+        build.publish(copy, from_nothing=True)
 
 
 @pytest.mark.parametrize(("reason", "error"), [(errno.ENOSPC, NoRoom), (errno.EDQUOT, NoRoom), (errno.EIO, OSError)])
@@ -236,11 +235,12 @@ def test_a_catalog_that_duckdb_has_no_room_for_is_no_room(root: Path, tmp_path: 
     before = files(copy)
     code = """
 import resource, sys
+from pathlib import Path
+from actstore.catalog import build
 from actstore.errors import NoRoom
-from actstore.upkeep.rebuild import rebuild
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
-    rebuild(sys.argv[1])
+    build.publish(Path(sys.argv[1]), from_nothing=True)
 except NoRoom as error:
     print(error)
 """

@@ -146,10 +146,8 @@ def test_every_site_is_found_by_both_of_its_names_and_says_its_kind():
         (["resid_post.3"], "did you mean 'resid_post.2'"),
         (["embed", "resid_pots.1"], "did you mean 'resid_post.1'"),
         (["blocks.0.hook_resid_pots"], "did you mean 'blocks.0.hook_resid_post'"),
-        (
-            ["blocks.0.hook_mlp_out"],
-            "there are embed, and resid_pre, resid_mid, resid_post, pattern of all or of one",
-        ),
+        (["resid"], "there are embed, and resid_pre, resid_mid, resid_post, pattern of all or of one"),
+        (["blocks.0.hook_mlp_oot"], "did you mean 'blocks.0.hook_mlp_out'"),
         ([""], "no site ''"),
         ([], "no site asked for"),
     ],

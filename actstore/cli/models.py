@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from actstore.cli.group import main, say
-from actstore.cli.options import output_options
+from actstore.cli.options import model_options, output_options
 
 if TYPE_CHECKING:
     from actstore.cli.output import Output
@@ -78,3 +78,33 @@ def models_add(name: str, weights: str, config: str | None, system: str | None, 
     if found is None or not found.samefile(target):
         meant = f"here the name {name} means {found}" if found else f"the name {name} is not looked up there"
         say(f"actstore: {meant}; set ACTSTORE_MODELS to that folder, or give the path of the file", err=True)
+
+
+@models.command(name="sites")
+@click.argument("model")
+@model_options
+@output_options
+def models_sites(
+    model: str,
+    config: str | None,
+    hub: bool,
+    revision: str | None,
+    untrained: int | None,
+    tokenizer: str | None,
+    output: Output,
+) -> None:
+    """List what can be stored of a model: each hook, and what it gives.
+
+    MODEL is a name, a folder of transformers, a .gguf file, or a checkpoint with its YAML. One
+    forward pass over a few tokens tells the shapes.
+
+    Example:
+
+    \b
+        actstore models sites reproduction
+        actstore models sites path/to/model-folder
+    """
+    from actstore.ingest.models.load import load, sites
+
+    loaded = load(model, config, hub=hub, revision=revision, untrained=untrained, tokenizer=tokenizer)
+    output.write(sites(loaded))

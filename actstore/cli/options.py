@@ -45,6 +45,26 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --config, --hub, --revision, --untrained and --tokenizer, which say what --model means."""
+    for option in (
+        click.option("--tokenizer", type=click.Path(), metavar="FOLDER", help="A tokenizer; default: the model's own."),
+        click.option(
+            "--untrained",
+            type=click.IntRange(min=0),
+            is_flag=False,
+            flag_value=0,
+            metavar="[SEED]",
+            help="Random weights of the same configuration; default seed 0.",
+        ),
+        click.option("--revision", metavar="REVISION", help="With --hub: a branch, tag or commit."),
+        click.option("--hub", is_flag=True, help="The model is a name of the Hugging Face hub: fetch it."),
+        click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it."),
+    ):
+        command = option(command)
+    return command
+
+
 param_option: Option = click.option(
     "-p",
     "--param",

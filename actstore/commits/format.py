@@ -37,6 +37,11 @@ def weights_path(sha256: str) -> str:
     return f"{WEIGHTS}/{sha256}.safetensors"
 
 
+def unembedding_path(sha256: str) -> str:
+    """Path of a model's final norm and unembedding, inside the store; the weights have the hash."""
+    return f"{WEIGHTS}/{sha256}.unembed.safetensors"
+
+
 @dataclass(frozen=True)
 class About:
     """The content of store.json, of any format."""

@@ -79,7 +79,7 @@ class Ingest:
             self.generator = Generator(self.model, self.plan.facts["samples"], self.trees.seed)
         about = {"device": str(self.device), "versions": json.dumps({**versions(), "batch_size": self.batch_size})}
         facts = {**about, **self.plan.facts}
-        self.plan = replace(self.plan, model=model_row(self.model), weights=self.model.weights, facts=facts)
+        self.plan = replace(self.plan, model=self.model.row(), weights=self.model.weights, facts=facts)
 
     @property
     def device(self) -> torch.device:
@@ -268,26 +268,6 @@ def _site_plan(spec: SiteSpec, config: Any, dataset: dict[str, Any]) -> SitePlan
         return SitePlan(spec.name, spec.short, spec.kind, layout, ("tree", "head", "query", "key"))
     layout = Layout((n_trees, positions, config.d_model), 1, per_shard)
     return SitePlan(spec.name, spec.short, spec.kind, layout, ("tree", "position", "d_model"))
-
-
-def model_row(model: Model) -> dict[str, Any]:
-    """The row of `models`."""
-    config = model.config
-    sizes = {
-        name: getattr(config, name)
-        for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")
-    }
-    return {
-        "weights_sha256": model.weights_sha256,
-        "model": model.name,
-        "system": config.system,
-        "n_nodes": config.n_nodes,
-        **sizes,
-        "n_params": sum(parameter.numel() for parameter in model.bridge.original_model.parameters()),
-        "vocabulary": config.vocabulary.words(),
-        "config": json.dumps(config.to_mapping()),
-        "source": model.source,
-    }
 
 
 def versions() -> dict[str, str | int]:

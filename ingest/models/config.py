@@ -28,6 +28,32 @@ MODEL_FIELDS = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx", "a
 
 
 @dataclass(frozen=True)
+class GeneralConfig:
+    """The shape of a model of any architecture.
+
+    Attributes:
+        d_head, d_mlp: None where the architecture has none, or layers differ.
+        n_ctx: most tokens of a sequence.
+        d_vocab: number of token ids.
+        described: the configuration that the shape was read from: {"huggingface": …} or
+            {"transformer_lens": …}.
+    """
+
+    n_layers: int
+    n_heads: int | None
+    d_model: int
+    d_head: int | None
+    d_mlp: int | None
+    n_ctx: int
+    d_vocab: int
+    described: dict[str, Any]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The configuration as plain data for JSON."""
+        return self.described
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model: decoder-only, pre-LayerNorm, learned positions, causal.
 
@@ -129,6 +155,11 @@ def _check_keys(mapping: object, section: str, source: str) -> None:
             raise BadInput(f"{source}: key {f'{prefix}{key}'!r} is missing; it needs {', '.join(NEEDED_KEYS[section])}")
 
 
+def as_text(name: str) -> str:
+    """A file's name as UTF-8 text, with other bytes as `\\udc…` escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def there_are(known: Iterable[str]) -> str:
     """The end of a message: `there are a, b`, or `there are none`."""
     return f"there are {', '.join(known) or 'none'}"
@@ -156,10 +187,24 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     Raises:
         BadInput: the text is not YAML, or not a mapping with the keys of a configuration.
     """
+    mapping = _parsed(text, source)
+    _check_keys(mapping, "", source)
+    return mapping
+
+
+def mapping_of(text: str, source: str) -> dict[str, Any]:
+    """Parse a YAML text with any keys; what is no mapping has none.
+
+    Raises:
+        BadInput: the text is not YAML.
+    """
+    parsed = _parsed(text, source)
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _parsed(text: str, source: str) -> Any:
     try:
-        mapping = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except Exception as error:  # PyYAML fails in many ways: values that do not fit their tag, deep nesting
         cause = "too many levels" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise BadInput(f"{source}: no YAML: {cause or type(error).__name__}") from None
-    _check_keys(mapping, "", source)
-    return mapping

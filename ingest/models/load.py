@@ -1,63 +1,32 @@
-"""Model name, configuration and checkpoint → a TransformerBridge and the hash of its weights."""
+"""From what a user names to a model: a path-finding system, a folder, a file, a name of the hub."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.errors import BadInput, NotStored, nearest
-from actstore.ingest.models.config import MODEL_FIELDS, ModelConfig, parse_yaml, read_text, there_are
-from actstore.ingest.models.weights import SUFFIXES, canonical, check_weights, parse, read_state, replace
+from actstore.errors import ActstoreError, BadInput, NotStored, nearest
+from actstore.ingest.models.config import ModelConfig, as_text, parse_yaml, read_text, there_are
+from actstore.ingest.models.general import named, native_model, transformers_model
+from actstore.ingest.models.model import Model
+from actstore.ingest.models.native import SECTION, build, is_native
+from actstore.ingest.models.pretrained import fetched, offline
+from actstore.ingest.models.weights import SUFFIXES, canonical, check_weights, parse, read_state, replace, state
 from actstore.ingest.trees.tokens import SYSTEMS
 from actstore.named import SHIPPED, available, by_name, own_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformer_lens.model_bridge import TransformerBridge
 
-
-@dataclass
-class Model:
-    """A model to run, with its configuration and weights.
-
-    Attributes:
-        name: the user's name for the model; also the default name of its run.
-        bridge: in eval mode, without gradients, float32.
-        weights: the canonical safetensors file.
-        weights_sha256: sha256 of `weights`, hexadecimal.
-        source: name of the file that held the weights.
-    """
-
-    name: str
-    config: ModelConfig
-    bridge: TransformerBridge = field(repr=False)
-    weights: bytes = field(repr=False)
-    weights_sha256: str
-    source: str
-
-
-def build(config: ModelConfig, seed: int) -> TransformerBridge:
-    """Initialise a model in train mode, on the CPU; one seed gives one set of weights."""
-    from transformer_lens.config import TransformerBridgeConfig
-    from transformer_lens.model_bridge import TransformerBridge
-
-    sizes = {name: getattr(config, name) for name in MODEL_FIELDS}
-    return TransformerBridge.boot_native(
-        TransformerBridgeConfig(
-            **sizes,
-            d_vocab=config.d_vocab,
-            normalization_type="LN",
-            seed=seed,
-            architecture="TransformerLensNative",
-        ),
-        device="cpu",
-    )
+YAMLS = (".yaml", ".yml")
 
 
 def from_bytes(weights: bytes, config: ModelConfig, name: str, source: str, device: str = "cpu") -> Model:
@@ -81,9 +50,30 @@ def _assemble(found: Mapping[str, Tensor], config: ModelConfig, name: str, sourc
     return Model(name, config, bridge, weights, hashlib.sha256(weights).hexdigest(), as_text(Path(source).name))
 
 
-def as_text(name: str) -> str:
-    """A file's name as UTF-8 text, with other bytes as `\\udc…` escapes."""
-    return name.encode(errors="backslashreplace").decode()
+def sites(model: Model) -> pl.DataFrame:
+    """List the hooks of a model that can be stored, in the network's order.
+
+    Returns:
+        site, short, kind; axes and shape of one row, without the length of a pattern's key axis,
+        which is that of the longest sequence; and same_as, other names of the hook.
+    """
+    return pl.DataFrame(
+        [
+            {
+                "site": site.name,
+                "short": site.short,
+                "kind": site.kind,
+                "axes": list(site.axes),
+                "shape": list(site.row_shape),
+                "same_as": model.hooks.same[site.name],
+            }
+            for site in model.hooks.listed()
+        ],
+        schema={
+            **dict.fromkeys(("site", "short", "kind"), pl.String),
+            **{"axes": pl.List(pl.String), "shape": pl.List(pl.Int64), "same_as": pl.List(pl.String)},
+        },
+    )
 
 
 def check_device(device: str) -> None:
@@ -140,24 +130,152 @@ def _config_or_none(path: Path) -> ModelConfig | None:
         return None
 
 
-def load(model: str, config: str | None = None, device: str = "cpu", checkpoint: int | None = None) -> Model:
-    """Load a model by its name, or by the path of a checkpoint.
+def load(
+    model: str,
+    config: str | None = None,
+    device: str = "cpu",
+    checkpoint: int | None = None,
+    *,
+    hub: bool = False,
+    revision: str | None = None,
+    untrained: int | None = None,
+    keep_weights: bool = False,
+    tokenizer: str | None = None,
+) -> Model:
+    """Load a model by its name, or by the path of its files.
+
+    A path-finding system has a name from `available`, or is a .safetensors or .pt with a YAML. Any
+    other model is a folder of transformers (config.json, *.safetensors, tokenizer.json), a .gguf
+    file, a name of the hub, or a .safetensors or .pt whose YAML has the section `transformer_lens`
+    (see native.py). It is loaded in float32, with eager attention, and without the network.
 
     Args:
-        model: a name from `available`, or a path to .safetensors or .pt.
+        model: the name or path; for random weights a .yaml, too.
         config: path of the YAML; default: the file of the same name beside the weights.
         device: `cpu` or `cuda`.
         checkpoint: a kept step of the training, instead of the trained weights; the model's name is
             then NAME-stepSTEP.
+        hub: True if `model` is a name of the Hugging Face hub, to be fetched.
+        revision: branch, tag or commit of the hub; default: its main branch.
+        untrained: seed of random weights, which replace those of the files; the model's name is
+            then NAME-untrained, and for a seed other than 0 NAME-untrainedSEED.
+        keep_weights: True if a run keeps the weights in the store; those of a path-finding system
+            always are.
+        tokenizer: folder of a tokenizer; default: the model's own.
 
     Raises:
         NotStored: there is no such model, or no such checkpoint of the model.
-        BadInput: the configuration is missing, the checkpoint does not fit, or there is no such
-            device.
+        BadInput: the configuration is missing, the files do not fit or hold no model,
+            TransformerLens does not know the architecture, or there is no such device.
     """
-    found = find(model, config, checkpoint)
+    if revision is not None and not hub:
+        raise BadInput(f"got --revision {revision}, which is of a hub's model; add --hub, or leave it out")
+    if not hub and task_of(model, config) == "trees":
+        return _system(model, config, device, checkpoint, untrained, tokenizer)
     check_device(device)
-    return _assemble(read_state(found.weights), found.config, found.name, str(found.weights), device)
+    if checkpoint is not None:
+        raise BadInput(
+            f"got --checkpoint {checkpoint}, which is a step of a path-finding system's training; leave it out"
+        )
+    asked = {
+        "model": model,
+        "config": config,
+        "hub": hub,
+        "revision": revision,
+        "untrained": untrained,
+        "tokenizer": tokenizer,
+    }
+    if hub:
+        folder, commit = fetched(model, revision)
+        asked = {**asked, "revision": commit}
+        loaded = transformers_model(folder, Path(model).name, asked, keep_weights)
+    elif Path(model).is_dir() or Path(model).suffix == ".gguf":
+        if config:
+            raise BadInput(f"got --config {config}, and {model} brings its own configuration; leave --config out")
+        loaded = transformers_model(Path(model), Path(os.path.abspath(model)).name, asked, keep_weights)
+    else:
+        loaded = native_model(*_native_files(model, config, untrained), asked, keep_weights)
+    loaded.bridge.to(device, print_details=False)
+    return loaded
+
+
+def task_of(model: str, config: str | None = None, *, hub: bool = False) -> str:
+    """`trees` if `load` would load a path-finding system, `tokens` for any other model.
+
+    Only names and a YAML are read.
+
+    Raises:
+        NotStored: there is no such model.
+        BadInput: the configuration is missing.
+    """
+    if hub or (model not in by_name() and (Path(model).is_dir() or Path(model).suffix == ".gguf")):
+        return "tokens"
+    if Path(model).suffix in YAMLS:
+        return "tokens" if is_native(_yaml(Path(model), model)) else "trees"
+    _, yaml = locate(model, config)
+    return "tokens" if is_native(yaml) else "trees"
+
+
+def again(row: Mapping[str, Any], device: str = "cpu") -> Model:
+    """Load a model whose weights a store only refers to, from where they were loaded before.
+
+    Args:
+        row: the model's row of `models`.
+
+    Raises:
+        NotStored: the model is no longer there, was given as a bridge, or has other weights now.
+    """
+    facts, name = json.loads(row["facts"]), row["model"]
+    asked = facts.get("asked")
+    if asked is None:
+        raise NotStored(
+            f"the store refers to the weights of {name}, which was given as a bridge; ingest with the weights kept "
+            "(--keep-weights) to run the model again"
+        )
+    try:
+        if asked["hub"]:
+            with offline():
+                found = load(**asked, device=device)
+        else:
+            found = load(**asked, device=device)
+    except ActstoreError as error:
+        raise NotStored(f"the weights of {name} are not in the store, and not where they were: {error}") from None
+    if found.weights_sha256 != row["weights_sha256"]:
+        raise NotStored(
+            f"{asked['model']} holds other weights than the run's ({found.weights_sha256[:12]} instead of "
+            f"{row['weights_sha256'][:12]}); put the run's back"
+        )
+    return found
+
+
+def _native_files(model: str, config: str | None, untrained: int | None) -> tuple[Path | None, Path]:
+    """The weights and the YAML of a native model; None for random weights."""
+    if Path(model).suffix not in YAMLS:
+        weights, yaml = locate(model, config)
+        return (weights if untrained is None else None), yaml
+    if untrained is None:
+        raise BadInput(
+            f"{model} is a configuration; give the weights and --config {model}, or ask for random ones (--untrained)"
+        )
+    return None, Path(model)
+
+
+def _system(
+    model: str, config: str | None, device: str, checkpoint: int | None, untrained: int | None, tokenizer: str | None
+) -> Model:
+    """A path-finding system."""
+    if tokenizer is not None:
+        raise BadInput(f"got --tokenizer {tokenizer}, and a path-finding system has its own vocabulary; leave it out")
+    if untrained is None:
+        found = find(model, config, checkpoint)
+        return _assemble(read_state(found.weights), found.config, found.name, str(found.weights), device)
+    if checkpoint is not None:
+        raise BadInput("--untrained takes random weights, and --checkpoint those of a training; leave one out")
+    yaml = _yaml(Path(model), model) if Path(model).suffix in YAMLS else locate(model, config)[1]
+    shape = ModelConfig.from_yaml(yaml)
+    return _assemble(
+        state(build(shape, untrained), shape), shape, named(Path(model).stem, untrained), str(yaml), device
+    )
 
 
 @dataclass(frozen=True)
@@ -183,17 +301,11 @@ def find(model: str, config: str | None = None, checkpoint: int | None = None) -
         NotStored: there is no such model, or no such checkpoint of the model.
         BadInput: the configuration is missing.
     """
-    path = Path(model) if Path(model).suffix in SUFFIXES else by_name().get(model)
-    if path is None:
-        known = available()
-        raise NotStored(
-            f"no model {model!r}{nearest(model, known)}; {there_are(known)}: path-finding systems are run, and none of a hub's "
-            "models; import a checkpoint of one with `actstore models add NAME FILE`, or give its path "
-            f"({', '.join(SUFFIXES)})"
+    path, yaml = locate(model, config)
+    if is_native(yaml):
+        raise BadInput(
+            f"{model} is no path-finding system ({yaml} has the section {SECTION}); name one: {there_are(available())}"
         )
-    if not path.is_file() and not checkpoints(path):
-        raise BadInput(f"no checkpoint {path}; give the path of a file, or name a model: {there_are(available())}")
-    yaml = _yaml(path, config)
     parsed, name = ModelConfig.from_yaml(yaml), as_text(path.stem)
     if checkpoint is not None:
         return Found(f"{name}-step{checkpoint}", parsed, _kept(path, checkpoint), yaml)
@@ -201,6 +313,26 @@ def find(model: str, config: str | None = None, checkpoint: int | None = None) -
         steps = ", ".join(map(str, checkpoints(path)))
         raise BadInput(f"no checkpoint {path} yet; its training has kept the steps {steps}: name one (--checkpoint)")
     return Found(name, parsed, path, yaml)
+
+
+def locate(model: str, config: str | None = None) -> tuple[Path, Path]:
+    """The paths of a model's weights and YAML; see `load` for the arguments.
+
+    Raises:
+        NotStored: there is no such model.
+        BadInput: the configuration is missing.
+    """
+    path = Path(model) if Path(model).suffix in SUFFIXES else by_name().get(model)
+    if path is None:
+        known = available()
+        raise NotStored(
+            f"no model {model!r}{nearest(model, known)}; {there_are(known)}: import a checkpoint with `actstore models add "
+            f"NAME FILE`, or give its path ({', '.join(SUFFIXES)}); any other model is a folder, a .gguf file, or a name of "
+            "the hub (--hub)"
+        )
+    if not path.is_file() and not checkpoints(path):
+        raise BadInput(f"no checkpoint {path}; give the path of a file, or name a model: {there_are(available())}")
+    return path, _yaml(path, config)
 
 
 def checkpoint_path(weights: Path, step: int) -> Path:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 BUFFERS = (".mask", ".IGNORE")  # a HookedTransformer saves its causal mask among the weights
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+STORED = (  # the dtypes of a safetensors file, in the order in which it holds them, and their names in torch
+    *(("I64", "int64"), ("F64", "float64"), ("F32", "float32"), ("I32", "int32")),
+    *(("BF16", "bfloat16"), ("F16", "float16"), ("I16", "int16"), ("I8", "int8"), ("U8", "uint8"), ("BOOL", "bool")),
+)
 SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
@@ -79,6 +84,47 @@ def canonical(state_dict: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save as to_safetensors
 
     return to_safetensors({name: state_dict[name].detach().cpu().clone().contiguous() for name in sorted(state_dict)})
+
+
+def stream(state_dict: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of `canonical`, tensor by tensor, so that no copy of the whole is made.
+
+    Raises:
+        BadInput: a tensor has a dtype that safetensors cannot hold.
+    """
+    ordered = sorted(state_dict, key=lambda name: (_rank(state_dict[name], name), name))
+    header, offset = {}, 0
+    for name in ordered:
+        tensor = state_dict[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        dtype = STORED[_rank(tensor, name)][0]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    import torch
+
+    for name in ordered:
+        flat = state_dict[name].detach().cpu().contiguous().reshape(-1)
+        yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def _rank(tensor: Tensor, name: str) -> int:
+    """The place of a tensor's dtype in the order of a safetensors file."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    for rank, (_, known) in enumerate(STORED):
+        if dtype == known:
+            return rank
+    raise BadInput(f"weight {name!r} is {dtype}, which cannot be hashed or kept; load the model in float32")
+
+
+def sha256_of(state_dict: Mapping[str, Tensor]) -> str:
+    """sha256 of the canonical safetensors file of a state dict, hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in stream(state_dict):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def save(state_dict: Mapping[str, Tensor], path: str | Path) -> str:

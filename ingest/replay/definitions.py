@@ -76,7 +76,7 @@ def _models(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[
     for name, path in by_name().items():
         if hashlib.sha256(path.read_bytes()).hexdigest().startswith(part.owner):
             with suppress(ActstoreError):
-                yield job.model_row(load.load(name))
+                yield load.load(name).row()
 
 
 def _datasets(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[str, list[Row]]) -> Iterator[Row]:

@@ -161,6 +161,7 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "commits.format": "glob iterdir",  # the names of stores beside, for a message
     "ingest.models.config": "open",  # models and their configurations, until the next comment
     "ingest.models.load": "glob read_bytes",
+    "ingest.models.pretrained": "iterdir open",  # a model's own files
     "ingest.models.weights": "mkdir read_bytes write_bytes whole.write_whole",
     "ingest.replay.definitions": "read_bytes",
     "ingest.training.card": "read_text",

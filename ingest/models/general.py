@@ -38,7 +38,7 @@ def transformers_model(path: Path, name: str, asked: dict[str, Any], keep_weight
     files = found.hashes()
     loaded = load_checkpoint(found, asked["model"], seed, asked["tokenizer"])
     how = "untrained" if seed is not None else "hub" if asked["hub"] else "gguf" if found.gguf else "folder"
-    about = {"how": how, "asked": asked, "files": files, "versions": versions(found.gguf is not None)}
+    about: dict[str, Any] = {"how": how, "asked": asked, "files": files, "versions": versions(found.gguf is not None)}
     about |= {"headless": True} if loaded.headless else {}
     stem = name.removesuffix(".gguf")
     model = from_bridge(

@@ -64,7 +64,7 @@ def plant(
     )
     with open_writer(root, make=True) as writer:
         known = set(writer.rows_of("trees")["tree_id"].to_list()) if writer.rows_of("datasets").height else set()
-        first = writer.define(plan)
+        first = writer.define(plan).sequence_id
         for batch in range(-(-len(trees) // per_shard)) if batches is None else batches:
             rows = slice(batch * per_shard, min((batch + 1) * per_shard, len(trees)))
             some, start = trees[rows], first + rows.start

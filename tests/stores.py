@@ -23,7 +23,18 @@ from actstore.writing.writer import Writer, batch_contents, open_writer
 
 D_MODEL, N_HEADS = 6, 2
 TABLES = (
-    *("models", "datasets", "trees", "edges", "tokens", "runs", "sites"),
+    *(
+        "models",
+        "datasets",
+        "trees",
+        "listed_sequences",
+        "vocabularies",
+        "relations",
+        "edges",
+        "tokens",
+        "runs",
+        "sites",
+    ),
     *("shards", "predictions", "outcomes", "generations", "results", "snapshot"),
 )
 
@@ -69,7 +80,7 @@ class Fake:
 
     def write(self, writer: Writer, batches: Sequence[int] | None = None) -> int:
         """Commit to an open store, and return the first tree_id."""
-        first_tree_id = writer.define(self.plan)
+        first_tree_id = writer.define(self.plan).sequence_id
         done = writer.batches(self.plan.run)
         for batch in range(self.n_batches) if batches is None else batches:
             if batch not in done:

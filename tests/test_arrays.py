@@ -45,20 +45,20 @@ def layouts(pick: st.DrawFn) -> Layout:
 def planted(layout: Layout, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Activations, of the layout's shape and dtype, and the length of each tree, intp [n_trees]."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, layout.n_positions, layout.shape[0], dtype=np.intp, endpoint=True)
+    lengths = rng.integers(1, layout.chunks_per_shard, layout.shape[0], dtype=np.intp, endpoint=True)
     return rng.standard_normal(layout.shape, dtype=np.float32).astype(layout.dtype), lengths
 
 
 def blanked(layout: Layout, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The activations with NaN wherever a tree has no token."""
-    is_token = np.arange(layout.n_positions) < lengths[:, None]
+    is_token = np.arange(layout.chunks_per_shard) < lengths[:, None]
     shape = [size if axis in (0, layout.position_axis) else 1 for axis, size in enumerate(layout.shape)]
     return np.where(is_token.reshape(shape), values, np.asarray(np.nan, layout.dtype))
 
 
 def pack(layout: Layout, values: np.ndarray, lengths: np.ndarray, buffer: ShardBuffer | None = None) -> list[bytes]:
     """All shards of an array, through one buffer."""
-    buffer, per_shard = buffer or ShardBuffer(layout), layout.trees_per_shard
+    buffer, per_shard = buffer or ShardBuffer(layout), layout.rows_per_chunk
     shards = []
     for start in range(0, layout.shape[0], per_shard):
         some = values[start : start + per_shard]
@@ -77,7 +77,7 @@ def shards_of_zarr_python(layout: Layout, values: np.ndarray) -> dict[str, bytes
     array = zarr.create_array(
         MemoryStore(written),
         shape=values.shape,
-        chunks=(layout.trees_per_shard, *values.shape[1:]),
+        chunks=(layout.rows_per_chunk, *values.shape[1:]),
         dtype=layout.dtype,
         fill_value=np.nan,
         serializer=ShardingCodec(chunk_shape=tuple(inner), codecs=[BytesCodec(endian="little"), Crc32cCodec()]),
@@ -213,10 +213,10 @@ def written(folder: Path, layout: Layout, first: int, seed: int) -> tuple[SiteRe
         paths[batch] = str(batch)
         (folder / paths[batch]).unlink(missing_ok=True)
         (folder / paths[batch]).write_bytes(shard)
-    tree, position = np.nonzero(np.arange(layout.n_positions) < lengths[:, None])
+    tree, position = np.nonzero(np.arange(layout.chunks_per_shard) < lengths[:, None])
     by_position = np.moveaxis(values, layout.position_axis, 1)
     return (
-        SiteReader(layout, first, paths, "a site", Local(folder)),
+        SiteReader(layout, first * 256, paths, "a site", Local(folder)),
         (first + tree) * 256 + position,
         by_position[tree, position],
     )
@@ -348,7 +348,8 @@ FIRST = 7  # tree_id of the first tree: none below is this run's
 def reader(run: Fake, root: Path) -> SiteReader:
     layout = run.plan.sites[0].layout
     array = root / "activations.zarr" / "r" / RESID
-    return SiteReader(layout, FIRST, {batch: layout.shard_name(batch) for batch in COMMITTED}, "the site", Local(array))
+    paths = {batch: layout.shard_name(batch) for batch in COMMITTED}
+    return SiteReader(layout, FIRST * 256, paths, "the site", Local(array))
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_store_that_vanishes_while_it_is_written_is_told_and_nothing_is_writte
 
     def write():
         with open_writer(root, make=True) as writer:
-            first = writer.define(run.plan)
+            first = writer.define(run.plan).sequence_id
             run.commit(writer, first, 0)
             vanish(root)
             there.update(files(root))

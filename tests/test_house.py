@@ -24,7 +24,7 @@ MAY = {
     "commits": "storage errors",
     "outputs": "commits storage errors",
     "arrays": "storage errors",
-    "catalog": "commits storage errors",
+    "catalog": "arrays commits storage errors",
     "sql": "catalog arrays commits storage errors",
     "reading": "sql catalog sites advice arrays commits storage errors",
     "writing": "catalog arrays named outputs commits storage errors version",

@@ -205,7 +205,7 @@ def folder() -> Iterator[Path]:
 def write_array(path: Path, layout: Layout, dtype: str, form: dict, seed: int, fill: float) -> tuple[np.ndarray, ...]:
     """Write a foreign array; return every token id, each id's activation as stored, and a pad id where there is one."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, layout.n_positions, layout.shape[0], endpoint=True)
+    lengths = rng.integers(1, layout.chunks_per_shard, layout.shape[0], endpoint=True)
     values = rng.standard_normal(layout.shape).astype(np.dtype(dtype).newbyteorder("="))
     by_position = np.moveaxis(values, layout.position_axis, 1)
     for tree, length in enumerate(lengths):
@@ -214,8 +214,8 @@ def write_array(path: Path, layout: Layout, dtype: str, form: dict, seed: int, f
     config = {"write_empty_chunks": True}
     array = zarr.create_array(path, shape=layout.shape, dtype=dtype, fill_value=fill, config=config, **form)
     array[:] = values
-    tree, position = np.nonzero(np.arange(layout.n_positions) < lengths[:, None])
-    padded, past = np.nonzero(np.arange(layout.n_positions) >= lengths[:, None])
+    tree, position = np.nonzero(np.arange(layout.chunks_per_shard) < lengths[:, None])
+    padded, past = np.nonzero(np.arange(layout.chunks_per_shard) >= lengths[:, None])
     return tree * 256 + position, by_position[tree, position], padded * 256 + past
 
 
@@ -227,7 +227,7 @@ def test_any_zarr_array_gives_the_numbers_that_were_written(
     layout, dtype, form = array
     every, expected, padding = write_array(folder / "array", layout, dtype, form, seed, fill)
     every, padding = every + first * 256, padding + first * 256
-    reader = ForeignReader(folder / "array", layout, first, None, "a site", lambda ids: np.isin(ids, every))
+    reader = ForeignReader(folder / "array", layout, first * 256, None, "a site", lambda ids: np.isin(ids, every))
     some = np.array(data.draw(st.lists(st.integers(0, len(every) - 1), max_size=30)), np.intp)
     X = reader.gather(every[some])
     assert X.dtype == np.float32
@@ -263,7 +263,7 @@ def test_what_actstore_writes_is_mapped_and_what_differs_in_anything_is_not(layo
 def test_errors_of_the_general_path_are_those_of_the_mapped_one(folder: Path) -> None:
     layout = Layout((8, 7, 5), 1, 3)
     write_array(folder / "e", layout, "float32", {"chunks": (4, 2, 5)}, 0, np.nan)
-    reader = ForeignReader(folder / "e", layout, 7, {0: folder, 2: folder}, "the site")
+    reader = ForeignReader(folder / "e", layout, 7 * 256, {0: folder, 2: folder}, "the site")
     for wrong, why in (
         (6 * 256, "of no tree of this run"),
         (-1, "of no"),
@@ -281,12 +281,12 @@ def test_errors_of_the_general_path_are_those_of_the_mapped_one(folder: Path) ->
     with pytest.raises(Damaged, match=f"a chunk of {folder / 'e'}"):
         reader.gather(np.array([7 * 256]))
     with pytest.raises(Damaged, match="has shape"):
-        ForeignReader(folder / "e", Layout((8, 7, 6), 1, 3), 7, None, "the site")
+        ForeignReader(folder / "e", Layout((8, 7, 6), 1, 3), 7 * 256, None, "the site")
     with pytest.raises(Damaged, match="cannot be opened"):
-        ForeignReader(folder / "nothing", layout, 7, None, "the site")
+        ForeignReader(folder / "nothing", layout, 7 * 256, None, "the site")
     zarr.create_array(folder / "ints", shape=layout.shape, chunks=(4, 2, 5), dtype="int8")
     with pytest.raises(BadInput, match="holds int8; activations are floats"):
-        ForeignReader(folder / "ints", layout, 7, None, "the site")
+        ForeignReader(folder / "ints", layout, 7 * 256, None, "the site")
 
 
 def test_a_number_too_large_for_float32_is_refused_by_the_general_path(folder: Path) -> None:

@@ -79,9 +79,11 @@ def test_a_run_has_the_rows_that_it_has_alone(alone, store, query):
 
 def test_every_table_of_trees_or_runs_is_the_runs(store):
     whole = "select table_name, list(column_name) from information_schema.columns where table_catalog = 'store' group by all"
-    said = {table for table, columns in store.sql(whole).iter_rows() if {"run", "tree_id"} & set(columns)}
+    said = {
+        table for table, columns in store.sql(whole).iter_rows() if {"run", "tree_id", "sequence_id"} & set(columns)
+    }
     assert set(_views(store._opened, "r", answers=True)) == said | {"datasets", "models"}
-    for table in said - {"generations", "results", "latest_results"}:  # which are empty here
+    for table in said - {"generations", "results", "latest_results", "listed_sequences"}:  # which are empty here
         assert 0 < store.of("trees").sql(f"from {table}").height < store.sql(f"from store.main.{table}").height
         assert store.of("r").sql(f"from store.main.{table}").height == store.sql(f"from {table}").height
 

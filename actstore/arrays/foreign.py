@@ -30,9 +30,9 @@ class ForeignReader(Placed):
 
     Args:
         path: the array's folder, Zarr v3 or v2.
-        layout: the shape that the array must have. Its trees_per_shard says which batch of `shards`
-            a tree belongs to.
-        first_tree_id: see SiteReader.
+        layout: the shape that the array must have. Its shards say which batch of `shards` an id
+            belongs to.
+        first_token_id: see SiteReader.
         shards: the batches that are stored; None means all.
         where: see SiteReader.
         is_token: see SiteReader. It is asked about every id if unwritten numbers do not read as
@@ -48,7 +48,7 @@ class ForeignReader(Placed):
         self,
         path: Path,
         layout: Layout,
-        first_tree_id: int,
+        first_token_id: int,
         shards: Mapping[int, str] | None,
         where: str,
         is_token: IsToken | None = None,
@@ -56,12 +56,11 @@ class ForeignReader(Placed):
     ) -> None:
         self.path, self.layout, self.where, self._check = path, layout, where, check
         self._array = self._open()  # before anything is made as large as the layout says
-        every = range(-(-layout.shape[0] // layout.trees_per_shard))
-        super().__init__(
-            layout, first_tree_id, dict.fromkeys(every, str(path)) if shards is None else shards, where, is_token
-        )
+        shards = dict.fromkeys(range(layout.n_shards), str(path)) if shards is None else shards
+        super().__init__(layout, first_token_id, shards, where, is_token)
         chunks = self._array.chunks  # the inner chunks, if the array is sharded
-        self.trees_per_chunk, self.positions_per_chunk = int(chunks[0]), int(chunks[layout.position_axis])
+        self.trees_per_chunk = int(chunks[0])
+        self.positions_per_chunk = 1 if layout.position_axis is None else int(chunks[layout.position_axis])
 
     def _open(self) -> Any:
         import zarr
@@ -92,11 +91,12 @@ class ForeignReader(Placed):
         Raises:
             NotStored: see `places`.
         """
-        row, position = self.places(token_ids)
+        row, position = self._indices(token_ids)
         inner, item_bytes = self._array.chunks, int(self._array.dtype.itemsize)
         stored, axis = self._array.shards or inner, self.layout.position_axis
         chunks = np.array([chunk for chunk, _ in self.by_chunk(row, position)], np.int64).reshape(-1, 2)
-        per_shard = int(stored[0]) // self.trees_per_chunk, int(stored[axis]) // self.positions_per_chunk
+        along = 1 if axis is None else int(stored[axis]) // self.positions_per_chunk
+        per_shard = int(stored[0]) // self.trees_per_chunk, along
         n_chunks = len(chunks) * self._pieces_per_row(inner)
         return Cost(
             chunks=n_chunks,
@@ -111,10 +111,17 @@ class ForeignReader(Placed):
             _open_again,
             self.path.absolute(),
             self.layout,
-            self.first_tree_id,
+            self.first_token_id,
             self.shards,
             self.where,
         )
+
+    def _indices(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of each id along the first axis, and along that of positions (else 0)."""
+        row, position = self.places(token_ids)
+        if self.layout.position_axis is None:
+            return token_ids - self.first_token_id, np.zeros_like(position)
+        return row, position
 
     def _pieces_per_row(self, size: Sequence[int]) -> int:
         counts = [-(-n // int(length)) for n, length in zip(self.layout.shape, size, strict=True)]
@@ -127,7 +134,7 @@ class ForeignReader(Placed):
             token_ids, out: see SiteReader.gather.
         """
         token_ids = np.asarray(token_ids).astype(np.int64, casting="safe", copy=False)
-        row, position = self.places(token_ids)
+        row, position = self._indices(token_ids)
         whole = np.empty((len(token_ids), *self.layout.row_shape), np.float32) if out is None else out
         X = flat_rows(whole, len(token_ids), self.layout)
         try:
@@ -157,7 +164,8 @@ class ForeignReader(Placed):
             (chunk's number along trees, along positions), and intp [m]: which of the n lie in the
             chunk.
         """
-        n_along_positions = -(-self.layout.n_positions // self.positions_per_chunk)
+        n_positions = 1 if self.layout.position_axis is None else self.layout.chunks_per_shard
+        n_along_positions = -(-n_positions // self.positions_per_chunk)
         key = row // self.trees_per_chunk * n_along_positions + position // self.positions_per_chunk
         order = np.argsort(key, kind="stable")
         starts = np.flatnonzero(np.diff(key[order], prepend=-1))
@@ -170,11 +178,13 @@ class ForeignReader(Placed):
         axis = self.layout.position_axis
         span = [slice(None)] * len(self.layout.shape)
         span[0] = slice(chunk[0] * self.trees_per_chunk, (chunk[0] + 1) * self.trees_per_chunk)
-        span[axis] = slice(chunk[1] * self.positions_per_chunk, (chunk[1] + 1) * self.positions_per_chunk)
+        if axis is not None:
+            span[axis] = slice(chunk[1] * self.positions_per_chunk, (chunk[1] + 1) * self.positions_per_chunk)
         try:
             if not self._is_written(span):
                 raise not_stored(self.where, token_ids, np.ones(len(token_ids), bool), "not ingested yet")
-            block = np.moveaxis(np.asarray(self._array[tuple(span)]), axis, 1)
+            block = np.asarray(self._array[tuple(span)])
+            block = block[:, None] if axis is None else np.moveaxis(block, axis, 1)
         except NotStored:
             raise
         except Exception as error:  # for the reasons given in _open
@@ -196,13 +206,13 @@ class ForeignReader(Placed):
 def _open_again(
     path: Path,
     layout: Layout,
-    first_tree_id: int,
+    first_token_id: int,
     shards: Mapping[int, str],
     where: str,
     folder: Reading,
     is_token: IsToken,
 ) -> ForeignReader:
-    return ForeignReader(path, layout, first_tree_id, shards, where, is_token, folder.check)
+    return ForeignReader(path, layout, first_token_id, shards, where, is_token, folder.check)
 
 
 def _one_line(error: Exception) -> str:

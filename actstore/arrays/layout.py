@@ -7,25 +7,35 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from actstore.arrays.address import CHUNKS_PER_SHARD, POSITIONS_PER_TREE
+
 CRC_BYTES = 4
+NO_CHUNK = 2**64 - 1  # in a shard's index: the chunk was never written
 
 
 @dataclass(frozen=True)
 class Layout:
     """Shape, chunks and sizes in bytes of one site's array on the disk.
 
+    In a grid of sequences, a chunk is one position of all the shard's sequences. In the layout
+    `rows`, the array has a row for each id, and a chunk is `rows_per_chunk` rows that follow one
+    another. A row lies in the slot `row % rows_per_chunk` of a chunk in both.
+
     Attributes:
-        shape: the whole array's shape, trees first.
-        position_axis: the axis along which a chunk is one long: 1 for [tree, position, d_model], 2
-            for [tree, head, query, key].
-        trees_per_shard: number of trees in a shard, and in a chunk.
+        shape: the whole array's shape, sequences (or rows) first.
+        position_axis: the axis along which a chunk is one long: 1 for [sequence, position,
+            d_model], 2 for [sequence, head, query, key]. None for the layout `rows`.
+        rows_per_chunk: number of sequences in a shard, and in a chunk; or of rows in a chunk, a
+            power of two.
         dtype: of the stored numbers: float32 or float16.
+        stride: ids from one sequence of a grid to the next, a power of two.
     """
 
     shape: tuple[int, ...]
-    position_axis: int
-    trees_per_shard: int
+    position_axis: int | None
+    rows_per_chunk: int
     dtype: str = "float32"
+    stride: int = POSITIONS_PER_TREE
 
     @property
     def item_bytes(self) -> int:
@@ -33,9 +43,29 @@ class Layout:
         return np.dtype(self.dtype).itemsize
 
     @property
-    def n_positions(self) -> int:
-        """Positions per tree, and so chunks per shard."""
-        return self.shape[self.position_axis]
+    def chunks_per_shard(self) -> int:
+        """Chunks of a whole shard: one per position, or CHUNKS_PER_SHARD."""
+        return CHUNKS_PER_SHARD if self.position_axis is None else self.shape[self.position_axis]
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Length of a shard along the array's first axis."""
+        return self.rows_per_chunk * (CHUNKS_PER_SHARD if self.position_axis is None else 1)
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards of the whole array."""
+        return -(-self.shape[0] // self.rows_per_shard)
+
+    @property
+    def n_ids(self) -> int:
+        """Number of token ids that the array spans."""
+        return self.shape[0] * (1 if self.position_axis is None else self.stride)
+
+    @property
+    def key_bits(self) -> int:
+        """Bits that number the chunks of a shard in a key, see Shards.find."""
+        return ((CHUNKS_PER_SHARD if self.position_axis is None else self.stride) - 1).bit_length()
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -49,16 +79,16 @@ class Layout:
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
-        """Shape of an inner chunk: all the shard's trees, one position."""
+        """Shape of an inner chunk."""
         return tuple(
-            self.trees_per_shard if axis == 0 else 1 if axis == self.position_axis else size
+            self.rows_per_chunk if axis == 0 else 1 if axis == self.position_axis else size
             for axis, size in enumerate(self.shape)
         )
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
-        """Shape of a shard: trees_per_shard trees."""
-        return (self.trees_per_shard, *self.shape[1:])
+        """Shape of a shard."""
+        return (self.rows_per_shard, *self.shape[1:])
 
     @property
     def chunk_bytes(self) -> int:
@@ -66,18 +96,49 @@ class Layout:
 
         The number is a multiple of item_bytes, so that every row starts on a float.
         """
-        return self.item_bytes * self.trees_per_shard * self.row_items + CRC_BYTES
+        return self.item_bytes * self.rows_per_chunk * self.row_items + CRC_BYTES
 
     @property
     def index_bytes(self) -> int:
         """Bytes of a shard's index: offset and length of each chunk, and a checksum."""
-        return self.n_positions * 16 + CRC_BYTES
+        return self.chunks_per_shard * 16 + CRC_BYTES
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of a shard's file."""
-        return self.n_positions * self.chunk_bytes + self.index_bytes
+        """Bytes of a whole shard's file."""
+        return self.bytes_of(self.chunks_per_shard)
+
+    def bytes_of(self, n_chunks: int) -> int:
+        """Bytes of a shard's file that holds so many chunks."""
+        return n_chunks * self.chunk_bytes + self.index_bytes
 
     def shard_name(self, batch: int) -> str:
         """Path of a shard's file inside its array's folder: `c/3/0/0`."""
         return "/".join(["c", str(batch), *["0"] * (len(self.shape) - 1)])
+
+    def split(self, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where ids lie: shard row // rows_per_chunk, chunk `position`, slot row % rows_per_chunk.
+
+        Args:
+            local: int64 [n], ids less the array's first id; overwritten.
+
+        Returns:
+            (row, position): int64 [n] each. In a grid: a sequence's number, and a position in it.
+        """
+        if self.position_axis is not None:
+            position = local & (self.stride - 1)
+            local >>= self.stride.bit_length() - 1
+            return local, position
+        bits = self.rows_per_chunk.bit_length() - 1
+        slot = local & (self.rows_per_chunk - 1)
+        local >>= bits
+        position = local & (CHUNKS_PER_SHARD - 1)
+        local >>= CHUNKS_PER_SHARD.bit_length() - 1
+        local <<= bits
+        local |= slot
+        return local, position
+
+    def shard_of(self, local: np.ndarray) -> np.ndarray:
+        """int64 [n]: number of the shard of each id, given less the array's first id."""
+        per_row = 1 if self.position_axis is None else self.stride
+        return local // (self.rows_per_shard * per_row)

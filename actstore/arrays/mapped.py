@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import google_crc32c
 import numpy as np
 
-from actstore.arrays.address import POSITION_BITS, POSITIONS_PER_TREE
 from actstore.arrays.copying import n_threads
+from actstore.arrays.layout import NO_CHUNK
 from actstore.errors import ActstoreError, Damaged
 from actstore.storage.backend import Storage
 from actstore.storage.machine import limit_reached
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from actstore.arrays.layout import Layout
 
 NOWHERE = -(2**62)  # the offset of a chunk that is not mapped; it stays negative whatever is added
-NO_CHUNK = 2**64 - 1  # in a shard's index: the chunk was never written
 
 
 @cache
@@ -74,9 +73,9 @@ class View(NamedTuple):
 
     Attributes:
         windows: V<row bytes> [numbers in the view]: item i is the row beginning at number i.
-        table: int64 [batches * 256]: table[batch, position] is the offset of tree 0; add tree *
+        table: int64 [shards * 2^key_bits]: table[shard, chunk] is the offset of row 0; add row *
             row_items. NOWHERE if nothing is mapped there.
-        maps: by batch: its bytes, and where its chunks start in them (int64 [n_positions], in
+        maps: by shard: its bytes, and where its chunks start in them (int64 [chunks_per_shard], in
             numbers).
     """
 
@@ -111,8 +110,7 @@ class Shards:
         """Locate rows, after mapping the shards that hold them.
 
         Args:
-            row: int64 [n], rows inside the array; overwritten.
-            position: int64 [n], each in [0, 256); overwritten.
+            row, position: int64 [n], see Layout.split; overwritten.
 
         Returns:
             (windows, offsets): View.windows, and int64 [n] into it. None if a row lies in no shard
@@ -123,12 +121,13 @@ class Shards:
                 index.
             LimitReached: the system allows this process no more open files, maps or memory.
         """
-        layout, key = self.layout, row // self.layout.trees_per_shard
-        key <<= POSITION_BITS
+        layout, key = self.layout, row // self.layout.rows_per_chunk
+        bits = layout.key_bits
+        key <<= bits
         key |= position
         row *= layout.row_items
         for view in (self._view, None):
-            view = view or self._map(np.unique(key >> POSITION_BITS).tolist())
+            view = view or self._map(np.unique(key >> bits).tolist())
             offsets = view.table.take(key)
             offsets += row
             if offsets.min(initial=0) >= 0:
@@ -136,8 +135,12 @@ class Shards:
         return None
 
     def chunk_starts(self, batch: int) -> np.ndarray:
-        """int64 [n_positions]: the byte of the batch's file at which each chunk starts."""
+        """int64 [chunks_per_shard]: the byte of the batch's file at which each chunk starts."""
         return self._map([batch]).maps[batch][1] * self.layout.item_bytes
+
+    def file_bytes(self, batch: int) -> int:
+        """Bytes of the batch's file."""
+        return len(self._map([batch]).maps[batch][0])
 
     def _map(self, batches: list[int]) -> View:
         """Returns a view in which these batches are mapped too, as far as they are stored."""
@@ -159,7 +162,7 @@ class Shards:
     def _see(self, maps: dict[int, tuple[np.ndarray, np.ndarray]]) -> View:
         layout, item = self.layout, self.layout.item_bytes
         row_bytes = layout.row_items * item
-        table = np.full((-(-layout.shape[0] // layout.trees_per_shard), POSITIONS_PER_TREE), NOWHERE)
+        table = np.full((layout.n_shards, 1 << layout.key_bits), NOWHERE)
         if not maps:
             return View(np.empty(0, f"V{row_bytes}"), table.reshape(-1), maps)
         addresses = {batch: mapped.ctypes.data for batch, (mapped, _) in maps.items()}
@@ -167,8 +170,8 @@ class Shards:
         origin = addresses[first]
         end = max(addresses[batch] + len(mapped) for batch, (mapped, _) in maps.items())
         for batch, (_, chunks) in maps.items():
-            start = (addresses[batch] - origin) // item - batch * layout.trees_per_shard * layout.row_items
-            table[batch, : layout.n_positions] = np.where(chunks < 0, NOWHERE, chunks + start)
+            start = (addresses[batch] - origin) // item - batch * layout.rows_per_chunk * layout.row_items
+            table[batch, : layout.chunks_per_shard] = np.where(chunks < 0, NOWHERE, chunks + start)
         windows = np.lib.stride_tricks.as_strided(
             maps[first][0][:row_bytes].view(f"V{row_bytes}"),
             ((end - origin - row_bytes) // item + 1,),
@@ -183,7 +186,7 @@ class Shards:
             descriptor = self._place.descriptor(inside)
             try:
                 size = os.fstat(descriptor).st_size
-                if size != self.layout.shard_bytes:
+                if size != self.layout.shard_bytes and not self._is_short(size):
                     raise Damaged(
                         f"{path} of {self.where} is {size:,} bytes long; it was {self.layout.shard_bytes:,} when committed"
                     )
@@ -197,16 +200,24 @@ class Shards:
             raise limit_reached(error, f"cannot map {path} of {self.where}") or Damaged(
                 f"cannot map {path} of {self.where} ({error}); restore it from a copy of the store"
             ) from error
-        return mapped, self._chunks(index, path)
+        return mapped, self._chunks(index, path, size)
 
-    def _chunks(self, index: bytes, path: Path) -> np.ndarray:
-        """int64 [n_positions]: the number at which each chunk starts; -1 for a missing chunk."""
+    def _is_short(self, size: int) -> bool:
+        """Whether a file of a size can be a shard of the layout `rows` that is not full."""
+        layout = self.layout
+        whole = (
+            layout.index_bytes <= size < layout.shard_bytes and (size - layout.index_bytes) % layout.chunk_bytes == 0
+        )
+        return layout.position_axis is None and whole
+
+    def _chunks(self, index: bytes, path: Path, size: int) -> np.ndarray:
+        """int64 [chunks_per_shard]: the number at which each chunk starts; -1 if it is missing."""
         layout = self.layout
         offset, length = np.frombuffer(index[:-4], "<u8").reshape(-1, 2).T
         there = offset != NO_CHUNK
         whole = (
             (length == layout.chunk_bytes)
-            & (offset <= layout.shard_bytes - layout.index_bytes - layout.chunk_bytes)
+            & (offset <= max(size - layout.index_bytes - layout.chunk_bytes, 0))
             & (offset % layout.item_bytes == 0)
         )
         if google_crc32c.value(index[:-4]).to_bytes(4, "little") != index[-4:] or not (whole | ~there).all():

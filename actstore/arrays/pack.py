@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import google_crc32c
 import numpy as np
 
-from actstore.arrays.layout import CRC_BYTES, Layout
+from actstore.arrays.layout import CRC_BYTES, NO_CHUNK, Layout
 
 if TYPE_CHECKING:
     import torch
@@ -19,55 +19,94 @@ class ShardBuffer:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.n_put = 0  # trees since the last seal
+        self.n_put = 0  # sequences (or rows) since the last seal
         self.bytes = np.frombuffer(mmap.mmap(-1, layout.shard_bytes), np.uint8)  # page-aligned, to be written directly
-        self._index = self.bytes[-layout.index_bytes :]
-        self._chunks = self.bytes[: -layout.index_bytes].reshape(layout.n_positions, layout.chunk_bytes)
+        shards = self.bytes[: -layout.index_bytes]
+        self._chunks = shards.reshape(layout.chunks_per_shard, layout.chunk_bytes)
         numbers = self._chunks[:, :-CRC_BYTES].view(layout.dtype)
-        self.rows = numbers.reshape(-1, layout.trees_per_shard, *layout.row_shape)  # [position, tree, *row], a view
-        index = self._index[:-CRC_BYTES].view("<u8").reshape(layout.n_positions, 2)
-        index[:, 0] = np.arange(layout.n_positions, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
-        index[:, 1] = layout.chunk_bytes
+        self.rows = numbers.reshape(-1, layout.rows_per_chunk, *layout.row_shape)  # [chunk, slot, *row], a view
 
     def put(self, first_row: int, activations: torch.Tensor) -> None:
-        """Copy trees in, after the first_row trees that were put before.
+        """Copy sequences in, after the first_row sequences that were put before; or rows.
 
         Args:
-            first_row: number of the first tree's row.
-            activations: float [tree, position, d_model] or [tree, head, query, key], on any device.
+            first_row: number of the first sequence's row, or of the first row.
+            activations: float [sequence, position, d_model] or [sequence, head, query, key], or
+                [row, *row_shape] in the layout `rows`; on any device.
 
         Raises:
-            ValueError: `activations` has another shape, or more trees than the shard has room for.
+            ValueError: `activations` has another shape, or more rows than the shard has room for.
         """
         import torch
 
-        rows = torch.from_numpy(self.rows)[:, first_row : first_row + len(activations)]
-        by_position = activations.movedim(self.layout.position_axis, 0)
-        if by_position.shape != rows.shape:  # copy_ would broadcast
-            raise ValueError(
-                f"got activations {list(activations.shape)} for row {first_row} of a shard of {list(self.layout.shard_shape)}"
-            )
-        rows.copy_(by_position)
+        if self.layout.position_axis is None:
+            self._put_rows(first_row, activations)
+        else:
+            rows = torch.from_numpy(self.rows)[:, first_row : first_row + len(activations)]
+            by_position = activations.movedim(self.layout.position_axis, 0)
+            if by_position.shape != rows.shape:  # copy_ would broadcast
+                raise self._misfit(first_row, activations)
+            rows.copy_(by_position)
         self.n_put += len(activations)
+
+    def _put_rows(self, first_row: int, activations: torch.Tensor) -> None:
+        """Copy rows in, chunk by chunk: a checksum lies between two chunks."""
+        import torch
+
+        layout, chunks = self.layout, torch.from_numpy(self.rows)
+        if activations.shape[1:] != layout.row_shape or first_row + len(activations) > layout.rows_per_shard:
+            raise self._misfit(first_row, activations)
+        done = 0
+        while done < len(activations):
+            chunk, slot = divmod(first_row + done, layout.rows_per_chunk)
+            n = min(layout.rows_per_chunk - slot, len(activations) - done)
+            if slot == 0 and len(activations) - done >= layout.rows_per_chunk:
+                n_chunks = (len(activations) - done) // layout.rows_per_chunk
+                n = n_chunks * layout.rows_per_chunk
+                whole = activations[done : done + n].reshape(n_chunks, layout.rows_per_chunk, *layout.row_shape)
+                chunks[chunk : chunk + n_chunks].copy_(whole)
+            else:
+                chunks[chunk, slot : slot + n].copy_(activations[done : done + n])
+            done += n
+
+    def _misfit(self, first_row: int, activations: torch.Tensor) -> ValueError:
+        return ValueError(
+            f"got activations {list(activations.shape)} for row {first_row} of a shard of {list(self.layout.shard_shape)}"
+        )
 
     def seal(self, lengths: np.ndarray) -> memoryview:
         """Blank padding, checksum every chunk and the index, and return the shard's bytes.
 
+        In the layout `rows`, the chunks after the last row are left out.
+
         Args:
-            lengths: intp [n_trees], tokens of each tree. Rows after the last tree are blanked too.
+            lengths: intp [n_sequences], tokens of each sequence. Rows after the last sequence are
+                blanked too.
 
         Raises:
-            ValueError: the number of trees put in is not the number of lengths; rows of the batch
-                before would be stored.
+            ValueError: the number of sequences (or rows) put in is not that of `lengths`; rows of
+                the batch before would be stored.
         """
-        n_trees = len(lengths)
-        if self.n_put != n_trees:
-            raise ValueError(f"got {n_trees} lengths for {self.n_put} trees of activations")
+        layout, n_put = self.layout, self.n_put
+        in_rows = layout.position_axis is None
+        if n_put != (int(lengths.sum()) if in_rows else len(lengths)):
+            what = f"{int(lengths.sum())} tokens" if in_rows else f"{len(lengths)} lengths"
+            raise ValueError(f"got {what} for {n_put} {'rows' if in_rows else 'trees'} of activations")
         self.n_put = 0
-        self.rows[:, n_trees:] = np.nan
-        for position in range(int(lengths.min()), self.layout.n_positions):
-            self.rows[position, :n_trees][lengths <= position] = np.nan
-        for part in (*self._chunks, self._index):
+        n_chunks = layout.chunks_per_shard
+        if in_rows:
+            n_chunks = -(-n_put // layout.rows_per_chunk)
+            self.rows[n_chunks - 1, n_put - (n_chunks - 1) * layout.rows_per_chunk :] = np.nan
+        else:
+            self.rows[:, n_put:] = np.nan
+            for position in range(int(lengths.min()), layout.chunks_per_shard):
+                self.rows[position, :n_put][lengths <= position] = np.nan
+        start, stop = n_chunks * layout.chunk_bytes, layout.bytes_of(n_chunks)
+        index = self.bytes[start : stop - CRC_BYTES].view("<u8").reshape(-1, 2)
+        index[:n_chunks, 0] = np.arange(n_chunks, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
+        index[:n_chunks, 1] = layout.chunk_bytes
+        index[n_chunks:] = NO_CHUNK
+        for part in (*self._chunks[:n_chunks], self.bytes[start:stop]):
             crc = google_crc32c.value(part[:-CRC_BYTES])
             part[-CRC_BYTES:] = np.frombuffer(crc.to_bytes(CRC_BYTES, "little"), np.uint8)
-        return self.bytes.data
+        return self.bytes[:stop].data

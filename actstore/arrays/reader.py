@@ -1,10 +1,11 @@
 """One Zarr array per site: float32 [tree, position, d_model], or [tree, head, query, key].
 
-A shard holds a batch of trees, an inner chunk one position of that batch. Every study reads a few
-positions (the target token of each edge, say) of many trees, and no study reads every position of
-one tree. Chunks are uncompressed, since residual streams hardly compress, and a crc32c follows
-each. A reader can therefore map a shard into memory and copy rows out of it. Numbers that were
-never written are NaN, padding too.
+Sequences of many lengths are one array [row, …] instead, see Layout. A shard holds a batch of
+sequences, an inner chunk one position of that batch. Every study reads a few positions (the target
+token of each edge, say) of many trees, and no study reads every position of one tree. Chunks are
+uncompressed, since residual streams hardly compress, and a crc32c follows each. A reader can
+therefore map a shard into memory and copy rows out of it. Numbers that were never written are NaN,
+padding too.
 
 Shards follow the Zarr v3 specification
 (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/): the inner chunks, then
@@ -19,11 +20,10 @@ from functools import partial
 
 import numpy as np
 
-from actstore.arrays.address import POSITION_BITS, POSITION_MASK, POSITIONS_PER_TREE
 from actstore.arrays.copying import copy_rows, flat_rows, n_threads
 from actstore.arrays.layout import Layout
 from actstore.arrays.mapped import Shards
-from actstore.arrays.site import Cost, IsToken, Placed
+from actstore.arrays.site import Cost, IsToken, Placed, not_stored
 from actstore.errors import Damaged
 from actstore.storage.backend import Reading, Storage
 
@@ -33,7 +33,7 @@ class SiteReader(Placed):
 
     Args:
         layout: the array's layout on the disk.
-        first_tree_id: tree_id of the array's row 0.
+        first_token_id: the first id of the array's span.
         shards: the path of each stored batch's shard.
         where: run and site, for messages.
         place: where the shards are. One that is held with committed hashes reads each shard whole.
@@ -45,13 +45,13 @@ class SiteReader(Placed):
     def __init__(
         self,
         layout: Layout,
-        first_tree_id: int,
+        first_token_id: int,
         shards: Mapping[int, str],
         where: str,
         place: Storage,
         is_token: IsToken | None = None,
     ) -> None:
-        super().__init__(layout, first_tree_id, shards, where, is_token)
+        super().__init__(layout, first_token_id, shards, where, is_token)
         self.files = Shards(layout, shards, where, place)
 
     def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -93,13 +93,13 @@ class SiteReader(Placed):
 
         A row costs two dozen nanoseconds in all, so each pass over the ids counts.
         """
-        row = token_ids - self.first_tree_id * POSITIONS_PER_TREE
-        inside = row.min(initial=0) >= 0 and row.max(initial=0) < self.layout.shape[0] * POSITIONS_PER_TREE
-        position = row & POSITION_MASK
-        row >>= POSITION_BITS
-        found = self.files.find(row, position) if inside else None
+        local = token_ids - self.first_token_id
+        inside = local.min(initial=0) >= 0 and local.max(initial=0) < self.layout.n_ids
+        found = self.files.find(*self.layout.split(local)) if inside else None
         if found is None:
             self.places(token_ids)  # raises, with which and why
+            if self.layout.position_axis is None and self.is_token and not (there := self.is_token(token_ids)).all():
+                raise not_stored(self.where, token_ids, ~there, "past the last token of its batch")
             raise Damaged(
                 f"a shard of {self.where} lacks chunks that were committed; restore it from a copy of the store"
             )
@@ -117,28 +117,28 @@ class SiteReader(Placed):
         row, position = self.places(token_ids)
         layout = self.layout
         row_bytes = layout.row_items * layout.item_bytes
-        batch, slot = np.divmod(row, layout.trees_per_shard)
+        batch, slot = np.divmod(row, layout.rows_per_chunk)
         batches = np.unique(batch).tolist()
-        n_chunks, n_bytes = len(np.unique(batch << POSITION_BITS | position)), len(row) * row_bytes
+        n_chunks, n_bytes = len(np.unique(batch << layout.key_bits | position)), len(row) * row_bytes
         if self.files.reads_whole:
-            return Cost(n_chunks, len(batches), n_bytes, len(batches) * layout.shard_bytes)
-        index_start = np.array([layout.shard_bytes - layout.index_bytes])
+            return Cost(n_chunks, len(batches), n_bytes, sum(map(self.files.file_bytes, batches)))
         n_pages = 0
         for number in batches:
             of_batch = batch == number
             starts = self.files.chunk_starts(number)[position[of_batch]] + slot[of_batch] * row_bytes
+            index_start = np.array([self.files.file_bytes(number) - layout.index_bytes])
             n_pages += len(np.union1d(_pages(starts, row_bytes), _pages(index_start, layout.index_bytes)))
         return Cost(n_chunks, len(batches), n_bytes, n_pages * mmap.PAGESIZE)
 
     def again(self) -> Callable[[Reading, IsToken], SiteReader]:
         """See site.Reader."""
-        return partial(_open_again, self.layout, self.first_tree_id, self.shards, self.where)
+        return partial(_open_again, self.layout, self.first_token_id, self.shards, self.where)
 
 
 def _open_again(
-    layout: Layout, first_tree_id: int, shards: Mapping[int, str], where: str, place: Reading, is_token: IsToken
+    layout: Layout, first_token_id: int, shards: Mapping[int, str], where: str, place: Reading, is_token: IsToken
 ) -> SiteReader:
-    return SiteReader(layout, first_tree_id, shards, where, place, is_token)
+    return SiteReader(layout, first_token_id, shards, where, place, is_token)
 
 
 def _pages(starts: np.ndarray, n_bytes: int) -> np.ndarray:

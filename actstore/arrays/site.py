@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from actstore.arrays.address import POSITION_BITS, POSITION_MASK
+from actstore.arrays.address import POSITIONS_PER_TREE
 from actstore.errors import NotStored
 
 if TYPE_CHECKING:
@@ -32,8 +32,13 @@ class Reader(Protocol):
     """Reads the activations of one site of one run; see SiteReader for what each method returns."""
 
     layout: Layout
-    first_tree_id: int
+    first_token_id: int
     where: str
+
+    @property
+    def of_what(self) -> str:
+        """What a row of tokens is called in messages."""
+        ...
 
     def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """See SiteReader.gather."""
@@ -57,20 +62,25 @@ class Placed:
 
     Args:
         layout: the array's layout on the disk.
-        first_tree_id: tree_id of the array's row 0.
+        first_token_id: the first id of the array's span.
         shards: the path of each stored batch, inside the store.
         where: run and site, for messages.
         is_token: see SiteReader.
     """
 
     def __init__(
-        self, layout: Layout, first_tree_id: int, shards: Mapping[int, str], where: str, is_token: IsToken | None
+        self, layout: Layout, first_token_id: int, shards: Mapping[int, str], where: str, is_token: IsToken | None
     ) -> None:
-        self.layout, self.first_tree_id, self.shards, self.where = layout, first_tree_id, dict(shards), where
+        self.layout, self.first_token_id, self.shards, self.where = layout, first_token_id, dict(shards), where
         self.is_token = is_token
 
+    @property
+    def of_what(self) -> str:
+        """What a row of tokens is called in messages."""
+        return "tree" if self.layout.stride == POSITIONS_PER_TREE and self.layout.position_axis else "sequence"
+
     def places(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row of the array and position of each id, int64 [n] each.
+        """Where each id lies, see Layout.split.
 
         Args:
             token_ids: int64 [n].
@@ -79,11 +89,13 @@ class Placed:
             NotStored: an id lies outside the array, or its batch is not ingested yet.
         """
         layout = self.layout
-        row, position = (token_ids >> POSITION_BITS) - self.first_tree_id, token_ids & POSITION_MASK
-        outside = (row < 0) | (row >= layout.shape[0]) | (position >= layout.n_positions)
+        local = token_ids - self.first_token_id
+        outside = (local < 0) | (local >= layout.n_ids)
+        row, position = layout.split(local)
+        outside |= position >= layout.chunks_per_shard
         if outside.any():
-            raise not_stored(self.where, token_ids, outside, "of no tree of this run")
-        missing = ~np.isin(row // layout.trees_per_shard, list(self.shards))
+            raise not_stored(self.where, token_ids, outside, f"of no {self.of_what} of this run")
+        missing = ~np.isin(row // layout.rows_per_chunk, list(self.shards))
         if missing.any():
             raise not_stored(self.where, token_ids, missing, "not ingested yet")
         return row, position
@@ -99,7 +111,7 @@ class Placed:
         if self.is_token and suspect.any():
             suspect[suspect] = ~self.is_token(token_ids[suspect])
         if suspect.any():
-            raise not_stored(self.where, token_ids, suspect, "padding, past its tree's last token")
+            raise not_stored(self.where, token_ids, suspect, f"padding, past its {self.of_what}'s last token")
 
 
 def not_stored(where: str, token_ids: np.ndarray, bad: np.ndarray, why: str) -> NotStored:

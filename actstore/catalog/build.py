@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
+from actstore.catalog.declared import relations
 from actstore.catalog.hash_note import note_hash, noted_hashes
 from actstore.catalog.tables import (
     CATALOG,
@@ -25,8 +27,10 @@ from actstore.catalog.tables import (
     column_comments,
     ctrl_c,
     discard_beside,
+    every_column,
     located,
     quoted,
+    rows_of,
     schema,
     snapshot,
     source,
@@ -41,6 +45,7 @@ from actstore.storage.machine import limit_reached
 from actstore.storage.refused import DISK_FULL, say_where
 from actstore.storage.regular import check_regular
 
+TOKEN_WORD = re.compile(r"^create type token_word as enum \((.*?)^\);$", re.MULTILINE | re.DOTALL)
 STORAGE_VERSION = "v1.2.0"  # readable by DuckDB 1.2 and later
 
 
@@ -69,6 +74,8 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
         usable = None if there is None else _held(root, there)
         held = 0 if from_nothing else usable or 0
         new = manifests(root, after=held, least=held)
+        if held and any(part.table == "vocabularies" for manifest in new for part in manifest.parts):
+            held, new = 0, manifests(root, least=held)  # the tokens' type is made of the words of all vocabularies
 
         def write(temporary: Path) -> None:
             try:
@@ -121,6 +128,8 @@ def _building(root: Path) -> Iterator[None]:
         raise limit_reached(error, f"cannot build the catalog of {root}") or Damaged(
             f"the catalog of {root} cannot be built from its parts ({_first_line(error)}); restore them from a copy of it"
         ) from error
+    except ValueError as error:  # of a declared table
+        raise Damaged(f"the catalog of {root} cannot be built ({error}); restore the store from a copy") from error
     except OSError as error:
         if error.errno in DISK_FULL:
             raise NoRoom(f"no room for the catalog of {root}: {error.strerror}; free some, then go on") from error
@@ -154,14 +163,21 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
         connection.execute(f"attach {located(path)} as new (storage_version '{STORAGE_VERSION}')")
         connection.execute("use new")
         connection.execute("begin")  # one transaction, comments and all: each commit is an fsync
-        if create:
-            _create(connection)
         parts: dict[str, list[Path]] = {}
         listed = [part for manifest in new for part in manifest.parts]
         for part, file in zip(listed, _parts(root, [part.path for part in listed], stack), strict=True):
             parts.setdefault(part.table, []).append(file)
+        if create:
+            _create(connection, parts.get("vocabularies", []))
+        known = _declare(connection, parts.get("relations", [])) | every_column().keys()
         for table, paths in parts.items():
-            connection.execute(f"insert into {table} by name from {source(connection, table, paths, 'new.datasets')}")
+            if table not in known:
+                raise Damaged(
+                    f"the catalog of {root} cannot be built: {paths[0]} is of table {table!r}, which nobody declared; restore the "
+                    "store from a copy"
+                )
+            rows = source(connection, table, paths, "new.datasets")
+            connection.execute(f'insert into "{table}" by name from {rows}')
         if shards := [shard for manifest in new for shard in manifest.shards]:
             connection.register("new_shards", pl.DataFrame([vars(shard) for shard in shards]))
             connection.execute("insert into shards by name select * from new_shards")
@@ -187,8 +203,29 @@ def _parts(root: Path, paths: Sequence[str], stack: ExitStack) -> Sequence[Path]
     return files
 
 
-def _create(connection: duckdb.DuckDBPyConnection) -> None:
-    connection.execute(schema())
+def _declare(connection: duckdb.DuckDBPyConnection, parts: list[Path]) -> set[str]:
+    """Make the tables that new rows of `relations` declare; returns all declared names."""
+    there = {name for (name,) in connection.execute("select name from new.relations").fetchall()}
+    rows = connection.sql(f"from {rows_of(parts)}").pl().to_dicts() if parts else []
+    for relation in relations(rows):
+        if relation.name in there:
+            raise ValueError(f"table {relation.name} is declared twice")
+        for statement in relation.statements():
+            connection.execute(statement)
+        there.add(relation.name)
+    return there
+
+
+def _create(connection: duckdb.DuckDBPyConnection, vocabularies: list[Path]) -> None:
+    of_words, rest = TOKEN_WORD.search(schema()), TOKEN_WORD.sub("", schema())
+    assert of_words
+    words = re.findall(r"'([^']+)'", re.sub(r"--.*", "", of_words[1]))
+    if vocabularies:
+        pieces = connection.execute(f"select token from {rows_of(vocabularies)} order by number").fetchall()
+        words = list(dict.fromkeys([*words, *(piece for (piece,) in pieces)]))
+    connection.register("words", pl.DataFrame({"word": words}))
+    connection.execute("create type token_word as enum (select word from words)")
+    connection.execute(rest)
     for (table, column), comment in column_comments().items():
         connection.execute(f"comment on column {table}.{column} is {quoted(comment)}")
     connection.execute("insert into snapshot values (?, 0, '')", [FORMAT_VERSION])

@@ -3,8 +3,9 @@
 -- comment in the catalog. Numbers are signed here, so that queries can subtract (`depth - 2`). The
 -- parts hold small numbers unsigned.
 --
--- A token has one number: token_id = tree_id * 256 + position. In every array of a run, the row of a
--- tree is tree_id - datasets.first_tree_id.
+-- A token has one number. In a grid of sequences token_id = datasets.first_token_id + i * stride + position for sequence
+-- i of the dataset; trees are such sequences, with a stride of 256, so token_id = tree_id * 256 + position. In the layout
+-- `rows` the tokens of a sequence are numbered on from sequences.first_token_id. A tree's sequence_id is its tree_id.
 
 create type token_word as enum (  -- in the order of ingest/trees/tokens.py, in the reproduction's spelling
     '<PAD>', ',', '|', ':', '0', '→0', '1', '→1', '2', '→2', '3', '→3', '4', '→4', '5', '→5', '6', '→6', '7', '→7',
@@ -32,8 +33,8 @@ create table snapshot (
 create table models (
     weights_sha256 varchar, -- of the canonical safetensors file: `sha256sum data/checkpoints/NAME.safetensors` prints it
     model varchar, -- name it was loaded by
-    system varchar, -- 'reproduction' or 'baseline': the vocabulary, padding and loss
-    n_nodes smallint, -- labels in the vocabulary, 2 to 64
+    system varchar, -- 'reproduction' or 'baseline': the vocabulary, padding and loss; NULL for a model of other tokens
+    n_nodes smallint, -- labels in the vocabulary, 2 to 64; NULL for a model of other tokens
     n_layers smallint, -- transformer blocks
     n_heads smallint, -- attention heads per block
     d_model integer, -- width of the residual stream
@@ -45,20 +46,37 @@ create table models (
     vocabulary varchar[], -- spelling of each token id, the first is id 0
     config varchar, -- the whole configuration, JSON
     source varchar, -- file the weights came from
+    architecture varchar, -- class of the model, 'LlamaForCausalLM'; NULL for a path-finding system
+    normalization varchar, -- of the final layer: 'LN' or 'RMS'; NULL for a path-finding system (LN), or without one
+    tokenizer varchar, -- hash of the tokenizer; NULL without one
+    weights_kept boolean, -- the store holds the weights; NULL for a path-finding system, whose weights it holds
+    facts varchar, -- files and their hashes, dtype, attention implementation, padding, mask; JSON
 );
 
 create table datasets (
-    dataset varchar, -- name of the set of trees
-    distribution varchar, -- 'reproduction', 'baseline' or 'deep'
+    dataset varchar, -- name of the set of sequences
+    distribution varchar, -- 'reproduction', 'baseline' or 'deep'; NULL for a set that was not drawn
     seed bigint, -- seed of the endless stream of trees; the set is its first n_trees
     n_nodes smallint, -- nodes of each tree, 2 to 64
     depths smallint[], -- goal depths to draw from, NULL for the distribution's own
     n_trees integer, -- trees planned; `trees` holds those committed
-    n_positions smallint, -- tokens of the longest prompt and path, 4 * n_nodes - 1
+    n_positions integer, -- tokens of the longest sequence; of trees: of the longest prompt and path, 4 * n_nodes - 1
     first_tree_id integer, -- tree_id of the first tree
     trees_per_shard integer, -- trees per batch, and so rows per chunk of every array
     variant_of varchar, -- original set: its tree i became tree i here; NULL for a drawn set
     change varchar, -- change made to each tree: 'swap_last' or 'swap_inner', NULL for a drawn set
+    task varchar, -- 'trees' or 'tokens': what the sequences are
+    layout varchar, -- 'grid' [sequence, position] or 'rows' [row]: how the arrays of its runs are laid out
+    first_token_id bigint, -- first token id of the dataset
+    n_ids bigint, -- token ids from first_token_id on that belong to the dataset; some may be of no token
+    stride integer, -- ids from one sequence to the next, in a grid; NULL in rows
+    first_sequence_id bigint, -- sequence_id of the first sequence
+    n_sequences bigint, -- sequences planned; `sequences` holds those committed
+    n_tokens bigint, -- tokens planned; NULL for trees
+    rows_per_shard integer, -- ids per batch, in rows; NULL in a grid
+    rows_per_chunk integer, -- rows of one inner chunk, in rows; NULL in a grid
+    vocabulary varchar, -- vocabularies.vocabulary; NULL for trees
+    recipe varchar, -- where the tokens came from, and how documents were cut; JSON, NULL for trees
 );
 
 create table trees (
@@ -77,6 +95,30 @@ create table trees (
     change varchar, -- the change made, 'edge 3 <-> edge 14'; NULL for a drawn tree, or if no change was possible
 );
 
+create table listed_sequences (
+    sequence_id bigint, -- unique in the store
+    dataset varchar, -- datasets.dataset
+    first_token_id bigint, -- id of the first token
+    n_tokens integer, -- tokens of the sequence
+    hash ubigint, -- xxh3-64 of the token numbers, little-endian 32-bit
+    split tree_split, -- chosen by hash, never by row: 'test' for one sequence in five
+    document bigint, -- row of the input that the sequence was cut from, from 0
+);
+
+create table vocabularies (
+    vocabulary varchar, -- hash of the tokenizer
+    number integer, -- number of the token, from 0
+    token varchar, -- the token as the tokenizer spells it
+);
+
+create table relations (
+    name varchar, -- name of the table
+    grain varchar, -- 'token' or 'sequence': its key is token_id or sequence_id
+    kind varchar, -- 'documents' (columns of a dataset's input) or 'labels' (a user's)
+    owner varchar, -- dataset, or name of the label
+    declared varchar, -- name, type and comment of each column; JSON
+);
+
 create table edges (
     tree_id integer, -- trees.tree_id
     edge smallint, -- place in the list, 0 to n_nodes - 2
@@ -89,23 +131,27 @@ create table edges (
 );
 
 create table tokens (
-    token_id bigint, -- tree_id * 256 + position, unique in the store
-    tree_id integer, -- trees.tree_id
-    position smallint, -- place in the sequence, 0 to 4 * n_nodes - 2
-    token token_word, -- the token, spelled the same for both systems
+    token_id bigint, -- unique in the store; of a tree: tree_id * 256 + position
+    tree_id integer, -- trees.tree_id; NULL for other sequences, as are role, edge, node and step
+    position integer, -- place in the sequence, from 0; of a tree: 0 to 4 * n_nodes - 2
+    token token_word, -- the token, spelled the same for both systems; of text: the piece as its tokenizer spells it
     role token_role, -- what the position is
     edge smallint, -- edges.edge that this token writes; NULL after the bar
     node smallint, -- label that the token names, [0, n_nodes); NULL for punctuation
     step smallint, -- number of the step along the path, 0 to depth - 1; NULL before the path
-    dataset varchar, -- trees.dataset, derived from tree_id; the parts have no such column
+    dataset varchar, -- datasets.dataset, derived from token_id; the parts have no such column
+    sequence_id bigint, -- sequences.sequence_id; of a tree: tree_id
+    number integer, -- the token's number in the vocabulary; NULL for trees
+    start integer, -- first byte of the token in the document's text, UTF-8; NULL where no text says it
+    stop integer, -- byte after the token's last; NULL as start
 );
 
 create table runs (
     run varchar, -- name of the run: one model over one dataset
     weights_sha256 varchar, -- models.weights_sha256
     dataset varchar, -- datasets.dataset
-    first_tree_id integer, -- tree_id of row 0 of every array of the run
-    n_trees integer, -- trees planned, rows of every array
+    first_tree_id integer, -- tree_id of row 0 of every array of the run; NULL for other sequences
+    n_trees integer, -- trees planned, rows of every array; NULL for other sequences
     prompt varchar, -- the model's input: 'task' (tree, goal, root, path) or 'tree' (only the edges, up to the bar)
     samples smallint, -- continuations drawn per tree, besides the greedy one; NULL for whole tasks
     device varchar, -- device that the model ran on
@@ -116,17 +162,19 @@ create table sites (
     run varchar, -- runs.run
     site varchar, -- TransformerLens' name, 'blocks.0.hook_resid_post'
     short varchar, -- the short form, 'resid_post.0'
-    kind varchar, -- 'resid' [tree, position, d_model] or 'pattern' [tree, head, query, key]
+    kind varchar, -- 'resid', 'vector' [tree, position, d_model], 'heads' [tree, position, head, d_head] or 'pattern' [tree, head, query, key]
     shape bigint[], -- of the array
     path varchar, -- of the Zarr array inside the store
+    axes varchar[], -- names of the array's axes; NULL for resid and pattern of trees
+    lineage varchar, -- for vectors that no forward pass of the run gave: what they are, from which site, by which code; JSON
 );
 
 create table shards (
     run varchar, -- runs.run
     site varchar, -- sites.site
     batch integer, -- index of the shard along the trees
-    first_tree_id integer, -- tree_id of the shard's first row
-    n_trees integer, -- rows in the shard
+    first_tree_id integer, -- sequence_id of the shard's first sequence
+    n_trees integer, -- sequences in the shard
     path varchar, -- of the file inside the store
     bytes bigint, -- size of the file
     xxh3_128 varchar, -- hash of the file
@@ -134,13 +182,17 @@ create table shards (
 
 create table predictions (
     run varchar, -- runs.run
-    token_id bigint, -- the token whose activation predicts: the root, or any step but the last
-    tree_id integer, -- trees.tree_id
+    token_id bigint, -- the token whose activation predicts: the root, or any step but the last; of text: any token but the last
+    tree_id integer, -- trees.tree_id; NULL for other sequences, as is step
     step smallint, -- number of the predicted step, 0 to depth - 1
     target token_word, -- the right step
     predicted token_word, -- the most probable token
     p_target float, -- probability of target, [0, 1]
     correct boolean, -- predicted = target
+    sequence_id bigint, -- sequences.sequence_id; of a tree: tree_id
+    loss float, -- -log(p_target), nats; NULL for trees
+    rank integer, -- tokens more probable than the target; NULL for trees
+    top varchar[], -- the most probable tokens, the best first; NULL unless asked for
 );
 
 create table outcomes (
@@ -183,6 +235,13 @@ create table results (
     name varchar, -- the direction's name for probe_direction(): run/site/token_role/label=class; NULL without a direction
     direction float[], -- weights [d_model] of metric 'direction', in the activations' own units: dot(x, direction) + value is the logit
 );
+
+create view sequences as  -- one row per sequence: every tree, and every sequence of other datasets
+select
+    t.tree_id::bigint as sequence_id, t.dataset, t.tree_id::bigint * 256 as first_token_id,
+    3 * d.n_nodes::integer + t.depth as n_tokens, t.tree_hash as hash, t.split, null::bigint as document
+from trees t join datasets d using (dataset)
+union all from listed_sequences;
 
 create view edge_sources as  -- one row per edge, at the token that writes its source
 select e.tree_id::bigint * 256 + 3 * e.edge as token_id, e.*, t.dataset, t.root, t.goal, t.depth, t.split

@@ -15,6 +15,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
+from actstore.arrays.address import POSITIONS_PER_TREE
 from actstore.errors import BadInput, Busy, Damaged, advised
 from actstore.storage.at import at, check_path
 from actstore.storage.backend import Storage
@@ -57,12 +58,30 @@ COLUMN = re.compile(r"^    (\w+) ([^-]*), -- (.+)$")
 TABLE = re.compile(r"^create table (\w+)")
 TABLES_ATTACHED = "select table_name from duckdb_tables() where database_name = 'there'"  # see attached
 DERIVED = {"tokens": "dataset"}  # columns that parts do not hold; see source
+ADDED: dict[str, tuple[str, ...]] = {  # columns that parts of trees do not hold
+    "models": ("architecture", "normalization", "tokenizer", "weights_kept", "facts"),
+    "datasets": (
+        *("task", "layout", "first_token_id", "n_ids", "stride", "first_sequence_id", "n_sequences"),
+        *("n_tokens", "rows_per_shard", "rows_per_chunk", "vocabulary", "recipe"),
+    ),
+    "tokens": ("sequence_id", "number", "start", "stop"),
+    "sites": ("axes", "lineage"),
+    "predictions": ("sequence_id", "loss", "rank", "top"),
+}
+OF_TREES = {"datasets": "first_tree_id", "tokens": "tree_id", "predictions": "tree_id"}  # null for other sequences
+NOT_OF_TREES: dict[str, dict[str, pl.DataType]] = {  # types in parts of other sequences
+    "datasets": {"n_positions": pl.Int32()},
+    "tokens": {"position": pl.Int32(), "token": pl.String()},
+    "predictions": {"target": pl.String(), "predicted": pl.String()},
+}
 UNSIGNED: dict[str, dict[str, pl.DataType]] = {  # columns that parts hold unsigned, besides every smallint (uint8)
     "models": {
         **dict.fromkeys(("d_model", "d_head", "d_mlp", "n_ctx", "d_vocab"), pl.UInt16()),
         "n_params": pl.UInt64(),
     },
     "sites": {"shape": pl.List(pl.UInt32())},
+    "datasets": {"n_positions": pl.UInt8()},
+    "tokens": {"position": pl.UInt8()},
 }
 
 
@@ -125,13 +144,22 @@ def check_tables(there: Iterable[Mapping[str, str]]) -> None:
             raise ValueError(f"it has no table {table} with a column {column} of type {dtype.lower()}")
 
 
-@cache
 def tables() -> dict[str, dict[str, pl.DataType]]:
-    """The columns of every table, with the polars type of each in a part.
+    """The columns of every table, with the polars type of each in a part of trees.
 
     The catalog's numbers are signed. Parts hold small numbers unsigned, as format 1 did, so that a
-    row has the same bytes in every format. Columns that the catalog derives are left out.
+    row has the same bytes in every format. Columns that the catalog derives, and those that only
+    other sequences have (ADDED), are left out.
     """
+    return {
+        table: {name: dtype for name, dtype in columns.items() if name not in ADDED.get(table, ())}
+        for table, columns in every_column().items()
+    }
+
+
+@cache
+def every_column() -> dict[str, dict[str, pl.DataType]]:
+    """As `tables`, with the columns ADDED."""
     with duckdb.connect() as connection:
         connection.execute(schema())
         names = dict.fromkeys(table for table, _ in column_comments())
@@ -278,11 +306,35 @@ def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path],
         parts: paths of the parts.
         datasets: the full name of the table `datasets`.
     """
-    if table != "tokens":
+    if table not in OF_TREES:
         return rows_of(parts)
-    sets = connection.execute(f"select dataset, first_tree_id + n_trees from {datasets} order by first_tree_id")
-    cases = " ".join(f"when tree_id < {stop} then {quoted(name)}" for name, stop in sets.fetchall())
-    return f"(select *, {f'case {cases} end' if cases else 'null'} as dataset from {rows_of(parts)})"
+    # parts may lack columns; those of the table have them all
+    rows = f"((from {datasets.removesuffix('datasets')}{table} limit 0) union all by name (from {rows_of(parts)}))"
+    if table == "datasets":
+        derived = (
+            "coalesce(task, 'trees') as task, coalesce(layout, 'grid') as layout, "
+            f"coalesce(first_token_id, first_tree_id::bigint * {POSITIONS_PER_TREE}) as first_token_id, "
+            f"coalesce(n_ids, n_trees::bigint * {POSITIONS_PER_TREE}) as n_ids, "
+            f"if(task is null, {POSITIONS_PER_TREE}, stride) as stride, "
+            "coalesce(first_sequence_id, first_tree_id) as first_sequence_id, coalesce(n_sequences, n_trees) as n_sequences"
+        )
+    else:
+        derived = "coalesce(sequence_id, tree_id) as sequence_id"
+    if table == "tokens":
+        sets = connection.execute(f"select dataset, first_token_id + n_ids from {datasets} order by first_token_id")
+        cases = " ".join(f"when token_id < {stop} then {quoted(name)}" for name, stop in sets.fetchall())
+        derived += f", {f'case {cases} end' if cases else 'null'} as dataset"
+    return f"(select * replace ({derived}) from {rows})"
+
+
+def as_in_parts(table: str, rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows of the catalog without what the catalog derived: the rows of their parts."""
+    rows = rows.drop(DERIVED.get(table, ""), strict=False)
+    if table not in OF_TREES:
+        return rows
+    of_trees = pl.col(OF_TREES[table]).is_not_null()
+    added = [name for name in ADDED[table] if name in rows.columns]
+    return rows.with_columns(pl.when(~of_trees).then(pl.col(name)).alias(name) for name in added)
 
 
 def _without_wildcards(path: str) -> str:

@@ -77,7 +77,9 @@ def _may_bring(manifest: Manifest, part: Part) -> bool:
     if manifest.kind == "results":
         return (part.table, part.owner) == ("results", f"{manifest.number:08d}")
     if manifest.kind == "run":
-        return part.table in ("models", "datasets") or (part.table in ("runs", "sites") and part.owner == manifest.run)
+        return part.table in ("models", "datasets", "vocabularies", "relations") or (
+            part.table in ("runs", "sites") and part.owner == manifest.run
+        )
     return part.batch == manifest.batch and (part.table not in OF_RUN or part.owner == manifest.run)
 
 
@@ -103,8 +105,8 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         for part in [part for manifest in committed for part in manifest.parts]:
             rows[part.table] = rows.get(part.table, 0) + part.rows
         there = {row[0] for row in connection.execute(tables.TABLES_ATTACHED).fetchall()}
-        for table in [table for table in tables.tables() if table in there and table != "snapshot"]:
-            n = connection.execute(f"select count(*) from there.{table}").fetchall()[0][0]
+        for table in [table for table in {**tables.tables(), **rows} if table in there and table != "snapshot"]:
+            n = connection.execute(f'select count(*) from there."{table}"').fetchall()[0][0]
             if n != rows.get(table, 0):
                 yield f"the catalog holds {n:,} rows of table {table}, and the manifests name {rows.get(table, 0):,}"
         for path, hashed in connection.execute("select path, xxh3_128 from there.shards order by path").fetchall():

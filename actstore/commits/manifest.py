@@ -6,9 +6,10 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import xxhash
+from msgspec import Meta
 
 from actstore.commits.format import CHAINED_FROM, FORMAT_VERSION, LOG
 from actstore.errors import Damaged
@@ -16,19 +17,7 @@ from actstore.storage.backend import File
 from actstore.storage.content import Count, Hash, Positive, Size, Text, as_a, check_inside, json_object
 from actstore.storage.sealed import checksum
 
-TableOfParts = Literal[
-    "models",
-    "datasets",
-    "runs",
-    "sites",
-    "trees",
-    "edges",
-    "tokens",
-    "predictions",
-    "outcomes",
-    "generations",
-    "results",
-]
+TableOfParts = Annotated[str, Meta(pattern=r"^[a-z_][a-z0-9_]{0,62}\Z")]  # of schema.sql, or declared in `relations`
 MANIFEST = re.compile(r"[0-9]{8,}\.json")
 NOT_SAID = {"owner": "", "batch": None, "first_tree_id": None, "n_trees": None}  # defaults for parts of older manifests
 

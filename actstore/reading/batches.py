@@ -18,7 +18,6 @@ import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from actstore.arrays.address import POSITION_BITS, POSITION_MASK
 from actstore.arrays.site import Reader, not_stored
 from actstore.errors import BadInput, Damaged
 from actstore.reading import activations
@@ -202,7 +201,7 @@ class _Shuffled:
     def __init__(self, ids: np.ndarray, site: Reader, seed: int, window: int) -> None:
         self.seed, self.window = seed, window
         self.by_id = np.argsort(ids, kind="stable")
-        shard = ((ids[self.by_id] >> POSITION_BITS) - site.first_tree_id) // site.layout.trees_per_shard
+        shard = site.layout.shard_of(ids[self.by_id] - site.first_token_id)
         self.starts = np.flatnonzero(np.diff(shard, prepend=-1))
         self.lengths = np.diff(self.starts, append=len(ids))
 
@@ -277,16 +276,16 @@ def _refuse_what_is_not_there(store: Opened, readers: Sequence[Reader], ids: np.
         return
     for reader in readers:
         reader.places(ids)
-    trees = ids >> POSITION_BITS
-    first, last = int(trees.min()), int(trees.max())
-    lengths = np.zeros(last - first + 1, np.int64)
     known = store.sql(
-        f"select tree_id, max(position)::bigint + 1 from tokens where tree_id between {first} and {last} group by tree_id"
+        "select first_token_id, first_token_id + n_tokens from sequences where first_token_id + n_tokens > $first "
+        "and first_token_id <= $last order by first_token_id",
+        {"first": int(ids.min()), "last": int(ids.max())},
     )
-    lengths[known[:, 0].to_numpy() - first] = known[:, 1].to_numpy()
-    padding = (ids & POSITION_MASK) >= lengths[trees - first]
+    first, stop = (known[:, column].to_numpy() for column in (0, 1))
+    before = np.searchsorted(first, ids, "right") - 1
+    padding = (before < 0) | (ids >= stop[before]) if len(first) else np.ones(len(ids), bool)
     if padding.any():
-        raise not_stored(readers[0].where, ids, padding, "padding, past its tree's last token")
+        raise not_stored(readers[0].where, ids, padding, f"padding, past its {readers[0].of_what}'s last token")
 
 
 def _check_counts(**counts: tuple[Any, int]) -> None:

@@ -17,6 +17,7 @@ import polars as pl
 from polars.io.plugins import register_io_source
 
 from actstore.arrays.site import Reader
+from actstore.catalog.declared import identifier
 from actstore.reading.sites import catalog_rows
 from actstore.sql.pushdown import Column, Pushed, push
 from actstore.storage.content import Count, Positive
@@ -34,7 +35,8 @@ def scan(store: Opened, run: str, site: str) -> pl.LazyFrame:
     """See Store.scan."""
     reader = store.reader(run, site)
     x = pl.Series(X, reader.gather(np.empty(0, np.int64)))
-    source = _Source(store, reader, _columns(store), *_extent(store, run, site))
+    tables = _tables(store, run)
+    source = _Source(store, reader, _columns(store, tables), tables, *_extent(store, run, site))
     schema = {**{name: column.dtype for name, column in source.columns.items()}, X: x.dtype}
     return register_io_source(source.batches, schema=schema, validate_schema=True, explain_name=f"{run} {site}")
 
@@ -45,14 +47,16 @@ class _Source:
 
     Attributes:
         columns: the catalog's columns, all but x.
-        spans: [first, stop) of the site's tree_ids, in order.
-        n_positions: tokens of the longest tree.
-        fewest: tokens of the shortest tree.
+        tables: the tables that hold them, tokens first.
+        spans: [first, stop) of the site's sequence_ids, in order.
+        n_positions: tokens of the longest sequence.
+        fewest: tokens of the shortest sequence.
     """
 
     store: Opened
     reader: Reader
     columns: dict[str, Column]
+    tables: list[str]
     spans: list[tuple[int, int]]
     n_positions: int
     fewest: int
@@ -95,39 +99,54 @@ class _Source:
                 return
 
     def _pieces(self, n_rows: int | None) -> Iterator[tuple[int, int]]:
-        """[first, stop) of each query's trees."""
-        n_trees = max(1, QUERY_ROWS // self.n_positions)
+        """[first, stop) of each query's sequences."""
+        n_sequences = max(1, QUERY_ROWS // self.n_positions)
         if n_rows is not None:
-            n_trees = min(n_trees, n_rows // self.fewest + 1)
+            n_sequences = min(n_sequences, n_rows // self.fewest + 1)
         for first, stop in self.spans:
-            for start in range(first, stop, n_trees):
-                yield start, min(start + n_trees, stop)
+            for start in range(first, stop, n_sequences):
+                yield start, min(start + n_sequences, stop)
 
     def _query(self, needed: list[str], pushed: Pushed, first: int, stop: int) -> str:
         select = ["tokens.token_id", *[self._selected(name) for name in needed if name != "token_id"]]
         conditions = " and ".join(pushed.where) or "true"
         mentioned = " ".join([*select, conditions])
-        in_span = f"where tree_id >= {first} and tree_id < {stop}"
+        in_span = f"where {{0}} >= {first} and {{0}} < {stop}".format
         joins = {
-            "edges.": f"left join (select * from edges {in_span}) as edges using (tree_id, edge)",
-            "trees.": f"join (select * from trees {in_span}) as trees using (tree_id)",
+            "edges": f"left join (select * from edges {in_span('tree_id')}) as edges using (tree_id, edge)",
+            "trees": f"join (select * from trees {in_span('tree_id')}) as trees using (tree_id)",
         }
-        joined = " ".join(join for table, join in joins.items() if table in mentioned)
-        return f"select {', '.join(select)} from (select * from tokens {in_span}) as tokens {joined} where {conditions}"
+        for table in self.tables[1:]:
+            if table not in joins:
+                joins[table] = (
+                    f"left join (select * from {table} {in_span('sequence_id')}) as {table} using (sequence_id)"
+                )
+        joined = " ".join(join for table, join in joins.items() if f"{table}." in mentioned)
+        tokens = f"(select * from tokens {in_span('sequence_id')}) as tokens"
+        return f"select {', '.join(select)} from {tokens} {joined} where {conditions}"
 
     def _selected(self, name: str) -> str:
         column = self.columns[name]
         return f'{f"enum_code({column.sql})" if isinstance(column.dtype, pl.Enum) else column.sql} as "{name}"'
 
 
-def _columns(store: Opened) -> dict[str, Column]:
-    """The columns of tokens, then those that edges adds, then those that trees adds."""
+def _tables(store: Opened, run: str) -> list[str]:
+    """tokens, and the tables that add columns: edges and trees, or those of the run's text."""
+    about = "from runs join datasets using (dataset) left join relations on owner = dataset and kind = 'documents'"
+    found = store.sql(f"select task = 'trees' as of_trees, name {about} where run = $run", {"run": run})
+    if found["of_trees"][0]:
+        return ["tokens", "edges", "trees"]
+    return ["tokens", "sequences", *found["name"].drop_nulls().to_list()]
+
+
+def _columns(store: Opened, tables: list[str]) -> dict[str, Column]:
+    """The columns of tokens, then those that each further table adds."""
     columns: dict[str, Column] = {}
-    for table in ("tokens", "edges", "trees"):
+    for table in tables:
         for name, dtype in store.sql(f"select * from {table} limit 0").schema.items():
             name_here = RENAMED.get((table, name), name)
             if name_here not in columns:  # not a key of the joins
-                sql = f'{table}."{name}"'
+                sql = f"{table}.{identifier(name)}"
                 columns[name_here] = Column(sql, _enum(store, table, name) if dtype == pl.Categorical else dtype)
     return columns
 
@@ -138,7 +157,7 @@ def _enum(store: Opened, table: str, column: str) -> pl.Enum:
 
 
 def _extent(store: Opened, run: str, site: str) -> tuple[list[tuple[int, int]], int, int]:
-    """Spans of the site's trees, the largest number of tokens per tree, and the smallest."""
+    """Spans of the site's sequences, the most tokens of a sequence, and the fewest."""
     shards = store.sql(
         "select shards.first_tree_id, shards.first_tree_id + shards.n_trees from shards join sites using (run, site) "
         "where run = $run and $site in (site, short) order by all",
@@ -150,7 +169,8 @@ def _extent(store: Opened, run: str, site: str) -> tuple[list[tuple[int, int]], 
             first, _ = spans.pop()
         spans.append((first, stop))
     sizes = store.sql(
-        "select n_positions, 3 * n_nodes from runs join datasets using (dataset) where run = $run", {"run": run}
+        "select n_positions, coalesce(3 * n_nodes, 1) from runs join datasets using (dataset) where run = $run",
+        {"run": run},
     )
     n_positions, fewest = catalog_rows(store, tuple[Positive, Positive], sizes.rows())[0]
     return spans, n_positions, fewest

@@ -107,10 +107,16 @@ def _schema(store: Snapshot, run: str, answers: bool) -> str:
 def _views(store: Snapshot, run: str, answers: bool) -> dict[str, str]:
     """A SELECT for each table and view about a tree; with `answers`, also for those about a run."""
     rows = store.session.look_up(
-        "select dataset, first_tree_id, n_trees, weights_sha256 from runs where run = $run", {"run": run}
+        "select dataset, first_sequence_id, n_sequences, task = 'trees' as of_trees, weights_sha256 "
+        "from runs join datasets using (dataset) where run = $run",
+        {"run": run},
     )
     about = catalog_rows(store, RunRow, rows)[0]
-    of_trees = f"tree_id >= {about.first_tree_id} and tree_id < {about.first_tree_id + about.n_trees}"
+    span = f"{{0}} >= {about.first_sequence_id} and {{0}} < {about.first_sequence_id + about.n_sequences}"
+    of_set = {
+        "sequence_id": span.format("sequence_id"),
+        "tree_id": span.format("tree_id") if about.of_trees else "false",
+    }
     of_run = {"run": _equal("run", run)} if answers else {}
     others = {"datasets": _equal("dataset", about.dataset), "models": _equal("weights_sha256", about.weights_sha256)}
     held = store.session.sql(
@@ -119,7 +125,7 @@ def _views(store: Snapshot, run: str, answers: bool) -> dict[str, str]:
     )
     found = {}
     for database, table, columns in held.iter_rows():  # if both have a table of the name, the store's comes last
-        wanted = [condition for column, condition in {**of_run, "tree_id": of_trees}.items() if column in columns]
+        wanted = [condition for column, condition in {**of_run, **of_set}.items() if column in columns]
         if condition := (others.get(table) if answers else None) or next(iter(wanted), None):
             found[table] = f'select * from {database}.main."{table}" where {condition}'
     return found
@@ -130,8 +136,9 @@ class RunRow:
     """A run's row in the catalog."""
 
     dataset: Text
-    first_tree_id: Count
-    n_trees: Count
+    first_sequence_id: Count
+    n_sequences: Count
+    of_trees: bool
     weights_sha256: Text
 
 

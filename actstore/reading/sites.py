@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
-from actstore.arrays.address import POSITIONS_PER_TREE
+from actstore.arrays.address import MOST_POSITIONS, POSITIONS_PER_TREE, Arrangement
 from actstore.arrays.foreign import ForeignReader
 from actstore.arrays.layout import Layout
 from actstore.arrays.metadata import mapped_dtype
@@ -24,6 +24,7 @@ from actstore.storage.machine import limit_reached
 if TYPE_CHECKING:
     from actstore.sql.snapshot import Snapshot
 
+Kind = Literal["resid", "vector", "heads", "pattern"]  # see sites.kind in schema.sql
 MOST_BATCHES = 1 << 20  # per site: a reader keeps 2 kB of each, and a process maps 65,530 by default
 MOST_NUMBERS = 1 << 36  # per tree and site
 
@@ -42,7 +43,9 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
         "from sites join runs using (run) join datasets using (dataset) where run = $run and $site in (site, short)"
     )
     rows = store.session.look_up(
-        f"select site, kind, shape, path, trees_per_shard, datasets.first_tree_id {wanted}", {"run": run, "site": site}
+        "select site, kind, shape, path, coalesce(trees_per_shard, rows_per_chunk) as rows_per_chunk, layout, stride, "
+        f"datasets.first_token_id {wanted}",
+        {"run": run, "site": site},
     )
     if not rows:
         raise not_held(store, run, site)
@@ -51,16 +54,16 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
         "select batch, path from shards where run = $run and site = $site", {"run": run, "site": found.site}
     )
     paths = {row.batch: row.path for row in catalog_rows(store, ShardRow, shards)}
-    where, first = f"{found.site} of run {run!r}", found.first_tree_id
-    if max(paths, default=0) >= found.n_batches:
-        raise _impossible(store, f"batch {max(paths)} of {found.n_batches} of {where}")
+    where, first = f"{found.site} of run {run!r}", found.first_token_id
+    layout = found.as_layout()
+    if max(paths, default=0) >= layout.n_shards:
+        raise _impossible(store, f"batch {max(paths)} of {layout.n_shards} of {where}")
 
     def is_token(ids: np.ndarray) -> np.ndarray:
         asked = {"ids": np.unique(ids).tolist()}
         known = store.sql("select token_id from tokens where token_id in (select unnest($ids::bigint[]))", asked)
         return np.isin(ids, known["token_id"].to_numpy())
 
-    layout = Layout(tuple(found.shape), found.position_axis, found.trees_per_shard)
     dtype = mapped_dtype(_zarr_json(store, found.path), layout)
     if dtype is None and store.check:
         raise Damaged(
@@ -88,29 +91,34 @@ class SiteRow:
     """A site's row in the catalog, with its run's dataset."""
 
     site: Text
-    kind: Literal["resid", "pattern"]
-    shape: Annotated[list[Positive], Meta(min_length=3, max_length=4)]
+    kind: Kind
+    shape: Annotated[list[Annotated[int, Meta(ge=1, lt=2**53)]], Meta(min_length=2, max_length=4)]
     path: Text
-    trees_per_shard: Positive
-    first_tree_id: Count
+    rows_per_chunk: Positive
+    layout: Arrangement
+    stride: Positive | None
+    first_token_id: Annotated[int, Meta(ge=0, lt=2**53)]
 
     def __post_init__(self) -> None:
         check_inside(self.path)
-        n_axes = 3 if self.kind == "resid" else 4
-        if len(self.shape) != n_axes or self.shape[self.position_axis] > POSITIONS_PER_TREE:
+        layout, n_axes = self.as_layout(), {"resid": 2, "vector": 2, "heads": 3, "pattern": 3}[self.kind]
+        in_rows = layout.position_axis is None
+        powers = (layout.rows_per_chunk if in_rows else layout.stride, 1)
+        if (
+            len(self.shape) != n_axes + (not in_rows)
+            or any(n & (n - 1) for n in powers)
+            or layout.stride > MOST_POSITIONS
+        ):
             raise ValueError(f"{self.site} has shape {self.shape}, and no {self.kind} has it")
-        if self.n_batches > MOST_BATCHES or math.prod(self.shape[1:]) > MOST_NUMBERS:
+        if not in_rows and layout.chunks_per_shard > layout.stride:
+            raise ValueError(f"{self.site} has shape {self.shape}, and no {self.kind} has it")
+        if layout.n_shards > MOST_BATCHES or math.prod(self.shape[1:]) > MOST_NUMBERS:
             raise ValueError(f"{self.site} has shape {self.shape}, which is larger than any array")
 
-    @property
-    def position_axis(self) -> int:
-        """The axis of positions: 2 for patterns, else 1."""
-        return 1 if self.kind == "resid" else 2
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches planned, stored or not."""
-        return -(-self.shape[0] // self.trees_per_shard)
+    def as_layout(self) -> Layout:
+        """The array's layout; its dtype is in the array's own metadata."""
+        axis = None if self.layout == "rows" else 2 if self.kind == "pattern" else 1
+        return Layout(tuple(self.shape), axis, self.rows_per_chunk, stride=self.stride or POSITIONS_PER_TREE)
 
 
 def catalog_rows(store: Snapshot, kind: type[T], rows: list[Any]) -> list[T]:

@@ -46,7 +46,7 @@ MACROS = {  # `{vector}` is array where widths agree and list where they do not
     "activations(run, site)": """table
         select tokens.*, act(tokens.token_id, run, site) as x
         from store.main.tokens
-        where tokens.tree_id in (
+        where tokens.sequence_id in (
             select unnest(range(batch.first_tree_id, batch.first_tree_id + batch.n_trees))
             from (select unnest(batches_of(run, site)) as batch)
         )""",

@@ -239,9 +239,8 @@ def _kept(root: Path, file: File) -> bytes | None:
     with suppress(duckdb.Error, OSError, LookupError, ValueError):  # also for a manifest that no writer wrote
         with tables.attached(root) as connection:
             where, values = _rows_of(connection, file)
-            rows = connection.sql(f"from there.{file.table} {where}", params=values).pl()
-        rows = rows.drop(tables.DERIVED.get(file.table, ""), strict=False)
-        return as_parquet(file.table, rows.head(file.rows))
+            rows = connection.sql(f'from there."{file.table}" {where}', params=values).pl()
+        return as_parquet(file.table, tables.as_in_parts(file.table, rows).head(file.rows))
     return None
 
 
@@ -252,7 +251,8 @@ def _rows_of(connection: duckdb.DuckDBPyConnection, part: Part) -> tuple[str, li
     if part.table == "models":
         return "where starts_with(weights_sha256, ?)", [part.owner]
     if part.batch is None:
-        return f"where {'dataset' if part.table == 'datasets' else 'run'} = ?", [part.owner]
+        keys = {"datasets": "dataset", "vocabularies": "vocabulary", "relations": "owner"}
+        return f"where {keys.get(part.table, 'run')} = ?", [part.owner]
     of_run, first, n = part.table in witness.OF_RUN, part.first_tree_id, part.n_trees
     if first is None:
         dataset = "(select dataset from there.runs where run = ?)" if of_run else "?"
@@ -260,7 +260,8 @@ def _rows_of(connection: duckdb.DuckDBPyConnection, part: Part) -> tuple[str, li
             f"select first_tree_id + trees_per_shard * ?, trees_per_shard from there.datasets where dataset = {dataset}"
         )
         first, n = connection.execute(trees, [part.batch, part.owner]).fetchall()[0]
-    condition = "where tree_id between ? and ?" + " and run = ?" * of_run
+    key = "tree_id" if part.table in ("trees", "edges", "outcomes", "generations") else "sequence_id"
+    condition = f"where {key} between ? and ?" + " and run = ?" * of_run
     return condition, [first, first + (n or 0) - 1, *[part.owner] * of_run]
 
 

@@ -12,6 +12,7 @@ import duckdb
 import polars as pl
 
 from actstore.catalog import hash_note, tables, witness
+from actstore.catalog.declared import identifier
 from actstore.catalog.tables import one_line
 from actstore.commits import log
 from actstore.commits.manifest import Manifest
@@ -120,7 +121,8 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         types = dict(tables.tables()["shards"])
         connection.register("shards_committed", pl.DataFrame(shards, schema=types))
         there = {row[0] for row in connection.execute(tables.TABLES_ATTACHED).fetchall()}
-        for table in [table for table in tables.tables() if table in there and table != "snapshot"]:
+        named = dict.fromkeys(part.table for manifest in committed for part in manifest.parts)
+        for table in [table for table in {**tables.tables(), **named} if table in there and table != "snapshot"]:
             yield from _differences(connection, table, _committed_rows(root, connection, table, committed, copies))
 
 
@@ -135,10 +137,12 @@ def _committed_rows(
     elif parts:
         source = tables.source(connection, table, parts, "there.datasets")
     else:
-        return f"(from there.{table} limit 0)"
+        return f'(from there."{table}" limit 0)'
     held = {row[0] for row in connection.execute(f"describe from {source}").fetchall()}
-    columns = connection.execute(f"describe there.{table}").fetchall()
-    selected = ", ".join(f"{name if name in held else 'null'}::{dtype} as {name}" for name, dtype, *_ in columns)
+    columns = connection.execute(f'describe there."{table}"').fetchall()
+    selected = ", ".join(
+        f"{identifier(name) if name in held else 'null'}::{dtype} as {identifier(name)}" for name, dtype, *_ in columns
+    )
     return f"(select {selected} from {source})"
 
 
@@ -148,10 +152,11 @@ def _differences(connection: duckdb.DuckDBPyConnection, table: str, committed: s
     A sum over hashes of the rows, which needs no memory, says whether rows differ. Only then are
     they counted.
     """
-    columns = ", ".join(row[0] for row in connection.execute(f"describe there.{table}").fetchall())
+    there = identifier(table)
+    columns = ", ".join(identifier(row[0]) for row in connection.execute(f"describe there.{there}").fetchall())
     row = f"hash({columns})"
     digest = f"select count(*), sum(({row} >> 1)::bigint), bit_xor({row}) from"  # integers, so in any order the same
-    held = f"there.{table}"
+    held = f"there.{there}"
     of_catalog, of_parts = (connection.execute(f"{digest} {rows}").fetchall() for rows in (held, committed))
     if of_catalog == of_parts:
         return

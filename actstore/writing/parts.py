@@ -18,8 +18,8 @@ from actstore.storage.machine import limit_reached
 GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
 NEVER_NULL = {  # columns by which rows are found and counted
     "models": ("weights_sha256",),
-    "datasets": ("dataset", "n_nodes", "n_trees", "first_tree_id", "trees_per_shard"),
-    "runs": ("run", "weights_sha256", "dataset", "first_tree_id"),
+    "datasets": ("dataset", "n_positions"),
+    "runs": ("run", "weights_sha256", "dataset"),
     "sites": ("run", "site", "short", "shape", "path"),
 }
 
@@ -84,11 +84,30 @@ def as_stored(table: str, frame: pl.DataFrame) -> pl.DataFrame:
     Raises:
         BadInput: the table has no such column, or a value does not fit its type.
     """
-    types = catalog_tables.tables()[table]
-    if unknown := [name for name in frame.columns if name not in types]:
-        raise BadInput(f"table {table} has no column {', '.join(unknown)}; it has {', '.join(types)}")
+    if table not in catalog_tables.every_column():  # a declared table, whose Relation gave the rows their types
+        return frame
+    types = _types(table, frame)
+    every = catalog_tables.every_column()[table]
+    if unknown := [name for name in frame.columns if name not in every]:
+        raise BadInput(f"table {table} has no column {', '.join(unknown)}; it has {', '.join(every)}")
     lacking = [pl.lit(None, dtype).alias(name) for name, dtype in types.items() if name not in frame.columns]
     try:
         return frame.with_columns(lacking).select(pl.col(name).cast(dtype) for name, dtype in types.items())
     except pl.exceptions.PolarsError as error:
         raise BadInput(f"the rows do not fit table {table}: {str(error).splitlines()[0]}") from error
+
+
+def _types(table: str, frame: pl.DataFrame) -> dict[str, pl.DataType]:
+    """The columns of a part of a table that holds these rows, and their types.
+
+    A column that only other sequences than trees have is left out where it is null throughout.
+    """
+    types, added = catalog_tables.every_column()[table], catalog_tables.ADDED.get(table, ())
+    key = catalog_tables.OF_TREES.get(table)
+    if key and (key not in frame.columns or frame[key].null_count()):
+        types = {**types, **catalog_tables.NOT_OF_TREES[table]}
+    return {
+        name: dtype
+        for name, dtype in types.items()
+        if name not in added or (name in frame.columns and frame[name].null_count() < len(frame))
+    }

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import polars as pl
+
+from actstore.arrays.address import Ids
 from actstore.arrays.layout import Layout
 from actstore.commits.format import ARRAYS
 from actstore.errors import BadInput
 from actstore.named import NAME
+
+AXES_OF_TREES = (("tree", "position", "d_model"), ("tree", "head", "query", "key"))
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,10 @@ class SitePlan:
     Attributes:
         site: TransformerLens' name.
         short: the short name.
-        kind: 'resid' or 'pattern'.
+        kind: 'resid', 'vector', 'heads' or 'pattern', see schema.sql.
         layout: the array's layout on the disk.
         axes: names of the array's axes.
+        lineage: for vectors that no forward pass of the run gave; JSON.
     """
 
     site: str
@@ -29,6 +35,7 @@ class SitePlan:
     kind: str
     layout: Layout
     axes: tuple[str, ...]
+    lineage: str | None = None
 
     def path(self, run: str) -> str:
         """Path of the array's folder inside the store."""
@@ -43,6 +50,8 @@ class SitePlan:
             "kind": self.kind,
             "shape": self.layout.shape,
             "path": self.path(run),
+            "axes": None if self.axes in AXES_OF_TREES else list(self.axes),
+            "lineage": self.lineage,
         }
 
 
@@ -54,7 +63,9 @@ class RunPlan:
         run: the run's name.
         model: a row of `models`, see schema.sql.
         weights: canonical safetensors bytes, whose sha256 is model["weights_sha256"].
-        dataset: a row of `datasets` without first_tree_id, which the store assigns.
+        dataset: a row of `datasets` without the first ids, which the store assigns.
+        parts: rows of further tables that come with the dataset: vocabularies, relations.
+        unembedding: safetensors bytes of the model's last layer; b"" if the weights hold it.
         sites: the arrays.
         facts: device, versions, prompt and samples, for the row of `runs`.
 
@@ -68,6 +79,8 @@ class RunPlan:
     dataset: Mapping[str, Any]
     sites: Sequence[SitePlan]
     facts: Mapping[str, Any]
+    parts: Mapping[str, pl.DataFrame] = field(default_factory=dict)
+    unembedding: bytes = b""
 
     def __post_init__(self) -> None:
         for name in (self.run, self.dataset["dataset"]):
@@ -77,13 +90,24 @@ class RunPlan:
                     "100 of them at most"
                 )
 
-    def row(self, first_tree_id: int) -> dict[str, Any]:
-        """The run's row of `runs`."""
+    @property
+    def of_trees(self) -> bool:
+        """True if the sequences are trees."""
+        return self.dataset.get("task") in (None, "trees")
+
+    def row(self, first: Ids) -> dict[str, Any]:
+        """The run's row of `runs`, given the first ids of its dataset."""
         return {
             "run": self.run,
             "weights_sha256": self.model["weights_sha256"],
             "dataset": self.dataset["dataset"],
-            "first_tree_id": first_tree_id,
-            "n_trees": self.dataset["n_trees"],
+            "first_tree_id": first.sequence_id if self.of_trees else None,
+            "n_trees": self.dataset["n_trees"] if self.of_trees else None,
             **self.facts,
         }
+
+    def dataset_row(self, first: Ids) -> dict[str, Any]:
+        """The dataset's row of `datasets`, given its first ids."""
+        if self.of_trees:
+            return {**self.dataset, "first_tree_id": first.sequence_id}
+        return {**self.dataset, "first_token_id": first.token_id, "first_sequence_id": first.sequence_id}

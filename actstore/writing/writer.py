@@ -11,18 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import polars as pl
 import xxhash
 
+from actstore.arrays.address import Ids
 from actstore.arrays.metadata import metadata
 from actstore.catalog import build, witness
 from actstore.catalog import tables as catalog_tables
 from actstore.commits import checkpoint, log
-from actstore.commits.format import ARRAYS, check_format, part_path, weights_path
+from actstore.commits.format import ARRAYS, check_format, part_path, unembedding_path, weights_path
 from actstore.commits.log import refuse_astray
-from actstore.commits.manifest import Manifest, Part, Shard, TableOfParts
+from actstore.commits.manifest import Manifest, Part, Shard
 from actstore.errors import BadInput
 from actstore.storage.at import at, place
 from actstore.storage.backend import File, Held
@@ -84,6 +85,12 @@ class Writer:
         """All committed rows of one of the small tables (models, datasets, runs, sites)."""
         return rows_committed(self.root, self._log, table)
 
+    @property
+    def _declared(self) -> set[str]:
+        """Names of the declared tables."""
+        rows = self.rows_of("relations")
+        return set(rows["name"]) if len(rows) else set()
+
     def batches(self, run: str) -> set[int]:
         """Numbers of the run's committed batches."""
         return batches_of(self._log, run)
@@ -95,32 +102,34 @@ class Writer:
         checkpoint.write(self.root, self._log)
         return snapshot
 
-    def define(self, plan: RunPlan) -> int:
+    def define(self, plan: RunPlan) -> Ids:
         """Commit a run's definition; an equal definition that is committed already is kept.
 
         Returns:
-            tree_id of the first tree of the run's dataset.
+            The first ids of the run's dataset.
 
         Raises:
             BadInput: the run's or dataset's name is taken by another, or the rows do not fit the
                 tables.
         """
         model = self._model(plan.model)
-        first_tree_id = self._first_tree_id(plan.dataset)
+        known = self.rows_of("datasets").to_dicts()
+        stored = stored_dataset(known, plan.dataset)
+        first = Ids.of_dataset(stored) if stored else Ids.after(known, plan.dataset)
         if stored_run(self.rows_of("runs").to_dicts(), self.rows_of("sites").to_dicts(), plan):
-            return first_tree_id
+            return first
+        dataset = str(plan.dataset["dataset"])
         parts = [
             *self._part(part_content("models", model["weights_sha256"], [model])),
-            *self._part(
-                part_content("datasets", plan.dataset["dataset"], [{**plan.dataset, "first_tree_id": first_tree_id}])
-            ),
-            *self._part(part_content("runs", plan.run, [plan.row(first_tree_id)])),
+            *self._part(part_content("datasets", dataset, [plan.dataset_row(first)])),
+            *(part for content in set_contents(plan) for part in self._part(content)),
+            *self._part(part_content("runs", plan.run, [plan.row(first)])),
             *self._part(part_content("sites", plan.run, [site.row(plan.run) for site in plan.sites])),
         ]
-        contents = definition_contents(plan, first_tree_id)
+        contents = definition_contents(plan, first)
         others = [file for content in contents for file in self._file(content.path, content.content)]
         self._commit(Manifest(len(self._log) + 1, "run", plan.run, None, parts, [], others))
-        return first_tree_id
+        return first
 
     def _model(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row of `models` for these weights: the stored row if there is one, under any name."""
@@ -133,25 +142,19 @@ class Writer:
                 return row
         return model
 
-    def _first_tree_id(self, dataset: Mapping[str, Any]) -> int:
-        known = self.rows_of("datasets").to_dicts()
-        if stored := stored_dataset(known, dataset):
-            return int(stored["first_tree_id"])
-        return max((row["first_tree_id"] + row["n_trees"] for row in known), default=0)
-
     def commit_batch(
         self,
         plan: RunPlan,
         batch: int,
-        first_tree_id: int,
-        n_trees: int,
+        first_sequence_id: int,
+        n_sequences: int,
         contents: Sequence[Content],
     ) -> None:
-        """Commit one batch of trees of a run.
+        """Commit one batch of sequences of a run.
 
         Args:
-            first_tree_id: tree_id of the batch's first tree.
-            n_trees: number of trees in the batch.
+            first_sequence_id: sequence_id of the batch's first sequence; a tree's is its tree_id.
+            n_sequences: number of sequences in the batch.
             contents: the batch's files; see batch_contents.
 
         Raises:
@@ -160,7 +163,7 @@ class Writer:
         parts, shards = list[Part](), list[Shard]()
         for content in contents:
             if content.table:
-                parts += self._part(content, first_tree_id, n_trees)
+                parts += self._part(content, first_sequence_id, n_sequences)
             else:
                 files = self._file(content.path, content.content)
                 shards += [
@@ -169,8 +172,8 @@ class Writer:
                         run=plan.run,
                         site=content.site,
                         batch=batch,
-                        first_tree_id=first_tree_id,
-                        n_trees=n_trees,
+                        first_tree_id=first_sequence_id,
+                        n_trees=n_sequences,
                     )
                     for file in files
                 ]
@@ -195,12 +198,16 @@ class Writer:
 
     def _part(self, part: Content, first_tree_id: int | None = None, n_trees: int | None = None) -> list[Part]:
         """Publish rows of a table; returns [] if an earlier commit brought the same rows."""
+        if part.table not in catalog_tables.every_column() and part.table not in self._declared:
+            raise BadInput(
+                f"nobody declared a table {part.table}; declare it first, with the dataset that it belongs to"
+            )
         if part.path in self._files and not self._has(part.path, part.content):
             held = read_part(self.root, part.path)  # another version may encode the same rows otherwise
             if not held.equals(pl.read_parquet(bytes(part.content))):
                 raise _otherwise(self.root / part.path)
             return []
-        table = cast(TableOfParts, part.table)
+        table = part.table
         origin = part.owner, part.batch, first_tree_id, n_trees
         files = self._file(part.path, part.content)
         return [Part(file.path, file.bytes, file.xxh3_128, table, part.rows, *origin) for file in files]
@@ -241,13 +248,22 @@ class Content:
     site: str = ""
 
 
-def definition_contents(plan: RunPlan, first_tree_id: int) -> list[Content]:
+def set_contents(plan: RunPlan) -> list[Content]:
+    """The parts that come with a dataset's definition, besides its row."""
+    owners = {"vocabularies": plan.dataset.get("vocabulary")}
+    return [
+        part_content(table, str(owners.get(table, plan.dataset["dataset"])), rows) for table, rows in plan.parts.items()
+    ]
+
+
+def definition_contents(plan: RunPlan, first: Ids) -> list[Content]:
     """The files of a run's definition other than its parts: weights, and metadata of its arrays.
 
     Args:
-        first_tree_id: tree_id of the first tree of the run's dataset.
+        first: the first ids of the run's dataset.
     """
-    of_run = {"weights_sha256": plan.model["weights_sha256"], "first_tree_id": first_tree_id}
+    begins = {"first_tree_id": first.sequence_id} if plan.of_trees else {"first_token_id": first.token_id}
+    of_run = {"weights_sha256": plan.model["weights_sha256"], **begins}
     arrays = [
         Content(
             f"{site.path(plan.run)}/zarr.json",
@@ -255,8 +271,9 @@ def definition_contents(plan: RunPlan, first_tree_id: int) -> list[Content]:
         )
         for site in plan.sites
     ]
-    weights = Content(weights_path(plan.model["weights_sha256"]), plan.weights)
-    return [weights, Content(f"{ARRAYS}/{plan.run}/zarr.json", GROUP), *arrays]
+    held = {weights_path: plan.weights, unembedding_path: plan.unembedding}
+    weights = [Content(path(plan.model["weights_sha256"]), content) for path, content in held.items() if content]
+    return [*weights, Content(f"{ARRAYS}/{plan.run}/zarr.json", GROUP), *arrays]
 
 
 def batch_contents(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from actstore.arrays.address import Ids
 from actstore.arrays.pack import ShardBuffer
 from actstore.ingest.jobs.job import Buffers, Ingest
 from actstore.ingest.trees.tokens import Drawn
@@ -23,7 +24,7 @@ class Batch:
     """One batch of trees and what the model computed from it, not yet encoded as files.
 
     Attributes:
-        first_tree_id: tree_id of the batch's first tree.
+        first: ids of the batch's first tree.
         originals: tree_id of the first tree of the set that a variant set was made from; else None.
         answers: the rows of `predictions` and `outcomes`, or of `generations`.
         buffers: the activations; fill them again only after a call of `contents`.
@@ -31,7 +32,7 @@ class Batch:
 
     job: Ingest
     number: int
-    first_tree_id: int
+    first: Ids
     originals: int | None
     drawn: Drawn
     answers: dict[str, pl.DataFrame]
@@ -42,7 +43,7 @@ class Batch:
 
     def contents(self) -> list[Content]:
         """Encode the batch as files: rows of its trees and its answers, one shard per site."""
-        of_trees = self.drawn.rows(self.first_tree_id, str(self.job.plan.dataset["dataset"]), self.originals)
+        of_trees = self.drawn.rows(self.first.sequence_id, str(self.job.plan.dataset["dataset"]), self.originals)
         arrays = {site: buffer.seal(self.drawn.lengths) for site, buffer in self.buffers.items()}
         return batch_contents(self.job.plan, self.number, of_trees, self.answers, arrays)
 
@@ -50,7 +51,7 @@ class Batch:
 def run_batch(
     job: Ingest,
     number: int,
-    first_tree_id: int,
+    first: Ids,
     originals: int | None = None,
     buffers: Buffers | None = None,
     advance: Callable[[int], None] = lambda trees: None,
@@ -58,7 +59,7 @@ def run_batch(
     """Draw a batch of trees and run the model over it.
 
     Args:
-        first_tree_id: tree_id of the first tree of the whole set.
+        first: the first ids of the whole set.
         originals: see Batch.
         buffers: receive the activations; default: new buffers.
         advance: called with the number of trees of the set done so far.
@@ -66,15 +67,16 @@ def run_batch(
     start, stop = job.bounds(number)
     drawn = job.trees.drawn(start, stop)
     into = {site.site: ShardBuffer(site.layout) for site in job.plan.sites} if buffers is None else buffers
-    answers = job.answers(drawn, first_tree_id + start, into, advance)
-    return Batch(job, number, first_tree_id + start, originals, drawn, answers, into)
+    of_batch = first.of_batch(job.plan.dataset, number, start)
+    answers = job.answers(drawn, of_batch.sequence_id, into, advance)
+    return Batch(job, number, of_batch, originals, drawn, answers, into)
 
 
-def files(job: Ingest, number: int, first_tree_id: int, originals: int | None = None) -> dict[str, bytes]:
+def files(job: Ingest, number: int, first: Ids, originals: int | None = None) -> dict[str, bytes]:
     """Compute the files of one batch: path in the store → bytes.
 
     Args:
-        first_tree_id, originals: see run_batch.
+        first, originals: see run_batch.
     """
-    made = run_batch(job, number, first_tree_id, originals).contents()
+    made = run_batch(job, number, first, originals).contents()
     return {content.path: bytes(content.content) for content in made}

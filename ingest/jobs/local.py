@@ -37,7 +37,7 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda trees: None) ->
     check_room(job.store, job.bytes_left(), f"run {job.plan.run!r}")
     with open_writer(job.store, make=True, wait=job.wait) as writer:
         originals = job.originals(writer.rows_of("datasets"))
-        first_tree_id = writer.define(job.plan)
+        first = writer.define(job.plan)
         done = writer.batches(job.plan.run)
         left = [batch for batch in range(job.n_batches) if batch not in done]
         buffers = [{site.site: ShardBuffer(site.layout) for site in job.plan.sites} for _ in left[:2]]
@@ -45,7 +45,7 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda trees: None) ->
         with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool:
             pending: Future[None] | None = None
             for turn, number in enumerate(left):
-                batch = run_batch(job, number, first_tree_id, originals, buffers[turn % 2], advance)
+                batch = run_batch(job, number, first, originals, buffers[turn % 2], advance)
                 if pending:
                     pending.result()
                     if time.monotonic() - published > job.publish_every:
@@ -57,7 +57,7 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda trees: None) ->
 
 
 def _commit(writer: Writer, batch: Batch) -> None:
-    writer.commit_batch(batch.job.plan, batch.number, batch.first_tree_id, len(batch), batch.contents())
+    writer.commit_batch(batch.job.plan, batch.number, batch.first.sequence_id, len(batch), batch.contents())
 
 
 def _prepared(prepare: Callable[P, Ingest]) -> Callable[P, str]:

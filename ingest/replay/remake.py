@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from actstore.arrays.address import Ids
 from actstore.commits.format import part_path
 from actstore.commits.manifest import Manifest
 from actstore.errors import ActstoreError
@@ -28,11 +29,17 @@ def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None)
         if not parts:
             raise
         return parts  # these need no model
-    first_tree_id = int(about["first_tree_id"])
+    datasets = rows_committed(root, manifests, "datasets")
+    first = Ids.of_dataset(
+        next(
+            row
+            for row in [*datasets.to_dicts(), *lost.values()]
+            if row.get("dataset") == about["dataset"] and "n_positions" in row
+        )
+    )
     if batch is None:
         plan = job.plan
         parts[part_path("sites", run)] = definitions.as_part("sites", [site.row(run) for site in plan.sites])
-        contents = definition_contents(plan, first_tree_id)
+        contents = definition_contents(plan, first)
         return {**parts, **{content.path: bytes(content.content) for content in contents}}
-    originals = job.originals(rows_committed(root, manifests, "datasets"))
-    return batch_files(job, batch, first_tree_id, originals)
+    return batch_files(job, batch, first, job.originals(datasets))

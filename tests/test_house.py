@@ -31,6 +31,7 @@ MAY = {
     "store": "reading sql sites advice arrays commits storage errors",
     "upkeep": "writing catalog arrays commits storage errors",
     "ingest": "ingest.jobs",
+    "ingest.task": "arrays",
     "ingest.trees": "ingest.task arrays errors",
     "ingest.models": "ingest.trees arrays named storage errors",
     "ingest.answers": "ingest.models ingest.trees arrays errors",

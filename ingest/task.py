@@ -7,7 +7,7 @@ again, anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -15,6 +15,22 @@ if TYPE_CHECKING:
     import polars as pl
 
     from actstore.arrays.address import Ids
+
+# the stored rows of a set: of a table and a batch, or (None) of its definition; raises NotStored
+Read = Callable[[str, "int | None"], "pl.DataFrame"]
+SPLITS = ("train", "test")
+SEQUENCES_PER_TEST_SEQUENCE = 5  # a fifth is held out: enough to test a probe on, and most are left to fit it
+
+
+def split_numbers(hashes: np.ndarray) -> np.ndarray:
+    """uint8 [n]: the split of each sequence as an index into SPLITS, chosen by its hash alone.
+
+    Sequences of one hash, such as exact duplicates, are in one split.
+
+    Args:
+        hashes: uint64 [n].
+    """
+    return (hashes % SEQUENCES_PER_TEST_SEQUENCE == 0).astype("uint8")
 
 
 class Drawn(Protocol):

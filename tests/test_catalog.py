@@ -21,8 +21,8 @@ from actstore.catalog import build, tables
 from actstore.commits import log
 from actstore.commits.format import FORMAT_VERSION
 from actstore.errors import BadInput, Damaged, NoRoom
+from actstore.ingest.task import SPLITS
 from actstore.ingest.trees import tokens
-from actstore.ingest.trees.draw import SPLITS
 from actstore.store import Store
 from actstore.writing.create import create
 from actstore.writing.parts import as_parquet

@@ -32,11 +32,14 @@ MAY = {
     "upkeep": "writing catalog arrays commits storage errors",
     "ingest": "ingest.jobs",
     "ingest.task": "arrays",
-    "ingest.trees": "ingest.task arrays errors",
+    "ingest.trees": "ingest.task ingest.corpus.documents arrays catalog.declared errors",
+    "ingest.corpus": "ingest.task arrays catalog.declared errors",
     "ingest.models": "ingest.trees arrays named storage errors",
     "ingest.answers": "ingest.models ingest.trees arrays errors",
     "ingest.training": "ingest.answers ingest.models ingest.trees named storage intervals errors",
-    "ingest.jobs": "ingest.task ingest.trees ingest.models ingest.answers writing arrays named commits storage errors",
+    "ingest.jobs": (
+        "ingest.task ingest.corpus ingest.trees ingest.models ingest.answers writing arrays named commits storage errors"
+    ),
     "ingest.replay": "named ingest.jobs ingest.answers ingest.models ingest.trees store writing catalog arrays commits errors",
     "queries": "store writing.recording arrays.address named sites advice outputs intervals version errors",
 }
@@ -98,7 +101,8 @@ def test_the_table_names_rooms_that_are_there():
         *MAY,
         *ANY,
         "arrays.address",
-        "ingest.task",
+        "ingest.corpus.documents",
+        "catalog.declared",
         "writing.recording",
     }
     assert rooms - set(ANY) <= MAY.keys()
@@ -160,6 +164,8 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "cli.output": "open",  # the user's
     "cli.terminal": "os.open shutil.get_terminal_size",  # /dev/null
     "commits.format": "glob iterdir",  # the names of stores beside, for a message
+    "ingest.corpus.documents": "glob open read_bytes",  # the user's
+    "ingest.corpus.spool": "open",  # in a temporary folder
     "ingest.models.config": "open",  # models and their configurations, until the next comment
     "ingest.models.load": "glob read_bytes",
     "ingest.models.pretrained": "iterdir open",  # a model's own files

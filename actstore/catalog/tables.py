@@ -333,7 +333,9 @@ def as_in_parts(table: str, rows: pl.DataFrame) -> pl.DataFrame:
     if table not in OF_TREES:
         return rows
     of_trees = pl.col(OF_TREES[table]).is_not_null()
-    added = [name for name in ADDED[table] if name in rows.columns]
+    added = [
+        name for name in ADDED[table] if name in rows.columns and name != "recipe"
+    ]  # trees that were given have one
     return rows.with_columns(pl.when(~of_trees).then(pl.col(name)).alias(name) for name in added)
 
 

@@ -32,11 +32,12 @@ def check_plan(root: Path, plan: RunPlan) -> None:
     if is_store(root):
         check_format(root)
         committed = log.manifests(root)
-        datasets, runs, sites = (
-            rows_committed(root, committed, table).to_dicts() for table in ("datasets", "runs", "sites")
+        datasets, runs, sites, relations = (
+            rows_committed(root, committed, table).to_dicts() for table in ("datasets", "runs", "sites", "relations")
         )
         stored_dataset(datasets, plan.dataset)
         stored_run(runs, sites, plan)
+        check_tables(relations, plan)
     if why := at(root).unwritable():
         raise BadInput(f"{root} cannot be written, since {why}; name another folder")
 
@@ -81,6 +82,27 @@ def stored_run(runs: Rows, sites: Rows, plan: RunPlan) -> dict[str, Any] | None:
         stored = {**row, "sites": shorts or "none", "prompt": row.get("prompt") or "task"}
         must_agree(f"run {plan.run!r}", stored, wanted, "name the new run otherwise (--run)")
     return row
+
+
+def check_tables(relations: Rows, plan: RunPlan) -> None:
+    """Refuse a declared table whose name another dataset or label has.
+
+    Args:
+        relations: rows of `relations`.
+        plan: the planned run.
+
+    Raises:
+        BadInput: a table's name is taken.
+    """
+    owners = {row["name"]: (row["kind"], row["owner"]) for row in relations}
+    for row in plan.parts["relations"].to_dicts() if "relations" in plan.parts else []:
+        kind, owner = owners.get(row["name"], (row["kind"], row["owner"]))
+        if (kind, owner) != (row["kind"], row["owner"]):
+            whose = f"dataset {owner!r}" if kind == "documents" else f"label {owner!r}"
+            raise BadInput(
+                f"the columns of dataset {row['owner']!r} would be table {row['name']}, which is the table of {whose}; name the "
+                "new set otherwise (--dataset)"
+            )
 
 
 def committed_batches(root: Path, run: str) -> set[int]:

@@ -28,7 +28,7 @@ from actstore.errors import BadInput
 from actstore.storage.at import at, place
 from actstore.storage.backend import File, Held
 from actstore.storage.refused import needing_room
-from actstore.writing.committed import batches_of, must_agree, stored_dataset, stored_run
+from actstore.writing.committed import batches_of, check_tables, must_agree, stored_dataset, stored_run
 from actstore.writing.create import create
 from actstore.writing.parts import GROUP, as_parquet, read_part, rows_committed
 from actstore.writing.plan import RunPlan
@@ -118,6 +118,7 @@ class Writer:
         first = Ids.of_dataset(stored) if stored else Ids.after(known, plan.dataset)
         if stored_run(self.rows_of("runs").to_dicts(), self.rows_of("sites").to_dicts(), plan):
             return first
+        check_tables(self.rows_of("relations").to_dicts(), plan)
         dataset = str(plan.dataset["dataset"])
         parts = [
             *self._part(part_content("models", model["weights_sha256"], [model])),

@@ -34,8 +34,6 @@ DISTRIBUTIONS = ("reproduction", "baseline", "deep")
 MIN_NODES, MAX_NODES = 2, 64  # 64 nodes are 255 positions, so that a position and a token id both fit a byte
 Batch = TypeVar("Batch")
 NO_NODE = 255  # past the end of a path, and the root's own parent
-SPLITS = ("train", "test")
-TREES_PER_TEST_TREE = 5  # a fifth of the trees is held out: enough to test a probe on, and most are left to fit it
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from actstore.ingest.trees.draw import NO_NODE, SPLITS, TREES_PER_TEST_TREE, Trees, at_label
+from actstore.ingest.task import SPLITS, split_numbers
+from actstore.ingest.trees.draw import NO_NODE, Trees, at_label
 
 
 def tree_rows(trees: Trees, first_tree_id: int, dataset: str) -> pl.DataFrame:
@@ -28,7 +29,7 @@ def tree_rows(trees: Trees, first_tree_id: int, dataset: str) -> pl.DataFrame:
             "path": path.list.head(pl.lit(pl.Series(trees.depth))),
             "backward": trees.is_backward(),
             "tree_hash": hashes,
-            "split": enum_series(hashes % TREES_PER_TEST_TREE == 0, SPLITS),
+            "split": enum_series(split_numbers(hashes), SPLITS),
             "variant_of": pl.repeat(None, n_trees, dtype=pl.Int32, eager=True),
             "change": pl.repeat(None, n_trees, dtype=pl.String, eager=True),
         }

@@ -453,12 +453,13 @@ def _packed(
     def draw(batch: int) -> Drawn:
         start, stop = int(bounds[batch]), int(bounds[batch + 1])
         tokens = held.tokens_of(start, stop)
-        places = [np.array(held.arrays[name][tokens]) if of_text else None for name in ("starts", "stops")]
+        starts, stops = [np.array(held.arrays[name][tokens]) if of_text else None for name in ("starts", "stops")]
         return Drawn(
             start,
             np.array(lengths[start:stop], np.intp),
             np.array(held.arrays["numbers"][tokens]),
-            *places,
+            starts,
+            stops,
             np.array(held.arrays["documents"][start:stop]),
             vocabulary.pieces,
             stride,
@@ -521,7 +522,7 @@ def stored(row: Mapping[str, Any], read: Read, vocabulary: Vocabulary | None = N
         sequences = tokens["sequence_id"].to_numpy()
         begins = np.flatnonzero(np.diff(sequences, prepend=-1))
         start = int(sequences[0]) - row["first_sequence_id"]
-        places = [
+        starts, stops = [
             tokens[name].fill_null(NO_PLACE).to_numpy() if name in tokens.columns else None
             for name in ("start", "stop")
         ]
@@ -529,10 +530,11 @@ def stored(row: Mapping[str, Any], read: Read, vocabulary: Vocabulary | None = N
             start,
             np.diff(begins, append=len(sequences)).astype(np.intp),
             tokens["number"].to_numpy().astype(np.uint32),
-            *places,
+            starts,
+            stops,
             None if listed is None else listed["document"].to_numpy(),
             pieces,
-            row["stride"],
+            row.get("stride"),
             table,
             None if others is None else others.with_columns(pl.col("sequence_id") - row["first_sequence_id"]),
         )

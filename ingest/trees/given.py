@@ -281,7 +281,9 @@ def _parsed(piece: pl.DataFrame, said: str, first: int, n_nodes: int | None) -> 
     ordered = np.sort(source, axis=1)
     refuse((ordered[:, 2:] == ordered[:, :-2]).any(axis=1), "a node has three children; trees are binary")
     trees = Trees(
-        *(values.astype(np.uint8) for values in (listed, root, goal)),
+        listed.astype(np.uint8),
+        root.astype(np.uint8),
+        goal.astype(np.uint8),
         np.full((len(piece), n_nodes - 1), NO_NODE, np.uint8),
         np.zeros(len(piece), np.uint8),
     )

@@ -5,7 +5,7 @@ STORE ?= demo.act
 FULL ?= full.act
 SITES := embed,resid_post,pattern
 
-.PHONY: help install demo full test lint torture bench clean types format
+.PHONY: help install demo full test lint torture saelens bench clean types format
 
 # a virtual environment in .venv, with everything that constraints.txt pins
 install: .venv/installed
@@ -89,6 +89,17 @@ torture: install
 	$(BIN)/python -m tests.torture.faults
 	$(BIN)/python -m tests.torture.flips 1000
 	$(BIN)/python -m tests.torture.power 40
+
+# export activations, and train an SAE of SAELens from them in an environment of its own
+saelens: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,export]"
+	test -x .venv/saelens/bin/python || $(PYTHON) -m venv .venv/saelens
+	@# SAELens pins an earlier transformer_lens than actstore
+	.venv/saelens/bin/python -m pip install --quiet --disable-pip-version-check sae-lens==6.54.12
+	rm -rf build/saelens && mkdir -p build/saelens
+	$(BIN)/actstore ingest build/saelens/s.act --model reproduction --trees 400 --sites resid_post.2
+	$(BIN)/actstore export build/saelens/s.act build/saelens/acts --site resid_post.2 --context 32
+	.venv/saelens/bin/python tests/saelens/train.py build/saelens/acts
 
 # run every benchmark in ten minutes, and rewrite the figures of tests/benchmarks/README.md
 bench: .venv/bench

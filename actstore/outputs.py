@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import unicodedata
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from actstore.commits.format import store_around
 from actstore.errors import BadInput
 from actstore.storage.at import is_unicode
 from actstore.storage.refused import needing_room
-from actstore.storage.whole import write_whole
+from actstore.storage.whole import beside, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +26,40 @@ FIGURES = (".png", ".svg", ".pdf")
 # Shows progress. Called with (name, total or None, unit in the plural) per piece of work; yields a
 # function to call with the units done and, optionally, the total and the part just done.
 Work = Callable[[str, int | None, str], AbstractContextManager[Callable[..., None]]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `Store.export` has written.
+
+    Attributes:
+        out: the file or folder.
+        format: saelens, parquet or npy.
+        n_tokens: rows of activations that were written.
+        n_left_out: tokens after the last whole row of a dataset.
+        shape: of one token's activation, as written.
+        context: tokens per row of a dataset; None for a file.
+        n_not_finite: rows that were written and hold a NaN or an infinity.
+    """
+
+    out: Path
+    format: str
+    n_tokens: int
+    n_left_out: int
+    shape: tuple[int, ...]
+    context: int | None
+    n_not_finite: int
+
+    def __str__(self) -> str:
+        """One line for a person to read."""
+        said = f"{self.out}: {self.n_tokens:,} tokens of {list(self.shape)}"
+        if self.context is not None:
+            said += f", {self.context} to a row"
+        if self.n_left_out:
+            said += f"; the last {self.n_left_out:,} fill no row and are left out"
+        if self.n_not_finite:
+            said += f"; {self.n_not_finite:,} rows hold a NaN or an infinity"
+        return said
 
 
 def silent(what: str, total: int | None, unit: str) -> AbstractContextManager[Callable[..., None]]:
@@ -74,6 +110,45 @@ def check_folder(path: str | Path, option: str) -> None:
         BadInput: the path lies in a store, is not a folder, or cannot be written.
     """
     _check_folder(Path(path), f"got {option} {path}", make=True)
+
+
+def check_new_folder(path: str | Path, option: str) -> None:
+    """Refuse a folder that cannot be made; an empty folder may be there.
+
+    Raises:
+        BadInput: the path lies in a store, is taken, or cannot be written.
+    """
+    check_folder(path, option)
+    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        raise BadInput(f"got {option} {path}, which is there; name a new folder, or remove that one")
+    _check_folder(Path(os.path.realpath(path)).parent, f"got {option} {path}", make=False)
+
+
+@contextmanager
+def making_folder(path: str | Path) -> Iterator[Path]:
+    """Make a folder whole or not at all: filled next to its place, then renamed into place.
+
+    Args:
+        path: the new folder; see check_new_folder.
+
+    Yields:
+        The empty folder to fill.
+
+    Raises:
+        BadInput: as check_new_folder.
+        NoRoom: the disk is full.
+    """
+    check_new_folder(path, "the folder")
+    target = Path(os.path.realpath(path))
+    under_way = beside(target)
+    with needing_room(target):
+        under_way.mkdir()
+        try:
+            yield under_way
+            os.rename(under_way, target)
+        except BaseException:
+            shutil.rmtree(under_way, ignore_errors=True)
+            raise
 
 
 def _check_unicode(path: str | Path, got: str) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput
+from actstore.outputs import Exported, Work, silent
 from actstore.reading import activations, given
 from actstore.reading.activations import Dtype, Form
 from actstore.reading.opened import Opened
@@ -30,6 +31,7 @@ from actstore.storage.at import absolute
 
 if TYPE_CHECKING:
     import torch
+    from transformer_lens import ActivationCache
     from transformer_lens.model_bridge import TransformerBridge
 
     from actstore.reading.batches import Batches
@@ -271,6 +273,89 @@ class Store:
             Damaged: the stored weights are not those that were run.
         """
         return _above("model")(self, run, device)
+
+    def cache(
+        self,
+        sequence_ids: Sequence[int],
+        sites: Sequence[Site] | None = None,
+        run: str | None = None,
+        model: TransformerBridge | None = None,
+    ) -> ActivationCache:
+        """Whole sequences as TransformerLens' ActivationCache, as `run_with_cache` gives it.
+
+            cache = store.cache([0, 1, 2], ["resid_post", "pattern.0"], model=store.model())
+            cache["resid_post", 3]  # float32 [sequence, position, d_model]
+
+        The cache's keys are the hooks' full names, the column `site` of the table `sites`. It holds
+        [sequence, position, d_model], [sequence, position, head, d_head], and for patterns
+        [sequence, head, query, key], in the order of `sequence_ids`. Sequences are padded on the
+        right with zeros to the longest of them. The numbers are those of a forward pass, up to its
+        rounding in batches of another size.
+
+        Args:
+            sequence_ids: one or more ids of the table `sequences`; a tree's is its tree_id.
+            sites: sites to hold, see `read`; rows may differ in shape. Default: all of the run.
+            run: the run to read; optional if the store holds one run.
+            model: a model for those methods of the cache that need one (`logit_attrs`,
+                `apply_ln_to_stack`), such as `store.model(run)`; default: none.
+
+        Raises:
+            NotStored: there is no such run, site or sequence, or a sequence is not ingested yet.
+            BadInput: there is no id, or ids are no integers.
+            Damaged: see `read`.
+        """
+        found: ActivationCache = _above("cache")(self, sequence_ids, sites, run, model)
+        return found
+
+    def export(
+        self,
+        out: str | Path,
+        query: given.Tokens | None = None,
+        run: str | None = None,
+        site: Site | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        format: str | None = None,
+        context: int | None = None,
+        dtype: str = "float32",
+        timeout: float | None = None,
+        memory: str | int | None = None,
+        progress: Work = silent,
+    ) -> Exported:
+        """Write activations for other tools, whole or not at all, outside every store.
+
+        `saelens` is a Hugging Face dataset that SAELens reads as cached activations
+        (`use_cached_activations`). Each of its rows holds the activations of `context` tokens, in
+        the query's order, in a column that is named like the hook: [context, d_in]. `token_ids` are
+        the tokens' numbers in the model's vocabulary, `store_token_ids` their ids here. Tokens
+        after the last whole row are left out. `parquet` is the query's rows with a column `x`.
+        `npy` is X alone. Memory holds the query's rows and a piece of X.
+
+        Args:
+            out: a file .parquet or .npy; otherwise a new folder.
+            query: see `read`; default: every token that the run holds at the site.
+            run, site, params, timeout, memory: see `read`.
+            format: saelens, parquet or npy; default: as the ending of `out` says.
+            context: tokens per row of a dataset; default: as many as each sequence has among the
+                rows, if that is one number, else 128.
+            dtype: float32 or float16.
+            progress: see `outputs.Work`.
+
+        Returns:
+            What was written: `n_tokens`, `n_left_out`, `n_not_finite` (rows with a NaN or an
+            infinity), `context`.
+
+        Raises:
+            NotStored, LimitReached, Damaged: see `read`.
+            BadInput: see `read`; or nothing can be written there, the folder is there, the library
+                `datasets` is not installed, or a number is too large for the dtype.
+        """
+        _above("check_out")(out, format)
+        run = self.resolve_run(run)
+        (name,) = wanted(self._opened, run, site, None)
+        rows = None if query is None else read_ids(self._opened, run, query, params, timeout, memory)[1]
+        found: Exported = _above("export_rows")(self, out, rows, run, name, format, context, dtype, progress)
+        return found
 
     def record(self, name: str, frame: pl.DataFrame, wait: float = 10.0) -> None:
         """Record numbers of your own in the table `results`, in one commit.

@@ -4,7 +4,8 @@
     asked = actstore.study("demo.act", "depth")
 
 The package exports these functions; `ingest` is in ingest/jobs/local.py. A command prints what its
-function returns. `model` and `record_rows` are what `Store.model` and `Store.record` call.
+function returns. Functions that begin with an open Store (`model`, `record_rows`,
+`cache`, `export_rows`) are what the methods of Store call.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from actstore.errors import BadInput
-from actstore.outputs import Work, check_file, silent
+from actstore.outputs import Exported, Work, check_file, silent
 from actstore.storage.at import place
 from actstore.store import Store
 from actstore.version import __version__
 
 if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
     from transformer_lens.model_bridge import TransformerBridge
 
     from actstore.ingest.training.evaluation import Evaluation
@@ -253,6 +255,27 @@ def model(store: Store, run: str | None, device: str) -> TransformerBridge:
     from actstore.ingest.jobs.stored import model_of
 
     return model_of(store.path, store.resolve_run(run), device).bridge
+
+
+def cache(store: Store, *asked: Any) -> ActivationCache:
+    """See Store.cache."""
+    from actstore.export.cache import cache
+
+    return cache(store, *asked)
+
+
+def check_out(out: str | Path, format: str | None) -> None:
+    """Refuse what `Store.export` cannot write, before anything is read."""
+    from actstore.export.export import check_out
+
+    check_out(out, format)
+
+
+def export_rows(store: Store, *asked: Any) -> Exported:
+    """See Store.export."""
+    from actstore.export.export import export
+
+    return export(store, *asked)
 
 
 def evaluate(

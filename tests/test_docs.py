@@ -95,7 +95,7 @@ def test_every_dependency_is_pinned_and_the_version_is_one():
 @pytest.mark.parametrize(
     ("files", "extra"),
     [
-        (("actstore/**/*.py", "ingest/**/*.py", "queries/**/*.py"), ("wandb",)),
+        (("actstore/**/*.py", "ingest/**/*.py", "queries/**/*.py"), ("wandb", "export")),
         (("tests/*.py",), ("dev",)),
         (("tests/benchmarks/*.py",), ("dev", "bench")),
     ],
@@ -105,7 +105,11 @@ def test_every_import_is_a_declared_dependency(files, extra):
     for name in extra:
         wanted += PROJECT["project"]["optional-dependencies"][name]
     declared = {re.split("[>=]", name)[0].lower().replace("_", "-") for name in wanted}
-    owners = {"h5py": ["h5py"], "lance": ["pylance"]} | packages_distributions()  # bench is not installed to test
+    owners = {
+        "datasets": ["datasets"],
+        "h5py": ["h5py"],
+        "lance": ["pylance"],
+    } | packages_distributions()  # not installed to test
     for path in (path for pattern in files for path in ROOT.glob(pattern)):
         for module in imported(ast.parse(path.read_text())) - set(sys.stdlib_module_names) - {"actstore", "tests"}:
             assert {owner.lower().replace("_", "-") for owner in owners[module]} & declared, f"{path} imports {module}"

@@ -28,7 +28,8 @@ MAY = {
     "sql": "catalog arrays commits storage errors",
     "reading": "sql catalog sites advice arrays commits storage errors",
     "writing": "catalog arrays named outputs commits storage errors version",
-    "store": "reading sql sites advice arrays commits storage errors",
+    "store": "reading sql sites advice outputs arrays commits storage errors",
+    "export": "store sites outputs errors",
     "upkeep": "writing catalog arrays commits storage errors",
     "ingest": "ingest.jobs",
     "ingest.task": "arrays",
@@ -175,7 +176,8 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "ingest.training.checkpoints": "mkdir local.Local open read_text",
     "ingest.training.recipe": "glob",
     "named": "glob",
-    "outputs": "write_text whole.write_whole",  # the user's
+    "outputs": "mkdir os.listdir os.rename shutil.rmtree write_text whole.beside whole.write_whole",  # the user's
+    "export.hugging_face": "write_text",  # the user's
     "queries": "iterdir read_text",  # the queries that are installed
     "queries.probes.baselines": "read_text",  # the user's query
     "queries.report": "mkdir",  # the user's

@@ -1,4 +1,4 @@
-"""The commands that read a store: info, sql, read, query, show, attention."""
+"""The commands that read a store: info, sql, read, export, query, show, attention."""
 
 from __future__ import annotations
 
@@ -147,6 +147,57 @@ def read(
         say(f"{out}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
     else:
         output.write(rows.with_columns(pl.Series("x", X)))
+
+
+@main.command()
+@store_argument
+@click.argument("out", type=click.Path())
+@click.option("--run", help="The run to read; required if the store holds several runs.")
+@click.option("--site", default="resid_post.0", show_default=True, help="Where in the network.")
+@click.option("--query", help="A SELECT with a column token_id; default: every token that the run holds at the site.")
+@click.option(
+    "--format",
+    help="saelens (a Hugging Face dataset of cached activations, a folder), parquet (the query's rows and x) or npy (X alone); "
+    "default: as the ending of OUT says.",
+)
+@click.option(
+    "--context",
+    type=int,
+    metavar="N",
+    help="Tokens per row of a dataset; default: as many as each sequence has among the rows, if that is one number, else 128.",
+)
+@click.option("--dtype", default="float32", show_default=True, help="Dtype of the activations: float32 or float16.")
+@no_check_option
+@param_option
+@limit_options
+def export(
+    store: Path,
+    out: str,
+    run: str | None,
+    site: str,
+    query: str | None,
+    format: str | None,
+    context: int | None,
+    dtype: str,
+    check: bool,
+    params: dict[str, str],
+    **limits: Any,
+) -> None:
+    """Write activations for other tools, whole or not at all.
+
+    Example:
+
+    \b
+        actstore export demo.act acts --site resid_post.2 --context 32
+        actstore export demo.act last.parquet --query "select * from edge_targets where is_last"
+        actstore export demo.act x.npy --site embed --dtype float16
+    """
+    from actstore.cli.progress import progress
+    from actstore.store import Store
+
+    asked: dict[str, Any] = {"format": format, "context": context, "dtype": dtype, **limits}
+    with Store(store, check) as opened:
+        say(str(opened.export(out, query, run, site, params, progress=progress, **asked)))
 
 
 @main.command()

@@ -1,0 +1,1 @@
+"""A store's activations in the forms that other tools take."""

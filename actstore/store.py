@@ -125,7 +125,8 @@ class Store:
         try:
             return f"Store({str(self.path)!r}, snapshot={self.snapshot}, runs={self.runs()}){only}"
         except BadInput:
-            return f"Store({str(self.path)!r}, closed)"
+            state = "closed" if self._opened.session.closed else "opened by another process"
+            return f"Store({str(self.path)!r}, {state})"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the store's path, its snapshot, and `info()`."""

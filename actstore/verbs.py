@@ -124,7 +124,7 @@ def study(
     Args:
         store: a path, or an open store.
         name: name of the study.
-        runs: the runs to ask; default: every run over drawn trees.
+        runs: the runs to ask, or one run's name; default: every run over drawn trees.
         seed: seed of everything random.
         options: the study's own options.
         confirm: a second dataset, on which findings are confirmed.
@@ -173,7 +173,7 @@ def report(
     Args:
         store: a path, or an open store.
         out: a folder, made if missing.
-        runs: the runs to ask; default: every run over drawn trees.
+        runs: the runs to ask, or one run's name; default: every run over drawn trees.
         seed: seed of everything random.
         confirm: a second dataset, on which findings are confirmed.
         record: whether to record the answers. An open store shows them when it is opened again.
@@ -198,12 +198,14 @@ def report(
     return made
 
 
-def record(store: str | Path | Store, files: Sequence[str | Path], wait: float = 10.0) -> list[pl.DataFrame]:
+def record(
+    store: str | Path | Store, files: str | Path | Sequence[str | Path], wait: float = 10.0
+) -> list[pl.DataFrame]:
     """Record results that a study kept in files while another process was writing to the store.
 
     Args:
         store: a path, or an open store, which keeps its snapshot.
-        files: results-….parquet.
+        files: results-….parquet; one file or several.
         wait: seconds to wait for the other process.
 
     Returns:
@@ -216,7 +218,8 @@ def record(store: str | Path | Store, files: Sequence[str | Path], wait: float =
     from actstore.writing import recording
     from actstore.writing.writer import open_writer
 
-    results = [frame for file in files for frame in recording.read_kept(Path(file))]
+    named = [files] if isinstance(files, str | Path) else files
+    results = [frame for file in named for frame in recording.read_kept(Path(file))]
     with _opened(store, False) as opened:
         recording.check_belongs(opened.path, results, opened.whole.runs(), opened.snapshot)
     with open_writer(_path(store), wait=wait) as writer:
@@ -347,7 +350,8 @@ def train(
         The trained weights, beside which the model card is written, and how the model was graded.
 
     Raises:
-        BadInput, NoRoom: see ingest.training.train.train.
+        BadInput, NoRoom: see ingest.training.train.train. BadInput also if the model could not be
+            graded, since the training would see nearly every tree of this size.
     """
     from actstore.ingest.training import evaluation
     from actstore.ingest.training import train as training
@@ -361,6 +365,7 @@ def train(
     if grade < 1:
         raise BadInput(f"got {grade} trees to grade it on; take 1 or more (--grade)")
     evaluation.check(shape, recipe=recipe)  # what could not be graded at the end
+    evaluation.check_unseen(shape, recipe)
     send = training.to_wandb(wandb, out) if wandb else None
     with progress(f"train {Path(name).stem}", recipe.steps, "steps") as advance:
 

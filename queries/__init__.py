@@ -124,7 +124,7 @@ def check_names(what: str, given: Iterable[str], required: Iterable[str], known:
     if not missing and not unknown:
         return
     faults = [f"lacks {', '.join(missing)}"] * bool(missing)
-    faults += [f"has no {name!r}{nearest(name, known)}" for name in unknown]
+    faults += [f"takes no {name!r}{nearest(name, known)}" for name in unknown]
     raise BadInput(f"{what} {' and '.join(faults)}; it takes {', '.join(known) if known else 'no parameters'}")
 
 

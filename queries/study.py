@@ -246,14 +246,14 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
     Args:
         store: an open store.
         study: one of STUDIES.
-        runs: names of runs; default: every run over drawn trees.
+        runs: names of runs, or one run's name; default: every run over drawn trees.
         options: options of the study.
 
     Raises:
         NotStored: there is no such study or run, or no run over drawn trees.
     """
     _module(study)
-    named = list(dict.fromkeys(store.resolve_run(run) for run in runs))
+    named = list(dict.fromkeys(store.resolve_run(run) for run in ([runs] if isinstance(runs, str) else runs)))
     known: dict[str, Row] = {row["run"]: row for row in store.sql(RUNS).iter_rows(named=True)}
     every = [row for row in known.values() if row["prompt"] == "task" and not row["variant_of"]]
     asked: list[Row] = [known[run] for run in named] or every

@@ -15,6 +15,14 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+    """What a command says does not depend on how slow the machine is: no line of progress comes after five seconds."""
+    from actstore.cli import progress
+
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_LINE", 1e6)
+
+
 @pytest.fixture(scope="session")
 def shipped():
     """The trained model that the project ships; loaded once, since transformer_lens takes seconds to import."""

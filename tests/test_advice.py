@@ -223,6 +223,9 @@ CASES = [
         changed("update sites set shape = []"),
     ),
     Case("actstore/catalog/tables.py:refuse_replayed", ["sql", "STORE", "select 1"], a_log_beside_the_catalog),
+    Case(
+        "actstore/commits/log.py:manifests", ["info", "STORE"], changed("update snapshot set snapshot = snapshot + 64")
+    ),
     Case("actstore/commits/format.py:_no_store", ["sql", "STORE", "select 1"], shutil.rmtree, more=FEW),
     Case("actstore/commits/format.py:check_format", ["study", "STORE", "depth"], of_format_2),
     Case("actstore/commits/format.py:_mend", ["info", "STORE"], flipped("store.json")),
@@ -250,6 +253,8 @@ ELSEWHERE = {
     "actstore/reading/opened.py:_opening_errors",  # test_content.py, as the next
     "actstore/writing/parts.py:rows_committed",
     "actstore/reading/scope.py:_note",  # test_scope.py: a note, which refuses nothing
+    "actstore/catalog/tables.py:in_use",  # test_beside_catalog.py: another process has the catalog open
+    "actstore/catalog/witness.py:doubt",  # test_repair_pairs.py: a file is removed before
     "actstore/catalog/witness.py:in_conflict",  # test_witness.py: only who looks can know which of the two is right
     "actstore/upkeep/repair.py:_refuse_shared_places",  # test_links.py
     "actstore/upkeep/repair.py:_how_to_remake",  # test_repair.py: what else there is where no copy is

@@ -19,6 +19,7 @@ from actstore.upkeep.verify import verify
 from actstore.writing.writer import open_writer
 from tests.damaged import damage, flip
 from tests.stores import catalog_rows, fake, files
+from tests.test_advice import advised_commands, run
 
 WAL = f"{tables.CATALOG}.wal"
 DIES_WRITING = """
@@ -150,11 +151,12 @@ def test_a_catalog_that_a_client_has_open_to_write_is_in_use_and_not_damaged(sma
         holder.stdout.readline()
         said = rf"process {holder.pid} has .*catalog.duckdb open to write.*`actstore repair "
         for check in (False, True):
-            with pytest.raises(Busy, match=said):
+            with pytest.raises(Busy, match=said) as refused:
                 Store(root, check)
         (found,) = verify(root).findings
         assert re.search(said, found.what)
-        repair(root, files_of)  # as the message advises
+        (command,) = advised_commands(str(refused.value))
+        assert run(*command).exit_code == 0
         Store(root).close()
         assert not verify(root).damage
         holder.stdin.close()

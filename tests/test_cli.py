@@ -326,6 +326,19 @@ def test_a_training_that_is_stopped_says_what_it_kept_and_goes_on_from_that(tmp_
     assert (out / "tiny.safetensors").read_bytes() == (whole / "tiny.safetensors").read_bytes()
 
 
+def test_a_training_that_leaves_no_tree_to_grade_on_is_refused_before_it_begins(tmp_path):
+    refused = run("train", "reproduction", tmp_path / "out", "--nodes", "4")
+    assert_one_line(refused, 2, "sees nearly all", "trees of 4 nodes", "(--nodes)", "(--steps)")
+    assert not (tmp_path / "out").exists()
+    done = run("train", tiny_config(tmp_path, 2), tmp_path / "out", "--nodes", "4", "--grade", "1")
+    assert done.exit_code == 0, done.output
+
+
+def test_a_whole_store_is_verified_without_a_table(demo_path):
+    assert run("verify", demo_path).stdout == ""
+    assert json.loads(run("verify", demo_path, "--json").stdout) == []
+
+
 def test_an_ingest_that_is_stopped_before_its_first_commit_promises_nothing(tmp_path, monkeypatch):
     from actstore.ingest.jobs.job import Ingest
 

@@ -51,15 +51,18 @@ def test_what_the_readme_finds_is_confirmed_on_a_second_set(demo_path, tmp_path,
     commands = re.findall(
         r"^    actstore ((?:ingest .* --dataset fresh|study .* --confirm fresh).*)$", README, re.MULTILINE
     )
-    (line,) = re.findall(r"^    (the source read .*?)\(", README, re.MULTILINE)
+    (quoted,) = re.findall(r"^The last line of the output is\n\n((?:    .*\n)+)", README, re.MULTILINE)
+    claim = " ".join(quoted.split()).partition(" (+")[0]
     shutil.copytree(demo_path, tmp_path / "demo.act")
     monkeypatch.chdir(tmp_path)
     assert len(commands) == 2
     for command in commands:
         done = CliRunner().invoke(main, command.replace("--trees 2000", "--trees 40").split())
         assert done.exit_code == 0, done.output
-    assert line in done.stdout
-    assert ", confirmed there (" in done.stdout
+    assert claim.endswith(": found here")
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(claim)
+    assert ", confirmed there (" in last
 
 
 def test_the_readmes_test_command_is_all_that_ci_calls():

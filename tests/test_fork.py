@@ -55,6 +55,7 @@ for use in (
 """
 ENDS = {
     "close": "store.close(); store.close()",
+    "repr": "assert 'opened by another process' in repr(store); store.close(); assert 'closed' in repr(store)",
     "with": "store.__exit__(None, None, None)",
     "garbage": "del store, scan, batches; gc.collect()",
     "exit": "",

@@ -567,7 +567,7 @@ def test_a_study_on_a_read_only_mount_is_printed_and_kept(demo_path, tmp_path, m
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(main, ["study", str(mount), "depth"])
         assert result.exit_code == 2, result.output
-        assert "left to itself" in result.stdout
+        assert "by greedy decoding" in result.stdout
         first, kept, last = result.stderr.splitlines()
         assert "cannot be written (Read-only file system)" in first
         assert "keeps the results" in kept

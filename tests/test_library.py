@@ -112,10 +112,12 @@ def test_a_notebook_does_what_the_commands_do(tmp_path):
     assert (tmp_path / "depth.svg").exists()
     with Store(root) as store:
         assert len(store.sql("select * from results")) == len(asked.answer.results)
-        assert actstore.study(store, "depth", record=False)[0].answer.frame.equals(asked.answer.frame)
+        assert actstore.study(store, "depth", "r", record=False)[0].answer.frame.equals(asked.answer.frame)
+        with pytest.raises(NotStored, match="no run 'q'"):
+            actstore.study(store, "depth", "q", record=False)
         with pytest.raises(NotStored, match="--variant swap_last"):
             actstore.study(store, "swap")
-        made = actstore.report(store, tmp_path / "out")
+        made = actstore.report(store, tmp_path / "out", runs="r")
     assert made.page.exists()
     assert "depth" in {answer.name for answer in made.answers}
     found = actstore.verify(root, recompute=2, progress=progress)
@@ -145,7 +147,7 @@ def test_what_could_not_be_recorded_is_kept_and_a_warning_names_the_file(tmp_pat
     assert len(said) == 1
     monkeypatch.setattr(log, "commit", real)
     (file,) = tmp_path.glob("results-*.parquet")
-    (frame,) = actstore.record(root, [file])
+    (frame,) = actstore.record(root, file)
     with Store(root) as store:
         assert len(store.sql("select * from results")) == len(frame)
 
@@ -210,6 +212,8 @@ def test_numbers_of_ones_own_are_recorded(tmp_path):
                 store.record("my study", wrong)
         with pytest.raises(BadInput, match="of your own"):
             store.of("a").record("depth", mine)
+        with pytest.raises(BadInput, match=r"a frame of results takes no 'goal'; it takes study, run"):
+            store.of("a").record("my study", mine.with_columns(goal=1))
         with pytest.raises(BadInput, match="got a list to record; give a polars frame"):
             store.of("a").record("my study", [1])
         assert len(store.sql("select * from results")) == 0

@@ -85,4 +85,4 @@ def test_the_wheel_stores_and_studies_outside_of_any_checkout(built, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path / 'site' / 'actstore' / '__init__.py'}\n")
     assert f"version {actstore.__version__}" in done.stdout
-    assert "left to itself" in done.stdout
+    assert "by greedy decoding" in done.stdout

@@ -1,6 +1,7 @@
 """Names in a store that lead to something else than they should: a pipe, a folder, a link to nowhere, a number beyond all."""
 
 import os
+import re
 import shutil
 import signal
 from contextlib import contextmanager
@@ -103,9 +104,24 @@ def test_a_manifest_of_any_number_is_a_gap_that_is_told_at_once(root, name):
         first, *others = verify(root).damage
     assert (first.path, first.what) == (
         manifest_path(4),
-        f"is missing, as are all up to {int(name.removesuffix('.json')) - 1}",
+        f"is missing, as are all up to {int(name.removesuffix('.json')) - 1} (if no commit of the store wrote "
+        f"{root / 'log' / name}, remove that file)",
     )
     assert len(others) == 1
+    advice = re.escape(f"(if no commit of the store wrote {root / 'log' / name}, remove that file)")
+    for work in (read, write, lambda path: repair(path, files_of)):
+        with pytest.raises(Damaged, match=advice):
+            work(root)
+    (root / "log" / name).unlink()
+    read(root)
+
+
+def test_a_file_after_a_manifest_that_the_catalog_holds_is_not_to_be_removed(root):
+    (root / manifest_path(2)).unlink()
+    for work in (read, write, lambda path: repair(path, files_of)):
+        with pytest.raises(Damaged, match="restore it from a copy") as refused:
+            work(root)
+        assert "remove that file" not in str(refused.value)
 
 
 def test_names_that_no_commit_has_are_no_manifests(root):

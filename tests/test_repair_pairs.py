@@ -25,6 +25,7 @@ from actstore.writing.parts import rows_committed
 from actstore.writing.writer import open_writer
 from tests.damaged import damage, flip, shorten
 from tests.stores import fake, files
+from tests.test_advice import advised_commands, run
 
 RUN = fake(n_trees=4, trees_per_shard=2, sites=("resid_post.0",))
 SHA256 = str(RUN.plan.model["weights_sha256"])
@@ -55,8 +56,14 @@ KINDS: dict[str, tuple[str, Callable[[bytearray], None]]] = {
     "shard": ("activations.zarr/r/blocks.0.hook_resid_post/c/1/0/0", flipped),
     "weights": (WEIGHTS, flip(2)),
 }
-PAIRS = [pair for pair in combinations(KINDS, 2) if KINDS[pair[0]][0] != KINDS[pair[1]][0]]
 FOR_THE_RUN = ("runs", "models", "datasets")  # rows that the run's model needs, and that nothing else here tells
+STAND_FOR_ALL = (*FOR_THE_RUN, "trees", "predictions")  # tables that are paired with every kind
+WHENCE = ("catalog", "weights")  # what rows are made again from, so every table is paired with them
+PAIRS = [
+    pair
+    for pair in combinations(KINDS, 2)
+    if KINDS[pair[0]][0] != KINDS[pair[1]][0] and ({*pair} & {*WHENCE} or not {*pair} & PARTS.keys() - {*STAND_FOR_ALL})
+]
 REFUSED = {pair for pair in PAIRS if {"store.json cut", "manifest cut"} & {*pair}}
 LEFT = {pair for pair in PAIRS if "weights" in pair} | {(table, "catalog") for table in (*FOR_THE_RUN, "results")}
 
@@ -185,7 +192,10 @@ def test_a_number_that_no_witness_settles_is_refused_with_both_that_may_be_wrong
     removed = re.search(r"remove (\S+) and run `actstore repair", str(caught.value))
     assert removed
     Path(removed[1]).unlink()
-    assert repair(root, recompute).snapshot == 3
+    (command,) = advised_commands(str(caught.value))
+    assert run(*command).exit_code == 0
+    with Store(root) as store:
+        assert store.snapshot == 3
     assert verify(root).findings == []
 
 

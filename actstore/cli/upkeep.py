@@ -43,7 +43,8 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
     from actstore.upkeep.verify import raise_if_damaged
 
     report = verbs.verify(store, quick, recompute, seed, progress)
-    if recompute is None or report.damage:
+    is_for_a_program = output.format != "table" or output.parquet is not None  # which reads no rows, too
+    if report.findings or (recompute is None and is_for_a_program):
         output.write(report.as_frame())
     say(f"{store}: {report.n_files:,} files, {report.n_bytes / 1e9:.2f} GB, {len(report.damage)} damaged", err=True)
     raise_if_damaged(report, store)

@@ -39,8 +39,22 @@ def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
         if link := at(root).broken(LOG):
             raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}, since {link}; bring that back")
         unless = f", or, if the catalog only says that it was there, run {advised('repair', root)}" * (gap > len(there))
-        raise Damaged(f"{root / LOG} lacks manifest {gap} of {last}; restore it from a copy of the store{unless}")
+        what = f"lacks manifest {gap} of {last}{foreign(root, there, gap) if gap > least else ''}"
+        raise Damaged(f"{root / LOG} {what}; restore it from a copy of the store{unless}")
     return chained(root, after, last)
+
+
+def foreign(root: Path, there: list[int], gap: int) -> str:
+    """What to do if the first file after a gap is not the store's; "" if no file follows the gap.
+
+    Args:
+        there: see `numbers`.
+        gap: see `first_gap`; the catalog holds fewer commits.
+    """
+    after = next((number for number in there if number > gap), None)
+    return (
+        "" if after is None else f" (if no commit of the store wrote {root / manifest_path(after)}, remove that file)"
+    )
 
 
 def chained(root: Path, after: int, last: int) -> list[Manifest]:

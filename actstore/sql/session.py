@@ -102,6 +102,11 @@ class Session:
             if hasattr(self, close):
                 getattr(self, close)()
 
+    @property
+    def closed(self) -> bool:
+        """True after `close`."""
+        return not self._close.alive
+
     def check(self) -> None:
         """Check that the session is open, and in this process.
 
@@ -109,7 +114,7 @@ class Session:
             BadInput: the session is closed, or this process was forked after it was opened.
         """
         check_process(self._process)
-        if not self._close.alive:
+        if self.closed:
             raise BadInput("the store is closed; open it again")
 
     def fileno(self) -> int:

@@ -179,10 +179,12 @@ def read_manifests(
     """
     found: list[Manifest] = []
     broken: list[Finding] = []
+    held, hash_of_log = tables.built_from(root)  # before the manifests: a writer may go on
     there = log.numbers(root)
     for expected, number in zip([1, *(number + 1 for number in there)], there, strict=False):
         if number > expected:
-            broken.append(_gap(root, expected, number - 1))
+            gap = _gap(root, expected, number - 1)
+            broken.append(replace(gap, what=gap.what + log.foreign(root, there, expected) * (expected > held)))
         try:
             manifest = log.read_manifest(root, number, instead.get(manifest_path(number)))
             before = found[-1] if found and found[-1].number == number - 1 else None
@@ -193,7 +195,6 @@ def read_manifests(
             broken.append(Finding(manifest_path(number), "manifest", str(error)))
         except OSError as error:
             broken.append(Finding(manifest_path(number), "manifest", _unreadable(error, root, manifest_path(number))))
-    held, hash_of_log = tables.built_from(root)
     last = max([0, *there[-1:]])
     if held > last and (broken or log_hash(found) != hash_of_log):  # else the catalog's number is what is damaged
         gap = _gap(root, last + 1, held)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from actstore.ingest.models.load import Model
 
 SEED = 20_000_000  # far from the seeds that people train with
+SAMPLE = 1000  # trees that tell whether a training leaves some to grade its model on
 BATCH = 128  # trees per forward pass; the quickest on a CPU
 MEASURES = ("token", "whole_path", "greedy")
 SCHEMA: dict[str, pl.DataType] = {
@@ -165,6 +166,30 @@ def check(
         )
     if recipe and seed == recipe.seed:
         raise BadInput(f"seed {seed} is the training's own; take another (--seed)")
+
+
+def check_unseen(config: ModelConfig, recipe: Recipe) -> None:
+    """Refuse a training that would see nearly every tree that its model could be graded on.
+
+    A sample of the trees to grade on is compared with the training's trees, until nearly all of the
+    sample are seen. Nothing is compared if there are more trees than the training draws.
+
+    Raises:
+        BadInput: fewer than one in ten trees of a distribution would be left.
+    """
+    n_nodes = config.n_nodes
+    if recipe.steps * recipe.batch_size < n_nodes ** (n_nodes - 1):  # the number of labelled rooted trees
+        return
+    unseen = {name: draw(name, SEED, 0, SAMPLE, n_nodes).hashes() for name in distributions(config)}
+    for step in (step for step in range(recipe.steps) if recipe.n_nodes_at(step, n_nodes) == n_nodes):
+        seen = step_trees(recipe, config, step)[0].hashes()
+        for name, sample in unseen.items():
+            unseen[name] = sample[~np.isin(sample, seen)]
+            if 10 * len(unseen[name]) < SAMPLE:
+                raise BadInput(
+                    f"a training of {recipe.steps:,} steps sees nearly all {name} trees of {n_nodes} nodes, so none would be "
+                    "left to grade the model on; take more nodes (--nodes) or fewer steps (--steps)"
+                )
 
 
 def seen_hashes(recipe: Recipe, model: Model) -> np.ndarray:

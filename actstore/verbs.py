@@ -124,9 +124,10 @@ def study(
     Args:
         store: a path, or an open store.
         name: name of the study.
-        runs: the runs to ask, or one run's name; default: every run over drawn trees.
+        runs: the runs to ask, or one run's name; default: every run over drawn trees; of `probe`
+            and `compare` every run over other sequences, too.
         seed: seed of everything random.
-        options: the study's own options.
+        options: the study's own options; of `probe` also `query` and its `params`.
         confirm: a second dataset, on which findings are confirmed.
         plot: a file for the figure, .png, .svg or .pdf; of several runs FILE-RUN.
         record: whether to record the answers. An open store shows them when it is opened again.

@@ -93,7 +93,7 @@ class Confirmation:
         head = (
             f"{n} comparison{'s' * (n != 1)} of {self.study!r} on {who} {'are' if n != 1 else 'is'} significant here, and "
             f"{n_confirmed} of {n} {'are' if n_confirmed != 1 else 'is'} confirmed on {second.dataset!r}. The second set has "
-            f"{second.n_trees - second.n_shared:,} trees that were drawn apart ({second.n_shared:,} trees that "
+            f"{second.n_trees - second.n_shared:,} {second.things} that were drawn apart ({second.n_shared:,} {second.things} that "
             f"{second.first!r} also holds are left out). The test there uses the run{'s' * many} "
             f"{' and '.join(map(repr, second.runs))}, with Holm's correction over {n_put} comparison{'s' * (n_put != 1)}."
         )
@@ -149,7 +149,7 @@ def confirm(
     if not tests:
         return Confirmation(found.name, found.of, second, len(found.tests), (), found.results.clear())
     given = {**question.options, **dict(zip(["other"], second.runs[1:], strict=False))}
-    if found.name == "probes":
+    if found.name in ("probes", "probe"):
         given["sites"] = sites
     apart = cast("Store", Apart(store, second.first)) if second.n_shared else store
     answer = studies.ask(apart, found.name, second.runs[0], seed, progress, **given)

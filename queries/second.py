@@ -13,6 +13,7 @@ import polars as pl
 from actstore.advice import ingest_command, together
 from actstore.errors import BadInput, NotStored, nearest
 from actstore.named import NAME
+from actstore.queries.probes.labelled import sql_of
 from actstore.queries.study import RUNS, Question, Row
 
 if TYPE_CHECKING:
@@ -20,17 +21,18 @@ if TYPE_CHECKING:
 
 DATASETS = "from datasets order by rowid"
 SHARED = """
-with first as (select distinct tree_hash from trees where dataset = $first)
-select count(*) as n, count(first.tree_hash) as n_shared
-from trees left join first using (tree_hash) where dataset = $second
+with first as (select distinct hash from sequences where dataset = $first)
+select count(*) as n, count(first.hash) as n_shared
+from sequences left join first using (hash) where dataset = $second
 """
-DRAWN_BY = ("distribution", "n_nodes", "depths")  # equal for two sets that are drawn alike
+DRAWN_BY = ("task", "vocabulary", "distribution", "n_nodes", "depths")  # equal for two sets that are drawn alike
 CLOSE = 0.8  # similarity from which a name is a misspelling of a stored one, and no new set
 LONGEST = 95  # characters of a run's name, which leaves room for a number
-BY_TREE = (  # every table and view with a tree_id
-    *("trees", "edges", "tokens", "predictions", "outcomes", "generations"),
+BY_TREE = (  # every table and view with a tree_id and no sequence_id
+    *("trees", "edges", "outcomes", "generations"),
     *("edge_sources", "edge_targets", "edge_separators", "answer_tokens"),
 )
+BY_SEQUENCE = ("tokens", "predictions", "sequences", "listed_sequences")  # those with a sequence_id
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Second:
         runs: the model's run over the second set, or both compared models' runs.
         n_trees: number of trees in the second set.
         n_shared: number of these trees that the first set holds, too.
+        things: what the sets hold, in words.
     """
 
     first: str
@@ -50,6 +53,7 @@ class Second:
     runs: tuple[str, ...]
     n_trees: int
     n_shared: int
+    things: str = "trees"
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,11 @@ def look(store: Store, question: Question, dataset: str) -> Second:
         BadInput: the second set is the first set, is drawn otherwise, or has only trees of the
             first set.
     """
+    if question.study == "probe" and "$dataset" not in sql_of(question.options.get("query") or ""):
+        raise BadInput(
+            "a label's query can be asked of a second set only if it takes $dataset, the name of the set: add "
+            "`where dataset = $dataset`"
+        )
     sets = {row["dataset"]: row for row in store.sql(DATASETS).iter_rows(named=True)}
     asked, needed, _ = _needed(store, question)
     first = sets[asked[0]["dataset"]]
@@ -114,6 +123,8 @@ def look(store: Store, question: Question, dataset: str) -> Second:
         alike = [name for name, row in sets.items() if name not in (first["dataset"], dataset) and _alike(first, row)]
         if alike:
             return f"name another set (--confirm): {', '.join(alike)}"
+        if first["task"] == "tokens":
+            return "ingest another set of sequences with the same model, and name its dataset (--confirm)"
         tried = (f"{first['dataset']}-{word}" for word in chain(["again"], count(2)))
         free = next(name for name in tried if name not in sets)
         return (
@@ -124,6 +135,8 @@ def look(store: Store, question: Question, dataset: str) -> Second:
         lacks, there = f"no set of trees {dataset!r}", f"there are {', '.join(sets)}"
         if get_close_matches(dataset, sets, 1, CLOSE) or not NAME.fullmatch(dataset):
             raise NotStored(f"{lacks}{nearest(dataset, sets)}; {there}")
+        if first["task"] == "tokens":
+            raise NotStored(f"{lacks.replace('trees', 'sequences')}; {there}: {elsewhere()}")
         line = _line(store, needed, dataset, _drawing(first, sets.values()))
         raise NotStored(
             f"{lacks}; {there}; {line} draws one of that name, and stores what {question.study!r} needs there"
@@ -138,8 +151,8 @@ def look(store: Store, question: Question, dataset: str) -> Second:
     runs = runs_over(store, question, dataset)
     n, n_shared = store.sql(SHARED, {"first": first["dataset"], "second": dataset}).row(0)
     if n == n_shared:
-        raise BadInput(f"all {n:,} trees of {dataset!r} are in {first['dataset']!r}, too: {elsewhere()}")
-    return Second(first["dataset"], dataset, runs, n, n_shared)
+        raise BadInput(f"all {n:,} {_things(first)} of {dataset!r} are in {first['dataset']!r}, too: {elsewhere()}")
+    return Second(first["dataset"], dataset, runs, n, n_shared, _things(first))
 
 
 def runs_over(store: Store, question: Question, dataset: str, sites: Sequence[str] = ()) -> tuple[str, ...]:
@@ -219,8 +232,15 @@ def _alike(first: Row, second: Row) -> bool:
     return not second["variant_of"] and all(first[key] == second[key] for key in DRAWN_BY)
 
 
+def _things(row: Row) -> str:
+    """What a dataset holds: trees, or other sequences."""
+    return "sequences" if row["task"] == "tokens" else "trees"
+
+
 def _drawn(row: Row) -> str:
     """`reproduction trees of 16 nodes`."""
+    if row["task"] == "tokens":
+        return "sequences that are no trees"
     if row["variant_of"]:
         return f"variants of {row['variant_of']!r}"
     depths = f", goals at depths {', '.join(map(str, row['depths']))}" if row["depths"] else ""
@@ -228,7 +248,7 @@ def _drawn(row: Row) -> str:
 
 
 class Apart:
-    """A store whose queries do not see a set's trees (by canonical hash) nor rows of those trees.
+    """A store whose queries do not see a set's sequences (by their hash) nor rows of those.
 
     Only `sql`, `read`, `of`, `whole` and the names in OWN are available.
 
@@ -243,13 +263,14 @@ class Apart:
         self._store = store
         named = dataset.replace("'", "''")
         self._dataset = dataset
-        shadows = [f"every_{name} as not materialized (from {name})" for name in BY_TREE]  # before the name is shadowed
+        keys = dict.fromkeys(BY_TREE, "tree_id") | dict.fromkeys(BY_SEQUENCE, "sequence_id")
+        shadows = [f"every_{name} as not materialized (from {name})" for name in keys]  # before the name is shadowed
         shadows += [
-            f"{name} as not materialized (from every_{name} anti join seen using (tree_id))" for name in BY_TREE
+            f"{name} as not materialized (from every_{name} anti join seen using ({key}))" for name, key in keys.items()
         ]
         self._before = (
-            "with seen as (select tree_id from store.main.trees where tree_hash in "
-            f"(select tree_hash from store.main.trees where dataset = '{named}')), {', '.join(shadows)} from (\n"
+            "with seen as (select sequence_id, sequence_id as tree_id from store.main.sequences where hash in "
+            f"(select hash from store.main.sequences where dataset = '{named}')), {', '.join(shadows)} from (\n"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -270,6 +291,8 @@ class Apart:
         """See Store.sql."""
         return self._store.sql(f"{self._before}{query}\n)", params, *limits)
 
-    def read(self, query: str, *args: Any, **options: Any) -> tuple[Any, pl.DataFrame]:
-        """See Store.read."""
+    def read(self, query: Any, *args: Any, **options: Any) -> tuple[Any, pl.DataFrame]:
+        """See Store.read; ids were chosen without the set's sequences."""
+        if not isinstance(query, str):
+            return self._store.read(query, *args, **options)
         return self._store.read(f"{self._before}{query}\n)", *args, **options)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 STUDIES = {
     "probes": "actstore.queries.probes.study",
+    "probe": "actstore.queries.probes.own",
     "depth": "actstore.queries.depth",
     "last-edge": "actstore.queries.last_edge",
     "swap": "actstore.queries.swap",
@@ -44,8 +45,9 @@ OF_THE_MODEL = (
     "dreams",
     "attention",
 )  # these find other runs of the model over the trees: one answer serves all
+ANY_SEQUENCES = ("probe", "compare")  # these need no tree
 RUNS = """
--- one row per run; held: its sites, vectors: those of the residual stream
+-- one row per run; held: its sites, vectors: those with a vector per token
 select
     run,
     weights_sha256,
@@ -54,8 +56,9 @@ select
     samples,
     variant_of,
     change,
+    coalesce(task, 'trees') as task,
     coalesce((select list(short) from sites where sites.run = runs.run), []) as held,
-    coalesce((select list(short) from sites where sites.run = runs.run and kind = 'resid'), []) as vectors
+    coalesce((select list(short) from sites where sites.run = runs.run and kind in ('resid', 'vector')), []) as vectors
 from runs join datasets using (dataset)
 order by runs.rowid
 """
@@ -246,16 +249,28 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
     Args:
         store: an open store.
         study: one of STUDIES.
-        runs: names of runs, or one run's name; default: every run over drawn trees.
+        runs: names of runs, or one run's name; default: every run over drawn trees, and for a study
+            in ANY_SEQUENCES every run over other sequences, too.
         options: options of the study.
 
     Raises:
         NotStored: there is no such study or run, or no run over drawn trees.
+        BadInput: a named run is over other sequences than trees, and the study needs trees.
     """
     _module(study)
     named = list(dict.fromkeys(store.resolve_run(run) for run in ([runs] if isinstance(runs, str) else runs)))
     known: dict[str, Row] = {row["run"]: row for row in store.sql(RUNS).iter_rows(named=True)}
-    every = [row for row in known.values() if row["prompt"] == "task" and not row["variant_of"]]
+    of_any = study in ANY_SEQUENCES
+    if others := [run for run in named if known[run]["task"] != "trees" and not of_any]:
+        raise BadInput(
+            f"the study {study!r} is about trees, and run {others[0]!r} is over other sequences; {' and '.join(ANY_SEQUENCES)} "
+            "need no tree"
+        )
+    every = [
+        row
+        for row in known.values()
+        if row["prompt"] == "task" and not row["variant_of"] and (of_any or row["task"] == "trees")
+    ]
     asked: list[Row] = [known[run] for run in named] or every
     if not asked:
         command = advised("ingest", store.path, "--model", "reproduction")
@@ -270,7 +285,7 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
 
 
 def _pairs(asked: Sequence[Row], among: Sequence[Row], all_pairs: bool) -> list[tuple[str, str]]:
-    """Pairs of runs of two models over the same trees; each pair of models is asked once."""
+    """Pairs of runs of two models over the same sequences; each pair of models is asked once."""
     found: dict[tuple[str, ...], tuple[str, str]] = {}
     for base in asked if all_pairs else _firsts(asked, "dataset"):
         for other in most_alike(base, among):
@@ -288,7 +303,7 @@ def _firsts(rows: Iterable[Row], *keys: str) -> list[Row]:
 
 
 def most_alike(base: Row, among: Iterable[Row]) -> list[Row]:
-    """One run of each other model over a run's trees: the one that shares most residual sites.
+    """One run of each other model over a run's sequences: the one that shares most sites.
 
     Args:
         base: a row of RUNS.

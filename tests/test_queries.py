@@ -253,7 +253,7 @@ def test_the_columns_of_a_study_are_those_of_the_results_table():
 
 def test_an_unknown_study_or_option_is_refused_with_what_there_is(store):
     with pytest.raises(NotStored, match="did you mean 'probes'"):
-        study.ask(store, "probe", run="tiny")
+        study.ask(store, "prbes", run="tiny")
     with pytest.raises(BadInput, match=r"no 'token_rule'; did you mean 'token_role'"):
         study.ask(store, "probes", run="tiny", token_rule="separator")
 

@@ -50,8 +50,8 @@ class Wellformed(HTMLParser):
         self.text.append(data)
 
 
-def test_there_is_a_title_for_every_study():
-    assert set(TITLES) == set(STUDIES)
+def test_there_is_a_title_for_every_study_but_that_of_a_users_query():
+    assert set(TITLES) == set(STUDIES) - {"probe"}
 
 
 def test_the_page_holds_every_answer_and_what_is_lacking(path, tmp_path):

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from actstore.cli.group import main, say
-from actstore.cli.options import no_check_option, no_record_option, output_options, store_argument, wait_option
+from actstore.cli.options import (
+    no_check_option,
+    no_record_option,
+    output_options,
+    param_option,
+    store_argument,
+    wait_option,
+)
 from actstore.cli.terminal import wrapped
 from actstore.errors import advised
 
@@ -46,11 +53,15 @@ def _kept(store: Path) -> Callable[[Path], None]:
 @main.command()
 @store_argument
 @click.argument("name")
-@click.option("--run", "runs", multiple=True, help="The run to study; default: every run with prompt 'task'.")
+@click.option("--run", "runs", multiple=True, help="The run to study; default: every run that fits.")
 @seed_option
 @click.option(
     "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="An option of the study."
 )
+@click.option(
+    "--query", metavar="SQL", help="Of the study probe: SQL that yields token_id, label and maybe split; or FILE.sql."
+)
+@param_option
 @confirm_option
 @click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; with several runs, FILE-RUN.")
 @no_record_option
@@ -63,6 +74,8 @@ def study(
     runs: tuple[str, ...],
     seed: int,
     options: tuple[tuple[str, str], ...],
+    query: str | None,
+    params: dict[str, str],
     confirm: str | None,
     plot: str | None,
     no_record: bool,
@@ -72,10 +85,16 @@ def study(
 ) -> None:
     """Run a study, print its table, record it in `results`, draw its figure.
 
-    The studies are probes, depth, last-edge, swap, dreams, attention and compare. If the store
+    The studies are probes, depth, last-edge, swap, dreams, attention, compare and probe. If the store
     lacks what a study needs, the message names the `actstore ingest` that adds it. `compare` takes
     every pair of models over the same trees among the named runs; with one run, every pair of that
     run; by default, for each set of trees, its first run against every other model.
+
+    `probe` reads labels of your own, of trees or of any other sequences: --query yields token_id,
+    label and, if the sequences' own split is not meant, split. `-o baselines FILE.sql,…` names
+    queries that yield token_id and guess, `-o sites` the sites, `-o label NAME` the label's name in
+    `results`. With --confirm, the query takes $dataset. `compare` needs no trees either: of other
+    sequences it compares next tokens and the similarity of sites.
 
     With --confirm, each test that is significant after Holm's correction is repeated on a second
     set of trees. The second set's test uses the same model's run over that set, and leaves out
@@ -90,6 +109,8 @@ def study(
         actstore study demo.act probes --run reproduction -o token_role separator -o labels source,goal
         actstore study demo.act compare --run reproduction --run baseline
         actstore study demo.act depth --json
+        actstore study demo.act probe --query "select token_id, source as label from edge_targets" -o sites resid_post
+        actstore study notes.act probe --query verbs.sql -p tense past -o baselines by_word.sql --plot verbs.png
     """
     from actstore.cli.progress import progress
     from actstore.outputs import FIGURES, check_file
@@ -98,7 +119,10 @@ def study(
     from actstore.store import Store
 
     check_file(plot, "--plot", FIGURES)
-    chosen = {key: int(value) if value.isdecimal() and len(value) < 19 else value for key, value in options}
+    chosen: dict[str, Any] = {
+        key: int(value) if value.isdecimal() and len(value) < 19 else value for key, value in options
+    }
+    chosen |= ({"query": query} if query is not None else {}) | ({"params": params} if params else {})
     with Store(store, check) as opened:
         if not no_record:
             _look_before(store, wait)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,35 +17,47 @@ class Asked:
     """One kind of token and its labels.
 
     Attributes:
-        tokens: n rows of `probe_tokens`, without activations.
-        train: bool [n], rows of training trees.
+        tokens: n rows, with columns `token` and `position`, without activations.
+        sequences: int64 [n], the tree or other sequence of each row. Rows of one sequence may
+            depend on each other.
+        train: bool [n], rows of training sequences.
         labels: label → int64 [n].
-        guessed: label → baseline → float64 [n_test], the probability that a guess from the tree
-            alone is right.
-        n_nodes: nodes per tree.
+        guessed: label → baseline → float64 [n_test], the probability that a guess without the
+            network is right.
+        n_classes: label → number of classes.
+        names: label → names of the classes [n_classes]; a label that is missing here has its
+            numbers for names.
+        baseline: what a probe is compared with, in words.
+        embedding: bool [n_test], test rows that the same probe of the embedding gets right; None
+            if the embedding is no control.
     """
 
     tokens: pl.DataFrame
+    sequences: np.ndarray
     train: np.ndarray
     labels: dict[str, np.ndarray]
     guessed: dict[str, dict[str, np.ndarray]]
-    n_nodes: int
+    n_classes: dict[str, int]
+    names: dict[str, np.ndarray] = field(default_factory=dict)
+    baseline: str = "its baseline from the tree alone"
+    embedding: np.ndarray | None = None
 
     @property
-    def test_trees(self) -> np.ndarray:
-        """int64 [n_test], tree_id of each test row."""
-        return self.tokens["tree_id"].to_numpy()[~self.train]
+    def test_sequences(self) -> np.ndarray:
+        """int64 [n_test], the sequence of each test row."""
+        return self.sequences[~self.train]
 
 
-def above_test(above: np.ndarray, trees: np.ndarray, row: dict[str, Any], seed: int) -> Test:
+def above_test(above: np.ndarray, sequences: np.ndarray, row: dict[str, Any], seed: int, baseline: str) -> Test:
     """Test whether a probe is above the highest baseline.
 
     Args:
         above: float64 [n], correctness of each test row less that of the baseline.
-        trees: int64 [n], tree_id of each test row.
+        sequences: int64 [n], the sequence of each test row.
         row: the row of `results` with the mean of `above`.
         seed: seed of the sign flips.
+        baseline: see Asked.
     """
-    p = sign_flip(np.bincount(np.unique(trees, return_inverse=True)[1], weights=above), seed)
-    what = f"a probe for the {row['label']}, less its baseline from the tree alone"
+    p = sign_flip(np.bincount(np.unique(sequences, return_inverse=True)[1], weights=above), seed)
+    what = f"a probe for the {row['label']}, less {baseline}"
     return Test.of(row, p, what, exceeds="its baseline")

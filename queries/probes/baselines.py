@@ -9,6 +9,7 @@ user's query, in a file, is scored in addition.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,17 +77,39 @@ def from_file(store: Store, file: str | Path, params: Mapping[str, Any]) -> Base
     Raises:
         BadInput: there is no such file, or the query does not guess exactly one label.
     """
+    sql = read_sql(file, "baseline")
+    columns = store.sql(f"from (\n{sql}\n) limit 0", named_in(sql, params)).columns
+    name, label = name_of(file), _label(str(file), columns)
+    return Baseline(name, label, sql if "p" in columns else f"select *, 1 as p from (\n{sql}\n)")
+
+
+def read_sql(file: str | Path, what: str) -> str:
+    """The query in a user's file, without the semicolon at its end.
+
+    Args:
+        file: path of an .sql file.
+        what: what the query is, for the message.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
     try:
-        sql = Path(file).read_text(encoding="utf-8").rstrip().rstrip(";")
+        return Path(file).read_text(encoding="utf-8").rstrip().rstrip(";")
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"cannot read the baseline {str(file)!r} ({getattr(error, 'strerror', None) or error}); give the path of an .sql file"
+            f"cannot read the {what} {str(file)!r} ({getattr(error, 'strerror', None) or error}); give the path of an .sql file"
         ) from None
-    columns = store.sql(f"from (\n{sql}\n) limit 0", _named_in(sql, params)).columns
+
+
+def name_of(file: str | Path) -> str:
+    """The name of a user's baseline: that of its file, with the prefix of all baselines.
+
+    Raises:
+        BadInput: a stored query has the name.
+    """
     if Path(file).stem in names():
         raise BadInput(f"the baseline {str(file)!r} has the name of a stored query; give the file another")
-    name, label = PREFIX + Path(file).stem.removeprefix(PREFIX), _label(str(file), columns)
-    return Baseline(name, label, sql if "p" in columns else f"select *, 1 as p from (\n{sql}\n)")
+    return PREFIX + Path(file).stem.removeprefix(PREFIX)
 
 
 def _label(name: str, columns: Iterable[str]) -> str:
@@ -100,9 +123,27 @@ def _label(name: str, columns: Iterable[str]) -> str:
     return guessed[0]
 
 
-def _named_in(sql: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
+def named_in(sql: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
     """The parameters that a query uses."""
-    return {name: value for name, value in params.items() if f"${name}" in sql} or None
+    return {name: value for name, value in params.items() if re.search(rf"\${name}\b", sql)} or None
+
+
+def check_shares(name: str, least: float, most: float) -> None:
+    """Refuse probabilities of one token's guesses that are no probabilities.
+
+    Args:
+        name: name of the baseline.
+        least: the smallest probability of a guess.
+        most: the largest sum of a token's probabilities.
+
+    Raises:
+        BadInput: a probability is negative, or a token's probabilities sum to more than 1.
+    """
+    if least < 0 or most > 1 + ROUNDING:
+        raise BadInput(
+            f"baseline {name!r} gives the guesses of one token probabilities that "
+            f"{'are negative' if least < 0 else f'add up to {most:g}'}; p is a probability, with one row per token and guess"
+        )
 
 
 def scores(
@@ -133,11 +174,7 @@ def scores(
         if not scored["n_guesses"].sum():
             continue
         least, most = float(scored["least"].to_numpy().min()), float(scored["of_all"].to_numpy().max())
-        if least < 0 or most > 1 + ROUNDING:
-            raise BadInput(
-                f"baseline {baseline.name!r} gives the guesses of one token probabilities that "
-                f"{'are negative' if least < 0 else f'add up to {most:g}'}; p is a probability, with one row per token and guess"
-            )
+        check_shares(baseline.name, least, most)
         found[baseline.label][baseline.name] = scored["of_right"].to_numpy()
     return found
 

@@ -87,7 +87,7 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
     if len(by_place(results)):
         return _one_row_a_place(by_place(results))
     if labels_in(results) != PAIR or results["token_role"].n_unique() > 1:
-        return _one_row_a_probe(results)
+        return one_row_a_probe(results)
     notebook = notebook_numbers(results, results["token_role"][0])
     stopped = results.filter(metric="converged", value=0.0)
     rows = []
@@ -154,13 +154,17 @@ PROTOCOL = {
 
 
 def _in_order(results: pl.DataFrame, *keys: str) -> list[tuple[tuple[Any, ...], pl.DataFrame]]:
-    """Rows grouped by `keys`, token role and label first, ordered as TOKEN_ROLES and LABELS."""
+    """Rows grouped by `keys`, token role and label first, ordered as TOKEN_ROLES and LABELS.
+
+    A user's labels, and tokens without a role, come last.
+    """
     order = {name: place for place, name in enumerate((*TOKEN_ROLES, *LABELS))}
     groups = results.filter(pl.col("metric") != "direction").partition_by(*keys, as_dict=True, maintain_order=True)
-    return sorted(groups.items(), key=lambda item: [order[name] for name in item[0][:2]])
+    return sorted(groups.items(), key=lambda item: [order.get(name, len(order)) for name in item[0][:2]])
 
 
-def _one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
+def one_row_a_probe(results: pl.DataFrame) -> pl.DataFrame:
+    """The table with one row per token role, label and site."""
     rows = []
     for (role, label, site), of_probe in _in_order(results, "token_role", "label", "site"):
         found = {row["metric"]: row for row in of_probe.iter_rows(named=True)}

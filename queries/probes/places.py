@@ -48,11 +48,11 @@ def place_rows(
         guessed = {name: p[in_test] for name, p in asked.guessed[about["label"]].items()}
         guessed = with_majority(guessed, y[here & train], y[here & ~train])
         measured |= {"above_baseline": measured["accuracy"] - highest(guessed), **guessed}
-        trees, at = asked.test_trees[in_test], {**about, "label": f"{about['label']}{AT}{place}"}
+        trees, at = asked.test_sequences[in_test], {**about, "label": f"{about['label']}{AT}{place}"}
         for metric, values in measured.items():
             rows.append(mean_row(values, trees, seed, **at, metric=f"{PLACE}{metric}"))
             if metric == "above_baseline":
-                tests.append(above_test(values, trees, rows[-1], seed))
+                tests.append(above_test(values, trees, rows[-1], seed, asked.baseline))
     return rows, tests
 
 

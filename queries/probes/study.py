@@ -118,7 +118,7 @@ def study(
         NotStored: the run does not hold a site.
     """
     _check(protocol, max_iter, by)
-    asked, sites = _asked(token_role, labels), _sites(store, run, sites)
+    asked, sites = _asked(token_role, labels), sites_to_probe(store, run, sites)
     guessers, own = baselines.stored(), None
     if baseline is not None:
         own = baselines.from_file(store, baseline, {"run": run, "token_role": next(iter(asked))})
@@ -142,7 +142,7 @@ def study(
             X, tokens = store.read(query, run=run, site=site, params=used)
             at = {"run": run, "site": site, "token_role": role}
             its = _of_tokens(tokens, its_labels, guessed, about["n_nodes"])
-            found, tested = _probe_site(X, its, at, seed, max_iter, by)
+            found, tested = probe_site(X, its, at, seed, max_iter, by)
             rows += found
             tests += tested
             if protocol == "notebook":
@@ -208,12 +208,12 @@ def _has(role: str, label: str) -> bool:
 
 
 def _chosen(wanted: str | Sequence[str], known: Iterable[str], what: str) -> list[str]:
-    """The wanted names (see `_names`) or `all`, once each, in the order of `known`.
+    """The wanted names (see `names_in`) or `all`, once each, in the order of `known`.
 
     Raises:
         BadInput: a name is unknown, or there are no names.
     """
-    names = _names(wanted)
+    names = names_in(wanted)
     if names == ["all"]:
         return list(known)
     for name in names or [""]:
@@ -222,7 +222,7 @@ def _chosen(wanted: str | Sequence[str], known: Iterable[str], what: str) -> lis
     return [name for name in known if name in names]
 
 
-def _names(wanted: str | Sequence[str]) -> list[str]:
+def names_in(wanted: str | Sequence[str]) -> list[str]:
     """Names from a comma-separated text or a list; a number from the command line is a name."""
     return (
         [str(name) for name in wanted]
@@ -282,13 +282,31 @@ def check_enough(tokens: pl.DataFrame, n_nodes: int, run: str, labels: Sequence[
     return n_test
 
 
-def _sites(store: Store, run: str, wanted: str | Sequence[str] | None) -> list[str]:
-    """Short names of the residual sites to probe, in the order of the forward pass."""
-    vectors = store.sql("select short from sites where run = $run and kind = 'resid'", {"run": run})["short"].to_list()
-    held = [site for site in store.sites(run) if site in vectors]  # without patterns
-    names = held if wanted is None else meant(store, run, None, _names(wanted) or [""])
+def sites_to_probe(
+    store: Store,
+    run: str,
+    wanted: str | Sequence[str] | None,
+    kinds: Sequence[str] = ("resid",),
+    more: Sequence[str] = (),
+) -> list[str]:
+    """Short names of the sites to probe, in the order of the forward pass.
+
+    Args:
+        store: an open store.
+        run: name of the run.
+        wanted: names of sites or families; default: every site of `kinds`.
+        kinds: kinds of sites that are probed.
+        more: kinds of sites that are probed only if they are named.
+
+    Raises:
+        NotStored: the run does not hold a site, or no site of `kinds`.
+    """
+    kind = dict(store.sql("select short, kind from sites where run = $run", {"run": run}).iter_rows())
+    held = [site for site in store.sites(run) if kind[site] in (*kinds, *more)]  # without patterns
+    of_kinds = [site for site in held if kind[site] in kinds]
+    names = of_kinds if wanted is None else meant(store, run, None, names_in(wanted) or [""])
     unknown = [site for site in names if site not in held]
-    if unknown or not held:
+    if unknown or not names:
         todo = _where(store, run, unknown)
         if unknown and not todo and not unknown[0].startswith("pattern"):
             raise not_held(store, run, unknown[0])
@@ -302,7 +320,9 @@ def _of_tokens(
     tokens: pl.DataFrame, labels: Sequence[str], guessed: dict[str, dict[str, np.ndarray]], n_nodes: int
 ) -> Asked:
     ys = {label: tokens[label].to_numpy().astype(np.int64) for label in labels}
-    return Asked(tokens, (tokens["split"] == "train").to_numpy(), ys, guessed, n_nodes)
+    train = (tokens["split"] == "train").to_numpy()
+    n_classes = {label: n_nodes if label in NODE_LABELS else len(np.unique(y[train])) for label, y in ys.items()}
+    return Asked(tokens, tokens["tree_id"].to_numpy(), train, ys, guessed, n_classes)
 
 
 def _where(store: Store, run: str, lacking: list[str]) -> str:
@@ -319,15 +339,15 @@ def _where(store: Store, run: str, lacking: list[str]) -> str:
     return f"; {command} stores a run that holds the site, to be named (--run)"
 
 
-def _probe_site(
-    X: np.ndarray, asked: Asked, where: dict[str, str], seed: int, max_iter: int, by: str | None
+def probe_site(
+    X: np.ndarray, asked: Asked, where: dict[str, str], seed: int, max_iter: int, by: str | None = None
 ) -> tuple[list[dict[str, Any]], list[Test]]:
     """Probe one site for each label, with controls; return rows of `results` and tests.
 
     Args:
         X: float32 [n, d_model], as stored.
         asked: the n rows.
-        where: run, site and token_role.
+        where: run, site and, where tokens have roles, token_role.
         seed: see `study`.
         max_iter: see `study`.
         by: see `study`.
@@ -351,7 +371,9 @@ def _probe_site(
         scores, test = _scores(made, asked, about, seed)
         rows += scores
         tests.append(test)
-        directions = _directions(made["accuracy"], np.unique(y[train]), whiten, about)
+        classes = np.unique(y[train])
+        named = asked.names[label][classes] if label in asked.names else classes
+        directions = _directions(made["accuracy"], named, whiten, about)
         rows += [{**about, "n": int(train.sum()), **row} for row in directions]
         if by == BY:
             its_rows, its_tests = place_rows(X, made["accuracy"].right, asked, about, seed, max_iter)
@@ -364,11 +386,11 @@ CONTROLS = ("shuffled_accuracy", "control_accuracy", "random_directions_accuracy
 
 
 def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int) -> tuple[list[dict[str, Any]], Test]:
-    """Rows of accuracy, controls, baselines and differences, and a test; intervals over test trees.
+    """Rows of accuracy, controls, baselines and differences, and a test.
 
-    The test compares the accuracy with the best baseline.
+    Intervals are over test sequences. The test compares the accuracy with the best baseline.
     """
-    label, trees, train = about["label"], asked.test_trees, asked.train
+    label, trees, train = about["label"], asked.test_sequences, asked.train
     y, accuracy = asked.labels[label], made["accuracy"].right.astype(np.float64)
     guessed = baselines.with_majority(asked.guessed[label], y[train], y[~train])
     measured = {name: fit.right for name, fit in made.items()} | guessed
@@ -377,16 +399,17 @@ def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int
         "above_shuffled": accuracy - made["shuffled_accuracy"].right,
         "selectivity": accuracy - made["control_accuracy"].right,
     }
+    if asked.embedding is not None:
+        measured |= {"embed_accuracy": asked.embedding, "above_embed": accuracy - asked.embedding}
     rows = [mean_row(values, trees, seed, **about, metric=metric) for metric, values in measured.items()]
     above = next(row for row in rows if row["metric"] == "above_baseline")
-    n_classes = asked.n_nodes if label in NODE_LABELS else len(np.unique(y[train]))
     for metric, value, n in (
-        ("chance", 1 / n_classes, len(trees)),
+        ("chance", 1 / asked.n_classes[label], len(trees)),
         ("iterations", made["accuracy"].n_iter, int(train.sum())),
         ("converged", made["accuracy"].converged, int(train.sum())),
     ):
         rows.append({**about, "metric": metric, "value": float(value), "n": n})
-    return rows, above_test(measured["above_baseline"], trees, above, seed)
+    return rows, above_test(measured["above_baseline"], trees, above, seed, asked.baseline)
 
 
 def _directions(made: Fit, classes: np.ndarray, whiten: Whitening, about: dict[str, str]) -> list[dict[str, Any]]:

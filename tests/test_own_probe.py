@@ -1,0 +1,256 @@
+"""The study `probe`: a user's label that is linear in the activation is found, one that is random is not."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from actstore.cli import main
+from actstore.errors import BadInput, NotStored
+from actstore.ingest.trees.draw import draw
+from actstore.ingest.trees.tokens import n_positions
+from actstore.queries import studies, study
+from actstore.store import Store
+from tests.planted import plant
+from tests.planted_text import lengths, plant_text
+
+N, D = 90, 6
+TOTAL = int(lengths(N).sum())
+# planted along one axis of resid_post.0 and z.0, and nowhere else; the piece of a token says little about its kind
+KIND = "case when token_id * token_id % 7 in (1, 2) then 'warm' else 'cold' end"
+LABEL = f"select token_id, {KIND} as label from tokens where dataset = $dataset"
+NOISE = "select token_id, hash(token_id * 3 + 1) % 2 = 0 as label from tokens"
+
+
+def warm(first, total=TOTAL):
+    ids = first + np.arange(total)
+    return np.isin(ids * ids % 7, (1, 2))
+
+
+def sites(first, seed=0, planted=True):
+    rng = np.random.default_rng(seed)
+    values = {short: rng.standard_normal((TOTAL, D)).astype(np.float32) for short in ("embed", "resid_post.0", "z.0")}
+    values["resid_post.0"][:, 2] += planted * 8 * warm(first)
+    values["z.0"][:, 1] += planted * 8 * warm(first)
+    values["z.0"] = values["z.0"].reshape(TOTAL, 2, 3)
+    return values
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """Run `text` over `stories`; the same model as `again` over `more`, a third of whose sequences are those of `stories`."""
+    root = tmp_path_factory.mktemp("own") / "s.act"
+    plant_text(root, sites(0), kinds={"z.0": "heads"}, weights="w")
+    first = 1024  # ids of a further dataset begin at a shard
+    plant_text(root, sites(first, 1), "again", "more", hashes=range(60, 60 + N), kinds={"z.0": "heads"}, weights="w")
+    return root
+
+
+@pytest.fixture(scope="module")
+def store(path):
+    with Store(path) as opened:
+        assert opened.sql("select first_token_id from datasets order by rowid").to_series().to_list() == [0, 1024]
+        yield opened
+
+
+def value(answer, site, metric="accuracy", column="value"):
+    return answer.results.filter(site=site, metric=metric)[column].item()
+
+
+@pytest.fixture(scope="module")
+def found(store):
+    return study.ask(store, "probe", "text", query=LABEL, label="kind")
+
+
+def test_a_label_that_is_linear_in_the_activation_is_found_there_alone(found):
+    assert value(found, "resid_post.0") > 0.99
+    assert [(test.site, test.found) for test in found.tests] == [("embed", False), ("resid_post.0", True)]
+    n_test = int(lengths(N)[::3].sum())
+    assert value(found, "resid_post.0", column="n") == n_test
+    assert (
+        value(found, "resid_post.0", "majority") == value(found, "embed", "majority") == pytest.approx(4 / 7, abs=0.08)
+    )
+    for control in ("shuffled_accuracy", "control_accuracy", "embed_accuracy"):
+        assert value(found, "resid_post.0", control) < 0.9
+    assert value(found, "resid_post.0", "above_embed") > 0.1
+    assert "above_embed" not in found.results.filter(site="embed")["metric"]
+
+
+def test_a_random_label_is_not_found(store):
+    noise = study.ask(store, "probe", "text", query=NOISE)
+    assert not any(test.found for test in noise.tests)
+    assert "does not exceed the baseline" in noise.sentence
+    assert "exceeds the baseline" not in noise.sentence
+    assert noise.results.filter(metric="direction")["name"].to_list()[:2] == [
+        "text/embed/label=false",
+        "text/embed/label=true",
+    ]
+
+
+def test_the_answer_says_per_site_what_was_read_and_what_a_baseline_gives(found):
+    row = found.results.filter(site="resid_post.0", metric="accuracy").row(0, named=True)
+    assert re.search(
+        rf"At resid_post.0 the accuracy is {100 * row['value']:.2f} % \({row['n']} rows of 30 test sequences; 95 % interval "
+        rf"{100 * row['low']:.2f} to .* best baseline gives .* \(most_frequent\): the difference of \+.*exceeds the baseline",
+        found.sentence,
+    )
+    assert dict(found.frame.select("site", "exceeds it").rows()) == {"embed": "no", "resid_post.0": "yes"}
+    assert found.frame["label"].unique().to_list() == ["kind"]
+    params = json.loads(found.results["params"][0])
+    assert params["query"] == LABEL == found.results["query"][0]
+    assert params["params"] == {"dataset": "stories"}
+    assert params["classes"] == ["cold", "warm"]
+    assert study.plot(found).axes[0].get_title().startswith("Linear probes of 'kind', run text")
+
+
+def test_heads_are_probed_if_they_are_named(store):
+    heads = study.ask(store, "probe", "text", query=LABEL, sites="z.0")
+    assert value(heads, "z.0") > 0.99
+    assert len(heads.results.filter(metric="direction")["direction"][0]) == 6
+
+
+def test_a_split_of_the_query_is_taken_for_that_of_the_sequences(store):
+    mine = f"select *, if(sequence_id % 2 = 0, 'test', 'train') as split from ({LABEL}) join tokens using (token_id)"
+    assert value(study.ask(store, "probe", "text", query=mine), "embed", column="n") == lengths(N)[::2].sum()
+
+
+def test_baselines_of_the_user_count_where_they_are_best(store, tmp_path):
+    right = tmp_path / "right.sql"
+    right.write_text(f"select token_id, {KIND} as guess from tokens;\n")
+    half = tmp_path / "half.sql"
+    half.write_text(
+        f"select token_id, {KIND} as guess, 0.5 as p from tokens where dataset = $dataset and $run = 'text'"
+    )
+    held = study.ask(store, "probe", "text", query=LABEL, baselines=f"{right},{half}")
+    assert value(held, "resid_post.0", "baseline_right") == 1
+    assert value(held, "resid_post.0", "baseline_half") == 0.5
+    assert not any(test.found for test in held.tests)
+    assert "(right)" in held.sentence
+    assert held.frame["half %"].to_list() == [50, 50]
+
+
+@pytest.mark.parametrize(
+    ("sql", "words"),
+    [
+        ("select token_id, 'a' as guessed from tokens", "yields token_id, guessed, and no guess"),
+        ("select token_id, 'a' as guess, 0.6 as p from tokens, range(2)", "add up to 1.2"),
+        ("select token_id + 100000 as token_id, 'a' as guess from tokens", "none of the .* test rows"),
+    ],
+)
+def test_a_baseline_that_cannot_be_scored_is_refused_in_a_line(store, tmp_path, sql, words):
+    file = tmp_path / "mine.sql"
+    file.write_text(sql)
+    with pytest.raises(BadInput, match=words) as error:
+        study.ask(store, "probe", "text", query=LABEL, baselines=[file])
+    assert "\n" not in str(error.value)
+
+
+BAD = [
+    ({}, "lacks its query"),
+    ({"query": "no.sql"}, r"cannot read the query 'no.sql'"),
+    ({"query": "select token_id, 1 as lable from tokens"}, "yields token_id, lable, and no label"),
+    ({"query": "select token_id, 1 as label from tokens limit 0"}, "yields no row in run 'text'"),
+    ({"query": "select token_id, 0.5 as label from tokens"}, "label holds .*a probe reads classes"),
+    (
+        {"query": "select token_id, nullif(token, ',') as label from tokens"},
+        r"label is NULL in \d+ of \d+ rows, the first at",
+    ),
+    ({"query": "select null::bigint as token_id, 1 as label"}, "token_id is NULL"),
+    ({"query": "select token::varchar as token_id, 1 as label from tokens"}, "ids of tokens, whole numbers"),
+    ({"query": "select token_id, 1 as label from tokens"}, "have the label '1'"),
+    ({"query": "select token_id, token_id = 3 as label from tokens"}, r"1 class \('true'\) has one row"),
+    (
+        {"query": "select token_id, token_id as label from tokens"},
+        r"\d+ classes \('0', '1', '2', …\) have one row each",
+    ),
+    ({"query": "select token_id, split as label from tokens join sequences using (sequence_id)"}, "no row in training"),
+    ({"query": f"select * from ({NOISE}), range(2)"}, "tokens again, the first being token_id"),
+    (
+        {"query": "select token_id + 900 as token_id, token as label from tokens"},
+        "no tokens of the dataset of run 'text'",
+    ),
+    ({"query": f"select *, 'dev' as split from ({NOISE})"}, "split is 'dev' in"),
+    ({"query": f"select *, if(token_id % 2 = 0, 'test', 'train') as split from ({NOISE})"}, "sequences on both sides"),
+    ({"query": f"select * from ({NOISE}) where token_id < 3"}, "0 training and 1 test sequences"),
+    ({"query": LABEL, "params": {"dataset": "more"}}, "leave `-p dataset` out"),
+    ({"query": LABEL, "label": "a/b"}, "got 'a/b' for the label's name"),
+    ({"query": LABEL, "max_iter": 0}, "got max_iter 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD)
+def test_what_cannot_be_probed_is_told_in_a_line(store, options, words):
+    with pytest.raises(BadInput, match=words) as error:
+        study.ask(store, "probe", "text", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_site_that_is_not_held_is_refused(store):
+    with pytest.raises(NotStored, match=r"it holds embed, resid_post\.0, z\.0"):
+        study.ask(store, "probe", "text", query=LABEL, sites="resid_post.1")
+
+
+def test_a_finding_is_confirmed_on_a_second_set_without_the_sequences_of_the_first(store):
+    (asked,) = studies.answer(store, "probe", ["text"], options={"query": LABEL}, confirm="more")
+    assert asked.confirmation, asked.error
+    (claim,) = asked.confirmation.claims
+    assert claim.confirmed
+    shared = set(range(60, 90)) & set(range(60, 60 + N))
+    assert asked.confirmation.second.n_shared == len(shared) == 30
+    in_test = [at for at in range(0, N, 3) if 60 + at not in shared]
+    assert claim.there.n == lengths(N)[in_test].sum()
+    assert "60 sequences that were drawn apart" in asked.confirmation.sentence
+    with pytest.raises(BadInput, match=r"takes \$dataset"):
+        studies.answer(store, "probe", ["text"], options={"query": NOISE}, confirm="more")
+    with pytest.raises(NotStored, match="no set of sequences 'fresh'"):
+        studies.answer(store, "probe", ["text"], options={"query": LABEL}, confirm="fresh")
+
+
+def test_studies_of_trees_refuse_other_sequences_and_do_not_take_them_unasked(store):
+    with pytest.raises(BadInput, match="'depth' is about trees, and run 'text' is over other sequences"):
+        study.questions(store, "depth", ["text"])
+    with pytest.raises(NotStored, match="no run over drawn trees"):
+        study.questions(store, "depth")
+    assert [one.run for one in study.questions(store, "probe")] == ["text", "again"]
+
+
+def test_the_command_takes_a_query_a_file_and_parameters_and_records_the_answer(tmp_path):
+    root = plant_text(tmp_path / "c.act", sites(0), kinds={"z.0": "heads"})
+    file = tmp_path / "warm.sql"
+    file.write_text(f"-- my label\nselect token_id, {KIND} as label from tokens where position >= $from::int;\n")
+    words = ["study", str(root), "probe", "--query", str(file), "-p", "from", "1", "-o", "sites", "resid_post.0"]
+    made = CliRunner().invoke(main, [*words, "--plot", str(tmp_path / "figure.png")])
+    assert made.exit_code == 0, made.output
+    assert "exceeds the baseline" in " ".join(made.output.split())
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    with Store(root) as opened:
+        kept = opened.sql("select * from latest_results where study = 'probe' and metric = 'accuracy'").row(
+            0, named=True
+        )
+        assert kept["n"] == lengths(N)[::3].sum() - 30
+        assert kept["query"].startswith("-- my label")
+        scored = opened.sql(
+            "select avg(((dot(act(token_id, 'text', 'resid_post.0'), probe_direction(name)) + value > 0) "
+            f"= ({KIND} = 'warm'))::int) as right from tokens, (select name, value from results where name like '%=warm')"
+        )
+        assert scored.item() > 0.99
+    refused = CliRunner().invoke(main, ["study", str(root), "depth", "--query", "select 1"])
+    assert refused.exit_code == 2
+    assert "has no 'query'" in refused.output
+
+
+def test_trees_are_sequences(tmp_path):
+    """A label of trees is read at a token of the tree, with intervals and split over trees."""
+    trees = draw("reproduction", 3, 0, 60, 5)
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((2, 60, n_positions(5), 8)).astype(np.float32)
+    values[1, :, :, 0] += 9 * (trees.goal[:, None] % 2)
+    root = plant(tmp_path / "t.act", trees, {"embed": values[0], "resid_post.0": values[1]})
+    with Store(root) as opened:
+        odd = study.ask(
+            opened, "probe", query="select token_id, goal % 2 = 1 as label from edge_targets where edge = 0"
+        )
+    assert [(test.site, test.found) for test in odd.tests] == [("embed", False), ("resid_post.0", True)]
+    assert value(odd, "resid_post.0", column="n") == (trees.hashes() % 5 == 0).sum()

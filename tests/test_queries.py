@@ -12,6 +12,7 @@ from actstore.ingest.trees.tokens import ROLES, WORDS, decode
 from actstore.queries import study
 from actstore.store import Store
 from tests.planted import plant
+from tests.planted_text import lengths, plant_text
 
 PROMPTS = (
     "0 →1 , 1 →2 , 0 →3 | 2 : 0 →1 →2",  # the last edge is off the path
@@ -23,6 +24,8 @@ OTHER_PARAMS = {  # of queries that have no row for those
     "baseline_source_word": {"token_role": "edge_source"},
     "baseline_target_unlisted": {"token_role": "edge_source"},
 }
+
+OF_TEXT = ("loss_by_position", "accuracy_by_piece")  # queries of sequences that are no trees
 
 
 def tree_rows_of(prompts):
@@ -82,9 +85,58 @@ def store(tmp_path_factory):
         yield opened
 
 
+def next_tokens(tokens):
+    """Rows of `predictions`: each token but the last of a sequence predicts, right where the next piece is a comma."""
+    here = tokens.with_columns(target=pl.col("token").shift(-1).over("sequence_id")).drop_nulls("target")
+    comma = pl.col("target") == ","
+    return here.select(
+        "token_id",
+        "sequence_id",
+        "target",
+        predicted=pl.lit(","),
+        p_target=pl.when(comma).then(0.5).otherwise(0.125),
+        correct=comma,
+        loss=pl.when(comma).then(np.log(2)).otherwise(np.log(8)) + pl.col("position"),
+        rank=pl.when(comma).then(0).otherwise(4),
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    sites = {"embed": np.zeros((int(lengths(9).sum()), 2), np.float32)}
+    with Store(
+        plant_text(tmp_path_factory.mktemp("text") / "t.act", sites, "tiny", n=9, answers=next_tokens)
+    ) as opened:
+        yield opened
+
+
+def test_loss_by_position_averages_over_the_sequences_that_reach_it(text):
+    found = queries.select(text, "loss_by_position", run="tiny")
+    assert found["position"].to_list() == list(range(8))
+    assert (
+        found["n_tokens"].to_list()
+        == found["n_sequences"].to_list()
+        == [int((lengths(9) > at + 1).sum()) for at in range(8)]
+    )
+    by_hand = (1 - found["accuracy"]) * np.log(8) + found["accuracy"] * np.log(2) + found["position"]
+    np.testing.assert_allclose(found["mean_loss"].to_numpy(), by_hand.to_numpy(), rtol=1e-6)
+
+
+def test_accuracy_by_piece_counts_each_piece_where_it_comes_next(text):
+    found = queries.select(text, "accuracy_by_piece", run="tiny")
+    counted = text.sql(
+        "select token::varchar as piece, count(*) as n from tokens where position > 0 group by all order by all"
+    )
+    assert found.select("piece", "n_tokens").rows() == counted.rows()
+    assert {piece: (share, rank) for piece, _, _, share, _, rank in found.rows()} == {
+        piece: (1, 0) if piece == "," else (0, 4) for piece in counted["piece"]
+    }
+
+
 @pytest.mark.parametrize("name", queries.names())
-def test_query_keeps_the_contract_of_its_header(store, name):
+def test_query_keeps_the_contract_of_its_header(store, text, name):
     query = queries.load(name)
+    store = text if name in OF_TEXT else store
     assert query.summary.endswith((".", "?"))
     assert query.note.endswith((".", "?")), "the assumption is a sentence"
     assert all({**query.yields, **query.params}.values()), "every column and parameter is explained"

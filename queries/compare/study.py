@@ -1,7 +1,10 @@
 """The study `compare`: failures, similarity of layers and probe transfer of two models.
 
-Both models ran over the same trees. Similarity is linear CKA (Kornblith et al. 2019,
-https://arxiv.org/abs/1905.00414) of the residual stream at the edges' target tokens of test trees.
+Both models ran over the same sequences. Of sequences that are no trees, next tokens and similarity
+are compared, see sequences.py. All that follows is about trees.
+
+Similarity is linear CKA (see similarity.py) of the residual stream at the edges' target tokens of
+test trees.
 Its control pairs each row with another row. A probe for the edge's source is fitted on one model's
 training trees and scored on the other model's test trees, directly and after the best linear map
 from the other model's activations to the probe's (least squares, training trees). The map shows
@@ -25,9 +28,11 @@ import polars as pl
 
 from actstore.advice import ingest_command
 from actstore.errors import BadInput, NotStored
-from actstore.intervals import bootstrap, paired, sign_flip
+from actstore.intervals import paired, sign_flip
 from actstore.queries import load
 from actstore.queries.compare.controls import CONTROLS, best_control, map_controls, random_features, words_of
+from actstore.queries.compare.sequences import compare_sequences, is_of_sequences, plot_sequences
+from actstore.queries.compare.similarity import cka, cka_interval
 from actstore.queries.figures import GREY, points, side_by_side
 from actstore.queries.probes.figures import CAVEAT
 from actstore.queries.probes.fit import one_thread
@@ -35,6 +40,7 @@ from actstore.queries.study import (
     RUNS,
     Answer,
     Progress,
+    Row,
     Test,
     adjusted,
     adjustment,
@@ -83,26 +89,30 @@ class Pair:
 def study(
     store: Store, run: str, seed: int, progress: Progress, other: str | None = None, max_trees: int = MAX_TREES
 ) -> Answer:
-    """Compare two runs over the same trees.
+    """Compare two runs over the same sequences.
 
     Args:
         store: an open store.
         run: name of the first run.
         seed: seed of the bootstrap and the shuffles.
         progress: called after each site.
-        other: name of the second run; default: of the first other model over the same trees, the
-            run that shares most residual sites.
-        max_trees: number of trees, first of the set, whose activations are compared.
+        other: name of the second run; default: of the first other model over the same sequences,
+            the run that shares most sites.
+        max_trees: number of trees, first of the set, whose activations are compared; of no meaning
+            for other sequences.
 
     Raises:
         NotStored: there is no second run; gives the ingest command that adds one.
-        BadInput: `other` is over other trees, or there are too few trees.
+        BadInput: `other` is over other sequences, or there are too few.
     """
     import sklearn.linear_model
     import sklearn.preprocessing  # noqa: F401, imported here: one_thread covers only libraries loaded before
 
+    other = _other(store, run, other)
     with one_thread():
-        return _compared(store, run, seed, progress, _other(store, run, other), max_trees)
+        if _runs(store)[run]["task"] != "trees":
+            return compare_sequences(store, run, other, seed, progress)
+        return _compared(store, run, seed, progress, other, max_trees)
 
 
 def _compared(store: Store, run: str, seed: int, progress: Progress, other: str, max_trees: int) -> Answer:
@@ -141,24 +151,35 @@ def _compared(store: Store, run: str, seed: int, progress: Progress, other: str,
 
 
 def _other(store: Store, run: str, other: str | None) -> str:
-    runs = list(store.sql(RUNS).iter_rows(named=True))
-    base = next(row for row in runs if row["run"] == run)
+    runs = list(_runs(store).values())
+    base = _runs(store)[run]
+    what = "trees" if base["task"] == "trees" else "sequences"
     if other is not None:
-        theirs = next(row for row in runs if row["run"] == store.resolve_run(other))
+        theirs = _runs(store)[store.resolve_run(other)]
         if most_alike(base, [theirs]):
             return other
         found = [row["run"] for row in runs if most_alike(base, [row])]
         raise BadInput(
-            f"runs {run!r} and {other!r} are not two models over the same trees; runs of other models over the trees of "
+            f"runs {run!r} and {other!r} are not two models over the same {what}; runs of other models over the {what} of "
             f"{run!r} are: {', '.join(found) if found else 'none'}"
         )
     found = most_alike(base, runs)
+    if not found and what != "trees":
+        raise NotStored(
+            f"no other model ran over the sequences of {run!r}; run one over dataset {base['dataset']!r} (`actstore ingest "
+            f"--dataset {base['dataset']}`)"
+        )
     if not found:
         system = store.sql(SYSTEM, {"run": run}).item()
         model = "reproduction" if system == "baseline" else "baseline"
         command = ingest_command(store, ("--model", model), base["dataset"], model)
         raise NotStored(f"no other model ran over the trees of {run!r}; {command} adds one")
     return str(found[0]["run"])
+
+
+def _runs(store: Store) -> dict[str, Row]:
+    """Rows of RUNS, by run."""
+    return {row["run"]: row for row in store.sql(RUNS).iter_rows(named=True)}
 
 
 def _vectors(store: Store, run: str) -> list[str]:
@@ -265,44 +286,6 @@ def _similarities(held: dict[str, Pair], seed: int) -> list[dict[str, Any]]:
                 rows.append({**row, "metric": "cka_shuffled", "value": value, "low": None, "high": None})
             rows.append(row)
     return rows
-
-
-def cka(X: np.ndarray, Z: np.ndarray) -> float:
-    """Linear CKA of float [n, d] and [n, e]: 1 for a scaled rotation; about d / n by chance."""
-    X, Z = X - X.mean(axis=0, dtype=np.float64), Z - Z.mean(axis=0, dtype=np.float64)
-    shared = np.square(X.T @ Z).sum()
-    own = np.linalg.norm(X.T @ X) * np.linalg.norm(Z.T @ Z)
-    return float(shared / own) if own else 0.0
-
-
-def cka_interval(X: np.ndarray, Z: np.ndarray, trees: np.ndarray, seed: int) -> tuple[float, float]:
-    """The 95 % bootstrap interval of CKA over trees.
-
-    Each tree's sums of products are computed once; a resample adds them.
-    """
-    order = np.argsort(trees, kind="stable")
-    starts = np.flatnonzero(np.diff(trees[order], prepend=-1))
-    X, Z = (values - values.mean(axis=0, dtype=np.float64) for values in (X[order], Z[order]))
-    n = np.diff(starts, append=len(X)).astype(np.float64)
-    sums = [np.add.reduceat(values, starts) for values in (X, Z)]
-    n_trees = len(starts)
-
-    def products(A: np.ndarray, B: np.ndarray) -> np.ndarray:
-        by_tree = [a.T @ b for a, b in zip(np.split(A, starts[1:]), np.split(B, starts[1:]), strict=True)]
-        return np.stack(by_tree).reshape(n_trees, -1)
-
-    shared, own, others = products(X, Z), products(X, X), products(Z, Z)
-
-    def resampled(counts: np.ndarray) -> np.ndarray:
-        total = (counts @ n)[:, None]
-        (x, z) = (counts @ of / total for of in sums)
-        sizes = [
-            np.linalg.norm(counts @ of - total * (a[:, :, None] * b[:, None, :]).reshape(len(counts), -1), axis=1)
-            for of, a, b in ((shared, x, z), (own, x, x), (others, z, z))
-        ]
-        return np.asarray(sizes[0] ** 2 / (sizes[1] * sizes[2]))
-
-    return bootstrap(resampled, n_trees, seed)
 
 
 COUNTS = {
@@ -417,6 +400,8 @@ def _more_often(less: Test) -> str:
 def plot(answer: Answer) -> Figure:
     """Draw CKA of all pairs of sites and probe transfer; or, without sites, outcomes by depth."""
     results = answer.results
+    if is_of_sequences(results):
+        return plot_sequences(results)
     if not results["site"].count():
         return _plot_outcomes(results)
     sites = results.drop_nulls("site")["site"].unique(maintain_order=True).to_list()

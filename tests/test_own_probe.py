@@ -238,7 +238,7 @@ def test_the_command_takes_a_query_a_file_and_parameters_and_records_the_answer(
         assert scored.item() > 0.99
     refused = CliRunner().invoke(main, ["study", str(root), "depth", "--query", "select 1"])
     assert refused.exit_code == 2
-    assert "has no 'query'" in refused.output
+    assert "no 'query'" in refused.output
 
 
 def test_trees_are_sequences(tmp_path):

@@ -30,10 +30,11 @@ from actstore.version import __version__
 if TYPE_CHECKING:
     from actstore.ingest.jobs.local import ingest as ingest
     from actstore.store import Store
-    from actstore.verbs import evaluate, record, repair, report, study, train, verify
+    from actstore.verbs import drop, evaluate, label, record, repair, report, study, train, verify
 
 _LATER = {"Store": "actstore.store"}
-_LATER |= dict.fromkeys(("evaluate", "record", "repair", "report", "study", "train", "verify"), "actstore.verbs")
+_VERBS = ("drop", "evaluate", "label", "record", "repair", "report", "study", "train", "verify")
+_LATER |= dict.fromkeys(_VERBS, "actstore.verbs")
 
 __all__ = [
     "ActstoreError",
@@ -49,8 +50,10 @@ __all__ = [
     "TooOld",
     "Unsupported",
     "__version__",
+    "drop",
     "evaluate",
     "ingest",
+    "label",
     "record",
     "repair",
     "report",

@@ -149,12 +149,13 @@ class Store:
         params: Mapping[str, Any] | None = None,
         timeout: float | None = None,
         memory: str | int | None = None,
+        tables: Mapping[str, given.Table] | None = None,
     ) -> pl.DataFrame:
         """Run one SQL query over the store's tables; see actstore/catalog/schema.sql for columns.
 
         Besides DuckDB's own functions there are `act(token_id, run, site)`, a token's activation as
         FLOAT[d_model], and `logit_lens(token_id, run, site)`, its logits as FLOAT[d_vocab]. Both
-        are FLOAT[] if the store's runs differ in d_model or d_vocab. Further there are
+        are FLOAT[] if the store's sites differ in width, or its runs in d_vocab. Further there are
         `probe_direction(name)`, `dot(a, b)`, `norm(x)`, `distance(a, b)`, `cosine(a, b)`,
         `project(x, direction)` (the signed length of x along direction), and the table
         `activations(run, site)`: tokens, with their activations as `x`.
@@ -177,6 +178,10 @@ class Store:
                 runs in its own process, which takes a second to start (not counted) and is killed
                 at the limit in any case.
             memory: most memory for the query and its result: bytes, or text such as "2GB".
+            tables: tables of your own for this query alone, by name: `tables={"mine": frame}` is
+                read by `from mine`. A table is a frame of polars, pandas, Arrow or DuckDB, a dict
+                of columns, or the path of a .parquet, .csv or .jsonl file. See `label` for tables
+                that stay.
 
         Returns:
             A polars frame.
@@ -188,7 +193,7 @@ class Store:
             NotStored: a function is asked for something that is not stored.
             LimitReached: the query reached a limit.
         """
-        return self._opened.sql(query, params, timeout, memory)
+        return self._opened.beside(tables).sql(query, params, timeout, memory)
 
     @property
     def whole(self) -> Store:
@@ -378,6 +383,92 @@ class Store:
         """
         _above("record_rows")(self, name, frame, wait)
 
+    def label(
+        self,
+        name: str,
+        labels: given.Table,
+        on: Literal["token_id", "sequence_id", "span"] = "token_id",
+        wait: float = 10.0,
+    ) -> None:
+        """Store labels of your own as a table, in one commit.
+
+            store.label("sentiment", frame)  # token_id, score
+            Store("demo.act").sql("select avg(score) from tokens join sentiment using (token_id)")
+
+        The labels are verified, repaired and part of the snapshot, as all else. This store keeps
+        its snapshot: open the store again to see the table. `actstore.drop(store, label=name)`
+        takes it out.
+
+        Args:
+            name: of the table: lower-case letters, digits and _.
+            labels: a frame of polars, pandas, Arrow or DuckDB, a dict of columns, or the path of a
+                .parquet, .csv or .jsonl file. It has one row for each token or sequence that it
+                labels, and any columns besides: numbers, texts, booleans, dates, and lists of them.
+            on: how a row says what it labels: by a column `token_id` or `sequence_id`; or "span",
+                by the columns `dataset`, `row` (of the dataset's input, from 0), `start` and `end`
+                (characters of that row's text: from 0, and the one after the last). A span labels
+                every token that it overlaps. Its table has the columns `token_id` and `span`, the
+                number of the labels' row, and the labels' further columns.
+            wait: seconds to wait for another process that writes to the store.
+
+        Raises:
+            NotStored: the store has no such token, sequence, dataset or text; the message counts
+                the rows and names the first.
+            BadInput: the name is taken; there is no such column; a key is NULL or has two rows; a
+                column is one of `tokens` or `sequences`, or of a type that no table holds; or a
+                span lies outside the text or on no token.
+            Busy: another process still writes.
+        """
+        _above("label")(self, name, labels, on, wait)
+
+    def append(
+        self,
+        run: str,
+        site: str,
+        token_ids: given.Tokens,
+        X: Any,
+        lineage: Mapping[str, Any] | None = None,
+        allow_nan: bool = False,
+        wait: float = 10.0,
+    ) -> None:
+        """Store activations of your own as a new site of a run, in one commit.
+
+            erased = X - np.outer(X @ direction, direction)
+            store.append("reproduction", "erased.3", rows, erased, {"of": "resid_post.3"})
+
+        The site is read, hashed and verified as the run's other sites. `actstore verify
+        --recompute` cannot compute it again. Tokens that were not given are not stored there. This
+        store keeps its snapshot: open the store again to read the site.
+
+        Args:
+            run: the run whose dataset the tokens belong to.
+            site: a name that no site of the run has.
+            token_ids: token ids, each once, or a frame with a column `token_id`.
+            X: floats [n, width] or [n, head, width], in the order of `token_ids`; stored as
+                float32.
+            lineage: what the activations are, from which site, by which code; a dict that JSON
+                holds. It is kept in the column `lineage` of `sites`.
+            allow_nan: accept NaN and infinity. A row that begins with NaN reads as not stored.
+            wait: seconds to wait for another process that writes to the store.
+
+        Raises:
+            NotStored: there is no such run, or an id is of no token of its dataset.
+            BadInput: the name is taken or cannot be a name; an id is given twice; X has another
+                shape; or a number is NaN, infinite or too large for float32.
+            Busy: another process still writes.
+        """
+        _above("append")(self, run, site, token_ids, X, lineage, allow_nan, wait)
+
+    def labelled(self, name: str, labels: pl.DataFrame, on: Literal["token_id", "sequence_id", "span"]) -> Any:
+        """Check labels without storing them; see `label`.
+
+        Returns:
+            The table's declaration (catalog.declared.Relation), and its rows.
+        """
+        from actstore.reading.labelled import labelled
+
+        return labelled(self._opened, name, labels, on)
+
     @overload
     def read(
         self,
@@ -392,6 +483,7 @@ class Store:
         dtype: Dtype = ...,
         out: Literal["numpy"] = ...,
         columns: Callable[[list[str]], None] | None = ...,
+        tables: Mapping[str, given.Table] | None = ...,
     ) -> tuple[np.ndarray, pl.DataFrame]: ...
 
     @overload
@@ -408,6 +500,7 @@ class Store:
         dtype: Dtype = ...,
         out: Literal["torch"],
         columns: Callable[[list[str]], None] | None = ...,
+        tables: Mapping[str, given.Table] | None = ...,
     ) -> tuple[torch.Tensor, pl.DataFrame]: ...
 
     def read(
@@ -423,6 +516,7 @@ class Store:
         dtype: Dtype = "float32",
         out: Form = "numpy",
         columns: Callable[[list[str]], None] | None = None,
+        tables: Mapping[str, given.Table] | None = None,
     ) -> tuple[Any, pl.DataFrame]:
         """Run a query that names tokens, and read their activations.
 
@@ -452,6 +546,7 @@ class Store:
             out: numpy or torch; a tensor shares the memory that was read into.
             columns: called with the names of the query's columns before the query runs; its error
                 is raised.
+            tables: tables of your own for this query, see `sql`.
 
         Returns:
             X: [n, d_model] (patterns: [n, head, key]), in the model's own units; with `sites` [n,
@@ -472,7 +567,7 @@ class Store:
         names = wanted(self._opened, run, site, sites)
         readers = [self._opened.reader(run, name) for name in names]
         activations.same_row_shape(readers, names)
-        token_ids, rows = read_ids(self._opened, run, query, params, timeout, memory, columns)
+        token_ids, rows = read_ids(self._opened.beside(tables), run, query, params, timeout, memory, columns)
         return activations.read_activations(readers, token_ids, sites is None, form, out), rows
 
     def explain(
@@ -485,13 +580,14 @@ class Store:
         sites: Sequence[Site] | None = None,
         timeout: float | None = None,
         memory: str | int | None = None,
+        tables: Mapping[str, given.Table] | None = None,
     ) -> Explanation:
         """Say what `read` with the same arguments costs: rows, chunks, shards, bytes.
 
         The query runs; no activation is read.
 
         Args:
-            query, run, site, params, sites, timeout, memory: see `read`.
+            query, run, site, params, sites, timeout, memory, tables: see `read`.
 
         Raises:
             NotStored: there is no such run or site, or a token belongs to another dataset or is not
@@ -502,7 +598,9 @@ class Store:
         from actstore.reading.explain import explain
 
         run = self.resolve_run(run)
-        return explain(self._opened, query, run, wanted(self._opened, run, site, sites), params, timeout, memory)
+        return explain(
+            self._opened.beside(tables), query, run, wanted(self._opened, run, site, sites), params, timeout, memory
+        )
 
     def scan(self, run: str | None = None, site: Site | None = None) -> pl.LazyFrame:
         """A run's tokens as a polars LazyFrame, one row per token, in the order of token_id.
@@ -546,6 +644,7 @@ class Store:
         window: int = 2**18,
         timeout: float | None = None,
         memory: str | int | None = None,
+        tables: Mapping[str, given.Table] | None = None,
     ) -> Batches:
         """A torch IterableDataset of batches (X, columns) of a query's rows, for large sets.
 
@@ -583,7 +682,7 @@ class Store:
                 … of the same epoch.
             drop_last: leave out a last batch of fewer rows.
             window: rows per window.
-            timeout, memory: see `read`.
+            timeout, memory, tables: see `read`.
 
         Raises:
             NotStored: see `read`; raised before the first batch.
@@ -596,7 +695,7 @@ class Store:
 
         run = self.resolve_run(run)
         return Batches(
-            self._opened,
+            self._opened.beside(tables),
             query,
             run,
             wanted(self._opened, run, site, sites),

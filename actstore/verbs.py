@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import polars as pl
 
-from actstore.errors import BadInput
+from actstore.errors import BadInput, NotStored
 from actstore.outputs import Exported, Work, check_file, silent
 from actstore.storage.at import place
 from actstore.store import Store
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from actstore.queries.studies import Asked
     from actstore.upkeep.repair import Repair
     from actstore.upkeep.verify import Report
+    from actstore.writing.appending import Appended
 
 
 def _path(store: str | Path | Store) -> Path:
@@ -227,6 +229,152 @@ def record(
         for frame in results:
             writer.record(frame)
     return results
+
+
+def label(
+    store: str | Path | Store,
+    name: str,
+    labels: Any,
+    on: Literal["token_id", "sequence_id", "span"] = "token_id",
+    wait: float = 10.0,
+) -> pl.DataFrame:
+    """Store labels of your own as a table; see Store.label.
+
+    Args:
+        store: a path, or an open store, which keeps its snapshot.
+        name, labels, on, wait: see Store.label.
+
+    Returns:
+        The table's rows.
+    """
+    from actstore.reading import given
+    from actstore.writing.writer import open_writer
+
+    frame = given.table(labels, "the labels")
+    with _opened(store, False) as opened:
+        relation, rows = opened.whole.labelled(name, frame, on)
+    with open_writer(_path(store), wait=wait) as writer:
+        writer.label(relation, rows)
+    return rows
+
+
+def append(
+    store: str | Path | Store,
+    run: str,
+    site: str,
+    token_ids: Any,
+    X: Any,
+    lineage: Mapping[str, Any] | None = None,
+    allow_nan: bool = False,
+    wait: float = 10.0,
+) -> int:
+    """Store activations of your own as a new site of a run; see Store.append.
+
+    Args:
+        store: a path, or an open store, which keeps its snapshot.
+        run, site, token_ids, X, lineage, allow_nan, wait: see Store.append.
+
+    Returns:
+        The number of tokens whose activations are stored.
+    """
+    from actstore.reading import given
+    from actstore.reading.rows import token_ids as checked_ids
+    from actstore.writing import appending
+    from actstore.writing.writer import open_writer
+
+    ids = checked_ids(*given.frame_of(token_ids, None))
+    numbers = appending.checked(X, len(ids), allow_nan)
+    with _opened(store, False) as opened:
+        appended = _appended(opened.whole, opened.resolve_run(run), site, ids, numbers, lineage or {})
+    with open_writer(_path(store), wait=wait) as writer:
+        writer.append(appended)
+    return len(ids)
+
+
+def _appended(
+    store: Store, run: str, site: str, token_ids: np.ndarray, X: np.ndarray, lineage: Mapping[str, Any]
+) -> Appended:
+    """Activations as an appended site, after each id is known to be one of the run's dataset."""
+    from actstore.arrays.address import Ids
+    from actstore.writing.appending import Appended, site_plan
+
+    if site in store.sql("select unnest([site, short]) from sites where run = $run", {"run": run}).to_series():
+        raise BadInput(f"run {run!r} holds a site {site!r}; take another name")
+    if not len(token_ids):
+        raise BadInput("got no token ids; give at least one")
+    query = "select datasets.* from runs join datasets using (dataset) where run = $run"
+    dataset = store.sql(query, {"run": run}).row(0, named=True)
+    given = {"given_ids": pl.DataFrame({"token_id": token_ids})}
+    wrong = store.sql(
+        "select token_id from given_ids anti join (select token_id from tokens where dataset = $dataset) using (token_id)",
+        {"dataset": dataset["dataset"]},
+        tables=given,
+    )["token_id"]
+    if len(wrong):
+        raise NotStored(
+            f"{len(wrong):,} of {len(token_ids):,} token ids are of no token of dataset {dataset['dataset']!r}, that of run "
+            f"{run!r}, the first {min(wrong)}; give ids of its tokens"
+        )
+    twice = pl.Series(token_ids)
+    if (repeated := twice.filter(twice.is_duplicated())).len():
+        raise BadInput(f"{repeated.n_unique():,} token ids are given twice, the first {min(repeated)}; give each once")
+    sequences = store.sql(
+        "select first_token_id, n_tokens, sequence_id from sequences where dataset = $dataset order by first_token_id",
+        {"dataset": dataset["dataset"]},
+    )
+    starts, lengths, sequence_ids = (sequences[name].to_numpy().astype(np.int64) for name in sequences.columns)
+    plan, order = site_plan(site, dataset, X.shape[1:], lineage), np.argsort(token_ids)
+    return Appended(run, plan, Ids.of_dataset(dataset), token_ids[order], X[order], starts, lengths, sequence_ids)
+
+
+def drop(
+    store: str | Path | Store,
+    run: str | None = None,
+    dataset: str | None = None,
+    label: str | None = None,
+    wait: float = 10.0,
+) -> list[str]:
+    """Drop a run, a dataset or a label, in one commit.
+
+    A run goes with its arrays, answers and recorded results, and with its model if no other run is
+    of that model. Its dataset stays. A dataset goes with its sequences, tokens and documents, if no
+    run is left over it. Labels over its tokens stay, and its ids are never given again. The next
+    writer, or `repair`, frees the bytes. A store that is open keeps its snapshot; after the bytes
+    are freed, it cannot read what was dropped.
+
+    Args:
+        store: a path, or an open store.
+        run, dataset, label: the name of what is dropped; one of the three.
+        wait: seconds to wait for another process that writes to the store.
+
+    Returns:
+        Paths of the files that are dropped.
+
+    Raises:
+        NotStored: the store holds nothing of the name.
+        BadInput: a run is left over the dataset; or not one name was given.
+        Busy: another process still writes.
+    """
+    from actstore.writing import dropping
+
+    return dropping.drop(_path(store), *dropped_name(run, dataset, label), wait).files
+
+
+def dropped_name(
+    run: str | None, dataset: str | None, label: str | None
+) -> tuple[Literal["run", "dataset", "label"], str]:
+    """What is to be dropped, and its name.
+
+    Raises:
+        BadInput: not one name was given.
+    """
+    named = [(run, "run"), (dataset, "dataset"), (label, "label")]
+    given = [(kind, name) for name, kind in named if name is not None]
+    if len(given) != 1:
+        raise BadInput(
+            f"got {len(given)} names to drop; give one: a run, a dataset or a label (--run, --dataset, --label)"
+        )
+    return given[0]  # type: ignore[return-value]
 
 
 def record_rows(store: Store, name: str, frame: pl.DataFrame, wait: float) -> None:

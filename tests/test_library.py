@@ -50,15 +50,17 @@ def test_an_error_comes_back_as_its_class_though_that_is_called_otherwise(demo_p
 
 # Names of the package.
 
-NAMED_OTHERWISE = {"no_record": "record"}  # of a command's options: the function's arguments
-VERBS = ("evaluate", "ingest", "record", "repair", "report", "study", "train", "verify")
+NAMED_OTHERWISE = {"no_record": "record", "file": "labels"}  # of a command's options: the function's arguments
+OF_A_COMMAND = {"as_csv", "as_json", "parquet", "yes"}  # how it prints, and whether it asks
+OF_APPEND = {"from_arrays", "site", "lineage", "allow_nan"}  # `ingest --from-arrays` does what Store.append does
+VERBS = ("drop", "evaluate", "ingest", "label", "record", "repair", "report", "study", "train", "verify")
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_command_and_its_function_take_the_same(verb):
     options = {NAMED_OTHERWISE.get(str(option.name), option.name) for option in main.commands[verb].params}
     takes = inspect.signature(getattr(actstore, verb)).parameters
-    assert set(takes) - {"progress"} == options - {"as_csv", "as_json", "parquet"}
+    assert set(takes) - {"progress"} == options - OF_A_COMMAND - (OF_APPEND if verb == "ingest" else set())
     for option in main.commands[verb].params:
         if option.name in takes and isinstance(
             option.default, int | str | float

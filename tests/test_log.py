@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actstore.commits import log
-from actstore.commits.manifest import Manifest, Part, Shard, TableOfParts, manifest_path
+from actstore.commits.manifest import Dropped, Manifest, Part, Shard, TableOfParts, manifest_path
 from actstore.errors import Busy, Damaged, NoRoom
 from actstore.storage.at import check_room
 from actstore.storage.backend import File
@@ -232,15 +232,24 @@ a_shard = st.builds(
     first_tree_id=counts,
     n_trees=st.integers(1, 2**31 - 1),
 )
+a_drop = st.builds(
+    Dropped,
+    kind=st.sampled_from(["run", "dataset", "label"]),
+    name=names,
+    files=st.lists(paths, max_size=3),
+    token_id=sizes,
+    sequence_id=sizes,
+)
 a_manifest = st.builds(
     Manifest,
     number=st.integers(1, 2**31 - 1),
-    kind=st.sampled_from(["run", "batch", "results"]),
+    kind=st.sampled_from(["run", "batch", "results", "labels", "site", "drop"]),
     run=st.none() | names,
     batch=st.none() | counts,
     parts=st.lists(a_part, max_size=3),
     shards=st.lists(a_shard, max_size=3),
     others=st.lists(a_file, max_size=3),
+    dropped=st.none() | a_drop,
     previous=st.none() | hashes,
 )
 

@@ -47,19 +47,30 @@ class Ids(NamedTuple):
         return cls(row["first_tree_id"] * POSITIONS_PER_TREE, row["first_tree_id"])
 
     @classmethod
-    def after(cls, datasets: list[dict[str, Any]], dataset: Mapping[str, Any]) -> Ids:
-        """The first ids of a new set, after those of all sets that are stored.
+    def beyond(cls, datasets: list[dict[str, Any]], dropped: Ids | None = None) -> Ids:
+        """The least ids that are above those of all sets that are or were stored.
 
         Args:
             datasets: rows of `datasets`, from their parts.
-            dataset: the new set's row.
+            dropped: ids beyond those of the sets that were dropped; they are never given again.
         """
-        token, sequence = 0, 0
+        token, sequence = dropped or (0, 0)
         for row in datasets:
             first = cls.of_dataset(row)
             n = row["n_trees"] if row.get("n_sequences") is None else row["n_sequences"]
             ids = n * POSITIONS_PER_TREE if row.get("n_ids") is None else row["n_ids"]
             token, sequence = max(token, first.token_id + ids), max(sequence, first.sequence_id + n)
+        return cls(token, sequence)
+
+    @classmethod
+    def after(cls, datasets: list[dict[str, Any]], dataset: Mapping[str, Any], dropped: Ids | None = None) -> Ids:
+        """The first ids of a new set, after those of all sets that are or were stored.
+
+        Args:
+            datasets, dropped: see `beyond`.
+            dataset: the new set's row.
+        """
+        token, sequence = cls.beyond(datasets, dropped)
         unit = dataset.get("rows_per_shard") or dataset.get("stride") or POSITIONS_PER_TREE
         token = -(-token // unit) * unit
         if dataset.get("task") in (None, "trees"):  # a tree's number makes its tokens' ids

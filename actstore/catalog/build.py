@@ -36,7 +36,7 @@ from actstore.catalog.tables import (
     source,
 )
 from actstore.commits.format import FORMAT_VERSION
-from actstore.commits.log import log_hash, manifests
+from actstore.commits.log import live, log_hash, manifests
 from actstore.commits.manifest import Manifest
 from actstore.errors import Damaged, NoRoom
 from actstore.storage.at import at
@@ -74,8 +74,8 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
         usable = None if there is None else _held(root, there)
         held = 0 if from_nothing else usable or 0
         new = manifests(root, after=held, least=held)
-        if held and any(part.table == "vocabularies" for manifest in new for part in manifest.parts):
-            held, new = 0, manifests(root, least=held)  # the tokens' type is made of the words of all vocabularies
+        if held and any(_changes_what_is_held(manifest) for manifest in new):
+            held, new = 0, manifests(root, least=held)
 
         def write(temporary: Path) -> None:
             try:
@@ -155,6 +155,14 @@ def _held(root: Path, there: str) -> int | None:
     return int(held or 0) if is_of_today else 0
 
 
+def _changes_what_is_held(manifest: Manifest) -> bool:
+    """True if the rows of a commit cannot be added to a catalog of the commits before it.
+
+    A drop takes rows out. A vocabulary's words belong to the type of a column.
+    """
+    return manifest.kind == "drop" or any(part.table == "vocabularies" for part in manifest.parts)
+
+
 def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
     """Insert the rows of the given commits into the catalog at path."""
     if create:
@@ -164,7 +172,7 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
         connection.execute("use new")
         connection.execute("begin")  # one transaction, comments and all: each commit is an fsync
         parts: dict[str, list[Path]] = {}
-        listed = [part for manifest in new for part in manifest.parts]
+        listed = [part for manifest in live(new) for part in manifest.parts]
         for part, file in zip(listed, _parts(root, [part.path for part in listed], stack), strict=True):
             parts.setdefault(part.table, []).append(file)
         if create:
@@ -178,7 +186,7 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
                 )
             rows = source(connection, table, paths, "new.datasets")
             connection.execute(f'insert into "{table}" by name from {rows}')
-        if shards := [shard for manifest in new for shard in manifest.shards]:
+        if shards := [shard for manifest in live(new) for shard in manifest.shards]:
             connection.register("new_shards", pl.DataFrame([vars(shard) for shard in shards]))
             connection.execute("insert into shards by name select * from new_shards")
         before = connection.execute("select log_xxh3_128 from snapshot").fetchall()[0][0]

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import duckdb
+
 from actstore.catalog import hash_note, tables
+from actstore.catalog.declared import identifier
 from actstore.commits import log
 from actstore.commits.format import ARRAYS, WEIGHTS, part_path
 from actstore.commits.log import log_hash
@@ -28,7 +31,8 @@ OF_RUN = (
 def at_odds(manifests: list[Manifest]) -> Iterator[tuple[int, str]]:
     """Find manifests that name what belongs to another.
 
-    Each manifest must name files of its own run and batch, and no file twice.
+    Each manifest must name files of its own run and batch, and no file twice, unless it was dropped
+    in between.
 
     Yields:
         (number of the manifest, what is wrong with it).
@@ -42,6 +46,11 @@ def at_odds(manifests: list[Manifest]) -> Iterator[tuple[int, str]]:
             yield manifest.number, f"it commits {_called(manifest)}, which manifest {first} commits"
         elif what := _of_another(manifest):
             yield manifest.number, f"it says that it commits {_called(manifest)}, and names {what}"
+        if manifest.dropped:
+            if lacking := [path for path in manifest.dropped.files if by_path.pop(path, None) is None]:
+                yield manifest.number, f"it drops {lacking[0]}, which no commit before it brought"
+            if manifest.dropped.kind == "run":
+                by_name = {name: number for name, number in by_name.items() if name[1] != manifest.dropped.name}
         for file in manifest.files:
             first = by_path.setdefault(file.path, manifest.number)
             if first != manifest.number:
@@ -50,18 +59,20 @@ def at_odds(manifests: list[Manifest]) -> Iterator[tuple[int, str]]:
 
 
 def _called(manifest: Manifest) -> str:
-    if manifest.kind == "results":
-        return f"results {manifest.number}"
-    return f"run {manifest.run!r}" if manifest.kind == "run" else f"batch {manifest.batch} of run {manifest.run!r}"
+    if manifest.run is None:
+        return f"{manifest.kind} {manifest.number}"
+    called = {"run": "", "site": "a site of ", "batch": f"batch {manifest.batch} of "}
+    return f"{called.get(manifest.kind, manifest.kind + ' of ')}run {manifest.run!r}"
 
 
 def _of_another(manifest: Manifest) -> str:
     """The manifest's first file that does not belong to what it commits; "" if all files do."""
-    if manifest.kind not in ("run", "batch", "results"):
-        return ""
+    if (manifest.kind == "drop") != (manifest.dropped is not None):
+        return "what it drops" if manifest.dropped else "nothing that it drops"
     for shard in manifest.shards:
         lies = f"{ARRAYS}/{manifest.run}/{shard.site}/"
-        if (shard.run, shard.batch) != (manifest.run, manifest.batch) or not shard.path.startswith(lies):
+        batch = shard.batch if manifest.kind == "site" else manifest.batch  # a site comes with all its batches
+        if (shard.run, shard.batch) != (manifest.run, batch) or not shard.path.startswith(lies):
             return f"{shard.path} of batch {shard.batch} of run {shard.run!r}"
     for part in manifest.parts:
         if part.path != part_path(part.table, part.owner, part.batch) or not _may_bring(manifest, part):
@@ -76,11 +87,15 @@ def _may_bring(manifest: Manifest, part: Part) -> bool:
     """True if a commit can bring rows of that table and owner."""
     if manifest.kind == "results":
         return (part.table, part.owner) == ("results", f"{manifest.number:08d}")
+    if manifest.kind == "labels":
+        return part.table in ("relations", part.owner) and part.batch is None
+    if manifest.kind == "site":
+        return part.table == "sites" and part.owner.startswith(f"{manifest.run}/") and part.batch is None
     if manifest.kind == "run":
-        return part.table in ("models", "datasets", "vocabularies", "relations") or (
-            part.table in ("runs", "sites") and part.owner == manifest.run
-        )
-    return part.batch == manifest.batch and (part.table not in OF_RUN or part.owner == manifest.run)
+        of_definition = part.table in ("models", "datasets", "vocabularies", "relations")
+        return of_definition or (part.table in ("runs", "sites") and part.owner == manifest.run)
+    of_batch = manifest.kind == "batch" and part.batch == manifest.batch
+    return of_batch and (part.table not in OF_RUN or part.owner == manifest.run)
 
 
 def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
@@ -100,20 +115,29 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
             yield f"the catalog says that it holds {held:,} commits, and there are {len(committed):,} manifests"
         if hash_of_log is not None and log_hash(committed) != hash_of_log:
             yield f"the catalog was built from manifests of hash {hash_of_log}, and these have {log_hash(committed)}"
+        committed = log.live(committed)
         named = {shard.path: shard.xxh3_128 for manifest in committed for shard in manifest.shards}
         rows = {"shards": len(named)}
         for part in [part for manifest in committed for part in manifest.parts]:
             rows[part.table] = rows.get(part.table, 0) + part.rows
-        there = {row[0] for row in connection.execute(tables.TABLES_ATTACHED).fetchall()}
-        for table in [table for table in {**tables.tables(), **rows} if table in there and table != "snapshot"]:
-            n = connection.execute(f'select count(*) from there."{table}"').fetchall()[0][0]
+        for table in tables_held(connection):
+            n = connection.execute(f"select count(*) from there.{identifier(table)}").fetchall()[0][0]
             if n != rows.get(table, 0):
                 yield f"the catalog holds {n:,} rows of table {table}, and the manifests name {rows.get(table, 0):,}"
+        if lacking := [table for table in rows if table not in (*tables_held(connection), *tables.tables())]:
+            yield f"the catalog has no table {lacking[0]}, and the manifests name {rows[lacking[0]]:,} rows of it"
         for path, hashed in connection.execute("select path, xxh3_128 from there.shards order by path").fetchall():
             if named.get(path) != hashed:
                 what = f"hash {named[path]}" if path in named else "no such file"
                 yield f"the catalog holds {path} with hash {hashed}, and the manifests name {what}"
                 break
+
+
+def tables_held(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """The tables of an attached catalog that commits fill: today's, then declared ones."""
+    there = [row[0] for row in connection.execute(tables.TABLES_ATTACHED).fetchall()]
+    own = [table for table in tables.tables() if table in there and table != "snapshot"]
+    return own + sorted(set(there) - tables.tables().keys())
 
 
 def least(root: Path) -> int:

@@ -44,8 +44,18 @@ from actstore.errors import advised
 @click.option("--samples", type=int, help="With --prompt tree: continuations drawn besides the greedy one; default 1.")
 @click.option("--batch-size", default=128, show_default=True, help="Trees per forward pass.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option(
+    "--from-arrays",
+    metavar="FILE",
+    help="Instead of a model: token_id and X of this .npz, .safetensors or .parquet, as --site of the stored --run.",
+)
+@click.option("--site", help="With --from-arrays: name of the new site.")
+@click.option("--lineage", metavar="TEXT", help="With --from-arrays: what X is, from which site, by which code.")
+@click.option("--allow-nan", is_flag=True, help="With --from-arrays: accept NaN and infinity.")
 @wait_option
-def ingest(store: Path, **options: Any) -> None:
+def ingest(
+    store: Path, from_arrays: str | None, site: str | None, lineage: str | None, allow_nan: bool, **options: Any
+) -> None:
     """Run a model over generated trees, and store its activations and answers.
 
     If the command is stopped or killed, the same command continues after the last commit, and ends
@@ -60,7 +70,13 @@ def ingest(store: Path, **options: Any) -> None:
         actstore ingest demo.act --model mine.pt --config mine.yaml --dataset reproduction-16nodes-seed0-2000
         actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --variant swap_last
         actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --prompt tree
+        actstore ingest demo.act --from-arrays sae.npz --run reproduction --site sae.3 --lineage "SAE of resid_post.3"
     """
+    if from_arrays is not None:
+        _append(store, from_arrays, options["run"], site, lineage, allow_nan, options["wait"])
+        return
+    if site or lineage or allow_nan:
+        raise click.UsageError("--site, --lineage and --allow-nan come with --from-arrays (a model's sites: --sites)")
     from actstore.cli.progress import progress
     from actstore.ingest.jobs.local import execute
     from actstore.ingest.jobs.prepare import prepare
@@ -72,3 +88,16 @@ def ingest(store: Path, **options: Any) -> None:
         execute(job, advance)
     look = advised("info", store)
     say(f"{store}: run {job.plan.run} holds {job.trees.n_trees:,} trees; look with {look}")
+
+
+def _append(
+    store: Path, file: str, run: str | None, site: str | None, lineage: str | None, allow_nan: bool, wait: float
+) -> None:
+    from actstore import verbs
+    from actstore.reading.files import read_arrays
+
+    if run is None or site is None:
+        raise click.UsageError("--from-arrays needs the stored --run, and the name of the new --site")
+    said = {"file": Path(file).name} | ({"what": lineage} if lineage else {})
+    n = verbs.append(store, run, site, *read_arrays(Path(file)), said, allow_nan, wait)
+    say(f"{store}: site {site} of run {run} holds {n:,} tokens")

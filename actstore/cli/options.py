@@ -77,6 +77,25 @@ param_option: Option = click.option(
 )
 
 
+def table_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --table NAME=FILE, a table for this query alone; see Store.sql."""
+    return click.option(
+        "--table",
+        "tables",
+        multiple=True,
+        callback=_tables,
+        metavar="NAME=FILE",
+        help="A .parquet, .csv or .jsonl file that the query reads as table NAME; it is not stored.",
+    )(command)
+
+
+def _tables(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values]
+    if wrong := [value for value, (name, _, file) in zip(values, pairs, strict=True) if not name or not file]:
+        raise click.BadParameter(f"got {wrong[0]!r}; give NAME=FILE")
+    return {name: file for name, _, file in pairs}
+
+
 def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --timeout and --memory, limits of the query; see Store.sql."""
     command = click.option("--memory", metavar="SIZE", help="Stop the query when it holds more: 2GB, 512MB.")(command)

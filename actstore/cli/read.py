@@ -16,6 +16,7 @@ from actstore.cli.options import (
     output_options,
     param_option,
     store_argument,
+    table_option,
 )
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ def info(store: Path, output: Output) -> None:
 @click.argument("query")
 @click.option("--run", help="Ask in the session of this run, in which every table holds only this run's rows.")
 @param_option
+@table_option
 @limit_options
 @check_option
 @output_options
 def sql(
-    store: Path, query: str, run: str | None, params: dict[str, str], check: bool, output: Output, **limits: Any
+    store: Path, query: str, run: str | None, params: dict[str, str], check: bool, output: Output, **more: Any
 ) -> None:
     """Run SQL over a store's tables, vectors included.
 
@@ -63,13 +65,14 @@ def sql(
         actstore sql demo.act "from trees where depth = \\$d::int" -p d 7 --csv
         actstore sql demo.act "select avg(greedy_right::int) from outcomes" --run reproduction
         actstore sql demo.act "select act(token_id, run, 'embed') as x from predictions limit 5" --timeout 10 --memory 2GB
+        actstore sql demo.act "from tokens join mine using (token_id)" --table mine=labels.csv
     """
     from actstore.cli.progress import waiting
     from actstore.store import Store
 
     with Store(store, check) as opened, waiting("sql"):
         asked = opened if run is None else opened.of(run)
-        rows = asked.sql(query, params, **limits)
+        rows = asked.sql(query, params, **more)
     output.write(rows)
 
 
@@ -95,6 +98,7 @@ def sql(
     help="Compare every file that is read with its committed hash; default with --out.",
 )
 @param_option
+@table_option
 @limit_options
 @output_options
 def read(
@@ -108,7 +112,7 @@ def read(
     check: bool | None,
     params: dict[str, str],
     output: Output,
-    **limits: Any,
+    **more: Any,
 ) -> None:
     """Read the activations of the tokens that a query names, row for row.
 
@@ -130,7 +134,7 @@ def read(
     check_file(out, "--out", ACTIVATION_FILES)
     names = [name.strip() for listed in sites for name in listed.split(",")]
     where: dict[str, Any] = {"sites": names} if len(names) > 1 or names[0] in FAMILIES else {"site": names[0]}
-    where |= {"params": params, **limits}
+    where |= {"params": params, **more}
     with Store(store, bool(out) if check is None else check) as opened:
         if explain:
             with waiting("explain"):

@@ -1,4 +1,4 @@
-"""The commands that look after a store: verify and repair."""
+"""The commands that look after a store: verify, repair and drop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 
 from actstore.cli.group import main, say
 from actstore.cli.options import output_options, store_argument, wait_option
+from actstore.errors import advised
 
 if TYPE_CHECKING:
     from actstore.cli.output import Output
@@ -79,3 +80,35 @@ def repair(store: Path, wait: float, output: Output) -> None:
     say(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended")
     if done.left:
         raise Damaged(f"{len(done.left)} files could not be mended, the first {done.left[0].path}: {done.left[0].what}")
+
+
+@main.command()
+@store_argument
+@click.option("--run", help="A run, with its arrays, answers and recorded results; its dataset stays.")
+@click.option("--dataset", help="A dataset that no run is left over, with its sequences and tokens.")
+@click.option("--label", help="Labels, by the name of their table.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@wait_option
+def drop(store: Path, run: str | None, dataset: str | None, label: str | None, yes: bool, wait: float) -> None:
+    """Drop a run, a dataset or a label.
+
+    The drop is a commit, after which no query finds what was dropped. The next writer, or `actstore
+    repair`, frees the bytes. A name may be used again; the ids of a dropped dataset are not.
+
+    Example:
+
+    \b
+        actstore drop demo.act --run reproduction
+        actstore drop demo.act --dataset reproduction-16nodes-seed0-2000 --yes
+        actstore drop demo.act --label sentiment --yes
+    """
+    from actstore import verbs
+    from actstore.writing import dropping
+
+    kind, name = verbs.dropped_name(run, dataset, label)
+    planned, n_bytes = dropping.plan(store, kind, name)
+    if not yes:
+        size = f"{len(planned.files):,} files, {n_bytes / 1e6:,.1f} MB"
+        click.confirm(f"Drop {kind} {name} from {store} ({size})?", abort=True, err=True)
+    files = verbs.drop(store, run, dataset, label, wait)
+    say(f"{store}: {kind} {name} is dropped, {len(files):,} files; {advised('repair', store)} frees the bytes")

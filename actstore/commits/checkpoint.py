@@ -43,12 +43,15 @@ class Checkpoint:
     @classmethod
     def of(cls, committed: Sequence[Manifest]) -> Checkpoint:
         """The checkpoint of a whole log."""
-        runs = [manifest for manifest in committed if manifest.kind == "run"]
+        runs = [manifest for manifest in log.live(committed) if manifest.kind == "run" and manifest.files]
         return cls(len(committed), committed[-1].xxh3_128, log.log_hash(committed), runs)
 
     def to_json(self) -> bytes:
         """The bytes of the checkpoint's file."""
-        return sealed.to_json(asdict(self))
+        body = asdict(self)
+        for definition in body["definitions"]:
+            del definition["dropped"]  # of a drop alone; older checkpoints lack it
+        return sealed.to_json(body)
 
     def since(self, root: Path, snapshot: int, hash_of_log: str) -> list[Manifest] | None:
         """The definitions, and the commits after n; None if the checkpoint does not fit.
@@ -65,7 +68,7 @@ class Checkpoint:
         except (Damaged, FileNotFoundError):
             return None
         fits = last.xxh3_128 == self.last_xxh3_128 and log.log_hash(since, self.log_xxh3_128) == hash_of_log
-        return [*self.definitions, *since] if fits else None
+        return log.live([*self.definitions, *since]) if fits else None
 
 
 def content(root: Path) -> bytes | None:

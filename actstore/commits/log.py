@@ -9,14 +9,14 @@ manifest names does not exist. A lease keeps a second writer out.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
 from actstore.commits.format import ARRAYS, CHAINED_FROM, FOLDERS, LOG, SWAPPED, store_around
-from actstore.commits.manifest import MANIFEST, Manifest, manifest_path
+from actstore.commits.manifest import MANIFEST, Dropped, Manifest, manifest_path
 from actstore.errors import Damaged, advised
 from actstore.storage.at import at
 from actstore.storage.machine import limit_reached
@@ -106,6 +106,34 @@ def breaks_chain(before: Manifest | None, manifest: Manifest) -> str:
     return f"manifest {before.number} is not the one that manifest {manifest.number} was written after"
 
 
+def live(committed: Sequence[Manifest]) -> list[Manifest]:
+    """The commits without the files that a later one of them dropped; the number of each stays.
+
+    What else the commits of a dropped run brought, rows of its dataset, say, stays. These commits
+    then bear no run, so that a run of the same name is another. Whoever asks which files or rows
+    are stored asks for these; the log itself (numbers, chain, hash) is that of all commits.
+    """
+    found = list(committed)
+    for place, manifest in enumerate(committed):
+        if manifest.dropped:
+            found[:place] = [_without(earlier, manifest.dropped) for earlier in found[:place]]
+    return found
+
+
+def _without(manifest: Manifest, dropped: Dropped) -> Manifest:
+    gone = set(dropped.files)
+    run = None if dropped.kind == "run" and dropped.name == manifest.run else manifest.run
+    if run == manifest.run and gone.isdisjoint(file.path for file in manifest.files):
+        return manifest
+    return replace(
+        manifest,
+        run=run,
+        parts=[part for part in manifest.parts if part.path not in gone],
+        shards=[shard for shard in manifest.shards if shard.path not in gone],
+        others=[file for file in manifest.others if file.path not in gone],
+    )
+
+
 def log_hash(committed: Iterable[Manifest], before: str = "") -> str:
     """The hash of a log; it changes with any byte of any manifest.
 
@@ -146,14 +174,14 @@ def read_manifest(root: Path, number: int, content: bytes | None = None) -> Mani
 
 
 def check_sizes(root: Path, committed: list[Manifest]) -> None:
-    """Check that every committed file exists and has its committed size.
+    """Check that every committed file exists and has its committed size, but for dropped ones.
 
     Raises:
         Damaged: names the first file that is missing, has another size, or is not a regular file.
         LimitReached: the system allows this process no more open files or memory.
     """
     place = at(root)
-    for manifest in committed:
+    for manifest in live(committed):
         for file in manifest.files:
             what, path = "", root / file.path
             try:
@@ -194,9 +222,9 @@ def commit(root: Path, manifest: Manifest, before: Manifest | None = None) -> Ma
 def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     """Remove files under the store's own folders that no manifest names; see `strays`.
 
-    An interrupted writer leaves such files. Empty folders are removed too, since a folder that was
-    made and not fsynced must be made again. Only the holder of the lease may call this. Folders
-    that are not the store's own are not touched.
+    An interrupted writer leaves such files, and so does a drop. Empty folders are removed too,
+    since a folder that was made and not fsynced must be made again. Only the holder of the lease
+    may call this. Folders that are not the store's own are not touched.
 
     Returns:
         The paths removed.
@@ -208,13 +236,15 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     return removed
 
 
-def strays(root: Path, committed: Iterable[Manifest]) -> list[str]:
-    """Paths inside a store that no manifest names and that lead to no named file.
+def strays(root: Path, committed: Sequence[Manifest]) -> list[str]:
+    """Paths inside a store that no manifest names, or that were dropped.
+
+    None of them leads to a named file.
 
     A folder that was moved to another disk, with a link in its place, still belongs to the store.
     Other files behind the link are never listed.
     """
-    named = {file.path for manifest in committed for file in manifest.files}
+    named = {file.path for manifest in live(committed) for file in manifest.files}
     named |= {manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
     return list(at(root).unnamed(FOLDERS, named))
 
@@ -227,13 +257,13 @@ def led_astray(root: Path, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield place, f"it leads into another store, {around}"
 
 
-def refuse_astray(root: Path, committed: Iterable[Manifest]) -> None:
+def refuse_astray(root: Path, committed: Sequence[Manifest]) -> None:
     """Check where links lead, before anything is written or removed.
 
     Raises:
         Damaged: a link on the way to a committed file leads nowhere, or into another store.
     """
-    paths = [*FOLDERS, *(file.path for manifest in committed for file in manifest.files)]
+    paths = [*FOLDERS, *(file.path for manifest in live(committed) for file in manifest.files)]
     for place in at(root).linked(paths):
         if what := at(root).broken(place):
             raise Damaged(

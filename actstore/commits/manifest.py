@@ -58,17 +58,37 @@ class Shard(File):
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """What a commit took out of the store: files of earlier commits, which hold a run, say.
+
+    Attributes:
+        kind: run, dataset or label.
+        name: of the run, dataset or label.
+        files: paths of the files. A later commit may bring a file of the same path.
+        token_id: no dataset that was ever stored has this token id or a larger one.
+        sequence_id: the same of sequence ids.
+    """
+
+    kind: Literal["run", "dataset", "label"]
+    name: Text
+    files: list[Text]
+    token_id: Size
+    sequence_id: Size
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One commit: what it is, and every file that it brought. Numbers run from 1 without a gap.
 
     Attributes:
         number: the commit's number.
-        kind: run, batch or results.
-        run: the run that the commit belongs to; None for results.
-        batch: the batch's number; None for a run's definition and for results.
+        kind: run, batch, results, labels, site (one that was appended to a run) or drop.
+        run: the run that a definition, a batch or a site belongs to; else None.
+        batch: the batch's number; None for all but a batch.
         parts: Parquet files of rows.
         shards: files of activations.
         others: zarr.json files and weights.
+        dropped: what a drop took out; None for all but a drop, and then not in the manifest's file.
         previous: xxh3-128 of the manifest before, which shows an edit of the past. None in the
             first manifest, and in formats 1 and 2.
         format: the store's format when the manifest was written.
@@ -76,12 +96,13 @@ class Manifest:
     """
 
     number: Positive
-    kind: Literal["run", "batch", "results"]
+    kind: Literal["run", "batch", "results", "labels", "site", "drop"]
     run: Text | None = None
     batch: Count | None = None
     parts: list[Part] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     others: list[File] = field(default_factory=list)
+    dropped: Dropped | None = None
     previous: Hash | None = None
     format: Positive = FORMAT_VERSION
     xxh3_128: str = field(default="", compare=False)
@@ -99,6 +120,8 @@ class Manifest:
     def _body(self) -> dict[str, Any]:
         body = {"format": self.format, **asdict(self)}
         del body["xxh3_128"]
+        if self.dropped is None:
+            del body["dropped"]
         if self.format < CHAINED_FROM:
             del body["previous"]
             body["parts"] = [{key: part[key] for key in part if key not in NOT_SAID} for part in body["parts"]]
@@ -119,14 +142,17 @@ class Manifest:
             if body.pop("checksum", None) != checksum(body):
                 raise ValueError("its checksum does not match")
             manifest = as_a(cls, {**body, "xxh3_128": xxhash.xxh3_128_hexdigest(content)})
-            named = {key.name for key in fields(cls)} - {
+            unsaid = [
                 "xxh3_128",
-                "previous" if manifest.format < CHAINED_FROM else "",
-            }
+                *["previous"] * (manifest.format < CHAINED_FROM),
+                *["dropped"] * (not manifest.dropped),
+            ]
+            named = {key.name for key in fields(cls)} - set(unsaid)
             if body.keys() == named:
                 listed = [*(NOT_SAID | part for part in body["parts"]), *body["shards"], *body["others"]]
             held = [NOT_SAID | vars(file) if isinstance(file, Part) else vars(file) for file in manifest.files]
-            if body.keys() != named or listed != held:
+            dropped = asdict(manifest.dropped) if manifest.dropped else None
+            if body.keys() != named or listed != held or body.get("dropped") != dropped:
                 raise ValueError("it has other keys than a manifest")
             for file in manifest.files:
                 check_inside(file.path)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from actstore.reading.given import Tokens
     from actstore.reading.opened import Opened
 
+ROWS_AT_ONCE = 2**14
 Batch = tuple[torch.Tensor, dict[str, Any]]
 SIGNED: dict[Any, Any] = {pl.UInt16: pl.Int32, pl.UInt32: pl.Int64}  # torch can hardly compute with these
 TENSORS = (pl.Boolean, pl.UInt8, pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt64, pl.Float32, pl.Float64)
@@ -67,6 +68,7 @@ class Batches(IterableDataset):
         activations.same_row_shape(readers, sites)
         ids, rows = read_ids(store, run, query, params, timeout, memory)
         _refuse_what_is_not_there(store, readers, ids)
+        _refuse_what_was_not_given(store, run, sites, readers, ids)
         self._ids, self._columns = ids, {name: _column(rows[name]) for name in rows.columns}
         self._again, self._one_site = [reader.again() for reader in readers], one_site
         self._path, self._identity = absolute(store.path), store.folder.identity()
@@ -286,6 +288,21 @@ def _refuse_what_is_not_there(store: Opened, readers: Sequence[Reader], ids: np.
     padding = (before < 0) | (ids >= stop[before]) if len(first) else np.ones(len(ids), bool)
     if padding.any():
         raise not_stored(readers[0].where, ids, padding, f"padding, past its {readers[0].of_what}'s last token")
+
+
+def _refuse_what_was_not_given(
+    store: Opened, run: str, sites: Sequence[str], readers: Sequence[Reader], ids: np.ndarray
+) -> None:
+    """Read appended sites once: only their numbers tell which tokens were given.
+
+    Raises:
+        NotStored: an id was not given.
+    """
+    rows = store.sql("select site, short from sites where run = $run and lineage is not null", {"run": run})
+    appended = {name for row in rows.rows() for name in row}
+    for site, reader in zip(sites, readers, strict=True):
+        for start in range(0, len(ids) if site in appended else 0, ROWS_AT_ONCE):
+            reader.gather(ids[start : start + ROWS_AT_ONCE])
 
 
 def _check_counts(**counts: tuple[Any, int]) -> None:

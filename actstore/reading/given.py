@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Collection, KeysView, Mapping, Sequence, ValuesView
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
+from actstore.catalog.declared import not_a_name
 from actstore.errors import BadInput
+from actstore.reading.files import read_table
 from actstore.sql.parameters import PLAIN, TAGGED
 
 Tokens = str | Sequence[int] | np.ndarray | pl.Series | pl.DataFrame  # what Store.read takes: SQL, ids, a frame
+Table = pl.DataFrame | pl.LazyFrame | Mapping[str, Any] | str | os.PathLike[str]  # and frames of other libraries
 TAKEN = (*PLAIN, bytearray, memoryview, np.ndarray, duckdb.Value, *(kind for kind, _, _ in TAGGED.values()))
 MANY = (list, tuple, set, frozenset, range, KeysView, ValuesView)
 TOKENS = "SQL, token ids (integers, in a list, an array or a Series), or a frame with a column token_id"
@@ -109,6 +114,67 @@ def frame_of(tokens: Any, params: Any) -> tuple[pl.DataFrame, str]:
     if not isinstance(tokens, (*MANY, np.ndarray)) and not hasattr(tokens, "tolist"):
         raise BadInput(f"got {_of(tokens)}; give {TOKENS}")
     return pl.DataFrame({"token_id": _ids(tokens)}), "the list"
+
+
+def table(given: Any, called: str) -> pl.DataFrame:
+    """Convert a table to a polars frame.
+
+    Args:
+        given: a frame of polars, pandas, Arrow or DuckDB, a mapping from names to columns, or a
+            path of a file, see files.read_table.
+        called: the table's name in messages.
+
+    Raises:
+        BadInput: it is no table, or has no column.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        return read_table(Path(given))
+    try:
+        if isinstance(given, pl.LazyFrame):
+            frame = given.collect()
+        else:
+            is_frame = isinstance(given, (pl.DataFrame, Mapping)) or hasattr(given, "columns")
+            frame = pl.DataFrame(given if is_frame else None)
+    except (pl.exceptions.PolarsError, ValueError, TypeError) as error:
+        raise BadInput(
+            f"got {_of(given)} for {called}, which is no table ({str(error).splitlines()[0]}); give a frame"
+        ) from error
+    if not frame.columns:
+        raise BadInput(f"got {_of(given)} for {called}; give a frame with columns, or a file's path")
+    return frame
+
+
+def tables(given: Any, taken: Collection[str]) -> dict[str, pa.Table]:
+    """Convert the tables of one query to Arrow, by name.
+
+    Args:
+        given: a mapping from names to tables, see `table`.
+        taken: names of the store's own tables and views.
+
+    Raises:
+        BadInput: a name is no identifier or the store's own, or a table cannot be asked by SQL.
+    """
+    if not isinstance(given, Mapping):
+        raise BadInput(f"got {_of(given)} for tables; give a dict from each name to its frame, {{'mine': frame}}")
+    found = {}
+    for name, value in given.items():
+        if why := not_a_name(name) if isinstance(name, str) else "no text":
+            raise BadInput(
+                f"got the name {name!r} for a table ({why}); take another, of lower-case letters, digits and _"
+            )
+        if name in taken:
+            raise BadInput(f"got the name {name!r} for a table, which the store holds; take another name")
+        frame = table(value, f"table {name!r}")
+        lower = [column.lower() for column in frame.columns]
+        if twins := [column for column in lower if lower.count(column) > 1]:
+            raise BadInput(f"table {name!r} has two columns named {twins[0]}, to SQL; rename one")
+        try:
+            found[name] = frame.to_arrow()
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, TypeError) as error:
+            raise BadInput(
+                f"table {name!r} cannot be asked by SQL ({str(error).splitlines()[0]}); cast its columns"
+            ) from error
+    return found
 
 
 def _ids(tokens: Any) -> np.ndarray:

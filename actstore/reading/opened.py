@@ -19,7 +19,7 @@ from actstore.catalog.tables import one_line
 from actstore.commits import checkpoint
 from actstore.commits.checkpoint import Checkpoint
 from actstore.commits.format import FORMAT_VERSION, check_format
-from actstore.commits.log import check_sizes, log_hash, manifests
+from actstore.commits.log import check_sizes, live, log_hash, manifests
 from actstore.commits.manifest import Manifest
 from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
 from actstore.reading import given, scope
@@ -30,6 +30,8 @@ from actstore.storage.at import at, place
 from actstore.storage.backend import Reading
 from actstore.storage.content import Text
 from actstore.storage.machine import limit_reached
+
+NAMES = "select table_name from information_schema.tables where table_catalog = 'store'"
 
 
 class Opened:
@@ -89,7 +91,8 @@ class Opened:
             with suppress(Damaged):  # the manifests judge what is damaged
                 check_sizes(self.path, few)
                 return few
-        committed = manifests(self.path, least=self.snapshot)[: self.snapshot]
+        # what was dropped since is not looked for: the next writer removes it
+        committed = live(manifests(self.path, least=self.snapshot))[: self.snapshot]
         if log_hash(committed) != hash_of_log:
             raise Damaged(
                 f"the manifests of {self.path} are not those that its catalog was built from; see "
@@ -182,6 +185,20 @@ class Opened:
         scoped = copy.copy(self.whole)  # the functions hold the whole store by a weak reference
         scoped.parent, scoped.only, scoped.run_names = self.whole, run, [run]
         return scoped
+
+    def beside(self, tables: Mapping[str, Any] | None) -> Opened:
+        """This store with a caller's tables beside its own, for a query's duration.
+
+        Args:
+            tables: see Store.sql; without any, the store itself is returned.
+        """
+        if not tables:
+            return self
+        _ = self.vectors  # which hold the store weakly, and not the copy
+        taken = {row["table_name"] for row in self.session.look_up(NAMES)}
+        found = copy.copy(self)
+        found.session = self.session.beside(given.tables(tables, taken))
+        return found
 
     def runs(self) -> list[str]:
         """See Store.runs."""

@@ -23,7 +23,7 @@ from actstore.reading.sites import catalog_rows
 from actstore.sql import late_act
 from actstore.sql.asked import MATTERS, Asked
 from actstore.sql.process import outside
-from actstore.storage.content import Count, Text
+from actstore.storage.content import Count, Size, Text
 
 if TYPE_CHECKING:
     from actstore.sql.session import Check
@@ -107,8 +107,8 @@ def _schema(store: Snapshot, run: str, answers: bool) -> str:
 def _views(store: Snapshot, run: str, answers: bool) -> dict[str, str]:
     """A SELECT for each table and view about a tree; with `answers`, also for those about a run."""
     rows = store.session.look_up(
-        "select dataset, first_sequence_id, n_sequences, task = 'trees' as of_trees, weights_sha256 "
-        "from runs join datasets using (dataset) where run = $run",
+        "select dataset, first_sequence_id, n_sequences, task = 'trees' as of_trees, weights_sha256, "
+        "datasets.first_token_id, n_ids from runs join datasets using (dataset) where run = $run",
         {"run": run},
     )
     about = catalog_rows(store, RunRow, rows)[0]
@@ -116,6 +116,7 @@ def _views(store: Snapshot, run: str, answers: bool) -> dict[str, str]:
     of_set = {
         "sequence_id": span.format("sequence_id"),
         "tree_id": span.format("tree_id") if about.of_trees else "false",
+        "token_id": f"token_id >= {about.first_token_id} and token_id < {about.first_token_id + about.n_ids}",  # labels
     }
     of_run = {"run": _equal("run", run)} if answers else {}
     others = {"datasets": _equal("dataset", about.dataset), "models": _equal("weights_sha256", about.weights_sha256)}
@@ -140,6 +141,8 @@ class RunRow:
     n_sequences: Count
     of_trees: bool
     weights_sha256: Text
+    first_token_id: Size
+    n_ids: Size
 
 
 def _equal(column: str, value: str) -> str:

@@ -14,7 +14,7 @@ from actstore.arrays.foreign import ForeignReader
 from actstore.arrays.layout import Layout
 from actstore.arrays.metadata import mapped_dtype
 from actstore.arrays.reader import SiteReader
-from actstore.arrays.site import Reader
+from actstore.arrays.site import Reader, not_stored
 from actstore.catalog.tables import CATALOG
 from actstore.errors import Damaged, advised
 from actstore.sites import not_held
@@ -43,7 +43,7 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
         "from sites join runs using (run) join datasets using (dataset) where run = $run and $site in (site, short)"
     )
     rows = store.session.look_up(
-        "select site, kind, shape, path, coalesce(trees_per_shard, rows_per_chunk) as rows_per_chunk, layout, stride, "
+        "select site, kind, shape, path, lineage, coalesce(trees_per_shard, rows_per_chunk) as rows_per_chunk, layout, stride, "
         f"datasets.first_token_id {wanted}",
         {"run": run, "site": site},
     )
@@ -60,6 +60,8 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
         raise _impossible(store, f"batch {max(paths)} of {layout.n_shards} of {where}")
 
     def is_token(ids: np.ndarray) -> np.ndarray:
+        if found.lineage is not None:
+            raise not_stored(where, ids, np.ones(len(ids), bool), "not given when the site was appended, or padding")
         asked = {"ids": np.unique(ids).tolist()}
         known = store.sql("select token_id from tokens where token_id in (select unnest($ids::bigint[]))", asked)
         return np.isin(ids, known["token_id"].to_numpy())
@@ -98,6 +100,7 @@ class SiteRow:
     layout: Arrangement
     stride: Positive | None
     first_token_id: Annotated[int, Meta(ge=0, lt=2**53)]
+    lineage: str | None = None
 
     def __post_init__(self) -> None:
         check_inside(self.path)

@@ -11,6 +11,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from actstore import errors
 from actstore.errors import ActstoreError, Damaged, LimitReached
 from actstore.reading.opened import Opened
@@ -43,7 +45,7 @@ def main() -> None:
         out.write(COLUMNS + json.dumps(columns).encode() + b"\n")
 
     try:
-        asked = _receive()
+        asked, tables = _receive()
         path, memory = Path(asked["path"]), asked["limits"]["memory"]
         params = from_json(asked["params"])
         with closing(_Inherited(path, tuple(asked["identity"]), asked["catalog"], memory, asked["check"])) as store:
@@ -55,7 +57,7 @@ def main() -> None:
             with warnings.catch_warnings(record=True) as notes:
                 warnings.simplefilter("always", errors.SeveralRuns)
                 asked_of = store if asked["of"] is None else store.of(asked["of"])
-                frame = asked_of.sql(asked["query"], params, reads=asked["reads"], check=tell)
+                frame = asked_of.beside(tables).sql(asked["query"], params, reads=asked["reads"], check=tell)
         said = [str(note.message) for note in notes if issubclass(note.category, errors.SeveralRuns)]
         out.write(ROWS + json.dumps(said).encode() + b"\n")
         frame.write_ipc_stream(out)
@@ -65,10 +67,13 @@ def main() -> None:
     os._exit(0)  # nothing is left to tidy, and threads of the query might still run
 
 
-def _receive() -> Any:
+def _receive() -> tuple[Any, dict[str, pa.Table]]:
+    """The request, and the query's own tables."""
     request = json.loads(sys.stdin.buffer.readline())
+    contents = {name: sys.stdin.buffer.read(size) for name, size in request["tables"].items()}
+    tables = {name: pa.ipc.open_stream(content).read_all() for name, content in contents.items()}
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    return request
+    return request, tables
 
 
 def _as_sent(error: ActstoreError | MemoryError, memory: int | None) -> tuple[str, str]:

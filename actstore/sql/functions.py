@@ -64,7 +64,7 @@ def add_functions(session: Session, store: Snapshot) -> Vectors:
     Returns:
         The `Vectors` that the functions read with.
     """
-    d_models = session.look_up("select distinct shape[3] as d from sites where kind = 'resid'")
+    d_models = session.look_up("select distinct shape[len(shape)] as d from sites where kind in ('resid', 'vector')")
     d_vocabs = session.look_up("select distinct d_vocab as d from runs join models using (weights_sha256)")
     d_model, d_vocab = (_shared([row["d"] for row in found]) for found in (d_models, d_vocabs))
     vectors = Vectors(weakref.ref(store), d_model, d_vocab)

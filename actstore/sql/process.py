@@ -5,7 +5,8 @@ function call on one vector can run for minutes or hold gigabytes meanwhile (`re
 list of 10^10 numbers, a regular expression). A query with a limit therefore runs in a new process,
 `python -m actstore.reading.worker`, on the catalog file that its store has open.
 
-The request is one line of JSON (see parameters.py). The answer is a byte when the query is about to
+The request is one line of JSON (see parameters.py), then the query's own tables, each an Arrow IPC
+stream. The answer is a byte when the query is about to
 begin, a line with the query's columns when the query is prepared, then a byte that says what
 follows: a line of notes and the rows as an Arrow IPC stream, or an error as JSON. A call has one
 process, which prepares the query once and runs it once; the limits hold over both. When the parent
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import polars as pl
+import pyarrow as pa
 
 from actstore import errors
 from actstore.errors import ActstoreError, BadInput, LimitReached
@@ -114,6 +116,7 @@ def run_in_process(
         ActstoreError: any error of Store.sql.
     """
     catalog, folder = store.session.fileno(), store.folder
+    tables = {name: _as_stream(table) for name, table in store.session.tables.items()}
     folder.check()
     request = {
         "path": os.fspath(folder.root),
@@ -126,6 +129,7 @@ def run_in_process(
         "check": store.check,
         "of": store.only,
         "reads": reads,
+        "tables": {name: len(content) for name, content in tables.items()},
     }
     with within_limits("cannot start the query's process"), tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
@@ -141,6 +145,8 @@ def run_in_process(
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # the process died; the code below reports it
                 process.stdin.write(json.dumps(request).encode() + b"\n")
+                for content in tables.values():
+                    process.stdin.write(content)
                 process.stdin.flush()
             answer = _wait(process, limits, check)
         finally:
@@ -159,6 +165,14 @@ def run_in_process(
             kind, message = json.loads(answer[1:])
             raise ActstoreError.of_kind(kind, message)
         raise _died(process.returncode, limits, complaints)
+
+
+def _as_stream(table: pa.Table) -> memoryview:
+    """A table as an Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return memoryview(sink.getvalue())
 
 
 def _wait(process: subprocess.Popen[bytes], limits: Limits, check: Check | None) -> bytes:

@@ -8,6 +8,7 @@ Functions and macros live in the database in memory, so the catalog stays readab
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import threading
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 import duckdb
 import polars as pl
+import pyarrow as pa
 from duckdb.func import PythonUDFType
 
 from actstore.catalog.tables import CATALOG, ctrl_c, in_use, located, one_line
@@ -72,6 +74,7 @@ class Session:
     def __init__(self, catalog: Path, store: Path | None = None, memory: int | None = None) -> None:
         self._process = os.getpid()
         self.schemas: dict[tuple[str, bool], str] = {}  # see reading/scope.py
+        self.tables: dict[str, pa.Table] = {}  # see beside
         self.making_schemas = threading.Lock()
         refuse_forked()
         try:
@@ -187,6 +190,19 @@ class Session:
                 cursor.execute(f'create view memory.{name}."{view}" as {query}')
             cursor.execute("commit")
 
+    def beside(self, tables: Mapping[str, pa.Table]) -> Session:
+        """This session with a caller's tables beside the store's, for its own queries alone.
+
+        The tables are views in the temporary schema of each query's cursor, and end with the query.
+        What a query may reach stays as it was.
+
+        Args:
+            tables: by name; none has the name of a table of the store.
+        """
+        session = copy.copy(self)
+        session.tables = dict(tables)
+        return session
+
     def sql(
         self,
         query: str,
@@ -224,6 +240,8 @@ class Session:
         try:
             cursor = self._connection.cursor()  # an open result holds its connection
             try:
+                for name, table in self.tables.items():
+                    cursor.register(name, table)
                 return _interruptible(cursor, lambda: _fetch(cursor, query, params, schema, check))
             finally:
                 with suppress(duckdb.Error):  # a second Ctrl-C may have left the query running
@@ -297,7 +315,7 @@ class Session:
         """Names of the store's tables and views."""
         with self._connection.cursor() as cursor:
             names = cursor.execute("select table_name from information_schema.tables where table_catalog = 'store'")
-            return sorted(name for (name,) in names.fetchall())
+            return sorted([*(name for (name,) in names.fetchall()), *self.tables])
 
 
 def _attach(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:

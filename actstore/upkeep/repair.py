@@ -24,6 +24,7 @@ import polars as pl
 import xxhash
 
 from actstore.catalog import build, tables, witness
+from actstore.catalog.declared import Relation, parsed
 from actstore.commits import checkpoint, log
 from actstore.commits.format import ARRAYS, FOLDERS, FORMAT_VERSION, WEIGHTS, check_format
 from actstore.commits.log import refuse_astray
@@ -88,16 +89,17 @@ def repair(
         if conflict := [finding.what for finding in report.damage if finding.kind == CONFLICT]:
             raise Damaged(witness.in_conflict(root, "; ".join(conflict)))
         damaged = {finding.path: finding for finding in report.damage}
-        _refuse_shared_places(root, manifests, damaged.keys())
+        stored = log.live(manifests)
+        _refuse_shared_places(root, stored, damaged.keys())
         for name, content in flipped_back.items():
             at(root).swap(name, content)
         log.sweep(root, manifests)  # removes what an interrupted repair left
         tables.discard_beside(at(root), tables.CATALOG)
         mended, left = list(flipped_back), list[Finding]()
-        for manifest in manifests:
+        for manifest in stored:
             of_this = [damaged[file.path] for file in manifest.files if file.path in damaged]
             if of_this:
-                done, not_done = _mend(root, manifests, manifest, of_this, damaged.keys(), recompute)
+                done, not_done = _mend(root, stored, manifest, of_this, damaged.keys(), recompute)
                 damaged = {path: finding for path, finding in damaged.items() if path not in done}
                 mended, left = mended + done, left + not_done
         mended += _zarr_group(root)
@@ -188,8 +190,8 @@ def _mend(
         return done, left
     made, why = dict[str, bytes](), ""
     try:
-        if manifest.run is None:
-            raise Damaged("a study's results come out of the catalog alone, which is damaged, too")
+        if manifest.run is None or manifest.kind == "site":
+            raise Damaged("only the catalog, which is damaged, too, would tell it")
         still_damaged = set(damaged) - set(done)  # nothing that is computed may rest on them
         sound = [_without(committed, still_damaged) for committed in manifests]
         made = recompute(root, sound, manifest.run, manifest.batch)
@@ -220,6 +222,10 @@ def _how_to_remake(root: Path, manifest: Manifest, file: File) -> str:
     table = file.table if isinstance(file, Part) else ""
     if table == "models" or file.path.startswith(f"{WEIGHTS}/"):
         how = f"put the model that was run where it is found ({advised('models', 'add')}), then run {advised('repair', root)}"
+    elif manifest.kind == "labels":
+        how = f"drop the label ({advised('drop', root, '--label', table)}) and bring it again ({advised('label')})"
+    elif manifest.kind == "site":
+        how = f"bring its numbers again in another store ({advised('ingest')} … --from-arrays)"
     elif table == "results":
         how = f"store the runs again in another store, and make the results there ({advised('study')})"
     else:
@@ -240,8 +246,19 @@ def _kept(root: Path, file: File) -> bytes | None:
         with tables.attached(root) as connection:
             where, values = _rows_of(connection, file)
             rows = connection.sql(f'from there."{file.table}" {where}', params=values).pl()
+            declared = _declared(connection, file.table)
+        if declared:
+            return as_parquet(file.table, declared.fit(rows))
         return as_parquet(file.table, tables.as_in_parts(file.table, rows).head(file.rows))
     return None
+
+
+def _declared(connection: duckdb.DuckDBPyConnection, table: str) -> Relation | None:
+    """The declaration of a table that is none of every store's."""
+    if table in tables.tables():
+        return None
+    rows = connection.sql("from there.relations where name = ?", params=[table]).pl().to_dicts()
+    return parsed(rows[0])
 
 
 def _rows_of(connection: duckdb.DuckDBPyConnection, part: Part) -> tuple[str, list[object]]:
@@ -250,6 +267,10 @@ def _rows_of(connection: duckdb.DuckDBPyConnection, part: Part) -> tuple[str, li
         return "where recorded = ?", [int(part.owner)]
     if part.table == "models":
         return "where starts_with(weights_sha256, ?)", [part.owner]
+    if part.table == part.owner and part.batch is None:
+        return "", []  # a label
+    if part.table == "sites" and "/" in part.owner:
+        return "where run = ? and site = ?", [*part.owner.split("/", 1)]
     if part.batch is None:
         keys = {"datasets": "dataset", "vocabularies": "vocabulary", "relations": "owner"}
         return f"where {keys.get(part.table, 'run')} = ?", [part.owner]

@@ -140,7 +140,7 @@ def verify_files(
         findings.append(
             Finding(CHECKPOINT, "checkpoint", "it is not what the manifests come to; no reader relies on it")
         )
-    jobs = [(manifest, file) for manifest in manifests for file in manifest.files]
+    jobs = [(manifest, file) for manifest in log.live(manifests) for file in manifest.files]
     small = [job for job in jobs if not isinstance(job[1], Shard)]
     done, total = sum(file.bytes for _, file in small), sum(file.bytes for _, file in jobs)
     findings += _files(root, small, quick, lambda n: advance(n, total))
@@ -306,8 +306,10 @@ def _index_is_whole(descriptor: int, shard: Shard, positions: dict[tuple[str, st
 
 def _strays(root: Path, manifests: list[Manifest]) -> Iterator[Finding]:
     """Files that no manifest names: a stopped writer left them, the next writer removes them."""
+    dropped = {path for manifest in manifests if manifest.dropped for path in manifest.dropped.files}
     for path in log.strays(root, manifests):
-        yield Finding(path, "stray", "no commit names it; the next writer removes it")
+        what = "it was dropped" if path in dropped else "no commit names it"
+        yield Finding(path, "stray", f"{what}; the next writer removes it")
 
 
 def raise_if_damaged(report: Report, path: str | Path) -> None:

@@ -117,12 +117,11 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         connection.execute(f"set temp_directory = {tables.quoted(folder)}")  # or DuckDB would use the working folder
         held = int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
+        committed = log.live(committed)
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]
         types = dict(tables.tables()["shards"])
         connection.register("shards_committed", pl.DataFrame(shards, schema=types))
-        there = {row[0] for row in connection.execute(tables.TABLES_ATTACHED).fetchall()}
-        named = dict.fromkeys(part.table for manifest in committed for part in manifest.parts)
-        for table in [table for table in {**tables.tables(), **named} if table in there and table != "snapshot"]:
+        for table in witness.tables_held(connection):
             yield from _differences(connection, table, _committed_rows(root, connection, table, committed, copies))
 
 
@@ -137,13 +136,19 @@ def _committed_rows(
     elif parts:
         source = tables.source(connection, table, parts, "there.datasets")
     else:
-        return f'(from there."{table}" limit 0)'
+        return f"(from there.{identifier(table)} limit 0)"
     held = {row[0] for row in connection.execute(f"describe from {source}").fetchall()}
-    columns = connection.execute(f'describe there."{table}"').fetchall()
+    columns = [(name, identifier(name), dtype) for name, dtype in _columns(connection, table)]
     selected = ", ".join(
-        f"{identifier(name) if name in held else 'null'}::{dtype} as {identifier(name)}" for name, dtype, *_ in columns
+        f"{as_sql if name in held else 'null'}::{dtype} as {as_sql}" for name, as_sql, dtype in columns
     )
     return f"(select {selected} from {source})"
+
+
+def _columns(connection: duckdb.DuckDBPyConnection, table: str) -> list[tuple[str, str]]:
+    """Name and SQL type of each column of a table of the catalog."""
+    described = connection.execute(f"describe there.{identifier(table)}").fetchall()
+    return [(name, dtype) for name, dtype, *_ in described]
 
 
 def _differences(connection: duckdb.DuckDBPyConnection, table: str, committed: str) -> Iterator[str]:
@@ -152,11 +157,10 @@ def _differences(connection: duckdb.DuckDBPyConnection, table: str, committed: s
     A sum over hashes of the rows, which needs no memory, says whether rows differ. Only then are
     they counted.
     """
-    there = identifier(table)
-    columns = ", ".join(identifier(row[0]) for row in connection.execute(f"describe there.{there}").fetchall())
+    columns = ", ".join(identifier(name) for name, _ in _columns(connection, table))
     row = f"hash({columns})"
     digest = f"select count(*), sum(({row} >> 1)::bigint), bit_xor({row}) from"  # integers, so in any order the same
-    held = f"there.{there}"
+    held = f"there.{identifier(table)}"
     of_catalog, of_parts = (connection.execute(f"{digest} {rows}").fetchall() for rows in (held, committed))
     if of_catalog == of_parts:
         return

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from actstore.arrays.address import Ids
 from actstore.commits import log
 from actstore.commits.format import check_format
 from actstore.commits.manifest import Manifest
@@ -78,7 +79,8 @@ def stored_run(runs: Rows, sites: Rows, plan: RunPlan) -> dict[str, Any] | None:
             "prompt": plan.facts.get("prompt", "task"),
             "samples": plan.facts.get("samples"),
         }
-        shorts = ", ".join(site["short"] for site in sites if site["run"] == plan.run)
+        ran = (site["short"] for site in sites if site["run"] == plan.run and site.get("lineage") is None)
+        shorts = ", ".join(ran)
         stored = {**row, "sites": shorts or "none", "prompt": row.get("prompt") or "task"}
         must_agree(f"run {plan.run!r}", stored, wanted, "name the new run otherwise (--run)")
     return row
@@ -126,7 +128,13 @@ def committed_datasets(root: Path) -> dict[str, dict[str, Any]]:
 
 def batches_of(committed: Sequence[Manifest], run: str) -> set[int]:
     """Numbers of a run's batches in these manifests."""
-    return {m.batch for m in committed if m.kind == "batch" and m.run == run and m.batch is not None}
+    return {m.batch for m in log.live(committed) if m.kind == "batch" and m.run == run and m.batch is not None}
+
+
+def dropped_ids(committed: Sequence[Manifest]) -> Ids:
+    """Ids beyond those of all datasets that were dropped; (0, 0) if none was."""
+    last = next((manifest.dropped for manifest in reversed(committed) if manifest.dropped), None)
+    return Ids(last.token_id, last.sequence_id) if last else Ids(0, 0)
 
 
 def must_agree(what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], advice: str) -> None:

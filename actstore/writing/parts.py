@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from actstore.catalog import tables as catalog_tables
+from actstore.commits.log import live
 from actstore.commits.manifest import Manifest
 from actstore.errors import BadInput, Damaged, advised
 from actstore.storage.at import at
@@ -34,7 +35,7 @@ def rows_committed(root: Path, committed: Sequence[Manifest], table: str) -> pl.
     Raises:
         Damaged: a part does not hold rows of the table, or a row lacks its key.
     """
-    parts = [part for manifest in committed for part in manifest.parts if part.table == table]
+    parts = [part for manifest in live(committed) for part in manifest.parts if part.table == table]
     if not parts:
         return pl.DataFrame()
     try:
@@ -79,6 +80,8 @@ def as_stored(table: str, frame: pl.DataFrame) -> pl.DataFrame:
     """Give rows all columns and types of their table, so that the catalog can take every part.
 
     Args:
+        table: a table of every store; rows of a declared table are returned as they are, see
+            Relation.fit.
         frame: the rows; a column may be missing, and is then NULL.
 
     Raises:

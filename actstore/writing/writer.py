@@ -20,15 +20,24 @@ from actstore.arrays.address import Ids
 from actstore.arrays.metadata import metadata
 from actstore.catalog import build, witness
 from actstore.catalog import tables as catalog_tables
+from actstore.catalog.declared import Relation
 from actstore.commits import checkpoint, log
 from actstore.commits.format import ARRAYS, check_format, part_path, unembedding_path, weights_path
 from actstore.commits.log import refuse_astray
-from actstore.commits.manifest import Manifest, Part, Shard
-from actstore.errors import BadInput
+from actstore.commits.manifest import Dropped, Manifest, Part, Shard
+from actstore.errors import BadInput, advised
 from actstore.storage.at import at, place
 from actstore.storage.backend import File, Held
 from actstore.storage.refused import needing_room
-from actstore.writing.committed import batches_of, check_tables, must_agree, stored_dataset, stored_run
+from actstore.writing.appending import Appended
+from actstore.writing.committed import (
+    batches_of,
+    check_tables,
+    dropped_ids,
+    must_agree,
+    stored_dataset,
+    stored_run,
+)
 from actstore.writing.create import create
 from actstore.writing.parts import GROUP, as_parquet, read_part, rows_committed
 from actstore.writing.plan import RunPlan
@@ -77,9 +86,11 @@ class Writer:
         log.check_sizes(root, self._log)
         refuse_astray(root, self._log)
         witness.refuse_conflict(root, self._log)
+        if any(manifest.dropped for manifest in self._log[catalog_tables.snapshot(root) :]):
+            build.publish(root)  # or the catalog would name files that the sweep removes
         log.sweep(root, self._log)
         catalog_tables.discard_beside(at(root), catalog_tables.CATALOG)
-        self._files = {file.path: file for manifest in self._log for file in manifest.files}
+        self._files = {file.path: file for manifest in log.live(self._log) for file in manifest.files}
 
     def rows_of(self, table: str) -> pl.DataFrame:
         """All committed rows of one of the small tables (models, datasets, runs, sites)."""
@@ -115,7 +126,7 @@ class Writer:
         model = self._model(plan.model)
         known = self.rows_of("datasets").to_dicts()
         stored = stored_dataset(known, plan.dataset)
-        first = Ids.of_dataset(stored) if stored else Ids.after(known, plan.dataset)
+        first = Ids.of_dataset(stored) if stored else Ids.after(known, plan.dataset, dropped_ids(self._log))
         if stored_run(self.rows_of("runs").to_dicts(), self.rows_of("sites").to_dicts(), plan):
             return first
         check_tables(self.rows_of("relations").to_dicts(), plan)
@@ -163,6 +174,11 @@ class Writer:
         """
         parts, shards = list[Part](), list[Shard]()
         for content in contents:
+            known = content.table in ("", *catalog_tables.every_column()) or content.table in self._declared
+            if not known:
+                raise BadInput(
+                    f"nobody declared a table {content.table}; declare it first, with the dataset that it belongs to"
+                )
             if content.table:
                 parts += self._part(content, first_sequence_id, n_sequences)
             else:
@@ -191,6 +207,68 @@ class Writer:
         self._commit(Manifest(number, "results", parts=self._part(part_content("results", f"{number:08d}", rows))))
         return number
 
+    def append(self, appended: Appended) -> int:
+        """Commit a new site of a stored run, and return the commit's number.
+
+        Raises:
+            BadInput: the run has a site of the name.
+        """
+        run, site, number = appended.run, appended.plan.site, len(self._log) + 1
+        held = [row for row in self.rows_of("sites").to_dicts() if row["run"] == run]
+        if any(site in (row["site"], row["short"]) for row in held):
+            raise BadInput(f"run {run!r} holds a site {site!r}; take another name")
+        folder, layout = appended.plan.path(run), appended.plan.layout
+        others = self._file(f"{folder}/zarr.json", appended.metadata())
+        shards = [
+            Shard(**vars(file), run=run, site=site, batch=batch, first_tree_id=first, n_trees=n)
+            for batch, first, n, content in appended.shards()
+            for file in self._file(f"{folder}/{layout.shard_name(batch)}", content)
+        ]
+        parts = self._part(part_content("sites", f"{run}/{site}", [appended.plan.row(run)]))
+        self._commit(Manifest(number, "site", run, None, parts, shards, others))
+        return number
+
+    def label(self, relation: Relation, rows: pl.DataFrame) -> int:
+        """Commit a user's labels as a declared table, and return the commit's number.
+
+        Args:
+            relation: the table; its owner is its own name.
+            rows: see Relation.fit.
+
+        Raises:
+            BadInput: the store has a table of the name.
+        """
+        self._refuse_declared(relation.name)
+        number, contents = len(self._log) + 1, {"relations": pl.DataFrame([relation.row()]), relation.name: rows}
+        parts = [part_content(table, relation.name, frame) for table, frame in contents.items()]
+        self._commit(Manifest(number, "labels", parts=[file for part in parts for file in self._part(part)]))
+        return number
+
+    def _refuse_declared(self, name: str) -> None:
+        """Refuse labels with the name of a declared table."""
+        for row in self.rows_of("relations").to_dicts():
+            if row["name"] == name:
+                drop = f"drop them first with {advised('drop', self.root, '--label', name)}, or take another name"
+                if row["kind"] == "labels":
+                    raise BadInput(f"got the name {name!r}; {self.root} holds labels of that name: {drop}")
+                raise BadInput(
+                    f"got the name {name!r}; that table holds the documents of dataset {row['owner']!r}: take another name"
+                )
+
+    def drop(self, dropped: Dropped) -> int:
+        """Commit that files are dropped, and return the commit's number.
+
+        The next writer, or `repair`, removes them; whoever has the store open still reads them.
+
+        Args:
+            dropped: see dropping.plan.
+        """
+        number = len(self._log) + 1
+        self._commit(Manifest(number, "drop", dropped=dropped))
+        for path in dropped.files:
+            del self._files[path]
+        return number
+
     def _commit(self, manifest: Manifest) -> None:
         self._lease.check()
         log.check_sizes(self.root, [manifest])  # a second writer that ignores the lease may have removed files
@@ -199,10 +277,6 @@ class Writer:
 
     def _part(self, part: Content, first_tree_id: int | None = None, n_trees: int | None = None) -> list[Part]:
         """Publish rows of a table; returns [] if an earlier commit brought the same rows."""
-        if part.table not in catalog_tables.every_column() and part.table not in self._declared:
-            raise BadInput(
-                f"nobody declared a table {part.table}; declare it first, with the dataset that it belongs to"
-            )
         if part.path in self._files and not self._has(part.path, part.content):
             held = read_part(self.root, part.path)  # another version may encode the same rows otherwise
             if not held.equals(pl.read_parquet(bytes(part.content))):

@@ -57,9 +57,19 @@ def compare(
         datasets, runs = rows_committed(root, committed, "datasets"), store.runs()
         for done, run in enumerate(runs, start=1):
             job, about = rehydrate(root, committed, run)
+            found += _appended(store, run)
             found += _compare_run(store, job, int(about["first_tree_id"]), n_trees, seed, job.originals(datasets))
             advance(done, len(runs), run)
     return found
+
+
+def _appended(store: Store, run: str) -> list[Difference]:
+    """The sites that were appended to a run: nothing says how to compute them again."""
+    sites = store.sql("select short, lineage from sites where run = $run and lineage is not null", {"run": run})
+    return [
+        Difference(run, site, 0.0, 0.0, 0, f"appended, so it cannot be computed again: {lineage}")
+        for site, lineage in sites.iter_rows()
+    ]
 
 
 def _compare_run(

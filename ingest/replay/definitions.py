@@ -43,7 +43,7 @@ def lost_rows(root: Path, sound: list[Manifest], run: str) -> dict[Part, Row]:
         sound: the commits without their damaged parts.
         run: name of the run.
     """
-    whole = log.manifests(root)
+    whole = log.live(log.manifests(root))
     lost = {file.path for commit in whole for file in commit.parts} - {
         file.path for commit in sound for file in commit.parts
     }
@@ -128,6 +128,7 @@ def _runs(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[st
 def site_names(root: Path, run: str) -> list[str]:
     """TransformerLens names of the sites of a run, from the paths of its arrays in the manifest."""
     under = f"{ARRAYS}/{run}/"
-    paths = [file.path for commit in log.manifests(root) if commit.run == run for file in commit.others]
+    commits = [commit for commit in log.live(log.manifests(root)) if commit.run == run and commit.kind == "run"]
+    paths = [file.path for commit in commits for file in commit.others]
     names = [path.removeprefix(under).rpartition("/")[0] for path in paths if path.startswith(under)]
     return [name for name in names if name]

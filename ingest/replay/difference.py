@@ -21,7 +21,7 @@ class Difference:
         worst: largest difference of a site (relative to the site's largest number) or of a
             probability; for tables, the share of rows that differ.
         tolerance: largest accepted `worst`.
-        n: number of rows compared.
+        n: number of rows compared; 0 for a site that was appended and cannot be computed again.
         first: place of the worst difference, in words.
     """
 
@@ -48,7 +48,7 @@ def as_frame(found: Sequence[Difference]) -> pl.DataFrame:
             "worst": [each.worst for each in found],
             "tolerance": [each.tolerance for each in found],
             "n": [each.n for each in found],
-            "where": ["" if each.agrees else each.first for each in found],
+            "where": ["" if each.agrees and each.n else each.first for each in found],
         }
     )
 

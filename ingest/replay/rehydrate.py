@@ -39,7 +39,8 @@ def rehydrate(
         raise NotStored(f"{root} holds no run {run!r}")
     model = row_where(rows["models"], "weights_sha256", about["weights_sha256"], "models")
     dataset = row_where(rows["datasets"], "dataset", about["dataset"], "datasets")
-    sites = [row["short"] for row in rows["sites"] if row["run"] == run] or definitions.site_names(root, run)
+    ran = [row for row in rows["sites"] if row["run"] == run and row.get("lineage") is None]
+    sites = [row["short"] for row in ran] or definitions.site_names(root, run)
     depths = dataset.get("depths")
     trees = TreeSet(
         dataset["distribution"],

@@ -1,0 +1,44 @@
+"""The command that stores a user's own labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from actstore.cli.group import main, say
+from actstore.cli.options import store_argument, wait_option
+
+
+@main.command()
+@store_argument
+@click.argument("name")
+@click.argument("file", type=click.Path())
+@click.option(
+    "--on",
+    type=click.Choice(["token_id", "sequence_id", "span"]),
+    default="token_id",
+    show_default=True,
+    help="Columns that say what a row labels; span: dataset, row, start, end, in characters of the row's text.",
+)
+@wait_option
+def label(store: Path, name: str, file: str, on: Literal["token_id", "sequence_id", "span"], wait: float) -> None:
+    """Store labels of your own as the table NAME.
+
+    FILE is a .parquet, .csv or .jsonl table with one row for each token or sequence that it labels.
+    With --on span, a row labels every token that its characters overlap. `start` counts from 0, and
+    `end` is the character after the last.
+
+    Example:
+
+    \b
+        actstore label demo.act sentiment labels.csv
+        actstore label demo.act topics topics.parquet --on sequence_id
+        actstore label demo.act entities entities.jsonl --on span
+    """
+    from actstore import verbs
+
+    rows = verbs.label(store, name, Path(file), on, wait)
+    key = rows.columns[0]
+    say(f"{store}: table {name} labels {len(rows):,} {key}s; join it with `join {name} using ({key})`")

@@ -1,0 +1,375 @@
+"""Labels of one's own: a table that is committed, joined, verified and dropped; and tables of one query."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from click.testing import CliRunner
+
+from actstore import verbs
+from actstore.catalog import tables
+from actstore.catalog.declared import declare
+from actstore.cli import main
+from actstore.errors import BadInput, LimitReached, NotStored
+from actstore.store import Store
+from actstore.upkeep.repair import repair
+from actstore.upkeep.verify import verify
+from actstore.writing.plan import RunPlan
+from actstore.writing.writer import batch_contents, open_writer
+from tests.damaged import damage, flip
+from tests.stores import fake
+
+DOCUMENTS = ["né à Rome 🏛️ ok", "plain"]
+PIECE = 3  # characters of a token
+
+
+def text_store(root: Path, cut: int = 8) -> None:
+    """A run without sites over DOCUMENTS, in tokens of PIECE characters and sequences of `cut` characters."""
+    pieces = [(row, at, text[at : at + cut]) for row, text in enumerate(DOCUMENTS) for at in range(0, len(text), cut)]
+    starts = [len(DOCUMENTS[row][:at].encode()) for row, at, _ in pieces]
+    documents = pl.DataFrame({"text": [part for *_, part in pieces], "text_start": starts}).with_columns(
+        sequence_id=pl.int_range(pl.len(), dtype=pl.Int64)
+    )
+    relation = declare("stories_documents", "sequence", "documents", "stories", documents)
+    lengths = [-(-len(part) // PIECE) for *_, part in pieces]
+    dataset = {
+        **{"dataset": "stories", "n_positions": max(lengths), "task": "tokens", "layout": "rows", "n_ids": 1024},
+        **{"n_sequences": len(pieces), "n_tokens": sum(lengths), "rows_per_shard": 1024, "rows_per_chunk": 4},
+        **{"vocabulary": "v", "recipe": json.dumps({"column": "text"})},
+    }
+    model = {"weights_sha256": hashlib.sha256(b"w").hexdigest(), "model": "m", "weights_kept": False}
+    vocabulary = pl.DataFrame({"vocabulary": "v", "number": [0], "token": ["x"]})
+    parts = {"vocabularies": vocabulary, "relations": pl.DataFrame([relation.row()])}
+    plan = RunPlan("text", model, b"", dataset, [], {"device": "cpu", "versions": "{}"}, parts)
+    with open_writer(root, make=True) as writer:
+        first = writer.define(plan)
+        tokens, listed = list[dict[str, Any]](), list[dict[str, Any]]()
+        for number, ((row, _, part), start) in enumerate(zip(pieces, starts, strict=True)):
+            begins = first.token_id + len(tokens)
+            for position, at in enumerate(range(0, len(part), PIECE)):
+                stop = start + len(part[: at + PIECE].encode())
+                place = {"start": start + len(part[:at].encode()), "stop": stop, "position": position}
+                tokens.append({"token_id": first.token_id + len(tokens), "token": "x", "number": 0, **place})
+                tokens[-1]["sequence_id"] = first.sequence_id + number
+            listed.append(
+                {
+                    **{"sequence_id": first.sequence_id + number, "dataset": "stories", "first_token_id": begins},
+                    **{"n_tokens": lengths[number], "hash": number, "split": "train", "document": row},
+                }
+            )
+        rows = {
+            "listed_sequences": pl.DataFrame(listed),
+            "tokens": pl.DataFrame(tokens),
+            "stories_documents": relation.fit(documents.with_columns(pl.col("sequence_id") + first.sequence_id)),
+        }
+        contents = batch_contents(plan, 0, rows, {}, {})
+        writer.commit_batch(plan, 0, first.sequence_id, len(pieces), contents)
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("labels") / "trees"
+    fake("r", "d").store(root)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    fake("r", "d").store(tmp_path / "s")
+    return tmp_path / "s"
+
+
+LABELS = pl.DataFrame(
+    {"token_id": [258, 0, 2], "score": [0.5, None, 2.0], "kind": ["a", "é", None], "Of It": [[1, 2], [], None]}
+)
+
+
+def none(*asked: object) -> dict[str, bytes]:
+    raise AssertionError("nothing is to be computed again")
+
+
+def test_labels_are_joined_verified_and_part_of_the_snapshot(root: Path) -> None:
+    with Store(root) as before:
+        before.label("mine", LABELS)
+        assert "mine" not in before.tables
+    with Store(root, check=True) as store:
+        assert store.snapshot == before_snapshot(root)
+        assert "mine" in store.tables
+        joined = store.sql(
+            'select token_id, position, score, kind, "Of It" from tokens join mine using (token_id) order by 1'
+        )
+        assert joined.drop("position").equals(LABELS.sort("token_id"))
+        assert joined["position"].to_list() == [0, 2, 2]
+        X, rows = store.read("select token_id, score from mine where score is not null", site="resid_post.0")
+        assert X[:, 0].tolist() == [0, 1]
+        assert rows["score"].to_list() == [2.0, 0.5]
+    assert not verify(root).findings
+
+
+def before_snapshot(root: Path) -> int:
+    return len(list((root / "log").iterdir()))
+
+
+def test_labels_of_sequences_come_from_any_file(root: Path, tmp_path: Path) -> None:
+    frame = pl.DataFrame({"topic": ["x", "y"], "sequence_id": [1, 3]})
+    for ending, write in (("csv", frame.write_csv), ("jsonl", frame.write_ndjson), ("parquet", frame.write_parquet)):
+        file = tmp_path / f"of.{ending}"
+        write(file)
+        done = CliRunner().invoke(main, ["label", str(root), f"of_{ending}", str(file), "--on", "sequence_id"])
+        assert done.exit_code == 0, done.output
+        assert "2 sequence_ids" in done.output
+        with Store(root) as store:
+            held = store.sql(f"select * from trees join of_{ending} on tree_id = sequence_id order by tree_id")
+            assert held["topic"].to_list() == ["x", "y"]
+
+
+def test_a_damaged_part_of_labels_is_mended_from_the_catalog(root: Path) -> None:
+    verbs.label(root, "mine", LABELS)
+    for path in ("parts/mine/mine.parquet", "parts/relations/mine.parquet"):
+        committed = (root / path).read_bytes()
+        damage(root / path, flip(0))
+        assert [finding.path for finding in verify(root).damage] == [path]
+        assert repair(root, none).mended == [path]
+        assert (root / path).read_bytes() == committed
+
+
+def test_a_catalog_that_lacks_labels_or_holds_others_is_found(root: Path) -> None:
+    import duckdb
+
+    from actstore.catalog.hash_note import note_hash
+
+    verbs.label(root, "mine", LABELS)
+    catalog = root / tables.CATALOG
+    catalog.chmod(0o644)
+    with duckdb.connect(str(catalog)) as connection:
+        connection.execute("update mine set score = 7 where token_id = 2")
+    note_hash(root, catalog, None)
+    assert "rows of table mine" in " ".join(finding.what for finding in verify(root).damage)
+
+
+def test_labels_are_dropped_and_brought_again(root: Path) -> None:
+    verbs.label(root, "mine", LABELS)
+    with pytest.raises(BadInput, match=r"drop .*--label mine"):
+        verbs.label(root, "mine", LABELS)
+    verbs.drop(root, label="mine")
+    with Store(root) as store:
+        assert "mine" not in store.tables
+        assert store.sql("from relations").is_empty()
+    verbs.label(root, "mine", LABELS.select("token_id"))
+    with Store(root) as store:
+        assert store.sql("from mine").columns == ["token_id"]
+    assert not verify(root).findings
+
+
+def test_a_run_of_one_dataset_sees_the_labels_of_its_tokens(root: Path) -> None:
+    fake("other", "e", seed=4).store(root)
+    verbs.label(root, "mine", {"token_id": [0, 5 * 256], "y": [1, 2]})
+    with Store(root) as store:
+        assert store.read("select token_id, y from mine", "other", "resid_post.0")[1]["y"].to_list() == [2]
+        assert store.of("r").sql("select y from mine")["y"].to_list() == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "on", "error", "said"),
+    [
+        ("tokens", {"token_id": [0]}, "token_id", BadInput, "a table or view of every store"),
+        ("Mine", {"token_id": [0]}, "token_id", BadInput, "lower-case"),
+        ("select", {"token_id": [0]}, "token_id", BadInput, "a word of SQL"),
+        ("mine", {"id": [0]}, "token_id", BadInput, "lack the column token_id; they have id"),
+        ("mine", {"token_id": [0]}, "tree_id", BadInput, "got on 'tree_id'"),
+        (
+            "mine",
+            {"token_id": [0, 0, 2, 1, 1]},
+            "token_id",
+            BadInput,
+            "2 of 3 token_ids have more than one row, the first 0",
+        ),
+        (
+            "mine",
+            {"token_id": [0, 255, 2**40]},
+            "token_id",
+            NotStored,
+            "2 of 3 rows .* the first 255; are they of another",
+        ),
+        ("mine", {"sequence_id": [5]}, "sequence_id", NotStored, "of no sequence"),
+        ("mine", {"token_id": [0.0]}, "token_id", BadInput, "Float64; it must be an integer"),
+        ("mine", {"token_id": [0, None]}, "token_id", BadInput, "1 of 2 rows"),
+        ("mine", {"token_id": [0], "role": ["x"]}, "token_id", BadInput, "a column role, as tokens or sequences do"),
+        ("mine", {"token_id": [0], "Split": ["x"]}, "token_id", BadInput, "a column Split"),
+        ("mine", {"token_id": [0], "y": [{"a": 1}]}, "token_id", BadInput, "column 'y' is Struct"),
+        ("mine", {"token_id": []}, "token_id", BadInput, "no rows"),
+        ("mine", {"token_id": [0], "x": [1], "X": [1]}, "token_id", BadInput, "two columns of one name"),
+        ("mine", "no.csv", "token_id", BadInput, "there is no file no.csv"),
+        ("mine", "no.xls", "token_id", BadInput, "ends in .parquet, .csv"),
+    ],
+)
+def test_bad_labels_are_refused_counted_and_the_first_is_named(
+    trees: Path, name: str, labels: Any, on: Any, error: type[Exception], said: str
+) -> None:
+    before = len(list((trees / "log").iterdir()))
+    with pytest.raises(error, match=said):
+        verbs.label(trees, name, labels, on)
+    assert len(list((trees / "log").iterdir())) == before
+
+
+def test_the_documents_of_a_dataset_cannot_take_the_name_of_labels(root: Path) -> None:
+    verbs.label(root, "stories_documents", {"token_id": [0]})
+    with pytest.raises(BadInput, match="which is the table of label"):
+        text_store(root)
+    assert not verify(root).damage
+
+
+# Spans of characters.
+
+
+def test_a_span_of_characters_labels_every_token_that_it_overlaps(tmp_path: Path) -> None:
+    fake("r", "d").store(tmp_path / "s")  # so that ids do not begin at 0
+    text_store(tmp_path / "s")
+    text = DOCUMENTS[0]
+    spans = {"city": text.index("Rome"), "end": text.index("ok")}
+    ends = {"city": spans["city"] + 4, "end": spans["end"] + 2}
+    frame = pl.DataFrame(
+        {
+            **{"dataset": "stories", "row": [0, 0, 1], "start": [*spans.values(), 0], "end": [*ends.values(), 2]},
+            "what": [*spans, "word"],
+        }
+    )
+    with Store(tmp_path / "s") as store:
+        store.label("entities", frame, on="span")
+    with Store(tmp_path / "s") as store:
+        found = store.sql(
+            "select document, start, stop, span, what from entities join tokens using (token_id) "
+            "join sequences using (sequence_id) order by token_id"
+        )
+        by_hand = []
+        for row, document in enumerate(DOCUMENTS):
+            for sequence in range(0, len(document), 8):
+                for at in range(sequence, min(sequence + 8, len(document)), PIECE):
+                    stop = min(at + PIECE, sequence + 8, len(document))
+                    for number, (of_row, start, end) in enumerate(frame.select("row", "start", "end").iter_rows()):
+                        if of_row == row and at < end and stop > start:
+                            in_bytes = len(document[:at].encode()), len(document[:stop].encode())
+                            by_hand.append((row, *in_bytes, number, frame["what"][number]))
+        assert found.rows() == by_hand
+        assert len(by_hand) == 6
+    assert not verify(tmp_path / "s").findings
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"dataset": ["storys"]}, NotStored, "did you mean 'stories'"),
+        ({"dataset": ["d"]}, NotStored, "holds no text"),
+        ({"row": [7]}, NotStored, "row 7"),
+        ({"end": [99]}, BadInput, "whose stored text has 5"),
+        ({"start": [2], "end": [2]}, BadInput, "1 of 1 spans .* the first in row 0 of the file"),
+        ({"start": [-1]}, BadInput, "at characters -1 to 3"),
+        ({"start": [0.5]}, BadInput, "start must be an integer"),
+        (
+            {"start": [0, 1], "end": [2, 3], "row": [1, 1], "dataset": ["stories"] * 2},
+            BadInput,
+            "two spans cover one token",
+        ),
+        ({"span": [1]}, BadInput, "a column span"),
+    ],
+)
+def test_bad_spans_are_refused(tmp_path: Path, change: dict[str, Any], error: type[Exception], said: str) -> None:
+    text_store(tmp_path / "s")
+    if change == {"dataset": ["d"]}:
+        fake("r", "d").store(tmp_path / "s")
+    with pytest.raises(error, match=said):
+        verbs.label(
+            tmp_path / "s", "mine", {"dataset": ["stories"], "row": [1], "start": [0], "end": [3], **change}, "span"
+        )
+
+
+# Tables of one query.
+
+
+def test_a_table_of_one_query_is_joined_in_every_way_of_asking(trees: Path) -> None:
+    mine = pl.DataFrame({"token_id": [258, 0], "y": ["b", "a"]})
+    query = "select token_id, y, position from tokens join mine using (token_id) order by token_id"
+    with Store(trees) as store:
+        for asked in (store, store.of("r")):
+            assert asked.sql(query, tables={"mine": mine})["y"].to_list() == ["a", "b"]
+        assert store.sql(query, tables={"mine": mine}, timeout=60)["y"].to_list() == ["a", "b"]
+        vectors = store.sql(
+            "select act(token_id, 'r', 'resid_post.0') as x, y from mine order by y", tables={"mine": mine.lazy()}
+        )
+        assert vectors["x"].to_numpy()[:, 0].tolist() == [0, 1]
+        X, rows = store.read(query, site="resid_post.0", tables={"mine": mine.to_arrow()})
+        assert X[:, 1].tolist() == [0, 2]
+        assert rows["y"].to_list() == ["a", "b"]
+        assert store.explain(query, site="resid_post.0", tables={"mine": mine}).rows == 2
+        ((X, columns),) = store.batches(query, site="resid_post.0", tables={"mine": mine}, shuffle=False)
+        assert columns["y"] == ["a", "b"]
+        assert np.asarray(X)[:, 1].tolist() == [0, 2]
+        with pytest.raises(BadInput, match="mine"):
+            store.sql(query)  # it was of those queries alone
+        assert store.sql("select count(*) from tokens").item() > 2  # the functions outlive the copy
+        assert store.sql("select act(token_id, 'r', 'resid_post.0') as x from tokens where token_id = 0").height == 1
+
+
+def test_a_table_of_one_query_has_its_limits_and_opens_nothing(trees: Path, tmp_path: Path) -> None:
+    big = pl.DataFrame({"n": np.arange(3000)})
+    file = tmp_path / "secret.csv"
+    file.write_text("a\n1\n")
+    with Store(trees) as store:
+        with pytest.raises(LimitReached):
+            store.sql(
+                "select count(*) from mine a, mine b, mine c, mine d where a.n + b.n + c.n = d.n",
+                tables={"mine": big},
+                timeout=0.5,
+            )
+        for query in (
+            f"select * from mine, read_csv('{file}')",
+            f"from '{file}'",
+            "create table t as from mine",
+            "insert into mine values (1)",
+            "drop view mine",
+        ):
+            with pytest.raises(BadInput):
+                store.sql(query, tables={"mine": big})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tokens": {"a": [1]}}, "a table or view of every store"),
+        ({"r's": {"a": [1]}}, "no identifier"),
+        ({"mine": {"a": [1], "A": [2]}}, "two columns named a"),
+        ({"mine": 3}, "for table 'mine'"),
+        ({"mine": {}}, "columns"),
+        ([1], "for tables"),
+    ],
+)
+def test_a_table_of_one_query_that_cannot_be_is_refused(trees: Path, given: Any, said: str) -> None:
+    with Store(trees) as store, pytest.raises(BadInput, match=said):
+        store.sql("select 1", tables=given)
+
+
+def test_a_table_of_one_query_cannot_hide_labels(root: Path) -> None:
+    verbs.label(root, "mine", LABELS)
+    with Store(root) as store, pytest.raises(BadInput, match="which the store holds"):
+        store.sql("from mine", tables={"mine": {"a": [1]}})
+
+
+def test_the_command_line_reads_the_file_before_the_session_does_anything(trees: Path, tmp_path: Path) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text("token_id,y\n0,a\n258,b\n")
+    for command in (["sql"], ["read", "--site", "resid_post.0"]):
+        query = "select token_id, y from mine join tokens using (token_id) order by y"
+        done = CliRunner().invoke(
+            main, [command[0], str(trees), query, *command[1:], "--table", f"mine={file}", "--json"]
+        )
+        assert done.exit_code == 0, done.output
+        assert [row["y"] for row in json.loads(done.output)] == ["a", "b"]
+    wrong = CliRunner().invoke(main, ["sql", str(trees), "select 1", "--table", "mine"])
+    assert wrong.exit_code == 2
+    assert "give NAME=FILE" in wrong.output

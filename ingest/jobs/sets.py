@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from actstore.commits.log import live
 from actstore.commits.manifest import Manifest
 from actstore.errors import NotStored
 from actstore.ingest.corpus import corpus as of_text
@@ -61,7 +62,7 @@ def reader(root: Path, manifests: Sequence[Manifest], row: Mapping[str, Any]) ->
     owners = {"vocabularies": row.get("vocabulary")}  # which sets share
     parts = {
         (part.table, part.batch): part.path
-        for manifest in manifests
+        for manifest in live(manifests)
         for part in manifest.parts
         if part.owner == owners.get(part.table, row["dataset"])
     }

@@ -181,6 +181,7 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "queries": "iterdir read_text",  # the queries that are installed
     "queries.probes.baselines": "read_text",  # the user's query
     "queries.report": "mkdir",  # the user's
+    "reading.files": "read_bytes",  # the user's
     "sql.process": "read_text",  # /proc
     "sql.session": "regular.check_regular regular.open_regular",  # the catalog that the place lends
     "store": "read_text",  # info.sql

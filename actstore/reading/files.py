@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def read_arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
             found: dict[str, Any] = {name: rows[name] for name in ("token_id", "x") if name in rows.columns}
             found = {"token_id" if name == "token_id" else "X": _numpy(column) for name, column in found.items()}
         elif file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as held:
+            with np.load(BytesIO(content), allow_pickle=False) as held:
                 found = {name: held[name] for name in ("token_id", "X") if name in held}
         else:
             from safetensors.numpy import load

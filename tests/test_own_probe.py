@@ -116,6 +116,29 @@ def test_a_split_of_the_query_is_taken_for_that_of_the_sequences(store):
     assert value(study.ask(store, "probe", "text", query=mine), "embed", column="n") == lengths(N)[::2].sum()
 
 
+def test_a_parameter_whose_name_begins_like_one_of_the_studys_is_the_users(store, tmp_path):
+    file = tmp_path / "commas.sql"
+    file.write_text("select token_id, token = $runner as guess from tokens")
+    commas = "select token_id, token = $runner as label from tokens"
+    answer = study.ask(store, "probe", "text", query=commas, params={"runner": ","}, baselines=file, sites="embed")
+    assert value(answer, "embed", "baseline_commas") == 1
+
+
+def test_the_table_begins_with_what_the_sentence_says(found):
+    first = [
+        "label",
+        "site",
+        "n",
+        "accuracy %",
+        "baseline %",
+        "best baseline",
+        "above it, points",
+        "Holm",
+        "exceeds it",
+    ]
+    assert found.frame.columns[: len(first)] == first
+
+
 def test_baselines_of_the_user_count_where_they_are_best(store, tmp_path):
     right = tmp_path / "right.sql"
     right.write_text(f"select token_id, {KIND} as guess from tokens;\n")
@@ -136,6 +159,10 @@ def test_baselines_of_the_user_count_where_they_are_best(store, tmp_path):
     [
         ("select token_id, 'a' as guessed from tokens", "yields token_id, guessed, and no guess"),
         ("select token_id, 'a' as guess, 0.6 as p from tokens, range(2)", "add up to 1.2"),
+        (
+            "select token_id, 0.5 as guess from tokens",
+            "the guess of the baseline .*mine.sql' holds .*a probe reads classes",
+        ),
         ("select token_id + 100000 as token_id, 'a' as guess from tokens", "none of the .* test rows"),
     ],
 )

@@ -132,17 +132,22 @@ def _check_columns(found: pl.DataFrame, run: str) -> None:
                 f"the query's {column.name} is NULL in {n:,} of {len(found):,} rows, the first at token_id {first}; leave them "
                 f"out with `where {column.name} is not null`"
             )
-    kind = labels.dtype
-    if not (kind.is_integer() or kind in (pl.String, pl.Boolean, pl.Categorical, pl.Enum)):
-        raise BadInput(
-            f"the query's label holds {kind}; a probe reads classes: give text, whole numbers or true and false, such as "
-            "`(value > 0.5) as label`"
-        )
+    _check_kind(labels, "the query's label")
     if twice := len(found) - ids.n_unique():
         first = found.filter(ids.is_duplicated())["token_id"][0]
         raise BadInput(
             f"the query yields {twice:,} tokens again, the first being token_id {first}; give one row per token, or rows would "
             "count twice"
+        )
+
+
+def _check_kind(column: pl.Series, what: str) -> None:
+    """Refuse a column that does not hold classes."""
+    kind = column.dtype
+    if not (kind.is_integer() or kind in (pl.String, pl.Boolean, pl.Categorical, pl.Enum)):
+        raise BadInput(
+            f"{what} holds {kind}; a probe reads classes: give text, whole numbers or true and false, such as "
+            f"`(value > 0.5) as {column.name}`"
         )
 
 
@@ -183,8 +188,6 @@ def _check_classes(tokens: pl.DataFrame, run: str) -> None:
         raise BadInput(f"{_named(single)} one row each, which is in training or in test and not in both; {leave}")
     if len(unseen := counted.filter(n_train=0)):
         raise BadInput(f"{_named(unseen)} no row in training, so no probe can know them; {leave}")
-    if tokens.filter(split="train")["label"].n_unique() < 2:
-        raise BadInput("all training rows have one label; a probe tells two classes or more apart")
 
 
 def _named(classes: pl.DataFrame) -> str:
@@ -223,6 +226,7 @@ def guesses(
                 f"the baseline {str(file)!r} yields {', '.join(given.columns)}, and no {' and no '.join(lacking)}; it yields "
                 "token_id, guess and, where a guess is not sure, its probability p"
             )
+        _check_kind(given["guess"], f"the guess of the baseline {str(file)!r}")
         p = pl.col("p").cast(pl.Float64) if "p" in given.columns else pl.lit(1.0)
         given = given.select(pl.col("token_id").cast(pl.Int64), pl.col("guess").cast(pl.String), p.alias("p"))
         both = test.join(given.drop_nulls(), on="token_id", how="left", maintain_order="left")

@@ -29,7 +29,19 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
     """One row per site, in percent: the accuracy, the best baseline, and the controls."""
     table = one_row_a_probe(results).drop("token")
     extra = [_more(results.filter(site=site)) for site in table["site"]]
-    return pl.concat([table, pl.DataFrame(extra, infer_schema_length=None)], how="horizontal")
+    table = pl.concat([table, pl.DataFrame(extra, infer_schema_length=None)], how="horizontal")
+    first = (
+        "label",
+        "site",
+        "n",
+        "accuracy %",
+        "baseline %",
+        "best baseline",
+        "above it, points",
+        "Holm",
+        "exceeds it",
+    )
+    return table.select(*first, pl.exclude(first))
 
 
 def _more(of_site: pl.DataFrame) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -233,6 +234,20 @@ def test_a_finding_is_confirmed_on_a_second_set_without_the_sequences_of_the_fir
         studies.answer(store, "probe", ["text"], options={"query": NOISE}, confirm="more")
     with pytest.raises(NotStored, match="no set of sequences 'fresh'"):
         studies.answer(store, "probe", ["text"], options={"query": LABEL}, confirm="fresh")
+
+
+def test_stored_labels_are_probed_in_the_runs_own_dataset_and_confirmed_in_another(path, tmp_path):
+    root = tmp_path / "l.act"
+    shutil.copytree(path, root)
+    with Store(root) as opened:
+        opened.label("mood", opened.sql(f"select token_id, {KIND} as kind from tokens"))
+    mine = "select token_id, kind as label from mood join tokens using (token_id) where dataset = $dataset"
+    with Store(root) as opened:
+        (asked,) = studies.answer(
+            opened, "probe", ["text"], options={"query": mine, "sites": "resid_post.0"}, confirm="more"
+        )
+    assert value(asked.answer, "resid_post.0", column="n") == lengths(N)[::3].sum()
+    assert [claim.confirmed for claim in asked.confirmation.claims] == [True]
 
 
 def test_studies_of_trees_refuse_other_sequences_and_do_not_take_them_unasked(store):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from actstore.ingest.training.evaluation import Evaluation
     from actstore.queries.report import Report as Page
     from actstore.queries.studies import Asked
+    from actstore.upkeep.copying import Copy
     from actstore.upkeep.repair import Repair
     from actstore.upkeep.verify import Report
     from actstore.writing.appending import Appended
@@ -106,6 +107,26 @@ def repair(store: str | Path | Store, wait: float = 10.0, progress: Work = silen
 
     with progress("verify", None, "bytes") as advance:
         return repairing.repair(_path(store), recompute, advance, wait)
+
+
+def copy(store: str | Path | Store, out: str | Path, runs: Sequence[str] = (), progress: Work = silent) -> Copy:
+    """Copy a store, or some of its runs, into a new store, which appears whole or not at all.
+
+    Args:
+        store: a path, or an open store; the store's present commit is copied.
+        out: the new store.
+        runs: runs to copy, with their datasets and models; labels and results of studies are
+            then left out.
+            Default: everything.
+        progress: see `outputs.Work`.
+
+    Raises:
+        NotStored, TooOld, TooNew, BadInput, Damaged, NoRoom: see upkeep.copying.copy.
+    """
+    from actstore.upkeep import copying
+
+    with progress("copy", None, "bytes") as advance:
+        return copying.copy(_path(store), out, runs, advance)
 
 
 def study(

@@ -1,4 +1,4 @@
-"""The commands that look after a store: verify, repair and drop."""
+"""The commands that look after a store: verify, repair, drop and copy."""
 
 from __future__ import annotations
 
@@ -112,3 +112,26 @@ def drop(store: Path, run: str | None, dataset: str | None, label: str | None, y
         click.confirm(f"Drop {kind} {name} from {store} ({size})?", abort=True, err=True)
     files = verbs.drop(store, run, dataset, label, wait)
     say(f"{store}: {kind} {name} is dropped, {len(files):,} files; {advised('repair', store)} frees the bytes")
+
+
+@main.command()
+@store_argument
+@click.argument("out", type=click.Path())
+@click.option("--run", "runs", multiple=True, help="A run to copy, with its dataset and model; default: everything.")
+def copy(store: Path, out: str, runs: tuple[str, ...]) -> None:
+    """Copy a store, or some of its runs, into a new store.
+
+    Each file is compared with its committed hash. A copy of some runs leaves out labels, and the
+    results of studies.
+
+    Example:
+
+    \b
+        actstore copy demo.act backup.act
+        actstore copy demo.act small.act --run reproduction
+    """
+    from actstore import verbs
+    from actstore.cli.progress import progress
+
+    done = verbs.copy(store, out, runs, progress)
+    say(f"{done.out}: {done.commits:,} commits, {done.n_files:,} files, {done.n_bytes / 1e9:.2f} GB")

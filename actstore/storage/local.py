@@ -160,7 +160,11 @@ class Local(Storage):
                             discard(left)
                     for folder in folders:
                         make_folder(under_way / folder)
-                    fill(under_way)
+                    try:
+                        fill(under_way)
+                    except BaseException:
+                        shutil.rmtree(under_way, ignore_errors=True)
+                        raise
                     under_way.rename(self.root)
                     fsync_folder(self.root.parent)
             except Unsupported:  # so no other process can be at work there

@@ -1,7 +1,8 @@
-"""Make an empty store, at once or not at all."""
+"""Make a store, at once or not at all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from actstore.version import __version__
 from actstore.writing.parts import GROUP
 
 
-def create(root: Path, wait: float = 0.0) -> None:
-    """Make an empty store, at once or not at all; an existing store stays as it is.
+def create(root: Path, wait: float = 0.0, fill: Callable[[Path], object] | None = None) -> None:
+    """Make a store, at once or not at all; an existing store stays as it is.
 
     Args:
         root: the store's folder.
         wait: seconds to wait for another process that is making the store.
+        fill: puts commits into the store that is being made; default: the store is empty.
 
     Raises:
         BadInput: the folder holds something that is not a store.
@@ -28,7 +30,7 @@ def create(root: Path, wait: float = 0.0) -> None:
         Unsupported: the file system lacks hard links, locks or fsync; nothing is left there.
     """
     if not is_store(root):
-        at(root).make("store.json", FOLDERS, _fill, wait)
+        at(root).make("store.json", FOLDERS, lambda new: _fill(new, fill), wait)
 
 
 def is_store(root: Path) -> bool:
@@ -47,9 +49,11 @@ def is_store(root: Path) -> bool:
     return False
 
 
-def _fill(root: Path) -> None:
-    """Publish every file that a store without commits has."""
+def _fill(root: Path, fill: Callable[[Path], object] | None) -> None:
+    """Publish every file that a store without commits has, and the commits that `fill` brings."""
     at(root).publish(f"{ARRAYS}/zarr.json", GROUP)
+    if fill:
+        fill(root)
     build.publish(root)
     about = {
         "format": FORMAT_VERSION,

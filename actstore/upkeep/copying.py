@@ -120,9 +120,9 @@ def _of_runs(root: Path, committed: Sequence[Manifest], runs: Iterable[str]) -> 
     for manifest in committed:
         if manifest.run not in wanted:
             continue
-        run = stored[manifest.run]
-        vocabulary = datasets[run["dataset"]].get("vocabulary")
-        shared = [file for file in by_batch.get(manifest.batch, []) if _belongs(file, manifest, run, vocabulary)]
+        row = stored[manifest.run]
+        vocabulary = datasets[row["dataset"]].get("vocabulary")
+        shared = [file for file in by_batch.get(manifest.batch, []) if _belongs(file, manifest, row, vocabulary)]
         files = [file for file in dict.fromkeys([*manifest.files, *shared]) if file.path not in placed]
         placed |= {file.path for file in files}
         parts = [file for file in files if isinstance(file, Part)]

@@ -64,7 +64,7 @@ def verify(
     Args:
         store: a path, or an open store.
         quick: check only sizes and the shards' index checksums.
-        recompute: rerun this many random trees per run, if nothing is damaged.
+        recompute: rerun this many random trees or texts per run, if nothing is damaged.
         seed: seed of the random trees.
         progress: see `outputs.Work`.
 

@@ -41,7 +41,10 @@ class Drawn(Protocol):
         lengths: intp [n]: tokens per sequence, without padding.
     """
 
-    start: int
+    @property
+    def start(self) -> int:
+        """See the class."""
+        ...
 
     @property
     def lengths(self) -> np.ndarray:
@@ -70,10 +73,13 @@ class Sequences(Protocol):
         task: 'trees' or 'tokens'.
         n_sequences: sequences of the set.
         n_batches: batches of the set.
-        name: name of the set; None for one that the task makes up.
+        n_tokens: tokens of the set; of trees, an estimate.
     """
 
-    task: str
+    @property
+    def task(self) -> str:
+        """See the class."""
+        ...
 
     @property
     def n_sequences(self) -> int:
@@ -82,6 +88,11 @@ class Sequences(Protocol):
 
     @property
     def n_batches(self) -> int:
+        """See the class."""
+        ...
+
+    @property
+    def n_tokens(self) -> int:
         """See the class."""
         ...
 

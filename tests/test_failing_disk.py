@@ -213,7 +213,7 @@ class Job:
     """An ingest as `actstore ingest` runs it, of a run without a model."""
 
     def __init__(self, root):
-        self.root, self.plan, self.trees = root, fake().plan, SimpleNamespace(n_trees=5)
+        self.root, self.plan, self.sequences, self.unit = root, fake().plan, SimpleNamespace(n_sequences=5), "trees"
 
     def announcement(self):
         return "a run"

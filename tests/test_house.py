@@ -41,7 +41,8 @@ MAY = {
     "ingest.jobs": (
         "ingest.task ingest.corpus ingest.trees ingest.models ingest.answers writing arrays named commits storage errors"
     ),
-    "ingest.replay": "named ingest.jobs ingest.answers ingest.models ingest.trees store writing catalog arrays commits errors",
+    "ingest.replay": "ingest.jobs ingest.corpus ingest.answers ingest.models ingest.trees named store writing catalog "
+    "arrays commits errors",
     "queries": "store writing.recording arrays.address named sites advice outputs intervals version errors",
 }
 ANY = ("cli", "verbs", "__main__")  # a command, and the function of its name, may call anything

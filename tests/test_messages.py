@@ -22,7 +22,7 @@ MISTAKES: list[tuple[str | list[str], int, tuple[str, ...]]] = [
     ("ingest", 2, ("STORE", "actstore ingest --help")),
     ("train reproduction", 2, ("OUT", "actstore train --help")),
     # models
-    ("ingest NEW --model gpt2", 1, ("'gpt2'", "baseline, reproduction", "path-finding", "actstore models add")),
+    ("ingest NEW --model gpt2", 1, ("'gpt2'", "baseline, reproduction", "a folder", "actstore models add")),
     ("ingest NEW --model openai-community/gpt2", 1, ("gpt2", "baseline, reproduction", "actstore models add")),
     ("ingest NEW --model reproductoin", 1, ("'reproductoin'", "did you mean 'reproduction'", "there are baseline")),
     ("ingest NEW --model mine.pt", 2, ("mine.pt", "path of a file", "baseline, reproduction")),
@@ -69,7 +69,7 @@ MISTAKES: list[tuple[str | list[str], int, tuple[str, ...]]] = [
     (f"{NEW} --prompt forest", 2, ("'forest'", "there are task, tree")),
     (f"{NEW} --samples 3", 2, ("--samples", "--prompt tree")),
     (f"{NEW} --prompt tree --samples 300", 2, ("got 300 samples", "0 to 255", "--samples")),
-    (f"{NEW} --batch-size 0", 2, ("batch size of 0", "1 tree or more", "--batch-size")),
+    (f"{NEW} --batch-size 0", 2, ("batch size of 0", "1 sequence or more", "--batch-size")),
     (f"{NEW} --run my/run", 2, ("'my/run'", "--run", "letters, digits")),
     (f"{INGEST} --trees 41", 2, ("'reproduction'", "seed0-40", "seed0-41", "--run")),
     (f"{INGEST} --trees 40 --sites embed", 2, ("'reproduction'", "resid_post.5, not embed", "--run")),
@@ -139,7 +139,7 @@ def test_a_mistake_is_told_with_what_was_got_what_there_is_and_what_to_do(
 def test_a_store_that_cannot_be_written_is_told_before_the_model_is_read(demo_path, tmp_path, monkeypatch, store):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
-    monkeypatch.setattr("actstore.ingest.jobs.prepare.load", lambda *_: pytest.fail("the model was read"))
+    monkeypatch.setattr("actstore.ingest.jobs.chosen.load", lambda *_, **options: pytest.fail("the model was read"))
     place = str(demo_path if store == "STORE" else store)
     line = said(["ingest", place, "--model", "reproduction", "--trees", "40"], 2)
     assert "cannot be written" in line

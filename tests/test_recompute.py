@@ -105,7 +105,7 @@ def test_the_command_refuses_what_its_weights_do_not_give(tmp_path, monkeypatch)
     root = planted(tmp_path / "s.act", monkeypatch, shift)
     found = CliRunner().invoke(main, ["verify", str(root), "--recompute", "5"])
     assert found.exit_code == 1
-    assert "not what its weights and trees give" in found.stderr
+    assert "not what its weights and sequences give" in found.stderr
 
 
 def changed_rows(root, monkeypatch, table, change, **options):
@@ -154,7 +154,7 @@ def test_continuations_of_another_tree_are_caught(tmp_path, monkeypatch, column,
 
 def test_a_tie_is_no_difference(monkeypatch):
     """Two words as likely as one another: the model that says either stores an answer that agrees."""
-    job, words = Ingest("unused.act", small_model(), TREES, sites=[]), TREES.drawn(0, 12).words
+    job, words = Ingest("unused.act", small_model(), TREES, sites=[]), TREES.between(0, 12).words
     right = [{"greedy_path": word_label(said[said != PAD]).tolist(), **RIGHT} for said in words[:, 3 * TREES.n_nodes :]]
     assert not all(compare._is_greedy(job, words[i], held) for i, held in enumerate(right)), (
         "an untrained model is right"

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 
-from actstore import named
 from actstore.catalog import tables
 from actstore.cli import main
 from actstore.commits import log
@@ -127,12 +126,7 @@ def test_a_models_row_comes_from_a_model_that_can_be_named(store, monkeypatch):
     for damaged in (path, tables.CATALOG):
         damage(store / damaged, flip(50))
     monkeypatch.setattr(stored, "available", lambda: ["small"])
-    monkeypatch.setattr(named, "available", lambda: ["small"])
-    monkeypatch.setattr(definitions, "available", lambda: ["small"])
-    monkeypatch.setattr(load, "available", lambda: ["small"])
-    monkeypatch.setattr(load, "place", lambda name: weights)
-    monkeypatch.setattr(named, "place", lambda name: weights)
-    monkeypatch.setattr(definitions, "place", lambda name: weights)
+    monkeypatch.setattr(definitions, "by_name", lambda: {"small": weights})
     monkeypatch.setattr(load, "load", lambda name: small_model())
     assert set(repair(store, files_of).mended) == {path, tables.CATALOG}
     assert verify(store).findings == []

@@ -131,7 +131,8 @@ def test_another_model_runs_over_a_stored_variant(stored, tmp_path):
 
 def test_what_no_variant_can_be_made_of_is_refused(stored, monkeypatch):
     for looking in ("find", "load"):
-        monkeypatch.setattr(f"actstore.ingest.jobs.prepare.{looking}", lambda *args: small_model())
+        monkeypatch.setattr(f"actstore.ingest.jobs.chosen.{looking}", lambda *args, **options: small_model())
+    monkeypatch.setattr("actstore.ingest.jobs.chosen.task_of", lambda *args, **options: "trees")
     with pytest.raises(BadInput, match="no set 'nothing' is stored"):
         prepare(stored, "small", dataset="nothing", variant="swap_last")
     with pytest.raises(BadInput, match="no set was named"):

@@ -152,10 +152,10 @@ create table runs (
     dataset varchar, -- datasets.dataset
     first_tree_id integer, -- tree_id of row 0 of every array of the run; NULL for other sequences
     n_trees integer, -- trees planned, rows of every array; NULL for other sequences
-    prompt varchar, -- the model's input: 'task' (tree, goal, root, path) or 'tree' (only the edges, up to the bar)
+    prompt varchar, -- the model's input: 'task' (tree, goal, root, path) or 'tree' (only the edges, up to the bar); NULL for text
     samples smallint, -- continuations drawn per tree, besides the greedy one; NULL for whole tasks
     device varchar, -- device that the model ran on
-    versions varchar, -- of actstore, torch and transformer_lens, and batch_size (trees per forward pass); JSON
+    versions varchar, -- of actstore, torch and transformer_lens, batch_size (sequences per forward pass) and, of text, answers; JSON
 );
 
 create table sites (

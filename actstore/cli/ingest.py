@@ -8,28 +8,51 @@ from typing import Any
 import click
 
 from actstore.cli.group import KEPT, main, say
-from actstore.cli.options import checkpoint_option, store_argument, wait_option
+from actstore.cli.options import checkpoint_option, model_options, store_argument, wait_option
 from actstore.errors import advised
 
 
 @main.command()
 @store_argument
-@click.option("--model", help="A model's name (`actstore models list`) or a checkpoint's path.")
+@click.option(
+    "--model",
+    help="A model's name (`actstore models list`), or the path of a checkpoint, a .gguf, or a model's folder.",
+)
 @click.option(
     "--model-of", metavar="RUN", help="Instead of --model: the model of a stored run, by the weights in the store."
 )
-@click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
+@model_options
+@click.option("--keep-weights", is_flag=True, help="Keep the weights of a model of text in the store, too.")
 @checkpoint_option
+@click.option(
+    "--text", type=click.Path(), metavar="FILE", help="Documents: .txt, .jsonl, .csv, .parquet, or a dataset."
+)
+@click.option(
+    "--tokens", type=click.Path(), metavar="FILE", help="Token ids: .parquet or .jsonl with a column of lists."
+)
+@click.option("--column", help="The column of --text or --tokens; default: text, or tokens.")
+@click.option(
+    "--context", type=int, metavar="N", help="Most tokens of a sequence; default: as many as the model takes."
+)
+@click.option("--cut", help="What becomes of longer documents: split (the default), truncate or error.")
+@click.option("--answers", help="next (the default): store next-token predictions of text; none: do not.")
+@click.option("--top", type=int, metavar="K", help="Name the K likeliest tokens of each prediction, too.")
 @click.option("--trees", type=int, help="How many trees; default 10,000.")
 @click.option("--distribution", help="reproduction, baseline or deep; default: the model's own.")
 @click.option("--depths", help="Goal depths of `deep` trees: 1-15 or 3,5,7.")
 @click.option("--nodes", type=int, help="Nodes per tree, 2 to 64; default: the model's number of labels.")
 @click.option("--seed", type=int, help="Seed of the stream of trees; default 0.")
-@click.option("--dataset", help="Name of the set of trees: a stored set, or a new set drawn as the options above say.")
+@click.option(
+    "--trees-from", type=click.Path(), metavar="FILE", help="Trees of your own: a table of edges, root, goal and path."
+)
+@click.option(
+    "--dataset", help="Name of the set of trees or text: a stored set, or a new set as the options above say."
+)
 @click.option("--run", help="Name of the run; default: the model's name.")
 @click.option(
     "--sites",
-    help="embed, resid_pre, resid_mid, resid_post, pattern, or one layer (resid_post.0), separated by commas; or none.",
+    help="embed, resid_post and so on, one layer (resid_post.0), or any hook (`actstore models sites`), separated by "
+    "commas; or none.",
 )
 @click.option(
     "--variant",
@@ -42,7 +65,9 @@ from actstore.errors import advised
     help="tree: give the model only the edges, and store its continuations.",
 )
 @click.option("--samples", type=int, help="With --prompt tree: continuations drawn besides the greedy one; default 1.")
-@click.option("--batch-size", default=128, show_default=True, help="Trees per forward pass.")
+@click.option(
+    "--batch-size", type=int, help="Sequences per forward pass; default: 128 trees, or about 4,096 tokens of text."
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
     "--from-arrays",
@@ -56,7 +81,7 @@ from actstore.errors import advised
 def ingest(
     store: Path, from_arrays: str | None, site: str | None, lineage: str | None, allow_nan: bool, **options: Any
 ) -> None:
-    """Run a model over generated trees, and store its activations and answers.
+    """Run a model over trees or text, and store its activations and answers.
 
     If the command is stopped or killed, the same command continues after the last commit, and ends
     with the same bytes.
@@ -71,6 +96,8 @@ def ingest(
         actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --variant swap_last
         actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --prompt tree
         actstore ingest demo.act --from-arrays sae.npz --run reproduction --site sae.3 --lineage "SAE of resid_post.3"
+        actstore ingest text.act --model path/to/model-folder --text notes.txt --context 512 --sites resid_post
+        actstore ingest text.act --model path/to/other-folder --dataset notes --run other
     """
     if from_arrays is not None:
         _append(store, from_arrays, options["run"], site, lineage, allow_nan, options["wait"])
@@ -84,10 +111,11 @@ def ingest(
     job = prepare(store, **options)
     click.get_current_context().meta[KEPT] = job.kept
     say(job.announcement())
-    with progress(f"ingest {job.plan.run}", job.trees.n_trees, "trees") as advance:
+    n_sequences = job.sequences.n_sequences
+    with progress(f"ingest {job.plan.run}", n_sequences, job.unit) as advance:
         execute(job, advance)
     look = advised("info", store)
-    say(f"{store}: run {job.plan.run} holds {job.trees.n_trees:,} trees; look with {look}")
+    say(f"{store}: run {job.plan.run} holds {n_sequences:,} {job.unit}; look with {look}")
 
 
 def _append(

@@ -19,17 +19,20 @@ if TYPE_CHECKING:
 @store_argument
 @click.option("--quick", is_flag=True, help="Check only sizes and the shards' index checksums.")
 @click.option(
-    "--recompute", type=click.IntRange(1), metavar="N", help="Run the model again on N random trees per run; compare."
+    "--recompute",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Run the model again on N random trees or texts per run; compare.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the random trees.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random trees and texts.")
 @output_options
 def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: Output) -> None:
     """Read everything that was committed, and list what has changed.
 
-    With --recompute, the stored weights run again on random trees, and every site, token and
+    With --recompute, the model runs again on random trees or texts, and every site, token and
     prediction is compared with the stored values. The tolerance is 1/10,000 of a site's largest
     number, and 0.001 of a probability, since sums of float32 round differently in other batches and
-    on other machines.
+    on other machines. Where the model is gone, `agrees` is empty.
 
     Example:
 

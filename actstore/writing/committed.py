@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def stored_run(runs: Rows, sites: Rows, plan: RunPlan) -> dict[str, Any] | None:
             "prompt": plan.facts.get("prompt", "task"),
             "samples": plan.facts.get("samples"),
         }
+        if "versions" in plan.facts:
+            wanted["answers"], row = _answers(plan.facts), {**row, "answers": _answers(row)}
         ran = (site["short"] for site in sites if site["run"] == plan.run and site.get("lineage") is None)
         shorts = ", ".join(ran)
         stored = {**row, "sites": shorts or "none", "prompt": row.get("prompt") or "task"}
@@ -105,6 +108,11 @@ def check_tables(relations: Rows, plan: RunPlan) -> None:
                 f"the columns of dataset {row['owner']!r} would be table {row['name']}, which is the table of {whose}; name the "
                 "new set otherwise (--dataset)"
             )
+
+
+def _answers(about: Mapping[str, Any]) -> Any:
+    """Which answers a run over text stores, noted beside the versions; None for trees."""
+    return json.loads(about.get("versions") or "{}").get("answers")
 
 
 def committed_batches(root: Path, run: str) -> set[int]:

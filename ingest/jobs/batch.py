@@ -1,4 +1,4 @@
-"""One batch of a run: its trees, the model's answers to them, and the files of both.
+"""One batch of a run: its sequences, the model's answers to them, and the files of both.
 
 The files of a batch depend only on the run's definition and the batch's number. `ingest` commits
 the files, `repair` replaces damaged files by them, and `verify --recompute` compares the stored
@@ -15,16 +15,16 @@ import polars as pl
 from actstore.arrays.address import Ids
 from actstore.arrays.pack import ShardBuffer
 from actstore.ingest.jobs.job import Buffers, Ingest
-from actstore.ingest.trees.tokens import Drawn
+from actstore.ingest.task import Drawn
 from actstore.writing.writer import Content, batch_contents
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of trees and what the model computed from it, not yet encoded as files.
+    """One batch of sequences and what the model computed from it, not yet encoded as files.
 
     Attributes:
-        first: ids of the batch's first tree.
+        first: ids of the batch's first sequence.
         originals: tree_id of the first tree of the set that a variant set was made from; else None.
         answers: the rows of `predictions` and `outcomes`, or of `generations`.
         buffers: the activations; fill them again only after a call of `contents`.
@@ -39,13 +39,13 @@ class Batch:
     buffers: Buffers
 
     def __len__(self) -> int:
-        return len(self.drawn.trees)
+        return len(self.drawn)
 
     def contents(self) -> list[Content]:
-        """Encode the batch as files: rows of its trees and its answers, one shard per site."""
-        of_trees = self.drawn.rows(self.first.sequence_id, str(self.job.plan.dataset["dataset"]), self.originals)
+        """Encode the batch as files: rows of its sequences and its answers, one shard per site."""
+        of_set = self.drawn.rows(self.first, str(self.job.plan.dataset["dataset"]), self.originals)
         arrays = {site: buffer.seal(self.drawn.lengths) for site, buffer in self.buffers.items()}
-        return batch_contents(self.job.plan, self.number, of_trees, self.answers, arrays)
+        return batch_contents(self.job.plan, self.number, of_set, self.answers, arrays)
 
 
 def run_batch(
@@ -54,21 +54,20 @@ def run_batch(
     first: Ids,
     originals: int | None = None,
     buffers: Buffers | None = None,
-    advance: Callable[[int], None] = lambda trees: None,
+    advance: Callable[[int], None] = lambda sequences: None,
 ) -> Batch:
-    """Draw a batch of trees and run the model over it.
+    """Draw a batch of sequences and run the model over it.
 
     Args:
         first: the first ids of the whole set.
         originals: see Batch.
         buffers: receive the activations; default: new buffers.
-        advance: called with the number of trees of the set done so far.
+        advance: called with the number of sequences of the set done so far.
     """
-    start, stop = job.bounds(number)
-    drawn = job.trees.drawn(start, stop)
+    drawn = job.sequences.drawn(number)
     into = {site.site: ShardBuffer(site.layout) for site in job.plan.sites} if buffers is None else buffers
-    of_batch = first.of_batch(job.plan.dataset, number, start)
-    answers = job.answers(drawn, of_batch.sequence_id, into, advance)
+    of_batch = first.of_batch(job.plan.dataset, number, drawn.start)
+    answers = job.answers(drawn, of_batch, into, advance)
     return Batch(job, number, of_batch, originals, drawn, answers, into)
 
 

@@ -1,4 +1,4 @@
-"""The job of `actstore ingest`: one model over one set of trees, at chosen sites."""
+"""The job of `actstore ingest`: one model over one set of sequences, at chosen sites."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.arrays.layout import Layout
+from actstore.arrays.address import Ids
 from actstore.arrays.pack import ShardBuffer
 from actstore.errors import BadInput, NotStored, nearest
+from actstore.ingest.answers import next_token
+from actstore.ingest.answers.next_token import Asked
+from actstore.ingest.jobs.passes import run_text
+from actstore.ingest.jobs.plans import bytes_per_batch, site_plan
 from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
-from actstore.ingest.models.sites import SiteSpec, site_specs
+from actstore.ingest.models.sites import SiteSpec
+from actstore.ingest.task import Sequences
 from actstore.ingest.trees.draw import concatenate
+from actstore.ingest.trees.given import GivenTrees
 from actstore.ingest.trees.task import TreeSet
-from actstore.ingest.trees.tokens import Drawn
+from actstore.ingest.trees.tokens import Drawn as TreesDrawn
 from actstore.storage.at import at, place
 from actstore.writing.committed import committed_batches
-from actstore.writing.plan import RunPlan, SitePlan
+from actstore.writing.plan import RunPlan
 
 if TYPE_CHECKING:
     import torch
@@ -35,51 +41,85 @@ PROMPTS = ("task", "tree")
 MOST_SAMPLES = 255  # a sample's number is a byte
 DREAMS = "dreams"  # ends the default name of a run of continuations
 CATALOG_BYTES = 4_000_000  # of a small catalog: DuckDB gives every column its own blocks
-BYTES_PER_TOKEN_ROW = 20  # in parts and catalog, with tree, edge and answer rows; rounded up from a real store
+BYTES_PER_TOKEN_ROW = {"trees": 20, "tokens": 60}  # in parts and catalog, with all rows beside; rounded up from stores
+MOST_AT_ONCE = 128  # sequences per forward pass: 64 to 128 trees are the quickest on a CPU
+TOKENS_AT_ONCE = 4096  # of a forward pass over text: logits of 50,000 words take 0.8 GB
 Buffers = Mapping[str, ShardBuffer]  # TransformerLens name of a site → its activations
 
 
 @dataclass
 class Ingest:
-    """A run to store: one model over one set of trees, at chosen sites.
+    """A run to store: one model over one set of sequences, at chosen sites.
 
     Attributes:
+        sequences: trees for a path-finding system; documents as tokens for any other model.
         sites: see `site_specs`; an empty list stores the answers alone.
-        batch_size: trees per forward pass; 64 to 128 are the quickest on a CPU.
-        prompt: the model's input: `task`, or `tree`, the edges alone, which the model continues
-            freely.
+        batch_size: sequences per forward pass; default: 128 trees, or as many sequences as have
+            TOKENS_AT_ONCE tokens, 1 to 128.
+        prompt: the input of a path-finding system: `task`, or `tree`, the edges alone, which the
+            model continues freely.
         samples: for prompt `tree`: number of sampled continuations, in addition to the greedy one.
+        asked: which next-token predictions to store of text; None for none. Default: those of
+            every token but a sequence's last, if the model predicts.
         wait: seconds to wait for another process that writes to the store.
         publish_every: seconds between new catalogs for readers, while batches are committed.
     """
 
     store: Path
     model: Model
-    trees: TreeSet
+    sequences: Sequences
     run: str | None = None
     sites: Sequence[str] | None = None
-    batch_size: int = 128
+    batch_size: int | None = None
     publish_every: float = 30.0
     prompt: str = "task"
     samples: int | None = None
     wait: float = 0.0
+    asked: Asked | None = field(default_factory=Asked)
     specs: list[SiteSpec] = field(init=False)
     generator: Generator | None = field(init=False, default=None)
     plan: RunPlan = field(init=False)
+    per_pass: int = field(init=False)
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
         self.store = place(self.store)
-        self.plan, self.specs = draft(
-            self.model.name, self.model.config, self.trees, self.run, self.sites, self.prompt, self.samples
+        if self.prompt == "tree":  # up to the bar its activations would equal those of the whole task
+            self.sites = []
+        chooses_none = self.sites is not None and not len(self.sites)
+        self.specs = [] if chooses_none else self.model.sites(self.sites)
+        self.asked = self.asked if self.of_text and self.model.predicts else None
+        drafted = draft(
+            self.model.name, self.model.config, self.sequences, self.run, self.specs, self.prompt, self.samples
         )
+        self.per_pass = self.batch_size or default_batch_size(drafted.dataset)
         if self.prompt == "tree":
             from actstore.ingest.answers.continuations import Generator
 
-            self.generator = Generator(self.model, self.plan.facts["samples"], self.trees.seed)
-        about = {"device": str(self.device), "versions": json.dumps({**versions(), "batch_size": self.batch_size})}
-        facts = {**about, **self.plan.facts}
-        self.plan = replace(self.plan, model=self.model.row(), weights=self.model.weights, facts=facts)
+            self.generator = Generator(self.model, drafted.facts["samples"], self.trees.seed)
+        made_by: dict[str, Any] = {**versions(), "batch_size": self.per_pass}
+        if self.of_text:
+            made_by["answers"] = next_token.said(self.asked)
+        about = {"device": str(self.device), "versions": json.dumps(made_by)}
+        self.plan = replace(
+            drafted,
+            model=self.model.row(),
+            weights=self.model.weights,
+            unembedding=self.model.unembedding,
+            parts=self.sequences.parts(),
+            facts={**about, **drafted.facts},
+        )
+
+    @property
+    def of_text(self) -> bool:
+        """True if the sequences are tokens of text, and not trees."""
+        return self.sequences.task == "tokens"
+
+    @property
+    def trees(self) -> TreeSet | GivenTrees:
+        """The sequences of a run over trees."""
+        assert isinstance(self.sequences, TreeSet | GivenTrees)
+        return self.sequences
 
     @property
     def device(self) -> torch.device:
@@ -89,12 +129,12 @@ class Ingest:
     @property
     def n_batches(self) -> int:
         """Number of batches of the whole run."""
-        return -(-self.trees.n_trees // int(self.plan.dataset["trees_per_shard"]))
+        return self.sequences.n_batches
 
-    def bounds(self, batch: int) -> tuple[int, int]:
-        """Indices in the set of a batch's first tree and of the tree after its last."""
-        per_shard = int(self.plan.dataset["trees_per_shard"])
-        return batch * per_shard, min((batch + 1) * per_shard, self.trees.n_trees)
+    @property
+    def unit(self) -> str:
+        """What the sequences are called, in the plural."""
+        return "sequences" if self.of_text else "trees"
 
     def originals(self, datasets: pl.DataFrame) -> int | None:
         """tree_id of the first tree of the set that a variant was made from; None for a drawn set.
@@ -102,10 +142,11 @@ class Ingest:
         Args:
             datasets: the committed rows of `datasets`.
         """
-        if not self.trees.variant_of:
+        original = self.plan.dataset.get("variant_of")
+        if not original:
             return None
         known = {row["dataset"]: row["first_tree_id"] for row in datasets.to_dicts()}
-        return int(known[self.trees.variant_of])
+        return int(known[original])
 
     def left(self) -> list[int]:
         """Numbers of the batches that the store does not hold yet; reads the store."""
@@ -117,14 +158,14 @@ class Ingest:
 
     @cached_property
     def n_tokens(self) -> int:
-        """Token rows of the whole set, estimated from its first 1,000 trees."""
-        first = self.trees.drawn(0, min(1000, self.trees.n_trees))
-        return round(self.trees.n_trees * float(first.lengths.mean()))
+        """Token rows of the whole set; of trees, estimated from the first 1,000."""
+        return self.sequences.n_tokens
 
     def bytes_of(self, n_batches: int) -> int:
         """Estimated bytes of n batches."""
-        shards = sum(site.layout.shard_bytes for site in self.plan.sites)
-        a_batch = shards + self.n_tokens * BYTES_PER_TOKEN_ROW // self.n_batches
+        per_batch = self.n_tokens // self.n_batches
+        shards = sum(bytes_per_batch(site.layout, per_batch) for site in self.plan.sites)
+        a_batch = shards + self.n_tokens * BYTES_PER_TOKEN_ROW[self.sequences.task] // self.n_batches
         return n_batches * a_batch + (CATALOG_BYTES if n_batches else 0)
 
     def bytes_left(self) -> int:
@@ -144,28 +185,32 @@ class Ingest:
         left = len(self.left())
         done = self.n_batches - left
         resumed = f"; {done} of {self.n_batches} batches are there" if done else ""
+        about = "about " * (not self.of_text)
         return (
-            f"run {self.plan.run}: {self.trees.n_trees:,} trees ({self.plan.dataset['dataset']}), about {self.n_tokens:,} tokens, "
-            f"{len(self.specs)} sites; {self.bytes_of(left) / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free{resumed}"
+            f"run {self.plan.run}: {self.sequences.n_sequences:,} {self.unit} ({self.plan.dataset['dataset']}), "
+            f"{about}{self.n_tokens:,} tokens, {len(self.specs)} sites; {self.bytes_of(left) / 1e9:.2f} GB to write, "
+            f"{free / 1e9:.1f} GB free{resumed}"
         )
 
-    def answers(
-        self, drawn: Drawn, first_tree_id: int, into: Buffers, advance: Callable[[int], None]
-    ) -> dict[str, pl.DataFrame]:
-        """Run the model over one batch of trees.
+    def answers(self, drawn: Any, first: Ids, into: Buffers, advance: Callable[[int], None]) -> dict[str, pl.DataFrame]:
+        """Run the model over one batch.
 
         Args:
-            first_tree_id: tree_id of the batch's first tree.
+            drawn: the batch, as the set of sequences draws it.
+            first: ids of the batch's first sequence.
             into: receives the activations.
-            advance: called with the number of trees of the set done so far.
+            advance: called with the number of sequences of the set done so far.
 
         Returns:
             The rows of `predictions` and `outcomes`, or of `generations`.
         """
-        return (self._continuations if self.generator else self._predictions)(drawn, first_tree_id, into, advance)
+        if self.of_text:
+            options = (self.per_pass, self.asked, self.plan.run)
+            return run_text(self.model, self.specs, drawn, first, into, *options, advance)
+        return (self._continuations if self.generator else self._predictions)(drawn, first.sequence_id, into, advance)
 
     def _predictions(
-        self, drawn: Drawn, first_tree_id: int, into: Buffers, advance: Callable[[int], None]
+        self, drawn: TreesDrawn, first_tree_id: int, into: Buffers, advance: Callable[[int], None]
     ) -> dict[str, pl.DataFrame]:
         import torch
 
@@ -188,7 +233,7 @@ class Ingest:
         }
 
     def _continuations(
-        self, drawn: Drawn, first_tree_id: int, into: Buffers, advance: Callable[[int], None]
+        self, drawn: TreesDrawn, first_tree_id: int, into: Buffers, advance: Callable[[int], None]
     ) -> dict[str, pl.DataFrame]:
         from actstore.ingest.answers import continuations
 
@@ -202,72 +247,84 @@ class Ingest:
 
     def _passes(self, n_trees: int) -> list[slice]:
         """The rows of a batch in each forward pass."""
-        starts = range(0, n_trees, self.batch_size)
-        return [slice(start, min(start + self.batch_size, n_trees)) for start in starts]
+        starts = range(0, n_trees, self.per_pass)
+        return [slice(start, min(start + self.per_pass, n_trees)) for start in starts]
 
 
 def draft(
     model: str,
-    config: ModelConfig,
-    trees: TreeSet,
+    config: Any,
+    sequences: Sequences,
     run: str | None,
-    sites: Sequence[str] | None,
-    prompt: str,
-    samples: int | None,
-) -> tuple[RunPlan, list[SiteSpec]]:
-    """The plan of a run, without its model, and the run's sites; needs no weights.
+    specs: Sequence[SiteSpec],
+    prompt: str = "task",
+    samples: int | None = None,
+) -> RunPlan:
+    """The plan of a run, without its model; needs no weights.
 
     Args:
         model, config: the model's name and shape.
-        run, sites, prompt, samples: see Ingest.
+        specs: the run's sites; none are stored with prompt `tree`.
+        run, prompt, samples: see Ingest.
 
     Raises:
-        BadInput: an argument has no meaning, or the model cannot take these trees.
+        BadInput: an argument has no meaning, or the model cannot take these sequences.
     """
-    dataset = trees.row()
+    dataset = sequences.row()
+    of_trees = isinstance(config, ModelConfig)
+    if of_trees != (sequences.task == "trees"):
+        reads, got = ("trees", "text") if of_trees else ("text", "trees")
+        how = "--trees N or --trees-from FILE" if of_trees else "--text FILE or --tokens FILE"
+        raise BadInput(f"model {model!r} reads {reads}, and got {got}; give {how}, or name another model")
+    facts = _tree_facts(model, config, dataset, prompt, samples) if of_trees else {}
+    change = dataset.get("change")
+    return RunPlan(
+        run=run or "-".join([model, *filter(None, [change, DREAMS * (prompt == "tree")])]),
+        model={},
+        weights=b"",
+        dataset=dataset,
+        sites=[] if prompt == "tree" else [site_plan(spec, dataset) for spec in specs],
+        facts=facts,
+    )
+
+
+def _tree_facts(
+    model: str, config: ModelConfig, dataset: Mapping[str, Any], prompt: str, samples: int | None
+) -> dict[str, Any]:
+    """Columns of `runs` for a run over trees."""
+    n_nodes = dataset["n_nodes"]
     if prompt not in PROMPTS:
         raise BadInput(f"got --prompt {prompt!r}{nearest(prompt, PROMPTS)}; {there_are(PROMPTS)}")
-    if prompt == "tree":  # up to the bar its activations would equal those of the whole task
-        sites, samples = [], 1 if samples is None else samples
+    if prompt == "tree":
+        samples = 1 if samples is None else samples
         if not 0 <= samples <= MOST_SAMPLES:
             raise BadInput(f"got {samples} samples; there are 0 to {MOST_SAMPLES} (--samples)")
     elif samples is not None:
         raise BadInput("--samples is of continuations that a model makes up; ask for them with --prompt tree")
-    if trees.n_nodes > config.n_nodes:
+    if n_nodes > config.n_nodes:
         raise BadInput(
-            f"got trees of {trees.n_nodes} nodes; model {model!r} has labels for {config.n_nodes}: use --nodes "
+            f"got trees of {n_nodes} nodes; model {model!r} has labels for {config.n_nodes}: use --nodes "
             f"{config.n_nodes} or less"
         )
     if dataset["n_positions"] > config.n_ctx:
         raise BadInput(
-            f"trees of {trees.n_nodes} nodes take {dataset['n_positions']} tokens; model {model!r} has a context of "
+            f"trees of {n_nodes} nodes take {dataset['n_positions']} tokens; model {model!r} has a context of "
             f"{config.n_ctx}: use fewer --nodes"
         )
-    specs = [] if sites is not None and not len(sites) else site_specs(sites, config)
-    plan = RunPlan(
-        run=run or "-".join([model, *filter(None, [trees.change, DREAMS * (prompt == "tree")])]),
-        model={},
-        weights=b"",
-        dataset=dataset,
-        sites=[_site_plan(spec, config, dataset) for spec in specs],
-        facts={"prompt": prompt, "samples": samples},
-    )
-    return plan, specs
+    return {"prompt": prompt, "samples": samples}
 
 
-def check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int | None) -> None:
     """Refuse a batch size below 1."""
-    if batch_size < 1:
-        raise BadInput(f"got a batch size of {batch_size}; a forward pass takes 1 tree or more (--batch-size)")
+    if batch_size is not None and batch_size < 1:
+        raise BadInput(f"got a batch size of {batch_size}; a forward pass takes 1 sequence or more (--batch-size)")
 
 
-def _site_plan(spec: SiteSpec, config: Any, dataset: dict[str, Any]) -> SitePlan:
-    n_trees, positions, per_shard = dataset["n_trees"], dataset["n_positions"], dataset["trees_per_shard"]
-    if spec.kind == "pattern":
-        layout = Layout((n_trees, config.n_heads, positions, positions), 2, per_shard)
-        return SitePlan(spec.name, spec.short, spec.kind, layout, ("tree", "head", "query", "key"))
-    layout = Layout((n_trees, positions, config.d_model), 1, per_shard)
-    return SitePlan(spec.name, spec.short, spec.kind, layout, ("tree", "position", "d_model"))
+def default_batch_size(dataset: Mapping[str, Any]) -> int:
+    """Sequences per forward pass: 128 trees; or of text, as many as have TOKENS_AT_ONCE tokens."""
+    if dataset.get("task") in (None, "trees"):
+        return MOST_AT_ONCE
+    return min(MOST_AT_ONCE, max(1, TOKENS_AT_ONCE // int(dataset["n_positions"])))
 
 
 def versions() -> dict[str, str | int]:

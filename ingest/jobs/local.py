@@ -1,7 +1,7 @@
 """Store a run in this process, with one thread that commits while the model runs.
 
 While the model runs over one batch, the thread encodes and commits the batch before. Memory holds
-two batches of the chosen sites, for any number of trees.
+two batches of the chosen sites, for any number of sequences.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from actstore.writing.writer import Writer, open_writer
 P = ParamSpec("P")
 
 
-def execute(job: Ingest, advance: Callable[[int], None] = lambda trees: None) -> None:
+def execute(job: Ingest, advance: Callable[[int], None] = lambda sequences: None) -> None:
     """Store the batches of a run that are not stored yet.
 
     Args:
-        advance: called with the number of trees done so far.
+        advance: called with the number of sequences done so far.
 
     Raises:
         NoRoom: the disk has less free space than the run needs; nothing was written.
-        BadInput: another run with this name has other weights, trees or sites.
+        BadInput: another run with this name has other weights, sequences or sites.
         Busy: another process writes to the store.
         KeyboardInterrupt: after Ctrl-C; finished batches are committed and published.
     """

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from actstore.errors import BadInput
+from actstore.commits.log import manifests
+from actstore.errors import BadInput, nearest
+from actstore.ingest.answers.next_token import Asked
+from actstore.ingest.corpus.corpus import Corpus, from_text, from_tokens
+from actstore.ingest.corpus.documents import open_documents
+from actstore.ingest.corpus.tokens import Vocabulary
+from actstore.ingest.jobs.chosen import Chosen, Loading, choose
 from actstore.ingest.jobs.job import Ingest, check_batch_size, draft
+from actstore.ingest.jobs.sets import stored_set
 from actstore.ingest.models.config import ModelConfig, there_are
-from actstore.ingest.models.load import check_device, find, load
+from actstore.ingest.models.sites import site_specs
+from actstore.ingest.trees.given import GivenTrees, from_table
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.variants import vary
 from actstore.storage.at import place
 from actstore.writing.committed import check_plan, committed_datasets
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from actstore.ingest.models.model import Model
+
+ANSWERS = ("next", "none")
+Given = dict[str, Any]  # options by their names on the command line, without those left out
+
 
 def prepare(
     store: str | Path,
-    model: str | None = None,
+    model: str | Path | Model | TransformerBridge | None = None,
     config: str | None = None,
     trees: int | None = None,
     distribution: str | None = None,
@@ -30,7 +46,7 @@ def prepare(
     dataset: str | None = None,
     run: str | None = None,
     sites: str | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     device: str = "cpu",
     checkpoint: int | None = None,
     variant: str | None = None,
@@ -38,23 +54,48 @@ def prepare(
     samples: int | None = None,
     wait: float = 10.0,
     model_of: str | None = None,
+    *,
+    text: Any = None,
+    tokens: Any = None,
+    trees_from: Any = None,
+    column: str | None = None,
+    context: int | None = None,
+    cut: str | None = None,
+    hub: bool = False,
+    revision: str | None = None,
+    untrained: int | None = None,
+    keep_weights: bool = False,
+    tokenizer: Any = None,
+    answers: str | None = None,
+    top: int | None = None,
 ) -> Ingest:
     """Turn the arguments of `actstore ingest` into a job; nothing is written.
 
     Args:
+        model: a name, a path, or a TransformerBridge.
         trees, distribution, depths, nodes, seed: default: those of the stored set `dataset`, else
             10,000 trees of seed 0 from the model's own distribution, with as many nodes as the
             model has labels.
         depths: goal depths of `deep` trees, `1-15` or `3,5,7`.
+        dataset: a stored set of trees or text, or the name of a new one.
         sites: names separated by commas, see `site_specs`, or `none`.
+        batch_size: sequences per forward pass, see Ingest.
         checkpoint: a step of the model's training, see `models.load`.
         variant: one of variants.CHANGES; changes the stored set `dataset`.
         prompt, samples, wait: see Ingest.
         model_of: takes the model of this stored run, with the store's own weights; instead of
             `model`.
+        text, tokens: documents, or token ids, for a model of text: a file or a frame, see
+            `corpus.from_text` and `corpus.from_tokens`.
+        trees_from: trees of your own, see `trees.given.from_table`.
+        column, context, cut: see `corpus.from_text`.
+        config, hub, revision, untrained, keep_weights, tokenizer: see `models.load`.
+        answers: `next` stores next-token predictions of text, if the model makes any; `none` does
+            not. Default: `next`.
+        top: how many of the likeliest tokens each prediction names; default: 0.
 
     Raises:
-        BadInput: an argument has no meaning, or the model cannot take these trees.
+        BadInput: an argument has no meaning, or the model cannot take these sequences.
         NotStored: there is no such model or checkpoint.
     """
     check_batch_size(batch_size)
@@ -62,58 +103,137 @@ def prepare(
         if name == "":
             raise BadInput(f"got an empty name for {option}; give one, or leave {option} out")
     store = place(store)
-    if (model is None) == (model_of is None):
+    drawn = {"trees": trees, "distribution": distribution, "depths": depths, "nodes": nodes, "seed": seed}
+    of_trees = {**drawn, "variant": variant, "prompt": None if prompt == "task" else prompt, "samples": samples}
+    cutting = {"column": column, "context": context, "cut": cut}
+    files = {"text": text, "tokens": tokens, "trees-from": trees_from}
+    of_text = {"text": text, "tokens": tokens, **cutting, "answers": answers, "top": top}
+    _refuse_combinations(_given(files), _given(cutting), _given(drawn), _given(of_text), variant)
+    if (source := text if text is not None else tokens) is not None:
+        open_documents(source, column or ("text" if tokens is None else "tokens"))  # before a model is loaded
+    how = Loading(config, checkpoint, hub, revision, untrained, keep_weights, tokenizer)
+    chosen = choose(store, model, model_of, device, how)
+    names = _parse_sites(sites)
+    if chosen.task == "tokens":
+        _refuse(chosen, "reads text", "is of trees", {**of_trees, "trees-from": trees_from})
+        loaded = chosen.load()
+        sequences = _text(store, chosen, loaded, dataset, files, _given(cutting))
+        if top and not loaded.predicts:
+            raise BadInput(f"got --top {top}, and model {loaded.name!r} predicts no next token; leave it out")
+        asked = None if answers == "none" else Asked(top or 0)
+        job = Ingest(store, loaded, sequences, run, names, batch_size, wait=wait, asked=asked)
+        check_plan(store, job.plan)
+        return job
+    _refuse(chosen, "is a path-finding system, which reads trees", "is of text", of_text)
+    assert chosen.shape is not None
+    tree_set = _trees(store, chosen.shape, dataset, drawn, trees_from, variant)
+    specs = [] if names is not None and not names else site_specs(names, chosen.shape)
+    check_plan(store, draft(chosen.name, chosen.shape, tree_set, run, specs, prompt, samples))
+    return Ingest(store, chosen.load(), tree_set, run, names, batch_size, prompt=prompt, samples=samples, wait=wait)
+
+
+def _given(options: Mapping[str, Any]) -> Given:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse_combinations(files: Given, cutting: Given, drawn: Given, of_text: Given, variant: str | None) -> None:
+    """Refuse options that exclude each other, whatever the model is.
+
+    Raises:
+        BadInput: names two of them.
+    """
+    if len(files) > 1:
+        first, second, *_ = files
+        raise BadInput(f"got --{first} and --{second}; a dataset comes from one file: name one of them")
+    if cutting and not files.keys() & {"text", "tokens"}:
+        raise BadInput(f"got --{next(iter(cutting))}, which says how a file is read; add --text FILE or --tokens FILE")
+    if "trees-from" in files and (more := [*drawn, *["variant"] * bool(variant)]):
+        raise BadInput(f"got --trees-from and --{more[0]}, which is of trees that are drawn; leave one out")
+    answers = of_text.get("answers", "next")
+    if answers not in ANSWERS:
+        raise BadInput(f"got --answers {answers!r}{nearest(answers, ANSWERS)}; {there_are(ANSWERS)}")
+    if answers == "none" and of_text.get("top"):
+        raise BadInput("got --top, which is of the predictions that --answers none leaves out; leave one out")
+
+
+def _refuse(chosen: Chosen, reads: str, kind: str, options: Mapping[str, Any]) -> None:
+    """Refuse the options of the other task than the model's."""
+    for name, value in options.items():
+        if value is not None:
+            raise BadInput(f"got --{name}, which {kind}, and model {chosen.name!r} {reads}; leave it out")
+
+
+def _text(
+    store: Path, chosen: Chosen, model: Model, dataset: str | None, files: Mapping[str, Any], options: Given
+) -> Corpus:
+    """The documents of a file, or those of a stored set."""
+    vocabulary = Vocabulary(model.tokenizer, chosen.tokenizer_sha256 or model.tokenizer_sha256, model.d_vocab)
+    if files["text"] is not None:
+        return from_text(files["text"], vocabulary, n_ctx=model.n_ctx, name=dataset, **options)
+    if files["tokens"] is not None:
+        return from_tokens(files["tokens"], vocabulary, n_ctx=model.n_ctx, name=dataset, **options)
+    row = committed_datasets(store).get(dataset) if dataset else None
+    if row is None:
+        named = f"no dataset {dataset!r} is stored" if dataset else "no text was named"
         raise BadInput(
-            "name a model, by --model (`actstore models list` names those there are) or as that of a stored run (--model-of), "
-            "and not by both"
+            f"model {model.name!r} reads text, and {named}; give --text FILE, --tokens FILE, or a stored dataset (--dataset)"
         )
-    if model_of is not None:
-        name, shape = _model_of(store, model_of, config, checkpoint)
-    else:
-        found = find(str(model), config, checkpoint)
-        name, shape = found.name, found.config
-    defaults = {"distribution": shape.system, "n_trees": 10_000, "seed": 0, "n_nodes": shape.n_nodes}
+    if row.get("task") != "tokens":
+        raise BadInput(f"dataset {dataset!r} holds trees, and model {model.name!r} reads text; name another")
+    corpus = stored_set(store, manifests(store), row, vocabulary)
+    assert isinstance(corpus, Corpus)
+    corpus.check(vocabulary, model.n_ctx)
+    return corpus
+
+
+def _trees(
+    store: Path,
+    shape: ModelConfig,
+    dataset: str | None,
+    drawn: Mapping[str, Any],
+    trees_from: Any,
+    variant: str | None,
+) -> TreeSet | GivenTrees:
+    """Trees that are given, or stored, or to be drawn."""
     there = committed_datasets(store)
-    stored = there.get(dataset, {}) if dataset else {}
-    given: dict[str, Any] = {
-        "distribution": distribution,
-        "n_trees": trees,
-        "seed": seed,
-        "n_nodes": nodes,
-        "depths": _parse_depths(depths),
+    row = there.get(dataset) if dataset else None
+    stored = row or {}
+    if stored.get("task") == "tokens":
+        raise BadInput(
+            f"dataset {dataset!r} holds text, and a path-finding system reads trees; name another (--dataset), or a "
+            "model of text"
+        )
+    if trees_from is not None:
+        given = from_table(trees_from, dataset)
+        stored = there.get(given.name, {})
+        return replace(given, trees_per_shard=stored.get("trees_per_shard") or given.trees_per_shard)
+    if row is not None and row["distribution"] is None:
+        if more := [*_given(drawn), *["variant"] * bool(variant)]:
+            raise BadInput(f"got --{more[0]}, and the trees of {dataset!r} were given, not drawn; leave it out")
+        held = stored_set(store, manifests(store), row)
+        assert isinstance(held, GivenTrees)
+        return held
+    defaults = {"distribution": shape.system, "n_trees": 10_000, "seed": 0, "n_nodes": shape.n_nodes}
+    asked = {
+        "distribution": drawn["distribution"],
+        "n_trees": drawn["trees"],
+        "seed": drawn["seed"],
+        "n_nodes": drawn["nodes"],
+        "depths": _parse_depths(drawn["depths"]),
     }
     chosen: dict[str, Any] = {
-        key: value if value is not None else stored.get(key, defaults.get(key)) for key, value in given.items()
+        key: value if value is not None else stored.get(key, defaults.get(key)) for key, value in asked.items()
     }
     if chosen["depths"] is not None:
         chosen["depths"] = tuple(chosen["depths"])
     chosen |= {key: stored.get(key) for key in ("trees_per_shard", "variant_of", "change")}
-    chosen_set = TreeSet(**chosen, name=dataset)
+    tree_set = TreeSet(**chosen, name=dataset)
     if variant:
-        chosen_set = _variant(there, chosen_set, variant)
-    if not chosen_set.trees_per_shard:  # a set that is stored keeps its batches
-        stored = there.get(chosen_set.row()["dataset"], {})
-        chosen_set = replace(chosen_set, trees_per_shard=stored.get("trees_per_shard"))
-    names = _parse_sites(sites)
-    plan, _ = draft(name, shape, chosen_set, run, names, prompt, samples)
-    check_device(device)
-    check_plan(store, plan)
-    if model_of is not None:
-        from actstore.ingest.jobs import stored as jobs_stored
-
-        loaded = jobs_stored.model_of(store, model_of, device)
-    else:
-        loaded = load(str(model), config, device, checkpoint)
-    return Ingest(store, loaded, chosen_set, run, names, batch_size, prompt=prompt, samples=samples, wait=wait)
-
-
-def _model_of(store: Path, run: str, config: str | None, checkpoint: int | None) -> tuple[str, ModelConfig]:
-    """The name and the shape of the model of a stored run."""
-    from actstore.ingest.jobs.stored import shape_of
-
-    if config or checkpoint is not None:
-        raise BadInput("--model-of takes the model as the store keeps it; leave --config and --checkpoint out")
-    return shape_of(store, run)
+        tree_set = _variant(there, tree_set, variant)
+    if not tree_set.trees_per_shard:  # a set that is stored keeps its batches
+        stored = there.get(tree_set.row()["dataset"], {})
+        tree_set = replace(tree_set, trees_per_shard=stored.get("trees_per_shard"))
+    return tree_set
 
 
 def _parse_sites(text: str | None) -> list[str] | None:
@@ -139,7 +259,7 @@ def _variant(there: Collection[str], original: TreeSet, change: str) -> TreeSet:
         )
     if original.variant_of:
         raise BadInput(f"{original.name} is a variant of {original.variant_of} already; name the drawn set (--dataset)")
-    vary(original.drawn(0, 0).trees, change, original.seed, 0)  # refuses what is no change
+    vary(original.between(0, 0).trees, change, original.seed, 0)  # refuses what is no change
     return replace(original, name=f"{original.name}-{change}", variant_of=original.name, change=change)
 
 

@@ -14,6 +14,7 @@ from actstore.commits.log import manifests as read_all
 from actstore.errors import ActstoreError, Damaged, NotStored, nearest
 from actstore.ingest.models import load
 from actstore.ingest.models.config import ModelConfig, there_are
+from actstore.ingest.models.general import from_kept
 from actstore.ingest.models.load import Model
 from actstore.named import available
 from actstore.storage.at import at
@@ -24,26 +25,21 @@ def model_of(root: Path, run: str, device: str = "cpu") -> Model:
     """Load the model of a stored run.
 
     Raises:
-        NotStored: there is no such run, or no store.
+        NotStored: there is no such run, or no store; or the store only refers to the weights, and
+            they are no longer where they were.
         BadInput: there is no such device.
         Damaged: the run's weights are missing or changed, and no named model has the same weights.
     """
     load.check_device(device)
-    return model_of_row(root, _model_row(root, run), device)
+    return model_of_row(root, model_row_of(root, run), device)
 
 
-def shape_of(root: Path, run: str) -> tuple[str, ModelConfig]:
-    """The name and configuration of a stored run's model; its weights are not read.
+def model_row_of(root: Path, run: str) -> dict[str, Any]:
+    """The row of `models` of the model of a stored run; its weights are not read.
 
     Raises:
         NotStored: there is no such run, or no store.
     """
-    row = _model_row(root, run)
-    return row["model"], _config(row)
-
-
-def _model_row(root: Path, run: str) -> dict[str, Any]:
-    """The row of `models` of the model of a stored run."""
     check_format(root)
     manifests = read_all(root)
     runs = writing_parts.rows_committed(root, manifests, "runs").to_dicts()
@@ -55,7 +51,10 @@ def _model_row(root: Path, run: str) -> dict[str, Any]:
     return row_where(models_there, "weights_sha256", about["weights_sha256"], "models")
 
 
-def _config(row: dict[str, Any]) -> ModelConfig:
+def shape_of_row(row: dict[str, Any]) -> ModelConfig | None:
+    """The configuration of a path-finding system, from its row of `models`; None for others."""
+    if row.get("facts") is not None:
+        return None
     return ModelConfig.from_mapping(json.loads(row["config"]), f"models.config of {row['model']}")
 
 
@@ -72,7 +71,12 @@ def row_where(rows: list[dict[str, Any]], column: str, wanted: object, table: st
 
 
 def model_of_row(root: Path, row: dict[str, Any], device: str) -> Model:
-    """Load a model from the store's weights, else from a named model with the same hash."""
+    """Load a model from the store's weights, else from where a model with the same hash is found.
+
+    Raises:
+        NotStored: the store only refers to the weights, and they are no longer where they were.
+        Damaged: the weights are missing or changed, and no named model has the same weights.
+    """
     wanted, name = row["weights_sha256"], row["model"]
     import torch
 
@@ -80,8 +84,11 @@ def model_of_row(root: Path, row: dict[str, Any], device: str) -> Model:
     path, content = weights_path(wanted), b""
     with suppress(FileNotFoundError, Damaged):
         content = at(root).read(path, at(root).size(path))
-    if hashlib.sha256(content).hexdigest() == wanted:
-        return load.from_bytes(content, _config(row), name, row["source"], where)
+    shape, is_whole = shape_of_row(row), hashlib.sha256(content).hexdigest() == wanted
+    if shape is None:
+        return from_kept(row, content, where) if is_whole else load.again(row, where)
+    if is_whole:
+        return load.from_bytes(content, shape, name, row["source"], where)
     of, _, step = name.rpartition("-step")
     for called, checkpoint in ((name, None), (of, int(step) if step.isdigit() else None)):
         with suppress(ActstoreError):

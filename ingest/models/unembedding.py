@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from actstore.ingest.models.weights import stream
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
@@ -29,7 +31,6 @@ def last_layer(bridge: TransformerBridge, hooks: Hooks) -> bytes:
         The bytes of the file; b"" if the model has no such last layer.
     """
     import torch
-    from safetensors.torch import save
 
     held, cfg = bridge.state_dict(), bridge.cfg
     norm = str(cfg.normalization_type or "").upper().removesuffix("PRE")
@@ -58,7 +59,7 @@ def last_layer(bridge: TransformerBridge, hooks: Hooks) -> bytes:
             kept = {name: tensor.cpu().clone().contiguous() for name, tensor in sorted(tried.items())}
             digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in kept.values())).hexdigest()
             about = {"normalization": norm, "eps": repr(float(cfg.eps)), "soft_cap": repr(soft_cap), "sha256": digest}
-            return save(kept, about)
+            return b"".join(stream(kept, about))
     return b""
 
 

@@ -14,7 +14,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -86,14 +86,18 @@ def canonical(state_dict: Mapping[str, Tensor]) -> bytes:
     return to_safetensors({name: state_dict[name].detach().cpu().clone().contiguous() for name in sorted(state_dict)})
 
 
-def stream(state_dict: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def stream(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """The bytes of `canonical`, tensor by tensor, so that no copy of the whole is made.
+
+    Args:
+        metadata: put into the header in this order; the library's own order differs at each call.
 
     Raises:
         BadInput: a tensor has a dtype that safetensors cannot hold.
     """
     ordered = sorted(state_dict, key=lambda name: (_rank(state_dict[name], name), name))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name in ordered:
         tensor = state_dict[name]
         end = offset + tensor.numel() * tensor.element_size()

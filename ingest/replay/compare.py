@@ -17,24 +17,23 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from actstore.arrays.address import positions, token_ids
+from actstore.arrays.address import POSITIONS_PER_TREE, Ids, positions, token_ids
 from actstore.commits.log import manifests
+from actstore.commits.manifest import Manifest
+from actstore.errors import NotStored
 from actstore.ingest.answers.continuations import generation_rows
 from actstore.ingest.answers.tree_paths import answer, outcome_rows, prediction_rows
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.forward import forward
-from actstore.ingest.replay.difference import Difference
+from actstore.ingest.replay.compare_text import compare_text
+from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, not_compared
 from actstore.ingest.replay.rehydrate import rehydrate
 from actstore.ingest.trees.draw import Trees, concatenate
 from actstore.ingest.trees.tokens import PAD, WORDS, arrow_word, encode, path_at, root_at
 from actstore.store import Store
+from actstore.writing.committed import batches_of
 from actstore.writing.parts import rows_committed
 
-# of a site's largest number: float32 sums of 128 to 512 terms through six layers differ by 1e-6 to
-# 1e-5
-TOLERANCE = 1e-4
-P_TOLERANCE = 1e-3  # of a probability
-TIE = 1e-4  # words whose probabilities are this close may change places: rounding moves a probability by 1e-6
 DRAWN_OTHERWISE = 0.05  # share of continuations: a draw at the border of two words is decided by rounding
 AT_ONCE = 64  # trees per forward pass
 
@@ -42,11 +41,11 @@ AT_ONCE = 64  # trees per forward pass
 def compare(
     path: str | Path, n_trees: int, seed: int = 0, advance: Callable[[int, int, str], None] = lambda *done: None
 ) -> list[Difference]:
-    """Rerun random trees of every run, and compare the results with what is stored.
+    """Rerun random trees, or sequences of text, of every run, and compare with what is stored.
 
     Args:
         path: path of the store.
-        n_trees: trees per run, drawn among the committed trees.
+        n_trees: trees or sequences per run, drawn among the committed ones.
         seed: seed of the draw.
         advance: called with (runs done, runs in all, the run just done).
     """
@@ -56,9 +55,7 @@ def compare(
         committed = manifests(root)[: store.snapshot]
         datasets, runs = rows_committed(root, committed, "datasets"), store.runs()
         for done, run in enumerate(runs, start=1):
-            job, about = rehydrate(root, committed, run)
-            found += _appended(store, run)
-            found += _compare_run(store, job, int(about["first_tree_id"]), n_trees, seed, job.originals(datasets))
+            found += _of_run(store, committed, run, n_trees, seed, datasets)
             advance(done, len(runs), run)
     return found
 
@@ -67,9 +64,25 @@ def _appended(store: Store, run: str) -> list[Difference]:
     """The sites that were appended to a run: nothing says how to compute them again."""
     sites = store.sql("select short, lineage from sites where run = $run and lineage is not null", {"run": run})
     return [
-        Difference(run, site, 0.0, 0.0, 0, f"appended, so it cannot be computed again: {lineage}")
+        not_compared(run, site, f"appended, so it cannot be computed again: {lineage}")
         for site, lineage in sites.iter_rows()
     ]
+
+
+def _of_run(
+    store: Store, committed: list[Manifest], run: str, n_sequences: int, seed: int, datasets: pl.DataFrame
+) -> list[Difference]:
+    """Compare one run; what the store alone cannot make again is said."""
+    found = _appended(store, run)
+    try:
+        job, about = rehydrate(store.path, committed, run)
+    except NotStored as error:  # the store only refers to the model
+        return [*found, not_compared(run, "model", str(error))]
+    if job.of_text:
+        row = datasets.filter(pl.col("dataset") == about["dataset"]).to_dicts()[0]
+        batches = sorted(batches_of(committed, run))
+        return found + compare_text(store, job, Ids.of_dataset(row), batches, n_sequences, seed)
+    return found + _compare_run(store, job, int(about["first_tree_id"]), n_sequences, seed, job.originals(datasets))
 
 
 def _compare_run(
@@ -81,16 +94,21 @@ def _compare_run(
     if not len(held):
         return []
     chosen = np.sort(np.random.default_rng(seed).choice(held, min(n_trees, len(held)), replace=False)) - first_tree_id
-    drawn = [job.trees.drawn(i, i + 1) for i in chosen.tolist()]
+    drawn = [job.trees.between(i, i + 1) for i in chosen.tolist()]
     trees = concatenate([tree.trees for tree in drawn])
     found = [_vocabulary(store, job)]
     dataset = str(job.plan.dataset["dataset"])
-    rows = [tree.rows(first_tree_id + tree.start, dataset, originals) for tree in drawn]
+    rows = [tree.rows(_ids(first_tree_id + tree.start), dataset, originals) for tree in drawn]
     for name in ("trees", "edges", "tokens"):
         found.append(_rows(store, run, name, pl.concat([frames[name] for frames in rows]), chosen + first_tree_id))
     if job.generator:
         return [*found, *_generations(store, job, chosen, first_tree_id)]
     return found + _answers(store, job, trees, chosen + first_tree_id)
+
+
+def _ids(tree_id: int) -> Ids:
+    """The first ids of a tree."""
+    return Ids(tree_id * POSITIONS_PER_TREE, tree_id)
 
 
 def _vocabulary(store: Store, job: Ingest) -> Difference:
@@ -263,7 +281,7 @@ def _generations(store: Store, job: Ingest, chosen: np.ndarray, first_tree_id: i
     assert job.generator is not None
     run, frames = job.plan.run, []
     for i in chosen.tolist():  # one tree at a time, since draws depend on the tree's own index
-        generated = job.generator.go_on(job.trees.drawn(i, i + 1).words, i)
+        generated = job.generator.go_on(job.trees.between(i, i + 1).words, i)
         frames.append(generation_rows(generated, run, first_tree_id + i))
     ours = pl.concat(frames)
     held = _stored(store, "generations", run, chosen + first_tree_id, "tree_id, sample, position").cast(ours.schema)

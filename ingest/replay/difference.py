@@ -10,6 +10,12 @@ import polars as pl
 
 from actstore.errors import Damaged
 
+# of a site's largest number: float32 sums of 128 to 512 terms through six layers differ by 1e-6 to
+# 1e-5
+TOLERANCE = 1e-4
+P_TOLERANCE = 1e-3  # of a probability
+TIE = 1e-4  # words whose probabilities are this close may change places: rounding moves a probability by 1e-6
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -23,6 +29,7 @@ class Difference:
         tolerance: largest accepted `worst`.
         n: number of rows compared; 0 for a site that was appended and cannot be computed again.
         first: place of the worst difference, in words.
+        cannot: why nothing could be compared; "" if something was.
     """
 
     run: str
@@ -31,30 +38,40 @@ class Difference:
     tolerance: float
     n: int
     first: str
+    cannot: str = ""
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is within its tolerance."""
-        return self.worst <= self.tolerance
+        """Whether the difference is within its tolerance, or nothing could be compared."""
+        return bool(self.cannot) or self.worst <= self.tolerance
+
+
+def not_compared(run: str, what: str, why: str) -> Difference:
+    """What could not be compared, and why."""
+    return Difference(run, what, 0.0, 0.0, 0, why, why)
 
 
 def as_frame(found: Sequence[Difference]) -> pl.DataFrame:
-    """One row per comparison: run, what, agrees, worst, tolerance, n, where."""
+    """One row per comparison: run, what, agrees, worst, tolerance, n, where.
+
+    `agrees` is null where nothing could be compared, and `where` says why.
+    """
     return pl.DataFrame(
         {
             "run": [each.run for each in found],
             "what": [each.what for each in found],
-            "agrees": [each.agrees for each in found],
+            "agrees": [None if each.cannot else each.agrees for each in found],
             "worst": [each.worst for each in found],
             "tolerance": [each.tolerance for each in found],
             "n": [each.n for each in found],
-            "where": ["" if each.agrees and each.n else each.first for each in found],
-        }
+            "where": [each.cannot or ("" if each.agrees else each.first) for each in found],
+        },
+        schema_overrides={"agrees": pl.Boolean},
     )
 
 
 def raise_if_apart(found: Sequence[Difference], path: str | Path) -> None:
-    """Refuse a store that differs from what its weights and trees give.
+    """Refuse a store that differs from what its weights and sequences give.
 
     Raises:
         Damaged: names the first difference.
@@ -63,6 +80,6 @@ def raise_if_apart(found: Sequence[Difference], path: str | Path) -> None:
     if apart:
         first = apart[0]
         raise Damaged(
-            f"{path} is not what its weights and trees give: {len(apart)} of {len(found)} comparisons differ, the first "
+            f"{path} is not what its weights and sequences give: {len(apart)} of {len(found)} comparisons differ, the first "
             f"{first.what} of run {first.run!r} by {first.worst:.3g} ({first.first}); ingest it again, into another store"
         )

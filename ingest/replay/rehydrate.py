@@ -9,10 +9,11 @@ from typing import Any
 
 from actstore.commits.manifest import Manifest, Part
 from actstore.errors import NotStored
-from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.answers.next_token import understood
+from actstore.ingest.jobs.job import MOST_AT_ONCE, Ingest
+from actstore.ingest.jobs.sets import stored_set
 from actstore.ingest.jobs.stored import model_of_row, row_where
 from actstore.ingest.replay import definitions
-from actstore.ingest.trees.task import TreeSet
 from actstore.writing import parts as writing_parts
 
 
@@ -25,7 +26,8 @@ def rehydrate(
         lost: part → row of the definition that no sound part holds.
 
     Raises:
-        NotStored: there is no such run.
+        NotStored: there is no such run; or the store only refers to the run's model, and it is no
+            longer where it was.
         Damaged: the run's weights are missing or changed, and no named model has the same weights.
     """
     rows = {
@@ -41,19 +43,16 @@ def rehydrate(
     dataset = row_where(rows["datasets"], "dataset", about["dataset"], "datasets")
     ran = [row for row in rows["sites"] if row["run"] == run and row.get("lineage") is None]
     sites = [row["short"] for row in ran] or definitions.site_names(root, run)
-    depths = dataset.get("depths")
-    trees = TreeSet(
-        dataset["distribution"],
-        dataset["n_trees"],
-        dataset["seed"],
-        dataset["n_nodes"],
-        None if depths is None else tuple(depths),
-        dataset["dataset"],
-        dataset["trees_per_shard"],
-        dataset.get("variant_of"),
-        dataset.get("change"),
-    )
-    batch_size = json.loads(about["versions"]).get("batch_size", 128)
-    prompt, samples = about.get("prompt") or "task", about.get("samples")
+    about_it = json.loads(about["versions"])
     held = model_of_row(root, model, about["device"])
-    return Ingest(root, held, trees, run, sites, batch_size, prompt=prompt, samples=samples), about
+    return Ingest(
+        root,
+        held,
+        stored_set(root, manifests, dataset),
+        run,
+        sites,
+        about_it.get("batch_size", MOST_AT_ONCE),
+        prompt=about.get("prompt") or "task",
+        samples=about.get("samples"),
+        asked=understood(about_it.get("answers") or "next"),
+    ), about

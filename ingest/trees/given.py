@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,19 @@ class GivenTrees:
         """Batches of the set."""
         return -(-self.n_trees // self.trees_per_shard)
 
-    def drawn(self, start: int, stop: int) -> Drawn:
+    @cached_property
+    def n_tokens(self) -> int:
+        """Tokens of all trees, estimated from the first 1,000."""
+        return round(self.n_trees * float(self.between(0, min(1000, self.n_trees)).lengths.mean()))
+
+    def between(self, start: int, stop: int) -> Drawn:
         """Trees start…stop-1 of the set, ready to be written as words and as rows."""
         table = "" if self.declared is None else str(self.declared["name"][0])
         return GivenDrawn(start, self.get(start, stop), None, table, self.get_others(start, stop))
 
-    def batch(self, number: int) -> Drawn:
-        """The trees of one batch."""
-        return self.drawn(number * self.trees_per_shard, min((number + 1) * self.trees_per_shard, self.n_trees))
+    def drawn(self, batch: int) -> Drawn:
+        """Draw one batch of the set."""
+        return self.between(batch * self.trees_per_shard, min((batch + 1) * self.trees_per_shard, self.n_trees))
 
     def row(self) -> dict[str, Any]:
         """The set's row of `datasets`, without first_tree_id; distribution and seed are NULL."""

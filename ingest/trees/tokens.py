@@ -20,7 +20,7 @@ from typing import TypeVar
 import numpy as np
 import polars as pl
 
-from actstore.arrays.address import token_ids
+from actstore.arrays.address import Ids, token_ids
 from actstore.errors import BadInput
 from actstore.ingest.trees.draw import MAX_NODES, MIN_NODES, NO_NODE, Trees, at_label
 from actstore.ingest.trees.rows import edge_rows, enum_series, null_where_no_node, tree_rows
@@ -183,15 +183,19 @@ class Drawn:
         """intp [n_trees]: tokens per tree, without padding."""
         return (self.words != PAD).sum(axis=1)
 
-    def rows(self, first_tree_id: int, dataset: str, originals: int | None = None) -> dict[str, pl.DataFrame]:
+    def __len__(self) -> int:
+        return len(self.trees)
+
+    def rows(self, first: Ids, dataset: str, originals: int | None = None) -> dict[str, pl.DataFrame]:
         """The rows of `trees`, `edges` and `tokens`, by table.
 
         Args:
-            first_tree_id: tree_id of the first of these trees.
+            first: ids of the first of these trees.
             dataset: name of the set.
             originals: tree_id of the first tree of the set that a variant was made from; None for a
                 drawn set.
         """
+        first_tree_id = first.sequence_id
         frame = tree_rows(self.trees, first_tree_id, dataset)
         if originals is not None:
             ids = np.arange(len(frame), dtype=np.int32) + np.int32(originals + self.start)

@@ -37,7 +37,7 @@ def speed() -> list[Row]:
     """Trees per second of ingest at the default sites, over those of the bare forward pass, alternating in one run."""
     model = load("reproduction")
     trees = TreeSet("reproduction", N_TREES)
-    ids = torch.from_numpy(model.config.vocabulary.encode(trees.drawn(0, N_TREES).words))
+    ids = torch.from_numpy(model.config.vocabulary.encode(trees.between(0, N_TREES).words))
     bare, stored = [], []
     for _ in range(ROUNDS):
         started = time.perf_counter()

@@ -40,7 +40,7 @@ def rows() -> list[Row]:
         pairs = [[_timed(_reads, Path(folder) / "grid.act", check) for check in (False, True)] for _ in range(ROUNDS)]
         reads, reads_checked = (median(seconds) for seconds in zip(*pairs, strict=True))
         grid, grid_checked = (_timed(_grid, Path(folder) / "grid.act", check) for check in (False, True))
-    ids = torch.from_numpy(model.config.vocabulary.encode(trees.drawn(0, BATCH_SIZE * BATCHES).words))
+    ids = torch.from_numpy(model.config.vocabulary.encode(trees.between(0, BATCH_SIZE * BATCHES).words))
     started = time.perf_counter()
     with torch.no_grad():
         for batch in ids.split(BATCH_SIZE):

@@ -481,3 +481,23 @@ def test_a_pass_takes_the_next_sequences_by_length():
     found = passes(np.array([3, 9, 3, 1, 9]), 2)
     assert [some.tolist() for some in found] == [[1, 4], [0, 2], [3]]
     assert [default_batch_size({"task": "tokens", "n_positions": n}) for n in (1, 64, 512, 9000)] == [128, 64, 8, 1]
+
+
+def test_a_cache_has_the_numbers_of_run_with_cache(root: Path, model: Model):
+    with Store(root) as store:
+        run = next(name for name in store.runs() if "resid_pre.0" in store.sites(name))
+        ids = (
+            store.of(run)
+            .sql("select sequence_id from sequences order by n_tokens desc")["sequence_id"][[5, 0, -1]]
+            .to_list()
+        )
+        cache = store.cache(ids, run=run, model=model.bridge)
+        assert set(cache.keys()) == set(store.of(run).sql("select site from sites")["site"])
+        for row, sequence in enumerate(ids):
+            query = "select number from tokens where sequence_id = $i order by token_id"
+            numbers = store.sql(query, {"i": sequence})["number"].to_list()
+            n, (_, alone) = len(numbers), model.bridge.run_with_cache(torch.tensor([numbers]))
+            for hook in cache:
+                held = cache[hook][row, :, :n, :n] if "pattern" in hook else cache[hook][row, :n]
+                torch.testing.assert_close(held, alone[hook][0], rtol=1e-4, atol=1e-5)
+                assert cache[hook][row].count_nonzero() == held.count_nonzero()  # zero past the end

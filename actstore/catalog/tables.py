@@ -308,8 +308,10 @@ def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path],
     """
     if table not in OF_TREES:
         return rows_of(parts)
-    # parts may lack columns; those of the table have them all
-    rows = f"((from {datasets.removesuffix('datasets')}{table} limit 0) union all by name (from {rows_of(parts)}))"
+    held = _names(connection, rows_of(parts))
+    named = [*ADDED[table], *([DERIVED[table]] if table in DERIVED else [])]
+    lacking = [f"null::{columns()[table, name][0]} as {name}" for name in named if name not in held]
+    rows = f"(select {', '.join(['*', *lacking])} from {rows_of(parts)})"
     if table == "datasets":
         derived = (
             "coalesce(task, 'trees') as task, coalesce(layout, 'grid') as layout, "
@@ -321,10 +323,18 @@ def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path],
     else:
         derived = "coalesce(sequence_id, tree_id) as sequence_id"
     if table == "tokens":
-        sets = connection.execute(f"select dataset, first_token_id + n_ids from {datasets} order by first_token_id")
+        end = "first_token_id + n_ids"
+        if "n_ids" not in _names(connection, datasets):  # the catalog of an earlier version
+            end = f"(first_tree_id + n_trees)::bigint * {POSITIONS_PER_TREE}"
+        sets = connection.execute(f"select dataset, {end} as stop from {datasets} order by stop")
         cases = " ".join(f"when token_id < {stop} then {quoted(name)}" for name, stop in sets.fetchall())
         derived += f", {f'case {cases} end' if cases else 'null'} as dataset"
     return f"(select * replace ({derived}) from {rows})"
+
+
+def _names(connection: duckdb.DuckDBPyConnection, rows: str) -> set[str]:
+    """Names of the columns of a table, or of a table function."""
+    return {row[0] for row in connection.execute(f"describe from {rows}").fetchall()}
 
 
 def as_in_parts(table: str, rows: pl.DataFrame) -> pl.DataFrame:

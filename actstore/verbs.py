@@ -135,6 +135,8 @@ def study(
     runs: Sequence[str] = (),
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    query: str | None = None,
+    params: Mapping[str, Any] | None = None,
     confirm: str | None = None,
     plot: str | Path | None = None,
     record: bool = True,
@@ -150,7 +152,8 @@ def study(
         runs: the runs to ask, or one run's name; default: every run over drawn trees; of `probe`
             and `compare` every run over other sequences, too.
         seed: seed of everything random.
-        options: the study's own options; of `probe` also `query` and its `params`.
+        options: the study's own options.
+        query, params: of the study `probe`, see `actstore study probe --help`.
         confirm: a second dataset, on which findings are confirmed.
         plot: a file for the figure, .png, .svg or .pdf; of several runs FILE-RUN.
         record: whether to record the answers. An open store shows them when it is opened again.
@@ -172,8 +175,9 @@ def study(
     check_file(plot, "plot", FIGURES)
     if record:
         recording.wait_until_free(_path(store), wait)
+    asks = ({"query": query} if query is not None else {}) | ({"params": params} if params else {})
     with _opened(store, check) as opened:
-        asked = studies.answer(opened, name, runs, seed, options, confirm, progress)
+        asked = studies.answer(opened, name, runs, seed, {**(options or {}), **asks}, confirm, progress)
         if plot:
             list(studies.save_figures([one.answer for one in asked if one.answer], plot))
         if record:

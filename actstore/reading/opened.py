@@ -113,7 +113,10 @@ class Opened:
 
     def _open_session(self, catalog: Path) -> Session:
         if self.about["format"] == FORMAT_VERSION:
-            return self._open_checked(catalog) if self.check else Session(catalog, self.path)
+            session = self._open_checked(catalog) if self.check else Session(catalog, self.path)
+            if not _lacks_columns(session):
+                return session
+            session.close()
         with build.of_older(self.path) as built:  # the store's own catalog lacks some of today's tables and columns
             return Session(built, self.path)
 
@@ -251,6 +254,18 @@ class Opened:
         if (run, site) not in self._readers:
             self._readers[run, site] = open_site(self, run, site)
         return self._readers[run, site]
+
+
+def _lacks_columns(session: Session) -> bool:
+    """Whether a catalog is of the present format, and of a version before its last columns."""
+    try:
+        session.look_up("select task from datasets limit 0")
+        return False
+    except BadInput:
+        with suppress(BadInput):
+            session.look_up("select first_tree_id from datasets limit 0")
+            return True
+        return False
 
 
 @contextmanager

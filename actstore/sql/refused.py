@@ -81,9 +81,8 @@ def _of_a_word(word: str, tables: list[str]) -> str:
 def _of_a_table(name: str, tables: list[str]) -> str:
     if name in TAKES:
         return f"it takes a run and a site: {TAKES[name]}"
-    frames = (
-        "" if get_close_matches(name, tables, 1) else "; a frame of Python is no table: hand its values over as params"
-    )
+    by_name = f"; hand a frame of yours over by name: tables={{'{name}': frame}} (--table {name}=FILE)"
+    frames = "" if get_close_matches(name, tables, 1) else by_name
     return f"the store has {', '.join(tables)}{frames}"
 
 

@@ -22,14 +22,14 @@ class Answering(Ingest):
 
     says: Says | None = None
 
-    def answers(self, drawn, first_tree_id, into, advance):
+    def answers(self, drawn, ids, into, advance):
         trees, first = drawn.trees, drawn.start
         right, p = self.says(trees, first)
         graded = graded_as(trees, right, p)
         advance(first + len(trees))
         return {
-            "predictions": tree_paths.prediction_rows(graded, self.plan.run, first_tree_id),
-            "outcomes": tree_paths.outcome_rows(graded, self.plan.run, first_tree_id),
+            "predictions": tree_paths.prediction_rows(graded, self.plan.run, ids.sequence_id),
+            "outcomes": tree_paths.outcome_rows(graded, self.plan.run, ids.sequence_id),
         }
 
 
@@ -39,10 +39,10 @@ class Dreaming(Ingest):
 
     dreams: Callable[[Trees, int], list[list[str]]] | None = None
 
-    def answers(self, drawn, first_tree_id, into, advance):
+    def answers(self, drawn, ids, into, advance):
         trees = drawn.trees
         rows = [
-            (self.plan.run, first_tree_id + tree, 0, 3 * trees.n_nodes - 3 + place, word, 0.5, 0.5)
+            (self.plan.run, ids.sequence_id + tree, 0, 3 * trees.n_nodes - 3 + place, word, 0.5, 0.5)
             for tree, words in enumerate(self.dreams(trees, drawn.start))
             for place, word in enumerate(words)
         ]

@@ -302,7 +302,7 @@ def test_parts_have_the_columns_of_the_catalog_and_hold_small_numbers_unsigned(r
                 signed = pl.Categorical if isinstance(dtype, pl.Enum) else SIGNED.get(str(dtype), dtype)
                 if column in ("position", "n_positions") and table != "generations":  # of text it is larger
                     signed = pl.Int32
-                assert schema[column] == (pl.UInt64 if column == "tree_hash" else signed), (table, column)
+                assert schema[column] == (pl.UInt64 if column in ("tree_hash", "hash") else signed), (table, column)
     assert types["tokens"]["token"] == pl.Enum(tokens.WORDS)
     for part in root.glob("parts/*/*.parquet"):
         assert pl.read_parquet_schema(part) == types[part.parent.name], part

@@ -6,7 +6,6 @@ import shutil
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
 
 import duckdb
 import polars as pl
@@ -23,7 +22,7 @@ from actstore.errors import ActstoreError, Damaged, NotStored
 from actstore.ingest.replay.remake import files_of
 from actstore.storage import sealed
 from actstore.storage import sealed as storage_sealed
-from actstore.storage.content import check_inside
+from actstore.storage.content import as_a, check_inside
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
@@ -211,7 +210,11 @@ def test_a_store_of_a_strange_manifest_ends_well_though_the_catalog_agrees(whole
 
 
 def test_the_types_of_a_manifest_name_the_tables_that_have_parts():
-    assert {*get_args(TableOfParts)} == {*tables.tables()} - {"shards", "snapshot"}
+    for table in tables.tables():
+        assert as_a(TableOfParts, table) == table
+    for strange in ("Trees", "", "a/b", "1a", "a" * 64):
+        with pytest.raises(ValueError, match="matching regex"):
+            as_a(TableOfParts, strange)
     assert {field.name for field in fields(About)} == {"format", "made_by"}
 
 

@@ -163,15 +163,15 @@ def test_trees_that_were_given_are_read_back_as_given_and_drawn_ones_are_drawn(r
         )
         with open_writer(root, make=True) as writer:
             first = writer.define(plan)
-            batch = trees.drawn(0, trees.n_trees)
-            contents = batch_contents(plan, 0, batch.rows(first.sequence_id, trees.row()["dataset"]), {}, {})
+            batch = trees.between(0, trees.n_trees)
+            contents = batch_contents(plan, 0, batch.rows(first, trees.row()["dataset"]), {}, {})
             writer.commit_batch(plan, 0, first.sequence_id, trees.n_trees, contents)
     manifests = log.manifests(root)
     rows = {row["dataset"]: row for row in rows_committed(root, manifests, "datasets").to_dicts()}
     again = stored_set(root, manifests, rows["mine"])
     assert isinstance(again, GivenTrees)
     assert again.row() == made.row()
-    np.testing.assert_array_equal(again.drawn(0, 2).trees.edges, edges)
+    np.testing.assert_array_equal(again.between(0, 2).trees.edges, edges)
     assert stored_set(root, manifests, rows[drawn.row()["dataset"]]).row() == drawn.row()
     with Store(root) as store:
         shown = store.sql(

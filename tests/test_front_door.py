@@ -357,8 +357,8 @@ REFUSED = {
     "frame as a table": (
         lambda s: s.sql("from my_frame"),
         BadInput,
-        "a frame of Python is no table",
-        "params",
+        "hand a frame of yours over by name: tables={'my_frame': frame}",
+        "--table my_frame=FILE",
         "LINE 1",
     ),
     "with limits": (

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actstore.arrays.address import Ids
 from actstore.catalog.declared import parsed
 from actstore.catalog.tables import every_column
 from actstore.errors import BadInput, NotStored
@@ -45,8 +46,8 @@ def stored(trees: GivenTrees, first: int, lost: tuple[str, ...] = ()) -> GivenTr
     """The set as it is read back from its parts, without some tables."""
     parts: dict[tuple[str, int | None], pl.DataFrame] = {(name, None): rows for name, rows in trees.parts().items()}
     for batch in range(trees.n_batches):
-        drawn = trees.batch(batch)
-        for table, frame in drawn.rows(first + drawn.start, trees.name).items():
+        drawn = trees.drawn(batch)
+        for table, frame in drawn.rows(Ids((first + drawn.start) * 256, first + drawn.start), trees.name).items():
             parts[table, batch] = as_stored(table, frame)
 
     def read(table: str, batch: int | None) -> pl.DataFrame:
@@ -72,18 +73,18 @@ def test_given_trees_are_the_drawn_ones_from_the_table_and_from_the_store(
     trees = draw(distribution, seed, 0, n_trees, n_nodes)
     table = table_of(trees) if has_path else table_of(trees).drop("path")
     found = from_table(table, "mine", per_shard)
-    whole = found.drawn(0, n_trees).trees
+    whole = found.between(0, n_trees).trees
     same(whole, trees)
-    drawn = TreeSet(distribution, n_trees, seed, n_nodes, name="mine", trees_per_shard=per_shard).drawn(0, n_trees)
-    for name, rows in found.drawn(0, n_trees).rows(5, "mine").items():
-        assert rows.equals(drawn.rows(5, "mine")[name]), name
+    drawn = TreeSet(distribution, n_trees, seed, n_nodes, name="mine", trees_per_shard=per_shard).between(0, n_trees)
+    for name, rows in found.between(0, n_trees).rows(Ids(5 * 256, 5), "mine").items():
+        assert rows.equals(drawn.rows(Ids(5 * 256, 5), "mine")[name]), name
     for lost in ((), ("trees",), ("tokens",)):
         again = stored(found, 5, lost)
         assert again.row() == found.row()
         for start, stop in ((0, n_trees), (n_trees // 2, n_trees), (0, 0)):
-            same(again.drawn(start, stop).trees, trees[start:stop])
+            same(again.between(start, stop).trees, trees[start:stop])
     with pytest.raises(NotStored):
-        stored(found, 5, ("trees", "tokens")).drawn(0, 1)
+        stored(found, 5, ("trees", "tokens")).between(0, 1)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
@@ -97,7 +98,7 @@ def test_trees_are_read_alike_from_every_kind_of_file(kind: str, tmp_path: Path)
         {"parquet": table.write_parquet, "jsonl": table.write_ndjson}[kind](path)
     found = from_table(path)
     assert (found.name, found.n_trees, found.n_nodes) == ("my-trees", 1200, 6)
-    same(found.drawn(0, 1200).trees, trees)
+    same(found.between(0, 1200).trees, trees)
     assert found.row()["distribution"] is found.row()["seed"] is None
 
 
@@ -162,7 +163,7 @@ def test_what_is_no_table_of_trees_is_refused_in_one_line(table: dict[str, Any],
 
 
 def test_a_good_row_is_taken_so_that_each_fault_is_one_change() -> None:
-    assert from_table(pl.DataFrame([GOOD])).drawn(0, 1).trees.depth.tolist() == [2]
+    assert from_table(pl.DataFrame([GOOD])).between(0, 1).trees.depth.tolist() == [2]
 
 
 def test_every_other_column_is_a_column_of_a_declared_table() -> None:
@@ -172,11 +173,11 @@ def test_every_other_column_is_a_column_of_a_declared_table() -> None:
         relation = parsed(found.parts()["relations"].row(0, named=True))
         assert (relation.name, relation.owner) == ("my_trees", "my trees")
         assert [name for name, *_ in relation.columns] == ["sequence_id", "source", "about"]
-        table = found.batch(1).rows(9, "my trees")["my_trees"]
+        table = found.drawn(1).rows(Ids(9 * 256, 9), "my trees")["my_trees"]
         assert table["sequence_id"].to_list() == [9, 10]
         assert table["source"].to_list() == ["s2", "s3"]
         assert table["about"].str.json_path_match("$.n").to_list() == ["2", "3"]
-    assert "my_trees" not in stored(made, 7, ("my_trees",)).batch(1).rows(9, "my trees")
+    assert "my_trees" not in stored(made, 7, ("my_trees",)).drawn(1).rows(Ids(9 * 256, 9), "my trees")
 
 
 def test_names_that_are_refused_are_those_of_the_tables() -> None:

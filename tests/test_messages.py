@@ -94,7 +94,7 @@ MISTAKES: list[tuple[str | list[str], int, tuple[str, ...]]] = [
     ("evaluate reproduction --nodes 17", 2, ("got 17 nodes", "16 or fewer", "--nodes")),
     ("evaluate reproduction --seed 42", 2, ("seed 42", "take another", "--seed")),
     # questions
-    ("study STORE probs", 1, ("'probs'", "did you mean 'probes'", "there are probes, depth")),
+    ("study STORE probs", 1, ("'probs'", "did you mean 'probes'", "there are probes, probe, depth")),
     ("study STORE depth --run reproductoin", 1, ("'reproductoin'", "holds reproduction")),
     ("study STORE depth -o rum 1", 2, ("'rum'", "takes no parameters")),
     ("query STORE acuracy_by_depth", 1, ("'acuracy_by_depth'", "did you mean 'accuracy_by_depth'", "there are")),

@@ -121,7 +121,7 @@ class SiteReader(Placed):
         batches = np.unique(batch).tolist()
         n_chunks, n_bytes = len(np.unique(batch << layout.key_bits | position)), len(row) * row_bytes
         if self.files.reads_whole:
-            return Cost(n_chunks, len(batches), n_bytes, sum(map(self.files.file_bytes, batches)))
+            return Cost(n_chunks, len(batches), n_bytes, sum(map(self.files.size, batches)))
         n_pages = 0
         for number in batches:
             of_batch = batch == number

@@ -64,7 +64,7 @@ def read_arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
         raise BadInput(f"{file} holds no arrays ({str(error).splitlines()[0]}); give {', '.join(ARRAYS)}") from error
     if lacking := [name for name in ("token_id", "X") if name not in found]:
         raise BadInput(
-            f"{file} lacks {lacking[0]}; it must hold token_id [n] and X [n, d], as `actstore read --out` writes"
+            f"{file} lacks {lacking[0]}; it must hold token_id [n] and X [n, d], as `actstore read` writes with --out"
         )
     return found["token_id"], found["X"]
 

@@ -69,6 +69,10 @@ class Opened:
         opened.callback(self.session.close)
         tables.refuse_replayed(self.path, catalog)  # one that came while the catalog was opened was read with it
         with _catalog_errors(self.path):
+            if not self._is_of_today():
+                self.session.close()
+                self.session = self._open_older()
+                opened.callback(self.session.close)
             self._check_tables()
             self.snapshot, hash_of_log = self._snapshot()
         committed = self._check_log(hash_of_log, summed)
@@ -113,11 +117,12 @@ class Opened:
 
     def _open_session(self, catalog: Path) -> Session:
         if self.about["format"] == FORMAT_VERSION:
-            session = self._open_checked(catalog) if self.check else Session(catalog, self.path)
-            if not _lacks_columns(session):
-                return session
-            session.close()
-        with build.of_older(self.path) as built:  # the store's own catalog lacks some of today's tables and columns
+            return self._open_checked(catalog) if self.check else Session(catalog, self.path)
+        return self._open_older()
+
+    def _open_older(self) -> Session:
+        """Open a catalog that is built from the parts: the store's own lacks tables or columns."""
+        with build.of_older(self.path) as built:
             return Session(built, self.path)
 
     def _open_checked(self, catalog: Path) -> Session:
@@ -141,6 +146,15 @@ class Opened:
         """See Store.close."""
         self._opened.close()
         self._readers.clear()
+
+    def _is_of_today(self) -> bool:
+        """False for a catalog of the present format that a version before its last columns made."""
+        try:
+            self.session.types("select task from datasets")
+        except BadInput:
+            with suppress(BadInput):
+                return not self.session.types("select first_tree_id from datasets")
+        return True
 
     def _check_tables(self) -> None:
         """Raises as check_tables; the slow query runs only if the types are not as expected."""
@@ -254,18 +268,6 @@ class Opened:
         if (run, site) not in self._readers:
             self._readers[run, site] = open_site(self, run, site)
         return self._readers[run, site]
-
-
-def _lacks_columns(session: Session) -> bool:
-    """Whether a catalog is of the present format, and of a version before its last columns."""
-    try:
-        session.look_up("select task from datasets limit 0")
-        return False
-    except BadInput:
-        with suppress(BadInput):
-            session.look_up("select first_tree_id from datasets limit 0")
-            return True
-        return False
 
 
 @contextmanager

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
-import torch
-from torch import Tensor
 
 from actstore.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUMBERS_AT_ONCE = 2**24  # logits that are worked on at a time: 64 MB, and copies of them
 MOST_TOP = 1000
@@ -67,6 +69,8 @@ class Grades:
             lengths, begins: intp [sequence]: tokens of each sequence, and its first row in the
                 batch.
         """
+        import torch  # takes seconds
+
         n_positions, d_vocab = logits.shape[1:]
         sequence, position = np.nonzero(np.arange(n_positions) < lengths[:, None] - 1)
         at_once = max(1, NUMBERS_AT_ONCE // d_vocab)

@@ -166,8 +166,8 @@ def _other(store: Store, run: str, other: str | None) -> str:
     found = most_alike(base, runs)
     if not found and what != "trees":
         raise NotStored(
-            f"no other model ran over the sequences of {run!r}; run one over dataset {base['dataset']!r} (`actstore ingest "
-            f"--dataset {base['dataset']}`)"
+            f"no other model ran over the sequences of {run!r}; ingest one with the same tokenizer over dataset "
+            f"{base['dataset']!r} (--dataset)"
         )
     if not found:
         system = store.sql(SYSTEM, {"run": run}).item()

@@ -121,7 +121,7 @@ def _check_columns(found: pl.DataFrame, run: str) -> None:
             "where wanted, split (`… as label`)"
         )
     if not len(found):
-        raise BadInput(f"the query yields no row in run {run!r}; ask `actstore sql --run {run}` what it holds")
+        raise BadInput(f"the query yields no row in run {run!r}; look at what the run holds (store.of({run!r}).sql(…))")
     ids, labels = found["token_id"], found["label"]
     if not ids.dtype.is_integer():
         raise BadInput(f"the query's token_id holds {ids.dtype}; it holds ids of tokens, whole numbers")

@@ -14,6 +14,7 @@ A piece holds some hundred documents, so that memory does not grow with their nu
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -131,7 +132,8 @@ def _of_path(path: Path, column: str) -> Documents:
             )
         if kind == ".parquet":
             return _of_scan(pl.scan_parquet(path, glob=False, hive_partitioning=False), [path.name], column)
-        lines = path.open("rb") if re.search(r"[*?[]", str(path)) else path  # polars would look for several files
+        # a name with wildcards polars would take for several files
+        lines = io.BytesIO(path.read_bytes()) if re.search(r"[*?[]", str(path)) else path
         return _of_scan(pl.scan_ndjson(lines, infer_schema_length=None), [path.name], column)
 
 

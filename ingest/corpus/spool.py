@@ -6,9 +6,12 @@ The files are read through memory maps, so that memory does not grow with the nu
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -51,6 +54,12 @@ class Rows:
         return frame.slice(start - begins, stop - start)
 
 
+def _remove(folder: Path, files: Sequence[BinaryIO]) -> None:
+    for file in files:
+        file.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 class Spool:
     """Takes sequences and, if there is a documents' table, a row for each; then holds them.
 
@@ -58,8 +67,9 @@ class Spool:
     """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="actstore-corpus-")
-        self._files = {name: (Path(self._folder.name) / name).open("wb") for name in FILES}
+        self._folder = Path(tempfile.mkdtemp(prefix="actstore-corpus-"))
+        self._files = {name: (self._folder / name).open("wb") for name in FILES}
+        self._end = weakref.finalize(self, _remove, self._folder, list(self._files.values()))
         self._sha256 = {name: hashlib.sha256() for name in ("numbers", "lengths")}
         self._writer: Any = None
         self._sizes = list[int]()
@@ -93,7 +103,7 @@ class Spool:
         for file in self._files.values():
             file.close()
         arrays: dict[str, np.ndarray] = {
-            name: np.memmap(Path(self._folder.name) / name, dtype, "r") for name, dtype in FILES.items()
+            name: np.memmap(self._folder / name, dtype, "r") for name, dtype in FILES.items()
         }
         rows = None
         if self._writer is not None:
@@ -103,10 +113,8 @@ class Spool:
 
     def close(self) -> None:
         """Remove the files."""
-        for file in self._files.values():
-            file.close()
-        self._folder.cleanup()
+        self._end()
 
     @property
     def _rows(self) -> Path:
-        return Path(self._folder.name) / "rows.arrow"
+        return self._folder / "rows.arrow"

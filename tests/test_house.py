@@ -167,7 +167,7 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "cli.terminal": "os.open shutil.get_terminal_size",  # /dev/null
     "commits.format": "glob iterdir",  # the names of stores beside, for a message
     "ingest.corpus.documents": "glob open read_bytes",  # the user's
-    "ingest.corpus.spool": "open",  # in a temporary folder
+    "ingest.corpus.spool": "open shutil.rmtree",  # in a temporary folder
     "ingest.models.config": "open",  # models and their configurations, until the next comment
     "ingest.models.load": "glob read_bytes",
     "ingest.models.pretrained": "iterdir open",  # a model's own files

@@ -104,7 +104,10 @@ def test_all_parts_at_once_come_out_of_a_catalog_that_is_whole(store):
     ("table", "said"),
     [
         ("models", "restore it from a copy of the store, or put the model that was run .*actstore models add.*repair"),
-        ("results", "only the catalog, which is damaged, too.*restore it from a copy of the store, or .*actstore study"),
+        (
+            "results",
+            "only the catalog, which is damaged, too.*restore it from a copy of the store, or .*actstore study",
+        ),
     ],
 )
 def test_what_nothing_else_tells_is_left_with_the_command_that_makes_it_anew(store, table, said):

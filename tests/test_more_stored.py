@@ -118,7 +118,7 @@ def pages():
     yield pytest.param("\n".join(blocks), 5, id="README")  # each goes on where the one before it ended
 
 
-@pytest.mark.parametrize(("code", "least"), pages())
+@pytest.mark.parametrize(("code", "least"), list(pages()))
 def test_a_pages_python_gives_the_same_numbers(demo_path, more_path, monkeypatch, capsys, code, least):
     expected = answers(code, demo_path.parent, monkeypatch)
     printed = capsys.readouterr().out

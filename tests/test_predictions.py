@@ -132,7 +132,7 @@ def check(model: Model, trees: Trees) -> pl.DataFrame:
     return outcomes
 
 
-@pytest.mark.parametrize(("config", "distribution"), zip(SMALL, ["baseline", "deep"], strict=True))
+@pytest.mark.parametrize(("config", "distribution"), list(zip(SMALL, ["baseline", "deep"], strict=True)))
 def test_an_untrained_models_answers_are_the_graders(config, distribution):
     trees = draw(distribution, 7, 0, 30, config.n_nodes)
     outcomes = check(stepping_model(config), trees).with_columns(depth=trees.depth)

@@ -75,7 +75,7 @@ COMMANDS = {"study": ["study", "s.act", "depth"], "report": ["report", "s.act", 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_store_that_is_being_written_is_said_before_anything_is_computed(root, monkeypatch, command):
-    monkeypatch.setattr(studies, "run", lambda *args, **options: pytest.fail("it was computed"))
+    monkeypatch.setattr(studies, "ask", lambda *args, **options: pytest.fail("it was computed"))
     with writing(root) as process:
         result = run(*COMMANDS[command], "--wait", "0.2")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -139,7 +139,7 @@ def a_writer_comes_while_it_computes(monkeypatch, root):
             others[0].__enter__()
         return found
 
-    monkeypatch.setattr(studies, "run", answer)
+    monkeypatch.setattr(studies, "ask", answer)
     try:
         yield
     finally:

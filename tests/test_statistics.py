@@ -111,7 +111,7 @@ def test_the_interval_over_trees_covers_what_it_says(right, together):
         assert covered([over_trees(shares.repeat(counts), trees) for counts in found], right) >= NOMINAL
 
 
-@pytest.mark.parametrize(("right", "other"), product(SHARES, SHARES))
+@pytest.mark.parametrize(("right", "other"), list(product(SHARES, SHARES)))
 def test_the_interval_of_a_difference_covers_what_it_says(right, other):
     rng = np.random.default_rng(0)
     for n, n_other in ((60, 60), (100, 20_000), (1758, 20_000), (5000, 1758)):

@@ -73,6 +73,19 @@ def test_a_store_of_each_format_is_whole_and_is_read_as_it_is(name, tmp_path):
             assert store.sql(f"from {table}").equals(rows), table
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_that_stand_for_the_catalog_are_checked(name, tmp_path):
+    root = unpack(name, tmp_path)
+    (part,) = [path for path in root.glob("parts/outcomes/*.parquet") if "000000" in path.name][:1]
+    content = part.read_bytes()
+    assert content.count(b"Polars") == 1, "the writer's name, which changes no row"
+    part.chmod(0o644)
+    part.write_bytes(content.replace(b"Polars", b"Pqlars"))
+    Store(root).close()
+    with pytest.raises(Damaged, match="is not what was committed"):
+        Store(root, check=True)
+
+
 @pytest.mark.parametrize("name", OLDER)
 def test_an_older_store_is_not_written_to_before_it_is_up_to_date(name, tmp_path):
     root = unpack(name, tmp_path)

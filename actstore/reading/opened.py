@@ -49,6 +49,7 @@ class Opened:
         self.path, self.check = place(path), check
         self._readers: dict[tuple[str, str], Reader] = {}
         self.run_names: list[str] | None = None
+        self._built = False  # True if the catalog was built from the parts at opening
         self._functions: list[Vectors] = []  # one after the first query; shared with the stores of runs
         self._adding_functions = threading.Lock()
         self.only: str | None = None  # the run whose rows this shows, see `of`
@@ -69,15 +70,19 @@ class Opened:
         opened.callback(self.session.close)
         tables.refuse_replayed(self.path, catalog)  # one that came while the catalog was opened was read with it
         with _catalog_errors(self.path):
-            if not self._is_of_today():
+            try:
+                self._check_tables()
+            except ValueError:
+                if not self._lacks_columns():
+                    raise
                 self.session.close()
                 self.session = self._open_older()
                 opened.callback(self.session.close)
-            self._check_tables()
+                self._check_tables()
             self.snapshot, hash_of_log = self._snapshot()
         committed = self._check_log(hash_of_log, summed)
         hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
-        if self.check and self.about["format"] < FORMAT_VERSION:  # the catalog was just built from the parts
+        if self.check and self._built:
             for part in [part for manifest in committed for part in manifest.parts]:
                 self.folder.read(part.path, part.bytes)
         self.folder.check()  # or the session and the arrays may belong to two stores
@@ -122,6 +127,7 @@ class Opened:
 
     def _open_older(self) -> Session:
         """Open a catalog that is built from the parts: the store's own lacks tables or columns."""
+        self._built = True
         with build.of_older(self.path) as built:
             return Session(built, self.path)
 
@@ -147,14 +153,14 @@ class Opened:
         self._opened.close()
         self._readers.clear()
 
-    def _is_of_today(self) -> bool:
-        """False for a catalog of the present format that a version before its last columns made."""
-        try:
+    def _lacks_columns(self) -> bool:
+        """Whether a version before the last columns of the present format made the catalog."""
+        with suppress(BadInput):
             self.session.types("select task from datasets")
-        except BadInput:
-            with suppress(BadInput):
-                return not self.session.types("select first_tree_id from datasets")
-        return True
+            return False
+        with suppress(BadInput):
+            return bool(self.session.types("select first_tree_id from datasets"))
+        return False
 
     def _check_tables(self) -> None:
         """Raises as check_tables; the slow query runs only if the types are not as expected."""

@@ -22,6 +22,11 @@ ROWS_PER_CHUNK, CHUNKS_PER_SHARD = 64, 256  # of the layout `rows`: powers of tw
 MOST_POSITIONS = 2**20  # of a sequence in a grid
 
 
+def is_of_trees(dataset: Mapping[str, Any]) -> bool:
+    """Whether a row of `datasets` is of trees; a part of trees holds no task."""
+    return dataset.get("task") in (None, "trees")
+
+
 class Ids(NamedTuple):
     """The first ids of a set of sequences, or of one of its batches."""
 
@@ -73,7 +78,7 @@ class Ids(NamedTuple):
         token, sequence = cls.beyond(datasets, dropped)
         unit = dataset.get("rows_per_shard") or dataset.get("stride") or POSITIONS_PER_TREE
         token = -(-token // unit) * unit
-        if dataset.get("task") in (None, "trees"):  # a tree's number makes its tokens' ids
+        if is_of_trees(dataset):  # a tree's number makes its tokens' ids
             sequence = max(sequence, token // POSITIONS_PER_TREE)
             token = sequence * POSITIONS_PER_TREE
         return cls(token, sequence)

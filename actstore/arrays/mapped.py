@@ -138,13 +138,10 @@ class Shards:
         """int64 [chunks_per_shard]: the byte of the batch's file at which each chunk starts."""
         return self._map([batch]).maps[batch][1] * self.layout.item_bytes
 
-    def file_bytes(self, batch: int) -> int:
-        """Bytes of the batch's file, mapped if it is not yet."""
-        return len(self._map([batch]).maps[batch][0])
-
     def size(self, batch: int) -> int:
         """Bytes of the batch's file, which is not read."""
-        return self._place.size(self.paths[batch])
+        full = self.layout.position_axis is not None
+        return self.layout.shard_bytes if full else self._place.size(self.paths[batch])
 
     def _map(self, batches: list[int]) -> View:
         """Returns a view in which these batches are mapped too, as far as they are stored."""

@@ -126,7 +126,7 @@ class SiteReader(Placed):
         for number in batches:
             of_batch = batch == number
             starts = self.files.chunk_starts(number)[position[of_batch]] + slot[of_batch] * row_bytes
-            index_start = np.array([self.files.file_bytes(number) - layout.index_bytes])
+            index_start = np.array([self.files.size(number) - layout.index_bytes])
             n_pages += len(np.union1d(_pages(starts, row_bytes), _pages(index_start, layout.index_bytes)))
         return Cost(n_chunks, len(batches), n_bytes, n_pages * mmap.PAGESIZE)
 

@@ -11,8 +11,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
+import duckdb
 import msgspec
 import polars as pl
 
@@ -26,89 +28,7 @@ NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 BASES = ("BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "FLOAT", "DOUBLE", "VARCHAR", "DATE", "TIMESTAMP")
 TYPE = re.compile(rf"({'|'.join(BASES)})(\[\])?|FLOAT\[([1-9][0-9]{{0,5}})\]")
 KEYS: dict[str, str] = {"token": "token_id", "sequence": "sequence_id"}
-RESERVED = {  # words that DuckDB takes for its own in the place of a table or column
-    *[
-        "all",
-        "and",
-        "any",
-        "array",
-        "as",
-        "asc",
-        "asof",
-        "both",
-        "case",
-        "cast",
-        "check",
-        "collate",
-        "column",
-        "constraint",
-        "create",
-        "default",
-        "deferrable",
-        "desc",
-        "describe",
-        "distinct",
-        "do",
-        "else",
-        "end",
-        "except",
-        "false",
-        "fetch",
-        "for",
-        "foreign",
-        "from",
-        "grant",
-        "group",
-        "having",
-        "in",
-        "initially",
-        "intersect",
-        "into",
-        "lambda",
-        "lateral",
-        "leading",
-        "limit",
-        "not",
-        "null",
-        "offset",
-        "on",
-        "only",
-        "or",
-        "order",
-        "pivot",
-        "pivot_longer",
-        "pivot_wider",
-        "placing",
-        "primary",
-        "qualify",
-        "references",
-        "returning",
-        "select",
-        "show",
-        "some",
-        "summarize",
-        "symmetric",
-        "table",
-        "then",
-        "to",
-        "trailing",
-        "true",
-        "union",
-        "unique",
-        "unpivot",
-        "using",
-        "variadic",
-        "when",
-        "where",
-        "window",
-        "with",
-        "store",
-        "memory",
-        "system",
-        "temp",
-        "main",
-    ]
-}
+OURS = frozenset({"asof", "grant", "main", "memory", "store", "system", "temp"})  # words of DuckDB, or of a session
 MOST_COLUMNS = 1000
 
 
@@ -219,13 +139,21 @@ def not_a_name(name: str) -> str:
     """Why a declared table cannot have this name; "" if it can."""
     if not NAME.fullmatch(name):
         return "no identifier of lower-case letters, digits and _, 63 of them at most"
-    if name in RESERVED:
+    if name in OURS | _reserved():
         return "a word of SQL"
     if name in {table for table, _ in column_comments()} or re.search(
         rf"^create (view|type) {name}\b", schema(), re.MULTILINE
     ):
         return "a table or view of every store"
     return ""
+
+
+@cache
+def _reserved() -> frozenset[str]:
+    """The words that SQL does not take for a name."""
+    with duckdb.connect() as connection:
+        words = connection.execute("select keyword_name from duckdb_keywords() where keyword_category = 'reserved'")
+        return frozenset(word for (word,) in words.fetchall())
 
 
 def as_name(text: str) -> str:

@@ -308,7 +308,7 @@ def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path],
     """
     if table not in OF_TREES:
         return rows_of(parts)
-    held = _names(connection, rows_of(parts))
+    held = names_of(connection, rows_of(parts))
     named = [*ADDED[table], *([DERIVED[table]] if table in DERIVED else [])]
     lacking = [f"null::{columns()[table, name][0]} as {name}" for name in named if name not in held]
     rows = f"(select {', '.join(['*', *lacking])} from {rows_of(parts)})"
@@ -324,7 +324,7 @@ def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path],
         derived = "coalesce(sequence_id, tree_id) as sequence_id"
     if table == "tokens":
         end = "first_token_id + n_ids"
-        if "n_ids" not in _names(connection, datasets):  # the catalog of an earlier version
+        if "n_ids" not in names_of(connection, datasets):  # the catalog of an earlier version
             end = f"(first_tree_id + n_trees)::bigint * {POSITIONS_PER_TREE}"
         sets = connection.execute(f"select dataset, {end} as stop from {datasets} order by stop")
         cases = " ".join(f"when token_id < {stop} then {quoted(name)}" for name, stop in sets.fetchall())
@@ -332,7 +332,7 @@ def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path],
     return f"(select * replace ({derived}) from {rows})"
 
 
-def _names(connection: duckdb.DuckDBPyConnection, rows: str) -> set[str]:
+def names_of(connection: duckdb.DuckDBPyConnection, rows: str) -> set[str]:
     """Names of the columns of a table, or of a table function."""
     return {row[0] for row in connection.execute(f"describe from {rows}").fetchall()}
 

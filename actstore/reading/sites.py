@@ -106,14 +106,14 @@ class SiteRow:
         check_inside(self.path)
         layout, n_axes = self.as_layout(), {"resid": 2, "vector": 2, "heads": 3, "pattern": 3}[self.kind]
         in_rows = layout.position_axis is None
-        powers = (layout.rows_per_chunk if in_rows else layout.stride, 1)
+        power = layout.rows_per_chunk if in_rows else layout.stride
+        fits = in_rows or layout.chunks_per_shard <= layout.stride
         if (
             len(self.shape) != n_axes + (not in_rows)
-            or any(n & (n - 1) for n in powers)
+            or power & (power - 1)
             or layout.stride > MOST_POSITIONS
+            or not fits
         ):
-            raise ValueError(f"{self.site} has shape {self.shape}, and no {self.kind} has it")
-        if not in_rows and layout.chunks_per_shard > layout.stride:
             raise ValueError(f"{self.site} has shape {self.shape}, and no {self.kind} has it")
         if layout.n_shards > MOST_BATCHES or math.prod(self.shape[1:]) > MOST_NUMBERS:
             raise ValueError(f"{self.site} has shape {self.shape}, which is larger than any array")

@@ -137,7 +137,7 @@ def _committed_rows(
         source = tables.source(connection, table, parts, "there.datasets")
     else:
         return f"(from there.{identifier(table)} limit 0)"
-    held = {row[0] for row in connection.execute(f"describe from {source}").fetchall()}
+    held = tables.names_of(connection, source)
     columns = [(name, identifier(name), dtype) for name, dtype in _columns(connection, table)]
     selected = ", ".join(
         f"{as_sql if name in held else 'null'}::{dtype} as {as_sql}" for name, as_sql, dtype in columns

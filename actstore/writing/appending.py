@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from actstore.arrays.address import Ids
-from actstore.arrays.layout import Layout
 from actstore.arrays.metadata import metadata
 from actstore.arrays.pack import ShardBuffer
 from actstore.errors import BadInput
@@ -94,15 +93,7 @@ def site_plan(
         said = json.dumps({**lineage, "actstore": __version__}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BadInput(f"the lineage is no JSON ({error}); give texts, numbers, and lists and dicts of them") from error
-    per_chunk = dataset["trees_per_shard"] or dataset["rows_per_chunk"]
-    if dataset["layout"] == "rows":
-        layout = Layout((dataset["n_ids"], *row_shape), None, per_chunk)
-        return SitePlan(name, name, kind, layout, ("row", *names), said)
-    shape = (dataset["n_sequences"], dataset["n_positions"], *row_shape)
-    sequence = "tree" if dataset["task"] == "trees" else "sequence"
-    return SitePlan(
-        name, name, kind, Layout(shape, 1, per_chunk, stride=dataset["stride"]), (sequence, "position", *names), said
-    )
+    return SitePlan.over(dataset, name, name, kind, row_shape, names, said)
 
 
 def checked(X: Any, n: int, allow_nan: bool) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from actstore.arrays.address import Ids
+from actstore.arrays.address import POSITIONS_PER_TREE, Ids, is_of_trees
 from actstore.arrays.layout import Layout
 from actstore.commits.format import ARRAYS
 from actstore.errors import BadInput
@@ -36,6 +36,40 @@ class SitePlan:
     layout: Layout
     axes: tuple[str, ...]
     lineage: str | None = None
+
+    @classmethod
+    def over(
+        cls,
+        dataset: Mapping[str, Any],
+        site: str,
+        short: str,
+        kind: str,
+        row_shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        lineage: str | None = None,
+    ) -> SitePlan:
+        """The array of a site over one set of sequences.
+
+        A grid has [sequence, position, *row], and [sequence, head, query, key] for a pattern. In
+        rows the array is [row, *row_shape].
+
+        Args:
+            dataset: the set's row of `datasets`, as planned or as the catalog holds it.
+            row_shape: shape of one token's activation; of a pattern (head, key), with as many keys
+                as the longest sequence has tokens.
+            axes: names of the axes of row_shape.
+        """
+        of_trees = is_of_trees(dataset)
+        if dataset.get("layout") == "rows":
+            layout = Layout((int(dataset["n_ids"]), *row_shape), None, int(dataset["rows_per_chunk"]))
+            return cls(site, short, kind, layout, ("row", *axes), lineage)
+        n = int(dataset["n_trees"] if of_trees else dataset["n_sequences"])
+        per_batch = int(dataset["trees_per_shard"] if of_trees else dataset["rows_per_chunk"])
+        at = 1 if kind == "pattern" else 0  # the axis of a row before which the positions stand
+        shape = (n, *row_shape[:at], int(dataset["n_positions"]), *row_shape[at:])
+        names = (*axes[:at], "query" if kind == "pattern" else "position", *axes[at:])
+        layout = Layout(shape, 1 + at, per_batch, stride=int(dataset.get("stride") or POSITIONS_PER_TREE))
+        return cls(site, short, kind, layout, ("tree" if of_trees else "sequence", *names), lineage)
 
     def path(self, run: str) -> str:
         """Path of the array's folder inside the store."""
@@ -91,9 +125,14 @@ class RunPlan:
                 )
 
     @property
+    def declared(self) -> list[str]:
+        """Names of the tables that come with the dataset."""
+        return self.parts["relations"]["name"].to_list() if "relations" in self.parts else []
+
+    @property
     def of_trees(self) -> bool:
         """True if the sequences are trees."""
-        return self.dataset.get("task") in (None, "trees")
+        return is_of_trees(self.dataset)
 
     def row(self, first: Ids) -> dict[str, Any]:
         """The run's row of `runs`, given the first ids of its dataset."""

@@ -86,7 +86,8 @@ class Writer:
         log.check_sizes(root, self._log)
         refuse_astray(root, self._log)
         witness.refuse_conflict(root, self._log)
-        if any(manifest.dropped for manifest in self._log[catalog_tables.snapshot(root) :]):
+        last_drop = max((manifest.number for manifest in self._log if manifest.dropped), default=0)
+        if last_drop and last_drop > catalog_tables.snapshot(root):
             build.publish(root)  # or the catalog would name files that the sweep removes
         log.sweep(root, self._log)
         catalog_tables.discard_beside(at(root), catalog_tables.CATALOG)
@@ -95,12 +96,6 @@ class Writer:
     def rows_of(self, table: str) -> pl.DataFrame:
         """All committed rows of one of the small tables (models, datasets, runs, sites)."""
         return rows_committed(self.root, self._log, table)
-
-    @property
-    def _declared(self) -> set[str]:
-        """Names of the declared tables."""
-        rows = self.rows_of("relations")
-        return set(rows["name"]) if len(rows) else set()
 
     def batches(self, run: str) -> set[int]:
         """Numbers of the run's committed batches."""
@@ -173,9 +168,9 @@ class Writer:
             BadInput: the batch, or the same trees by another run, are committed with other content.
         """
         parts, shards = list[Part](), list[Shard]()
+        known = {"", *catalog_tables.every_column(), *plan.declared}
         for content in contents:
-            known = content.table in ("", *catalog_tables.every_column()) or content.table in self._declared
-            if not known:
+            if content.table not in known:
                 raise BadInput(
                     f"nobody declared a table {content.table}; declare it first, with the dataset that it belongs to"
                 )

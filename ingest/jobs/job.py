@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.arrays.address import Ids
+from actstore.arrays.address import Ids, is_of_trees
 from actstore.arrays.pack import ShardBuffer
 from actstore.errors import BadInput, NotStored, nearest
 from actstore.ingest.answers import next_token
@@ -322,7 +322,7 @@ def check_batch_size(batch_size: int | None) -> None:
 
 def default_batch_size(dataset: Mapping[str, Any]) -> int:
     """Sequences per forward pass: 128 trees; or of text, as many as have TOKENS_AT_ONCE tokens."""
-    if dataset.get("task") in (None, "trees"):
+    if is_of_trees(dataset):
         return MOST_AT_ONCE
     return min(MOST_AT_ONCE, max(1, TOKENS_AT_ONCE // int(dataset["n_positions"])))
 

@@ -26,7 +26,7 @@ from actstore.ingest.answers.tree_paths import answer, outcome_rows, prediction_
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.forward import forward
 from actstore.ingest.replay.compare_text import compare_text
-from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, not_compared
+from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, not_compared, of_rows
 from actstore.ingest.replay.rehydrate import rehydrate
 from actstore.ingest.trees.draw import Trees, concatenate
 from actstore.ingest.trees.tokens import PAD, WORDS, arrow_word, encode, path_at, root_at
@@ -125,15 +125,7 @@ def _rows(store: Store, run: str, name: str, expected: pl.DataFrame, tree_ids: n
     """Compare a table's rows of the chosen trees with the rows that the trees' definition gives."""
     order = {"trees": "tree_id", "edges": "tree_id, edge", "tokens": "token_id"}[name]
     held = store.sql(f"from {name} where tree_id in (select unnest($ids)) order by {order}", {"ids": tree_ids.tolist()})
-    held = held.select(name for name in held.columns if name in expected.columns)  # not what the catalog derived
-    expected = expected.select(held.columns).cast(held.schema)
-    if len(held) != len(expected):
-        return Difference(run, name, 1.0, 0.0, len(expected), f"{len(held)} rows, not {len(expected)}")
-    wrong = np.zeros(len(held), bool)
-    for column in held.columns:
-        wrong |= ~held[column].eq_missing(expected[column]).to_numpy()
-    first = str(held.row(int(wrong.argmax()), named=True)) if wrong.any() else ""
-    return Difference(run, name, float(wrong.mean()), 0.0, len(held), first)
+    return of_rows(run, name, held, expected)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.passes import as_rows, passes
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.sites import SiteSpec
-from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference
+from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, of_rows
 from actstore.store import Store
 
 AT_ONCE = 4  # sequences per forward pass
@@ -110,19 +110,7 @@ def _rows(store: Store, run: str, name: str, expected: pl.DataFrame, sequence_id
     ids = sequence_ids.tolist()
     expected = expected.filter(pl.col("sequence_id").is_in(ids))
     query = f"from {name} where sequence_id in (select unnest($ids)) order by {KEYS[name]}"
-    held = store.sql(query, {"ids": ids})
-    held = held.select(column for column in held.columns if column in expected.columns)
-    expected = expected.select(held.columns)
-    if len(held) != len(expected):
-        return Difference(run, name, 1.0, 0.0, len(expected), f"{len(held)} rows, not {len(expected)}")
-    wrong = np.zeros(len(held), bool)
-    for column in held.columns:
-        ours, theirs = expected[column], held[column]
-        if isinstance(theirs.dtype, pl.Enum | pl.Categorical):
-            ours, theirs = ours.cast(pl.String), theirs.cast(pl.String)
-        wrong |= ~theirs.eq_missing(ours.cast(theirs.dtype)).to_numpy()
-    first = str(held.row(int(wrong.argmax()), named=True)) if wrong.any() else ""
-    return Difference(run, name, float(wrong.mean()), 0.0, len(held), first)
+    return of_rows(run, name, store.sql(query, {"ids": ids}), expected)
 
 
 def _none() -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from actstore.errors import Damaged
@@ -49,6 +50,26 @@ class Difference:
 def not_compared(run: str, what: str, why: str) -> Difference:
     """What could not be compared, and why."""
     return Difference(run, what, 0.0, 0.0, 0, why, why)
+
+
+def of_rows(run: str, what: str, held: pl.DataFrame, expected: pl.DataFrame) -> Difference:
+    """Compare a table's stored rows with those that are expected, each in the same order.
+
+    Args:
+        held: the stored rows; columns that the catalog derived are not compared.
+        expected: the rows computed again; words may have another enum.
+    """
+    held = held.select(column for column in held.columns if column in expected.columns)
+    if len(held) != len(expected):
+        return Difference(run, what, 1.0, 0.0, len(expected), f"{len(held)} rows, not {len(expected)}")
+    wrong = np.zeros(len(held), bool)
+    for column in held.columns:
+        ours, theirs = expected[column], held[column]
+        if isinstance(theirs.dtype, pl.Enum | pl.Categorical):
+            ours, theirs = ours.cast(pl.String), theirs.cast(pl.String)
+        wrong |= ~theirs.eq_missing(ours.cast(theirs.dtype)).to_numpy()
+    first = str(held.row(int(wrong.argmax()), named=True)) if wrong.any() else ""
+    return Difference(run, what, float(wrong.mean()), 0.0, len(held), first)
 
 
 def as_frame(found: Sequence[Difference]) -> pl.DataFrame:

@@ -326,6 +326,7 @@ class Store:
         dtype: str = "float32",
         timeout: float | None = None,
         memory: str | int | None = None,
+        tables: Mapping[str, given.Table] | None = None,
         progress: Work = silent,
     ) -> Exported:
         """Write activations for other tools, whole or not at all, outside every store.
@@ -340,7 +341,7 @@ class Store:
         Args:
             out: a file .parquet or .npy; otherwise a new folder.
             query: see `read`; default: every token that the run holds at the site.
-            run, site, params, timeout, memory: see `read`.
+            run, site, params, timeout, memory, tables: see `read`.
             format: saelens, parquet or npy; default: as the ending of `out` says.
             context: tokens per row of a dataset; default: as many as each sequence has among the
                 rows, if that is one number, else 128.
@@ -359,7 +360,7 @@ class Store:
         _above("check_out")(out, format)
         run = self.resolve_run(run)
         (name,) = wanted(self._opened, run, site, None)
-        rows = None if query is None else read_ids(self._opened, run, query, params, timeout, memory)[1]
+        rows = None if query is None else read_ids(self._opened.beside(tables), run, query, params, timeout, memory)[1]
         found: Exported = _above("export_rows")(self, out, rows, run, name, format, context, dtype, progress)
         return found
 
@@ -602,7 +603,13 @@ class Store:
             self._opened.beside(tables), query, run, wanted(self._opened, run, site, sites), params, timeout, memory
         )
 
-    def scan(self, run: str | None = None, site: Site | None = None) -> pl.LazyFrame:
+    def scan(
+        self,
+        run: str | None = None,
+        site: Site | None = None,
+        *,
+        tables: Mapping[str, given.Table] | None = None,
+    ) -> pl.LazyFrame:
         """A run's tokens as a polars LazyFrame, one row per token, in the order of token_id.
 
         Only what a query asks for is read: columns that are not selected, rows that a filter on any
@@ -618,15 +625,20 @@ class Store:
         Args:
             run: the run to read; optional if the store holds one run.
             site: see `read`; trees that are not ingested there have no rows.
+            tables: tables of your own, see `sql`. Each has a column token_id, sequence_id or
+                tree_id, and one row for each of these ids that it has. Its other columns are added
+                before `x`; they are NULL at tokens without a row.
 
         Raises:
             NotStored: there is no such run or site.
+            BadInput: a table has no such column, two rows for one id, or a column that the scan
+                has.
         """
         from actstore.reading.scan import scan
 
         run = self.resolve_run(run)
         (name,) = wanted(self._opened, run, site, None)
-        return scan(self._opened, run, name)
+        return scan(self._opened.beside(tables), run, name)
 
     def batches(
         self,

@@ -1,8 +1,8 @@
 """Named queries, one `.sql` file per question, whose header is the contract; and studies on them.
 
     queries.names()                                            # names of all queries
-    queries.load("accuracy_by_depth")                          # summary, SQL, grain, parameters,
-    columns queries.select(store, "accuracy_by_depth", run="demo")     # the query's rows
+    queries.load("accuracy_by_depth")                          # summary, SQL, parameters, columns
+    queries.select(store, "accuracy_by_depth", run="demo")     # the query's rows
 
 A header is `-- NAME: SUMMARY`, then the sections `grain` (columns that no two rows share), `params`
 (each $name, or `none`) and `yields` (each column), then the assumption behind the question.
@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Protocol
 
 import polars as pl
@@ -95,7 +96,7 @@ def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
 
     Args:
         store: an open store.
-        name: name of the query.
+        name: name of the query, or the path of an .sql file of your own, which needs no header.
         params: a value for each parameter of the query.
 
     Returns:
@@ -103,13 +104,36 @@ def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
 
     Raises:
         NotStored: there is no such query, or no such run.
-        BadInput: a parameter is missing or unknown, or DuckDB refuses its value.
+        BadInput: a parameter is missing or unknown, the file cannot be read, or DuckDB refuses the
+            query or a value.
     """
-    query = load(name)
-    check_names(f"query {name!r}", params, query.params, query.params)
+    if name.endswith(".sql"):
+        sql = read_sql(name, "query")
+    else:
+        query = load(name)
+        check_names(f"query {name!r}", params, query.params, query.params)
+        sql = query.sql
     if "run" in params:
         store = store.of(params["run"])  # refuses an unknown run; SQL would just find no rows
-    return store.sql(query.sql, params or None)
+    return store.sql(sql, params or None)
+
+
+def read_sql(file: str | Path, what: str) -> str:
+    """The query in a user's file, without the semicolon at its end.
+
+    Args:
+        file: path of an .sql file.
+        what: what the query is, for the message.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8").rstrip().rstrip(";")
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"cannot read the {what} {str(file)!r} ({getattr(error, 'strerror', None) or error}); give the path of an .sql file"
+        ) from None
 
 
 def check_names(what: str, given: Iterable[str], required: Iterable[str], known: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
-from actstore.cli.read import Limited
+from actstore.cli.read import Asking
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
 from actstore.reading.worker import _as_sent
 from actstore.sql.process import Limits
@@ -453,9 +453,7 @@ READS_OF_A_STORE: dict[str, Callable[..., Any]] = {
     "read": lambda store, query, **limits: store.read(query, **limits)[0].tolist(),
     "explain": lambda store, query, **limits: store.explain(query, **limits),
     "batches": lambda store, query, **limits: next(iter(store.batches(query, **limits)))[0].tolist(),
-    "a named query": lambda store, query, **limits: (
-        Limited(store, **{"timeout": None, "memory": None, **limits}).sql(query).rows()
-    ),
+    "a named query": lambda store, query, **limits: Asking(store, limits).sql(query).rows(),
 }
 
 

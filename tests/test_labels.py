@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import polars as pl
 import pytest
@@ -310,6 +311,9 @@ def test_a_table_of_one_query_is_joined_in_every_way_of_asking(trees: Path) -> N
         ((X, columns),) = store.batches(query, site="resid_post.0", tables={"mine": mine}, shuffle=False)
         assert columns["y"] == ["a", "b"]
         assert np.asarray(X)[:, 1].tolist() == [0, 2]
+        scanned = store.scan(site="resid_post.0", tables={"mine": mine}).filter(pl.col("y") == "b").collect()
+        assert scanned["token_id"].to_list() == [258]
+        assert scanned["x"].to_numpy()[:, 1].tolist() == [2]
         with pytest.raises(BadInput, match="mine"):
             store.sql(query)  # it was of those queries alone
         assert store.sql("select count(*) from tokens").item() > 2  # the functions outlive the copy
@@ -363,13 +367,32 @@ def test_a_table_of_one_query_cannot_hide_labels(root: Path) -> None:
 def test_the_command_line_reads_the_file_before_the_session_does_anything(trees: Path, tmp_path: Path) -> None:
     file = tmp_path / "labels.csv"
     file.write_text("token_id,y\n0,a\n258,b\n")
-    for command in (["sql"], ["read", "--site", "resid_post.0"]):
-        query = "select token_id, y from mine join tokens using (token_id) order by y"
-        done = CliRunner().invoke(
-            main, [command[0], str(trees), query, *command[1:], "--table", f"mine={file}", "--json"]
-        )
+    query = "select token_id, y from mine join tokens using (token_id) order by y"
+    own = tmp_path / "own.sql"
+    own.write_text(f"-- without a header\n{query};\n")
+    table = ["--table", f"mine={file}"]
+    for command in (["sql", query], ["read", query, "--site", "resid_post.0"], ["query", str(own)]):
+        done = CliRunner().invoke(main, [command[0], str(trees), *command[1:], *table, "--json"])
         assert done.exit_code == 0, done.output
         assert [row["y"] for row in json.loads(done.output)] == ["a", "b"]
+    out = tmp_path / "x.npy"
+    done = CliRunner().invoke(
+        main, ["export", str(trees), str(out), "--query", query, "--site", "resid_post.0", *table]
+    )
+    assert done.exit_code == 0, done.output
+    assert np.load(out)[:, 1].tolist() == [0, 2]
     wrong = CliRunner().invoke(main, ["sql", str(trees), "select 1", "--table", "mine"])
     assert wrong.exit_code == 2
     assert "give NAME=FILE" in wrong.output
+
+
+def test_every_command_that_takes_sql_takes_a_table(trees: Path) -> None:
+    having = {
+        option: {name for name, command in main.commands.items() if option in _options(command)}
+        for option in ("-p", "--table")
+    }
+    assert having["-p"] - having["--table"] == {"study"}  # which records, so that its labels have to be stored
+
+
+def _options(command: click.Command) -> set[str]:
+    return {option for parameter in command.params for option in parameter.opts}

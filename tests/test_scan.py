@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actstore.arrays.reader import SiteReader
-from actstore.errors import NotStored
+from actstore.errors import BadInput, NotStored
 from actstore.reading import scan
 from actstore.reading.opened import Opened
 from actstore.sql.pushdown import push
@@ -320,7 +320,7 @@ def test_each_part_of_a_conjunction_goes_its_own_way(lazy, monkeypatch):
         (pl.col("depth") == 2) & (pl.col("node") + 1 > 3) & (pl.col("x").arr.sum() > 3) & (pl.col("change") == "it's")
     )
     pushed = coerced(lazy, predicate, monkeypatch)
-    assert sorted(pushed.where) == ['(trees."change" = $p0)', '(trees."depth" = (2))']
+    assert sorted(pushed.where) == ['("trees"."change" = $p0)', '("trees"."depth" = (2))']
     assert pushed.params == {"p0": "it's"}
     assert len(pushed.rest) == 2
 
@@ -417,3 +417,63 @@ def test_a_scan_keeps_its_snapshot_while_more_is_ingested(tmp_path):
         after = store.scan().collect()
     assert before.equals(after.filter(pl.col("tree_id") < 3))
     assert after["tree_id"].n_unique() == 9
+
+
+MINE = {
+    "token_id": {
+        "token_id": [3, 0, 2**40],
+        "y": ["b", "a", None],
+        "when": [1.5, float("nan"), None],
+        "Of It": [[1], [], None],
+    },
+    "sequence_id": {
+        "sequence_id": [2, 0],
+        "kind": pl.Series(["q", "p"], dtype=pl.Enum(["p", "q"])),
+        "left": [True, None],
+    },
+    "tree_id": {"tree_id": [1, 900], "n": [7, 8]},
+}
+
+
+@pytest.mark.parametrize("key", MINE)
+@pytest.mark.parametrize("wanted", [["x", "token_id"], None])
+def test_tables_of_the_caller_add_their_columns_by_their_key(store, whole, key, wanted):
+    mine = pl.DataFrame(MINE[key])
+    lazy = store.scan("first", tables={"left": mine})
+    column = mine.columns[1]
+    expected = whole.join(mine, on=key, how="left", maintain_order="left")
+    found = lazy.collect()
+    assert found.columns == [*whole.columns[:-1], *mine.columns[1:], "x"]
+    assert found.with_columns(pl.col(pl.Enum, pl.Categorical).cast(pl.String)).equals(
+        expected.select(found.columns).with_columns(pl.col(pl.Enum, pl.Categorical).cast(pl.String))
+    )
+    value = mine[column][0]
+    for condition in (pl.col(column) == value, pl.col(column).is_null(), pl.col(column).is_not_null()):
+        some = lazy.filter(condition).select(*(wanted or ["token_id"]), column).collect()
+        assert some["token_id"].equals(expected.filter(condition)["token_id"])
+    assert store.scan("first").collect_schema() == whole.schema
+
+
+def test_two_tables_of_the_caller_are_joined_together(store):
+    tables = {"one": {"token_id": [3], "y": [1]}, "two": {"sequence_id": [0], "z": [2]}}
+    found = (
+        store.scan("first", tables=tables).filter(pl.col("y") + pl.col("z") == 3).select("token_id", "y", "z").collect()
+    )
+    assert found.rows() == [(3, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("mine", "said"),
+    [
+        ({"y": [1]}, "joins it by a column token_id, sequence_id, tree_id"),
+        ({"token_id": [0, 2, 0], "y": [1, 2, 3]}, "1 of 2 token_ids have more than one row, the first 0"),
+        ({"token_id": [0.0]}, "Float64; it must be an integer"),
+        ({"token_id": [0, None]}, "1 of 2 rows of table 'mine' have no token_id"),
+        ({"token_id": [0], "Depth": [1]}, "a column Depth, as the scan does"),
+        ({"token_id": [0], "X": [1]}, "a column X, as the scan does"),
+        ({"token_id": [0], "edge_step": [1]}, "a column edge_step"),
+    ],
+)
+def test_a_table_that_a_scan_cannot_join_is_refused(store, mine, said):
+    with pytest.raises(BadInput, match=said):
+        store.scan("first", tables={"mine": mine})

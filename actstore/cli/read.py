@@ -173,6 +173,7 @@ def read(
 @click.option("--dtype", default="float32", show_default=True, help="Dtype of the activations: float32 or float16.")
 @no_check_option
 @param_option
+@table_option
 @limit_options
 def export(
     store: Path,
@@ -185,7 +186,7 @@ def export(
     dtype: str,
     check: bool,
     params: dict[str, str],
-    **limits: Any,
+    **more: Any,
 ) -> None:
     """Write activations for other tools, whole or not at all.
 
@@ -195,11 +196,12 @@ def export(
         actstore export demo.act acts --site resid_post.2 --context 32
         actstore export demo.act last.parquet --query "select * from edge_targets where is_last"
         actstore export demo.act x.npy --site embed --dtype float16
+        actstore export demo.act mine.npy --query "select token_id from mine" --table mine=labels.csv
     """
     from actstore.cli.progress import progress
     from actstore.store import Store
 
-    asked: dict[str, Any] = {"format": format, "context": context, "dtype": dtype, **limits}
+    asked: dict[str, Any] = {"format": format, "context": context, "dtype": dtype, **more}
     with Store(store, check) as opened:
         say(str(opened.export(out, query, run, site, params, progress=progress, **asked)))
 
@@ -208,24 +210,26 @@ def export(
 @store_argument
 @click.argument("name", required=False)
 @param_option
+@table_option
 @limit_options
 @check_option
 @output_options
-def query(store: Path, name: str | None, params: dict[str, str], check: bool, output: Output, **limits: Any) -> None:
-    """Run a named query; without a name, list them.
+def query(store: Path, name: str | None, params: dict[str, str], check: bool, output: Output, **more: Any) -> None:
+    """Run a named query, or the query in a file NAME.sql; without a name, list them.
 
     Example:
 
     \b
         actstore query demo.act
         actstore query demo.act accuracy_by_depth -p run reproduction
+        actstore query demo.act mine.sql --table mine=labels.csv
     """
     from actstore import queries
     from actstore.cli.progress import waiting
     from actstore.store import Store
 
     with Store(store, check) as opened, waiting("query"):
-        rows = queries.select(Limited(opened, **limits), name, **params) if name else queries.listing()
+        rows = queries.select(Asking(opened, more), name, **params) if name else queries.listing()
     output.write(rows)
 
 
@@ -278,16 +282,20 @@ def attention(store: Path, tree: int, run: str | None, layer: int | None, head: 
     say(out)
 
 
-class Limited:
-    """A store that applies limits to every query, for code that queries by itself."""
+class Asking:
+    """A store whose every query has some tables and limits, for code that queries by itself.
 
-    def __init__(self, store: Store, timeout: float | None, memory: str | int | None) -> None:
-        self.resolve_run, self._store, self._limits = store.resolve_run, store, (timeout, memory)
+    Args:
+        more: further arguments of Store.sql.
+    """
 
-    def of(self, run: str) -> Limited:
+    def __init__(self, store: Store, more: Mapping[str, Any]) -> None:
+        self.resolve_run, self._store, self._more = store.resolve_run, store, more
+
+    def of(self, run: str) -> Asking:
         """See Store.of."""
-        return Limited(self._store.of(run), *self._limits)
+        return Asking(self._store.of(run), self._more)
 
     def sql(self, query: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
         """See Store.sql."""
-        return self._store.sql(query, params, *self._limits)
+        return self._store.sql(query, params, **self._more)

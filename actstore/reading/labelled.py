@@ -42,27 +42,46 @@ def labelled(store: Opened, name: str, frame: pl.DataFrame, on: On) -> tuple[Rel
     key = "sequence_id" if on == "sequence_id" else "token_id"
     grain: Grain = "sequence" if key == KEYS["sequence"] else "token"
     _refuse_ours(store, [column for column in rows.columns if column != key])
-    rows = rows.with_columns(_keys(rows[key]))
+    rows = rows.with_columns(whole_keys(rows[key], "the labels"))
     if on != "span":
         _refuse_unknown(store, rows[key])
-    counted = rows.group_by(key).len().filter(pl.col("len") > 1).sort(key)
-    if len(counted):
-        twice = (
-            f"{len(counted):,} of {rows[key].n_unique():,} {key}s have more than one row, the first {counted[key][0]}"
-        )
-        what = "two spans cover one token: shorten one, or leave it out" if on == "span" else "give each one row"
-        raise BadInput(f"{twice}; {what}")
+    refuse_twice(
+        rows[key], "two spans cover one token: shorten one, or leave it out" if on == "span" else "give each one row"
+    )
     relation = declare(name, grain, "labels", name, rows)
     return relation, relation.fit(rows).sort(key)
 
 
-def _keys(keys: pl.Series) -> pl.Series:
-    """The keys as Int64; one that is too large for it becomes -1, which no row has."""
+def whole_keys(keys: pl.Series, of: str) -> pl.Series:
+    """The keys as Int64; one that is too large for it becomes -1, which no row has.
+
+    Args:
+        of: whose keys they are, for messages.
+
+    Raises:
+        BadInput: they are no integers, or one is NULL.
+    """
     if not keys.dtype.is_integer():
-        raise BadInput(f"the labels' {keys.name} is {keys.dtype}; it must be an integer, as in the tables")
+        raise BadInput(f"the {keys.name} of {of} is {keys.dtype}; it must be an integer, as in the tables")
     if keys.null_count():
-        raise BadInput(f"{keys.null_count():,} of {len(keys):,} rows of the labels have no {keys.name}; leave them out")
+        raise BadInput(f"{keys.null_count():,} of {len(keys):,} rows of {of} have no {keys.name}; leave them out")
     return keys.cast(pl.Int64, strict=False).fill_null(-1)
+
+
+def refuse_twice(keys: pl.Series, todo: str) -> None:
+    """Refuse a key of two rows.
+
+    Args:
+        todo: what to do, for the message.
+
+    Raises:
+        BadInput: counts the keys that have several rows, and names the first.
+    """
+    twice = keys.filter(keys.is_duplicated())
+    if len(twice):
+        raise BadInput(
+            f"{twice.n_unique():,} of {keys.n_unique():,} {keys.name}s have more than one row, the first {twice.min()}; {todo}"
+        )
 
 
 def _refuse_ours(store: Opened, columns: Sequence[str]) -> None:

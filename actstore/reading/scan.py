@@ -1,6 +1,6 @@
 """A run's tokens as a polars LazyFrame, with tree, edge and activation; it reads what is asked.
 
-    tokens ⟕ edges ⟗ trees → rows that are filtered by their columns → x of the rows left
+    tokens ⟕ edges ⟗ trees ⟕ the caller's tables → rows filtered by their columns → x of the rows left
 
 polars says which columns and rows it wants. DuckDB applies what it can of a filter (see
 sql/pushdown.py), polars the rest, and activations are copied last.
@@ -18,6 +18,8 @@ from polars.io.plugins import register_io_source
 
 from actstore.arrays.site import Reader
 from actstore.catalog.declared import identifier
+from actstore.errors import BadInput
+from actstore.reading.labelled import refuse_twice, whole_keys
 from actstore.reading.sites import catalog_rows
 from actstore.sql.pushdown import Column, Pushed, push
 from actstore.storage.content import Count, Positive
@@ -28,15 +30,24 @@ if TYPE_CHECKING:
 X = "x"
 BATCH_ROWS = 16_384  # handed to polars at once: at d_model 128, 8 MiB of activations
 QUERY_ROWS = 2**20  # tokens one query looks at, so that the columns of a large run are not all in memory at once
+KEYS = ("token_id", "sequence_id", "tree_id")  # by the first that a caller's table has, its rows are found
 RENAMED = {("edges", "step"): "edge_step"}  # the edge's step along the path; `step` is the token's own
 
 
 def scan(store: Opened, run: str, site: str) -> pl.LazyFrame:
-    """See Store.scan."""
+    """See Store.scan.
+
+    Args:
+        store: holds the caller's tables, see Opened.beside.
+    """
     reader = store.reader(run, site)
     x = pl.Series(X, reader.gather(np.empty(0, np.int64)))
     tables = _tables(store, run)
-    source = _Source(store, reader, _columns(store, tables), tables, *_extent(store, run, site))
+    given = {name: _key(store, name) for name in store.session.tables}
+    columns = _columns(store, tables)
+    for name, key in given.items():
+        columns |= _given_columns(store, name, key, columns)
+    source = _Source(store, reader, columns, tables, given, *_extent(store, run, site))
     schema = {**{name: column.dtype for name, column in source.columns.items()}, X: x.dtype}
     return register_io_source(source.batches, schema=schema, validate_schema=True, explain_name=f"{run} {site}")
 
@@ -47,7 +58,8 @@ class _Source:
 
     Attributes:
         columns: the catalog's columns, all but x.
-        tables: the tables that hold them, tokens first.
+        tables: the store's tables that hold them, tokens first.
+        given: the caller's tables, and the key of each.
         spans: [first, stop) of the site's sequence_ids, in order.
         n_positions: tokens of the longest sequence.
         fewest: tokens of the shortest sequence.
@@ -57,6 +69,7 @@ class _Source:
     reader: Reader
     columns: dict[str, Column]
     tables: list[str]
+    given: dict[str, str]
     spans: list[tuple[int, int]]
     n_positions: int
     fewest: int
@@ -121,7 +134,9 @@ class _Source:
                 joins[table] = (
                     f"left join (select * from {table} {in_span('sequence_id')}) as {table} using (sequence_id)"
                 )
-        joined = " ".join(join for table, join in joins.items() if f"{table}." in mentioned)
+        for table, key in self.given.items():
+            joins[table] = f"left join {identifier(table)} using ({key})"
+        joined = " ".join(join for table, join in joins.items() if f"{identifier(table)}." in mentioned)
         tokens = f"(select * from tokens {in_span('sequence_id')}) as tokens"
         return f"select {', '.join(select)} from {tokens} {joined} where {conditions}"
 
@@ -143,17 +158,53 @@ def _columns(store: Opened, tables: list[str]) -> dict[str, Column]:
     """The columns of tokens, then those that each further table adds."""
     columns: dict[str, Column] = {}
     for table in tables:
-        for name, dtype in store.sql(f"select * from {table} limit 0").schema.items():
+        for name, dtype in store.sql(f"select * from {identifier(table)} limit 0").schema.items():
             name_here = RENAMED.get((table, name), name)
             if name_here not in columns:  # not a key of the joins
-                sql = f"{table}.{identifier(name)}"
+                sql = f"{identifier(table)}.{identifier(name)}"
                 columns[name_here] = Column(sql, _enum(store, table, name) if dtype == pl.Categorical else dtype)
     return columns
 
 
+def _key(store: Opened, table: str) -> str:
+    """The column by which the rows of a caller's table are found.
+
+    Raises:
+        BadInput: there is none, it holds no integers, or two rows have one key.
+    """
+    names = store.sql(f"select * from {identifier(table)} limit 0").columns
+    key = next((key for key in KEYS if key in names), None)
+    if key is None:
+        raise BadInput(
+            f"table {table!r} has {', '.join(names)}; a scan joins it by a column {', '.join(KEYS)}: give one"
+        )
+    refuse_twice(
+        whole_keys(store.sql(f"select {key} from {identifier(table)}")[key], f"table {table!r}"), "give each one row"
+    )
+    return key
+
+
+def _given_columns(store: Opened, table: str, key: str, known: dict[str, Column]) -> dict[str, Column]:
+    """The columns that a caller's table adds.
+
+    Raises:
+        BadInput: the scan has a column of that name.
+    """
+    found = _columns(store, [table])
+    del found[key]
+    there = {name.lower() for name in (*known, X)}
+    if taken := [name for name in found if name.lower() in there]:
+        raise BadInput(f"table {table!r} has a column {taken[0]}, as the scan does; rename or drop it")
+    return found
+
+
 def _enum(store: Opened, table: str, column: str) -> pl.Enum:
     """The values of an enum column, which DuckDB returns as Categorical without its values."""
-    return pl.Enum(store.sql(f"select unnest(enum_range((select {column} from {table} limit 0)))").to_series())
+    return pl.Enum(
+        store.sql(
+            f"select unnest(enum_range((select {identifier(column)} from {identifier(table)} limit 0)))"
+        ).to_series()
+    )
 
 
 def _extent(store: Opened, run: str, site: str) -> tuple[list[tuple[int, int]], int, int]:

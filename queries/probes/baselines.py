@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actstore.errors import BadInput
-from actstore.queries import load, names
+from actstore.queries import load, names, read_sql
 from actstore.queries.probes.figures import BASELINE as PREFIX
 from actstore.queries.probes.figures import LABELS, MAJORITY
 
@@ -81,24 +81,6 @@ def from_file(store: Store, file: str | Path, params: Mapping[str, Any]) -> Base
     columns = store.sql(f"from (\n{sql}\n) limit 0", named_in(sql, params)).columns
     name, label = name_of(file), _label(str(file), columns)
     return Baseline(name, label, sql if "p" in columns else f"select *, 1 as p from (\n{sql}\n)")
-
-
-def read_sql(file: str | Path, what: str) -> str:
-    """The query in a user's file, without the semicolon at its end.
-
-    Args:
-        file: path of an .sql file.
-        what: what the query is, for the message.
-
-    Raises:
-        BadInput: the file cannot be read.
-    """
-    try:
-        return Path(file).read_text(encoding="utf-8").rstrip().rstrip(";")
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"cannot read the {what} {str(file)!r} ({getattr(error, 'strerror', None) or error}); give the path of an .sql file"
-        ) from None
 
 
 def name_of(file: str | Path) -> str:

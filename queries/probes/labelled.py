@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput
-from actstore.queries.probes.baselines import check_shares, name_of, named_in, read_sql
+from actstore.queries import read_sql
+from actstore.queries.probes.baselines import check_shares, name_of, named_in
 
 if TYPE_CHECKING:
     from actstore.store import Store

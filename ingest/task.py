@@ -23,12 +23,12 @@ SEQUENCES_PER_TEST_SEQUENCE = 5  # a fifth is held out: enough to test a probe o
 
 
 def split_numbers(hashes: np.ndarray) -> np.ndarray:
-    """uint8 [n]: the split of each sequence as an index into SPLITS, chosen by its hash alone.
+    """uint8 [n]: the split of each sequence as an index into SPLITS, chosen by a hash alone.
 
-    Sequences of one hash, such as exact duplicates, are in one split.
+    Sequences of one hash are in one split: exact duplicates, and all that is cut from one document.
 
     Args:
-        hashes: uint64 [n].
+        hashes: uint64 [n]: of the tree, or of the document that a sequence was cut from.
     """
     return (hashes % SEQUENCES_PER_TEST_SEQUENCE == 0).astype("uint8")
 

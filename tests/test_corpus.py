@@ -160,6 +160,51 @@ def test_exact_duplicates_share_a_split_and_are_counted() -> None:
         assert "1 sequences repeat another exactly" in corpus.said()
 
 
+WORDS = st.sampled_from(["the cat", " sat", " on the mat", "größer", " 😀", "\n"])
+
+
+@given(
+    st.lists(st.lists(WORDS, min_size=1, max_size=8).map("".join), min_size=1, max_size=5),
+    st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    *[st.booleans(), st.sampled_from(["split", "truncate"])],
+)
+@settings(max_examples=50, deadline=None)
+def test_no_document_is_on_both_sides_and_equal_documents_are_on_one(
+    texts: list[str], chosen: list[int], numbered: bool, cut: str
+) -> None:
+    documents: list[Any] = [texts[i % len(texts)] for i in chosen]
+    if numbered:
+        documents = [tokenizer()(text)["input_ids"] for text in documents]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "IDS_PER_BATCH", 8)  # parts of a document lie in several batches
+        patch.setattr(corpora, "split_numbers", lambda hashes: (hashes % 2).astype("uint8"))
+        made = (from_tokens if numbered else from_text)(documents, vocabulary(), n_ctx=4, cut=cut)
+        with made:
+            listed = every_row(made, "listed_sequences")
+            assert every_row(stored(made), "listed_sequences").equals(listed)
+            parts = every_row(made, "tokens").group_by("sequence_id", maintain_order=True).agg("number")["number"]
+            texts_kept = every_row(made, "documents")["text"].to_list() if not numbered else []
+    kept: list[bytes] = [b""] * len(documents)
+    for i, document in enumerate(listed["document"]):
+        kept[document] += np.array(parts[i], "<u4").tobytes() if numbered else texts_kept[i].encode()
+    by_hand = [("train", "test")[xxhash.xxh3_64_intdigest(content) % 2] for content in kept]
+    assert listed["split"].to_list() == [by_hand[document] for document in listed["document"]]
+    sides: dict[str, set[str]] = {}
+    for document, side in listed.select("document", "split").iter_rows():
+        sides.setdefault(str(documents[document]), set()).add(side)
+    assert {len(each) for each in sides.values()} == {1}
+    if cut == "split":
+        assert kept == [np.array(each, "<u4").tobytes() if numbered else each.encode() for each in documents]
+
+
+def test_about_one_document_in_five_is_held_out() -> None:
+    with from_tokens([[i % 340, i // 340, 7] * 2 for i in range(500)], Vocabulary(None, None, 340), n_ctx=3) as corpus:
+        listed = every_row(corpus, "listed_sequences")
+    sides = listed.group_by("document").agg(pl.col("split").n_unique().alias("n"), pl.col("split").first())
+    assert sides["n"].to_list() == [1] * 500
+    assert 70 < (sides["split"] == "test").sum() < 130
+
+
 def stored(corpus: Corpus) -> Corpus:
     """The set as it is read back from its parts."""
     first = {"first_token_id": FIRST.token_id, "first_sequence_id": FIRST.sequence_id}

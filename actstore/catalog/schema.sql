@@ -101,7 +101,7 @@ create table listed_sequences (
     first_token_id bigint, -- id of the first token
     n_tokens integer, -- tokens of the sequence
     hash ubigint, -- xxh3-64 of the token numbers, little-endian 32-bit
-    split tree_split, -- chosen by hash, never by row: 'test' for one sequence in five
+    split tree_split, -- chosen by the hash of the whole document: 'test' for one document in five
     document bigint, -- row of the input that the sequence was cut from, from 0
 );
 

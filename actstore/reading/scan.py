@@ -1,6 +1,6 @@
 """A run's tokens as a polars LazyFrame, with tree, edge and activation; it reads what is asked.
 
-    tokens ⟕ edges ⟗ trees ⟕ the caller's tables → rows filtered by their columns → x of the rows left
+    tokens ⟕ edges ⟗ trees ⟕ your tables → rows that a filter keeps → x of these rows
 
 polars says which columns and rows it wants. DuckDB applies what it can of a filter (see
 sql/pushdown.py), polars the rest, and activations are copied last.

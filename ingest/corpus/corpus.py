@@ -7,6 +7,12 @@
 
 In the layout `rows`, a batch is as many whole sequences, in their order, as fit its ids. Sequences
 that all have one length lie in a grid.
+
+A sequence is one document, or a part of one that is longer than the context; two documents never
+share a sequence. The split is chosen by the hash of what is kept of the document: of its text, or
+of its token ids where no text is given. All parts of a document, and documents that are equal, are
+therefore on one side of the split. Two documents that differ may still share a part: it has one
+`hash`, and may be on both sides.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import xxhash
 
 from actstore.arrays.address import CHUNKS_PER_SHARD, MOST_POSITIONS, ROWS_PER_CHUNK, stride_of
 from actstore.catalog.declared import Relation, as_name, declare
@@ -29,7 +36,7 @@ from actstore.ingest.corpus.documents import TEXT_START, Documents, open_documen
 from actstore.ingest.corpus.drawn import Drawn, hashes
 from actstore.ingest.corpus.spool import Held, Spool
 from actstore.ingest.corpus.tokens import NO_PLACE, Encoded, Vocabulary, check_cut, encode
-from actstore.ingest.task import Read
+from actstore.ingest.task import SPLITS, Read, split_numbers
 
 IDS_PER_BATCH = ROWS_PER_CHUNK * CHUNKS_PER_SHARD  # 16,384: 32 MiB a site at d_model 512
 
@@ -369,12 +376,13 @@ def _add(
     """
     numbers = np.concatenate([each.numbers for each in sequences])
     lengths = np.array([len(each) for each in sequences])
-    frame = None
+    frame, contents = None, [each.numbers.astype("<u4").tobytes() for each in sequences]
     if relation:
         json_columns = [name for name, dtype in piece.schema.items() if isinstance(dtype, pl.Struct)]
         frame = piece.with_columns(pl.col(name).struct.json_encode() for name in json_columns)[rows]
         if text:
             parts = list(_texts(piece[text].cast(pl.String).to_list(), sequences, rows.tolist()))
+            contents = [part.encode() for part, _ in parts]
             frame = frame.with_columns(
                 pl.Series(text, [part for part, _ in parts], pl.String),
                 pl.Series(TEXT_START, [start for _, start in parts], pl.Int64),
@@ -389,7 +397,21 @@ def _add(
         lengths=lengths,
         documents=first_document + rows,
         hashes=hashes(numbers, lengths),
+        content=_of_documents(contents, rows.tolist()),
     )
+
+
+def _of_documents(contents: Iterable[bytes], rows: list[int]) -> np.ndarray:
+    """uint64 [sequences]: xxh3-64 of the parts of each sequence's document, one after another.
+
+    Args:
+        contents: the part of each sequence.
+        rows: the document of each sequence.
+    """
+    found: dict[int, Any] = {}
+    for content, row in zip(contents, rows, strict=True):
+        found.setdefault(row, xxhash.xxh3_64()).update(content)
+    return np.array([found[row].intdigest() for row in rows], np.uint64)
 
 
 def _texts(texts: list[str], sequences: list[Encoded], rows: list[int]) -> Iterator[tuple[str, int]]:
@@ -461,6 +483,7 @@ def _packed(
             starts,
             stops,
             np.array(held.arrays["documents"][start:stop]),
+            pl.Series(split_numbers(np.array(held.arrays["content"][start:stop]))).cat.to(pl.Enum(SPLITS)),
             vocabulary.pieces,
             stride,
             relation.name if relation else "",
@@ -533,6 +556,7 @@ def stored(row: Mapping[str, Any], read: Read, vocabulary: Vocabulary | None = N
             starts,
             stops,
             None if listed is None else listed["document"].to_numpy(),
+            None if listed is None else listed["split"].cast(pl.String).cast(pl.Enum(SPLITS), strict=False),
             pieces,
             row.get("stride"),
             table,

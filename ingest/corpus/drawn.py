@@ -12,7 +12,7 @@ import xxhash
 
 from actstore.arrays.address import Ids
 from actstore.ingest.corpus.tokens import NO_PLACE
-from actstore.ingest.task import SPLITS, split_numbers
+from actstore.ingest.task import SPLITS
 
 EVERY = slice(None)
 
@@ -28,6 +28,7 @@ class Drawn:
         starts, stops: int32 [sum(lengths)]: bytes in the document's text, NO_PLACE where there is
             none; None without a text.
         documents: int64 [n]: row of the input; None if the store lost it.
+        split: Enum(SPLITS) [n]: by the hash of the document; None if the store lost it.
         pieces: each number's token, as the tokenizer spells it.
         stride: ids from one sequence to the next in a grid; None in the layout `rows`.
         table: name of the documents' table; "" without one.
@@ -40,6 +41,7 @@ class Drawn:
     starts: np.ndarray | None
     stops: np.ndarray | None
     documents: np.ndarray | None
+    split: pl.Series | None
     pieces: Sequence[str]
     stride: int | None
     table: str = ""
@@ -88,6 +90,9 @@ class Drawn:
             return first.token_id + np.arange(len(self.numbers))
         return first.token_id + np.repeat(np.arange(len(self)) * self.stride, self.lengths) + self.positions
 
+    def _none(self, dtype: pl.DataType) -> pl.Series:
+        return pl.repeat(None, len(self), dtype=dtype, eager=True)
+
     def rows(self, first: Ids, dataset: str, originals: int | None = None) -> dict[str, pl.DataFrame]:
         """The rows of `listed_sequences`, `tokens` and the documents' table, by table.
 
@@ -104,10 +109,10 @@ class Drawn:
                 "first_token_id": tokens[self.ends[:-1]],
                 "n_tokens": self.lengths.astype(np.int32),
                 "hash": self.hashes,
-                "split": pl.Series(split_numbers(self.hashes)).cat.to(pl.Enum(SPLITS)),
-                "document": pl.Series(self.documents, dtype=pl.Int64)
-                if self.documents is not None
-                else pl.repeat(None, len(self), dtype=pl.Int64, eager=True),
+                "split": self._none(pl.Enum(SPLITS)) if self.split is None else self.split,
+                "document": self._none(pl.Int64())
+                if self.documents is None
+                else pl.Series(self.documents, dtype=pl.Int64),
             }
         )
         frame = pl.DataFrame(

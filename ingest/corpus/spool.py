@@ -19,7 +19,7 @@ import pyarrow as pa
 
 FILES = {  # name of a file → dtype of its numbers
     **{"numbers": "<u4", "starts": "<i4", "stops": "<i4"},  # per token
-    **{"lengths": "<u4", "ends": "<i8", "documents": "<i8", "hashes": "<u8"},  # per sequence
+    **{"lengths": "<u4", "ends": "<i8", "documents": "<i8", "hashes": "<u8", "content": "<u8"},  # per sequence
 }
 
 

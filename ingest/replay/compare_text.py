@@ -1,7 +1,7 @@
 """Run random sequences of text of a stored run again, and compare with what is stored.
 
-The tokens are those of the store. Their hashes are computed anew, and so is all that the model
-makes of them.
+The tokens and the split are those of the store. The sequences' hashes are computed anew, and so is
+all that the model makes of them.
 """
 
 from __future__ import annotations

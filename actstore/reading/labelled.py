@@ -80,7 +80,7 @@ def refuse_twice(keys: pl.Series, todo: str) -> None:
     twice = keys.filter(keys.is_duplicated())
     if len(twice):
         raise BadInput(
-            f"{twice.n_unique():,} of {keys.n_unique():,} {keys.name}s have more than one row, the first {twice.min()}; {todo}"
+            f"{twice.n_unique():,} of {keys.n_unique():,} {keys.name}s have more than one row, the first {twice.sort()[0]}; {todo}"
         )
 
 

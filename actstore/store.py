@@ -390,6 +390,9 @@ class Store:
         labels: given.Table,
         on: Literal["token_id", "sequence_id", "span"] = "token_id",
         wait: float = 10.0,
+        *,
+        replace: bool = False,
+        add: bool = False,
     ) -> None:
         """Store labels of your own as a table, in one commit.
 
@@ -411,16 +414,20 @@ class Store:
                 every token that it overlaps. Its table has the columns `token_id` and `span`, the
                 number of the labels' row, and the labels' further columns.
             wait: seconds to wait for another process that writes to the store.
+            replace: put these labels in the place of those of the name, if there are any. Every
+                snapshot has the old or the new ones. The old rows cannot be read after that.
+            add: add the rows to the labels of the name. They have the same columns, and no id that
+                has a row there. Spans are numbered after those there.
 
         Raises:
             NotStored: the store has no such token, sequence, dataset or text; the message counts
-                the rows and names the first.
+                the rows and names the first. With `add`, also: there are no labels of the name.
             BadInput: the name is taken; there is no such column; a key is NULL or has two rows; a
                 column is one of `tokens` or `sequences`, or of a type that no table holds; or a
                 span lies outside the text or on no token.
             Busy: another process still writes.
         """
-        _above("label")(self, name, labels, on, wait)
+        _above("label")(self, name, labels, on, wait, replace=replace, add=add)
 
     def append(
         self,

@@ -262,24 +262,32 @@ def label(
     labels: Any,
     on: Literal["token_id", "sequence_id", "span"] = "token_id",
     wait: float = 10.0,
+    *,
+    replace: bool = False,
+    add: bool = False,
 ) -> pl.DataFrame:
     """Store labels of your own as a table; see Store.label.
 
     Args:
         store: a path, or an open store, which keeps its snapshot.
-        name, labels, on, wait: see Store.label.
+        name, labels, on, wait, replace, add: see Store.label.
 
     Returns:
         The table's rows.
     """
     from actstore.reading import given
+    from actstore.writing.labels import added
     from actstore.writing.writer import open_writer
 
+    if replace and add:
+        raise BadInput("got both replace and add; labels take the place of others, or are added to them: choose one")
     frame = given.table(labels, "the labels")
     with _opened(store, False) as opened:
         relation, rows = opened.whole.labelled(name, frame, on)
     with open_writer(_path(store), wait=wait) as writer:
-        writer.label(relation, rows)
+        if add:
+            relation, rows = added(*writer.labels(name), rows, on == "span")
+        writer.label(relation, rows, replace or add)
     return rows
 
 
@@ -363,9 +371,9 @@ def drop(
 
     A run goes with its arrays, answers and recorded results, and with its model if no other run is
     of that model. Its dataset stays. A dataset goes with its sequences, tokens and documents, if no
-    run is left over it. Labels over its tokens stay, and its ids are never given again. The next
-    writer, or `repair`, frees the bytes. A store that is open keeps its snapshot; after the bytes
-    are freed, it cannot read what was dropped.
+    run and no label is left over it. Its ids are never given again. The next writer, or `repair`,
+    frees the bytes. A store that is open keeps its snapshot; after the bytes are freed, it cannot
+    read what was dropped.
 
     Args:
         store: a path, or an open store.
@@ -377,7 +385,7 @@ def drop(
 
     Raises:
         NotStored: the store holds nothing of the name.
-        BadInput: a run is left over the dataset; or not one name was given.
+        BadInput: a run or a label is left over the dataset; or not one name was given.
         Busy: another process still writes.
     """
     from actstore.writing import dropping

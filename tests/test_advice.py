@@ -260,7 +260,7 @@ ELSEWHERE = {
     "actstore/upkeep/repair.py:_how_to_remake",  # test_repair.py: what else there is where no copy is
     "actstore/upkeep/copying.py:_copy_file",  # test_copy.py
     "actstore/cli/upkeep.py:drop",  # test_drop.py: repair after a drop
-    "actstore/writing/writer.py:_refuse_declared",  # test_labels.py: labels are dropped and brought again
+    "actstore/writing/dropping.py:_refuse_labelled",  # test_drop.py: labels are dropped, then their dataset
     "queries/second.py:_line",  # test_confirm.py, since it is several commands in one line
     "ingest/training/card.py:write_card",
 }

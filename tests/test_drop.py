@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,26 @@ def test_a_dataset_goes_only_after_its_runs_and_its_ids_are_never_given_again(ro
     verbs.drop(root, dataset="d")
     with open_writer(root) as writer:
         assert fake("last", "other", seed=5).write(writer) == 15
+
+
+def test_a_dataset_that_labels_lie_on_is_dropped_after_them(root: Path) -> None:
+    fake("zero", "first", seed=3).store(root)
+    fake("one", "d").store(root)
+    verbs.label(root, "before", {"token_id": [0, 4 * 256]})
+    verbs.label(root, "across", {"token_id": [4 * 256, 5 * 256, 6 * 256]})
+    verbs.label(root, "trees", {"sequence_id": [4, 9]}, "sequence_id")
+    verbs.drop(root, run="one")
+    with pytest.raises(BadInput, match=r"across \(2 rows\), trees \(1 rows\); drop them first") as refused:
+        verbs.drop(root, dataset="d")
+    commands = [shlex.split(command)[1:] for command in re.findall("`([^`]*)`", str(refused.value))]
+    assert len(commands) == 2
+    verbs.label(root, "across", {"token_id": [4 * 256]}, replace=True)
+    assert CliRunner().invoke(main, [*commands[1], "--yes"]).exit_code == 0
+    verbs.drop(root, dataset="d")
+    with Store(root) as store:
+        assert store.sql("select token_id from across semi join tokens using (token_id)").height == 1
+        assert store.sql("select name from relations order by name")["name"].to_list() == ["across", "before"]
+    assert not verify(root).damage
 
 
 def test_a_catalog_built_anew_holds_no_dropped_rows(root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from click.testing import CliRunner
 
 from actstore import verbs
-from actstore.catalog import tables
+from actstore.catalog import build, tables, witness
 from actstore.catalog.declared import declare
 from actstore.cli import main
+from actstore.commits import log
 from actstore.errors import BadInput, LimitReached, NotStored
 from actstore.store import Store
 from actstore.upkeep.repair import repair
@@ -24,7 +26,7 @@ from actstore.upkeep.verify import verify
 from actstore.writing.plan import RunPlan
 from actstore.writing.writer import batch_contents, open_writer
 from tests.damaged import damage, flip
-from tests.stores import fake
+from tests.stores import fake, files
 
 DOCUMENTS = ["né à Rome 🏛️ ok", "plain"]
 PIECE = 3  # characters of a token
@@ -156,7 +158,7 @@ def test_a_catalog_that_lacks_labels_or_holds_others_is_found(root: Path) -> Non
 
 def test_labels_are_dropped_and_brought_again(root: Path) -> None:
     verbs.label(root, "mine", LABELS)
-    with pytest.raises(BadInput, match=r"drop .*--label mine"):
+    with pytest.raises(BadInput, match=r"replace them \(--replace, replace=True\), add rows to them \(--add"):
         verbs.label(root, "mine", LABELS)
     verbs.drop(root, label="mine")
     with Store(root) as store:
@@ -166,6 +168,146 @@ def test_labels_are_dropped_and_brought_again(root: Path) -> None:
     with Store(root) as store:
         assert store.sql("from mine").columns == ["token_id"]
     assert not verify(root).findings
+
+
+def rows_there(root: Path, query: str = "from mine order by all") -> list[tuple[Any, ...]]:
+    with Store(root, check=True) as store:
+        return store.sql(query).rows()
+
+
+def test_labels_take_the_place_of_others_in_one_commit(root: Path, tmp_path: Path) -> None:
+    verbs.label(root, "mine", LABELS)
+    before = Store(root)
+    commits = before_snapshot(root)
+    for number, frame in enumerate([{"sequence_id": [1], "topic": ["x"]}, {"token_id": [0, 2], "y": [1.5, 2.5]}], 1):
+        with Store(root) as store:
+            store.label("mine", frame, on=next(iter(frame)), replace=True)  # type: ignore[arg-type]
+        assert before_snapshot(root) == commits + number
+        assert rows_there(root) == list(zip(*frame.values(), strict=True))
+        assert not verify(root).damage
+    assert before.sql("select score from mine order by token_id")["score"].to_list() == [None, 2.0, 0.5]
+    build.publish(root, from_nothing=True)
+    assert rows_there(root) == [(0, 1.5), (2, 2.5)]
+    assert len(rows_there(root, "from relations")) == 1
+    with open_writer(root):
+        pass
+    assert not verify(root).findings
+    assert len([path for path in files(root) if "mine" in path]) == 2  # the old rows are gone
+    verbs.copy(root, tmp_path / "copied")
+    assert rows_there(tmp_path / "copied") == [(0, 1.5), (2, 2.5)]
+    assert not verify(tmp_path / "copied").findings
+    verbs.drop(root, label="mine")
+    verbs.label(root, "mine", LABELS, replace=True)  # there is none to be replaced
+    with open_writer(root):
+        pass
+    assert len(rows_there(root)) == 3
+    assert not verify(root).findings
+
+
+def test_a_writer_that_ends_after_the_commit_leaves_the_old_labels_or_the_new_ones(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verbs.label(root, "mine", {"token_id": [0], "y": [1]})
+    frame = pl.DataFrame({"token_id": [2], "y": [2]})
+    with monkeypatch.context() as killed, open_writer(root) as writer:
+        writer.label(declare("mine", "token", "labels", "mine", frame), frame, replace=True)
+        killed.setattr(writer, "publish", lambda: 0)
+    assert rows_there(root) == [(0, 1)]
+    assert not verify(root).damage
+    with open_writer(root):
+        pass
+    assert rows_there(root) == [(2, 2)]
+    assert not verify(root).findings
+
+
+def test_damaged_labels_that_replaced_others_are_mended_from_the_catalog(root: Path) -> None:
+    for _ in range(2):
+        verbs.label(root, "mine", LABELS, replace=True)
+    number = before_snapshot(root)
+    for path in (f"parts/mine/mine-{number:06d}.parquet", f"parts/relations/mine-{number:06d}.parquet"):
+        committed = (root / path).read_bytes()
+        damage(root / path, flip(0))
+        assert path in [finding.path for finding in verify(root).damage]
+        assert path in repair(root, none).mended
+        assert (root / path).read_bytes() == committed
+
+
+def test_a_commit_of_labels_that_drops_what_is_not_their_own_is_found(root: Path) -> None:
+    verbs.label(root, "mine", {"token_id": [0]})
+    verbs.label(root, "mine", {"token_id": [2]}, replace=True)
+    last = log.manifests(root)[-1]
+    assert last.dropped
+    others = replace(last, dropped=replace(last.dropped, name="other"))
+    of_run = replace(last, dropped=replace(last.dropped, kind="run"))
+    for wrong, said in ((others, "what it drops"), (of_run, "what it drops"), (replace(last, kind="drop"), "mine")):
+        assert said in dict(witness.at_odds([*log.manifests(root)[:-1], wrong]))[last.number]
+
+
+def test_rows_are_added_to_labels(root: Path) -> None:
+    verbs.label(root, "mine", {"token_id": [258, 0], "y": [1, 2], "kind": ["b", "a"]})
+    commits = before_snapshot(root)
+    added = verbs.label(root, "mine", {"kind": ["c"], "y": [0.5], "token_id": [2]}, add=True)
+    assert added.rows() == rows_there(root) == [(0, 2.0, "a"), (2, 0.5, "c"), (258, 1.0, "b")]
+    assert before_snapshot(root) == commits + 1
+    assert not verify(root).damage
+    refused: list[tuple[Any, str, type[Exception], str]] = [
+        (
+            {"token_id": [4, 2, 0], "y": [1] * 3, "kind": ["x"] * 3},
+            "mine",
+            BadInput,
+            "2 of 3 token_ids have a row .* the first 0",
+        ),
+        (
+            {"token_id": [4], "y": [1]},
+            "mine",
+            BadInput,
+            "have the columns token_id, y, kind, and the new rows token_id, y",
+        ),
+        ({"token_id": [4], "y": [[1]], "kind": ["x"]}, "mine", BadInput, "do not fit labels mine"),
+        ({"token_id": [4], "y": [1]}, "mime", NotStored, "no labels 'mime'; did you mean 'mine'"),
+    ]
+    for frame, name, error, said in refused:
+        with pytest.raises(error, match=said):
+            verbs.label(root, name, frame, add=True)
+    with pytest.raises(BadInput, match="have the columns"):
+        verbs.label(root, "mine", {"sequence_id": [4], "y": [1], "kind": ["x"]}, "sequence_id", add=True)
+    with pytest.raises(BadInput, match="choose one"):
+        verbs.label(root, "mine", LABELS, add=True, replace=True)
+    assert before_snapshot(root) == commits + 1
+
+
+def test_spans_that_are_added_are_numbered_after_those_there(tmp_path: Path) -> None:
+    text_store(tmp_path / "s")
+    for start in (0, 3):
+        span = {"dataset": ["stories"], "row": [1], "start": [start], "end": [start + 1]}
+        verbs.label(tmp_path / "s", "mine", span, "span", add=start > 0)
+    assert rows_there(tmp_path / "s", "select span, start from mine join tokens using (token_id) order by all") == [
+        (0, 0),
+        (1, 3),
+    ]
+
+
+def test_the_documents_of_a_dataset_are_not_replaced_by_labels(tmp_path: Path) -> None:
+    text_store(tmp_path / "s")
+    for how in ({"replace": True}, {}):
+        with pytest.raises(BadInput, match="holds the documents of dataset 'stories'"):
+            verbs.label(tmp_path / "s", "stories_documents", {"sequence_id": [0]}, "sequence_id", **how)  # type: ignore[arg-type]
+
+
+def test_the_command_replaces_and_adds(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    label = ["label", str(root), "mine", str(file)]
+    for content, options, exit_code, n in (
+        ("token_id,y\n0,1\n", [], 0, 1),
+        ("token_id,y\n2,1\n", [], 2, 1),
+        ("token_id,y\n2,1\n", ["--add"], 0, 2),
+        ("token_id,z\n2,1\n", ["--replace"], 0, 1),
+        ("token_id,z\n2,1\n", ["--replace", "--add"], 2, 1),
+    ):
+        file.write_text(content)
+        done = CliRunner().invoke(main, [*label, *options])
+        assert done.exit_code == exit_code, done.output
+        assert len(rows_there(root)) == n
 
 
 def test_a_run_of_one_dataset_sees_the_labels_of_its_tokens(root: Path) -> None:

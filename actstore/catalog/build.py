@@ -160,7 +160,7 @@ def _changes_what_is_held(manifest: Manifest) -> bool:
 
     A drop takes rows out. A vocabulary's words belong to the type of a column.
     """
-    return manifest.kind == "drop" or any(part.table == "vocabularies" for part in manifest.parts)
+    return manifest.dropped is not None or any(part.table == "vocabularies" for part in manifest.parts)
 
 
 def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:

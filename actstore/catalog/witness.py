@@ -18,7 +18,7 @@ from actstore.catalog.declared import identifier
 from actstore.commits import log
 from actstore.commits.format import ARRAYS, WEIGHTS, part_path
 from actstore.commits.log import log_hash
-from actstore.commits.manifest import Manifest, Part
+from actstore.commits.manifest import Dropped, Manifest, Part
 from actstore.errors import Damaged, advised
 
 OF_RUN = (
@@ -67,8 +67,10 @@ def _called(manifest: Manifest) -> str:
 
 def _of_another(manifest: Manifest) -> str:
     """The manifest's first file that does not belong to what it commits; "" if all files do."""
-    if (manifest.kind == "drop") != (manifest.dropped is not None):
-        return "what it drops" if manifest.dropped else "nothing that it drops"
+    if manifest.kind == "drop" and not manifest.dropped:
+        return "nothing that it drops"
+    if manifest.dropped and manifest.kind != "drop" and not _replaces_labels(manifest, manifest.dropped):
+        return "what it drops"
     for shard in manifest.shards:
         lies = f"{ARRAYS}/{manifest.run}/{shard.site}/"
         batch = shard.batch if manifest.kind == "site" else manifest.batch  # a site comes with all its batches
@@ -83,12 +85,18 @@ def _of_another(manifest: Manifest) -> str:
     return ""
 
 
+def _replaces_labels(manifest: Manifest, dropped: Dropped) -> bool:
+    """True if a commit of labels drops those of the same name."""
+    owners = {part.owner for part in manifest.parts}
+    return manifest.kind == "labels" and dropped.kind == "label" and owners == {dropped.name}
+
+
 def _may_bring(manifest: Manifest, part: Part) -> bool:
     """True if a commit can bring rows of that table and owner."""
     if manifest.kind == "results":
         return (part.table, part.owner) == ("results", f"{manifest.number:08d}")
     if manifest.kind == "labels":
-        return part.table in ("relations", part.owner) and part.batch is None
+        return part.table in ("relations", part.owner) and part.batch in (None, manifest.number)
     if manifest.kind == "site":
         return part.table == "sites" and part.owner.startswith(f"{manifest.run}/") and part.batch is None
     if manifest.kind == "run":

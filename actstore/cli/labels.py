@@ -22,23 +22,39 @@ from actstore.cli.options import store_argument, wait_option
     show_default=True,
     help="Columns that say what a row labels; span: dataset, row, start, end, in characters of the row's text.",
 )
+@click.option("--replace", is_flag=True, help="Put these labels in the place of those of the same name.")
+@click.option("--add", is_flag=True, help="Add these rows to the labels of the same name.")
 @wait_option
-def label(store: Path, name: str, file: str, on: Literal["token_id", "sequence_id", "span"], wait: float) -> None:
+def label(
+    store: Path,
+    name: str,
+    file: str,
+    on: Literal["token_id", "sequence_id", "span"],
+    replace: bool,
+    add: bool,
+    wait: float,
+) -> None:
     """Store labels of your own as the table NAME.
 
     FILE is a .parquet, .csv or .jsonl table with one row for each token or sequence that it labels.
     With --on span, a row labels every token that its characters overlap. `start` counts from 0, and
     `end` is the character after the last.
 
+    With --replace, one commit drops the old labels and brings the new ones. With --add, a row for an
+    id that has one is refused.
+
     Example:
 
     \b
         actstore label demo.act sentiment labels.csv
+        actstore label demo.act sentiment better.csv --replace
         actstore label demo.act topics topics.parquet --on sequence_id
         actstore label demo.act entities entities.jsonl --on span
     """
     from actstore import verbs
 
-    rows = verbs.label(store, name, Path(file), on, wait)
+    if replace and add:
+        raise click.UsageError("choose one of --replace and --add")
+    rows = verbs.label(store, name, Path(file), on, wait, replace=replace, add=add)
     key = rows.columns[0]
     say(f"{store}: table {name} labels {len(rows):,} {key}s; join it with `join {name} using ({key})`")

@@ -32,7 +32,8 @@ class Part(File):
         owner: name of the rows' dataset (`datasets`, `trees`, `edges`, `tokens`) or run; sha256 of
             the weights (`models`); or the commit's number in eight digits (`results`). Owner and
             batch make the path.
-        batch: number of the owner's batch of trees; None if the rows belong to no batch.
+        batch: number of the owner's batch of trees; None if the rows belong to no batch. Of labels
+            that took the place of others: the commit's number.
         first_tree_id: first tree of the batch; None without a batch, and in older manifests without
             a shard.
         n_trees: trees of the batch; None as first_tree_id.
@@ -88,7 +89,8 @@ class Manifest:
         parts: Parquet files of rows.
         shards: files of activations.
         others: zarr.json files and weights.
-        dropped: what a drop took out; None for all but a drop, and then not in the manifest's file.
+        dropped: what a drop took out, or the labels whose place new ones take; else None, and then
+            not in the manifest's file.
         previous: xxh3-128 of the manifest before, which shows an edit of the past. None in the
             first manifest, and in formats 1 and 2.
         format: the store's format when the manifest was written.

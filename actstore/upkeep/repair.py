@@ -223,7 +223,8 @@ def _how_to_remake(root: Path, manifest: Manifest, file: File) -> str:
     if table == "models" or file.path.startswith(f"{WEIGHTS}/"):
         how = f"put the model that was run where it is found ({advised('models', 'add')}), then run {advised('repair', root)}"
     elif manifest.kind == "labels":
-        how = f"drop the label ({advised('drop', root, '--label', table)}) and bring it again ({advised('label')})"
+        name = file.owner if isinstance(file, Part) else ""
+        how = f"drop the label ({advised('drop', root, '--label', name)}) and bring it again ({advised('label')})"
     elif manifest.kind == "site":
         how = f"bring its numbers again in another store ({advised('ingest')} … --from-arrays)"
     elif table == "results":
@@ -267,11 +268,11 @@ def _rows_of(connection: duckdb.DuckDBPyConnection, part: Part) -> tuple[str, li
         return "where recorded = ?", [int(part.owner)]
     if part.table == "models":
         return "where starts_with(weights_sha256, ?)", [part.owner]
-    if part.table == part.owner and part.batch is None:
+    if part.table == part.owner and part.first_tree_id is None:
         return "", []  # a label
     if part.table == "sites" and "/" in part.owner:
         return "where run = ? and site = ?", [*part.owner.split("/", 1)]
-    if part.batch is None:
+    if part.batch is None or part.table == "relations":
         keys = {"datasets": "dataset", "vocabularies": "vocabulary", "relations": "owner"}
         return f"where {keys.get(part.table, 'run')} = ?", [part.owner]
     of_run, first, n = part.table in witness.OF_RUN, part.first_tree_id, part.n_trees

@@ -11,7 +11,7 @@ from actstore.catalog.witness import OF_RUN
 from actstore.commits import log
 from actstore.commits.format import ARRAYS, check_format, unembedding_path, weights_path
 from actstore.commits.manifest import Dropped, Manifest, Part
-from actstore.errors import BadInput, NotStored, nearest
+from actstore.errors import BadInput, NotStored, advised, nearest
 from actstore.storage.backend import File
 from actstore.writing.committed import dropped_ids
 from actstore.writing.parts import read_part, rows_committed
@@ -27,7 +27,6 @@ def plan(root: Path, kind: Kind, name: str) -> tuple[Dropped, int]:
 
     A run goes with its arrays, answers and recorded results, and with its model if no other run is
     of that model. Its dataset stays. A dataset goes with its sequences, tokens and documents.
-    Labels over its tokens stay.
 
     Args:
         kind: what is dropped.
@@ -35,13 +34,15 @@ def plan(root: Path, kind: Kind, name: str) -> tuple[Dropped, int]:
 
     Raises:
         NotStored: the store holds nothing of the name.
-        BadInput: a run is left over the dataset, or a variant of it is.
+        BadInput: a run, a variant or a label is left over the dataset.
     """
     check_format(root)
     committed = log.live(log.manifests(root))
     tables = ("models", "datasets", "runs", "relations")
     rows = {table: rows_committed(root, committed, table).to_dicts() for table in tables}
     is_gone = {"run": _of_run, "dataset": _of_dataset, "label": _of_label}[kind](root, rows, name)
+    if kind == "dataset":
+        _refuse_labelled(root, committed, rows, name)
     files = [(manifest, file) for manifest in committed for file in manifest.files]
     gone = [file for manifest, file in files if is_gone(manifest, file)]
     ids = Ids.beyond(rows["datasets"], dropped_ids(committed))
@@ -105,6 +106,25 @@ def _of_dataset(root: Path, rows: dict[str, Rows], name: str) -> IsGone:
         return file.owner == name and file.table in (*OF_DATASET, *documents)
 
     return is_gone
+
+
+def _refuse_labelled(root: Path, committed: Sequence[Manifest], rows: dict[str, Rows], name: str) -> None:
+    """Refuse to drop a dataset while labels lie on its tokens or sequences."""
+    row = _named(root, rows["datasets"], "dataset", name)
+    first, stop = Ids.of_dataset(row), Ids.beyond([row])
+    over = {}
+    for label in (relation["name"] for relation in rows["relations"] if relation["kind"] == "labels"):
+        keys = rows_committed(root, committed, label).to_series()  # the key is the first column
+        least, end = (getattr(ids, keys.name) for ids in (first, stop))
+        if n := int(((keys >= least) & (keys < end)).sum()):
+            over[label] = n
+    if over:
+        labels = ", ".join(f"{label} ({n:,} rows)" for label, n in over.items())
+        commands = " and ".join(advised("drop", root, "--label", label) for label in over)
+        raise BadInput(
+            f"labels lie on dataset {name!r}: {labels}; drop them first with {commands}, or replace them by labels of other "
+            "datasets (label --replace)"
+        )
 
 
 def _of_label(root: Path, rows: dict[str, Rows], name: str) -> IsGone:

@@ -20,12 +20,12 @@ from actstore.arrays.address import Ids
 from actstore.arrays.metadata import metadata
 from actstore.catalog import build, witness
 from actstore.catalog import tables as catalog_tables
-from actstore.catalog.declared import Relation
+from actstore.catalog.declared import Relation, parsed
 from actstore.commits import checkpoint, log
 from actstore.commits.format import ARRAYS, check_format, part_path, unembedding_path, weights_path
 from actstore.commits.log import refuse_astray
 from actstore.commits.manifest import Dropped, Manifest, Part, Shard
-from actstore.errors import BadInput, advised
+from actstore.errors import BadInput, Damaged, NotStored, nearest
 from actstore.storage.at import at, place
 from actstore.storage.backend import File, Held
 from actstore.storage.refused import needing_room
@@ -223,31 +223,60 @@ class Writer:
         self._commit(Manifest(number, "site", run, None, parts, shards, others))
         return number
 
-    def label(self, relation: Relation, rows: pl.DataFrame) -> int:
+    def label(self, relation: Relation, rows: pl.DataFrame, replace: bool = False) -> int:
         """Commit a user's labels as a declared table, and return the commit's number.
 
         Args:
             relation: the table; its owner is its own name.
             rows: see Relation.fit.
+            replace: drop the labels of the name, if there are any, in the same commit.
 
         Raises:
-            BadInput: the store has a table of the name.
+            BadInput: the store has a table of the name, which is not to be replaced.
         """
-        self._refuse_declared(relation.name)
+        self._refuse_declared(relation.name, replace)
         number, contents = len(self._log) + 1, {"relations": pl.DataFrame([relation.row()]), relation.name: rows}
-        parts = [part_content(table, relation.name, frame) for table, frame in contents.items()]
-        self._commit(Manifest(number, "labels", parts=[file for part in parts for file in self._part(part)]))
+        held = [part for manifest in log.live(self._log) if manifest.kind == "labels" for part in manifest.parts]
+        old = [part.path for part in held if part.owner == relation.name]
+        dropped = Dropped("label", relation.name, old, *self._ids_beyond()) if old else None
+        version = number if old else None  # in the names of the files, since the old ones are still there
+        contents_of = [part_content(table, relation.name, frame, version) for table, frame in contents.items()]
+        parts = [file for part in contents_of for file in self._part(part)]
+        self._commit(Manifest(number, "labels", parts=parts, dropped=dropped))
         return number
 
-    def _refuse_declared(self, name: str) -> None:
-        """Refuse labels with the name of a declared table."""
+    def labels(self, name: str) -> tuple[Relation, pl.DataFrame]:
+        """The committed labels of a name: their declaration and their rows.
+
+        Raises:
+            NotStored: there are none.
+            Damaged: a part is not what was committed.
+        """
+        rows = [row for row in self.rows_of("relations").to_dicts() if row["kind"] == "labels"]
+        names = [row["name"] for row in rows]
+        if name not in names:
+            raise NotStored(
+                f"no labels {name!r}{nearest(name, names)}; {self.root} holds {', '.join(names) or 'none'}: leave out --add"
+            )
+        try:
+            return parsed(rows[names.index(name)]), self.rows_of(name)
+        except ValueError as error:
+            raise Damaged(f"labels {name!r} of {self.root} are not what was committed ({error})") from error
+
+    def _ids_beyond(self) -> Ids:
+        return Ids.beyond(self.rows_of("datasets").to_dicts(), dropped_ids(self._log))
+
+    def _refuse_declared(self, name: str, replace: bool) -> None:
+        """Refuse labels with the name of a declared table, unless they replace it."""
         for row in self.rows_of("relations").to_dicts():
-            if row["name"] == name:
-                drop = f"drop them first with {advised('drop', self.root, '--label', name)}, or take another name"
-                if row["kind"] == "labels":
-                    raise BadInput(f"got the name {name!r}; {self.root} holds labels of that name: {drop}")
+            if row["name"] == name and row["kind"] != "labels":
                 raise BadInput(
                     f"got the name {name!r}; that table holds the documents of dataset {row['owner']!r}: take another name"
+                )
+            if row["name"] == name and not replace:
+                raise BadInput(
+                    f"got the name {name!r}; {self.root} holds labels of that name: replace them (--replace, replace=True), add "
+                    "rows to them (--add, add=True), or take another name"
                 )
 
     def drop(self, dropped: Dropped) -> int:
@@ -260,8 +289,6 @@ class Writer:
         """
         number = len(self._log) + 1
         self._commit(Manifest(number, "drop", dropped=dropped))
-        for path in dropped.files:
-            del self._files[path]
         return number
 
     def _commit(self, manifest: Manifest) -> None:
@@ -269,6 +296,8 @@ class Writer:
         log.check_sizes(self.root, [manifest])  # a second writer that ignores the lease may have removed files
         self._log.append(log.commit(self.root, manifest, self._log[-1] if self._log else None))
         self._files |= {file.path: file for file in manifest.files}
+        for path in manifest.dropped.files if manifest.dropped else ():
+            del self._files[path]
 
     def _part(self, part: Content, first_tree_id: int | None = None, n_trees: int | None = None) -> list[Part]:
         """Publish rows of a table; returns [] if an earlier commit brought the same rows."""

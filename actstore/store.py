@@ -155,15 +155,16 @@ class Store:
 
         Besides DuckDB's own functions there are `act(token_id, run, site)`, a token's activation as
         FLOAT[d_model], and `logit_lens(token_id, run, site)`, its logits as FLOAT[d_vocab]. Both
-        are FLOAT[] if the store's sites differ in width, or its runs in d_vocab. Further there are
-        `probe_direction(name)`, `dot(a, b)`, `norm(x)`, `distance(a, b)`, `cosine(a, b)`,
-        `project(x, direction)` (the signed length of x along direction), and the table
-        `activations(run, site)`: tokens, with their activations as `x`.
+        are FLOAT[] if the store's sites differ in width, or its runs in d_vocab.
+        `attention(token_id, run, site)` reads a pattern: a token's weights to all keys, a list per
+        head, FLOAT[][]. Further there are `probe_direction(name)`, `dot(a, b)`, `norm(x)`,
+        `distance(a, b)`, `cosine(a, b)`, `project(x, direction)` (the signed length of x along
+        direction), and the table `activations(run, site)`: tokens, with their activations as `x`.
 
         In the top SELECT, with its own alias (`act(token_id, 'run', 'site') as x`), `act` reads
         only the rows that the query returns. Elsewhere `act` reads every row that a join, a filter
-        or an ORDER BY looks at. A column passed to `act` or `logit_lens` must have a name ending in
-        token_id; expressions are not checked.
+        or an ORDER BY looks at. A column passed to `act`, `attention` or `logit_lens` must have a
+        name ending in token_id; expressions are not checked.
 
         The tables hold every run and every dataset. A query of `outcomes`, `predictions` or
         `generations` therefore chooses a run (`where run = …`), or is asked in one run's session,

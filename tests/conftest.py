@@ -43,6 +43,14 @@ def demo_path(shipped, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def answered_path(tmp_path_factory):
+    """A store whose answers, patterns, activations and directions are made up; not to be changed."""
+    from tests.planted_answers import plant_answers
+
+    return plant_answers(tmp_path_factory.mktemp("answered") / "s.act")
+
+
 @pytest.fixture
 def demo_store(demo_path):
     from actstore.store import Store

@@ -134,6 +134,9 @@ def test_every_query_and_study_has_a_summary_that_the_listing_shows():
     listed = queries.listing()
     assert listed["query"].to_list() == queries.names()
     assert all(listed["summary"].str.len_chars() > 20)
+    assert {f"`{name}`" for name in queries.names() if not name.startswith("baseline_")} <= set(
+        re.findall(r"`\w+`", README)
+    )
     assert set(STUDIES) <= set(re.findall(r"actstore study \S+ ([\w-]+)", README))
 
 

@@ -24,6 +24,9 @@ from actstore.store import Store
 ROOT = Path(__file__).parents[1]
 RUN = "reproduction"
 PARAMS = {"run": RUN, "split": "train", "token_role": "edge_target", "site": "resid_post.0", "token_id": 1, "n": 5}
+PARAMS |= {"place": 0, "distance": 1, "backward": False, "second": 0, "seed": 0, "label": "source"}
+PARAMS |= {"dataset": TreeSet(RUN, 40).row()["dataset"], "model": RUN}
+ELSEWHERE = ("attention_by_goal_distance", "causal_directions")  # of what this store lacks: in test_ten_queries.py
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def both(demo_path, more_path):
         yield fresh, more
 
 
-@pytest.mark.parametrize("name", queries.names())
+@pytest.mark.parametrize("name", [name for name in queries.names() if name not in ELSEWHERE])
 def test_a_named_query_gives_the_same_rows(both, name):
     query = queries.load(name)
     params = {param: PARAMS[param] for param in query.params}
@@ -57,8 +60,8 @@ def test_a_named_query_gives_the_same_rows(both, name):
     assert found.equals(expected)
     for ask in (queries.select, lambda store, name, **params: store.sql(query.sql, params or None)):
         of_all = ask(both[1], name, **params)
-        if "run" not in params:  # of every set of trees
-            of_all = of_all.filter(dataset=expected["dataset"][0])
+        if "run" not in params:  # of every set of trees, or of every checkpoint
+            of_all = of_all.filter(**{key: expected[key][0] for key in ("dataset", "run") if key in expected.columns})
         assert of_all.equals(expected)
 
 

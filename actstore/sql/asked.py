@@ -15,7 +15,7 @@ from actstore.errors import BadInput
 from actstore.sql.session import EXPLAIN, LONGEST, Session
 
 Node = dict[str, Any]
-TAKE_TOKENS = ("act", "logit_lens")  # functions whose first argument is a token_id
+TAKE_TOKENS = ("act", "attention", "logit_lens")  # functions whose first argument is a token_id
 OF_RUNS = ("outcomes", "predictions", "generations")  # tables that hold answers of several runs for one tree
 MATTERS = re.compile(
     rf"\b(?:{'|'.join((*TAKE_TOKENS, *OF_RUNS))})\b", re.IGNORECASE
@@ -72,8 +72,8 @@ class Asked:
                 be renamed to it.
 
         Raises:
-            BadInput: `act` or `logit_lens` takes such a column, or such a column is renamed to
-                token_id.
+            BadInput: `act`, `attention` or `logit_lens` takes such a column, or such a column is
+                renamed to token_id.
         """
         local = {name for found in nodes(self.tree, "LAMBDA") for name in _names(found["lhs"])}
         calls = [found for found in nodes(self.tree, "FUNCTION") if found["function_name"].lower() in TAKE_TOKENS]

@@ -1,6 +1,6 @@
-"""Vectors in SQL: `act`, `logit_lens`, `probe_direction`, table macro `activations`, vector macros.
+"""Activations in SQL: `act`, `attention`, `logit_lens`, `probe_direction`, and macros over them.
 
-The first three are Arrow functions. DuckDB calls them with up to 2,048 rows at a time, from several
+All four are Arrow functions. DuckDB calls them with up to 2,048 rows at a time, from several
 threads; NULL in gives NULL out. Vectors are FLOAT[d_model] (logits FLOAT[d_vocab]) if all runs of
 the store share one width, so that DuckDB's array functions apply. A SQL function has one return
 type. If the widths differ, the type is therefore a list, FLOAT[], of each run's own width. The
@@ -11,6 +11,7 @@ The macros live in the session's own database. In the catalog, they would break 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +53,14 @@ MACROS = {  # `{vector}` is array where widths agree and list where they do not
         )""",
 }
 
+KIND = "select kind from sites where run = $run and $site in (site, short)"
+IS = {  # a kind of site, in messages
+    "resid": "holds vectors of the residual stream",
+    "vector": "holds vectors",
+    "heads": "holds a vector per head",
+    "pattern": "is an attention pattern",
+}
+
 
 def add_functions(session: Session, store: Snapshot) -> Vectors:
     """Register act(), logit_lens() … on a session.
@@ -71,6 +80,7 @@ def add_functions(session: Session, store: Snapshot) -> Vectors:
     text, token = ["VARCHAR"], ["BIGINT", "VARCHAR", "VARCHAR"]
     batches = "STRUCT(first_tree_id INTEGER, n_trees INTEGER)[]"
     session.add_function("act", vectors.act, token, f"FLOAT[{d_model or ''}]")
+    session.add_function("attention", vectors.attention, token, "FLOAT[][]")
     session.add_function("logit_lens", vectors.logit_lens, token, f"FLOAT[{d_vocab or ''}]")
     session.add_function("probe_direction", vectors.probe_direction, text, f"FLOAT[{d_model or ''}]")
     session.add_function("batches_of", vectors.batches_of, text * 2, batches)
@@ -97,7 +107,7 @@ class Vectors:
     def __init__(self, store: Callable[[], Snapshot | None], d_model: int | None, d_vocab: int | None) -> None:
         self._opened, self.d_model, self._d_vocab = store, d_model, d_vocab
         self.not_taken: Counter[str] = Counter()
-        self._checked: set[tuple[str, str]] = set()  # not the readers, since these hold the store
+        self._kinds: dict[tuple[str, str], str] = {}  # not the readers, since these hold the store
         self._unembeddings: dict[str, Unembedding] = {}
         self._directions: dict[str, np.ndarray] = {}
 
@@ -105,6 +115,13 @@ class Vectors:
         """Activations of tokens: the SQL function `act`."""
         ids = token_ids.to_numpy()
         return _by_group(lambda rows, *where: self.reader(*where).gather(ids[rows]), self.d_model, run, site)
+
+    def attention(self, token_ids: pa.ChunkedArray, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
+        """Weights from tokens to all keys, a list per head: the SQL function `attention`."""
+        ids = token_ids.to_numpy()
+        if not len(ids):
+            return pa.array([], pa.list_(pa.list_(pa.float32())))
+        return _by_group(lambda rows, *where: self.pattern(*where).gather(ids[rows]), None, run, site)
 
     def logit_lens(self, token_ids: pa.ChunkedArray, run: pa.ChunkedArray, site: pa.ChunkedArray) -> pa.Array:
         """Logits of tokens' residual streams: the SQL function `logit_lens`."""
@@ -143,15 +160,36 @@ class Vectors:
             NotStored: there is no such run or site.
             BadInput: the site is a pattern, or the store is closed.
         """
-        store = self._store
-        reader = store.reader(run if (run, site) in self._checked else store.resolve_run(run), site)
-        if (run, site) not in self._checked:
-            if len(reader.layout.row_shape) != 1:
-                raise BadInput(
-                    f"site {site!r} of run {run!r} is an attention pattern, no vector of d_model numbers; read it with "
-                    "Store.read (`actstore read`), or ask for a residual site (from sites where kind = 'resid')"
-                )
-            self._checked.add((run, site))
+        return self._reader(
+            run,
+            site,
+            ("resid", "vector"),
+            "no vector of d_model numbers; read it with Store.read (`actstore read`), or ask for a residual site (from sites "
+            "where kind = 'resid')",
+        )
+
+    def pattern(self, run: str, site: str) -> Reader:
+        """The reader of an attention pattern.
+
+        Args:
+            site: the site's name.
+
+        Raises:
+            NotStored: there is no such run or site.
+            BadInput: the site is no pattern, or the store is closed.
+        """
+        return self._reader(
+            run, site, ("pattern",), "no attention pattern; ask for one (from sites where kind = 'pattern')"
+        )
+
+    def _reader(self, run: str, site: str, kinds: Sequence[str], otherwise: str) -> Reader:
+        """The reader of a site of these kinds; `otherwise` ends the message about another kind."""
+        store, where = self._store, (run, site)
+        reader = store.reader(run if where in self._kinds else store.resolve_run(run), site)
+        if where not in self._kinds:
+            self._kinds[where] = str(store.sql(KIND, {"run": run, "site": site}).item())
+        if (kind := self._kinds[where]) not in kinds:
+            raise BadInput(f"site {site!r} of run {run!r} {IS[kind]}, {otherwise}")
         return reader
 
     def _batches(self, run: str, site: str) -> list[dict[str, int]]:
@@ -210,11 +248,14 @@ def _groups(*columns: pa.ChunkedArray) -> Iterator[tuple[tuple[str, ...], np.nda
 
 
 def _arrow(X: np.ndarray, width: int | None) -> pa.Array:
-    """float32 [n, d] as Arrow, sharing its memory."""
+    """float32 [n, d], or [n, head, key] as lists of lists, as Arrow that shares its memory."""
     values = pa.array(np.ascontiguousarray(X, np.float32).reshape(-1))
     if width:
         return pa.FixedSizeListArray.from_arrays(values, width)
-    return pa.ListArray.from_arrays(pa.array(np.arange(len(X) + 1, dtype=np.int32) * np.int32(X.shape[1])), values)
+    for axis in reversed(range(1, X.ndim)):
+        ends = np.arange(math.prod(X.shape[:axis]) + 1, dtype=np.int32) * np.int32(X.shape[axis])
+        values = pa.ListArray.from_arrays(pa.array(ends), values)
+    return values
 
 
 def _read_direction(store: Snapshot, name: str) -> np.ndarray:

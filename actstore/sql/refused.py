@@ -24,6 +24,7 @@ NO_FILES = (
 FUNCTION = re.compile(r"(?:argument types '|Macro )(\w+)\(")
 TAKES = {  # arguments of a store's functions, which DuckDB names only by type
     "act": "act(token_id, 'RUN', 'resid_post.0')",
+    "attention": "attention(token_id, 'RUN', 'pattern.0')",
     "logit_lens": "logit_lens(token_id, 'RUN', 'resid_post.0')",
     "probe_direction": "probe_direction('NAME')",
     "activations": "from activations('RUN', 'resid_post.0')",

@@ -30,10 +30,10 @@ from actstore.version import __version__
 if TYPE_CHECKING:
     from actstore.ingest.jobs.local import ingest as ingest
     from actstore.store import Store
-    from actstore.verbs import copy, drop, evaluate, label, record, repair, report, study, train, verify
+    from actstore.verbs import copy, drop, evaluate, label, merge, record, repair, report, study, train, verify
 
 _LATER = {"Store": "actstore.store"}
-_VERBS = ("copy", "drop", "evaluate", "label", "record", "repair", "report", "study", "train", "verify")
+_VERBS = ("copy", "drop", "evaluate", "label", "merge", "record", "repair", "report", "study", "train", "verify")
 _LATER |= dict.fromkeys(_VERBS, "actstore.verbs")
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "evaluate",
     "ingest",
     "label",
+    "merge",
     "record",
     "repair",
     "report",

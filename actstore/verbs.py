@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from actstore.queries.report import Report as Page
     from actstore.queries.studies import Asked
     from actstore.upkeep.copying import Copy
+    from actstore.upkeep.merging import Merge
     from actstore.upkeep.repair import Repair
     from actstore.upkeep.verify import Report
     from actstore.writing.appending import Appended
@@ -127,6 +128,37 @@ def copy(store: str | Path | Store, out: str | Path, runs: Sequence[str] = (), p
 
     with progress("copy", None, "bytes") as advance:
         return copying.copy(_path(store), out, runs, advance)
+
+
+def merge(
+    stores: Sequence[str | Path | Store],
+    out: str | Path,
+    rename: Sequence[tuple[str | Path | Store, str, str, str]] = (),
+    progress: Work = silent,
+) -> Merge:
+    """Merge stores into a new store, which appears whole or not at all.
+
+    The first store keeps its ids; further datasets get new ones, in every table. Datasets, runs,
+    labels and models that several stores hold alike are held once. A shard is no copy where the
+    new store is on the same disk: both stores then have the same file, by a hard link.
+
+    Args:
+        stores: two or more paths, or open stores; the present commit of each is merged.
+        out: the new store.
+        rename: (store, `run`, `dataset` or `label`, its name there, its new name), for each name
+            under which two stores hold something else.
+        progress: see `outputs.Work`.
+
+    Raises:
+        NotStored, TooOld, TooNew, BadInput, Damaged, NoRoom: see upkeep.merging.merge.
+    """
+    from actstore.upkeep import merging
+
+    if isinstance(stores, str | Path | Store):
+        raise BadInput(f"got {stores!r} for the stores to merge; give a list of two or more")
+    renamed = [(_path(store), *names) for store, *names in rename]
+    with progress("merge", None, "bytes") as advance:
+        return merging.merge([_path(store) for store in stores], out, renamed, advance)  # type: ignore[arg-type]
 
 
 def study(

@@ -137,6 +137,25 @@ class StorageContract(ABC):
         assert there - won <= {*theirs}
         assert there & {*ours} == won
 
+    def test_a_file_of_another_place_is_adopted_whole_or_not_at_all(self, place: Storage) -> None:
+        source, place = at(place.root / "source"), at(place.root / "made")
+        for path, content in {"x": b"content", "y": bytes(3 << 20)}.items():
+            file = source.publish(path, content)
+            assert place.adopt(f"a/{path}", source, file) == described(f"a/{path}", content)
+            assert place.adopt(f"a/{path}", source, file) == described(f"a/{path}", content)
+            assert place.read(f"a/{path}") == content
+        for wrong in (described("x", b"Content"), described("x", b"more than that")):
+            with pytest.raises(Damaged):
+                place.adopt("b", source, wrong)
+        with pytest.raises(FileNotFoundError):
+            place.adopt("b", source, described("z", b""))
+        with pytest.raises(Damaged, match="a/x exists with other content"):
+            place.adopt("a/x", source, described("y", bytes(3 << 20)))
+        assert place.list("") == ["a/x", "a/y"]
+        source.swap("x", b"another")
+        source.delete("y")
+        assert (place.read("a/x"), place.size("a/y")) == (b"content", 3 << 20), "what becomes of the source is its own"
+
     # Swapping.
 
     def test_a_swap_replaces_what_its_token_tells(self, place: Storage) -> None:

@@ -42,7 +42,7 @@ def at_odds(manifests: list[Manifest]) -> Iterator[tuple[int, str]]:
     for manifest in manifests:
         name = manifest.kind, manifest.run, manifest.batch
         first = by_name.setdefault(name, manifest.number)
-        if manifest.kind in ("run", "batch") and first != manifest.number:
+        if manifest.kind in ("run", "batch") and manifest.run is not None and first != manifest.number:
             yield manifest.number, f"it commits {_called(manifest)}, which manifest {first} commits"
         elif what := _of_another(manifest):
             yield manifest.number, f"it says that it commits {_called(manifest)}, and names {what}"

@@ -1,4 +1,4 @@
-"""The commands that look after a store: verify, repair, drop and copy."""
+"""The commands that look after a store: verify, repair, drop, copy and merge."""
 
 from __future__ import annotations
 
@@ -138,3 +138,36 @@ def copy(store: Path, out: str, runs: tuple[str, ...]) -> None:
 
     done = verbs.copy(store, out, runs, progress)
     say(f"{done.out}: {done.commits:,} commits, {done.n_files:,} files, {done.n_bytes / 1e9:.2f} GB")
+
+
+@main.command()
+@click.argument("stores", nargs=-1, required=True, type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option(
+    "--rename",
+    nargs=4,
+    type=(str, click.Choice(["run", "dataset", "label"]), str, str),
+    multiple=True,
+    metavar="STORE KIND NAME NEW",
+    help="A new name for a run, dataset or label of a store; KIND is one of the three.",
+)
+def merge(stores: tuple[str, ...], out: str, rename: tuple[tuple[str, str, str, str], ...]) -> None:
+    """Merge two or more STORES into the new store OUT.
+
+    The first store keeps its ids, and further datasets get new ones. What several stores hold alike
+    is held once: datasets, runs, labels, models. If two hold something else under one name, the
+    merge is refused, and the message says how to rename it. On one disk, the shards of OUT are hard
+    links to those of the STORES, and take no room.
+
+    Example:
+
+    \b
+        actstore merge monday.act tuesday.act week.act
+        actstore merge a.act b.act c.act --rename b.act run reproduction reproduction-2
+    """
+    from actstore import verbs
+    from actstore.cli.progress import progress
+
+    done = verbs.merge(stores, out, rename, progress)
+    once = f"; held once: {', '.join(done.shared)}" if done.shared else ""
+    say(f"{done.out}: {done.commits:,} commits, {done.n_files:,} files, {done.n_bytes / 1e9:.2f} GB{once}")

@@ -84,7 +84,8 @@ class Manifest:
     Attributes:
         number: the commit's number.
         kind: run, batch, results, labels, site (one that was appended to a run) or drop.
-        run: the run that a definition, a batch or a site belongs to; else None.
+        run: the run that a definition, a batch or a site belongs to; else None. A merged store has
+            definitions and batches of no run: rows of a dataset that a dropped run had brought.
         batch: the batch's number; None for all but a batch.
         parts: Parquet files of rows.
         shards: files of activations.

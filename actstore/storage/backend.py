@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import xxhash
+
+from actstore.errors import Damaged
 from actstore.storage.content import Hash, Size
 
 Content = bytes | memoryview | Callable[[Path], object]  # a function writes to the path it is given
@@ -69,6 +72,31 @@ class Storage(Protocol):
             NoRoom: the place is full; nothing is left under the name.
             Unsupported: the place cannot publish durably; nothing is left under the name.
         """
+
+    def adopt(self, path: str, source: Storage, file: File) -> File:
+        """Publish a file of another place, unchanged; the two places may then share its bytes.
+
+        Args:
+            path: of the file here.
+            source: the other place.
+            file: the file there, as it was committed.
+
+        Returns:
+            The file's path here, size and hash.
+
+        Raises:
+            FileNotFoundError: the file is not there.
+            Damaged: the file is not what was committed, or the name is taken by other bytes.
+            NoRoom, Unsupported: see publish.
+        """
+        content = source.read(file.path, file.bytes)
+        if xxhash.xxh3_128_hexdigest(content) != file.xxh3_128:
+            raise Damaged(f"{source.root / file.path} is not what was committed")
+        return self.publish(path, content)
+
+    def shares(self, source: Storage) -> bool:
+        """True if a file that is adopted from the other place takes no room here."""
+        return False
 
     def swap(self, path: str, content: Content, expected: str | None = ANY) -> None:
         """Replace a file, durably, whole or not at all.

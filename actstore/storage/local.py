@@ -56,6 +56,31 @@ class Local(Storage):
             raise
         return file
 
+    def adopt(self, path: str, source: Storage, file: File) -> File:
+        """See Storage.adopt; a file of the same disk gets a second name, by a hard link."""
+        target, is_linked = self.root / path, False
+        if self.shares(source):
+            with suppress(OSError):  # the name is taken, or the file is another user's: then it is copied
+                make_folder(target.parent)
+                os.link(os.path.realpath(source.root / file.path), target)
+                is_linked = True
+        if not is_linked:
+            return super().adopt(path, source, file)
+        try:
+            if self.size(path) != file.bytes or self.token(path) != file.xxh3_128:
+                raise Damaged(f"{source.root / file.path} is not what was committed")
+            fsync_folder(target.parent)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+        return File(path, file.bytes, file.xxh3_128)
+
+    def shares(self, source: Storage) -> bool:
+        """See Storage.shares; links are made between folders of one disk."""
+        if not isinstance(source, Local):
+            return False
+        return os.stat(_existing(self.root)).st_dev == os.stat(source.root).st_dev
+
     def swap(self, path: str, content: Content, expected: str | None = ANY) -> None:
         """See Storage.swap."""
         target = self.root / path

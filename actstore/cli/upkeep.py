@@ -141,7 +141,8 @@ def copy(store: Path, out: str, runs: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("stores", nargs=-1, required=True, type=click.Path())
+@store_argument
+@click.argument("others", nargs=-1, required=True, type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option(
     "--rename",
@@ -151,13 +152,13 @@ def copy(store: Path, out: str, runs: tuple[str, ...]) -> None:
     metavar="STORE KIND NAME NEW",
     help="A new name for a run, dataset or label of a store; KIND is one of the three.",
 )
-def merge(stores: tuple[str, ...], out: str, rename: tuple[tuple[str, str, str, str], ...]) -> None:
-    """Merge two or more STORES into the new store OUT.
+def merge(store: Path, others: tuple[str, ...], out: str, rename: tuple[tuple[str, str, str, str], ...]) -> None:
+    """Merge STORE and OTHERS into the new store OUT.
 
-    The first store keeps its ids, and further datasets get new ones. What several stores hold alike
-    is held once: datasets, runs, labels, models. If two hold something else under one name, the
-    merge is refused, and the message says how to rename it. On one disk, the shards of OUT are hard
-    links to those of the STORES, and take no room.
+    STORE keeps its ids, and further datasets get new ones. What several stores hold alike is held
+    once: datasets, runs, labels, models. If two hold something else under one name, the merge is
+    refused, and the message says how to rename it. On one disk, the shards of OUT are hard links to
+    those of the stores, and take no room.
 
     Example:
 
@@ -168,6 +169,6 @@ def merge(stores: tuple[str, ...], out: str, rename: tuple[tuple[str, str, str, 
     from actstore import verbs
     from actstore.cli.progress import progress
 
-    done = verbs.merge(stores, out, rename, progress)
+    done = verbs.merge([store, *others], out, rename, progress)
     once = f"; held once: {', '.join(done.shared)}" if done.shared else ""
     say(f"{done.out}: {done.commits:,} commits, {done.n_files:,} files, {done.n_bytes / 1e9:.2f} GB{once}")

@@ -145,9 +145,9 @@ def test_a_dataset_that_labels_lie_on_is_dropped_after_them(root: Path) -> None:
     fake("one", "d").store(root)
     verbs.label(root, "before", {"token_id": [0, 4 * 256]})
     verbs.label(root, "across", {"token_id": [4 * 256, 5 * 256, 6 * 256]})
-    verbs.label(root, "trees", {"sequence_id": [4, 9]}, "sequence_id")
+    verbs.label(root, "topics", {"sequence_id": [4, 9]}, "sequence_id")
     verbs.drop(root, run="one")
-    with pytest.raises(BadInput, match=r"across \(2 rows\), trees \(1 rows\); drop them first") as refused:
+    with pytest.raises(BadInput, match=r"across \(2 rows\), topics \(1 rows\); drop them first") as refused:
         verbs.drop(root, dataset="d")
     commands = [shlex.split(command)[1:] for command in re.findall("`([^`]*)`", str(refused.value))]
     assert len(commands) == 2

@@ -259,8 +259,8 @@ ELSEWHERE = {
     "actstore/upkeep/repair.py:_refuse_shared_places",  # test_links.py
     "actstore/upkeep/repair.py:_how_to_remake",  # test_repair.py: what else there is where no copy is
     "actstore/upkeep/copying.py:_copy_file",  # test_copy.py
-    "actstore/upkeep/merging.py:damaged",  # test_merge.py, as the next, whose command is run there
-    "actstore/upkeep/merging.py:_planned",
+    "actstore/upkeep/merge_plan.py:damaged",  # test_merge.py, as the next, whose command is run there
+    "actstore/upkeep/merge_plan.py:planned",
     "actstore/cli/upkeep.py:drop",  # test_drop.py: repair after a drop
     "actstore/writing/dropping.py:_refuse_labelled",  # test_drop.py: labels are dropped, then their dataset
     "queries/second.py:_line",  # test_confirm.py, since it is several commands in one line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.replay import compare
 from actstore.ingest.trees.task import TreeSet
-from actstore.storage import whole
+from actstore.storage import sealed, whole
 from actstore.storage.local import Local
 from actstore.store import Store
 from actstore.upkeep.verify import verify
@@ -126,7 +127,9 @@ def two(root: Path) -> Path:
     append(root, "second")
     append(root, "rows")
     with Store(root) as store:
-        store.label("long", store.sql("select sequence_id, n_tokens > 5 as y from sequences"), on="sequence_id")
+        long = store.sql("select sequence_id, n_tokens > 5 as y from sequences")
+        store.label("long", long[:3], on="sequence_id")
+    verbs.label(root, "long", long, "sequence_id", replace=True)
     results(root, "second", 0.25)
     return root
 
@@ -358,7 +361,7 @@ def test_a_table_of_documents_is_renamed_with_its_dataset(tmp_path: Path) -> Non
         (1, "activations.zarr/rows/*/c/0/*"),
         (0, "parts/tokens/d-000001.parquet"),
         (1, "parts/tokens/texts-000000.parquet"),
-        (1, "parts/long/long.parquet"),
+        (1, "parts/long/long-*.parquet"),
         (0, "activations.zarr/first/blocks.0.hook_resid_post/zarr.json"),
         (1, "activations.zarr/rows/blocks.0.hook_resid_post/zarr.json"),
         (1, "models/*.safetensors"),
@@ -380,6 +383,25 @@ def test_a_damaged_file_of_a_source_is_refused(to_damage: list[Path], tmp_path: 
 def to_damage(stores: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("to damage")
     return [Path(shutil.copytree(root, folder / root.name)) for root in stores[:2]]
+
+
+def test_a_source_whose_log_was_edited_is_refused(alike: Path, tmp_path: Path) -> None:
+    edited = Path(shutil.copytree(alike / "a.act", tmp_path / "edited.act"))
+    path = max((edited / "log").glob("*.json"))
+    body = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
+    body["parts"][0]["owner"] = "../../outside"
+    path.unlink()
+    path.write_text(json.dumps({**body, "checksum": sealed.checksum(body)}))
+    with pytest.raises(Damaged, match="disagree, so one of them was edited"):
+        actstore.merge([alike / "a.act", edited], tmp_path / "m.act")
+    (edited / "catalog.duckdb").unlink()
+    with pytest.raises(Damaged, match=f"{path.name}: it says that it commits labels"):
+        actstore.merge([alike / "a.act", edited], tmp_path / "m.act")
+    path.unlink()
+    shutil.copy(alike / "a.act" / "catalog.duckdb", edited)
+    with pytest.raises(Damaged, match="lacks manifest"):
+        actstore.merge([alike / "a.act", edited], tmp_path / "m.act")
+    assert [path.name for path in tmp_path.iterdir()] == ["edited.act"]
 
 
 KILLED = """
@@ -425,6 +447,7 @@ def test_what_was_dropped_is_not_merged(copies: list[Path], tmp_path: Path) -> N
     verbs.drop(first, run="new")
     verbs.drop(third, run="again")
     verbs.drop(second, run="own")
+    verbs.drop(second, label="long")
     verbs.drop(second, dataset="e")
     for number, order in enumerate((copies, copies[::-1])):
         out = actstore.merge(order, tmp_path / f"merged {number}.act").out
@@ -432,8 +455,7 @@ def test_what_was_dropped_is_not_merged(copies: list[Path], tmp_path: Path) -> N
         with Store(out, check=True) as store:
             assert {*store.runs()} == {"grid", "rows", "second"}
             assert {*store.sql("from datasets")["dataset"]} == {"d", "squares", "texts"}
-            orphans = "select count(*) from long anti join sequences using (sequence_id)"
-            assert store.sql(orphans).item() == 0, "a label of a dropped set would be of the next set's ids"
+            assert store.sql("select name from relations")["name"].to_list() == ["odd"]
             assert store.sql("select count(*) from trees").item() == 5
         fake("new", "d", weights=b"9").store(out)
         assert verify(out).findings == []
@@ -448,6 +470,20 @@ def test_ids_that_the_first_store_gave_are_not_given_again(tmp_path: Path) -> No
     out = actstore.merge([tmp_path / "a.act", tmp_path / "b.act"], tmp_path / "m.act").out
     with Store(out) as store:
         assert store.sql("select first_tree_id from datasets order by 1")["first_tree_id"].to_list() == [0, 10]
+
+
+def test_appended_sites_of_one_name_and_other_numbers_are_refused(alike: Path, tmp_path: Path) -> None:
+    stores = [Path(shutil.copytree(alike / "a.act", tmp_path / name)) for name in "pqr"]
+    for store, value in zip(stores, (1, 2, 1), strict=True):
+        verbs.append(store, "r", "mine", [0, 2], np.full((2, 3), value, np.float32))
+    verbs.append(stores[2], "r", "more", [1], np.ones((1, 3), np.float32))
+    with pytest.raises(BadInput, match=r"another run 'r' .*mine.* differs.*--rename .*q run r r-2"):
+        actstore.merge(stores, tmp_path / "m.act")
+    out = actstore.merge(stores, tmp_path / "m.act", [(stores[1], "run", "r", "r-2")]).out
+    assert verify(out).findings == []
+    with Store(out, check=True) as store:
+        assert store.sites("r")[-2:] == ["mine", "more"]
+        assert [store.read([2], run, "mine")[0][0, 0] for run in ("r", "r-2")] == [1, 2]
 
 
 def test_results_keep_their_order_and_are_recorded_once(stores: list[Path], tmp_path: Path) -> None:

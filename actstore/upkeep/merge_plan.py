@@ -131,7 +131,7 @@ class Source:
     def is_changed(self, manifest: Manifest, file: File) -> bool:
         """True if a file has other bytes in the new store, perhaps."""
         if isinstance(file, Part):
-            return self.moved.changes or manifest.kind in ("results", "labels")
+            return self.moved.changes or file.table == "results"
         return self.moved.changes and not isinstance(file, Shard) and file.path.startswith(f"{ARRAYS}/")
 
     def damaged(self, file: File) -> Damaged:
@@ -179,8 +179,8 @@ def planned(roots: Sequence[Path], out: Path, rename: Sequence[tuple[Any, ...]])
             taken = {*chain(*(source.held[conflict.kind] for source in sources))}
             taken |= {new for _, kind, _, new in asked if kind == conflict.kind}
             joint = "_" if conflict.kind == "label" else "-"
-            names = (f"{conflict.name[:55]}{joint}{turn}" for turn in count(2))
-            free = next(name for name in names if name not in taken)
+            tried = (f"{conflict.name[:55]}{joint}{turn}" for turn in count(2))
+            free = next(name for name in tried if name not in taken)
             asked = [*(names for names in asked if names[:3] != of), (*of, free)]
             continue
         if first is None:

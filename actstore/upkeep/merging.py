@@ -139,7 +139,7 @@ def _written(new: Path, commit: Commit, source: Source, manifest: Manifest, file
         table=table,
         rows=n_rows,
         owner=owner,
-        batch=file.batch,
+        batch=moved.batch(manifest, file),
         first_tree_id=first,
         n_trees=file.n_trees,
     )

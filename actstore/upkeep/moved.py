@@ -99,10 +99,14 @@ class Moved:
         dataset = self.documents.get(table, "")
         return as_name(self.names.dataset[dataset]) if dataset in self.names.dataset else table
 
+    def batch(self, manifest: Manifest, part: Part) -> int | None:
+        """The batch of a part; None of labels, which take no others' place in a new store."""
+        return None if manifest.kind == "labels" else part.batch
+
     def path(self, manifest: Manifest, file: File) -> str:
         """The new path of a file; that of results follows from their commit's number."""
         if isinstance(file, Part):
-            return part_path(self.table(manifest, file.table), self.owner(manifest, file), file.batch)
+            return part_path(self.table(manifest, file.table), self.owner(manifest, file), self.batch(manifest, file))
         run = manifest.run or ""
         under = f"{ARRAYS}/{run}/"
         is_array = file.path.startswith(under) and run in self.names.run
@@ -121,27 +125,18 @@ class Moved:
     def rows(self, manifest: Manifest, table: str, rows: pl.DataFrame) -> pl.DataFrame:
         """A part's rows with new ids and names.
 
-        Rows of a label whose id belongs to no dataset that is left in the store are left out.
-
         Raises:
-            Damaged: another row names an id of no dataset.
+            Damaged: a row names an id of no dataset.
         """
-        if table not in every_column():
-            key = rows.columns[0]  # other columns are the user's own
-            rows = rows.with_columns(self._ids(rows[key], key))
-            return rows.filter(pl.col(key).is_not_null()) if manifest.kind == "labels" else self._all_there(table, rows)
-        ids = [name for name in rows.columns if name in (*TOKENS, *SEQUENCES)]
-        if table == "trees" and "variant_of" in rows.columns:
-            ids.append("variant_of")
+        if table in every_column():
+            ids = [name for name in rows.columns if name in (*TOKENS, *SEQUENCES)]
+            ids += ["variant_of"] * (table == "trees" and "variant_of" in rows.columns)
+        else:
+            ids = rows.columns[:1]  # the others are the user's own
         moved = rows.with_columns([self._ids(rows[name], name) for name in ids])
         if ids and moved.select(ids).null_count().row(0) != rows.select(ids).null_count().row(0):
             raise Damaged(f"a row of {table} names an id of no dataset")
-        return self._renamed(manifest, table, moved)
-
-    def _all_there(self, table: str, rows: pl.DataFrame) -> pl.DataFrame:
-        if rows[rows.columns[0]].null_count():
-            raise Damaged(f"a row of {table} names an id of no dataset")
-        return rows
+        return self._renamed(manifest, table, moved) if table in every_column() else moved
 
     def _ids(self, ids: pl.Series, column: str) -> pl.Series:
         """The new ids; null for null, and for ids of no dataset."""

@@ -170,7 +170,7 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "ingest.corpus.spool": "open shutil.rmtree",  # in a temporary folder
     "ingest.models.config": "open",  # models and their configurations, until the next comment
     "ingest.models.load": "glob read_bytes",
-    "ingest.models.pretrained": "iterdir open",  # a model's own files
+    "ingest.models.pretrained": "iterdir open read_bytes",  # a model's own files
     "ingest.models.weights": "mkdir read_bytes write_bytes whole.write_whole",
     "ingest.replay.definitions": "read_bytes",
     "ingest.training.card": "read_text",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import duckdb
 import pytest
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import LimitReached
+from actstore.storage.machine import limit_reached
 from actstore.store import Store
 from tests.stores import fake
 
@@ -26,13 +28,25 @@ def with_a_gigabyte(*words):
     return subprocess.run([sys.executable, "-c", MEMORY, *words], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("words", [["info", "s.act"], ["verify", "s.act"], ["evaluate", "reproduction"]], ids=" ".join)
-def test_too_little_memory_for_the_libraries_is_one_line(words):
+STORES, MODELS = "DuckDB, Arrow and polars need 2 GB", "torch, transformers and polars need 4 GB"
+
+
+@pytest.mark.parametrize(
+    ("words", "needs"),
+    [
+        (["info", "s.act"], STORES),
+        (["verify", "s.act"], STORES),
+        (["models", "list"], STORES),
+        (["evaluate", "reproduction"], MODELS),
+        (["ingest", "s.act", "--model", "reproduction"], MODELS),
+        (["models", "add", "mine", "/dev/null"], MODELS),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
+)
+def test_too_little_memory_for_the_libraries_is_one_line(words, needs):
     done = with_a_gigabyte(*words)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(
-        "actstore: this process may map 1.07 GB of memory, and DuckDB, Arrow and polars need 2 GB"
-    )
+    assert done.stderr.startswith(f"actstore: this process may map 1.07 GB of memory, and {needs}")
     assert done.stderr.endswith("(`ulimit -v unlimited`)\n")
     assert done.stderr.count("\n") == 1
 
@@ -40,6 +54,14 @@ def test_too_little_memory_for_the_libraries_is_one_line(words):
 def test_help_needs_no_more_than_that():
     for words in (["--version"], ["info", "--help"]):
         assert with_a_gigabyte(*words).returncode == 0
+
+
+def test_memory_that_lacks_for_counting_maps_is_said_too(monkeypatch):
+    def no_memory(path):
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_bytes", no_memory)
+    assert "memory" in str(limit_reached(MemoryError(), "cannot read"))
 
 
 LACKS = {

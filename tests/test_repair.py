@@ -194,9 +194,10 @@ def test_the_commands_say_what_is_wrong_and_mend_it(store):
     assert found.exit_code == 1
     assert json.loads(found.stdout)[0]["path"] == name
     assert "mend it with `actstore repair" in found.stderr
-    mended = CliRunner().invoke(main, ["repair", str(store)])
+    mended = CliRunner().invoke(main, ["repair", str(store), "--json"])
     assert mended.exit_code == 0
-    assert "1 files mended" in mended.stdout
+    assert [done["path"] for done in json.loads(mended.stdout)] == [name]
+    assert "1 files mended" in mended.stderr
     assert CliRunner().invoke(main, ["verify", str(store)]).exit_code == 0
     assert CliRunner().invoke(main, ["verify", str(store), "--quick"]).exit_code == 0
 

@@ -24,16 +24,30 @@ def say(text: str, err: bool = False) -> None:
 class Command(click.Command):
     """A command; click answers `--help` before `invoke`."""
 
+    runs_models = False
+
     def invoke(self, ctx: click.Context) -> Any:
         """Check that there is memory enough for the libraries, then run the command."""
-        check_memory()
+        check_memory(self.runs_models)
         return super().invoke(ctx)
+
+
+class ModelCommand(Command):
+    """A command that runs a model."""
+
+    runs_models = True
+
+
+class Subgroup(click.Group):
+    """A group of commands within the group of all commands."""
+
+    command_class = Command
 
 
 class Commands(click.Group):
     """A group that turns the package's errors, a full disk and Ctrl-C into a line and a code."""
 
-    command_class = Command
+    command_class, group_class = Command, Subgroup
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command line; the exit code is 1 if help cannot be printed."""
@@ -41,7 +55,7 @@ class Commands(click.Group):
         try:
             return super().main(*args, **extra)
         except OSError as error:  # an error of printing help; `invoke` handles a command's own errors
-            say(f"actstore: {error.strerror or error}", err=True)
+            say(f"actstore: {terminal.place_of(error)}: {error.strerror or error}", err=True)
             raise SystemExit(1) from None
         finally:
             terminal.finish()
@@ -67,7 +81,7 @@ class Commands(click.Group):
         except BrokenPipeError:  # `actstore sql … | head`
             ctx.exit(1)
         except OSError as error:
-            where = error.filename or "the system"
+            where = terminal.place_of(error)
             said = limit_reached(error, where) or f"{where}: {error.strerror or error}"
             say(f"actstore: {said}{_goes_on(ctx)}", err=True)
             ctx.exit(1)

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from actstore.cli.group import KEPT, main, say
+from actstore.cli.group import KEPT, ModelCommand, main, say
 from actstore.cli.options import checkpoint_option, model_options, store_argument, wait_option
 from actstore.errors import advised
 
 
-@main.command()
+@main.command(cls=ModelCommand)
 @store_argument
 @click.option(
     "--model",

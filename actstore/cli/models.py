@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from actstore.cli.group import main, say
+from actstore.cli.group import ModelCommand, main, say
 from actstore.cli.options import model_options, output_options
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def models_list(output: Output) -> None:
     output.write(listing())
 
 
-@models.command(name="add")
+@models.command(name="add", cls=ModelCommand)
 @click.argument("name")
 @click.argument("weights", type=click.Path(dir_okay=False))
 @click.option(
@@ -80,7 +80,7 @@ def models_add(name: str, weights: str, config: str | None, system: str | None, 
         say(f"actstore: {meant}; set ACTSTORE_MODELS to that folder, or give the path of the file", err=True)
 
 
-@models.command(name="sites")
+@models.command(name="sites", cls=ModelCommand)
 @click.argument("model")
 @model_options
 @output_options

@@ -42,6 +42,11 @@ class Output:
     format: str = "table"
     parquet: str | None = None
 
+    @property
+    def is_for_a_program(self) -> bool:
+        """True unless a table is printed; a program expects output for no rows, too."""
+        return self.format != "table" or self.parquet is not None
+
     def write(self, frame: pl.DataFrame, whole: Mapping[str, Any] | None = None, fold: bool = False) -> None:
         """Print a frame.
 

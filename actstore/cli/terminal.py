@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from actstore.outputs import printable
+from actstore.storage.refused import DISK_FULL
 
 HANDLES_ANY_TEXT = "backslashreplace"  # `→` is `\u2192` where an encoding lacks it
+REFUSE_SOME_TEXT = ("strict", "surrogateescape")  # the second is Python's own in the C locale
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def prepare() -> None:
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in REFUSE_SOME_TEXT:
         sys.stdout.reconfigure(errors=HANDLES_ANY_TEXT)
 
 
@@ -62,6 +64,14 @@ def wrapped(text: str) -> str:
         return text
     columns = shutil.get_terminal_size().columns
     return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
+
+
+def place_of(error: OSError) -> str:
+    """What an error of the system is about: a file, stdout, or the system.
+
+    Whatever writes a file names it, so an unnamed error of a full disk is one of printing.
+    """
+    return str(error.filename or ("stdout" if error.errno in DISK_FULL else "the system"))
 
 
 def finish() -> None:

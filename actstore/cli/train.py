@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from actstore.cli.group import KEPT, main, say
+from actstore.cli.group import KEPT, ModelCommand, main, say
 from actstore.cli.options import checkpoint_option, output_options
 
 if TYPE_CHECKING:
     from actstore.cli.output import Output
 
 
-@main.command()
+@main.command(cls=ModelCommand)
 @click.argument("name")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--steps", type=int, help="Optimizer steps; default: the configuration's.")
@@ -53,7 +53,7 @@ def train(name: str, out: Path, **options: Any) -> None:
     say(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
 
 
-@main.command()
+@main.command(cls=ModelCommand)
 @click.argument("model")
 @click.option("--config", type=click.Path(), help="The checkpoint's YAML, if not beside it.")
 @checkpoint_option

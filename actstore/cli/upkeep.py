@@ -47,8 +47,7 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
     from actstore.upkeep.verify import raise_if_damaged
 
     report = verbs.verify(store, quick, recompute, seed, progress)
-    is_for_a_program = output.format != "table" or output.parquet is not None  # which reads no rows, too
-    if report.findings or (recompute is None and is_for_a_program):
+    if report.findings or (recompute is None and output.is_for_a_program):
         output.write(report.as_frame())
     say(f"{store}: {report.n_files:,} files, {report.n_bytes / 1e9:.2f} GB, {len(report.damage)} damaged", err=True)
     raise_if_damaged(report, store)
@@ -78,9 +77,9 @@ def repair(store: Path, wait: float, output: Output) -> None:
     from actstore.upkeep.repair import as_frame
 
     done = verbs.repair(store, wait, progress)
-    if done.mended or done.left:
+    if done.mended or done.left or output.is_for_a_program:
         output.write(as_frame(done))
-    say(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended")
+    say(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended", err=True)
     if done.left:
         raise Damaged(f"{len(done.left)} files could not be mended, the first {done.left[0].path}: {done.left[0].what}")
 

@@ -17,6 +17,7 @@ from actstore.errors import BadInput, LimitReached
 
 MAPS = Path("/proc/sys/vm/max_map_count")
 LEAST_MEMORY = 2_000_000_000  # bytes of addresses: 1.5e9 are too few with two cores, and each thread takes more
+LEAST_FOR_MODELS = 4_000_000_000  # with less, torch and transformers end the process or wait for ever
 OUT_OF_MEMORY = re.compile(  # in the words of Python, DuckDB, Arrow, the C++ library and the dynamic linker
     r"out of memory|more memory|MemoryError|bad_alloc|bad allocation|could not allocate|malloc of size"
     r"|failed to map segment|can't start new thread|could not spawn threads",
@@ -39,19 +40,24 @@ def raise_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def check_memory() -> None:
+def check_memory(models: bool = False) -> None:
     """Refuse to work with too little memory, since the libraries would end the process silently.
 
+    Args:
+        models: True if a model is run.
+
     Raises:
-        LimitReached: this process may map less than LEAST_MEMORY.
+        LimitReached: this process may map less than LEAST_MEMORY, or LEAST_FOR_MODELS.
     """
     import resource
 
     most = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if most != resource.RLIM_INFINITY and most < LEAST_MEMORY:
+    least = LEAST_FOR_MODELS if models else LEAST_MEMORY
+    if most != resource.RLIM_INFINITY and most < least:
+        libraries = "torch, transformers" if models else "DuckDB, Arrow"
         raise LimitReached(
-            f"this process may map {most / 1e9:.2f} GB of memory, and DuckDB, Arrow and polars need {LEAST_MEMORY / 1e9:g} GB to "
-            "start: allow it more (`ulimit -v unlimited`)"
+            f"this process may map {most / 1e9:.2f} GB of memory, and {libraries} and polars need {least / 1e9:g} GB to start: "
+            "allow it more (`ulimit -v unlimited`)"
         )
 
 
@@ -174,6 +180,6 @@ def _close_in(opened_in: int, close: Callable[..., object], args: tuple[Any, ...
 
 def _maps() -> tuple[int, int]:
     """Numbers of memory maps: (allowed per process, in use); 0 if the system does not say."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, MemoryError):
         return int(MAPS.read_text()), Path("/proc/self/maps").read_bytes().count(b"\n")
     return 0, 0

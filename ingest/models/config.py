@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as brief  # a YAML's aliases make a few lines into gigabytes
+from reprlib import Repr
 from typing import Any
 
 import yaml
@@ -14,6 +14,10 @@ from actstore.errors import BadInput, nearest
 from actstore.ingest.trees.tokens import Vocabulary
 
 LONGEST = 100_000  # characters of a configuration; those of trained models have 1,000
+MOST_KEYS = 200  # of a mapping, with those merged into it: merges of merges make a few lines into gigabytes
+_shortened = Repr()
+_shortened.maxstring = 100
+brief = _shortened.repr  # for messages: aliases of aliases make a few lines into gigabytes, too
 ACT_FNS = ("gelu", "gelu_new", "relu", "silu")
 CONFIG_KEYS = {  # the notebook's keys, and ours: system, n_heads, d_mlp, n_ctx, betas, training
     "": (
@@ -202,9 +206,18 @@ def mapping_of(text: str, source: str) -> dict[str, Any]:
     return parsed if isinstance(parsed, dict) else {}
 
 
+class _Loader(yaml.SafeLoader):
+    """A loader of plain data, which merges (`<<`) no more than MOST_KEYS into a mapping."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_KEYS:
+            raise yaml.YAMLError(f"a mapping has more than {MOST_KEYS} keys")
+
+
 def _parsed(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except Exception as error:  # PyYAML fails in many ways: values that do not fit their tag, deep nesting
         cause = "too many levels" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise BadInput(f"{source}: no YAML: {cause or type(error).__name__}") from None

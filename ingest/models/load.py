@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 YAMLS = (".yaml", ".yml")
+MOST_NAMED = 10  # files that a message names
 
 
 def from_bytes(weights: bytes, config: ModelConfig, name: str, source: str, device: str = "cpu") -> Model:
@@ -361,7 +362,9 @@ def _yaml(weights: Path, config: str | Path | None) -> Path:
     """The path of a checkpoint's YAML: the one that is named, else the one beside the weights."""
     path = Path(config) if config else weights.with_suffix(".yaml")
     if not path.is_file():
-        there = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "none"
+        found = sorted(file.name for file in path.parent.glob("*.yaml"))
+        there = ", ".join(found[:MOST_NAMED]) + (f" and {len(found) - MOST_NAMED} more" if found[MOST_NAMED:] else "")
+        there = there or "none"
         lacking = f"no configuration {path}" if config else f"{weights} has no {path.name} beside it"
         raise BadInput(f"{lacking} (YAML files there: {there}): name one with --config")
     return path

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any
 
 from actstore.errors import BadInput, nearest
-from actstore.ingest.models.config import MODEL_FIELDS, ModelConfig, mapping_of, read_text, there_are
-from actstore.ingest.models.weights import BUFFERS, read_state
+from actstore.ingest.models.config import MODEL_FIELDS, ModelConfig, brief, mapping_of, read_text, there_are
+from actstore.ingest.models.weights import BUFFERS, check_finite, check_kind, read_state
+from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SECTION = "transformer_lens"
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "n_ctx", "d_vocab")  # a configuration states all of them
+MOST = {"n_layers": 1_000}  # a layer takes a tenth of a second to build, whatever its width
+MOST_OF_OTHERS = 10_000_000
 FIELDS = (  # those that TransformerLens' native model reads; any other would be ignored without a word
     *SIZES,
     *("act_fn", "attention_dir", "attn_only", "attn_scale", "attn_scores_soft_cap", "d_mlp", "d_vocab_out", "eps"),
@@ -79,8 +81,11 @@ def described(yaml: Path) -> tuple[dict[str, Any], Path | None]:
                 f"{yaml}: unknown key {brief(f'{SECTION}.{key}')}{nearest(str(key), FIELDS)}; {there_are(FIELDS)}"
             )
     for key in SIZES:
-        if type(fields.get(key)) is not int or fields[key] < 1:
-            raise BadInput(f"{yaml}: {SECTION}.{key} is {brief(fields.get(key))}; it is a whole number from 1")
+        most = MOST.get(key, MOST_OF_OTHERS)
+        if type(fields.get(key)) is not int or not 1 <= fields[key] <= most:
+            raise BadInput(
+                f"{yaml}: {SECTION}.{key} is {brief(fields.get(key))}; it is a whole number from 1 to {most:,}"
+            )
     tokenizer = whole.get("tokenizer")
     return dict(fields), None if tokenizer is None else yaml.parent / str(tokenizer)
 
@@ -90,6 +95,7 @@ def boot(fields: Mapping[str, Any], seed: int, source: str) -> TransformerBridge
 
     Raises:
         BadInput: TransformerLens cannot build such a model.
+        LimitReached: there is too little memory for it.
     """
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge import TransformerBridge
@@ -99,6 +105,8 @@ def boot(fields: Mapping[str, Any], seed: int, source: str) -> TransformerBridge
         config = TransformerBridgeConfig(**given, seed=seed, architecture="TransformerLensNative")
         return TransformerBridge.boot_native(config, device="cpu")
     except Exception as error:  # each wrong field fails in its own way
+        if reached := limit_reached(error, f"cannot build the model of {source}"):
+            raise reached from None
         said = " ".join(str(error).split())[:300]
         raise BadInput(f"{source}: TransformerLens builds no such model ({type(error).__name__}: {said})") from None
 
@@ -121,7 +129,10 @@ def put(bridge: TransformerBridge, found: Mapping[str, Tensor], source: str) -> 
     import torch
     from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
 
-    held = {key: tensor.float() for key, tensor in found.items() if not key.endswith(BUFFERS)}
+    held = {key: tensor for key, tensor in found.items() if not key.endswith(BUFFERS)}
+    for key, tensor in held.items():
+        check_kind(tensor, f"{source}: weight {brief(key)}")
+    held = {key: tensor.float() for key, tensor in held.items()}
     if "embed.W_E" in held:
         held = convert_tl_checkpoint(held, bridge.cfg)
     expected = bridge.state_dict()
@@ -133,11 +144,10 @@ def put(bridge: TransformerBridge, found: Mapping[str, Tensor], source: str) -> 
         if held[key].shape != tensor.shape:
             got = f"{list(held[key].shape)}, and the configuration makes it {list(tensor.shape)}"
             raise BadInput(f"{source}: weight {key!r} has the shape {got}; mend one of them")
-        if not bool(torch.isfinite(held[key]).all()):
-            raise BadInput(f"{source}: weight {key!r} holds NaN or infinite numbers; take another checkpoint")
+        check_finite(held[key], f"{source}: weight {key!r}")
     for key in held:
         if key not in expected:
             raise BadInput(
-                f"{source}: unknown weight {key!r}{nearest(key, expected)}; the configuration has none of it"
+                f"{source}: unknown weight {brief(key)}{nearest(key, expected)}; the configuration has none of it"
             )
     bridge.load_state_dict(held, strict=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actstore.errors import BadInput, NotStored
+from actstore.ingest.models.config import brief
+from actstore.ingest.models.weights import check_finite
+from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -30,6 +34,8 @@ TOKENIZER = (
 )
 WANTED = (CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER)
 CHUNK = 1 << 24  # bytes that are hashed at a time
+MOST_LAYERS = 1_000  # a layer takes milliseconds to build, whatever its width
+LONGEST_CONFIG = 10_000_000  # bytes; with names of 20,000 classes, a megabyte
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
     ggufs = [name for name in held if name.endswith(".gguf")]
     if CONFIG in held and weights:
         index = [name for name in held if name.endswith(".safetensors.index.json")]
+        for name in index if "model.safetensors" not in held else ():
+            _check_index(path / name, weights)
         return Checkpoint(path, None, (CONFIG, *weights, *index, *(name for name in TOKENIZER if name in held)))
     if len(ggufs) == 1:
         return Checkpoint(path, ggufs[0], (ggufs[0],))
@@ -82,6 +90,23 @@ def find_checkpoint(path: Path) -> Checkpoint:
         f"{path} is no model: it holds {missing} and no *.gguf; give the folder of a model of transformers "
         f"({CONFIG}, *.safetensors, tokenizer.json)"
     )
+
+
+def _check_index(index: Path, held: list[str]) -> None:
+    """Refuse an index that names shards which do not lie beside it.
+
+    Args:
+        held: names of the *.safetensors beside the index.
+
+    Raises:
+        BadInput: names the first such shard; or the file is no index.
+    """
+    try:
+        shards = {*json.loads(index.read_bytes())["weight_map"].values()}
+    except Exception as error:  # no JSON, many levels, other types
+        raise BadInput(f"{index} is no index of shards ({_said(error, str(index))}); get it again") from None
+    for shard in sorted(shards - {*held}, key=str):
+        raise BadInput(f"{index} names the shard {brief(shard)}, which does not lie beside it; get the missing files")
 
 
 def find_config(path: Path) -> Checkpoint:
@@ -111,7 +136,7 @@ def fetched(name: str, revision: str | None) -> tuple[Path, str]:
     except Exception as error:  # each of the hub's own errors is of several kinds at once
         at = f" at revision {revision}" if revision else ""
         raise NotStored(
-            f"the hub gives no model {name!r}{at} ({_said(error)}); give the folder of one that is here"
+            f"the hub gives no model {name!r}{at} ({_said(error, name)}); give the folder of one that is here"
         ) from None
     return folder, folder.name
 
@@ -142,8 +167,9 @@ def load_checkpoint(found: Checkpoint, source: str, seed: int | None = None, tok
         tokenizer: folder of a tokenizer; default: the model's own.
 
     Raises:
-        BadInput: the files are damaged or incomplete, or TransformerLens does not know the
-            architecture.
+        BadInput: the files are damaged or incomplete, a weight is not finite, or TransformerLens
+            does not know the architecture.
+        LimitReached: there is too little memory for it.
     """
     with offline():
         config = _config(found, source)
@@ -214,11 +240,18 @@ def _config(found: Checkpoint, source: str) -> Any:
 
     if found.gguf and find_spec("gguf") is None:
         raise BadInput(f"{source} is a GGUF file, which the package gguf reads; install it (pip install gguf)")
+    if not found.gguf and (n_bytes := (found.folder / CONFIG).stat().st_size) > LONGEST_CONFIG:
+        raise BadInput(f"{found.folder / CONFIG} has {n_bytes:,} bytes, and is no configuration; get it again")
     named = {"gguf_file": found.gguf} if found.gguf else {}
     try:
         config = AutoConfig.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False, **named)
     except Exception as error:  # JSON, keys, code of its own: each fails in its own way
-        raise BadInput(f"{source} is no model that transformers reads ({_said(error)})") from None
+        raise BadInput(f"{source} is no model that transformers reads ({_said(error, source)})") from None
+    n_layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(n_layers, int) and n_layers > MOST_LAYERS:
+        raise BadInput(
+            f"{source} has {n_layers:,} layers by its configuration, and a model has {MOST_LAYERS:,} at most"
+        )
     config.use_cache = False  # one pass needs no keys and values of the one before
     return config
 
@@ -231,8 +264,11 @@ def _class_of(config: Any, source: str) -> Any:
 
     try:
         return get_hf_model_class_for_architecture(determine_architecture_from_hf_config(config))
-    except ValueError:
-        named = ", ".join(getattr(config, "architectures", None) or [str(getattr(config, "model_type", "none"))])
+    except Exception:  # no architecture, or one that is no text
+        known = getattr(config, "architectures", None) or getattr(config, "model_type", "none")
+        named = (
+            ", ".join(known) if isinstance(known, list) and all(isinstance(one, str) for one in known) else str(known)
+        )
         raise BadInput(
             f"{source} is of architecture {named}, which TransformerLens does not know; it knows {len(SUPPORTED_ARCHITECTURES)}, "
             "such as GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM and BertForMaskedLM"
@@ -257,7 +293,12 @@ def _weights(found: Checkpoint, config: Any, source: str) -> tuple[Any, bool]:
             **named,
         )
     except Exception as error:  # damaged files, shapes that do not fit
-        raise BadInput(f"{source} cannot be loaded ({_said(error)}); get its files again") from None
+        why = _said(error, source)
+        if "ignore_mismatched_sizes" in why:  # transformers refers to a report that it has not printed
+            why = "its weights have other shapes than its configuration's"
+        raise BadInput(f"{source} cannot be loaded ({why}); get its files again") from None
+    for name, parameter in model.named_parameters():
+        check_finite(parameter, f"{source}: weight {name!r}")
     missing = sorted(about.get("missing_keys") or ())  # transformers draws them at random, and warns at most
     within = f"{model.base_model_prefix}."
     if type(model).__name__ in (config.architectures or ()) or any(name.startswith(within) for name in missing):
@@ -293,9 +334,10 @@ def _tokenizer(folder: Path, gguf: str | None, needed: bool) -> Any:
             raise OSError("no such folder")
         named = {"gguf_file": gguf} if gguf else {}
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **named)
-    except Exception as error:
+    except BaseException as error:  # a panic of the library is no Exception
+        why = _said(error, str(folder))
         raise BadInput(
-            f"{folder} holds no tokenizer that transformers reads ({_said(error)}); give the folder of one (--tokenizer)"
+            f"{folder} holds no tokenizer that transformers reads ({why}); give the folder of one (--tokenizer)"
         ) from None
 
 
@@ -314,7 +356,7 @@ def _bridge(model: Any, tokenizer: Any, source: str) -> TransformerBridge:
             source, hf_model=model, tokenizer=copy.deepcopy(tokenizer), device="cpu"
         )
     except Exception as error:
-        raise BadInput(f"{source}: TransformerLens builds no bridge to it ({_said(error)})") from None
+        raise BadInput(f"{source}: TransformerLens builds no bridge to it ({_said(error, source)})") from None
 
 
 def hashed(path: Path) -> dict[str, Any]:
@@ -330,7 +372,17 @@ def hashed(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def _said(error: Exception) -> str:
-    """An error's kind and its first words, on one line."""
+def _said(error: BaseException, source: str) -> str:
+    """An error's kind and its first words, on one line.
+
+    An error that is no failure of `source`, such as Ctrl-C, is raised again.
+
+    Raises:
+        LimitReached: there is too little memory for `source`.
+    """
+    if reached := limit_reached(error, f"cannot load {source}"):
+        raise reached from None
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"

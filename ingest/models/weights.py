@@ -12,6 +12,7 @@ import io
 import json
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from actstore.errors import BadInput, nearest
-from actstore.ingest.models.config import ModelConfig
+from actstore.ingest.models.config import ModelConfig, brief
+from actstore.storage.machine import limit_reached
 from actstore.storage.whole import write_whole
 
 if TYPE_CHECKING:
@@ -166,7 +168,7 @@ def check_weights(found: Mapping[str, Tensor], config: ModelConfig, source: str)
     held = {key: tensor for key, tensor in found.items() if not key.endswith(BUFFERS)}
     for key in held:
         if key not in expected:
-            raise BadInput(f"{source}: unknown weight {key!r}{nearest(key, expected)}; {_expectation(config)}")
+            raise BadInput(f"{source}: unknown weight {brief(key)}{nearest(key, expected)}; {_expectation(config)}")
     for key, shape in expected.items():
         if key not in held:
             raise BadInput(f"{source}: weight {key!r} is missing; {_expectation(config)}")
@@ -175,6 +177,19 @@ def check_weights(found: Mapping[str, Tensor], config: ModelConfig, source: str)
 
 
 def _check_tensor(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
+    check_kind(tensor, what)
+    if tuple(tensor.shape) != shape:
+        got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        raise BadInput(f"{what} is {got}, which the configuration makes float {list(shape)}; mend one of them")
+    check_finite(tensor, what)
+
+
+def check_kind(tensor: Tensor, what: str) -> None:
+    """Refuse a tensor without numbers, one that is not dense, and a dtype outside DTYPES.
+
+    Raises:
+        BadInput: begins with `what`.
+    """
     import torch
 
     if tensor.is_meta:
@@ -185,11 +200,18 @@ def _check_tensor(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise BadInput(f"{what} is a {layout} tensor; save a dense one, as its `.to_dense()` is")
     dtype = str(tensor.dtype).removeprefix("torch.")
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-        got = f"{dtype} {list(tensor.shape)}"
-        raise BadInput(f"{what} is {got}, which the configuration makes float {list(shape)}; mend one of them")
     if dtype not in DTYPES:
-        raise BadInput(f"{what} is {dtype}; save it as one of {', '.join(DTYPES)}")
+        raise BadInput(f"{what} is {dtype} {list(tensor.shape)}; save it as one of {', '.join(DTYPES)}")
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Refuse numbers that are NaN or infinite in float32.
+
+    Raises:
+        BadInput: begins with `what`.
+    """
+    import torch
+
     if n_bad := int((~torch.isfinite(tensor.float())).sum()):
         raise BadInput(
             f"{what} holds {n_bad} NaN or infinite numbers in float32, in which models run; take another checkpoint"
@@ -209,8 +231,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     A .pt is unpickled with weights_only, so it cannot run code.
 
     Raises:
-        BadInput: the file is missing, of another kind or cut short, or pickles other things than
-            tensors.
+        BadInput: the file is missing, of another kind, cut short or compressed, or pickles other
+            things than tensors.
+        LimitReached: there is too little memory for it.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -227,16 +250,31 @@ def _unpickle(content: bytes, path: Path) -> dict[str, Tensor]:
 
     wanted = "expected the state dict of a HookedTransformer, as torch.save(model.state_dict(), …) writes it"
     try:
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as packed:
+                n_bytes = sum(part.file_size for part in packed.infolist())
+            if n_bytes > len(content):
+                raise BadInput(f"{path} is compressed, {n_bytes:,} bytes in {len(content):,}; {wanted}")
         with warnings.catch_warnings(action="ignore"):  # the error below says the same in one line
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except BadInput:
+        raise
     except pickle.UnpicklingError:
         raise BadInput(f"{path} is damaged, or a pickle of code, which was not run; {wanted}") from None
     except Exception as error:  # broken bytes make the unpickler raise anything
+        if reached := limit_reached(error, f"cannot load {path}"):
+            raise reached from None
         raise BadInput(f"{path} is cut short or no torch.save file ({type(error).__name__}); {wanted}") from None
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        inside = f"a dict of {list(found)[:3]}, …" if isinstance(found, dict) else type(found).__name__
+        inside = f"a dict of {brief(list(found)[:3])}, …" if isinstance(found, dict) else type(found).__name__
         raise BadInput(f"{path} holds {inside}; {wanted}")
-    return {str(key): tensor for key, tensor in found.items()}
+    for key, tensor in found.items():
+        if not isinstance(key, str):
+            raise BadInput(f"{path} holds a tensor under {brief(key)}, which is no text; {wanted}")
+        dense = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_nested
+        if dense and tensor.numel() * tensor.element_size() > len(content):  # one number, seen many times
+            raise BadInput(f"{path}: weight {brief(key)} has {tensor.numel():,} numbers, more than its file; {wanted}")
+    return dict(found)
 
 
 def parse(weights: bytes, source: str) -> dict[str, Tensor]:

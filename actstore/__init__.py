@@ -33,7 +33,20 @@ if TYPE_CHECKING:
     from actstore.verbs import copy, drop, evaluate, label, merge, record, repair, report, study, train, verify
 
 _LATER = {"Store": "actstore.store"}
-_VERBS = ("copy", "drop", "evaluate", "label", "merge", "record", "repair", "report", "study", "train", "verify")
+_VERBS = (
+    "copy",
+    "drop",
+    "evaluate",
+    "label",
+    "merge",
+    "record",
+    "repair",
+    "report",
+    "study",
+    "train",
+    "verify",
+    "view",
+)
 _LATER |= dict.fromkeys(_VERBS, "actstore.verbs")
 
 __all__ = [
@@ -62,6 +75,7 @@ __all__ = [
     "study",
     "train",
     "verify",
+    "view",
 ]
 
 

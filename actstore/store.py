@@ -430,6 +430,42 @@ class Store:
         """
         _above("label")(self, name, labels, on, wait, replace=replace, add=add)
 
+    def view(self, name: str, query: str, wait: float = 10.0, *, replace: bool = False) -> None:
+        """Store a SELECT of your own as a view, in one commit.
+
+            store.view("late", "select * from tokens where position > 20")
+            Store("demo.act").read("select token_id from late", site="resid_post.0")
+
+        Queries of `sql`, `read`, `explain`, `batches` and `export` read it like a table. In the
+        session of one run it reads the run's rows. A view reads tables, labels and the store's own
+        views, and no view of yours. The query is kept as text in the table `relations`; no catalog
+        holds the view. This store keeps its snapshot: open the store again to read the view.
+        `actstore.drop(store, label=name)` takes it out. A view that reads what was dropped later
+        cannot be read.
+
+        Args:
+            name: of the view: lower-case letters, digits and _.
+            query: one SELECT without parameters, checked like a query of `sql`; at most 100,000
+                characters.
+            wait: seconds to wait for another process that writes to the store.
+            replace: put this view in the place of that of the name, if there is one.
+
+        Raises:
+            BadInput: the name is taken, or the query is refused.
+            Busy: another process still writes.
+        """
+        _above("view")(self, name, query, wait, replace=replace)
+
+    def checked_view(self, name: str, query: str) -> Any:
+        """Check a view without storing it; see `view`.
+
+        Returns:
+            The view's declaration (catalog.declared.View).
+        """
+        from actstore.reading.views import checked
+
+        return checked(self._opened, name, query)
+
     def append(
         self,
         run: str,

@@ -323,6 +323,21 @@ def label(
     return rows
 
 
+def view(store: str | Path | Store, name: str, query: str, wait: float = 10.0, *, replace: bool = False) -> None:
+    """Store a SELECT of your own as a view; see Store.view.
+
+    Args:
+        store: a path, or an open store, which keeps its snapshot.
+        name, query, wait, replace: see Store.view.
+    """
+    from actstore.writing.writer import open_writer
+
+    with _opened(store, False) as opened:
+        declared = opened.whole.checked_view(name, query)
+    with open_writer(_path(store), wait=wait) as writer:
+        writer.view(declared, replace)
+
+
 def append(
     store: str | Path | Store,
     run: str,

@@ -53,7 +53,7 @@ def test_an_error_comes_back_as_its_class_though_that_is_called_otherwise(demo_p
 NAMED_OTHERWISE = {"no_record": "record", "file": "labels"}  # of a command's options: the function's arguments
 OF_A_COMMAND = {"as_csv", "as_json", "parquet", "yes"}  # how it prints, and whether it asks
 OF_APPEND = {"from_arrays", "site", "lineage", "allow_nan"}  # `ingest --from-arrays` does what Store.append does
-VERBS = ("drop", "evaluate", "ingest", "label", "record", "repair", "report", "study", "train", "verify")
+VERBS = ("drop", "evaluate", "ingest", "label", "record", "repair", "report", "study", "train", "verify", "view")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,8 +1,9 @@
-"""Tables that a dataset or a user declares: a name, a key and typed columns, never SQL.
+"""Tables that a dataset or a user declares: a name, a key and typed columns, never SQL; and views.
 
 A declaration is a row of `relations`. Its columns are JSON, [[name, type, comment], …], the key
 first, and are checked here before a statement is made of them: a store of another's may declare
-anything.
+anything. A view is one SELECT. No catalog holds it: a locked session makes it for the queries that
+name it, see Session.sql.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TYPE = re.compile(rf"({'|'.join(BASES)})(\[\])?|FLOAT\[([1-9][0-9]{{0,5}})\]")
 KEYS: dict[str, str] = {"token": "token_id", "sequence": "sequence_id"}
 OURS = frozenset({"asof", "grant", "main", "memory", "store", "system", "temp"})  # words of DuckDB, or of a session
 MOST_COLUMNS = 1000
+LONGEST_VIEW = 100_000  # characters
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,54 @@ class Relation:
             return rows.select(pl.col(name).cast(polars_type(dtype)) for name, dtype, _ in self.columns)
         except pl.exceptions.PolarsError as error:
             raise BadInput(f"the rows do not fit table {self.name}: {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True)
+class View:
+    """A declared view.
+
+    Attributes:
+        name: of the view, an identifier in lower case.
+        sql: its SELECT, which a session has to check.
+
+    Raises:
+        ValueError: the name is not allowed, or the text cannot be SQL.
+    """
+
+    name: Text
+    sql: str
+
+    def __post_init__(self) -> None:
+        if why := not_a_name(self.name):
+            raise ValueError(f"a view cannot be named {self.name!r} ({why})")
+        if not self.sql.strip() or "\x00" in self.sql or len(self.sql) > LONGEST_VIEW:
+            raise ValueError(
+                f"view {self.name} has {len(self.sql):,} characters; it is a SELECT of {LONGEST_VIEW:,} at most, without NUL"
+            )
+
+    def row(self) -> dict[str, Any]:
+        """The row of `relations`."""
+        declared = json.dumps({"sql": self.sql})
+        return {"name": self.name, "grain": None, "kind": "view", "owner": self.name, "declared": declared}
+
+    def statements(self) -> list[str]:
+        """None: a catalog holds no declared view."""
+        return []
+
+
+def parsed_view(row: Mapping[str, Any]) -> View:
+    """A view from its row of `relations`.
+
+    Raises:
+        ValueError: the row declares what is not allowed.
+    """
+    try:
+        declared = msgspec.json.decode(row["declared"] or "{}")
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(f"a declared view is no JSON ({error})") from error
+    if not isinstance(declared, dict) or row["owner"] != row["name"]:
+        raise ValueError("a declared view has no SQL, or another owner than itself")
+    return as_a(View, {"name": row["name"], "sql": declared.get("sql")})
 
 
 def parsed(row: Mapping[str, Any]) -> Relation:
@@ -220,15 +270,15 @@ def _duckdb_type(column: str, dtype: pl.DataType) -> str:
     )
 
 
-def relations(rows: Iterable[Mapping[str, Any]]) -> list[Relation]:
+def relations(rows: Iterable[Mapping[str, Any]]) -> list[Relation | View]:
     """The declarations of several rows, the last of each name.
 
     Raises:
         ValueError: a row declares what is not allowed, or two owners one name.
     """
-    found: dict[str, Relation] = {}
+    found: dict[str, Relation | View] = {}
     for row in rows:
-        relation = parsed(row)
+        relation = parsed_view(row) if row["kind"] == "view" else parsed(row)
         earlier = found.setdefault(relation.name, relation)
         if earlier != relation:
             raise ValueError(f"table {relation.name} is declared twice")

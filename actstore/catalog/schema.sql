@@ -113,10 +113,10 @@ create table vocabularies (
 
 create table relations (
     name varchar, -- name of the table
-    grain varchar, -- 'token' or 'sequence': its key is token_id or sequence_id
-    kind varchar, -- 'documents' (columns of a dataset's input) or 'labels' (a user's)
-    owner varchar, -- dataset, or name of the label
-    declared varchar, -- name, type and comment of each column; JSON
+    grain varchar, -- 'token' or 'sequence': its key is token_id or sequence_id; NULL for a view
+    kind varchar, -- 'documents' (columns of a dataset's input), 'labels' (a user's) or 'view' (a user's)
+    owner varchar, -- dataset, or name of the label or view
+    declared varchar, -- JSON: name, type and comment of each column; of a view its SELECT, under sql
 );
 
 create table edges (

@@ -1,4 +1,4 @@
-"""The command that stores a user's own labels."""
+"""The commands that store a user's own labels and views."""
 
 from __future__ import annotations
 
@@ -58,3 +58,27 @@ def label(
     rows = verbs.label(store, name, Path(file), on, wait, replace=replace, add=add)
     key = rows.columns[0]
     say(f"{store}: table {name} labels {len(rows):,} {key}s; join it with `join {name} using ({key})`")
+
+
+@main.command()
+@store_argument
+@click.argument("name")
+@click.argument("query")
+@click.option("--replace", is_flag=True, help="Put this view in the place of that of the same name.")
+@wait_option
+def view(store: Path, name: str, query: str, replace: bool, wait: float) -> None:
+    """Store a SELECT of your own as the view NAME.
+
+    The query is checked like one of `actstore sql`, and takes no parameters. It reads tables and
+    labels, and no other view of yours. `actstore drop --label NAME` takes the view out.
+
+    Example:
+
+    \b
+        actstore view demo.act late "select * from tokens where position > 20"
+        actstore sql demo.act "select role, count(*) from late group by all"
+    """
+    from actstore import verbs
+
+    verbs.view(store, name, query, wait, replace=replace)
+    say(f"{store}: view {name} is stored; read it with `from {name}`")

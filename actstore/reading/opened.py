@@ -218,7 +218,7 @@ class Opened:
         if not tables:
             return self
         _ = self.vectors  # which hold the store weakly, and not the copy
-        taken = {row["table_name"] for row in self.session.look_up(NAMES)}
+        taken = {row["table_name"] for row in self.session.look_up(NAMES)} | self.session.views.keys()
         found = copy.copy(self)
         found.session = self.session.beside(given.tables(tables, taken))
         return found

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actstore.arrays.address import POSITIONS_PER_TREE
-from actstore.catalog import tables
-from actstore.errors import BadInput, NotStored, advised
+from actstore.catalog import declared, tables
+from actstore.errors import BadInput, Damaged, NotStored, advised
 from actstore.sql.logit_lens import Unembedding, read_unembedding
 
 if TYPE_CHECKING:
@@ -88,9 +88,26 @@ def add_functions(session: Session, store: Snapshot) -> Vectors:
         session.look_up("select 1 from latest_results limit 0")
     except BadInput:  # an older catalog
         session.add_view("main.latest_results", tables.view("latest_results"))
+    session.views = _declared_views(session, store)
     for macro, body in MACROS.items():
         session.add_macro(macro, body.format(vector="array" if d_model else "list", positions=POSITIONS_PER_TREE))
     return vectors
+
+
+def _declared_views(session: Session, store: Snapshot) -> dict[str, str]:
+    """The SELECT of each declared view, by its name.
+
+    Raises:
+        Damaged: the store declares a view that no store may have.
+    """
+    rows = session.look_up("select name, owner, declared from relations where kind = 'view'")
+    try:
+        views = [declared.parsed_view(row) for row in rows]
+    except ValueError as error:
+        raise Damaged(
+            f"{store.path} declares what no store may ({error}); restore it from a copy of the store"
+        ) from error
+    return {view.name: view.sql for view in views}
 
 
 def _shared(widths: Sequence[int | None]) -> int | None:

@@ -75,6 +75,7 @@ class Session:
         self._process = os.getpid()
         self.schemas: dict[tuple[str, bool], str] = {}  # see reading/scope.py
         self.tables: dict[str, pa.Table] = {}  # see beside
+        self.views: dict[str, str] = {}  # declared views: name → SELECT, see sql
         self.making_schemas = threading.Lock()
         refuse_forked()
         try:
@@ -212,6 +213,11 @@ class Session:
     ) -> pl.DataFrame:
         """Run one query.
 
+        The declared views that the query names are made for it alone, in the temporary schema of
+        its cursor. A view therefore reaches what the query itself could reach, and sees the tables
+        of `schema`, but no other declared view that the query does not name. A view that cannot be
+        made is none.
+
         Args:
             query: a SELECT (or FROM …, WITH …, DESCRIBE, SHOW, …); `$name` stands for a parameter.
             params: a value for each `$name`.
@@ -242,7 +248,8 @@ class Session:
             try:
                 for name, table in self.tables.items():
                     cursor.register(name, table)
-                return _interruptible(cursor, lambda: _fetch(cursor, query, params, schema, check))
+                views = self._named_in(query)
+                return _interruptible(cursor, lambda: _fetch(cursor, query, params, schema, check, views))
             finally:
                 with suppress(duckdb.Error):  # a second Ctrl-C may have left the query running
                     cursor.close()
@@ -252,6 +259,13 @@ class Session:
             raise BadInput(
                 f"the query yields a type that polars does not hold ({one_line(error)}); cast it, to varchar for example"
             ) from error
+
+    def _named_in(self, query: str) -> dict[str, str]:
+        """The declared views that a query reads, or may read if its parse cannot be had."""
+        found = {name: sql for name, sql in self.views.items() if re.search(rf"\b{name}\b", query, re.IGNORECASE)}
+        if not found or (parsed := self.parse(query).lower()).startswith('{"error":true'):
+            return found
+        return {name: sql for name, sql in found.items() if f'"table_name":"{name}"' in parsed}
 
     def look_up(self, query: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Run a short query of the package's own, and return its rows.
@@ -315,7 +329,7 @@ class Session:
         """Names of the store's tables and views."""
         with self._connection.cursor() as cursor:
             names = cursor.execute("select table_name from information_schema.tables where table_catalog = 'store'")
-            return sorted([*(name for (name,) in names.fetchall()), *self.tables])
+            return sorted([*(name for (name,) in names.fetchall()), *self.tables, *self.views])
 
 
 def _attach(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:
@@ -384,8 +398,10 @@ def _fetch(
     params: Mapping[str, Any] | None,
     schema: str | None,
     check: Check | None,
+    views: Mapping[str, str],
 ) -> pl.DataFrame:
     cursor.execute(SEARCH if schema is None else SEARCH.replace("'", f"'memory.{schema},", 1))
+    why = {name: said for name, sql in views.items() if (said := _make_view(cursor, name, sql))}
     cursor.execute(READ_ONLY)
     statement = _check(cursor, query, set(params or {}))
     given = dict(params) if params else None
@@ -398,9 +414,35 @@ def _fetch(
             check(prepared.columns, list(map(str, prepared.types)))
         return prepared.pl()
     except (duckdb.BinderException, duckdb.CatalogException) as error:
+        if lacking := next((name for name in why if f"name {name} does not exist" in str(error)), None):
+            raise BadInput(f"view {lacking} cannot be read: {why[lacking]}") from error
         if "\nLINE " not in str(error):
             cursor.execute(query, given)  # is refused the same, with the place in the query
         raise
+
+
+def _make_view(cursor: duckdb.DuckDBPyConnection, name: str, sql: str) -> str:
+    """Make a declared view in the temporary schema of a cursor.
+
+    Args:
+        name: an identifier.
+        sql: text of anybody's.
+
+    Returns:
+        Why the view cannot be made; "" if it was.
+    """
+    try:
+        if _check(cursor, sql, set()).type != duckdb.StatementType.SELECT:
+            return "it is no SELECT"
+        made = cursor.extract_statements(f'create temp view "{name}" as {sql}')
+        if len(made) != 1 or made[0].type != duckdb.StatementType.CREATE:
+            return "it is not one SELECT"
+        cursor.execute(made[0])
+        return ""
+    except duckdb.OutOfMemoryException:
+        raise
+    except (BadInput, duckdb.Error, ValueError) as error:
+        return one_line(error)
 
 
 def _interruptible(cursor: duckdb.DuckDBPyConnection, fetch: Callable[[], T]) -> T:

@@ -30,7 +30,7 @@ def plan(root: Path, kind: Kind, name: str) -> tuple[Dropped, int]:
 
     Args:
         kind: what is dropped.
-        name: of the run, dataset or label.
+        name: of the run, dataset or label; views are dropped as labels are.
 
     Raises:
         NotStored: the store holds nothing of the name.
@@ -128,7 +128,7 @@ def _refuse_labelled(root: Path, committed: Sequence[Manifest], rows: dict[str, 
 
 
 def _of_label(root: Path, rows: dict[str, Rows], name: str) -> IsGone:
-    _named(root, [row for row in rows["relations"] if row["kind"] == "labels"], "name", name, "label")
+    _named(root, [row for row in rows["relations"] if row["kind"] in ("labels", "view")], "name", name, "label")
     return lambda manifest, file: manifest.kind == "labels" and isinstance(file, Part) and file.owner == name
 
 

@@ -20,7 +20,7 @@ from actstore.arrays.address import Ids
 from actstore.arrays.metadata import metadata
 from actstore.catalog import build, witness
 from actstore.catalog import tables as catalog_tables
-from actstore.catalog.declared import Relation, parsed
+from actstore.catalog.declared import Relation, View, parsed
 from actstore.commits import checkpoint, log
 from actstore.commits.format import ARRAYS, check_format, part_path, unembedding_path, weights_path
 from actstore.commits.log import refuse_astray
@@ -234,13 +234,29 @@ class Writer:
         Raises:
             BadInput: the store has a table of the name, which is not to be replaced.
         """
-        self._refuse_declared(relation.name, replace)
-        number, contents = len(self._log) + 1, {"relations": pl.DataFrame([relation.row()]), relation.name: rows}
+        return self._declare(relation, "labels", {relation.name: rows}, replace)
+
+    def view(self, view: View, replace: bool = False) -> int:
+        """Commit a user's view, which a session has checked, and return the commit's number.
+
+        Args:
+            replace: drop the view of the name, if there is one, in the same commit.
+
+        Raises:
+            BadInput: the store has a table or view of the name, which is not to be replaced.
+        """
+        return self._declare(view, "view", {}, replace)
+
+    def _declare(self, declared: Relation | View, kind: str, rows: Mapping[str, pl.DataFrame], replace: bool) -> int:
+        name = declared.name
+        self._refuse_declared(name, kind, replace)
+        number = len(self._log) + 1
         held = [part for manifest in log.live(self._log) if manifest.kind == "labels" for part in manifest.parts]
-        old = [part.path for part in held if part.owner == relation.name]
-        dropped = Dropped("label", relation.name, old, *self._ids_beyond()) if old else None
+        old = [part.path for part in held if part.owner == name]
+        dropped = Dropped("label", name, old, *self._ids_beyond()) if old else None
         version = number if old else None  # in the names of the files, since the old ones are still there
-        contents_of = [part_content(table, relation.name, frame, version) for table, frame in contents.items()]
+        contents = {"relations": pl.DataFrame([declared.row()]), **rows}
+        contents_of = [part_content(table, name, frame, version) for table, frame in contents.items()]
         parts = [file for part in contents_of for file in self._part(part)]
         self._commit(Manifest(number, "labels", parts=parts, dropped=dropped))
         return number
@@ -266,14 +282,21 @@ class Writer:
     def _ids_beyond(self) -> Ids:
         return Ids.beyond(self.rows_of("datasets").to_dicts(), dropped_ids(self._log))
 
-    def _refuse_declared(self, name: str, replace: bool) -> None:
-        """Refuse labels with the name of a declared table, unless they replace it."""
-        for row in self.rows_of("relations").to_dicts():
-            if row["name"] == name and row["kind"] != "labels":
+    def _refuse_declared(self, name: str, kind: str, replace: bool) -> None:
+        """Refuse labels or a view with the name of a declared table, unless they replace it."""
+        for row in (row for row in self.rows_of("relations").to_dicts() if row["name"] == name):
+            if row["kind"] != kind:
+                of = {
+                    "documents": f"table holds the documents of dataset {row['owner']!r}",
+                    "labels": "table holds labels",
+                }
+                raise BadInput(f"got the name {name!r}; that {of.get(row['kind'], 'is a view')}: take another name")
+            if not replace and kind == "view":
                 raise BadInput(
-                    f"got the name {name!r}; that table holds the documents of dataset {row['owner']!r}: take another name"
+                    f"got the name {name!r}; {self.root} holds a view of that name: replace it (--replace, replace=True), or take "
+                    "another name"
                 )
-            if row["name"] == name and not replace:
+            if not replace:
                 raise BadInput(
                     f"got the name {name!r}; {self.root} holds labels of that name: replace them (--replace, replace=True), add "
                     "rows to them (--add, add=True), or take another name"

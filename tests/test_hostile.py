@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,16 +17,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import polars as pl
 import pytest
 from click.testing import CliRunner
 
+from actstore.catalog.declared import View
+from actstore.catalog.hash_note import note_hash
 from actstore.cli import main
 from actstore.cli.read import Asking
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached
 from actstore.reading.worker import _as_sent
 from actstore.sql.process import Limits
 from actstore.store import Store
+from actstore.writing.writer import open_writer
 from tests.stores import fake, files
 
 RUN = fake(sites=("resid_post.0", "pattern.0"))
@@ -382,6 +388,105 @@ def unharmed(place: Path, store: Store, before: tuple[object, ...]) -> None:
     ].to_list() == ["memory", "store"]
     X = store.sql("select act(token_id, 'r', 'resid_post.0') as x from tokens where tree_id = 4 order by position")["x"]
     assert X.to_numpy()[:, 0].tolist() == [4.0] * int(RUN.lengths[4])
+
+
+# Declared views of a store of another's, whose catalog may declare anything.
+
+HOSTILE = [*WRITES, *READS, *SETTINGS, *FUNCTIONS]
+MORE_VIEWS = {
+    "itself": "from itself",
+    "over_itself": "with recursive over_itself as (from over_itself) from over_itself",
+    "over_another": "from itself",
+    "a_param": "select $x as x",
+    "two": "select 1 as one; select 2 as two",
+    "a_macro": "create macro memory.main.dot(a, b) as 0",
+    "closing": "select 1) union all (select 2",
+    "a_comment": "select 1 /* ",
+    "a_temp": "select 1; create temp view tokens as select 1 as token_id",
+    "depth": "select * from read_text('{secret}')",  # the name of a column
+    "no_sql": " -- nothing",
+}
+
+
+def declare_views(root: Path, rows: list[tuple[Any, ...]]) -> None:
+    """Add rows to `relations` in the catalog, as the maker of a store could."""
+    catalog = root / "catalog.duckdb"
+    catalog.chmod(0o644)
+    with duckdb.connect(str(catalog)) as connection:
+        connection.executemany("insert into relations values (?, null, 'view', ?, ?)", rows)
+    note_hash(root, catalog, None)
+
+
+@pytest.fixture(scope="module")
+def foreign(place: Path) -> Iterator[Store]:
+    root = place / "s.act"
+    shutil.copytree(root, kept := place.parent / f"{place.name}-foreign.act")
+    views = {f"h{i}": statement for i, statement in enumerate(HOSTILE)} | MORE_VIEWS
+    rows = [(name, name, json.dumps({"sql": filled(sql, place)})) for name, sql in views.items()]
+    declare_views(kept, rows)
+    with Store(kept, check=True) as store:
+        yield store
+
+
+@pytest.mark.parametrize("kind", [WRITES, READS, SETTINGS, FUNCTIONS, MORE_VIEWS], ids=range(5))
+def test_a_hostile_view_is_no_more_than_a_query(
+    place: Path, foreign: Store, before: tuple[object, ...], kind: list[str] | dict[str, str]
+) -> None:
+    known = settings(foreign), definitions(foreign), files(foreign.path)
+    for name in kind if isinstance(kind, dict) else [f"h{HOSTILE.index(statement)}" for statement in kind]:
+        with pytest.raises(ActstoreError) as caught:
+            foreign.sql(f"from {name}")
+        assert SECRET not in str(caught.value)
+        assert not (place / "out").exists(), name
+        assert definitions(foreign) == known[1], name
+    assert (settings(foreign), definitions(foreign), files(foreign.path)) == known
+    assert files(place) == before[0]
+    others = "select count(*) as n, max(depth) as depth from tokens join trees using (tree_id)"
+    assert foreign.sql(others)["n"].item() == RUN.lengths.sum()
+
+
+def test_a_hostile_view_is_refused_with_limits_and_in_the_session_of_a_run(foreign: Store) -> None:
+    number = HOSTILE.index("select * from read_text('{secret}')")
+    for ask in (lambda query: foreign.sql(query, timeout=60), foreign.of("r").sql, lambda query: foreign.read(query)):
+        with pytest.raises(BadInput, match="disabled by configuration"):
+            ask(f"from h{number}")
+
+
+DECLARED_WRONG = [
+    ("tokens", "tokens", json.dumps({"sql": "select 1 as token_id"})),
+    ("edge_targets", "edge_targets", json.dumps({"sql": "select 1 as token_id"})),
+    ("main", "main", json.dumps({"sql": "select 1"})),
+    ('v" as select 1; --', 'v" as select 1; --', json.dumps({"sql": "select 1"})),
+    ("v", "w", json.dumps({"sql": "select 1"})),
+    ("v", "v", json.dumps({"sql": f"select '{'x' * 1_000_000}'"})),
+    ("v", "v", json.dumps({"sql": 1})),
+    ("v", "v", json.dumps({"sql": "select 1\x00"})),
+    ("v", "v", json.dumps(["select 1"])),
+    ("v", "v", "[" * 100_000),
+    ("v", "v", None),
+    (None, None, json.dumps({"sql": "select 1"})),
+]
+
+
+@pytest.mark.parametrize("row", DECLARED_WRONG, ids=range(len(DECLARED_WRONG)))
+def test_a_declaration_that_no_store_makes_is_damage(place: Path, tmp_path: Path, row: tuple[Any, ...]) -> None:
+    shutil.copytree(place / "s.act", root := tmp_path / "s.act")
+    declare_views(root, [row])
+    with Store(root) as store, pytest.raises(Damaged, match="declares what no store may"):
+        store.sql("select 1")
+
+
+@pytest.mark.parametrize("row", DECLARED_WRONG[:7], ids=range(7))
+def test_no_catalog_is_built_of_such_a_declaration(place: Path, tmp_path: Path, row: tuple[Any, ...]) -> None:
+    shutil.copytree(place / "s.act", root := tmp_path / "s.act")
+    view, (name, owner, declared) = View("v", "select 1 as one"), row
+    forged = {"name": name, "grain": None, "kind": "view", "owner": owner, "declared": declared}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(View, "row", lambda self: forged)
+        with pytest.raises(Damaged, match="cannot be built"), open_writer(root) as writer:
+            writer.view(view)
+    with Store(root) as store:
+        assert store.sql("from relations").is_empty()
 
 
 # What one vector of rows can hold or take, which only a process that is killed can bound.

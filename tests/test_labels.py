@@ -538,3 +538,87 @@ def test_every_command_that_takes_sql_takes_a_table(trees: Path) -> None:
 
 def _options(command: click.Command) -> set[str]:
     return {option for parameter in command.params for option in parameter.opts}
+
+
+# Views of one's own.
+
+
+def test_a_view_is_read_like_a_table_and_sees_the_run_that_is_asked(root: Path, tmp_path: Path) -> None:
+    fake("other", "e", seed=4).store(root)
+    verbs.label(root, "mine", {"token_id": [2, 0, 5 * 256], "y": [3, 1, 5]})
+    query = "select token_id, y * 2 as z from mine join tokens using (token_id) -- doubled"
+    with Store(root) as store:
+        store.view("doubled", query)
+        with pytest.raises(BadInput, match="Table with name doubled does not exist"):
+            store.sql("from doubled")
+    with Store(root, check=True) as store:
+        every = "select z from Doubled order by z"
+        assert store.sql(every)["z"].to_list() == [2, 6, 10]
+        assert store.sql(every, timeout=60)["z"].to_list() == [2, 6, 10]
+        assert store.of("r").sql(every)["z"].to_list() == [2, 6]
+        assert store.sql(f"explain {every}").height
+        assert store.sql('select "doubled".z from (pivot doubled on z using count(*)) p, doubled').height == 9
+        assert store.sql("with doubled as (select 1 as one) from doubled").rows() == [(1,)]
+        assert store.sql("select doubled from (select 7 as doubled)").rows() == [(7,)]
+        X, rows = store.read("from doubled order by z", "r", "resid_post.0")
+        assert (X[:, 1].tolist(), rows["z"].to_list()) == ([0, 2], [2, 6])
+        ((_, columns),) = store.batches("from doubled", "r", "resid_post.0", shuffle=False)
+        assert sorted(columns["z"].tolist()) == [2, 6]
+        with pytest.raises(BadInput, match="which the store holds"):
+            store.sql("from doubled", tables={"doubled": {"a": [1]}})
+    assert not verify(root).findings
+    build.publish(root, from_nothing=True)
+    verbs.copy(root, tmp_path / "copied")
+    for place in (root, tmp_path / "copied"):
+        assert len(rows_there(place, "from doubled")) == 3
+
+
+def test_a_view_is_replaced_dropped_and_says_what_it_lacks(root: Path) -> None:
+    verbs.label(root, "mine", {"token_id": [2, 0], "y": [3, 1]})
+    verbs.view(root, "v", "select y from mine")
+    for name, error in (("v", "holds a view of that name"), ("mine", "that table holds labels")):
+        with pytest.raises(BadInput, match=error):
+            verbs.view(root, name, "select 1 as one")
+    with pytest.raises(BadInput, match="that is a view"):
+        verbs.label(root, "v", {"token_id": [2]}, replace=True)
+    done = CliRunner().invoke(main, ["view", str(root), "v", "select y + 1 as y from mine", "--replace"])
+    assert done.exit_code == 0, done.output
+    assert rows_there(root, "from v order by y") == [(2,), (4,)]
+    verbs.drop(root, label="mine")
+    with Store(root) as store:
+        with pytest.raises(BadInput, match="view v cannot be read: Catalog Error: Table with name mine does not exist"):
+            store.sql("from v")
+        assert store.sql("select 1 as v").rows() == [(1,)]
+    verbs.drop(root, label="v")
+    assert rows_there(root, "from relations") == []
+    with open_writer(root):
+        pass
+    assert not verify(root).findings
+
+
+@pytest.mark.parametrize(
+    ("name", "query", "said"),
+    [
+        ("tokens", "select 1 as one", "a table or view of every store"),
+        ("v", "select $x as x", "lacks a value for \\$x"),
+        ("v", "select ? as x", "lacks a value"),
+        ("v", "select 1; select 2", "got 2 statements"),
+        ("v", "select 1) union (select 2", "syntax error"),
+        ("v", "create table x as select 1", "cannot do CREATE"),
+        ("v", "select * from read_text('/etc/hosts')", "disabled by configuration"),
+        ("v", "from v", "Table with name v does not exist"),
+        ("v", "select y from other_view", "Table with name other_view does not exist"),
+        ("v", "select act(tree_id, 'r', 'embed') as x from tokens", "takes tree_id for a token_id"),
+        ("v", "select tree_id as token_id, act(token_id, 'r', 'embed') as x from trees", "tree_id renamed"),
+        ("v", "select tree_id, greedy_right from outcomes", "yield the column run"),
+        ("v", f"select '{'x' * 100_000}' as x", "100,000 at most"),
+        ("v", " ", "100,000 at most"),
+        ("v", 3, "give SQL as text"),
+    ],
+)
+def test_a_view_that_cannot_be_is_refused(root: Path, name: str, query: Any, said: str) -> None:
+    verbs.view(root, "other_view", "select 1 as y")
+    before = before_snapshot(root)
+    with pytest.raises(BadInput, match=said):
+        verbs.view(root, name, query)
+    assert before_snapshot(root) == before

@@ -46,6 +46,22 @@ def ingest_more(store: Held, run: str, name: str, *more: str) -> str:
     return ingest_command(store, ("--model-of", run), dataset, name, *more)
 
 
+def ingest_sites(store: Held, run: str, *sites: str) -> str:
+    """The command that adds sites to a run.
+
+    A run of continuations takes no sites; the command then stores a run of its own.
+
+    Args:
+        sites: short names.
+    """
+    query = "select dataset, coalesce(prompt, 'task') as prompt from runs where run = $run"
+    dataset, prompt = store.sql(query, {"run": run}).row(0)
+    more = ("--sites", ",".join(sites))
+    if prompt != "task":
+        return ingest_more(store, run, f"{run}-{sites[0]}", *more)
+    return advised("ingest", store.path, "--model-of", run, "--dataset", dataset, "--run", run, *more)
+
+
 def ingest_command(store: Held, model: tuple[str, str], dataset: str, name: str, *more: str) -> str:
     """The command that stores a new run over a stored dataset.
 

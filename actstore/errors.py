@@ -111,6 +111,10 @@ class SeveralRuns(UserWarning):
     """
 
 
+class ComputedOtherwise(UserWarning):
+    """A warning: while sites were added to a run, its model gave other answers than stored."""
+
+
 class Busy(ActstoreError, TimeoutError):
     """Another process writes to the store, or has its catalog open to write."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actstore.advice import ingest_more
+from actstore.advice import ingest_sites
 from actstore.arrays.families import FAMILIES
 from actstore.errors import BadInput, NotStored, nearest
 
@@ -97,8 +97,7 @@ def not_held(store: Held, run: str, site: str) -> NotStored:
     if family in FAMILIES and layer.isdecimal() and n_layers and int(layer) >= n_layers:
         return NotStored(f"{said}: its model has layers 0 to {n_layers - 1}; {holds}")
     if short in ("embed", *FAMILIES) or (family in FAMILIES and layer.isdecimal()):
-        more = ingest_more(store, run, f"{run}-{short}", "--sites", short)
-        return NotStored(f"{said}; {holds}: store it, as a run of its own, with {more}")
+        return NotStored(f"{said}; {holds}: add it with {ingest_sites(store, run, short)}")
     if "," in site:
         return NotStored(f"{said}; {holds}: for several give sites={site.replace(' ', '').split(',')}")
     if site in store.runs():

@@ -211,7 +211,7 @@ CASES = [
         more=("--trees", "20", "--sites", "embed"),
     ),
     *(
-        Case("actstore/sites.py:not_held", [*UNREAD, site], None, [*UNREAD, site, "--run", "RUN"])
+        Case("actstore/advice.py:ingest_sites", [*UNREAD, site], None, [*UNREAD, site, "--run", "RUN"])
         for site in ("embed", "resid_mid.1", "blocks.1.hook_resid_mid", "resid_post")
     ),
     Case("actstore/advice.py:no_run", ["query", "STORE", "accuracy_by_depth", "-p", "run", "baseline"], more=FEW),

@@ -167,7 +167,11 @@ def test_info_names_runs_trees_and_sites(demo_store):
         (["ingest", "STORE", "--model", "reproduction", "--depths", "1-3"], 2, ["deep"]),
         (["ingest", "STORE", "--model", "reproduction", "--run", "../up"], 2, ["../up"]),
         (["ingest", "STORE", "--model", "reproduction", "--trees", "41"], 2, ["reproduction", "--run"]),
-        (["ingest", "STORE", "--model", "reproduction", "--trees", "40", "--sites", "embed"], 2, ["sites", "--run"]),
+        (
+            ["ingest", "STORE", "--model", "reproduction", "--trees", "40", "--batch-size", "5"],
+            2,
+            ["batch_size", "--run"],
+        ),
         (["ingest", "STORE", "--model", "reproduction", "--device", "abacus"], 2, ["abacus"]),
         (["ingest", "FULL", "--model", "reproduction", "--trees", "2000000000"], 1, ["GB", "free"]),
     ],

@@ -231,7 +231,7 @@ REFUSED = {
             NotStored,
             f"it holds {HOLDS}",
             "--model-of reproduction",
-            "--run reproduction-resid_mid.0 --sites resid_mid.0`",
+            "--run reproduction --sites resid_mid.0`",
         ),
     ),
     "resid_pots.0": (

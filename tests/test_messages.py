@@ -72,7 +72,7 @@ MISTAKES: list[tuple[str | list[str], int, tuple[str, ...]]] = [
     (f"{NEW} --batch-size 0", 2, ("batch size of 0", "1 sequence or more", "--batch-size")),
     (f"{NEW} --run my/run", 2, ("'my/run'", "--run", "letters, digits")),
     (f"{INGEST} --trees 41", 2, ("'reproduction'", "seed0-40", "seed0-41", "--run")),
-    (f"{INGEST} --trees 40 --sites embed", 2, ("'reproduction'", "resid_post.5, not embed", "--run")),
+    (f"{INGEST} --trees 40 --batch-size 5", 2, ("'reproduction'", "batch_size 8, not 5", "--run")),
     # places
     ("ingest FILE --model reproduction", 2, ("file exists and is no actstore store", "name a new folder")),
     ("ingest FILE/s.act --model reproduction", 2, ("file is no folder", "name another folder")),

@@ -183,7 +183,7 @@ def test_killed_while_it_runs_it_goes_on_to_the_same_bytes(tmp_path, blow):
             assert cut.sql(f"from {table}").equals(whole.sql(f"from {table}"))
 
 
-def test_a_run_with_other_weights_trees_or_sites_is_refused_and_changes_nothing(tmp_path):
+def test_a_run_with_other_weights_or_trees_is_refused_and_changes_nothing(tmp_path):
     store = tmp_path / "s.act"
     execute(Ingest(store, small_model(), trees()))
     before = files(store)
@@ -191,7 +191,6 @@ def test_a_run_with_other_weights_trees_or_sites_is_refused_and_changes_nothing(
         (Ingest(store, small_model(seed=2), trees()), "weights_sha256"),
         (Ingest(store, small_model(), trees(11)), "dataset"),
         (Ingest(store, small_model(), trees(10, name="mine")), "dataset"),
-        (Ingest(store, small_model(), trees(), sites=["embed"]), "sites"),
         (
             Ingest(store, small_model(), TreeSet("deep", 10, n_nodes=6, name=trees().row()["dataset"]), run="x"),
             "distribution",

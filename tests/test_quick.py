@@ -56,7 +56,6 @@ MISTAKES = [
     [*INGEST, "--sites", "resid_post.9"],
     [*INGEST, "--sites", "embed", "--run", "../up"],
     [*INGEST, "--trees", "41"],
-    [*INGEST, "--trees", "40", "--sites", "embed"],
     [*INGEST, "--dataset", "nope", "--variant", "swap_last"],
     [*INGEST, "--prompt", "forest"],
     [*INGEST, "--prompt", "tree", "--samples", "300"],

@@ -73,7 +73,7 @@ def _of_another(manifest: Manifest) -> str:
         return "what it drops"
     for shard in manifest.shards:
         lies = f"{ARRAYS}/{manifest.run}/{shard.site}/"
-        batch = shard.batch if manifest.kind == "site" else manifest.batch  # a site comes with all its batches
+        batch = shard.batch if manifest.is_appended else manifest.batch  # such a site comes with all its batches
         if (shard.run, shard.batch) != (manifest.run, batch) or not shard.path.startswith(lies):
             return f"{shard.path} of batch {shard.batch} of run {shard.run!r}"
     for part in manifest.parts:

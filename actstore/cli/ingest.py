@@ -52,7 +52,7 @@ from actstore.errors import advised
 @click.option(
     "--sites",
     help="embed, resid_post and so on, one layer (resid_post.0), or any hook (`actstore models sites`), separated by "
-    "commas; or none.",
+    "commas; or none. A finished run gets those that it lacks. Default: the run's own; of a new run embed, resid_post.",
 )
 @click.option(
     "--variant",
@@ -66,7 +66,9 @@ from actstore.errors import advised
 )
 @click.option("--samples", type=int, help="With --prompt tree: continuations drawn besides the greedy one; default 1.")
 @click.option(
-    "--batch-size", type=int, help="Sequences per forward pass; default: 128 trees, or about 4,096 tokens of text."
+    "--batch-size",
+    type=int,
+    help="Sequences per forward pass; default: the run's own, or 128 trees, or about 4,096 tokens of text.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
@@ -84,13 +86,15 @@ def ingest(
     """Run a model over trees or text, and store its activations and answers.
 
     If the command is stopped or killed, the same command continues after the last commit, and ends
-    with the same bytes.
+    with the same bytes. With further --sites, it adds them to the run: it runs the model over the
+    same batches again, and stores only what is not there.
 
     Example:
 
     \b
         actstore ingest demo.act --model reproduction --trees 2000
         actstore ingest demo.act --model reproduction --run patterns --trees 500 --sites pattern,resid_post.0
+        actstore ingest demo.act --model reproduction --trees 2000 --sites resid_mid
         actstore ingest demo.act --model reproduction --trees 2000 --checkpoint 1000
         actstore ingest demo.act --model mine.pt --config mine.yaml --dataset reproduction-16nodes-seed0-2000
         actstore ingest demo.act --model reproduction --dataset reproduction-16nodes-seed0-2000 --variant swap_last

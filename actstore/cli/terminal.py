@@ -20,14 +20,15 @@ REFUSE_SOME_TEXT = ("strict", "surrogateescape")  # the second is Python's own i
 
 
 @contextmanager
-def notes(kind: type[Warning]) -> Iterator[None]:
-    """Print each warning of a kind as one line to stderr, every time; ignore other warnings."""
+def notes(*kinds: type[Warning]) -> Iterator[None]:
+    """Print each warning of some kinds as one line to stderr, every time; leave other warnings."""
     with warnings.catch_warnings():
-        warnings.simplefilter("always", kind)
+        for kind in kinds:
+            warnings.simplefilter("always", kind)
         as_ever = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, kind):
+            if issubclass(category, kinds):
                 print(printable(f"actstore: note: {message}"), file=sys.stderr)
             else:
                 as_ever(message, category, *where, **more)

@@ -83,10 +83,11 @@ class Manifest:
 
     Attributes:
         number: the commit's number.
-        kind: run, batch, results, labels, site (one that was appended to a run) or drop.
+        kind: run, batch, results, labels, site or drop. A site was appended to a run, or sites
+            were added to it: their definition is a commit, and each batch of them is one.
         run: the run that a definition, a batch or a site belongs to; else None. A merged store has
             definitions and batches of no run: rows of a dataset that a dropped run had brought.
-        batch: the batch's number; None for all but a batch.
+        batch: the batch's number, of a run or of sites added to it; else None.
         parts: Parquet files of rows.
         shards: files of activations.
         others: zarr.json files and weights.
@@ -114,6 +115,11 @@ class Manifest:
     def files(self) -> list[File]:
         """All files of the commit."""
         return [*self.parts, *self.shards, *self.others]
+
+    @property
+    def is_appended(self) -> bool:
+        """True if the commit appended a site: vectors that no forward pass of the run gave."""
+        return self.kind == "site" and self.batch is None and bool(self.shards)
 
     def to_json(self) -> bytes:
         """The manifest's bytes, with a checksum over everything else, which shows a flipped bit."""

@@ -190,7 +190,7 @@ def _mend(
         return done, left
     made, why = dict[str, bytes](), ""
     try:
-        if manifest.run is None or manifest.kind == "site":
+        if manifest.run is None or manifest.is_appended:
             raise Damaged("only the catalog, which is damaged, too, would tell it")
         still_damaged = set(damaged) - set(done)  # nothing that is computed may rest on them
         sound = [_without(committed, still_damaged) for committed in manifests]
@@ -225,7 +225,7 @@ def _how_to_remake(root: Path, manifest: Manifest, file: File) -> str:
     elif manifest.kind == "labels":
         name = file.owner if isinstance(file, Part) else ""
         how = f"drop the label ({advised('drop', root, '--label', name)}) and bring it again ({advised('label')})"
-    elif manifest.kind == "site":
+    elif manifest.is_appended:
         how = f"bring its numbers again in another store ({advised('ingest')} … --from-arrays)"
     elif table == "results":
         how = f"store the runs again in another store, and make the results there ({advised('study')})"

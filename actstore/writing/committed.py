@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from actstore.arrays.address import Ids
 from actstore.commits import log
 from actstore.commits.format import check_format
 from actstore.commits.manifest import Manifest
-from actstore.errors import BadInput
+from actstore.errors import BadInput, NotStored
 from actstore.storage.at import at
 from actstore.writing.create import is_store
 from actstore.writing.parts import rows_committed
-from actstore.writing.plan import RunPlan
+from actstore.writing.plan import RunPlan, SitePlan
 
 Rows = list[dict[str, Any]]  # a table's rows
+HOW = ("dtype", "attention", "padding", "mask", "compatibility_mode")  # facts of a model that activations depend on
 
 
 def check_plan(root: Path, plan: RunPlan) -> None:
@@ -34,11 +35,13 @@ def check_plan(root: Path, plan: RunPlan) -> None:
     if is_store(root):
         check_format(root)
         committed = log.manifests(root)
-        datasets, runs, sites, relations = (
-            rows_committed(root, committed, table).to_dicts() for table in ("datasets", "runs", "sites", "relations")
+        datasets, runs, sites, models, relations = (
+            rows_committed(root, committed, table).to_dicts()
+            for table in ("datasets", "runs", "sites", "models", "relations")
         )
         stored_dataset(datasets, plan.dataset)
-        stored_run(runs, sites, plan)
+        if stored_run(runs, plan):
+            new_sites(models, sites, plan, sites_of(committed, plan.run))
         check_tables(relations, plan)
     if why := at(root).unwritable():
         raise BadInput(f"{root} cannot be written, since {why}; name another folder")
@@ -60,12 +63,11 @@ def stored_dataset(datasets: Rows, wanted: Mapping[str, Any]) -> dict[str, Any] 
     return row
 
 
-def stored_run(runs: Rows, sites: Rows, plan: RunPlan) -> dict[str, Any] | None:
-    """The stored row of a run; None if the name is free.
+def stored_run(runs: Rows, plan: RunPlan) -> dict[str, Any] | None:
+    """The stored row of a run; None if the name is free. Its sites are not compared.
 
     Args:
         runs: rows of `runs`.
-        sites: rows of `sites`.
         plan: the planned run; the stored row must agree with it.
 
     Raises:
@@ -76,17 +78,73 @@ def stored_run(runs: Rows, sites: Rows, plan: RunPlan) -> dict[str, Any] | None:
         wanted = {
             "weights_sha256": plan.model.get("weights_sha256", row["weights_sha256"]),
             "dataset": plan.dataset["dataset"],
-            "sites": ", ".join(site.short for site in plan.sites) or "none",
             "prompt": plan.facts.get("prompt", "task"),
             "samples": plan.facts.get("samples"),
         }
+        stored = {**row, "prompt": row.get("prompt") or "task"}
         if "versions" in plan.facts:
-            wanted["answers"], row = _answers(plan.facts), {**row, "answers": _answers(row)}
-        ran = (site["short"] for site in sites if site["run"] == plan.run and site.get("lineage") is None)
-        shorts = ", ".join(ran)
-        stored = {**row, "sites": shorts or "none", "prompt": row.get("prompt") or "task"}
+            wanted, stored = wanted | made_by(plan.facts), stored | made_by(row)
+            if stored["batch_size"] is None:  # an early version did not note it
+                del wanted["batch_size"]
         must_agree(f"run {plan.run!r}", stored, wanted, "name the new run otherwise (--run)")
     return row
+
+
+def new_sites(models: Rows, sites: Rows, plan: RunPlan, held: Mapping[int, Collection[str]]) -> list[SitePlan]:
+    """The sites of a plan that its stored run does not name yet.
+
+    Args:
+        models: rows of `models`.
+        sites: rows of `sites`.
+        plan: the plan of a run that is stored. If its `model` is empty, the model is not compared.
+        held: see sites_of.
+
+    Raises:
+        BadInput: the run is not finished, and the plan has other sites; the model was loaded
+            otherwise; or a site that was appended to the run has the name of a new one.
+    """
+    rows = [row for row in sites if row["run"] == plan.run]
+    own = {row["site"]: row["short"] for row in rows if row.get("lineage") is None}
+    is_finished = len(held) == plan.n_batches
+    if own.keys() != {site.site for site in plan.sites} and not is_finished:
+        raise BadInput(
+            f"run {plan.run!r} is not finished: {len(held)} of {plan.n_batches} batches are stored, with sites "
+            f"{', '.join(own.values()) or 'none'}; finish it first, by the same command with --sites "
+            f"{','.join(own.values()) or 'none'}, then add sites"
+        )
+    if is_finished and lacking(plan, held):
+        for row in [row for row in models if row["weights_sha256"] == plan.model.get("weights_sha256")]:
+            stored, wanted = (json.loads(about.get("facts") or "{}") for about in (row, plan.model))
+            what = f"the model of run {plan.run!r}"
+            must_agree(what, stored, {key: wanted.get(key) for key in HOW}, "name the new run otherwise (--run)")
+    new = [site for site in plan.sites if site.site not in own]
+    appended = {name for row in rows if row.get("lineage") is not None for name in (row["site"], row["short"])}
+    for site in new:
+        if not appended.isdisjoint((site.site, site.short)):
+            raise BadInput(
+                f"run {plan.run!r} holds a site {site.short!r} that was appended to it; leave it out (--sites), or name a "
+                "new run (--run)"
+            )
+    return new
+
+
+def lacking(plan: RunPlan, held: Mapping[int, Collection[str]]) -> dict[int, list[str]]:
+    """What of a planned run is not stored yet.
+
+    Args:
+        plan: the planned run.
+        held: see sites_of.
+
+    Returns:
+        Number of a batch → TransformerLens' names of the plan's sites that it lacks. A batch that
+        is not in `held` lacks its rows, too; it is there with [] if the run has no sites.
+    """
+    found = {}
+    for batch in range(plan.n_batches):
+        sites = [site.site for site in plan.sites if site.site not in held.get(batch, ())]
+        if sites or batch not in held:
+            found[batch] = sites
+    return found
 
 
 def check_tables(relations: Rows, plan: RunPlan) -> None:
@@ -110,9 +168,15 @@ def check_tables(relations: Rows, plan: RunPlan) -> None:
             )
 
 
-def _answers(about: Mapping[str, Any]) -> Any:
-    """Which answers a run over text stores, noted beside the versions; None for trees."""
-    return json.loads(about.get("versions") or "{}").get("answers")
+def made_by(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What is noted beside the versions in a row of `runs`.
+
+    Returns:
+        batch_size: sequences per forward pass; answers: which answers a run over text stores. None
+        where nothing is noted.
+    """
+    noted = json.loads(about.get("versions") or "{}")
+    return {name: noted.get(name) for name in ("batch_size", "answers")}
 
 
 def committed_batches(root: Path, run: str) -> set[int]:
@@ -121,8 +185,37 @@ def committed_batches(root: Path, run: str) -> set[int]:
     Raises:
         NotStored: there is no store.
     """
+    return set(committed_sites(root, run))
+
+
+def committed_sites(root: Path, run: str) -> dict[int, set[str]]:
+    """Which sites each committed batch of a run has, see sites_of; read without the lease.
+
+    Raises:
+        NotStored: there is no store.
+    """
     check_format(root)
-    return batches_of(log.manifests(root), run)
+    return sites_of(log.manifests(root), run)
+
+
+def committed_run(root: Path, run: str) -> tuple[dict[str, Any], list[str]] | None:
+    """A run's row of `runs`, and TransformerLens' names of its sites; read without the lease.
+
+    Sites that were appended are left out.
+
+    Returns:
+        None if there is no such run, or no store.
+    """
+    try:
+        check_format(root)
+    except NotStored:
+        return None
+    committed = log.manifests(root)
+    runs, sites = (rows_committed(root, committed, table).to_dicts() for table in ("runs", "sites"))
+    row = next((row for row in runs if row["run"] == run), None)
+    if row is None:
+        return None
+    return row, [site["site"] for site in sites if site["run"] == run and site.get("lineage") is None]
 
 
 def committed_datasets(root: Path) -> dict[str, dict[str, Any]]:
@@ -137,6 +230,15 @@ def committed_datasets(root: Path) -> dict[str, dict[str, Any]]:
 def batches_of(committed: Sequence[Manifest], run: str) -> set[int]:
     """Numbers of a run's batches in these manifests."""
     return {m.batch for m in log.live(committed) if m.kind == "batch" and m.run == run and m.batch is not None}
+
+
+def sites_of(committed: Sequence[Manifest], run: str) -> dict[int, set[str]]:
+    """Number of each batch of a run in these manifests → TransformerLens' names of its sites."""
+    found = {batch: set[str]() for batch in batches_of(committed, run)}
+    for shard in (shard for manifest in log.live(committed) if manifest.run == run for shard in manifest.shards):
+        if shard.batch in found:  # a site may be appended to tokens that the run does not have yet
+            found[shard.batch].add(shard.site)
+    return found
 
 
 def dropped_ids(committed: Sequence[Manifest]) -> Ids:

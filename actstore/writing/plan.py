@@ -130,6 +130,14 @@ class RunPlan:
         return self.parts["relations"]["name"].to_list() if "relations" in self.parts else []
 
     @property
+    def n_batches(self) -> int:
+        """Batches of the dataset."""
+        if self.dataset.get("layout") == "rows":
+            return int(self.dataset["n_ids"]) // int(self.dataset["rows_per_shard"])
+        n, per_batch = ("n_trees", "trees_per_shard") if self.of_trees else ("n_sequences", "rows_per_chunk")
+        return -(-int(self.dataset[n]) // int(self.dataset[per_batch]))
+
+    @property
     def of_trees(self) -> bool:
         """True if the sequences are trees."""
         return is_of_trees(self.dataset)

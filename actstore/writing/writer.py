@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import xxhash
@@ -35,12 +35,14 @@ from actstore.writing.committed import (
     check_tables,
     dropped_ids,
     must_agree,
+    new_sites,
+    sites_of,
     stored_dataset,
     stored_run,
 )
 from actstore.writing.create import create
 from actstore.writing.parts import GROUP, as_parquet, read_part, rows_committed
-from actstore.writing.plan import RunPlan
+from actstore.writing.plan import RunPlan, SitePlan
 
 
 @contextmanager
@@ -101,6 +103,10 @@ class Writer:
         """Numbers of the run's committed batches."""
         return batches_of(self._log, run)
 
+    def sites_of(self, run: str) -> dict[int, set[str]]:
+        """Number of each committed batch of the run → TransformerLens' names of its sites."""
+        return sites_of(self._log, run)
+
     def publish(self) -> int:
         """Bring catalog and checkpoint up to the last commit, and return its snapshot number."""
         self._lease.check()
@@ -111,18 +117,21 @@ class Writer:
     def define(self, plan: RunPlan) -> Ids:
         """Commit a run's definition; an equal definition that is committed already is kept.
 
+        If the plan has sites that the stored run lacks, their definition is committed.
+
         Returns:
             The first ids of the run's dataset.
 
         Raises:
-            BadInput: the run's or dataset's name is taken by another, or the rows do not fit the
-                tables.
+            BadInput: the run's or dataset's name is taken by another, the rows do not fit the
+                tables, or the run is not finished and the plan has other sites.
         """
         model = self._model(plan.model)
         known = self.rows_of("datasets").to_dicts()
         stored = stored_dataset(known, plan.dataset)
         first = Ids.of_dataset(stored) if stored else Ids.after(known, plan.dataset, dropped_ids(self._log))
-        if stored_run(self.rows_of("runs").to_dicts(), self.rows_of("sites").to_dicts(), plan):
+        if stored_run(self.rows_of("runs").to_dicts(), plan):
+            self._add(plan, first)
             return first
         check_tables(self.rows_of("relations").to_dicts(), plan)
         dataset = str(plan.dataset["dataset"])
@@ -137,6 +146,15 @@ class Writer:
         others = [file for content in contents for file in self._file(content.path, content.content)]
         self._commit(Manifest(len(self._log) + 1, "run", plan.run, None, parts, [], others))
         return first
+
+    def _add(self, plan: RunPlan, first: Ids) -> None:
+        """Commit the definition of those sites of a plan that its stored run lacks."""
+        models, sites = (self.rows_of(table).to_dicts() for table in ("models", "sites"))
+        if new := new_sites(models, sites, plan, self.sites_of(plan.run)):
+            rows = [part_content("sites", f"{plan.run}/{site.site}", [site.row(plan.run)]) for site in new]
+            others = [file for each in array_contents(plan, new, first) for file in self._file(each.path, each.content)]
+            parts = [part for row in rows for part in self._part(row)]
+            self._commit(Manifest(len(self._log) + 1, "site", plan.run, None, parts, [], others))
 
     def _model(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row of `models` for these weights: the stored row if there is one, under any name."""
@@ -156,13 +174,15 @@ class Writer:
         first_sequence_id: int,
         n_sequences: int,
         contents: Sequence[Content],
+        kind: Literal["batch", "site"] = "batch",
     ) -> None:
-        """Commit one batch of sequences of a run.
+        """Commit one batch of sequences of a run, or of sites that are added to it.
 
         Args:
             first_sequence_id: sequence_id of the batch's first sequence; a tree's is its tree_id.
             n_sequences: number of sequences in the batch.
             contents: the batch's files; see batch_contents.
+            kind: `site` for sites of a batch that is committed already.
 
         Raises:
             BadInput: the batch, or the same trees by another run, are committed with other content.
@@ -189,7 +209,7 @@ class Writer:
                     )
                     for file in files
                 ]
-        self._commit(Manifest(len(self._log) + 1, "batch", plan.run, batch, parts, shards))
+        self._commit(Manifest(len(self._log) + 1, kind, plan.run, batch, parts, shards))
 
     def record(self, results: pl.DataFrame) -> int:
         """Commit a study's results and return the commit's number.
@@ -324,15 +344,25 @@ class Writer:
 
     def _part(self, part: Content, first_tree_id: int | None = None, n_trees: int | None = None) -> list[Part]:
         """Publish rows of a table; returns [] if an earlier commit brought the same rows."""
-        if part.path in self._files and not self._has(part.path, part.content):
-            held = read_part(self.root, part.path)  # another version may encode the same rows otherwise
-            if not held.equals(pl.read_parquet(bytes(part.content))):
+        if part.path in self._files:
+            if not self.agrees(part):
                 raise _otherwise(self.root / part.path)
             return []
         table = part.table
         origin = part.owner, part.batch, first_tree_id, n_trees
         files = self._file(part.path, part.content)
         return [Part(file.path, file.bytes, file.xxh3_128, table, part.rows, *origin) for file in files]
+
+    def agrees(self, part: Content) -> bool:
+        """True if the committed part of the same path holds the same rows.
+
+        Args:
+            part: rows of a part that is committed.
+        """
+        if self._has(part.path, part.content):
+            return True
+        held = read_part(self.root, part.path)  # another version may encode the same rows otherwise
+        return held.equals(pl.read_parquet(bytes(part.content)))
 
     def _file(self, path: str, content: bytes | memoryview) -> list[File]:
         """Publish a file; returns [] if an earlier commit brought the same bytes."""
@@ -384,18 +414,27 @@ def definition_contents(plan: RunPlan, first: Ids) -> list[Content]:
     Args:
         first: the first ids of the run's dataset.
     """
+    arrays = array_contents(plan, plan.sites, first)
+    held = {weights_path: plan.weights, unembedding_path: plan.unembedding}
+    weights = [Content(path(plan.model["weights_sha256"]), content) for path, content in held.items() if content]
+    return [*weights, Content(f"{ARRAYS}/{plan.run}/zarr.json", GROUP), *arrays]
+
+
+def array_contents(plan: RunPlan, sites: Sequence[SitePlan], first: Ids) -> list[Content]:
+    """The metadata of some arrays of a run.
+
+    Args:
+        first: the first ids of the run's dataset.
+    """
     begins = {"first_tree_id": first.sequence_id} if plan.of_trees else {"first_token_id": first.token_id}
     of_run = {"weights_sha256": plan.model["weights_sha256"], **begins}
-    arrays = [
+    return [
         Content(
             f"{site.path(plan.run)}/zarr.json",
             metadata(site.layout, site.axes, {"run": plan.run, "site": site.site, **of_run}),
         )
-        for site in plan.sites
+        for site in sites
     ]
-    held = {weights_path: plan.weights, unembedding_path: plan.unembedding}
-    weights = [Content(path(plan.model["weights_sha256"]), content) for path, content in held.items() if content]
-    return [*weights, Content(f"{ARRAYS}/{plan.run}/zarr.json", GROUP), *arrays]
 
 
 def batch_contents(

@@ -26,7 +26,8 @@ class Batch:
     Attributes:
         first: ids of the batch's first sequence.
         originals: tree_id of the first tree of the set that a variant set was made from; else None.
-        answers: the rows of `predictions` and `outcomes`, or of `generations`.
+        answers: the rows of `predictions` and `outcomes`, or of `generations`; none if the job does
+            not grade.
         buffers: the activations; fill them again only after a call of `contents`.
     """
 
@@ -44,8 +45,14 @@ class Batch:
     def contents(self) -> list[Content]:
         """Encode the batch as files: rows of its sequences and its answers, one shard per site."""
         of_set = self.drawn.rows(self.first, str(self.job.plan.dataset["dataset"]), self.originals)
-        arrays = {site: buffer.seal(self.drawn.lengths) for site, buffer in self.buffers.items()}
-        return batch_contents(self.job.plan, self.number, of_set, self.answers, arrays)
+        return batch_contents(self.job.plan, self.number, of_set, self.answers, self._sealed())
+
+    def shards(self) -> list[Content]:
+        """Encode the activations alone, for sites that are added to a run."""
+        return batch_contents(self.job.plan, self.number, {}, {}, self._sealed())
+
+    def _sealed(self) -> dict[str, memoryview]:
+        return {site.site: self.buffers[site.site].seal(self.drawn.lengths) for site in self.job.plan.sites}
 
 
 def run_batch(
@@ -61,7 +68,7 @@ def run_batch(
     Args:
         first: the first ids of the whole set.
         originals: see Batch.
-        buffers: receive the activations; default: new buffers.
+        buffers: receive the activations, one for each site or more; default: new buffers.
         advance: called with the number of sequences of the set done so far.
     """
     drawn = job.sequences.drawn(number)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from actstore.ingest.trees.given import GivenTrees
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import Drawn as TreesDrawn
 from actstore.storage.at import at, place
-from actstore.writing.committed import committed_batches
+from actstore.writing.committed import committed_sites, lacking
 from actstore.writing.plan import RunPlan
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Ingest:
             every token but a sequence's last, if the model predicts.
         wait: seconds to wait for another process that writes to the store.
         publish_every: seconds between new catalogs for readers, while batches are committed.
+        grades: whether answers are graded; else `answers` gives none.
     """
 
     store: Path
@@ -80,6 +82,7 @@ class Ingest:
     generator: Generator | None = field(init=False, default=None)
     plan: RunPlan = field(init=False)
     per_pass: int = field(init=False)
+    grades: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
@@ -148,13 +151,29 @@ class Ingest:
         known = {row["dataset"]: row["first_tree_id"] for row in datasets.to_dicts()}
         return int(known[original])
 
-    def left(self) -> list[int]:
-        """Numbers of the batches that the store does not hold yet; reads the store."""
+    def over(self, sites: Collection[str], grades: bool = True) -> Ingest:
+        """The same job with some of its sites alone.
+
+        Args:
+            sites: TransformerLens' names.
+            grades: see the class.
+        """
+        part = copy.copy(self)
+        part.specs = [spec for spec in self.specs if spec.name in sites]
+        part.plan = replace(self.plan, sites=[site for site in self.plan.sites if site.site in sites])
+        part.grades = grades
+        return part
+
+    def held(self) -> dict[int, set[str]]:
+        """Number of each committed batch → the sites that it has; reads the store."""
         try:
-            done = committed_batches(self.store, self.plan.run)
+            return committed_sites(self.store, self.plan.run)
         except NotStored:
-            done = set()
-        return [batch for batch in range(self.n_batches) if batch not in done]
+            return {}
+
+    def left(self) -> list[int]:
+        """Numbers of the batches that lack rows or one of the sites; reads the store."""
+        return list(lacking(self.plan, self.held()))
 
     @cached_property
     def n_tokens(self) -> int:
@@ -163,14 +182,20 @@ class Ingest:
 
     def bytes_of(self, n_batches: int) -> int:
         """Estimated bytes of n batches."""
-        per_batch = self.n_tokens // self.n_batches
-        shards = sum(bytes_per_batch(site.layout, per_batch) for site in self.plan.sites)
-        a_batch = shards + self.n_tokens * BYTES_PER_TOKEN_ROW[self.sequences.task] // self.n_batches
-        return n_batches * a_batch + (CATALOG_BYTES if n_batches else 0)
+        return self._bytes({batch: [site.site for site in self.plan.sites] for batch in range(n_batches)}, {})
 
     def bytes_left(self) -> int:
-        """Estimated bytes of the batches that are not stored yet."""
-        return self.bytes_of(len(self.left()))
+        """Estimated bytes of what is not stored yet."""
+        held = self.held()
+        return self._bytes(lacking(self.plan, held), held)
+
+    def _bytes(self, left: Mapping[int, Sequence[str]], held: Collection[int]) -> int:
+        """Estimated bytes of some sites of some batches, and of the rows of those not held."""
+        per_batch = self.n_tokens // self.n_batches
+        of_site = {site.site: bytes_per_batch(site.layout, per_batch) for site in self.plan.sites}
+        of_rows = self.n_tokens * BYTES_PER_TOKEN_ROW[self.sequences.task] // self.n_batches
+        shards = sum(of_site[site] for sites in left.values() for site in sites)
+        return shards + of_rows * len(left.keys() - held) + (CATALOG_BYTES if left else 0)
 
     def kept(self) -> str:
         """One sentence: what a stop keeps now, and what the same command does after it."""
@@ -181,16 +206,26 @@ class Ingest:
 
     def announcement(self) -> str:
         """One sentence: what the job will cost in trees, tokens, sites and bytes."""
-        free = at(self.store).free_room()
-        left = len(self.left())
-        done = self.n_batches - left
+        free, held = at(self.store).free_room(), self.held()
+        left = lacking(self.plan, held)
+        done = self.n_batches - len(left)
         resumed = f"; {done} of {self.n_batches} batches are there" if done else ""
         about = "about " * (not self.of_text)
         return (
             f"run {self.plan.run}: {self.sequences.n_sequences:,} {self.unit} ({self.plan.dataset['dataset']}), "
-            f"{about}{self.n_tokens:,} tokens, {len(self.specs)} sites; {self.bytes_of(left) / 1e9:.2f} GB to write, "
-            f"{free / 1e9:.1f} GB free{resumed}"
+            f"{about}{self.n_tokens:,} tokens, {self._sites_said(left, held)}; {self._bytes(left, held) / 1e9:.2f} GB to "
+            f"write, {free / 1e9:.1f} GB free{resumed}"
         )
+
+    def _sites_said(self, left: Mapping[int, Sequence[str]], held: Collection[int]) -> str:
+        """How many sites are stored; or which are added to a run, and which it has."""
+        added = {site for batch, sites in left.items() if batch in held for site in sites}
+        if not added:
+            return f"{len(self.specs)} sites"
+        more = [spec.short for spec in self.specs if spec.name in added]
+        there = [spec.short for spec in self.specs if spec.name not in added]
+        skipped = f" ({', '.join(there)} {'is' if len(there) == 1 else 'are'} there already)" if there else ""
+        return f"adds {', '.join(more)}{skipped}"
 
     def answers(self, drawn: Any, first: Ids, into: Buffers, advance: Callable[[int], None]) -> dict[str, pl.DataFrame]:
         """Run the model over one batch.
@@ -202,10 +237,10 @@ class Ingest:
             advance: called with the number of sequences of the set done so far.
 
         Returns:
-            The rows of `predictions` and `outcomes`, or of `generations`.
+            The rows of `predictions` and `outcomes`, or of `generations`; none without `grades`.
         """
         if self.of_text:
-            options = (self.per_pass, self.asked, self.plan.run)
+            options = (self.per_pass, self.asked if self.grades else None, self.plan.run)
             return run_text(self.model, self.specs, drawn, first, into, *options, advance)
         return (self._continuations if self.generator else self._predictions)(drawn, first.sequence_id, into, advance)
 
@@ -224,8 +259,11 @@ class Ingest:
                 into[spec.name].put(at, activations)
 
             logits = forward(self.model, ids[rows], self.specs, take)
-            answers.append(tree_paths.answer(self.model, drawn.words[rows], logits))
+            if self.grades:
+                answers.append(tree_paths.answer(self.model, drawn.words[rows], logits))
             advance(drawn.start + rows.stop)
+        if not self.grades:
+            return {}
         graded = concatenate(answers)
         return {
             "predictions": tree_paths.prediction_rows(graded, self.plan.run, first_tree_id),
@@ -279,13 +317,24 @@ def draft(
     facts = _tree_facts(model, config, dataset, prompt, samples) if of_trees else {}
     change = dataset.get("change")
     return RunPlan(
-        run=run or "-".join([model, *filter(None, [change, DREAMS * (prompt == "tree")])]),
+        run=run or run_name(model, change, prompt),
         model={},
         weights=b"",
         dataset=dataset,
         sites=[] if prompt == "tree" else [site_plan(spec, dataset) for spec in specs],
         facts=facts,
     )
+
+
+def run_name(model: str, change: str | None = None, prompt: str = "task") -> str:
+    """The name of a run that nobody named.
+
+    Args:
+        model: the model's name.
+        change: see trees/variants.py.
+        prompt: see Ingest.
+    """
+    return "-".join([model, *filter(None, [change, DREAMS * (prompt == "tree")])])
 
 
 def _tree_facts(

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actstore.commits.log import manifests
 from actstore.errors import BadInput, nearest
-from actstore.ingest.answers.next_token import Asked
+from actstore.ingest.answers.next_token import Asked, understood
 from actstore.ingest.corpus.corpus import Corpus, from_text, from_tokens
 from actstore.ingest.corpus.documents import open_documents
 from actstore.ingest.corpus.tokens import Vocabulary
 from actstore.ingest.jobs.chosen import Chosen, Loading, choose
-from actstore.ingest.jobs.job import Ingest, check_batch_size, draft
+from actstore.ingest.jobs.job import Ingest, check_batch_size, draft, run_name
 from actstore.ingest.jobs.sets import stored_set
 from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.sites import site_specs
@@ -23,7 +23,7 @@ from actstore.ingest.trees.given import GivenTrees, from_table
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.variants import vary
 from actstore.storage.at import place
-from actstore.writing.committed import check_plan, committed_datasets
+from actstore.writing.committed import check_plan, committed_datasets, committed_run, made_by
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -78,8 +78,11 @@ def prepare(
             model has labels.
         depths: goal depths of `deep` trees, `1-15` or `3,5,7`.
         dataset: a stored set of trees or text, or the name of a new one.
-        sites: names separated by commas, see `site_specs`, or `none`.
-        batch_size: sequences per forward pass, see Ingest.
+        run: name of the run. The sites that a finished run of the name lacks are added to it; its
+            weights, sequences and forward passes must be the same.
+        sites: names separated by commas, see `site_specs`, or `none`. Default: those that the run
+            has, or for a new run `embed` and `resid_post`.
+        batch_size: sequences per forward pass; default: the run's own, or see Ingest.
         checkpoint: a step of the model's training, see `models.load`.
         variant: one of variants.CHANGES; changes the stored set `dataset`.
         prompt, samples, wait: see Ingest.
@@ -91,8 +94,8 @@ def prepare(
         column, context, cut: see `corpus.from_text`.
         config, hub, revision, untrained, keep_weights, tokenizer: see `models.load`.
         answers: `next` stores next-token predictions of text, if the model makes any; `none` does
-            not. Default: `next`.
-        top: how many of the likeliest tokens each prediction names; default: 0.
+            not. Default: the run's own, or `next`.
+        top: how many of the likeliest tokens each prediction names; default: the run's own, or 0.
 
     Raises:
         BadInput: an argument has no meaning, or the model cannot take these sequences.
@@ -120,16 +123,40 @@ def prepare(
         sequences = _text(store, chosen, loaded, dataset, files, _given(cutting))
         if top and not loaded.predicts:
             raise BadInput(f"got --top {top}, and model {loaded.name!r} predicts no next token; leave it out")
-        asked = None if answers == "none" else Asked(top or 0)
+        own = _own(store, run or run_name(loaded.name))
+        asked = own.asked if answers is None and top is None else None if answers == "none" else Asked(top or 0)
+        names, batch_size = own.sites if names is None else names, batch_size or own.batch_size
         job = Ingest(store, loaded, sequences, run, names, batch_size, wait=wait, asked=asked)
         check_plan(store, job.plan)
         return job
     _refuse(chosen, "is a path-finding system, which reads trees", "is of text", of_text)
     assert chosen.shape is not None
     tree_set = _trees(store, chosen.shape, dataset, drawn, trees_from, variant)
+    own = _own(store, run or run_name(chosen.name, tree_set.row().get("change"), prompt))
+    names, batch_size = own.sites if names is None else names, batch_size or own.batch_size
     specs = [] if names is not None and not names else site_specs(names, chosen.shape)
     check_plan(store, draft(chosen.name, chosen.shape, tree_set, run, specs, prompt, samples))
-    return Ingest(store, chosen.load(), tree_set, run, names, batch_size, prompt=prompt, samples=samples, wait=wait)
+    job = Ingest(store, chosen.load(), tree_set, run, names, batch_size, prompt=prompt, samples=samples, wait=wait)
+    check_plan(store, job.plan)
+    return job
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a stored run was made with, which stands for what is not asked for; see Ingest."""
+
+    sites: list[str] | None = None
+    batch_size: int | None = None
+    asked: Asked | None = field(default_factory=Asked)
+
+
+def _own(store: Path, run: str) -> Own:
+    """What a run was made with; the defaults if there is no such run."""
+    found = committed_run(store, run)
+    if found is None:
+        return Own()
+    noted = made_by(found[0])
+    return Own(found[1], noted["batch_size"], understood(noted["answers"] or "next"))
 
 
 def _given(options: Mapping[str, Any]) -> Given:

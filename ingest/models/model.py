@@ -170,7 +170,7 @@ def from_bridge(
     is_native = cfg.architecture == "TransformerLensNative"
     if described is None:
         shown = getattr(original, "config", None)
-        described = {"bridge": vars(cfg)} if is_native or shown is None else {"huggingface": shown.to_dict()}
+        described = {"bridge": vars(cfg)} if is_native or shown is None else huggingface(shown)
     config = GeneralConfig(
         n_layers=int(cfg.n_layers),
         **{size: value if isinstance(value, int) and value > 0 else None for size, value in sizes.items()},
@@ -199,6 +199,11 @@ def from_bridge(
         **(facts or {}),
     }
     return Model(name, config, bridge, kept, sha256, source or about["architecture"], held_by, about)
+
+
+def huggingface(config: Any) -> dict[str, Any]:
+    """A configuration of transformers for GeneralConfig, without the path that it came from."""
+    return {"huggingface": {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}}
 
 
 def check_reads_tokens(cfg: Any, config: Any, name: str) -> None:

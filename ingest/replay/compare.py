@@ -7,7 +7,7 @@ either is right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from actstore.ingest.replay.rehydrate import rehydrate
 from actstore.ingest.trees.draw import Trees, concatenate
 from actstore.ingest.trees.tokens import PAD, WORDS, arrow_word, encode, path_at, root_at
 from actstore.store import Store
-from actstore.writing.committed import batches_of
+from actstore.writing.committed import batches_of, sites_of
 from actstore.writing.parts import rows_committed
 
 DRAWN_OTHERWISE = 0.05  # share of continuations: a draw at the border of two words is decided by rounding
@@ -69,6 +69,21 @@ def _appended(store: Store, run: str) -> list[Difference]:
     ]
 
 
+def _unfinished(job: Ingest, held: Mapping[int, Collection[str]]) -> dict[str, Difference]:
+    """The sites that are being added to a run, by TransformerLens' name.
+
+    Args:
+        held: see committed.sites_of.
+    """
+    found = {}
+    for site in job.plan.sites:
+        n = sum(site.site in sites for sites in held.values())
+        if n < len(held):
+            why = f"not added to the end: {n} of {len(held)} batches are stored"
+            found[site.site] = not_compared(job.plan.run, site.short, why)
+    return found
+
+
 def _of_run(
     store: Store, committed: list[Manifest], run: str, n_sequences: int, seed: int, datasets: pl.DataFrame
 ) -> list[Difference]:
@@ -78,6 +93,9 @@ def _of_run(
         job, about = rehydrate(store.path, committed, run)
     except NotStored as error:  # the store only refers to the model
         return [*found, not_compared(run, "model", str(error))]
+    unfinished = _unfinished(job, sites_of(committed, run))
+    found += unfinished.values()
+    job = job.over([site.site for site in job.plan.sites if site.site not in unfinished])
     if job.of_text:
         row = datasets.filter(pl.col("dataset") == about["dataset"]).to_dicts()[0]
         batches = sorted(batches_of(committed, run))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -125,10 +125,18 @@ def _runs(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[st
         }
 
 
-def site_names(root: Path, run: str) -> list[str]:
-    """TransformerLens names of the sites of a run, from the paths of its arrays in the manifest."""
-    under = f"{ARRAYS}/{run}/"
-    commits = [commit for commit in log.live(log.manifests(root)) if commit.run == run and commit.kind == "run"]
-    paths = [file.path for commit in commits for file in commit.others]
-    names = [path.removeprefix(under).rpartition("/")[0] for path in paths if path.startswith(under)]
-    return [name for name in names if name]
+def site_names(manifests: Sequence[Manifest], run: str) -> dict[str, list[str]]:
+    """The sites that forward passes of a run gave, from the paths of its arrays in the manifests.
+
+    Returns:
+        Owner of a part of `sites` → TransformerLens' names of the sites that it holds. A site that
+        was added to the run has a part of its own.
+    """
+    under, found = f"{ARRAYS}/{run}/", dict[str, list[str]]()
+    for commit in log.live(manifests):
+        if commit.run != run or commit.kind not in ("run", "site") or commit.is_appended:
+            continue
+        paths = [file.path.removeprefix(under) for file in commit.others if file.path.startswith(under)]
+        names = [name for path in paths if (name := path.rpartition("/")[0])]
+        found |= {run: names} if commit.kind == "run" else {f"{run}/{name}": [name] for name in names}
+    return found

@@ -31,8 +31,7 @@ def rehydrate(
         Damaged: the run's weights are missing or changed, and no named model has the same weights.
     """
     rows = {
-        name: writing_parts.rows_committed(root, manifests, name).to_dicts()
-        for name in ("runs", "models", "datasets", "sites")
+        name: writing_parts.rows_committed(root, manifests, name).to_dicts() for name in ("runs", "models", "datasets")
     }
     for part, row in (lost or {}).items():
         rows[part.table].append(row)
@@ -41,8 +40,7 @@ def rehydrate(
         raise NotStored(f"{root} holds no run {run!r}")
     model = row_where(rows["models"], "weights_sha256", about["weights_sha256"], "models")
     dataset = row_where(rows["datasets"], "dataset", about["dataset"], "datasets")
-    ran = [row for row in rows["sites"] if row["run"] == run and row.get("lineage") is None]
-    sites = [row["short"] for row in ran] or definitions.site_names(root, run)
+    sites = [name for names in definitions.site_names(manifests, run).values() for name in names]
     about_it = json.loads(about["versions"])
     held = model_of_row(root, model, about["device"])
     return Ingest(

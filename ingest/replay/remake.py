@@ -39,7 +39,9 @@ def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None)
     )
     if batch is None:
         plan = job.plan
-        parts[part_path("sites", run)] = definitions.as_part("sites", [site.row(run) for site in plan.sites])
+        for owner, names in definitions.site_names(manifests, run).items():
+            rows = [site.row(run) for site in plan.sites if site.site in names]
+            parts[part_path("sites", owner)] = definitions.as_part("sites", rows)
         contents = definition_contents(plan, first)
         return {**parts, **{content.path: bytes(content.content) for content in contents}}
     return batch_files(job, batch, first, job.originals(datasets))

@@ -28,7 +28,7 @@ from actstore.writing.create import create
 from tests.test_old_stores import unpack
 
 ROOT = Path(__file__).parents[1]
-ADVISING = {"advised", "ingest_more", "ingest_command"}  # what makes a command for a message
+ADVISING = {"advised", "ingest_more", "ingest_sites", "ingest_command"}  # what makes a command for a message
 
 
 def advised_commands(message: str) -> list[list[str]]:
@@ -211,7 +211,7 @@ CASES = [
         more=("--trees", "20", "--sites", "embed"),
     ),
     *(
-        Case("actstore/advice.py:ingest_sites", [*UNREAD, site], None, [*UNREAD, site, "--run", "RUN"])
+        Case("actstore/sites.py:not_held", [*UNREAD, site], None, [*UNREAD, site, "--run", "RUN"])
         for site in ("embed", "resid_mid.1", "blocks.1.hook_resid_mid", "resid_post")
     ),
     Case("actstore/advice.py:no_run", ["query", "STORE", "accuracy_by_depth", "-p", "run", "baseline"], more=FEW),

@@ -128,7 +128,7 @@ def test_a_run_of_two_commits_is_read_as_one_of_one(stores: dict[str, Path], tmp
     assert committed(copy.out, "activations.zarr/r") == {}
 
 
-@pytest.mark.parametrize(("files_published", "batches_left"), [(2, 3), (4, 3), (5, 2), (8, 1)])
+@pytest.mark.parametrize(("files_published", "batches_left"), [(2, 3), (4, 3), (5, 2)])
 def test_stopped_between_files_the_same_command_goes_on_and_repeats_nothing(
     makes: dict[str, Make],
     copied: Callable[[str, str], Path],
@@ -297,6 +297,16 @@ def test_a_site_that_is_half_added_is_said_and_the_rest_compared(
     execute(make(root, ["embed", "resid_post.1"]))  # of which a part is there
     assert verify(root).findings == []
     assert all(of.agrees and not of.cannot for of in compare.compare(root, 5))
+
+
+def test_two_stores_of_a_run_to_which_some_of_the_same_sites_were_added_are_merged(
+    makes: dict[str, Make], copied: Callable[[str, str], Path], stores: dict[str, Path], tmp_path: Path
+) -> None:
+    root = copied("trees", "own")
+    execute(makes["trees"](root, ["embed"]))
+    merged = actstore.merge([root, stores["trees"] / "added.act"], tmp_path / "merged.act")
+    assert verify(merged.out).findings == []
+    assert committed(merged.out, "activations.zarr") == committed(stores["trees"] / "whole.act", "activations.zarr")
 
 
 def test_answers_that_differ_are_noted(

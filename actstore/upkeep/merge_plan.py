@@ -288,7 +288,7 @@ class Plan:
         if (
             taken
             and run is not None
-            and (key in self._done or (manifest.kind == "site" and len(taken) < len(manifest.files)))
+            and (key in self._done or (manifest.is_appended and len(taken) < len(manifest.files)))
         ):
             raise Conflict(source, "run", str(manifest.run), f"{taken[0][2].path} is of one of them alone")
         if taken or is_new:

@@ -34,7 +34,7 @@ from actstore.storage.local import Local
 from actstore.store import Store
 from actstore.upkeep.verify import verify
 from actstore.writing.writer import open_writer
-from tests.damaged import damage, flip
+from tests.damaged import TREES, damage, flip
 from tests.stores import TABLES, committed_files, fake, files
 from tests.test_advice import advised_commands
 from tests.test_corpus_store import commit
@@ -534,9 +534,10 @@ def test_a_merged_store_is_computed_again_and_mended(damageable: Path, tmp_path:
     root = tmp_path / "other.act"
     sets = TreeSet("reproduction", 20, seed=2, n_nodes=6, name="other", trees_per_shard=16)
     execute(Ingest(root, small_model(), sets, sites=["embed"], run="other"))
+    execute(Ingest(root, small_model(), TREES, sites=[], run="same-trees"))  # of which the other store has a variant
     out = actstore.merge([root, damageable], tmp_path / "m.act").out
     found = compare.compare(out, 8)
-    assert {of.run for of in found} == {"other", "small", "small-swap_last", "small-dreams"}
+    assert {of.run for of in found} == {"other", "same-trees", "small", "small-swap_last", "small-dreams"}
     assert [of for of in found if not of.agrees] == []
     before, broken = committed_files(out), dict[str, bytes]()
     for pattern in (

@@ -51,19 +51,6 @@ class Source:
     moved: Moved = field(default_factory=lambda: Moved(Names()))
     at_commit: list[int] = field(default_factory=lambda: [0])
 
-    @classmethod
-    def opened(cls, root: Path) -> Source:
-        """Read a store's log.
-
-        Raises:
-            Damaged: the log is not whole, or not the one that the catalog was built from.
-        """
-        committed = manifests(root, least=witness.least(root))
-        witness.refuse_conflict(root, committed)
-        for number, what in witness.at_odds(committed):
-            raise Damaged(f"{root / manifest_path(number)}: {what}; restore it from a copy of the store")
-        return cls(root, committed)
-
     @cached_property
     def committed(self) -> list[Manifest]:
         """The log without what was dropped."""
@@ -159,6 +146,19 @@ class Conflict(Exception):
         self.source, self.kind, self.name, self.what = source, kind, name, what
 
 
+def _whole_log(root: Path) -> list[Manifest]:
+    """A store's log.
+
+    Raises:
+        Damaged: the log is not whole, or not the one that the catalog was built from.
+    """
+    committed = manifests(root, least=witness.least(root))
+    witness.refuse_conflict(root, committed)
+    for number, what in witness.at_odds(committed):
+        raise Damaged(f"{root / manifest_path(number)}: {what}; restore it from a copy of the store")
+    return committed
+
+
 def planned(roots: Sequence[Path], out: Path, rename: Sequence[tuple[Any, ...]]) -> Plan:
     """The plan of a merge.
 
@@ -167,8 +167,9 @@ def planned(roots: Sequence[Path], out: Path, rename: Sequence[tuple[Any, ...]])
             such names.
     """
     asked, first = list(rename), None
+    logs = [_whole_log(root) for root in roots]
     while True:
-        sources = _sources(roots, asked)
+        sources = _renamed([Source(root, log) for root, log in zip(roots, logs, strict=True)], asked)
         plan = Plan(sources)
         try:
             for source in sources:
@@ -192,9 +193,8 @@ def planned(roots: Sequence[Path], out: Path, rename: Sequence[tuple[Any, ...]])
         )
 
 
-def _sources(roots: Sequence[Path], rename: Sequence[tuple[Any, ...]]) -> list[Source]:
+def _renamed(sources: list[Source], rename: Sequence[tuple[Any, ...]]) -> list[Source]:
     """The stores, with the new names that were asked for."""
-    sources = [Source.opened(root) for root in roots]
     for store, kind, name, new in rename:
         of = [source for source in sources if source.root == store]
         if not of or kind not in KINDS:

@@ -219,11 +219,14 @@ class Store:
 
     @property
     def tables(self) -> list[str]:
-        """Names of the tables and views that `sql` reads."""
-        return self.schema()["table"].unique(maintain_order=True).to_list()
+        """Names of the tables and views that `sql` reads, your own views last."""
+        return [*self.schema()["table"].unique(maintain_order=True), *self._opened.session.views]
 
     def schema(self) -> pl.DataFrame:
-        """One row per column of a table or view: table, column, type, comment (NULL for views)."""
+        """One row per column of a table or view: table, column, type, comment (NULL for views).
+
+        The columns of a view of your own are those of `store.sql("describe NAME")`.
+        """
         return self.whole.sql(SCHEMA)
 
     def info(self) -> pl.DataFrame:

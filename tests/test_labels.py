@@ -557,6 +557,9 @@ def test_a_view_is_read_like_a_table_and_sees_the_run_that_is_asked(root: Path, 
         assert store.sql(every, timeout=60)["z"].to_list() == [2, 6, 10]
         assert store.of("r").sql(every)["z"].to_list() == [2, 6]
         assert store.sql(f"explain {every}").height
+        assert store.sql("describe doubled")["column_name"].to_list() == ["token_id", "z"]
+        assert "doubled" in store.tables
+        assert "doubled" in store.of("r").tables
         assert store.sql('select "doubled".z from (pivot doubled on z using count(*)) p, doubled').height == 9
         assert store.sql("with doubled as (select 1 as one) from doubled").rows() == [(1,)]
         assert store.sql("select doubled from (select 7 as doubled)").rows() == [(7,)]

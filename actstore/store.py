@@ -496,7 +496,8 @@ class Store:
                 float32.
             lineage: what the activations are, from which site, by which code; a dict that JSON
                 holds. It is kept in the column `lineage` of `sites`.
-            allow_nan: accept NaN and infinity. A row that begins with NaN reads as not stored.
+            allow_nan: accept NaN and infinity, but no row that begins with NaN: a token that is not
+                stored reads so.
             wait: seconds to wait for another process that writes to the store.
 
         Raises:

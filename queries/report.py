@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 PAGE = "index.html"
+LONGEST_LINE = 40  # characters of a table's cell; a longer text is wrapped, and a number or an interval never is
 TITLES = {
     "depth": "How does accuracy fall with the goal's depth?",
     "last-edge": "Does performance drop if the path goes through the last edge?",
@@ -190,12 +191,14 @@ def _table(frame: pl.DataFrame) -> str:
     numeric = [dtype.is_numeric() for dtype in frame.dtypes]
     rows = []
     for row in frame.iter_rows():
-        cells = (
-            f"<td{' class=number' if right else ''}>{html.escape(_shown(value))}</td>"
-            for value, right in zip(row, numeric, strict=True)
-        )
+        cells = (_td(_shown(value), right) for value, right in zip(row, numeric, strict=True))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _td(text: str, is_number: bool) -> str:
+    kind = " class=number" if is_number else " class=long" if len(text) > LONGEST_LINE else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
 
 
 def _shown(value: Any) -> str:
@@ -219,6 +222,8 @@ HEAD = """<!doctype html>
   .wide { overflow-x: auto; }
   table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
   th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+  td { white-space: nowrap; }
+  td.long { white-space: normal; min-width: 20rem; overflow-wrap: anywhere; }
   td.number { text-align: right; font-variant-numeric: tabular-nums; }
   pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; }
   .lacks { color: #8a3b00; }

@@ -45,6 +45,10 @@ OF_THE_MODEL = (
     "dreams",
     "attention",
 )  # these find other runs of the model over the trees: one answer serves all
+OF_ANSWERS = (
+    "depth",
+    "last-edge",
+)  # these read answers alone, which are the same in each run of a model over the trees
 ANY_SEQUENCES = ("probe", "compare")  # these need no tree
 RUNS = """
 -- one row per run; held: its sites, vectors: those with a vector per token
@@ -242,7 +246,8 @@ class Question:
 def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any) -> list[Question]:
     """The questions that a study asks: runs, or pairs of runs.
 
-    A study in OF_THE_MODEL asks about the first run of each model and set of trees. `compare` asks
+    A study in OF_THE_MODEL asks about the first run of each model and set of trees; a study in
+    OF_ANSWERS does, too, unless runs are named. `compare` asks
     about every pair of several named runs; about a single named run and every other model over its
     trees; and by default, per set of trees, about the first run and every other model.
 
@@ -279,7 +284,7 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
         pairs = _pairs(asked, asked if len(named) > 1 else list(known.values()), all_pairs=len(named) > 1)
         alone = Question(study, asked[0]["run"], options)  # its answer is an error that says what is lacking
         return [Question(study, run, {**options, "other": other}) for run, other in pairs] or [alone]
-    if study in OF_THE_MODEL:
+    if study in OF_THE_MODEL or (study in OF_ANSWERS and not named):
         asked = _firsts(asked, "weights_sha256", "dataset")
     return [Question(study, row["run"], options) for row in asked]
 

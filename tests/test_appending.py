@@ -133,6 +133,11 @@ def test_a_run_goes_on_after_a_site_was_appended_and_goes_with_it(root: Path) ->
         ({"X": np.zeros((3, 1, 1, 1))}, BadInput, r"\[n, width\] or \[n, head, width\]"),
         ({"X": [[0.0], [np.nan], [np.inf]]}, BadInput, "2 of 3 rows of X .* is NaN or infinite, the first row 1"),
         ({"X": [[0.0], [1e300], [0.0]]}, BadInput, "too large for float32"),
+        (
+            {"X": [[0.0], [np.nan], [np.nan]], "allow_nan": True},
+            BadInput,
+            "2 of 3 rows of X begin with NaN, the first row 1",
+        ),
         ({"X": [[0.0], [1e300], [0.0]], "allow_nan": True}, BadInput, "too large for float32"),
         ({"lineage": {"by": object()}}, BadInput, "no JSON"),
         ({"token_ids": [], "X": np.zeros((0, 3))}, BadInput, "no token ids"),

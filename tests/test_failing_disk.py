@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from actstore.cli import main
 from actstore.commits import log
 from actstore.errors import Busy, Damaged, NoRoom, Unsupported
+from actstore.ingest.models import weights
+from actstore.outputs import replacing
 from actstore.storage import lease
 from actstore.storage.local import Local
 from actstore.store import Store
@@ -264,3 +266,18 @@ def test_an_output_is_written_where_fsync_is_lacking(tmp_path, monkeypatch):
         result = CliRunner().invoke(main, ["sql", str(root), "select 1 as a", "--parquet", str(tmp_path / "x.parquet")])
     assert result.exit_code == 0, result.output
     assert pl.read_parquet(tmp_path / "x.parquet").item() == 1
+
+
+def test_a_full_disk_that_polars_meets_is_one_of_ours(tmp_path):
+    with pytest.raises(NoRoom, match=r"no room for .*x\.parquet: No space left on device; free some, then go on"):
+        replacing(tmp_path / "x.parquet", lambda target: pl.DataFrame({"a": [1]}).write_parquet("/dev/full"))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_full_disk_under_a_model_is_one_of_ours(tmp_path, monkeypatch):
+    def full(*asked, **how):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(weights, "write_whole", full)
+    with pytest.raises(NoRoom, match=r"no room for .*mine\.safetensors"):
+        weights.replace(tmp_path / "mine.safetensors", b"x")

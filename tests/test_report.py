@@ -14,7 +14,7 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.trees.task import TreeSet
 from actstore.queries.report import TITLES, report
-from actstore.queries.study import STUDIES
+from actstore.queries.study import STUDIES, questions
 from actstore.store import Store
 from tests.answering import Answering, noise
 from tests.test_pipeline import small_model
@@ -69,6 +69,29 @@ def test_the_page_holds_every_answer_and_what_is_lacking(path, tmp_path):
     assert "--variant swap_last --sites none" in shown
     assert "--sites pattern" in shown
     assert small_model().weights_sha256 in shown
+
+
+def test_no_number_and_no_interval_of_a_table_is_wrapped(path, tmp_path):
+    with Store(path) as store:
+        text = report(store, tmp_path / "out").page.read_text()
+    assert "td { white-space: nowrap; }" in text
+    cells = re.findall(r"<td([^>]*)>([^<]*)</td>", text)
+    assert [kind for kind, said in cells if re.fullmatch(r"[-+\[\]0-9., ]+", said) and "long" in kind] == []
+    assert all("long" in kind for kind, said in cells if len(said) > 60)
+    assert {kind for kind, said in cells} == {"", " class=number", " class=long"}
+
+
+def test_runs_of_one_model_over_one_set_answer_once(path, tmp_path):
+    shutil.copytree(path, root := tmp_path / "s.act")
+    execute(
+        Answering(
+            root, small_model(), TreeSet("reproduction", 300, n_nodes=6, name="d"), sites=[], says=noise, run="again"
+        )
+    )
+    with Store(root) as store:
+        for name in ("depth", "last-edge"):
+            assert [asked.run for asked in questions(store, name)] == ["small"]
+            assert [asked.run for asked in questions(store, name, ["again", "small"])] == ["again", "small"]
 
 
 def test_the_page_needs_nothing_beside_itself_and_comes_out_the_same(path, tmp_path):

@@ -78,7 +78,9 @@ from actstore.errors import advised
 )
 @click.option("--site", help="With --from-arrays: name of the new site.")
 @click.option("--lineage", metavar="TEXT", help="With --from-arrays: what X is, from which site, by which code.")
-@click.option("--allow-nan", is_flag=True, help="With --from-arrays: accept NaN and infinity.")
+@click.option(
+    "--allow-nan", is_flag=True, help="With --from-arrays: accept NaN (not as a row's first number) and infinity."
+)
 @wait_option
 def ingest(
     store: Path, from_arrays: str | None, site: str | None, lineage: str | None, allow_nan: bool, **options: Any

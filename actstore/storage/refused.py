@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from actstore.errors import NoRoom, Unsupported
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SUCH_CALL = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+QUOTED = re.compile(r"\(os error (\d+)\)")  # an error of the system in the words of polars and safetensors
 ABILITIES = {  # what a file system may lack, and the errors that then come
     "hard links": (*NO_SUCH_CALL, errno.EPERM, errno.EMLINK),
     "locks (flock)": (*NO_SUCH_CALL, errno.ENOLCK, errno.EINVAL),
@@ -33,10 +36,16 @@ def needing_room(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise NoRoom(f"no room for {error.filename or path}: {error.strerror}; free some, then go on") from error
-        say_where(error, path)
+    except Exception as error:
+        if isinstance(error, OSError):
+            say_where(error, path)
+            where, reason, said = error.filename or path, error.errno, error.strerror
+        else:
+            quoted = QUOTED.search(str(error))
+            where, reason = path, int(quoted[1]) if quoted else 0
+            said = os.strerror(reason)
+        if reason in DISK_FULL:
+            raise NoRoom(f"no room for {where}: {said}; free some, then go on") from error
         raise
 
 

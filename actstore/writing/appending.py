@@ -105,8 +105,8 @@ def checked(X: Any, n: int, allow_nan: bool) -> np.ndarray:
         allow_nan: whether NaN and infinity are accepted.
 
     Raises:
-        BadInput: X has other rows or no numbers, or a number is NaN, infinite or too large for
-            float32.
+        BadInput: X has other rows or no numbers, a number is NaN, infinite or too large for
+            float32, or a row begins with NaN, as those of tokens that are not stored do.
     """
     if hasattr(X, "detach"):  # a tensor, of bfloat16 too
         X = X.detach().cpu().float().numpy()
@@ -125,5 +125,11 @@ def checked(X: Any, n: int, allow_nan: bool) -> np.ndarray:
         raise BadInput(
             f"{int(bad.sum()):,} of {n:,} rows of X have a number that {said}, the first row {first}; mend them, or allow NaN "
             "and infinity (allow_nan=True, --allow-nan)"
+        )
+    blank = np.isnan(numbers.reshape(n, -1)[:, 0]) if numbers.size else np.zeros(n, bool)
+    if n_blank := int(blank.sum()):
+        raise BadInput(
+            f"{n_blank:,} of {n:,} rows of X begin with NaN, the first row {int(np.argmax(blank))}, which is how a token that "
+            "is not stored reads; leave out the tokens whose rows are NaN, or put another number first"
         )
     return numbers

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from actstore.errors import BadInput, nearest
 from actstore.ingest.models.config import ModelConfig, brief
 from actstore.storage.machine import limit_reached
+from actstore.storage.refused import needing_room
 from actstore.storage.whole import write_whole
 
 if TYPE_CHECKING:
@@ -151,10 +152,12 @@ def replace(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, even across a power cut.
 
     Raises:
+        NoRoom: the disk is full.
         Unsupported: the file system has no fsync.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda under_way: under_way.write_bytes(content))  # the file stays writable
+    with needing_room(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda under_way: under_way.write_bytes(content))  # the file stays writable
 
 
 def check_weights(found: Mapping[str, Tensor], config: ModelConfig, source: str) -> dict[str, Tensor]:

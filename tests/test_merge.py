@@ -33,6 +33,7 @@ from actstore.storage import sealed, whole
 from actstore.storage.local import Local
 from actstore.store import Store
 from actstore.upkeep.verify import verify
+from actstore.writing.plan import RunPlan
 from actstore.writing.writer import open_writer
 from tests.damaged import TREES, damage, flip
 from tests.stores import TABLES, committed_files, fake, files
@@ -383,6 +384,15 @@ def test_a_damaged_file_of_a_source_is_refused(to_damage: list[Path], tmp_path: 
 def to_damage(stores: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("to damage")
     return [Path(shutil.copytree(root, folder / root.name)) for root in stores[:2]]
+
+
+def test_a_dataset_without_ids_is_damage(alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = RunPlan.dataset_row
+    monkeypatch.setattr(RunPlan, "dataset_row", lambda self, first: {**row(self, first), "first_tree_id": None})
+    with open_writer(tmp_path / "s.act", make=True) as writer:
+        writer.define(fake("t", "t").plan)
+    with pytest.raises(Damaged, match="dataset 't' without ids"):
+        actstore.merge([alike / "a.act", tmp_path / "s.act"], tmp_path / "m.act")
 
 
 def test_a_source_whose_log_was_edited_is_refused(alike: Path, tmp_path: Path) -> None:

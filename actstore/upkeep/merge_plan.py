@@ -93,6 +93,8 @@ class Source:
         with self._holding(part):
             rows = as_stored(part.table, pl.read_parquet(content))
             rows = as_stored(part.table, self.moved.rows(manifest, part.table, rows))
+            if part.table == "models" and len(rows) != 1:
+                raise ValueError(f"{len(rows)} models")
             if part.table == "results":
                 snapshots = dict(enumerate(self.at_commit))
                 return rows.with_columns(pl.col("snapshot").replace(snapshots), recorded=None)
@@ -251,6 +253,8 @@ class Plan:
             if row["kind"] == "documents":
                 source.moved.documents[row["name"]] = row["owner"]
         for row in source.rows("datasets"):
+            if not _has_ids(row):
+                raise Damaged(f"{source.root} holds a dataset {row['dataset']!r} without ids; restore it from a copy")
             name, original = row["dataset"], row.get("variant_of") or ""
             wanted = {**row, "dataset": names.get(name, name), "variant_of": names.get(original, original) or None}
             there = self._datasets.get(wanted["dataset"])
@@ -359,6 +363,14 @@ class Plan:
             raise Conflict(source, kind, name, what)
         if isinstance(file, Part) and file.table in ("datasets", "runs", "relations", "models"):
             self.shared[f"{kind} {name[:12] if kind == 'model' else name}"] = None
+
+
+def _has_ids(dataset: Mapping[str, Any]) -> bool:
+    """False if a row of `datasets` lacks its first ids or their number, as no writer writes it."""
+    try:
+        return Ids.beyond([dict(dataset)]) >= Ids.of_dataset(dataset)
+    except TypeError:
+        return False
 
 
 def _whose(manifest: Manifest, file: File) -> tuple[str, str]:

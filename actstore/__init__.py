@@ -29,16 +29,32 @@ from actstore.version import __version__
 
 if TYPE_CHECKING:
     from actstore.ingest.jobs.local import ingest as ingest
+    from actstore.interventions import Edit
     from actstore.store import Store
-    from actstore.verbs import copy, drop, evaluate, label, merge, record, repair, report, study, train, verify
+    from actstore.verbs import (
+        copy,
+        drop,
+        evaluate,
+        label,
+        merge,
+        patch,
+        record,
+        repair,
+        report,
+        study,
+        train,
+        verify,
+        view,
+    )
 
-_LATER = {"Store": "actstore.store"}
+_LATER = {"Store": "actstore.store", "Edit": "actstore.interventions"}
 _VERBS = (
     "copy",
     "drop",
     "evaluate",
     "label",
     "merge",
+    "patch",
     "record",
     "repair",
     "report",
@@ -54,6 +70,7 @@ __all__ = [
     "BadInput",
     "Busy",
     "Damaged",
+    "Edit",
     "LimitReached",
     "NoRoom",
     "NotStored",
@@ -69,6 +86,7 @@ __all__ = [
     "ingest",
     "label",
     "merge",
+    "patch",
     "record",
     "repair",
     "report",

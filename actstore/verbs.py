@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput, NotStored
+from actstore.interventions import Edit
 from actstore.outputs import Exported, Work, check_file, silent
 from actstore.storage.at import place
 from actstore.store import Store
@@ -286,6 +287,71 @@ def record(
         for frame in results:
             writer.record(frame)
     return results
+
+
+def patch(
+    store: str | Path | Store,
+    base: str,
+    edits: str | Edit | Sequence[Edit],
+    at: str | None = None,
+    how: str = "replace",
+    run: str | None = None,
+    sites: Sequence[str] | None = None,
+    donors: str | None = None,
+    donor_site: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    tables: Mapping[str, Any] | None = None,
+    answers: str = "all",
+    batch_size: int | None = None,
+    device: str = "cpu",
+    wait: float = 10.0,
+    progress: Work = silent,
+) -> str:
+    """Run a stored run's model again with some activations edited, and store the answers as a run.
+
+        actstore.patch("demo.act", "reproduction", "select token_id, … as donor_token_id", at="z.3")
+
+    The new run holds the edited sequences alone: `predictions`, `outcomes` and, if asked for,
+    activations. Its definition is in `interventions` and `edits`. One join on token_id leads to the
+    base run's answers.
+
+    Args:
+        store: a path, or an open store, which keeps its snapshot.
+        base: name of the base run.
+        edits: an edit's query, with `at`, `how` and so on; or several `Edit`s.
+        at, how, donors, donor_site, params, tables: of the one edit, see interventions.Edit.
+        run: name of the new run; default: made from the base's, how and where.
+        sites: sites whose activations are stored; default: none.
+        answers: `all`; or `next`, without `outcomes` of trees.
+        batch_size: sequences per forward pass; default: the base run's.
+        device: "cpu" or "cuda".
+        wait: seconds to wait for another process that writes to the store.
+        progress: see `outputs.Work`.
+
+    Returns:
+        The new run's name.
+
+    Raises:
+        NotStored: there is no such run, site or token; or the base's weights are not stored.
+        BadInput: an edit has no meaning, or another run has the name.
+        Busy: another process still writes.
+    """
+    from actstore.ingest.jobs.local import execute
+    from actstore.ingest.jobs.patched import prepare_patch
+
+    if isinstance(edits, str):
+        if at is None:
+            raise BadInput("got a query and no site; say where it edits (at=…, --at)")
+        edits = Edit(edits, at, how, donors, donor_site, params or {}, tables or {})
+    elif at is not None or how != "replace" or donors or donor_site or params or tables:
+        raise BadInput(
+            "got Edits, and at, how, donors, donor_site, params or tables beside them; give these to each Edit"
+        )
+    listed = [edits] if isinstance(edits, Edit) else list(edits)
+    job = prepare_patch(_path(store), base, listed, run, sites, batch_size, answers, device, wait)
+    with progress(f"patch {job.plan.run}", job.sequences.n_sequences, job.unit) as advance:
+        execute(job, advance)
+    return job.plan.run
 
 
 def label(

@@ -61,6 +61,7 @@ select
     variant_of,
     change,
     coalesce(task, 'trees') as task,
+    run in (select run from interventions) as edited,
     coalesce((select list(short) from sites where sites.run = runs.run), []) as held,
     coalesce((select list(short) from sites where sites.run = runs.run and kind in ('resid', 'vector')), []) as vectors
 from runs join datasets using (dataset)
@@ -274,7 +275,10 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
     every = [
         row
         for row in known.values()
-        if row["prompt"] == "task" and not row["variant_of"] and (of_any or row["task"] == "trees")
+        if row["prompt"] == "task"
+        and not row["variant_of"]
+        and not row["edited"]
+        and (of_any or row["task"] == "trees")
     ]
     asked: list[Row] = [known[run] for run in named] or every
     if not asked:
@@ -318,6 +322,7 @@ def most_alike(base: Row, among: Iterable[Row]) -> list[Row]:
         row
         for row in among
         if row["prompt"] == "task"
+        and not row["edited"]
         and row["dataset"] == base["dataset"]
         and row["weights_sha256"] != base["weights_sha256"]
     ]

@@ -35,7 +35,7 @@ TABLES = (
         "runs",
         "sites",
     ),
-    *("shards", "predictions", "outcomes", "generations", "results", "snapshot"),
+    *("shards", "predictions", "outcomes", "interventions", "edits", "generations", "results", "snapshot"),
 )
 
 

@@ -13,11 +13,12 @@ FOLDERS = {"actstore": ROOT / "actstore", "actstore.ingest": ROOT / "ingest", "a
 
 # what each room may import, beside itself; CONTRIBUTING.md says what each is for
 MAY = {
-    "actstore": "verbs ingest.jobs store errors version",
+    "actstore": "verbs ingest.jobs store interventions errors version",
     "errors": "",
     "version": "",
     "intervals": "",
     "named": "",
+    "interventions": "",
     "advice": "named errors",
     "sites": "advice arrays errors",
     "storage": "errors",
@@ -36,14 +37,18 @@ MAY = {
     "ingest.trees": "ingest.task ingest.corpus.documents arrays catalog.declared errors",
     "ingest.corpus": "ingest.task arrays catalog.declared errors",
     "ingest.models": "ingest.trees arrays named storage errors",
-    "ingest.answers": "ingest.models ingest.trees arrays errors",
+    "ingest.answers": "ingest.models ingest.trees ingest.corpus arrays errors",
+    "ingest.interventions": (
+        "ingest.answers ingest.models ingest.trees ingest.corpus interventions store arrays errors"
+    ),
     "ingest.training": "ingest.answers ingest.models ingest.trees named storage intervals errors",
     "ingest.jobs": (
-        "ingest.task ingest.corpus ingest.trees ingest.models ingest.answers writing arrays named commits storage errors"
+        "ingest.task ingest.corpus ingest.trees ingest.models ingest.answers ingest.interventions interventions store writing "
+        "arrays named commits storage errors"
     ),
     "ingest.replay": "ingest.jobs ingest.corpus ingest.answers ingest.models ingest.trees named store writing catalog "
     "arrays commits errors",
-    "queries": "store writing.recording arrays.address named sites advice outputs intervals version errors",
+    "queries": "store interventions writing.recording arrays.address named sites advice outputs intervals version errors",
 }
 ANY = ("cli", "verbs", "__main__")  # a command, and the function of its name, may call anything
 

@@ -53,6 +53,16 @@ def test_an_error_comes_back_as_its_class_though_that_is_called_otherwise(demo_p
 NAMED_OTHERWISE = {"no_record": "record", "file": "labels"}  # of a command's options: the function's arguments
 OF_A_COMMAND = {"as_csv", "as_json", "parquet", "yes"}  # how it prints, and whether it asks
 OF_APPEND = {"from_arrays", "site", "lineage", "allow_nan"}  # `ingest --from-arrays` does what Store.append does
+OF_PATCH = {
+    "base",
+    "patches",
+    "at",
+    "how",
+    "donors",
+    "donor_site",
+    "params",
+    "tables",
+}  # `ingest --base`: actstore.patch
 VERBS = ("drop", "evaluate", "ingest", "label", "record", "repair", "report", "study", "train", "verify", "view")
 
 
@@ -60,7 +70,7 @@ VERBS = ("drop", "evaluate", "ingest", "label", "record", "repair", "report", "s
 def test_a_command_and_its_function_take_the_same(verb):
     options = {NAMED_OTHERWISE.get(str(option.name), option.name) for option in main.commands[verb].params}
     takes = inspect.signature(getattr(actstore, verb)).parameters
-    assert set(takes) - {"progress"} == options - OF_A_COMMAND - (OF_APPEND if verb == "ingest" else set())
+    assert set(takes) - {"progress"} == options - OF_A_COMMAND - (OF_APPEND | OF_PATCH if verb == "ingest" else set())
     for option in main.commands[verb].params:
         if option.name in takes and isinstance(
             option.default, int | str | float

@@ -21,12 +21,12 @@ from actstore.arrays.pack import ShardBuffer
 from actstore.cli import main
 from actstore.errors import BadInput
 from actstore.ingest.answers.next_token import Asked
+from actstore.ingest.answers.passes import passes
 from actstore.ingest.corpus import corpus as corpora
 from actstore.ingest.corpus.corpus import Corpus, from_text, from_tokens
 from actstore.ingest.corpus.tokens import Vocabulary
 from actstore.ingest.jobs.job import Ingest, default_batch_size
 from actstore.ingest.jobs.local import execute
-from actstore.ingest.jobs.passes import passes
 from actstore.ingest.jobs.prepare import prepare
 from actstore.ingest.models.load import load
 from actstore.ingest.models.model import Model

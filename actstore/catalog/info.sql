@@ -10,6 +10,9 @@ with
     graded as (
         select run, count(*) as n_trees, avg(greedy_right::int) as right from outcomes group by run
         union all
+        select run, count(distinct tree_id), null  -- edited runs may hold next tokens alone
+        from predictions where run in (from (select run from interventions) anti join outcomes using (run)) group by run
+        union all
         select run, count(distinct tree_id), null from generations group by run  -- continuations are not graded
     ),
     counted as (

@@ -205,6 +205,32 @@ create table outcomes (
     failure failure_kind, -- kind of the first wrong step; NULL when right
 );
 
+create table interventions (
+    run varchar, -- runs.run, of a run with edited activations: it holds the edited sequences alone
+    edit smallint, -- number of the edit, from 0
+    base_run varchar, -- runs.run: the run whose model and sequences these are
+    site varchar, -- TransformerLens' name of the edited site
+    short varchar, -- its short form
+    how varchar, -- 'replace', 'add', 'zero', 'mean', 'project' or 'knockout'
+    donor_run varchar, -- run that the donors' rows are of; NULL without donors
+    donor_site varchar, -- short name of the site that they are read from; NULL without donors
+    query varchar, -- SQL that chose the rows of `edits`
+    params varchar, -- parameters of the query, JSON
+    snapshot integer, -- data version that the query read: snapshot.snapshot
+    n_edits bigint, -- rows of `edits`
+    donors_xxh3_128 varchar, -- hash of the donors' rows, one after another, float32; NULL without donors
+);
+
+create table edits (
+    run varchar, -- interventions.run
+    edit smallint, -- interventions.edit
+    token_id bigint, -- the edited token
+    head smallint, -- the edited head; NULL for all
+    key_token_id bigint, -- token that is no longer attended to; NULL except of 'knockout'
+    donor_token_id bigint, -- token whose activation takes part; NULL without donors
+    vector float[], -- numbers that take part; NULL without
+);
+
 create table generations (
     run varchar, -- runs.run, of a run whose prompt is 'tree'
     tree_id integer, -- trees.tree_id

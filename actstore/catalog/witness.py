@@ -25,6 +25,8 @@ OF_RUN = (
     "predictions",
     "outcomes",
     "generations",
+    "interventions",
+    "edits",
 )  # tables whose parts bear a run's name; the others' bear a dataset's
 
 
@@ -101,7 +103,9 @@ def _may_bring(manifest: Manifest, part: Part) -> bool:
         return part.table == "sites" and part.owner.startswith(f"{manifest.run}/") and part.batch is None
     if manifest.kind == "run":
         of_definition = part.table in ("models", "datasets", "vocabularies", "relations")
-        return of_definition or (part.table in ("runs", "sites") and part.owner == manifest.run)
+        return of_definition or (
+            part.table in ("runs", "sites", "interventions", "edits") and part.owner == manifest.run
+        )
     of_batch = manifest.kind == "batch" and part.batch == manifest.batch
     return of_batch and (part.table not in OF_RUN or part.owner == manifest.run)
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from actstore.cli.group import KEPT, ModelCommand, main, say
-from actstore.cli.options import checkpoint_option, model_options, store_argument, wait_option
+from actstore.cli.options import (
+    checkpoint_option,
+    model_options,
+    param_option,
+    store_argument,
+    table_option,
+    wait_option,
+)
 from actstore.errors import advised
+
+if TYPE_CHECKING:
+    from actstore.ingest.jobs.job import Ingest
+
+OF_PATCH = ("base", "patches", "at", "how", "donors", "donor_site", "params", "tables")  # parameters, of --base
+TAKEN_WITH_BASE = ("run", "sites", "batch_size", "device", "wait", "answers")
+SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site": "donor-site"}
 
 
 @main.command(cls=ModelCommand)
@@ -81,6 +96,27 @@ from actstore.errors import advised
 @click.option(
     "--allow-nan", is_flag=True, help="With --from-arrays: accept NaN (not as a row's first number) and infinity."
 )
+@click.option("--base", metavar="RUN", help="Instead of a model: run this stored run again, with activations edited.")
+@click.option(
+    "--patch",
+    "patches",
+    multiple=True,
+    metavar="QUERY",
+    help="With --base: SQL, or a .sql file, whose rows are the edits. Several make several edits.",
+)
+@click.option("--at", multiple=True, metavar="SITE", help="With --patch: the site that is edited.")
+@click.option(
+    "--how",
+    multiple=True,
+    metavar="HOW",
+    help="With --patch: replace (the default), add, project, zero, mean, knockout.",
+)
+@click.option("--donors", metavar="RUN", help="With --patch: the run that donor_token_id is of; default: --base.")
+@click.option(
+    "--donor-site", metavar="SITE", help="With --patch: the site that the donors are read from; default: --at."
+)
+@param_option
+@table_option
 @wait_option
 def ingest(
     store: Path, from_arrays: str | None, site: str | None, lineage: str | None, allow_nan: bool, **options: Any
@@ -104,24 +140,86 @@ def ingest(
         actstore ingest demo.act --from-arrays sae.npz --run reproduction --site sae.3 --lineage "SAE of resid_post.3"
         actstore ingest text.act --model path/to/model-folder --text notes.txt --context 512 --sites resid_post
         actstore ingest text.act --model path/to/other-folder --dataset notes --run other
+        actstore ingest demo.act --base reproduction --patch "select token_id from edge_targets where is_last" \
+            --at resid_post.2 --how mean
     """
     if from_arrays is not None:
         _append(store, from_arrays, options["run"], site, lineage, allow_nan, options["wait"])
         return
+    of_patch = {name: options.pop(name) for name in OF_PATCH}
+    if of_patch["base"] is not None:
+        _patch(store, of_patch, options)
+        return
+    if given := [name for name in OF_PATCH if of_patch[name]]:
+        raise click.UsageError(f"--{SPELLED.get(given[0], given[0])} comes with --base, the stored run that is edited")
     if site or lineage or allow_nan:
         raise click.UsageError("--site, --lineage and --allow-nan come with --from-arrays (a model's sites: --sites)")
-    from actstore.cli.progress import progress
-    from actstore.ingest.jobs.local import execute
     from actstore.ingest.jobs.prepare import prepare
 
-    job = prepare(store, **options)
+    n_sequences, job = _execute(prepare(store, **options))
+    look = advised("info", store)
+    say(f"{store}: run {job.plan.run} holds {n_sequences:,} {job.unit}; look with {look}")
+
+
+def _execute(job: Ingest) -> tuple[int, Ingest]:
+    """Store a run, with its cost before it and its progress."""
+    from actstore.cli.progress import progress
+    from actstore.ingest.jobs.local import execute
+
     click.get_current_context().meta[KEPT] = job.kept
     say(job.announcement())
     n_sequences = job.sequences.n_sequences
     with progress(f"ingest {job.plan.run}", n_sequences, job.unit) as advance:
         execute(job, advance)
-    look = advised("info", store)
-    say(f"{store}: run {job.plan.run} holds {n_sequences:,} {job.unit}; look with {look}")
+    return n_sequences, job
+
+
+def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> None:
+    """Store a run with edited activations."""
+    from actstore.ingest.jobs.patched import prepare_patch
+    from actstore.interventions import Edit
+
+    context = click.get_current_context()
+    for name in options:
+        if name not in TAKEN_WITH_BASE and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"got --{name.replace('_', '-')}, which has no meaning with --base; leave it out")
+    queries, sites, hows = of_patch["patches"], of_patch["at"], of_patch["how"] or ("replace",)
+    if not queries or len(sites) not in (1, len(queries)) or len(hows) not in (1, len(queries)):
+        raise click.UsageError(
+            f"got {len(queries)} --patch, {len(sites)} --at and {len(of_patch['how'])} --how; give each --patch its --at and "
+            "--how, or one for all"
+        )
+    n = len(queries)
+    shared = {"donors": of_patch["donors"], "donor_site": of_patch["donor_site"]}
+    shared |= {"params": of_patch["params"], "tables": of_patch["tables"]}
+    edits = [
+        Edit(_query(query), at, how, **shared)
+        for query, at, how in zip(queries, sites * (n // len(sites)), hows * (n // len(hows)), strict=True)
+    ]
+    names = options["sites"].split(",") if options["sites"] not in (None, "none") else None
+    answers = options["answers"] or "all"
+    job = prepare_patch(
+        store,
+        of_patch["base"],
+        edits,
+        options["run"],
+        names,
+        options["batch_size"],
+        answers,
+        options["device"],
+        options["wait"],
+    )
+    _execute(job)
+    assert job.patch is not None
+    look = advised("sql", store, f"from predictions where run = '{job.plan.run}'")
+    say(f"{store}: run {job.plan.run} holds {len(job.patch.numbers):,} edited {job.unit}; look with {look}")
+
+
+def _query(given: str) -> str:
+    """A query as it is, or that of a .sql file."""
+    from actstore.queries.probes.labelled import sql_of
+
+    return sql_of(given)
 
 
 def _append(

@@ -28,6 +28,16 @@ Kind = Literal["resid", "vector", "heads", "pattern"]  # see sites.kind in schem
 MOST_BATCHES = 1 << 20  # per site: a reader keeps 2 kB of each, and a process maps 65,530 by default
 MOST_NUMBERS = 1 << 36  # per tree and site
 
+NOT_EDITED = """
+-- tokens of the sequences that a run with edits does not hold; none of any other run
+select token_id from store.main.tokens
+where token_id in (select unnest($ids::bigint[]))
+    and $run in (select run from store.main.interventions)
+    and sequence_id not in (
+        select sequence_id from store.main.edits join store.main.tokens using (token_id) where edits.run = $run
+    )
+"""
+
 
 def open_site(store: Snapshot, run: str, site: str) -> Reader:
     """Open one site: mapped shards if laid out as actstore writes them, else through zarr-python.
@@ -64,6 +74,10 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
             raise not_stored(where, ids, np.ones(len(ids), bool), "not given when the site was appended, or padding")
         asked = {"ids": np.unique(ids).tolist()}
         known = store.sql("select token_id from tokens where token_id in (select unnest($ids::bigint[]))", asked)
+        others = store.session.sql(NOT_EDITED, {**asked, "run": run})
+        if len(others):
+            whose = "of a sequence that no edit of the run names: the base run holds it"
+            raise not_stored(where, ids, np.isin(ids, others["token_id"].to_numpy()), whose)
         return np.isin(ids, known["token_id"].to_numpy())
 
     dtype = mapped_dtype(_zarr_json(store, found.path), layout)

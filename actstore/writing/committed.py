@@ -172,11 +172,11 @@ def made_by(about: Mapping[str, Any]) -> dict[str, Any]:
     """What is noted beside the versions in a row of `runs`.
 
     Returns:
-        batch_size: sequences per forward pass; answers: which answers a run over text stores. None
-        where nothing is noted.
+        batch_size: sequences per forward pass; answers: which answers a run over text stores;
+        edits: hash of the edits of a run with edits. None where nothing is noted.
     """
     noted = json.loads(about.get("versions") or "{}")
-    return {name: noted.get(name) for name in ("batch_size", "answers")}
+    return {name: noted.get(name) for name in ("batch_size", "answers", "edits")}
 
 
 def committed_batches(root: Path, run: str) -> set[int]:

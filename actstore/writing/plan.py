@@ -99,6 +99,7 @@ class RunPlan:
         weights: canonical safetensors bytes, whose sha256 is model["weights_sha256"].
         dataset: a row of `datasets` without the first ids, which the store assigns.
         parts: rows of further tables that come with the dataset: vocabularies, relations.
+        of_run: rows of further tables that come with the run: interventions, edits.
         unembedding: safetensors bytes of the model's last layer; b"" if the weights hold it.
         sites: the arrays.
         facts: device, versions, prompt and samples, for the row of `runs`.
@@ -114,6 +115,7 @@ class RunPlan:
     sites: Sequence[SitePlan]
     facts: Mapping[str, Any]
     parts: Mapping[str, pl.DataFrame] = field(default_factory=dict)
+    of_run: Mapping[str, pl.DataFrame] = field(default_factory=dict)
     unembedding: bytes = b""
 
     def __post_init__(self) -> None:

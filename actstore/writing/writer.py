@@ -141,6 +141,7 @@ class Writer:
             *(part for content in set_contents(plan) for part in self._part(content)),
             *self._part(part_content("runs", plan.run, [plan.row(first)])),
             *self._part(part_content("sites", plan.run, [site.row(plan.run) for site in plan.sites])),
+            *(part for table, rows in plan.of_run.items() for part in self._part(part_content(table, plan.run, rows))),
         ]
         contents = definition_contents(plan, first)
         others = [file for content in contents for file in self._file(content.path, content.content)]

@@ -7,14 +7,16 @@ right if and only if all predictions are right, so only trees with a wrong step 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
-from actstore.arrays.address import token_ids
+from actstore.arrays.address import positions, token_ids
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
 from actstore.ingest.trees.draw import NO_NODE, at_label
@@ -22,6 +24,8 @@ from actstore.ingest.trees.rows import enum_series, null_where_no_node
 from actstore.ingest.trees.tokens import PAD, WORDS, decode, is_arrow, n_nodes_of, path_at, root_at, word_label
 
 FAILURES = ("wrong_child", "not_a_child", "not_a_step")
+# (rows in the batch, intp [n]; words so far, uint8 [n, pos]; positions, intp [n]) → likeliest words
+NextWord = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,27 @@ def answer(model: Model, words: np.ndarray, logits: Tensor) -> Answers:
         words: uint8 [n_trees, 4n-1] word numbers, see `tokens.encode`.
         logits: float32 [n_trees, 4n-1, d_vocab], on the model's device.
     """
-    n_nodes = n_nodes_of(words)
-    target = words[:, path_at(n_nodes) :]
     # the root predicts step 0; the last step of the longest path predicts nothing
-    predicted, p_target = _predictions(model, target, logits[:, root_at(n_nodes) : -1])
+    return graded(model, words, logits[:, root_at(n_nodes_of(words)) : -1], partial(_next_word, model))
+
+
+def graded(model: Model, words: np.ndarray, of_steps: Tensor, next_word: NextWord | None) -> Answers:
+    """Grade a batch of trees, given the logits of each step.
+
+    Args:
+        words: uint8 [n_trees, 4n-1] word numbers, see `tokens.encode`.
+        of_steps: float32 [n_trees, n - 1, d_vocab], on the model's device.
+        next_word: continues greedily from wrong answers; None leaves `greedy` at the first wrong
+            step.
+    """
+    target = words[:, path_at(n_nodes_of(words)) :]
+    predicted, p_target = _predictions(model, target, of_steps)
     wrong = predicted != target
     failed = np.flatnonzero(wrong.any(axis=1))
     first = wrong[failed].argmax(axis=1)
     spoken = target.copy()
-    spoken[failed] = _greedy(model, words[failed], first, predicted[failed, first])
+    if next_word is not None:
+        spoken[failed] = _greedy(words[failed], failed, first, predicted[failed, first], next_word)
     first_wrong_step, failure = np.full((2, len(words)), NO_NODE, np.uint8)
     first_wrong_step[failed] = first
     failure[failed] = _failures(words[failed], first, predicted[failed, first])
@@ -83,10 +99,13 @@ def _predictions(model: Model, target: np.ndarray, logits: Tensor) -> tuple[np.n
     return np.where(past_end, PAD, likeliest).astype(np.uint8), np.where(past_end, np.float32("nan"), p_target)
 
 
-def _greedy(model: Model, words: np.ndarray, first: np.ndarray, word: np.ndarray) -> np.ndarray:
+def _greedy(
+    words: np.ndarray, rows: np.ndarray, first: np.ndarray, word: np.ndarray, next_word: NextWord
+) -> np.ndarray:
     """Greedy answers of trees with a wrong step.
 
     Args:
+        rows: intp [n_trees], their rows in the batch.
         first: intp [n_trees], the wrong step.
         word: uint8 [n_trees], the wrong word.
 
@@ -104,11 +123,12 @@ def _greedy(model: Model, words: np.ndarray, first: np.ndarray, word: np.ndarray
         on = is_arrow(word) & (step + 1 < depth[going])
         going, step = going[on], step[on] + 1
         if len(going):
-            word = _next_word(model, np.concatenate([prompt[going], spoken[going]], axis=1), root_at(n_nodes) + step)
+            so_far = np.concatenate([prompt[going], spoken[going]], axis=1)
+            word = next_word(rows[going], so_far, root_at(n_nodes) + step)
     return spoken
 
 
-def _next_word(model: Model, words: np.ndarray, stood_on: np.ndarray) -> np.ndarray:
+def _next_word(model: Model, rows: np.ndarray, words: np.ndarray, stood_on: np.ndarray) -> np.ndarray:
     """uint8 [n_trees]: the likeliest word after position `stood_on`, intp [n_trees]."""
     vocabulary = model.config.vocabulary
     device = next(model.bridge.parameters()).device
@@ -169,3 +189,13 @@ def outcome_rows(answers: Answers, run: str, first_tree_id: int) -> pl.DataFrame
             "failure": null_where_no_node(answers.failure).cat.to(pl.Enum(FAILURES)),
         }
     )
+
+
+def of_trees(rows: pl.DataFrame, tree_ids: np.ndarray) -> pl.DataFrame:
+    """Replace tree numbers 0, 1, 2, … in rows by these tree ids, and adapt token ids."""
+    ids = tree_ids[rows["tree_id"].to_numpy()]
+    rows = rows.with_columns(tree_id=pl.Series(ids, dtype=pl.Int32))
+    if "token_id" not in rows.columns:
+        return rows
+    moved = token_ids(ids, positions(rows["token_id"].to_numpy()))
+    return rows.with_columns(token_id=pl.Series(moved, dtype=pl.Int64))

@@ -44,7 +44,8 @@ class Batch:
 
     def contents(self) -> list[Content]:
         """Encode the batch as files: rows of its sequences and its answers, one shard per site."""
-        of_set = self.drawn.rows(self.first, str(self.job.plan.dataset["dataset"]), self.originals)
+        dataset = str(self.job.plan.dataset["dataset"])
+        of_set = {} if self.job.patch else self.drawn.rows(self.first, dataset, self.originals)  # the base run has them
         return batch_contents(self.job.plan, self.number, of_set, self.answers, self._sealed())
 
     def shards(self) -> list[Content]:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from actstore.arrays.address import Ids, is_of_trees
-from actstore.arrays.pack import ShardBuffer
 from actstore.errors import BadInput, NotStored, nearest
 from actstore.ingest.answers import next_token
 from actstore.ingest.answers.next_token import Asked
-from actstore.ingest.jobs.passes import run_text
+from actstore.ingest.answers.passes import run_text
+from actstore.ingest.interventions.patch import Patch
 from actstore.ingest.jobs.plans import bytes_per_batch, site_plan
 from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.forward import forward
@@ -45,7 +45,7 @@ CATALOG_BYTES = 4_000_000  # of a small catalog: DuckDB gives every column its o
 BYTES_PER_TOKEN_ROW = {"trees": 20, "tokens": 60}  # in parts and catalog, with all rows beside; rounded up from stores
 MOST_AT_ONCE = 128  # sequences per forward pass: 64 to 128 trees are the quickest on a CPU
 TOKENS_AT_ONCE = 4096  # of a forward pass over text: logits of 50,000 words take 0.8 GB
-Buffers = Mapping[str, ShardBuffer]  # TransformerLens name of a site → its activations
+Buffers = Mapping[str, Any]  # TransformerLens name of a site → its ShardBuffer, or what takes its place
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Ingest:
         samples: for prompt `tree`: number of sampled continuations, in addition to the greedy one.
         asked: which next-token predictions to store of text; None for none. Default: those of
             every token but a sequence's last, if the model predicts.
+        patch: edits of the activations; the run then holds the edited sequences alone.
         wait: seconds to wait for another process that writes to the store.
         publish_every: seconds between new catalogs for readers, while batches are committed.
         grades: whether answers are graded; else `answers` gives none.
@@ -78,6 +79,7 @@ class Ingest:
     samples: int | None = None
     wait: float = 0.0
     asked: Asked | None = field(default_factory=Asked)
+    patch: Patch | None = None
     specs: list[SiteSpec] = field(init=False)
     generator: Generator | None = field(init=False, default=None)
     plan: RunPlan = field(init=False)
@@ -103,6 +105,9 @@ class Ingest:
         made_by: dict[str, Any] = {**versions(), "batch_size": self.per_pass}
         if self.of_text:
             made_by["answers"] = next_token.said(self.asked)
+        of_run = {} if self.patch is None else self.patch.tables(drafted.run)
+        if self.patch is not None:
+            made_by |= self.patch.noted(of_run)
         about = {"device": str(self.device), "versions": json.dumps(made_by)}
         self.plan = replace(
             drafted,
@@ -110,6 +115,7 @@ class Ingest:
             weights=self.model.weights,
             unembedding=self.model.unembedding,
             parts=self.sequences.parts(),
+            of_run=of_run,
             facts={**about, **drafted.facts},
         )
 
@@ -211,6 +217,10 @@ class Ingest:
         done = self.n_batches - len(left)
         resumed = f"; {done} of {self.n_batches} batches are there" if done else ""
         about = "about " * (not self.of_text)
+        if self.patch is not None:
+            return (
+                f"run {self.plan.run}: {self.patch.said()}, {len(self.specs)} sites; {free / 1e9:.1f} GB free{resumed}"
+            )
         return (
             f"run {self.plan.run}: {self.sequences.n_sequences:,} {self.unit} ({self.plan.dataset['dataset']}), "
             f"{about}{self.n_tokens:,} tokens, {self._sites_said(left, held)}; {self._bytes(left, held) / 1e9:.2f} GB to "
@@ -239,6 +249,11 @@ class Ingest:
         Returns:
             The rows of `predictions` and `outcomes`, or of `generations`; none without `grades`.
         """
+        if self.patch is not None:
+            run_edited = self.patch.run_text if self.of_text else self.patch.run_trees
+            return run_edited(
+                self.model, self.specs, drawn, first, self.per_pass, self.asked, self.plan.run, into, advance
+            )
         if self.of_text:
             options = (self.per_pass, self.asked if self.grades else None, self.plan.run)
             return run_text(self.model, self.specs, drawn, first, into, *options, advance)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from actstore.errors import BadInput
 from actstore.ingest.models.sites import SiteSpec
@@ -15,6 +15,65 @@ if TYPE_CHECKING:
 
     from actstore.ingest.models.load import Model
 
+Hooks = list[tuple[str, Callable[..., Any]]]
+MID_TOLERANCE = 1e-3  # of the largest number: half precision rounds by half of it
+
+
+class Changing(Protocol):
+    """Edits of the activations of one forward pass."""
+
+    @property
+    def sites(self) -> Iterable[str]:
+        """TransformerLens' names of the edited sites."""
+        ...
+
+    def apply(self, site: str, activations: Tensor) -> Tensor:
+        """The edited activations of a site, float32; changes them in place."""
+        ...
+
+
+def edited(changes: Changing) -> tuple[Hooks, Hooks]:
+    """Hooks that edit a forward pass: those before the hooks that read sites, and those after them.
+
+    TransformerLens 4 hooks `resid_mid` at the input of the MLP's norm, so that a change there does
+    not reach the residual stream. Such an edit is made in `attn_out`, which the stream adds to
+    `resid_pre`.
+    """
+    first: Hooks = []
+    last: Hooks = []
+    for site in changes.sites:
+        prefix, _, name = site.rpartition(".")
+        if name != "hook_resid_mid":
+            first.append((site, _edit(changes, site)))
+            continue
+        before: dict[str, Tensor] = {}
+
+        def keep(resid: Tensor, hook: object, before: dict[str, Tensor] = before) -> None:
+            before["resid"] = resid
+
+        def edit(out: Tensor, hook: object, site: str = site, before: dict[str, Tensor] = before) -> Tensor:
+            resid = before["resid"].float()
+            before["wanted"] = changes.apply(site, resid + out.float())
+            return (before["wanted"] - resid).to(out.dtype)
+
+        def look(resid: Tensor, hook: object, site: str = site, before: dict[str, Tensor] = before) -> None:
+            wanted = before["wanted"]
+            if float((resid.float() - wanted).abs().max()) > MID_TOLERANCE * float(wanted.abs().max()):
+                raise BadInput(
+                    f"got an edit at {site!r}, and in this architecture the residual stream there is not resid_pre plus attn_out; "
+                    "edit resid_post of the layer before, or attn_out"
+                )
+
+        last += [(f"{prefix}.hook_resid_pre", keep), (f"{prefix}.hook_attn_out", edit), (site, look)]
+    return first, last
+
+
+def _edit(changes: Changing, site: str) -> Callable[..., Any]:
+    def edit(activations: Tensor, hook: object) -> Tensor:
+        return changes.apply(site, activations.float().clone()).to(activations.dtype)
+
+    return edit
+
 
 def forward(
     model: Model,
@@ -22,6 +81,7 @@ def forward(
     sites: Sequence[SiteSpec],
     take: Callable[[SiteSpec, Tensor], None],
     lengths: Sequence[int] | np.ndarray | Tensor | None = None,
+    changes: Changing | None = None,
 ) -> Float32[Tensor, "sequence pos d_vocab"]:  # noqa: F722
     """Run the model once, with hooks on the chosen sites only.
 
@@ -34,12 +94,14 @@ def forward(
         lengths: number of tokens of each sequence, without padding; default: every position is a
             token. Rows past the length mean nothing. A path-finding system is causal and knows its
             padding, so that it runs without a mask.
+        changes: edits of the activations; `take` is given the edited ones.
 
     Returns:
         The logits.
 
     Raises:
-        BadInput: a site has another shape than in the first forward pass.
+        BadInput: a site has another shape than in the first forward pass; or the model has no edit
+            of the residual stream between attention and MLP.
     """
     import torch
 
@@ -59,7 +121,8 @@ def forward(
 
         return hand_over
 
-    hooks = [(site.name, hook(site)) for site in sites]
+    first, last = ([], []) if changes is None else edited(changes)
+    hooks = [*first, *((site.name, hook(site)) for site in sites), *last]
     with torch.no_grad():
         if model.task == "trees":
             return model.bridge.run_with_hooks(ids, fwd_hooks=hooks)

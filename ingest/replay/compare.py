@@ -17,14 +17,15 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from actstore.arrays.address import POSITIONS_PER_TREE, Ids, positions, token_ids
+from actstore.arrays.address import POSITIONS_PER_TREE, Ids, token_ids
 from actstore.commits.log import manifests
 from actstore.commits.manifest import Manifest
 from actstore.errors import NotStored
 from actstore.ingest.answers.continuations import generation_rows
-from actstore.ingest.answers.tree_paths import answer, outcome_rows, prediction_rows
+from actstore.ingest.answers.tree_paths import answer, of_trees, outcome_rows, prediction_rows
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.forward import forward
+from actstore.ingest.replay.compare_edited import compare_edited
 from actstore.ingest.replay.compare_text import compare_text
 from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, not_compared, of_rows
 from actstore.ingest.replay.rehydrate import rehydrate
@@ -93,6 +94,9 @@ def _of_run(
         job, about = rehydrate(store.path, committed, run)
     except NotStored as error:  # the store only refers to the model
         return [*found, not_compared(run, "model", str(error))]
+    if job.patch is not None:
+        row = datasets.filter(pl.col("dataset") == about["dataset"]).to_dicts()[0]
+        return found + compare_edited(store, job, Ids.of_dataset(row), batches_of(committed, run), n_sequences, seed)
     unfinished = _unfinished(job, sites_of(committed, run))
     found += unfinished.values()
     job = job.over([site.site for site in job.plan.sites if site.site not in unfinished])
@@ -174,20 +178,10 @@ def _run(job: Ingest, words: np.ndarray, tree_ids: np.ndarray) -> _Rerun:
         answers.append(answer(job.model, words[batch], logits))
         p.append(_probabilities(logits[:, first_step:-1]))
     graded, run = concatenate(answers), job.plan.run
-    predictions, outcomes = (_of_trees(rows(graded, run, 0), tree_ids) for rows in (prediction_rows, outcome_rows))
+    predictions, outcomes = (of_trees(rows(graded, run, 0), tree_ids) for rows in (prediction_rows, outcome_rows))
     return _Rerun(
         {name: np.concatenate(found) for name, found in sites.items()}, np.concatenate(p), predictions, outcomes
     )
-
-
-def _of_trees(rows: pl.DataFrame, tree_ids: np.ndarray) -> pl.DataFrame:
-    """Replace tree numbers 0, 1, 2, … in rows by these tree ids, and adapt token ids."""
-    ids = tree_ids[rows["tree_id"].to_numpy()]
-    rows = rows.with_columns(tree_id=pl.Series(ids, dtype=pl.Int32))
-    if "token_id" not in rows.columns:
-        return rows
-    moved = token_ids(ids, positions(rows["token_id"].to_numpy()))
-    return rows.with_columns(token_id=pl.Series(moved, dtype=pl.Int64))
 
 
 def _probabilities(logits: Tensor) -> np.ndarray:

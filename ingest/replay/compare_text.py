@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from actstore.arrays.address import Ids
+from actstore.ingest.answers.passes import as_rows, passes
 from actstore.ingest.corpus.drawn import Drawn
 from actstore.ingest.jobs.job import Ingest
-from actstore.ingest.jobs.passes import as_rows, passes
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.sites import SiteSpec
 from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, of_rows

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from actstore.commits.manifest import Manifest, Part
 from actstore.errors import NotStored
 from actstore.ingest.answers.next_token import understood
 from actstore.ingest.jobs.job import MOST_AT_ONCE, Ingest
+from actstore.ingest.jobs.patched import Base, job_of, stored_patch
 from actstore.ingest.jobs.sets import stored_set
 from actstore.ingest.jobs.stored import model_of_row, row_where
 from actstore.ingest.replay import definitions
@@ -42,6 +45,11 @@ def rehydrate(
     dataset = row_where(rows["datasets"], "dataset", about["dataset"], "datasets")
     sites = [name for names in definitions.site_names(manifests, run).values() for name in names]
     about_it = json.loads(about["versions"])
+    edits = writing_parts.rows_committed(root, manifests, "interventions")
+    if len(edits) and len(of_run := edits.filter(pl.col("run") == run).sort("edit")):
+        origin = Base(root, of_run["base_run"][0], about["device"])
+        patch = stored_patch(origin, run, of_run.to_dicts())
+        return job_of(origin, patch, run, sites, about_it.get("batch_size")), about
     held = model_of_row(root, model, about["device"])
     return Ingest(
         root,

@@ -72,7 +72,7 @@ def run_text(
     done = 0
     for chosen in passes(lengths, per_pass):
         of_these = lengths[chosen]
-        ids = torch.from_numpy(_padded(drawn.numbers, begins[chosen], of_these)).to(model.device)
+        ids = torch.from_numpy(padded(drawn.numbers, begins[chosen], of_these)).to(model.device)
 
         def take(
             spec: SiteSpec, activations: Tensor, chosen: np.ndarray = chosen, of_these: np.ndarray = of_these
@@ -90,7 +90,7 @@ def run_text(
     return {"predictions": rows}
 
 
-def _padded(numbers: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def padded(numbers: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Token numbers of some sequences, int64 [n, longest], padded on the right with 0."""
     ids = np.zeros((len(lengths), int(lengths.max())), np.int64)
     for row, begin, length in zip(ids, begins.tolist(), lengths.tolist(), strict=True):

@@ -1,0 +1,77 @@
+"""What an intervention is: edits of activations in the forward pass of a stored run.
+
+    Edit("select token_id, donor_token_id from donors", at="resid_post.2")
+
+The rows of an edit's query say which tokens of the base run are edited, and by what. The edited run
+is the base run's model over the base run's sequences, with these activations replaced. Studies
+describe edits; `ingest/interventions` runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import polars as pl
+
+HOWS = {  # how an activation is edited → what the query's rows have to say
+    "replace": "donor_token_id or vector",
+    "add": "donor_token_id or vector",
+    "project": "vector",
+    "zero": "",
+    "mean": "",
+    "knockout": "key_token_id",
+}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Edits at one site of a forward pass, one per row of a query.
+
+    Attributes:
+        query: SQL over the store as the base run sees it. `token_id` says which token is edited; no
+            two rows name one token. Further columns, by `how`:
+            `donor_token_id`: the row of another token, of `donors` at `donor_site`;
+            `vector`: numbers, FLOAT[] as long as a row of the site;
+            `head`: of attention patterns and of sites with heads, the one head that is edited;
+            `group`: of `mean`, over which rows each mean is;
+            `key_token_id`: of `knockout`, the token that is no longer attended to.
+        at: name of the site.
+        how: `replace` puts donor or vector in the activation's place; `add` adds it; `zero` puts 0;
+            `mean` puts the mean of the base run's stored activations over the query's rows (of each
+            `group`); `project` removes the part along `vector`, or along the span of several
+            vectors written one after another; `knockout` takes attention to a key away, and divides
+            what is left so that it sums to 1.
+        donors: run of the donors; default: the base run.
+        donor_site: site of the donors; default: `at`.
+        params: values of the query's parameters.
+        tables: tables that the query reads besides the store's.
+    """
+
+    query: str
+    at: str
+    how: str = "replace"
+    donors: str | None = None
+    donor_site: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+class Patching(Protocol):
+    """Runs edits without storing them; what a study of causes is given."""
+
+    def __call__(self, run: str, edits: Sequence[Edit], measure: pl.DataFrame | None = None) -> pl.DataFrame:
+        """The predictions of the edited sequences.
+
+        Args:
+            run: name of the base run.
+            edits: at least one; an edit of none of the base's tokens is refused.
+            measure: columns token_id and token: a second token whose probability is measured there.
+
+        Returns:
+            Rows of `predictions` of the edited sequences, with columns `other` and `p_other` where
+            `measure` is given, by token_id.
+        """
+        ...

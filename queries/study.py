@@ -3,7 +3,7 @@
 A study tests whatever it decides. Holm's correction covers all tests of a study, and the sentence
 claims only significant tests. A study is a module with two functions, `study(store, run, seed,
 progress, **options) -> Answer` and `plot(answer) -> Figure`; STUDIES lists the modules. A module is
-imported at its first use, since scikit-learn imports slowly.
+imported at its first use, since some import slowly.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,15 @@ class Asked:
     def test_sequences(self) -> np.ndarray:
         """int64 [n_test], the sequence of each test row."""
         return self.sequences[~self.train]
+
+    @cached_property
+    def types(self) -> np.ndarray:
+        """int64 [n], the type of each row's token, from 0, in the order of word and then position.
+
+        A type is the network's input at a token: word and position.
+        """
+        types = pl.struct(pl.col("token").cast(pl.String), "position").rank("dense") - 1
+        return self.tokens.select(types.cast(pl.Int64)).to_series().to_numpy()
 
 
 def above_test(above: np.ndarray, sequences: np.ndarray, row: dict[str, Any], seed: int, baseline: str) -> Test:

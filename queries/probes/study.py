@@ -1,7 +1,7 @@
 """The study `probes`: at which sites can a linear probe read an edge or the path from a token?
 
-There is one probe per site, token and label: multinomial logistic regression (scikit-learn, L2 with
-C = 1, lbfgs, float32) on whitened rows, see fit.py. A probe is fitted on training trees and scored
+There is one probe per site, token and label: multinomial logistic regression (L2 with C = 1,
+L-BFGS, float32) on whitened rows, see fit.py. A probe is fitted on training trees and scored
 on test trees, since rows of one tree are dependent.
 
 Each probe has four comparisons. Baselines guess from the tree alone (see baselines.py); the
@@ -106,7 +106,7 @@ def study(
             next_node.
         sites: names of sites, or of a family (`resid_post`) for all its layers; default: every
             residual site.
-        max_iter: largest number of iterations of lbfgs; a fit stopped there is reported.
+        max_iter: largest number of iterations of L-BFGS; a fit stopped there is reported.
         protocol: `ours`, or `notebook`, which adds the notebook's protocol, see protocols.py.
         by: `place` adds the accuracy at each place in the list of edges, see places.py.
         baseline: path of an .sql file with an additional baseline, see baselines.py.
@@ -137,11 +137,11 @@ def study(
         params = {**shared, **used, "labels": its_labels, "data_xxh3": data_hash(tokens, its_labels)}
         guessed = baselines.scores(store, guessers, its_labels, query, used)
         guessed_by |= {name for by_name in guessed.values() for name in by_name}
+        its = _of_tokens(tokens, its_labels, guessed, about["n_nodes"])
         rows: list[dict[str, Any]] = []
         for site in sites:
-            X, tokens = store.read(query, run=run, site=site, params=used)
+            X, _ = store.read(tokens, run=run, site=site)
             at = {"run": run, "site": site, "token_role": role}
-            its = _of_tokens(tokens, its_labels, guessed, about["n_nodes"])
             found, tested = probe_site(X, its, at, seed, max_iter, by)
             rows += found
             tests += tested
@@ -354,15 +354,7 @@ def probe_site(
     """
     train = asked.train
     whiten = Whitening.of(X[train])
-    whitened = whiten(X)
-    order = shuffle_within(train, seed)
-    words, positions = asked.tokens["token"].to_numpy(), asked.tokens["position"].to_numpy()
-    controls = {label: control_labels(words, positions, y, train, seed) for label, y in asked.labels.items()}
-    jobs: list[tuple[np.ndarray, np.ndarray]] = []
-    for label, y in asked.labels.items():
-        jobs += [(whitened, y), (whitened, y[order]), (whitened, controls[label])]
-        jobs.append((random_directions(whitened, y[train], seed), y))
-    fits = iter(fit_all(jobs, train, max_iter))
+    fits = iter(fit_all(jobs_of(whiten(X), asked, seed), train, max_iter))
     rows: list[dict[str, Any]] = []
     tests: list[Test] = []
     for label, y in asked.labels.items():
@@ -383,6 +375,23 @@ def probe_site(
 
 
 CONTROLS = ("shuffled_accuracy", "control_accuracy", "random_directions_accuracy")
+
+
+def jobs_of(whitened: np.ndarray, asked: Asked, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What `fit_all` fits for one site: per label the probe and CONTROLS, in their order.
+
+    Args:
+        whitened: float32 [n, d].
+        asked: the n rows.
+        seed: see `study`.
+    """
+    jobs: list[tuple[np.ndarray, np.ndarray]] = []
+    order = shuffle_within(asked.train, seed)
+    for y in asked.labels.values():
+        control = control_labels(asked.types, y, asked.train, seed)
+        jobs += [(whitened, y), (whitened, y[order]), (whitened, control)]
+        jobs.append((random_directions(whitened, y[asked.train], seed), y))
+    return jobs
 
 
 def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int) -> tuple[list[dict[str, Any]], Test]:

@@ -1,0 +1,183 @@
+"""Fits of probes: scikit-learn's minimum, whatever the rows and classes, in few iterations."""
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy.optimize import approx_fprime
+from scipy.special import logsumexp
+from sklearn.linear_model import LogisticRegression
+
+from actstore.queries.probes import fit
+from actstore.queries.probes.asked import Asked
+
+
+def drawn(n=500, d=12, n_classes=4, strength=1.0, seed=0):
+    """Rows around one centre per class, and the class of each row."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(n_classes, size=n)
+    return (rng.normal(size=(n, d)) + strength * rng.normal(size=(n_classes, d))[y]).astype(np.float32), y
+
+
+def with_constant_column():
+    X, y = drawn()
+    X[:, 3] = 1
+    return X, y
+
+
+def with_rare_classes():
+    X, y = drawn(n_classes=3)
+    y[:4] = [7, 7, 9, 9]  # two classes of two rows, one in training and one in test, and numbers that nothing has
+    return X, y
+
+
+def told_by_types(n=900, d=30, n_types=60, n_classes=8, seed=1):
+    """As of a control task: each type of token has a class and a direction of its own, in some noise."""
+    rng = np.random.default_rng(seed)
+    kind, centres = rng.integers(n_types, size=n), rng.normal(size=(n_types, d))
+    return (centres[kind] + 0.2 * rng.normal(size=(n, d))).astype(np.float32), rng.integers(n_classes, size=n_types)[
+        kind
+    ]
+
+
+CASES = {
+    "noise": drawn(strength=0),
+    "a signal": drawn(),
+    "separable": drawn(strength=10),
+    "two classes": drawn(n_classes=2, strength=0.3),
+    "two separable classes": drawn(n_classes=2, strength=10),
+    "a constant column": with_constant_column(),
+    "fewer rows than columns": drawn(n=40, d=100, strength=0.5),
+    "rare classes": with_rare_classes(),
+    "types": told_by_types(),
+    "40 classes": drawn(n_classes=40, n=800),
+    "float16": (drawn()[0].astype(np.float16), drawn()[1]),
+    "float64": (drawn()[0].astype(np.float64), drawn()[1]),
+    "negative labels": (drawn()[0], drawn()[1] * 3 - 5),
+}
+WHITENED = {name: case for name, case in CASES.items() if name not in ("fewer rows than columns",)}
+
+
+def objective(w, X, y):
+    """scikit-learn's objective over C n, in float64: mean log loss and half the squared weights over C n."""
+    X, place = np.asarray(X, np.float64), np.unique(y, return_inverse=True)[1]
+    weights, intercepts = w[:, :-1], w[:, -1]
+    logits = X @ weights.T + intercepts
+    squared = ((weights[1] - weights[0]) ** 2).sum() if len(w) == 2 else (weights**2).sum()
+    return (logsumexp(logits, axis=1) - logits[np.arange(len(y)), place]).mean() + squared / (2 * fit.C * len(y))
+
+
+def oracle(X, y):
+    """scikit-learn's weights with intercepts, [K, d + 1], at a tolerance that leaves nothing."""
+    found = LogisticRegression(C=fit.C, tol=1e-9, max_iter=20000).fit(np.asarray(X, np.float64), y)
+    w = np.column_stack([found.coef_, found.intercept_])
+    return (np.vstack([-w, w]) / 2 if len(w) == 1 else w), found
+
+
+def sides(X):
+    return np.arange(len(X)) % 2 == 0
+
+
+def both(X, y, whitened):
+    train = sides(X)
+    if whitened:
+        X = fit.Whitening.of(X[train])(X)
+    (made,) = fit.fit_all([(X, y)], train)
+    return made, X, train
+
+
+@pytest.mark.parametrize(("name", "whitened"), [(n, False) for n in CASES] + [(n, True) for n in WHITENED])
+def test_a_fit_reaches_scikit_learns_minimum_and_is_right_where_it_is(name, whitened):
+    X, y = CASES[name]
+    made, X, train = both(X, y, whitened)
+    expected, probe = oracle(X[train], y[train])
+    w = np.column_stack([made.weights, made.intercepts]).astype(np.float64)
+    assert made.converged
+    assert w.shape == expected.shape
+    least = objective(expected, X[train], y[train])
+    assert objective(w, X[train], y[train]) == pytest.approx(least, rel=1e-4)
+    np.testing.assert_allclose(w[:, :-1].sum(axis=0), 0, atol=1e-5)
+    theirs = probe.predict(np.asarray(X[~train], np.float64)) == y[~train]
+    assert abs(int(made.right.sum()) - int(theirs.sum())) <= max(1, 0.001 * len(theirs))
+
+
+def test_the_two_classes_of_a_fit_differ_by_scikit_learns_weights():
+    X, y = CASES["two classes"]
+    made, X, train = both(X, y, True)
+    _, probe = oracle(X[train], y[train])
+    np.testing.assert_allclose(made.weights[1] - made.weights[0], probe.coef_[0], atol=0.01)
+    np.testing.assert_allclose(made.weights[0], -made.weights[1], atol=1e-6)
+    assert made.intercepts[1] - made.intercepts[0] == pytest.approx(probe.intercept_[0], abs=0.01)
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_the_gradient_is_that_of_the_objective_of_all_blocks_of_rows(n_classes, monkeypatch):
+    """The objective is written out above in float64, and differentiated numerically."""
+    monkeypatch.setattr(fit, "AT_ONCE", 16 * n_classes)
+    rng = np.random.default_rng(n_classes)
+    X, y = rng.normal(size=(40, 3)).astype(np.float32), rng.permutation(np.arange(40) % n_classes)
+    w = rng.normal(size=(n_classes, 4))
+    w -= w.mean(axis=0)  # of two classes scikit-learn knows the difference alone
+    value, gradient = fit.Objective(X, y, n_classes)(w)
+    assert value == pytest.approx(objective(w, X, y), rel=1e-6)
+    numeric = approx_fprime(w.ravel(), lambda flat: objective(flat.reshape(w.shape), X, y)).reshape(w.shape)
+    np.testing.assert_allclose(gradient, numeric, atol=2e-6)
+
+
+def test_blocks_are_those_of_the_second_derivative():
+    X, y = told_by_types(n=3000, d=6)
+    w = np.random.default_rng(0).normal(size=(8, 7))
+    inverse = fit.Objective(X, y, 8).inverse_blocks(w)
+    rows = np.column_stack([X, np.ones(len(X))]).astype(np.float64)
+    logits = rows @ w.T
+    p = np.exp(logits - logsumexp(logits, axis=1)[:, None])
+    for of_class, found in zip(p.T, inverse, strict=True):
+        exact = (rows.T * (of_class * (1 - of_class))) @ rows / len(rows)
+        ratios = np.linalg.eigvals(exact @ found).real
+        assert 0.3 < ratios.min() < ratios.max() < 3, "of a sample, and with a ridge"
+
+
+def test_blocks_save_most_iterations_where_types_are_told_apart_and_leave_the_minimum(monkeypatch):
+    X, y = fit.Whitening.of(CASES["types"][0])(CASES["types"][0]), CASES["types"][1]
+    train = sides(X)
+    (with_blocks,) = fit.fit_all([(X, y)], train)
+    monkeypatch.setattr(fit, "MOST_BLOCKS", 0)
+    (without,) = fit.fit_all([(X, y)], train)
+    assert fit.FIRST_BLOCKS < with_blocks.n_iter < 0.7 * without.n_iter
+    values = [
+        objective(np.column_stack([made.weights, made.intercepts]).astype(np.float64), X[train], y[train])
+        for made in (with_blocks, without)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_a_fit_that_is_stopped_has_not_converged():
+    X, y = CASES["types"]
+    made = fit.fit_all([(X, y)], sides(X), max_iter=3)[0]
+    assert (made.n_iter, made.converged) == (3, False)
+
+
+def test_a_fit_is_the_same_alone_and_among_others():
+    X, y = CASES["types"]
+    train, other = sides(X), X[:, :5]
+    together = fit.fit_all([(X, y), (X, np.roll(y, 1)), (other, y)], train)
+    for job, made in zip([(X, y), (X, np.roll(y, 1)), (other, y)], together, strict=True):
+        (alone,) = fit.fit_all([job], train)
+        assert alone.n_iter == made.n_iter
+        np.testing.assert_array_equal(alone.weights, made.weights)
+        np.testing.assert_array_equal(alone.right, made.right)
+
+
+def test_whitening_in_blocks_of_rows_is_whitening(monkeypatch):
+    X = drawn()[0]
+    whiten = fit.Whitening.of(X)
+    whole = whiten(X)
+    monkeypatch.setattr(fit, "AT_ONCE", 7 * X.shape[1])
+    np.testing.assert_allclose(whiten(X), whole, atol=1e-6)
+    largest = np.take_along_axis(whiten.axes, np.abs(whiten.axes).argmax(axis=0)[None], axis=0)
+    assert (largest > 0).all(), "an axis has one sign on every machine"
+
+
+def test_types_of_tokens_are_words_at_positions_in_their_order():
+    tokens = pl.DataFrame({"token": ["b", "a", "b", "a", "b"], "position": [2, 10, 2, 3, 1]})
+    asked = Asked(tokens, np.arange(5), np.ones(5, bool), {}, {}, {})
+    assert asked.types.tolist() == [3, 1, 3, 0, 2]

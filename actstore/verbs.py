@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput, NotStored
-from actstore.interventions import Edit
+from actstore.interventions import Edit, Patching
 from actstore.outputs import Exported, Work, check_file, silent
 from actstore.storage.at import place
 from actstore.store import Store
@@ -203,6 +203,7 @@ def study(
     """
     from actstore.outputs import FIGURES
     from actstore.queries import studies
+    from actstore.queries.study import CAUSAL
     from actstore.writing import recording
 
     check_file(plot, "plot", FIGURES)
@@ -210,12 +211,20 @@ def study(
         recording.wait_until_free(_path(store), wait)
     asks = ({"query": query} if query is not None else {}) | ({"params": params} if params else {})
     with _opened(store, check) as opened:
-        asked = studies.answer(opened, name, runs, seed, {**(options or {}), **asks}, confirm, progress)
+        patch = patching(opened) if name in CAUSAL else None
+        asked = studies.answer(opened, name, runs, seed, {**(options or {}), **asks}, confirm, progress, patch)
         if plot:
             list(studies.save_figures([one.answer for one in asked if one.answer], plot))
         if record:
             studies.record(opened, asked, wait)
     return asked
+
+
+def patching(store: Store) -> Patching:
+    """Runs edits for studies; the models are loaded when they are first needed."""
+    from actstore.ingest.jobs.patched import patching
+
+    return patching(store)
 
 
 def report(

@@ -22,6 +22,7 @@ from actstore.queries.second import Apart, Second, runs_over
 from actstore.queries.study import RUNS, Answer, Progress, Question, Test, adjusted, p_shown, result_rows, shown
 
 if TYPE_CHECKING:
+    from actstore.interventions import Patching
     from actstore.store import Store
 
 
@@ -125,7 +126,13 @@ def _numbers(test: Test) -> str:
 
 
 def confirm(
-    store: Store, found: Answer, second: Second, seed: int = 0, progress: Progress | None = None, **options: Any
+    store: Store,
+    found: Answer,
+    second: Second,
+    seed: int = 0,
+    progress: Progress | None = None,
+    patch: Patching | None = None,
+    **options: Any,
 ) -> Confirmation:
     """Test the findings of a study on a second set of trees.
 
@@ -135,6 +142,7 @@ def confirm(
         second: the second set, see `second.look`.
         seed: seed of everything random.
         progress: see `study.ask`; not called without findings.
+        patch: see `study.ask`.
         options: the options of the study.
 
     Raises:
@@ -152,7 +160,7 @@ def confirm(
     if found.name in ("probes", "probe"):
         given["sites"] = sites
     apart = cast("Store", Apart(store, second.first)) if second.n_shared else store
-    answer = studies.ask(apart, found.name, second.runs[0], seed, progress, **given)
+    answer = studies.ask(apart, found.name, second.runs[0], seed, progress, patch, **given)
     claims = _claims(tests, answer.tests)
     params = {**json.loads(found.results["params"][0]), "confirm": second.dataset, "runs": second.runs}
     params |= {"n_trees": second.n_trees, "n_left_out": second.n_shared}

@@ -28,6 +28,7 @@ from actstore.queries.study import Answer, Progress, Question, questions
 from actstore.writing import recording
 
 if TYPE_CHECKING:
+    from actstore.interventions import Patching
     from actstore.store import Store
 
 
@@ -75,6 +76,7 @@ def answer(
     options: Mapping[str, Any] | None = None,
     confirm: str | None = None,
     progress: Work = silent,
+    patch: Patching | None = None,
 ) -> list[Asked]:
     """Ask all questions of a study; a question that fails does not stop the others.
 
@@ -86,6 +88,7 @@ def answer(
         options: options of the study.
         confirm: name of a second set of trees that tests the findings, see `confirm.confirm`.
         progress: see `outputs.Work`.
+        patch: runs edits, for studies that run the model again.
 
     Returns:
         The questions with their outcomes; at least one has an answer.
@@ -105,7 +108,7 @@ def answer(
             if isinstance(apart, Exception):  # reported before anything is computed
                 found.append(Asked(question, error=apart))
             else:
-                found.append(put(store, question, seed, apart, advance))
+                found.append(put(store, question, seed, apart, advance, patch))
     if not any(outcome.answer for outcome in found):
         raise min(found, key=lambda outcome: not outcome.fault).error or AssertionError(name)
     return found
@@ -125,6 +128,7 @@ def put(
     seed: int = 0,
     apart: Second | Exception | None = None,
     progress: Progress | None = None,
+    patch: Patching | None = None,
 ) -> Asked:
     """Ask one question; an error becomes part of the outcome.
 
@@ -134,15 +138,15 @@ def put(
         seed: seed of everything random.
         apart: the second set that tests the findings, see `look`; an error becomes part of the
             outcome once the question is answered.
-        progress: see `study.ask`.
+        progress, patch: see `study.ask`.
     """
     answered = confirmed = None
     try:
-        answered = each_study.ask(store, question.study, question.run, seed, progress, **question.options)
+        answered = each_study.ask(store, question.study, question.run, seed, progress, patch, **question.options)
         if isinstance(apart, Exception):
             raise apart
         if apart is not None:
-            confirmed = confirming.confirm(store, answered, apart, seed, progress, **question.options)
+            confirmed = confirming.confirm(store, answered, apart, seed, progress, patch, **question.options)
     except Exception as error:
         return Asked(question, answered, error=error)
     return Asked(question, answered, confirmed)

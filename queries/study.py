@@ -27,6 +27,7 @@ from actstore.version import __version__
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from actstore.interventions import Patching
     from actstore.store import Store
 
 STUDIES = {
@@ -50,6 +51,7 @@ OF_ANSWERS = (
     "last-edge",
 )  # these read answers alone, which are the same in each run of a model over the trees
 ANY_SEQUENCES = ("probe", "compare")  # these need no tree
+CAUSAL: tuple[str, ...] = ()  # these run the model again with edited activations, and take `patch`
 RUNS = """
 -- one row per run; held: its sites, vectors: those with a vector per token
 select
@@ -92,7 +94,7 @@ RESULTS = {  # columns of the table `results`, without `recorded`, which the sto
 }
 
 
-ARGUMENTS = ("store", "run", "seed", "progress")  # of every study; the others are its options
+ARGUMENTS = ("store", "run", "seed", "progress", "patch")  # of every study; the others are its options
 LEVEL = 0.05  # an adjusted p below is significant
 
 
@@ -189,7 +191,13 @@ class Answer:
 
 
 def ask(
-    store: Store, name: str, run: str | None = None, seed: int = 0, progress: Progress | None = None, **options: Any
+    store: Store,
+    name: str,
+    run: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    patch: Patching | None = None,
+    **options: Any,
 ) -> Answer:
     """Run a study; the same store, run, seed and options give the same numbers.
 
@@ -199,6 +207,7 @@ def ask(
         run: name of the run; optional if the store holds one run.
         seed: seed of everything random.
         progress: called with (done, total, what) after each part.
+        patch: runs edits; of a study in CAUSAL.
         options: options of the study, see its module.
 
     Raises:
@@ -206,7 +215,12 @@ def ask(
         BadInput: the study has no such option, or the run holds too little for it.
     """
     check_options(name, options)
-    return _module(name).study(store.whole, store.resolve_run(run), seed, progress or _silent, **options)
+    run, given = store.resolve_run(run), dict(options)
+    if name in CAUSAL:
+        if patch is None:
+            raise BadInput(f"the study {name!r} runs the model again; ask it by {advised('study', store.path, name)}")
+        given["patch"] = patch
+    return _module(name).study(store.whole, run, seed, progress or _silent, **given)
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

@@ -116,7 +116,9 @@ def study(
     from actstore.outputs import FIGURES, check_file
     from actstore.queries import studies
     from actstore.queries.confirm import rows
+    from actstore.queries.study import CAUSAL
     from actstore.store import Store
+    from actstore.verbs import patching
 
     check_file(plot, "--plot", FIGURES)
     chosen: dict[str, Any] = {
@@ -126,7 +128,8 @@ def study(
     with Store(store, check) as opened:
         if not no_record:
             _look_before(store, wait)
-        asked = studies.answer(opened, name, runs, seed, chosen, confirm, progress)
+        patch = patching(opened) if name in CAUSAL else None
+        asked = studies.answer(opened, name, runs, seed, chosen, confirm, progress, patch)
     answers = [one.answer for one in asked if one.answer]
     confirmed = [one.confirmation for one in asked if one.confirmation]
     for lack in filter(None, (one.lacks for one in asked)):

@@ -123,7 +123,7 @@ def test_show_draws_the_tree_its_prompt_and_the_answers(demo_store):
 
 def test_info_names_runs_trees_and_sites(demo_store):
     (row,) = json.loads(run("info", demo_store.path, "--json").output)
-    assert (row["run"], row["trees"], row["planned"]) == ("reproduction", 40, 40)
+    assert (row["run"], row["sequences"], row["planned"]) == ("reproduction", 40, 40)
     assert row["sites"].split() == demo_store.sites("reproduction")
 
 
@@ -378,6 +378,6 @@ def test_ctrl_c_keeps_what_was_committed_and_says_how_to_go_on(tmp_path):
     )
     assert "Traceback" not in errors
     (row,) = json.loads(run("info", store, "--json").output)
-    assert 0 < row["trees"] < row["planned"] == 20_000
+    assert 0 < row["sequences"] < row["planned"] == 20_000
     X, rows = Store(store).read("select token_id from tokens where tree_id = 0", site="embed")
     assert len(X) == len(rows) > 0

@@ -113,4 +113,4 @@ def test_a_run_of_continuations_has_as_many_trees_as_it_holds(tmp_path):
     execute(Ingest(tmp_path / "s.act", small_model(), trees, prompt="tree", samples=3))
     with Store(tmp_path / "s.act") as store:
         (row,) = store.info().to_dicts()
-    assert (row["trees"], row["planned"], row["greedy_right_percent"]) == (10, 10, None)
+    assert (row["sequences"], row["planned"], row["greedy_right_percent"]) == (10, 10, None)

@@ -8,31 +8,37 @@ with
         select run, string_agg(short, ' ' order by rowid) as sites from sites group by run
     ),
     graded as (
-        select run, count(*) as n_trees, avg(greedy_right::int) as right from outcomes group by run
+        select run, count(*) as n_sequences, avg(greedy_right::int) as right from outcomes group by run
         union all
-        select run, count(distinct tree_id), null  -- edited runs may hold next tokens alone
-        from predictions where run in (from (select run from interventions) anti join outcomes using (run)) group by run
+        select run, count(distinct sequence_id), null  -- of text, and of edited runs: next tokens alone
+        from predictions where run not in (select run from outcomes) group by run
         union all
         select run, count(distinct tree_id), null from generations group by run  -- continuations are not graded
     ),
+    begun as (  -- of runs without answers: those of the batches of a site
+        select run, max(n) as n_sequences
+        from (select run, site, sum(n_trees) as n from shards group by all) group by run
+    ),
     counted as (
-        select trees.dataset, count(*) as n_tokens from tokens join trees using (tree_id) group by trees.dataset
+        select dataset, count(*) as n_tokens from tokens group by dataset
     )
 select
     run,
     system,
     left(weights_sha256, 12) as weights,
-    dataset,
-    coalesce(graded.n_trees, 0) as trees,
-    runs.n_trees as planned,
-    coalesce(n_tokens, 0) as dataset_tokens,
+    runs.dataset,
+    coalesce(graded.n_sequences, begun.n_sequences, 0)::bigint as sequences,
+    datasets.n_sequences::integer as planned,
+    coalesce(counted.n_tokens, 0) as dataset_tokens,
     sites,
     round(coalesce(bytes, 0) / 1e9, 3) as gigabytes,
     round(100 * graded.right, 2) as greedy_right_percent
 from runs
 join models using (weights_sha256)
+join datasets using (dataset)
 left join named using (run)
 left join stored using (run)
 left join graded using (run)
-left join counted using (dataset)
+left join begun using (run)
+left join counted on counted.dataset = runs.dataset
 order by runs.rowid

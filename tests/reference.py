@@ -7,7 +7,7 @@ differs is the bridge's rounding. Weights are named and shaped as in a HookedTra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
@@ -35,36 +35,54 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def reference(state: dict[str, Tensor], ids: Tensor, act_fn: str = "gelu") -> dict[str, Tensor]:
+def reference(
+    state: dict[str, Tensor],
+    ids: Tensor,
+    act_fn: str = "gelu",
+    edit: Callable[[str, Tensor], Tensor] = lambda site, x: x,
+) -> dict[str, Tensor]:
     """Every site of the network by its TransformerLens name, and `logits`; float64.
 
     Args:
         state: weights in HookedTransformer names; the number of layers and heads follows from them.
         ids: int64 [tree, pos].
+        edit: is given each site's activations, [tree, pos, *row] or [tree, head, query, key], and
+            gives what goes on in their place.
     """
     W = {name: weight.double() for name, weight in state.items()}
     n_layers = sum(name.endswith(".attn.W_Q") for name in W)
     n_positions = ids.shape[1]
     future = torch.ones(n_positions, n_positions).triu(1).bool()
-    sites = {"hook_embed": W["embed.W_E"][ids]}
-    resid = sites["hook_embed"] + W["pos_embed.W_pos"][:n_positions]
+    sites = dict[str, Tensor]()
+
+    def at(site: str, x: Tensor) -> Tensor:
+        sites[site] = edit(site, x.clone())
+        return sites[site]
+
+    resid = at("hook_embed", W["embed.W_E"][ids]) + W["pos_embed.W_pos"][:n_positions]
     for layer in range(n_layers):
-        B = {name.removeprefix(f"blocks.{layer}."): w for name, w in W.items() if name.startswith(f"blocks.{layer}.")}
-        sites[f"blocks.{layer}.hook_resid_pre"] = resid
+        b = f"blocks.{layer}."
+        B = {name.removeprefix(b): w for name, w in W.items() if name.startswith(b)}
+        resid = at(b + "hook_resid_pre", resid)
         x = layer_norm(resid, B["ln1.w"], B["ln1.b"])
         q, k, v = (
-            torch.einsum("tpm,hmd->thpd", x, B[f"attn.W_{part}"]) + B[f"attn.b_{part}"][None, :, None] for part in "QKV"
+            at(
+                f"{b}attn.hook_{part.lower()}",
+                torch.einsum("tpm,hmd->tphd", x, B[f"attn.W_{part}"]) + B[f"attn.b_{part}"],
+            )
+            for part in "QKV"
         )
-        scores = torch.einsum("thqd,thkd->thqk", q, k) / math.sqrt(q.shape[-1])
-        sites[f"blocks.{layer}.attn.hook_attn_scores"] = scores
+        scores = torch.einsum("tqhd,tkhd->thqk", q, k) / math.sqrt(q.shape[-1])
+        sites[f"{b}attn.hook_attn_scores"] = scores
         exponents = torch.exp(scores - scores.amax(-1, keepdim=True)).masked_fill(future, 0)
-        pattern = exponents / exponents.sum(-1, keepdim=True)
-        sites[f"blocks.{layer}.attn.hook_pattern"] = pattern
-        resid = resid + torch.einsum("thqk,thkd,hdm->tqm", pattern, v, B["attn.W_O"]) + B["attn.b_O"]
-        sites[f"blocks.{layer}.hook_resid_mid"] = resid
+        pattern = at(f"{b}attn.hook_pattern", exponents / exponents.sum(-1, keepdim=True))
+        z = at(f"{b}attn.hook_z", torch.einsum("thqk,tkhd->tqhd", pattern, v))
+        out = at(f"{b}hook_attn_out", torch.einsum("tqhd,hdm->tqm", z, B["attn.W_O"]) + B["attn.b_O"])
+        resid = at(f"{b}hook_resid_mid", resid + out)
         x = layer_norm(resid, B["ln2.w"], B["ln2.b"])
-        resid = resid + ACTIVATIONS[act_fn](x @ B["mlp.W_in"] + B["mlp.b_in"]) @ B["mlp.W_out"] + B["mlp.b_out"]
-        sites[f"blocks.{layer}.hook_resid_post"] = resid
+        hidden = ACTIVATIONS[act_fn](x @ B["mlp.W_in"] + B["mlp.b_in"])
+        resid = resid + at(f"{b}hook_mlp_out", hidden @ B["mlp.W_out"] + B["mlp.b_out"])
+        resid = at(f"{b}hook_resid_post", resid)
     sites["logits"] = layer_norm(resid, W["ln_final.w"], W["ln_final.b"]) @ W["unembed.W_U"] + W["unembed.b_U"]
     return sites
 

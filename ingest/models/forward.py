@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from actstore.errors import BadInput
 from actstore.ingest.models.sites import SiteSpec
@@ -19,6 +19,7 @@ Hooks = list[tuple[str, Callable[..., Any]]]
 MID_TOLERANCE = 1e-3  # of the largest number: half precision rounds by half of it
 
 
+@runtime_checkable
 class Changing(Protocol):
     """Edits of the activations of one forward pass."""
 

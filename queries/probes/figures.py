@@ -242,11 +242,11 @@ def sentence(results: pl.DataFrame, n_test_trees: int, tests: Sequence[Test]) ->
 
 def nothing_read(results: pl.DataFrame) -> bool:
     """Whether no probe is above shuffled labels, at the 5 % level over all probes (Bonferroni)."""
-    from scipy.stats import norm
+    from scipy.special import ndtri  # imports three times faster than scipy.stats
 
     found = results.filter(metric="above_shuffled")
     error = (found["high"] - found["low"]).to_numpy() / (2 * Z_95)
-    return bool((found["value"].to_numpy() <= norm.isf(0.025 / len(found)) * error).all())
+    return bool((found["value"].to_numpy() <= -ndtri(0.025 / len(found)) * error).all())
 
 
 def _difference(results: pl.DataFrame) -> str:

@@ -287,7 +287,7 @@ def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, ma
 
     Args:
         jobs: rows X, float [n, d], whitened, computed with as float32; and labels y, int64 [n].
-            Jobs may share one X.
+            Jobs may share one X. Where long fits come first, cores end together.
         train: bool [n], training rows; the others are test rows. All rows of one tree must be on
             one side.
         max_iter: largest number of iterations of L-BFGS.
@@ -302,11 +302,11 @@ def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, ma
         return list(pool.map(fitted, jobs))
 
 
-def random_directions(X: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
-    """float32 [n, k]: rows projected on k orthogonal random directions, one per class in y."""
+def random_directions(X: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """float32 [n, k]: rows projected on k orthogonal random directions, or on d if d is less."""
     rng = np.random.default_rng(seed)
-    k = min(len(np.unique(y)), X.shape[1])
-    return X @ np.linalg.qr(rng.standard_normal((X.shape[1], k)))[0].astype(np.float32)
+    directions = rng.standard_normal((X.shape[1], min(k, X.shape[1])))
+    return X @ np.linalg.qr(directions)[0].astype(np.float32)
 
 
 def shuffle_within(train: np.ndarray, seed: int) -> np.ndarray:

@@ -53,7 +53,7 @@ def study(
 ) -> Answer:
     """Probe sites of a run for the labels of a query.
 
-    Memory is two copies of one site's rows, float32.
+    Memory is three copies of one site's rows, float32.
 
     Args:
         store: an open store.

@@ -92,7 +92,7 @@ def study(
 ) -> Answer:
     """Probe sites of a run.
 
-    Memory is two copies of one site's rows: per tree of 16 nodes, 15 rows of 4 * d_model bytes.
+    Memory is three copies of one site's rows: per tree of 16 nodes, 15 rows of 4 * d_model bytes.
 
     Args:
         store: an open store.
@@ -359,7 +359,7 @@ def probe_site(
     tests: list[Test] = []
     for label, y in asked.labels.items():
         about = {**where, "label": label}
-        made = dict(zip(("accuracy", *CONTROLS), fits, strict=False))
+        made = dict(zip(FITTED, fits, strict=False))
         scores, test = _scores(made, asked, about, seed)
         rows += scores
         tests.append(test)
@@ -375,10 +375,11 @@ def probe_site(
 
 
 CONTROLS = ("shuffled_accuracy", "control_accuracy", "random_directions_accuracy")
+FITTED = ("control_accuracy", "accuracy", "shuffled_accuracy", "random_directions_accuracy")  # longest first
 
 
 def jobs_of(whitened: np.ndarray, asked: Asked, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What `fit_all` fits for one site: per label the probe and CONTROLS, in their order.
+    """What `fit_all` fits for one site, for each label in the order of FITTED.
 
     Args:
         whitened: float32 [n, d].
@@ -387,10 +388,11 @@ def jobs_of(whitened: np.ndarray, asked: Asked, seed: int) -> list[tuple[np.ndar
     """
     jobs: list[tuple[np.ndarray, np.ndarray]] = []
     order = shuffle_within(asked.train, seed)
-    for y in asked.labels.values():
+    n_classes = {label: len(np.unique(y[asked.train])) for label, y in asked.labels.items()}
+    projected = {k: random_directions(whitened, k, seed) for k in set(n_classes.values())}
+    for label, y in asked.labels.items():
         control = control_labels(asked.types, y, asked.train, seed)
-        jobs += [(whitened, y), (whitened, y[order]), (whitened, control)]
-        jobs.append((random_directions(whitened, y[asked.train], seed), y))
+        jobs += [(whitened, control), (whitened, y), (whitened, y[order]), (projected[n_classes[label]], y)]
     return jobs
 
 
@@ -402,7 +404,7 @@ def _scores(made: dict[str, Fit], asked: Asked, about: dict[str, str], seed: int
     label, trees, train = about["label"], asked.test_sequences, asked.train
     y, accuracy = asked.labels[label], made["accuracy"].right.astype(np.float64)
     guessed = baselines.with_majority(asked.guessed[label], y[train], y[~train])
-    measured = {name: fit.right for name, fit in made.items()} | guessed
+    measured = {"accuracy": accuracy, **{name: made[name].right for name in CONTROLS}, **guessed}
     measured |= {
         "above_baseline": accuracy - baselines.highest(guessed),
         "above_shuffled": accuracy - made["shuffled_accuracy"].right,

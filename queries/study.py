@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from keyword import iskeyword
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ STUDIES = {
     "dreams": "actstore.queries.dreams.study",
     "attention": "actstore.queries.attention.study",
     "compare": "actstore.queries.compare.study",
+    "knockout": "actstore.queries.knockout",
 }
 
 OF_THE_MODEL = (
@@ -49,9 +51,10 @@ OF_THE_MODEL = (
 OF_ANSWERS = (
     "depth",
     "last-edge",
+    "knockout",
 )  # these read answers alone, which are the same in each run of a model over the trees
 ANY_SEQUENCES = ("probe", "compare")  # these need no tree
-CAUSAL: tuple[str, ...] = ()  # these run the model again with edited activations, and take `patch`
+CAUSAL: tuple[str, ...] = ("knockout",)  # these run the model again with edited activations, and take `patch`
 RUNS = """
 -- one row per run; held: its sites, vectors: those with a vector per token
 select
@@ -215,7 +218,8 @@ def ask(
         BadInput: the study has no such option, or the run holds too little for it.
     """
     check_options(name, options)
-    run, given = store.resolve_run(run), dict(options)
+    run = store.resolve_run(run)
+    given = {f"{option}_" if iskeyword(option) else option: value for option, value in options.items()}
     if name in CAUSAL:
         if patch is None:
             raise BadInput(f"the study {name!r} runs the model again; ask it by {advised('study', store.path, name)}")
@@ -230,7 +234,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         NotStored: there is no such study.
         BadInput: the study has no such option, or the option has an argument of its own.
     """
-    taken = [option for option in inspect.signature(_module(name).study).parameters if option not in ARGUMENTS]
+    parameters = inspect.signature(_module(name).study).parameters
+    taken = [option.removesuffix("_") for option in parameters if option not in ARGUMENTS]  # `from` is a word of Python
     for option in options:
         if option.rstrip("s") in ARGUMENTS[1:3] and option not in taken:
             argument = f"--{option.rstrip('s')} {options[option]}"

@@ -85,7 +85,7 @@ def study(
 ) -> None:
     """Run a study, print its table, record it in `results`, draw its figure.
 
-    The studies are probes, depth, last-edge, swap, dreams, attention, compare and probe. If the store
+    The studies are probes, depth, last-edge, swap, dreams, attention, compare, probe and knockout. If the store
     lacks what a study needs, the message names the `actstore ingest` that adds it. `compare` takes
     every pair of models over the same trees among the named runs; with one run, every pair of that
     run; by default, for each set of trees, its first run against every other model.
@@ -95,6 +95,10 @@ def study(
     queries that yield token_id and guess, `-o sites` the sites, `-o label NAME` the label's name in
     `results`. With --confirm, the query takes $dataset. `compare` needs no trees either: of other
     sequences it compares next tokens and the similarity of sites.
+
+    Studies of causes run the model again with edited activations. `knockout` takes attention away,
+    by layer: `-o from` roles of tokens, `-o to` classes of keys, or `-o pairs FILE.sql`, a query for
+    token_id and key_token_id; `-o trees N`.
 
     With --confirm, each test that is significant after Holm's correction is repeated on a second
     set of trees. The second set's test uses the same model's run over that set, and leaves out
@@ -110,6 +114,7 @@ def study(
         actstore study demo.act compare --run reproduction --run baseline
         actstore study demo.act depth --json
         actstore study demo.act probe --query "select token_id, source as label from edge_targets" -o sites resid_post
+        actstore study demo.act knockout --run reproduction -o to "goal,targets on path" --plot knockout.png
         actstore study notes.act probe --query verbs.sql -p tense past -o baselines by_word.sql --plot verbs.png
     """
     from actstore.cli.progress import progress

@@ -21,7 +21,7 @@ with checkpoints as (
         try_cast(substr(model, length($model) + length('-step') + 1) as bigint) as train_step
     from runs
     join models using (weights_sha256)
-    where dataset = $dataset and (model = $model or starts_with(model, $model || '-step'))
+    where run not in (select run from interventions) and dataset = $dataset and (model = $model or starts_with(model, $model || '-step'))
 ),
 steps as (
     select run, avg(correct::integer) as step_accuracy

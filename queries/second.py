@@ -76,6 +76,8 @@ class Need:
     def met(self, dataset: str, runs: Iterable[Row]) -> str | None:
         """The first run that fits; None if there is none."""
         for run in runs:
+            if run["edited"]:
+                continue
             over = run["variant_of"] if self.change else run["dataset"]
             kind = run["weights_sha256"], over, run["change"] if self.change else None, run["prompt"]
             held = {*run["held"], *(site.partition(".")[0] for site in run["held"] if site.startswith("pattern"))}

@@ -44,11 +44,12 @@ from runs as base
 join datasets on datasets.variant_of = base.dataset
 join runs as varied on varied.dataset = datasets.dataset and varied.weights_sha256 = base.weights_sha256
 where base.run = $run and coalesce(varied.prompt, 'task') = 'task'
+and varied.run not in (select run from interventions)
 order by varied.rowid
 """
 DRAWN = """
 select run from runs
-where dataset = $dataset and coalesce(prompt, 'task') = 'task'
+where dataset = $dataset and coalesce(prompt, 'task') = 'task' and run not in (select run from interventions)
 and weights_sha256 = (select weights_sha256 from runs where run = $run)
 order by runs.rowid
 """

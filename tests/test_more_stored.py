@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+import actstore
 from actstore import queries
 from actstore.errors import SeveralRuns
 from actstore.ingest.jobs.job import Ingest
@@ -41,13 +42,15 @@ def more_path(demo_path, shipped, tmp_path_factory):
     execute(Ingest(path, load(RUN, checkpoint=1000), trees, sites=sites))
     execute(Ingest(path, shipped, trees, "patterns", sites=["pattern.0"]))
     execute(Ingest(path, shipped, trees, prompt="tree"))
+    edits = "select token_id from tokens where role = 'root' and tree_id < 20"
+    actstore.patch(path, RUN, edits, at="resid_post.0", how="zero", run="edited")
     return path
 
 
 @pytest.fixture
 def both(demo_path, more_path):
     with Store(demo_path) as fresh, Store(more_path) as more:
-        assert len(more.runs()) == 6
+        assert len(more.runs()) == 7
         assert len(more.sql("from datasets")) == 3
         yield fresh, more
 

@@ -58,6 +58,7 @@ N_NODES = "select n_nodes from runs join datasets using (dataset) where run = $r
 HOLDERS = """
 select run from runs semi join (from sites where kind = 'pattern') as patterns using (run)
 where (weights_sha256, dataset) = (select (weights_sha256, dataset) from runs where run = $run)
+and (run = $run or run not in (select run from interventions))
 order by run = $run desc, runs.rowid
 """
 LOOKS = {  # kind of token → names of the sums of its attention

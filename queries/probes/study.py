@@ -67,7 +67,7 @@ LAYERS = "select n_layers from runs join models using (weights_sha256) where run
 HOLDING = """
 select runs.run, list(short) as sites
 from runs as base join runs using (weights_sha256, dataset) join sites on sites.run = runs.run and kind = 'resid'
-where base.run = $run
+where base.run = $run and (runs.run = $run or runs.run not in (select run from interventions))
 group by runs.run, runs.rowid
 order by runs.rowid
 """

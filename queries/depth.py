@@ -65,19 +65,28 @@ def outcomes(store: Store, query: str, run: str) -> pl.DataFrame:
     """The rows of `tree_outcomes` of a run.
 
     Raises:
-        NotStored: there are no rows; names a run of the same model and trees with answers, or a
-            command that adds one.
+        NotStored: there are no rows, see `unanswered`.
     """
     trees = store.sql(query, {"run": run})
     if len(trees):
         return trees
+    raise unanswered(store, run)
+
+
+def unanswered(store: Store, run: str) -> NotStored:
+    """The error for a run without answers.
+
+    It names a run of the same model and trees with answers, or a command that adds one.
+    """
     answering = store.sql(ANSWERING, {"run": run})["run"].to_list()
     if run in answering:
-        raise NotStored(f"run {run!r} has no answers yet; let the ingest of this run go on")
+        return NotStored(f"run {run!r} has no answers yet; let the ingest of this run go on")
     if answering:
-        raise NotStored(f"run {run!r} has no answers to whole tasks; name one that has (--run): {', '.join(answering)}")
+        return NotStored(
+            f"run {run!r} has no answers to whole tasks; name one that has (--run): {', '.join(answering)}"
+        )
     command = ingest_more(store, run, f"{run}-tasks", "--sites", "none")
-    raise NotStored(f"run {run!r} has no answers to whole tasks; {command} adds a run that has, to be named (--run)")
+    return NotStored(f"run {run!r} has no answers to whole tasks; {command} adds a run that has, to be named (--run)")
 
 
 def against_the_others(trees: pl.DataFrame) -> tuple[Test, ...]:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actstore.advice import ingest_more
-from actstore.errors import NotStored
 from actstore.intervals import bootstrap, share_over_trees, sign_flip
+from actstore.queries.depth import unanswered
 from actstore.queries.study import Test
 
 if TYPE_CHECKING:
@@ -94,18 +93,14 @@ class Effects:
         patch: runs the edits.
 
     Raises:
-        NotStored: the run has no answers.
+        NotStored: the run has no answers, see `depth.unanswered`.
     """
 
     def __init__(self, store: Store, run: str, patch: Patching) -> None:
         self._run, self._patch = run, patch
         self.base = store.sql(BASE, {"run": run})
         if not len(self.base):
-            command = ingest_more(store, run, f"{run}-tasks", "--sites", "none")
-            raise NotStored(
-                f"run {run!r} has no answers to whole tasks that edits could change; {command} adds a run that has, to be "
-                "named (--run)"
-            )
+            raise unanswered(store, run)
 
     def of(self, edits: Sequence[Edit]) -> Effect:
         """The effect of edits, at the steps of all edited trees."""

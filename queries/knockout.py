@@ -25,13 +25,13 @@ from actstore.interventions import Edit
 from actstore.queries.effects import MEASURES, Effects
 from actstore.queries.figures import GREY
 from actstore.queries.probes.labelled import parameters, sql_of
-from actstore.queries.probes.study import names_in
 from actstore.queries.study import (
     Answer,
     Progress,
     Test,
     adjusted,
     adjustment,
+    names_in,
     p_shown,
     result_rows,
     shown,

@@ -41,6 +41,7 @@ STUDIES = {
     "attention": "actstore.queries.attention.study",
     "compare": "actstore.queries.compare.study",
     "knockout": "actstore.queries.knockout",
+    "ablate": "actstore.queries.ablate",
 }
 
 OF_THE_MODEL = (
@@ -52,9 +53,10 @@ OF_ANSWERS = (
     "depth",
     "last-edge",
     "knockout",
+    "ablate",
 )  # these read answers alone, which are the same in each run of a model over the trees
 ANY_SEQUENCES = ("probe", "compare")  # these need no tree
-CAUSAL: tuple[str, ...] = ("knockout",)  # these run the model again with edited activations, and take `patch`
+CAUSAL = ("knockout", "ablate")  # these run the model again with edited activations, and take `patch`
 RUNS = """
 -- one row per run; held: its sites, vectors: those with a vector per token
 select
@@ -291,6 +293,8 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
             f"the study {study!r} is about trees, and run {others[0]!r} is over other sequences; {' and '.join(ANY_SEQUENCES)} "
             "need no tree"
         )
+    if study in CAUSAL and (edited := [run for run in named if known[run]["edited"]]):
+        raise BadInput(f"run {edited[0]!r} holds edited activations; name the run that it starts from (--run)")
     every = [
         row
         for row in known.values()
@@ -359,6 +363,30 @@ def adjusted(tests: Iterable[Test]) -> tuple[Test, ...]:
     """Holm's correction over the tests of a study: sets p_holm."""
     tests = list(tests)
     return tuple(replace(test, p_holm=p) for test, p in zip(tests, holm([test.p for test in tests]), strict=True))
+
+
+def chosen(wanted: str | Sequence[str], known: Iterable[str], what: str) -> list[str]:
+    """The wanted names (see `names_in`) or `all`, once each, in the order of `known`.
+
+    Raises:
+        BadInput: a name is unknown, or there are no names.
+    """
+    names = names_in(wanted)
+    if names == ["all"]:
+        return list(known)
+    for name in names or [""]:
+        if name not in known:
+            raise BadInput(f"no {what} {name!r}{nearest(name, known)}; there are {', '.join(known)}, and all")
+    return [name for name in known if name in names]
+
+
+def names_in(wanted: str | Sequence[str]) -> list[str]:
+    """Names from a comma-separated text or a list; a number from the command line is a name."""
+    return (
+        [str(name) for name in wanted]
+        if isinstance(wanted, list | tuple)
+        else [n.strip() for n in str(wanted).split(",")]
+    )
 
 
 def mean_row(values: np.ndarray, trees: np.ndarray, seed: int, **about: Any) -> dict[str, Any]:

@@ -176,6 +176,7 @@ DIRECTION = ["sql", "STORE", "select probe_direction('s/embed/edge_target/source
 READ = ["read", "STORE", "select token_id from edge_targets", "--run", "s", "--site", "embed", "--check", "--csv"]
 UNREAD = ["read", "STORE", "select token_id from edge_targets", "--csv", "--site"]
 FEW = ("--trees", "20", "--sites", "none")
+ZERO = ["-o", "how", "zero", "-o", "trees", "5", "-o", "roles", "root"]
 PROBES = ["study", "STORE", "probes", "-o", "max_iter", "5"]
 CASES = [
     Case("queries/attention/study.py:pattern_run", ["study", "STORE", "attention"]),
@@ -189,13 +190,14 @@ CASES = [
     Case("queries/compare/study.py:_other", ["study", "STORE", "compare", "--run", "r"], names_taken),
     *(
         Case(
-            "queries/depth.py:outcomes",
-            ["study", "STORE", of, "--run", "x"],
+            "queries/depth.py:unanswered",
+            ["study", "STORE", of, "--run", "x", *more],
             dreams_only,
-            ["study", "STORE", of, "--run", "RUN"],
+            ["study", "STORE", of, "--run", "RUN", *more],
         )
-        for of in ("depth", "last-edge")
+        for of, *more in (("depth",), ("last-edge",), ("ablate", *ZERO), ("knockout", "-o", "trees", "3"))
     ),
+    Case("queries/causes.py:check_stored", ["study", "STORE", "ablate", "-o", "trees", "5", "-o", "roles", "colon"]),
     Case("queries/probes/study.py:_where", PROBES, None, [*PROBES, "--run", "RUN", "-o", "sites", "embed"]),
     Case(
         "queries/probes/study.py:_where",
@@ -248,6 +250,7 @@ CASES = [
 ELSEWHERE = {
     "actstore/cli/study.py:say_it",  # test_recording.py, as the next
     "queries/studies.py:warn",
+    "queries/study.py:ask",  # test_ablate.py
     "actstore/cli/ingest.py:ingest",  # below, as the rest
     "actstore/reading/opened.py:_check_log",  # below: `verify` says more, and mends nothing
     "actstore/reading/opened.py:_opening_errors",  # test_content.py, as the next

@@ -85,10 +85,11 @@ def study(
 ) -> None:
     """Run a study, print its table, record it in `results`, draw its figure.
 
-    The studies are probes, depth, last-edge, swap, dreams, attention, compare, probe and knockout. If the store
-    lacks what a study needs, the message names the `actstore ingest` that adds it. `compare` takes
-    every pair of models over the same trees among the named runs; with one run, every pair of that
-    run; by default, for each set of trees, its first run against every other model.
+    The studies are probes, depth, last-edge, swap, dreams, attention, compare and probe, and those
+    of causes: ablate and knockout. If the store lacks what a study needs, the message names the
+    `actstore ingest` that adds it. `compare` takes every pair of models over the same trees among
+    the named runs; with one run, every pair of that run; by default, for each set of trees, its
+    first run against every other model.
 
     `probe` reads labels of your own, of trees or of any other sequences: --query yields token_id,
     label and, if the sequences' own split is not meant, split. `-o baselines FILE.sql,…` names
@@ -99,6 +100,8 @@ def study(
     Studies of causes run the model again with edited activations. `knockout` takes attention away,
     by layer: `-o from` roles of tokens, `-o to` classes of keys, or `-o pairs FILE.sql`, a query for
     token_id and key_token_id; `-o trees N`.
+    `ablate` takes away what a site adds at the tokens of a role: `-o sites attn_out,mlp_out`, or
+    `z` for heads; `-o roles`; `-o how zero,mean,resample`; `-o trees N`.
 
     With --confirm, each test that is significant after Holm's correction is repeated on a second
     set of trees. The second set's test uses the same model's run over that set, and leaves out
@@ -113,6 +116,7 @@ def study(
         actstore study demo.act probes --run reproduction -o token_role separator -o labels source,goal
         actstore study demo.act compare --run reproduction --run baseline
         actstore study demo.act depth --json
+        actstore study demo.act ablate --run reproduction -o how zero --plot ablate.png
         actstore study demo.act probe --query "select token_id, source as label from edge_targets" -o sites resid_post
         actstore study demo.act knockout --run reproduction -o to "goal,targets on path" --plot knockout.png
         actstore study notes.act probe --query verbs.sql -p tense past -o baselines by_word.sql --plot verbs.png

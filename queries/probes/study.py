@@ -20,7 +20,7 @@ one training of one seed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ from actstore.queries.probes.fit import (
 )
 from actstore.queries.probes.places import place_rows
 from actstore.queries.probes.protocols import notebook_rows
-from actstore.queries.study import Answer, Progress, Test, adjusted, mean_row, result_rows, test_rows
+from actstore.queries.study import Answer, Progress, Test, adjusted, chosen, mean_row, names_in, result_rows, test_rows
 from actstore.sites import not_held
 from actstore.sites import wanted as meant
 
@@ -190,10 +190,10 @@ def _asked(token_role: str | Sequence[str], labels: str | Sequence[str] | None) 
     Raises:
         BadInput: a token or label is unknown, or no token has the labels.
     """
-    roles = _chosen(token_role, TOKEN_ROLES, "token_role")
+    roles = chosen(token_role, TOKEN_ROLES, "token_role")
     if labels is None:
         return {role: ["next_node"] if role == "path" else ["source", "target"] for role in roles}
-    wanted = _chosen(labels, LABELS, "label")
+    wanted = chosen(labels, LABELS, "label")
     there = {role: [label for label in LABELS if _has(role, label)] for role in roles}
     asked = {role: [label for label in its if label in wanted] for role, its in there.items()}
     if not any(asked.values()):
@@ -205,30 +205,6 @@ def _asked(token_role: str | Sequence[str], labels: str | Sequence[str] | None) 
 def _has(role: str, label: str) -> bool:
     """Whether tokens of a role have a label: goal, at `path` next_node, else the edge's labels."""
     return label == "goal" or (label == "next_node") == (role == "path")
-
-
-def _chosen(wanted: str | Sequence[str], known: Iterable[str], what: str) -> list[str]:
-    """The wanted names (see `names_in`) or `all`, once each, in the order of `known`.
-
-    Raises:
-        BadInput: a name is unknown, or there are no names.
-    """
-    names = names_in(wanted)
-    if names == ["all"]:
-        return list(known)
-    for name in names or [""]:
-        if name not in known:
-            raise BadInput(f"no {what} {name!r}{nearest(name, known)}; there are {', '.join(known)}, and all")
-    return [name for name in known if name in names]
-
-
-def names_in(wanted: str | Sequence[str]) -> list[str]:
-    """Names from a comma-separated text or a list; a number from the command line is a name."""
-    return (
-        [str(name) for name in wanted]
-        if isinstance(wanted, list | tuple)
-        else [n.strip() for n in str(wanted).split(",")]
-    )
 
 
 def data_hash(tokens: pl.DataFrame, labels: Sequence[str]) -> str:

@@ -180,7 +180,7 @@ def with_donors(tokens: pl.DataFrame, steps: pl.DataFrame, rng: np.random.Genera
     pairs = pl.DataFrame({"tree_id": ids, "donor": ids[donor]}).filter(n_others > 0)
     pairs = pairs.cast({"tree_id": tokens.schema["tree_id"]})
     moved = (pl.col("donor").cast(pl.Int64) - pl.col("tree_id")) * POSITIONS_PER_TREE
-    return tokens.join(pairs, on="tree_id", maintain_order="left").with_columns(
+    return tokens.join(pairs, on="tree_id", how="left", maintain_order="left").with_columns(
         donor_token_id=pl.col("token_id") + moved
     )
 

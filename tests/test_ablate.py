@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 
+import numpy as np
+import polars as pl
 import pytest
 from click.testing import CliRunner
 
@@ -105,9 +107,6 @@ def test_zero_needs_no_stored_site_and_the_other_kinds_say_how_to_store_it(path,
 
 
 def test_a_donor_is_another_tree_whose_path_is_no_shorter():
-    import numpy as np
-    import polars as pl
-
     steps = pl.DataFrame({"tree_id": [1, 2, 3, 4, 5], "depth": [1, 1, 2, 2, 3]})
     every = pl.DataFrame({"token_id": [256 * tree + 7 for tree in range(1, 6)], "tree_id": [1, 2, 3, 4, 5]})
     drawn = set()

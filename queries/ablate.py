@@ -63,6 +63,7 @@ HOWS = ("zero", "mean", "resample")
 MOST = int(LEVEL * (1 + N_DRAWS))  # cells: with more, Holm leaves the smallest p above LEVEL
 LISTED = 12  # rows of the table
 CONTROL = "control: itself"
+ENDS = ("value", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,8 @@ def compared(cell: Cell, both: pl.DataFrame, seed: int) -> tuple[list[dict[str, 
     for metric, drop in (("p_drop", p), ("accuracy_drop", right)):
         low, high = change_over_trees(drop, trees)
         rows.append({**about, "metric": metric, "value": float(drop.mean()), "low": low, "high": high, "n": len(both)})
-    loss, low, high = mean_over_trees(log(both["p_target"]) - log(both["p_target_after"]), trees, seed)
-    rows.append({**about, "metric": "loss_rise", "value": loss, "low": low, "high": high, "n": len(both)})
+    rise = mean_over_trees(log(both["p_target"]) - log(both["p_target_after"]), trees, seed)
+    rows.append({**about, "metric": "loss_rise", **dict(zip(ENDS, rise, strict=True)), "n": len(both)})
     return rows, Test.of(rows[0], sign_flip(by_tree(p, trees), seed), f"p of the right step lost to {cell.label}")
 
 
@@ -258,7 +259,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     text += f"; it gains some in {len(better)}."
     control = results.filter(label=CONTROL)
     if len(control):
-        most_changed = control.filter(metric="largest_change")["value"].max()
+        most_changed = max(control.filter(metric="largest_change")["value"].to_list())
         n_other = int(control.filter(metric="other_answers")["value"].sum())
         text += (
             f" With each tree as its own donor (the control), {n_other} answers change, and no probability by more than "
@@ -287,7 +288,7 @@ def plot(answer: Answer) -> Figure:
         found["part"].unique(maintain_order=True).to_list(),
         [role for role in ROLES if role in found["token_role"]],
     )
-    layers, most = sorted(found["layer"].unique()), max(found["value"].abs().max() or 0.0, 1e-3)
+    layers, most = sorted(found["layer"].unique()), max(1e-3, *found["value"].abs().to_list())
     significant = {test.key for test in answer.tests if test.found}
     figure = Figure(figsize=(1.2 + 4.6 * len(parts), 0.9 + 2.4 * len(hows)), layout="constrained")
     axes = figure.subplots(len(hows), len(parts), squeeze=False)

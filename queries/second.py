@@ -199,6 +199,10 @@ def _needs(study: str, of: Row, sites: tuple[str, ...], runs: Sequence[Row]) -> 
         dreams = Need(of, prompt="tree").met(of["dataset"], runs)
         samples = next((row["samples"] for row in runs if row["run"] == dreams), None)
         return [Need(of), Need(of, prompt="tree", samples=samples)]
+    if study == "scrub":
+        return [
+            Need(of, sites=tuple(site for site in of["held"] if site.startswith(("pattern.", "v.", "resid_post."))))
+        ]
     return [Need(of, sites=sites)]
 
 

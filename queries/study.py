@@ -42,6 +42,7 @@ STUDIES = {
     "compare": "actstore.queries.compare.study",
     "knockout": "actstore.queries.knockout",
     "ablate": "actstore.queries.ablate",
+    "scrub": "actstore.queries.scrub.study",
 }
 
 OF_THE_MODEL = (
@@ -56,7 +57,7 @@ OF_ANSWERS = (
     "ablate",
 )  # these read answers alone, which are the same in each run of a model over the trees
 ANY_SEQUENCES = ("probe", "compare")  # these need no tree
-CAUSAL = ("knockout", "ablate")  # these run the model again with edited activations, and take `patch`
+CAUSAL = ("knockout", "ablate", "scrub")  # these run the model again with edited activations, and take `patch`
 RUNS = """
 -- one row per run; held: its sites, vectors: those with a vector per token
 select

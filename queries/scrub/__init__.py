@@ -1,0 +1,1 @@
+"""Brinkmann et al.'s scrubbing of the root token's attention, with controls."""

@@ -267,6 +267,8 @@ ELSEWHERE = {
     "actstore/cli/upkeep.py:drop",  # test_drop.py: repair after a drop
     "actstore/writing/dropping.py:_refuse_labelled",  # test_drop.py: labels are dropped, then their dataset
     "queries/second.py:_line",  # test_confirm.py, since it is several commands in one line
+    "queries/scrub/study.py:_check_sites",  # test_scrub.py, as the next
+    "queries/scrub/donors.py:_no_tree",
     "ingest/training/card.py:write_card",
 }
 MENTIONED = re.compile(r"`actstore (models list|models add( NAME FILE)?|read)`")  # named, not spelled out

@@ -90,6 +90,11 @@ def study(
     `actstore ingest` that adds it. `compare` takes every pair of models over the same trees among
     the named runs; with one run, every pair of that run; by default, for each set of trees, its
     first run against every other model.
+    The studies are probes, depth, last-edge, swap, dreams, attention, compare, probe, knockout and
+    scrub. If the store lacks what a study needs, the message names the `actstore ingest` that adds
+    it. `compare` takes every pair of models over the same trees among the named runs; with one run,
+    every pair of that run; by default, for each set of trees, its first run against every other
+    model.
 
     `probe` reads labels of your own, of trees or of any other sequences: --query yields token_id,
     label and, if the sequences' own split is not meant, split. `-o baselines FILE.sql,…` names
@@ -102,6 +107,11 @@ def study(
     token_id and key_token_id; `-o trees N`.
     `ablate` takes away what a site adds at the tokens of a role: `-o sites attn_out,mlp_out`, or
     `z` for heads; `-o roles`; `-o how zero,mean,resample`; `-o trees N`.
+    token_id and key_token_id; `-o trees N`. `scrub` gives the root token what a layer's attention
+    brings there in another tree, a donor, as Brinkmann et al. do: `-o n N` clean trees of a path
+    length, `-o listed any` for trees that are not listed backward, `-o second N` for the length of
+    their second path, `-o donors FILE.sql` for donors of your own: a query for token_id and
+    donor_token_id that may use $layer.
 
     With --confirm, each test that is significant after Holm's correction is repeated on a second
     set of trees. The second set's test uses the same model's run over that set, and leaves out
@@ -119,6 +129,7 @@ def study(
         actstore study demo.act ablate --run reproduction -o how zero --plot ablate.png
         actstore study demo.act probe --query "select token_id, source as label from edge_targets" -o sites resid_post
         actstore study demo.act knockout --run reproduction -o to "goal,targets on path" --plot knockout.png
+        actstore study demo.act scrub --run reproduction --plot scrub.png
         actstore study notes.act probe --query verbs.sql -p tense past -o baselines by_word.sql --plot verbs.png
     """
     from actstore.cli.progress import progress

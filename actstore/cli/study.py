@@ -86,15 +86,10 @@ def study(
     """Run a study, print its table, record it in `results`, draw its figure.
 
     The studies are probes, depth, last-edge, swap, dreams, attention, compare and probe, and those
-    of causes: ablate and knockout. If the store lacks what a study needs, the message names the
-    `actstore ingest` that adds it. `compare` takes every pair of models over the same trees among
-    the named runs; with one run, every pair of that run; by default, for each set of trees, its
-    first run against every other model.
-    The studies are probes, depth, last-edge, swap, dreams, attention, compare, probe, knockout and
-    scrub. If the store lacks what a study needs, the message names the `actstore ingest` that adds
-    it. `compare` takes every pair of models over the same trees among the named runs; with one run,
-    every pair of that run; by default, for each set of trees, its first run against every other
-    model.
+    of causes: ablate, knockout and scrub. If the store lacks what a study needs, the message names
+    the `actstore ingest` that adds it. `compare` takes every pair of models over the same trees
+    among the named runs; with one run, every pair of that run; by default, for each set of trees,
+    its first run against every other model.
 
     `probe` reads labels of your own, of trees or of any other sequences: --query yields token_id,
     label and, if the sequences' own split is not meant, split. `-o baselines FILE.sql,…` names
@@ -107,11 +102,10 @@ def study(
     token_id and key_token_id; `-o trees N`.
     `ablate` takes away what a site adds at the tokens of a role: `-o sites attn_out,mlp_out`, or
     `z` for heads; `-o roles`; `-o how zero,mean,resample`; `-o trees N`.
-    token_id and key_token_id; `-o trees N`. `scrub` gives the root token what a layer's attention
-    brings there in another tree, a donor, as Brinkmann et al. do: `-o n N` clean trees of a path
-    length, `-o listed any` for trees that are not listed backward, `-o second N` for the length of
-    their second path, `-o donors FILE.sql` for donors of your own: a query for token_id and
-    donor_token_id that may use $layer.
+    `scrub` gives the root token what a layer's attention brings there in another tree, a donor, as
+    Brinkmann et al. do: `-o n N` clean trees of a path length, `-o listed any` for trees that are
+    not listed backward, `-o second N` for the length of their second path, `-o donors FILE.sql` for
+    donors of your own: a query for token_id and donor_token_id that may use $layer.
 
     With --confirm, each test that is significant after Holm's correction is repeated on a second
     set of trees. The second set's test uses the same model's run over that set, and leaves out

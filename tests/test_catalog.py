@@ -299,7 +299,7 @@ def test_parts_have_the_columns_of_the_catalog_and_hold_small_numbers_unsigned(r
             assert [*columns] == [name for name in schema if name not in others]
             for column, dtype in columns.items():
                 signed = pl.Categorical if isinstance(dtype, pl.Enum) else SIGNED.get(str(dtype), dtype)
-                if column in ("position", "n_positions") and table != "generations":  # of text it is larger
+                if column in ("position", "n_positions"):  # of text it is larger
                     signed = pl.Int32
                 assert schema[column] == (pl.UInt64 if column in ("tree_hash", "hash") else signed), (table, column)
     assert types["tokens"]["token"] == pl.Enum(tokens.WORDS)

@@ -13,7 +13,7 @@ with
         select run, count(distinct sequence_id), null  -- of text, and of edited runs: next tokens alone
         from predictions where run not in (select run from outcomes) group by run
         union all
-        select run, count(distinct tree_id), null from generations group by run  -- continuations are not graded
+        select run, count(distinct sequence_id), null from generations group by run  -- continuations are not graded
     ),
     begun as (  -- of runs without answers: those of the batches of a site
         select run, max(n) as n_sequences

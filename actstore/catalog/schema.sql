@@ -152,8 +152,8 @@ create table runs (
     dataset varchar, -- datasets.dataset
     first_tree_id integer, -- tree_id of row 0 of every array of the run; NULL for other sequences
     n_trees integer, -- trees planned, rows of every array; NULL for other sequences
-    prompt varchar, -- the model's input: 'task' (tree, goal, root, path) or 'tree' (only the edges, up to the bar); NULL for text
-    samples smallint, -- continuations drawn per tree, besides the greedy one; NULL for whole tasks
+    prompt varchar, -- the model's input: 'task' (tree, goal, root, path), 'tree' (only the edges, up to the bar) or 'text' (text that it continues); NULL for text
+    samples smallint, -- continuations drawn per sequence, besides the greedy one; NULL for whole tasks and text
     device varchar, -- device that the model ran on
     versions varchar, -- of actstore, torch and transformer_lens, batch_size (sequences per forward pass) and, of text, answers; JSON
 );
@@ -232,13 +232,14 @@ create table edits (
 );
 
 create table generations (
-    run varchar, -- runs.run, of a run whose prompt is 'tree'
-    tree_id integer, -- trees.tree_id
+    run varchar, -- runs.run, of a run whose prompt is 'tree' or 'text'
+    tree_id integer, -- trees.tree_id; NULL for other sequences
     sample smallint, -- 0 for the greedy continuation; 1 and up are drawn from the model's own distribution
-    position smallint, -- place in the sequence; the first is the one after the bar, 3 * n_nodes - 3
+    position integer, -- place in the sequence; the first is the one after what the model read: of trees, after the bar
     token token_word, -- the model's token there, spelled the same for both systems
     p float, -- probability that the model gave to the token, [0, 1]
     p_best float, -- probability of the model's likeliest token, [0, 1]
+    sequence_id bigint, -- sequences.sequence_id; of a tree: tree_id
 );
 
 create table results (

@@ -67,12 +67,17 @@ ADDED: dict[str, tuple[str, ...]] = {  # columns that parts of trees do not hold
     "tokens": ("sequence_id", "number", "start", "stop"),
     "sites": ("axes", "lineage"),
     "predictions": ("sequence_id", "loss", "rank", "top"),
+    "generations": ("sequence_id",),
 }
-OF_TREES = {"datasets": "first_tree_id", "tokens": "tree_id", "predictions": "tree_id"}  # null for other sequences
+OF_TREES = {  # columns that are null for other sequences
+    "datasets": "first_tree_id",
+    **dict.fromkeys(("tokens", "predictions", "generations"), "tree_id"),
+}
 NOT_OF_TREES: dict[str, dict[str, pl.DataType]] = {  # types in parts of other sequences
     "datasets": {"n_positions": pl.Int32()},
     "tokens": {"position": pl.Int32(), "token": pl.String()},
     "predictions": {"target": pl.String(), "predicted": pl.String()},
+    "generations": {"position": pl.Int32(), "token": pl.String()},
 }
 UNSIGNED: dict[str, dict[str, pl.DataType]] = {  # columns that parts hold unsigned, besides every smallint (uint8)
     "models": {
@@ -82,6 +87,7 @@ UNSIGNED: dict[str, dict[str, pl.DataType]] = {  # columns that parts hold unsig
     "sites": {"shape": pl.List(pl.UInt32())},
     "datasets": {"n_positions": pl.UInt8()},
     "tokens": {"position": pl.UInt8()},
+    "generations": {"position": pl.UInt8()},
 }
 
 

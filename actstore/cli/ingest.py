@@ -79,7 +79,18 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
     show_default=True,
     help="tree: give the model only the edges, and store its continuations.",
 )
-@click.option("--samples", type=int, help="With --prompt tree: continuations drawn besides the greedy one; default 1.")
+@click.option(
+    "--samples",
+    type=int,
+    help="With --prompt tree or --continue: continuations drawn besides the greedy one; default 1.",
+)
+@click.option(
+    "--continue",
+    "continued",
+    type=int,
+    metavar="N",
+    help="Continue each sequence of text by N tokens, and store the continuations alone.",
+)
 @click.option(
     "--batch-size",
     type=int,

@@ -156,7 +156,9 @@ class Opened:
     def _lacks_columns(self) -> bool:
         """Whether a version before the last columns of the present format made the catalog."""
         with suppress(BadInput):
-            self.session.types("select task from datasets")
+            self.session.types(
+                "select task, generations.sequence_id, base_run, vector from datasets, generations, interventions, edits"
+            )
             return False
         with suppress(BadInput):
             return bool(self.session.types("select first_tree_id from datasets"))

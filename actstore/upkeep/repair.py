@@ -282,7 +282,7 @@ def _rows_of(connection: duckdb.DuckDBPyConnection, part: Part) -> tuple[str, li
             f"select first_tree_id + trees_per_shard * ?, trees_per_shard from there.datasets where dataset = {dataset}"
         )
         first, n = connection.execute(trees, [part.batch, part.owner]).fetchall()[0]
-    key = "tree_id" if part.table in ("trees", "edges", "outcomes", "generations") else "sequence_id"
+    key = "tree_id" if part.table in ("trees", "edges", "outcomes") else "sequence_id"
     condition = f"where {key} between ? and ?" + " and run = ?" * of_run
     return condition, [first, first + (n or 0) - 1, *[part.owner] * of_run]
 

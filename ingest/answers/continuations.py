@@ -75,7 +75,7 @@ class Generator:
         length = np.zeros(len(logits), np.intp)
         stops = np.isin(vocabulary.word_of_id, (PAD, COMMA))
         for place in range(n_new):
-            ids[:, place], p[:, place], p_best[:, place] = _choose(logits, uniforms[:, place])
+            ids[:, place], p[:, place], p_best[:, place] = choose(logits, uniforms[:, place])
             length += going
             going &= ~stops[ids[:, place]]
             if place + 1 < n_new:
@@ -100,8 +100,12 @@ class Generator:
         return drawn.reshape(-1, n_new)
 
 
-def _choose(logits: Tensor, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Choose a token id per sequence by draws u, float64 [n]; NaN chooses the likeliest.
+def choose(logits: Tensor, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Choose a token id per sequence by draws; NaN chooses the likeliest.
+
+    Args:
+        logits: float [n, d_vocab].
+        u: float64 [n], in [0, 1).
 
     Returns:
         The ids, their probabilities, and the probabilities of the likeliest ids.

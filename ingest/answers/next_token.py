@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 NUMBERS_AT_ONCE = 2**24  # logits that are worked on at a time: 64 MB, and copies of them
 MOST_TOP = 1000
+MOST_NEW = 10_000
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,37 @@ class Asked:
             raise BadInput(f"got --top {self.top}; there are 0 to {MOST_TOP} (0 stores no column top)")
 
 
-def said(asked: Asked | None) -> str:
-    """What was asked for, in words that `understood` reads: `none`, `next`, or `next, top 5`."""
+@dataclass(frozen=True)
+class Continued:
+    """Continuations in the place of predictions.
+
+    Attributes:
+        n_new: most tokens of a continuation.
+    """
+
+    n_new: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_new <= MOST_NEW:
+            raise BadInput(f"got --continue {self.n_new}; a continuation has 1 to {MOST_NEW} tokens")
+
+
+def said(asked: Asked | Continued | None) -> str:
+    """What was asked for, in words that `understood` reads.
+
+    Such as `none`, `next`, `next, top 5` or `continue 32`.
+    """
     if asked is None:
         return "none"
+    if isinstance(asked, Continued):
+        return f"continue {asked.n_new}"
     return f"next, top {asked.top}" if asked.top else "next"
 
 
-def understood(text: str) -> Asked | None:
+def understood(text: str) -> Asked | Continued | None:
     """What `said` wrote down."""
+    if text.startswith("continue "):
+        return Continued(int(text.removeprefix("continue ")))
     return None if text == "none" else Asked(int(text.partition(", top ")[2] or 0))
 
 

@@ -11,14 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 
 from actstore.arrays.address import Ids, is_of_trees
 from actstore.errors import BadInput, NotStored, nearest
 from actstore.ingest.answers import next_token
-from actstore.ingest.answers.next_token import Asked
+from actstore.ingest.answers.next_token import Asked, Continued
 from actstore.ingest.answers.passes import run_text
-from actstore.ingest.interventions.patch import Patch
 from actstore.ingest.jobs.plans import bytes_per_batch, site_plan
 from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.forward import forward
@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     import torch
 
     from actstore.ingest.answers.continuations import Generator
+    from actstore.ingest.answers.text_continuations import TextGenerator
+    from actstore.ingest.interventions.patch import Patch
 
 PROMPTS = ("task", "tree")
 MOST_SAMPLES = 255  # a sample's number is a byte
-DREAMS = "dreams"  # ends the default name of a run of continuations
+CONTINUATIONS = {"tree": "dreams", "text": "continued"}  # prompt → end of the default name of a run
 CATALOG_BYTES = 4_000_000  # of a small catalog: DuckDB gives every column its own blocks
 BYTES_PER_TOKEN_ROW = {"trees": 20, "tokens": 60}  # in parts and catalog, with all rows beside; rounded up from stores
 MOST_AT_ONCE = 128  # sequences per forward pass: 64 to 128 trees are the quickest on a CPU
@@ -58,10 +60,12 @@ class Ingest:
         batch_size: sequences per forward pass; default: 128 trees, or as many sequences as have
             TOKENS_AT_ONCE tokens, 1 to 128.
         prompt: the input of a path-finding system: `task`, or `tree`, the edges alone, which the
-            model continues freely.
-        samples: for prompt `tree`: number of sampled continuations, in addition to the greedy one.
-        asked: which next-token predictions to store of text; None for none. Default: those of
-            every token but a sequence's last, if the model predicts.
+            model continues freely. `text`: sequences of text, which it continues.
+        samples: for prompts `tree` and `text`: number of sampled continuations, in addition to the
+            greedy one.
+        asked: which next-token predictions to store of text, or for prompt `text` how many tokens
+            to continue it by; None for none. Default: predictions of every token but a sequence's
+            last, if the model predicts.
         patch: edits of the activations; the run then holds the edited sequences alone.
         wait: seconds to wait for another process that writes to the store.
         publish_every: seconds between new catalogs for readers, while batches are committed.
@@ -78,10 +82,10 @@ class Ingest:
     prompt: str = "task"
     samples: int | None = None
     wait: float = 0.0
-    asked: Asked | None = field(default_factory=Asked)
+    asked: Asked | Continued | None = field(default_factory=Asked)
     patch: Patch | None = None
     specs: list[SiteSpec] = field(init=False)
-    generator: Generator | None = field(init=False, default=None)
+    generator: Generator | TextGenerator | None = field(init=False, default=None)
     plan: RunPlan = field(init=False)
     per_pass: int = field(init=False)
     grades: bool = field(init=False, default=True)
@@ -89,7 +93,7 @@ class Ingest:
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
         self.store = place(self.store)
-        if self.prompt == "tree":  # up to the bar its activations would equal those of the whole task
+        if self.prompt != "task":  # up to the continuation its activations would equal those of the whole task
             self.sites = []
         chooses_none = self.sites is not None and not len(self.sites)
         self.specs = [] if chooses_none else self.model.sites(self.sites)
@@ -102,6 +106,10 @@ class Ingest:
             from actstore.ingest.answers.continuations import Generator
 
             self.generator = Generator(self.model, drafted.facts["samples"], self.trees.seed)
+        if isinstance(self.asked, Continued):
+            from actstore.ingest.answers.text_continuations import TextGenerator
+
+            self.generator = TextGenerator(self.model, drafted.facts["samples"], self.asked.n_new)
         made_by: dict[str, Any] = {**versions(), "batch_size": self.per_pass}
         if self.of_text:
             made_by["answers"] = next_token.said(self.asked)
@@ -250,10 +258,13 @@ class Ingest:
             The rows of `predictions` and `outcomes`, or of `generations`; none without `grades`.
         """
         if self.patch is not None:
+            assert not isinstance(self.asked, Continued)
             run_edited = self.patch.run_text if self.of_text else self.patch.run_trees
             return run_edited(
                 self.model, self.specs, drawn, first, self.per_pass, self.asked, self.plan.run, into, advance
             )
+        if isinstance(self.asked, Continued):
+            return self._text_continuations(drawn, first, advance)
         if self.of_text:
             options = (self.per_pass, self.asked if self.grades else None, self.plan.run)
             return run_text(self.model, self.specs, drawn, first, into, *options, advance)
@@ -290,13 +301,21 @@ class Ingest:
     ) -> dict[str, pl.DataFrame]:
         from actstore.ingest.answers import continuations
 
-        assert self.generator is not None
+        assert isinstance(self.generator, continuations.Generator)
         generated = []
         for rows in self._passes(len(drawn.words)):
             generated.append(self.generator.go_on(drawn.words[rows], drawn.start + rows.start))
             advance(drawn.start + rows.stop)
         whole = concatenate(generated)
         return {"generations": continuations.generation_rows(whole, self.plan.run, first_tree_id)}
+
+    def _text_continuations(self, drawn: Any, first: Ids, advance: Callable[[int], None]) -> dict[str, pl.DataFrame]:
+        from actstore.ingest.answers import text_continuations
+
+        assert isinstance(self.generator, text_continuations.TextGenerator)
+        every = np.arange(len(drawn))
+        rows = self.generator.go_on(drawn, every, self.per_pass, lambda done: advance(drawn.start + done))
+        return {"generations": text_continuations.generation_rows(rows, drawn, self.plan.run, first)}
 
     def _passes(self, n_trees: int) -> list[slice]:
         """The rows of a batch in each forward pass."""
@@ -329,14 +348,14 @@ def draft(
         reads, got = ("trees", "text") if of_trees else ("text", "trees")
         how = "--trees N or --trees-from FILE" if of_trees else "--text FILE or --tokens FILE"
         raise BadInput(f"model {model!r} reads {reads}, and got {got}; give {how}, or name another model")
-    facts = _tree_facts(model, config, dataset, prompt, samples) if of_trees else {}
+    facts = _tree_facts(model, config, dataset, prompt, samples) if of_trees else _text_facts(prompt, samples)
     change = dataset.get("change")
     return RunPlan(
         run=run or run_name(model, change, prompt),
         model={},
         weights=b"",
         dataset=dataset,
-        sites=[] if prompt == "tree" else [site_plan(spec, dataset) for spec in specs],
+        sites=[] if prompt != "task" else [site_plan(spec, dataset) for spec in specs],
         facts=facts,
     )
 
@@ -349,7 +368,20 @@ def run_name(model: str, change: str | None = None, prompt: str = "task") -> str
         change: see trees/variants.py.
         prompt: see Ingest.
     """
-    return "-".join([model, *filter(None, [change, DREAMS * (prompt == "tree")])])
+    return "-".join([model, *filter(None, [change, CONTINUATIONS.get(prompt)])])
+
+
+def _samples(samples: int | None) -> int:
+    """The number of sampled continuations, 1 by default."""
+    samples = 1 if samples is None else samples
+    if not 0 <= samples <= MOST_SAMPLES:
+        raise BadInput(f"got {samples} samples; there are 0 to {MOST_SAMPLES} (--samples)")
+    return samples
+
+
+def _text_facts(prompt: str, samples: int | None) -> dict[str, Any]:
+    """Columns of `runs` for a run over text."""
+    return {"prompt": prompt, "samples": _samples(samples)} if prompt == "text" else {}
 
 
 def _tree_facts(
@@ -360,9 +392,7 @@ def _tree_facts(
     if prompt not in PROMPTS:
         raise BadInput(f"got --prompt {prompt!r}{nearest(prompt, PROMPTS)}; {there_are(PROMPTS)}")
     if prompt == "tree":
-        samples = 1 if samples is None else samples
-        if not 0 <= samples <= MOST_SAMPLES:
-            raise BadInput(f"got {samples} samples; there are 0 to {MOST_SAMPLES} (--samples)")
+        samples = _samples(samples)
     elif samples is not None:
         raise BadInput("--samples is of continuations that a model makes up; ask for them with --prompt tree")
     if n_nodes > config.n_nodes:

@@ -52,7 +52,7 @@ class Base:
         committed = manifests(root)
         rows = {name: rows_committed(root, committed, name).to_dicts() for name in ("runs", "models", "datasets")}
         self.about: Row = row_where(rows["runs"], "run", run, "runs")
-        if self.about.get("prompt") == "tree":
+        if self.about.get("prompt") in ("tree", "text"):
             raise BadInput(
                 f"run {run!r} holds continuations; edits start from a run over whole tasks: name that (--base)"
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from actstore.commits.log import manifests
 from actstore.errors import BadInput, nearest
-from actstore.ingest.answers.next_token import Asked, understood
+from actstore.ingest.answers.next_token import Asked, Continued, understood
 from actstore.ingest.corpus.corpus import Corpus, from_text, from_tokens
 from actstore.ingest.corpus.documents import open_documents
 from actstore.ingest.corpus.tokens import Vocabulary
@@ -68,6 +68,7 @@ def prepare(
     tokenizer: Any = None,
     answers: str | None = None,
     top: int | None = None,
+    continued: int | None = None,
 ) -> Ingest:
     """Turn the arguments of `actstore ingest` into a job; nothing is written.
 
@@ -95,6 +96,8 @@ def prepare(
         config, hub, revision, untrained, keep_weights, tokenizer: see `models.load`.
         answers: `next` stores next-token predictions of text, if the model makes any; `none` does
             not. Default: the run's own, or `next`.
+        continued: continue each sequence of text by so many tokens, greedily and in `samples`
+            draws, and store these continuations alone.
         top: how many of the likeliest tokens each prediction names; default: the run's own, or 0.
 
     Raises:
@@ -107,10 +110,12 @@ def prepare(
             raise BadInput(f"got an empty name for {option}; give one, or leave {option} out")
     store = place(store)
     drawn = {"trees": trees, "distribution": distribution, "depths": depths, "nodes": nodes, "seed": seed}
-    of_trees = {**drawn, "variant": variant, "prompt": None if prompt == "task" else prompt, "samples": samples}
+    of_trees = {**drawn, "variant": variant, "prompt": None if prompt == "task" else prompt}
     cutting = {"column": column, "context": context, "cut": cut}
     files = {"text": text, "tokens": tokens, "trees-from": trees_from}
-    of_text = {"text": text, "tokens": tokens, **cutting, "answers": answers, "top": top}
+    of_text = {"text": text, "tokens": tokens, **cutting, "answers": answers, "top": top, "continue": continued}
+    if continued is not None and (more := [*_given({"answers": answers, "top": top, "sites": sites})]):
+        raise BadInput(f"got --continue and --{more[0]}; a run of continuations stores these alone: leave one out")
     _refuse_combinations(_given(files), _given(cutting), _given(drawn), _given(of_text), variant)
     if (source := text if text is not None else tokens) is not None:
         open_documents(source, column or ("text" if tokens is None else "tokens"))  # before a model is loaded
@@ -123,6 +128,28 @@ def prepare(
         sequences = _text(store, chosen, loaded, dataset, files, _given(cutting))
         if top and not loaded.predicts:
             raise BadInput(f"got --top {top}, and model {loaded.name!r} predicts no next token; leave it out")
+        if continued is not None:
+            if not loaded.predicts:
+                raise BadInput(f"got --continue, and model {loaded.name!r} predicts no next token; leave it out")
+            more_text = Continued(continued)
+            job = Ingest(
+                store,
+                loaded,
+                sequences,
+                run,
+                [],
+                batch_size,
+                prompt="text",
+                samples=samples,
+                wait=wait,
+                asked=more_text,
+            )
+            check_plan(store, job.plan)
+            return job
+        if samples is not None:
+            raise BadInput(
+                "got --samples, which is of continuations that a model makes up; ask for them with --continue N"
+            )
         own = _own(store, run or run_name(loaded.name))
         asked = own.asked if answers is None and top is None else None if answers == "none" else Asked(top or 0)
         names, batch_size = own.sites if names is None else names, batch_size or own.batch_size
@@ -147,7 +174,7 @@ class Own:
 
     sites: list[str] | None = None
     batch_size: int | None = None
-    asked: Asked | None = field(default_factory=Asked)
+    asked: Asked | Continued | None = field(default_factory=Asked)
 
 
 def _own(store: Path, run: str) -> Own:

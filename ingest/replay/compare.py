@@ -21,13 +21,21 @@ from actstore.arrays.address import POSITIONS_PER_TREE, Ids, token_ids
 from actstore.commits.log import manifests
 from actstore.commits.manifest import Manifest
 from actstore.errors import NotStored
-from actstore.ingest.answers.continuations import generation_rows
+from actstore.ingest.answers.continuations import Generator, generation_rows
 from actstore.ingest.answers.tree_paths import answer, of_trees, outcome_rows, prediction_rows
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.forward import forward
 from actstore.ingest.replay.compare_edited import compare_edited
 from actstore.ingest.replay.compare_text import compare_text
-from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, not_compared, of_rows
+from actstore.ingest.replay.difference import (
+    DRAWN_OTHERWISE,
+    P_TOLERANCE,
+    TIE,
+    TOLERANCE,
+    Difference,
+    not_compared,
+    of_rows,
+)
 from actstore.ingest.replay.rehydrate import rehydrate
 from actstore.ingest.trees.draw import Trees, concatenate
 from actstore.ingest.trees.tokens import PAD, WORDS, arrow_word, encode, path_at, root_at
@@ -35,7 +43,6 @@ from actstore.store import Store
 from actstore.writing.committed import batches_of, sites_of
 from actstore.writing.parts import rows_committed
 
-DRAWN_OTHERWISE = 0.05  # share of continuations: a draw at the border of two words is decided by rounding
 AT_ONCE = 64  # trees per forward pass
 
 
@@ -282,7 +289,7 @@ def _is_greedy(job: Ingest, words: np.ndarray, held: dict[str, Any]) -> bool:
 
 def _generations(store: Store, job: Ingest, chosen: np.ndarray, first_tree_id: int) -> list[Difference]:
     """Compare every continuation, greedy and sampled."""
-    assert job.generator is not None
+    assert isinstance(job.generator, Generator)
     run, frames = job.plan.run, []
     for i in chosen.tolist():  # one tree at a time, since draws depend on the tree's own index
         generated = job.generator.go_on(job.trees.between(i, i + 1).words, i)

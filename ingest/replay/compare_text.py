@@ -16,11 +16,12 @@ from torch import Tensor
 
 from actstore.arrays.address import Ids
 from actstore.ingest.answers.passes import as_rows, passes
+from actstore.ingest.answers.text_continuations import TextGenerator, generation_rows
 from actstore.ingest.corpus.drawn import Drawn
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.sites import SiteSpec
-from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, of_rows
+from actstore.ingest.replay.difference import DRAWN_OTHERWISE, P_TOLERANCE, TIE, TOLERANCE, Difference, of_rows
 from actstore.store import Store
 
 AT_ONCE = 4  # sequences per forward pass
@@ -86,6 +87,8 @@ def _compare_batch(
     run, dataset = job.plan.run, str(job.plan.dataset["dataset"])
     of_batch = first.of_batch(job.plan.dataset, batch, drawn.start)
     sequence_ids = drawn.sequence_ids(of_batch)[chosen]
+    if isinstance(job.generator, TextGenerator):
+        return [_generations(store, job, job.generator, drawn, of_batch, chosen)]
     rows = drawn.rows(of_batch, dataset)
     found = [_rows(store, run, name, rows[name], sequence_ids) for name in KEYS]
     is_chosen = np.repeat(np.isin(np.arange(len(drawn)), chosen), drawn.lengths)
@@ -103,6 +106,29 @@ def _compare_batch(
     if held is not None:
         found.append(_predictions(run, held, rerun))
     return found
+
+
+def _generations(
+    store: Store, job: Ingest, generator: TextGenerator, drawn: Drawn, of_batch: Ids, chosen: np.ndarray
+) -> Difference:
+    """Compare the continuations of some sequences; a draw at a border of two tokens may differ."""
+    run = job.plan.run
+    ours = generation_rows(generator.go_on(drawn, chosen, AT_ONCE), drawn, run, of_batch)
+    order = "sequence_id, sample, position"
+    query = f"from generations where run = $run and sequence_id in (select unnest($ids)) order by {order}"
+    held = store.sql(query, {"run": run, "ids": drawn.sequence_ids(of_batch)[chosen].tolist()})
+    both = [
+        rows.group_by("sequence_id", "sample", maintain_order=True).agg(pl.col("token").cast(pl.String), "p")
+        for rows in (ours, held.cast({"sample": pl.UInt8}))
+    ]
+    joined = both[0].join(both[1], on=["sequence_id", "sample"], suffix="_held", how="full")
+    alike = [row["token"] == row["token_held"] for row in joined.iter_rows(named=True)]
+    agreeing = joined.filter(pl.Series(alike, dtype=pl.Boolean))
+    apart = np.abs(agreeing["p"].explode().to_numpy() - agreeing["p_held"].explode().to_numpy()).max(initial=0.0)
+    otherwise = 1 - float(np.mean(alike)) if alike else 0.0
+    first = f"sequence {joined['sequence_id'][alike.index(False)]}" if not all(alike) else ""
+    worst = otherwise if apart <= P_TOLERANCE else 1.0
+    return Difference(run, "generations", worst, DRAWN_OTHERWISE, len(joined), first)
 
 
 def _rows(store: Store, run: str, name: str, expected: pl.DataFrame, sequence_ids: np.ndarray) -> Difference:

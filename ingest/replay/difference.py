@@ -15,6 +15,7 @@ from actstore.errors import Damaged
 # 1e-5
 TOLERANCE = 1e-4
 P_TOLERANCE = 1e-3  # of a probability
+DRAWN_OTHERWISE = 0.05  # share of continuations: a draw at the border of two words is decided by rounding
 TIE = 1e-4  # words whose probabilities are this close may change places: rounding moves a probability by 1e-6
 
 

@@ -221,10 +221,17 @@ def study(
 
 
 def patching(store: Store) -> Patching:
-    """Runs edits for studies; the models are loaded when they are first needed."""
-    from actstore.ingest.jobs.patched import patching
+    """Runs edits for studies; the model is loaded, and torch imported, at the first use."""
+    made: list[Patching] = []
 
-    return patching(store)
+    def patch(*asked: Any, **options: Any) -> Any:
+        from actstore.ingest.jobs import patched
+
+        if not made:
+            made.append(patched.patching(store))
+        return made[0](*asked, **options)
+
+    return patch
 
 
 def report(

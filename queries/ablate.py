@@ -23,6 +23,7 @@ from actstore.errors import BadInput
 from actstore.intervals import N_DRAWS, change_over_trees, sign_flip
 from actstore.interventions import Edit
 from actstore.queries.causes import (
+    ENDS,
     ROLES,
     TOKENS,
     answered,
@@ -63,7 +64,6 @@ HOWS = ("zero", "mean", "resample")
 MOST = int(LEVEL * (1 + N_DRAWS))  # cells: with more, Holm leaves the smallest p above LEVEL
 LISTED = 12  # rows of the table
 CONTROL = "control: itself"
-ENDS = ("value", "low", "high")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ROLES = ("edge_source", "edge_target", "separator", "bar", "goal", "colon", "root", "path")
 LEAST = 2  # trees: one gives no interval, since every resample is the tree itself
+ENDS = ("value", "low", "high")  # of a row of `results`
 SURELY = 1e-30  # a probability below counts as this one in logarithms
 SHAPE = "select n_layers, n_heads from runs join models using (weights_sha256) where run = $run"
 ANSWERED = """
@@ -65,16 +66,16 @@ def answered(store: Store, run: str) -> pl.DataFrame:
     return found
 
 
-def some(ids: np.ndarray, n: object, rng: np.random.Generator, option: str = "trees") -> np.ndarray:
+def some(ids: np.ndarray, n: object, rng: np.random.Generator) -> np.ndarray:
     """At most n of some ids, drawn at random, ascending.
 
     Raises:
         BadInput: n is no number from LEAST on, or there are fewer ids than LEAST.
     """
     if not isinstance(n, int) or n < LEAST:
-        raise BadInput(f"got -o {option} {n}; give a number of at least {LEAST}")
+        raise BadInput(f"got -o trees {n}; give a number of at least {LEAST}")
     if len(ids) < LEAST:
-        raise BadInput(f"there are {len(ids)} {option} to study, and an interval needs {LEAST}; ingest more trees")
+        raise BadInput(f"there are {len(ids)} trees to study, and an interval needs {LEAST}; ingest more trees")
     return np.sort(rng.choice(ids, n, replace=False)) if len(ids) > n else np.sort(ids)
 
 

@@ -43,6 +43,7 @@ STUDIES = {
     "knockout": "actstore.queries.knockout",
     "ablate": "actstore.queries.ablate",
     "scrub": "actstore.queries.scrub.study",
+    "patching": "actstore.queries.patching",
 }
 
 OF_THE_MODEL = (
@@ -55,9 +56,15 @@ OF_ANSWERS = (
     "last-edge",
     "knockout",
     "ablate",
+    "patching",
 )  # these read answers alone, which are the same in each run of a model over the trees
 ANY_SEQUENCES = ("probe", "compare")  # these need no tree
-CAUSAL = ("knockout", "ablate", "scrub")  # these run the model again with edited activations, and take `patch`
+CAUSAL = (
+    "knockout",
+    "ablate",
+    "scrub",
+    "patching",
+)  # these run the model again with edited activations, and take `patch`
 RUNS = """
 -- one row per run; held: its sites, vectors: those with a vector per token
 select

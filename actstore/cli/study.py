@@ -86,9 +86,9 @@ def study(
     """Run a study, print its table, record it in `results`, draw its figure.
 
     The studies are probes, depth, last-edge, swap, dreams, attention, compare and probe, and those
-    of causes: ablate, knockout and scrub. If the store lacks what a study needs, the message names
-    the `actstore ingest` that adds it. `compare` takes every pair of models over the same trees
-    among the named runs; with one run, every pair of that run; by default, for each set of trees,
+    of causes: ablate, patching, knockout and scrub. If the store lacks what a study needs, the
+    message names the `actstore ingest` that adds it. `compare` takes every pair of models over the
+    same trees among the named runs; with one run, every pair of that run; by default, for each set of trees,
     its first run against every other model.
 
     `probe` reads labels of your own, of trees or of any other sequences: --query yields token_id,
@@ -102,6 +102,9 @@ def study(
     token_id and key_token_id; `-o trees N`.
     `ablate` takes away what a site adds at the tokens of a role: `-o sites attn_out,mlp_out`, or
     `z` for heads; `-o roles`; `-o how zero,mean,resample`; `-o trees N`.
+    `patching` gives a tree the activations that another tree, a donor with another first step, has
+    at the tokens of a role: `-o sites resid_post,attn_out,mlp_out`, `-o roles`, `-o direction
+    noise|denoise`, `-o pairs FILE.sql`, a query for the token_id and donor_token_id of root tokens.
     `scrub` gives the root token what a layer's attention brings there in another tree, a donor, as
     Brinkmann et al. do: `-o n N` clean trees of a path length, `-o listed any` for trees that are
     not listed backward, `-o second N` for the length of their second path, `-o donors FILE.sql` for
@@ -121,6 +124,7 @@ def study(
         actstore study demo.act compare --run reproduction --run baseline
         actstore study demo.act depth --json
         actstore study demo.act ablate --run reproduction -o how zero --plot ablate.png
+        actstore study demo.act patching --run reproduction -o sites attn_out --plot patching.png
         actstore study demo.act probe --query "select token_id, source as label from edge_targets" -o sites resid_post
         actstore study demo.act knockout --run reproduction -o to "goal,targets on path" --plot knockout.png
         actstore study demo.act scrub --run reproduction --plot scrub.png

@@ -157,7 +157,7 @@ def confirm(
     if not tests:
         return Confirmation(found.name, found.of, second, len(found.tests), (), found.results.clear())
     given = {**question.options, **dict(zip(["other"], second.runs[1:], strict=False))}
-    if found.name in ("probes", "probe", "ablate", "patching"):
+    if found.name in ("probes", "probe", "ablate", "patching", "erase"):
         given["sites"] = sites
     apart = cast("Store", Apart(store, second.first)) if second.n_shared else store
     answer = studies.ask(apart, found.name, second.runs[0], seed, progress, patch, **given)

@@ -39,10 +39,15 @@ class Effect:
     trees: np.ndarray
     changes: Mapping[str, np.ndarray]
 
-    def less(self, controls: Sequence[Effect]) -> Effect:
-        """The effect beyond the mean of controls, which edit the same trees."""
-        means = {name: np.mean([control.changes[name] for control in controls], axis=0) for name in MEASURES}
-        return Effect(self.trees, {name: self.changes[name] - means[name] for name in MEASURES})
+    @classmethod
+    def mean(cls, effects: Sequence[Effect]) -> Effect:
+        """The mean of effects at the same steps."""
+        changes = {name: np.mean([effect.changes[name] for effect in effects], axis=0) for name in MEASURES}
+        return cls(effects[0].trees, changes)
+
+    def less(self, control: Effect) -> Effect:
+        """The effect beyond that of a control, which edits the same trees."""
+        return Effect(self.trees, {name: self.changes[name] - control.changes[name] for name in MEASURES})
 
     def rows(self, metric: str, seed: int, **about: Any) -> list[dict[str, Any]]:
         """Rows of `results`, one per measure: the mean change with its interval over trees."""

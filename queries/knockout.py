@@ -146,7 +146,7 @@ def study(
         rows.append({**about, "metric": "keys", "value": len(taken) / taken["token_id"].n_unique(), "n": len(taken)})
         for done, (site, group) in enumerate(layers.items(), start=1):
             of_keys, control = (effects.of(_edits(frame, group)) for frame in (taken, random))
-            beyond = of_keys.less([control])
+            beyond = of_keys.less(control)
             for effect, metric in ((of_keys, "change"), (control, "control"), (beyond, "beyond")):
                 found = effect.rows(metric, seed, site=site, **about)
                 rows += found

@@ -111,7 +111,8 @@ def look(store: Store, question: Question, dataset: str) -> Second:
         BadInput: the second set is the first set, is drawn otherwise, or has only trees of the
             first set.
     """
-    if question.study == "probe" and "$dataset" not in sql_of(question.options.get("query") or ""):
+    query = question.options.get("query") or ""
+    if (query or question.study == "probe") and "$dataset" not in sql_of(query):
         raise BadInput(
             "a label's query can be asked of a second set only if it takes $dataset, the name of the set: add "
             "`where dataset = $dataset`"

@@ -44,6 +44,7 @@ STUDIES = {
     "ablate": "actstore.queries.ablate",
     "scrub": "actstore.queries.scrub.study",
     "patching": "actstore.queries.patching",
+    "erase": "actstore.queries.erase",
 }
 
 OF_THE_MODEL = (
@@ -63,7 +64,7 @@ CAUSAL = (
     "knockout",
     "ablate",
     "scrub",
-    "patching",
+    "patching", "erase",
 )  # these run the model again with edited activations, and take `patch`
 RUNS = """
 -- one row per run; held: its sites, vectors: those with a vector per token

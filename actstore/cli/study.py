@@ -59,7 +59,7 @@ def _kept(store: Path) -> Callable[[Path], None]:
     "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="An option of the study."
 )
 @click.option(
-    "--query", metavar="SQL", help="Of the study probe: SQL that yields token_id, label and maybe split; or FILE.sql."
+    "--query", metavar="SQL", help="Of the studies probe and erase: SQL that yields token_id, label and maybe split; or FILE.sql."
 )
 @param_option
 @confirm_option
@@ -86,9 +86,9 @@ def study(
     """Run a study, print its table, record it in `results`, draw its figure.
 
     The studies are probes, depth, last-edge, swap, dreams, attention, compare and probe, and those
-    of causes: ablate, patching, knockout and scrub. If the store lacks what a study needs, the
-    message names the `actstore ingest` that adds it. `compare` takes every pair of models over the
-    same trees among the named runs; with one run, every pair of that run; by default, for each set of trees,
+    of causes: ablate, patching, knockout, scrub and erase. If the store lacks what a study needs,
+    the message names the `actstore ingest` that adds it. `compare` takes every pair of models over
+    the same trees among the named runs; with one run, every pair of that run; by default, for each set of trees,
     its first run against every other model.
 
     `probe` reads labels of your own, of trees or of any other sequences: --query yields token_id,
@@ -109,6 +109,8 @@ def study(
     Brinkmann et al. do: `-o n N` clean trees of a path length, `-o listed any` for trees that are
     not listed backward, `-o second N` for the length of their second path, `-o donors FILE.sql` for
     donors of your own: a query for token_id and donor_token_id that may use $layer.
+    `erase` takes a label out of the activations of a site, by LEACE and by a probe's directions:
+    `-o sites`, `-o token_role` and `-o labels` as of `probes`, or --query as of `probe`.
 
     With --confirm, each test that is significant after Holm's correction is repeated on a second
     set of trees. The second set's test uses the same model's run over that set, and leaves out
@@ -128,6 +130,7 @@ def study(
         actstore study demo.act probe --query "select token_id, source as label from edge_targets" -o sites resid_post
         actstore study demo.act knockout --run reproduction -o to "goal,targets on path" --plot knockout.png
         actstore study demo.act scrub --run reproduction --plot scrub.png
+        actstore study demo.act erase --run reproduction -o labels goal -o sites resid_post --plot erase.png
         actstore study notes.act probe --query verbs.sql -p tense past -o baselines by_word.sql --plot verbs.png
     """
     from actstore.cli.progress import progress

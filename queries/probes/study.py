@@ -118,7 +118,7 @@ def study(
         NotStored: the run does not hold a site.
     """
     _check(protocol, max_iter, by)
-    asked, sites = _asked(token_role, labels), sites_to_probe(store, run, sites)
+    asked, sites = labels_by_role(token_role, labels), sites_to_probe(store, run, sites)
     guessers, own = baselines.stored(), None
     if baseline is not None:
         own = baselines.from_file(store, baseline, {"run": run, "token_role": next(iter(asked))})
@@ -184,7 +184,7 @@ def _answer(
     return Answer(NAME, as_frame(results), results, sentence(results, n_test_trees, tests), tests)
 
 
-def _asked(token_role: str | Sequence[str], labels: str | Sequence[str] | None) -> dict[str, list[str]]:
+def labels_by_role(token_role: str | Sequence[str], labels: str | Sequence[str] | None) -> dict[str, list[str]]:
     """Token role → its wanted labels; roles without a wanted label are left out.
 
     Raises:

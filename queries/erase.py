@@ -366,11 +366,11 @@ def _unused(here: pl.DataFrame, sites: Sequence[str | None]) -> str:
     """`read but not used at …`, with how much the intervals leave possible."""
     if not sites:
         return ""
-    read = here.filter(pl.col("site").is_in(sites), metric="read")["value"]
-    most = here.filter(pl.col("site").is_in(sites), metric="accuracy_leace")["high"].max()
+    read = here.filter(pl.col("site").is_in(sites), metric="read")["value"].to_list()
+    most = here.filter(pl.col("site").is_in(sites), metric="accuracy_leace")["high"].to_list()
     return (
-        f"read but not used at {_listed(sites)}: a probe reads {100 * read.min():.2f} to {100 * read.max():.2f} %, and LEACE "  # type: ignore[operator]
-        f"costs no more than random directions (intervals leave at most {100 * most:.2f} points)"  # type: ignore[operator]
+        f"read but not used at {_listed(sites)}: a probe reads {100 * min(read):.2f} to {100 * max(read):.2f} %, and LEACE "
+        f"costs no more than random directions (intervals leave at most {100 * max(most):.2f} points)"
     )
 
 

@@ -64,7 +64,8 @@ CAUSAL = (
     "knockout",
     "ablate",
     "scrub",
-    "patching", "erase",
+    "patching",
+    "erase",
 )  # these run the model again with edited activations, and take `patch`
 RUNS = """
 -- one row per run; held: its sites, vectors: those with a vector per token

@@ -59,7 +59,9 @@ def _kept(store: Path) -> Callable[[Path], None]:
     "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="An option of the study."
 )
 @click.option(
-    "--query", metavar="SQL", help="Of the studies probe and erase: SQL that yields token_id, label and maybe split; or FILE.sql."
+    "--query",
+    metavar="SQL",
+    help="Of the studies probe and erase: SQL that yields token_id, label and maybe split; or FILE.sql.",
 )
 @param_option
 @confirm_option

@@ -49,7 +49,8 @@ def ingest_more(store: Held, run: str, name: str, *more: str) -> str:
 def ingest_sites(store: Held, run: str, *sites: str) -> str:
     """The command that adds sites to a run.
 
-    A run of continuations takes no sites; the command then stores a run of its own.
+    A run of continuations takes no sites; the command then stores a run of its own. A run with
+    edits is continued from its base run.
 
     Args:
         sites: short names.
@@ -57,6 +58,9 @@ def ingest_sites(store: Held, run: str, *sites: str) -> str:
     query = "select dataset, coalesce(prompt, 'task') as prompt from runs where run = $run"
     dataset, prompt = store.sql(query, {"run": run}).row(0)
     more = ("--sites", ",".join(sites))
+    bases = store.sql("select distinct base_run from store.main.interventions where run = $run", {"run": run})
+    if len(bases):
+        return advised("ingest", store.path, "--base", bases.item(), "--run", run, *more)
     if prompt != "task":
         return ingest_more(store, run, f"{run}-{sites[0]}", *more)
     return advised("ingest", store.path, "--model-of", run, "--dataset", dataset, "--run", run, *more)

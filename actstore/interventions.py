@@ -9,12 +9,13 @@ describe edits; `ingest/interventions` runs them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    import polars as pl
+import polars as pl
+import xxhash
 
 HOWS = {  # how an activation is edited → what the query's rows have to say
     "replace": "donor_token_id or vector",
@@ -75,3 +76,17 @@ class Patching(Protocol):
             `measure` is given, by token_id.
         """
         ...
+
+
+def hash_of(interventions: pl.DataFrame, edits: pl.DataFrame) -> str:
+    """xxh3-128 of what a run edits: one run's rows of both tables.
+
+    The run's name is left out, and so is the snapshot, which a merge numbers anew.
+    """
+    about = interventions.drop("run", "snapshot").sort("edit").to_dicts()
+    digest = xxhash.xxh3_128(json.dumps(about, sort_keys=True).encode())
+    for name in ("edit", "token_id", "head", "key_token_id", "donor_token_id"):
+        digest.update(edits[name].cast(pl.Int64).fill_null(-1).to_numpy().tobytes())
+    digest.update(edits["vector"].list.len().cast(pl.Int64).fill_null(-1).to_numpy().tobytes())
+    digest.update(edits["vector"].explode(empty_as_null=False, keep_nulls=False).cast(pl.Float32).to_numpy().tobytes())
+    return digest.hexdigest()

@@ -308,7 +308,7 @@ def record(
 def patch(
     store: str | Path | Store,
     base: str,
-    edits: str | Edit | Sequence[Edit],
+    edits: str | Edit | Sequence[Edit] = (),
     at: str | None = None,
     how: str = "replace",
     run: str | None = None,
@@ -317,7 +317,7 @@ def patch(
     donor_site: str | None = None,
     params: Mapping[str, Any] | None = None,
     tables: Mapping[str, Any] | None = None,
-    answers: str = "all",
+    answers: str | None = None,
     batch_size: int | None = None,
     device: str = "cpu",
     wait: float = 10.0,
@@ -334,12 +334,13 @@ def patch(
     Args:
         store: a path, or an open store, which keeps its snapshot.
         base: name of the base run.
-        edits: an edit's query, with `at`, `how` and so on; or several `Edit`s.
+        edits: an edit's query, with `at`, `how` and so on; or several `Edit`s. None for a `run`
+            that is stored, to go on with it or to add `sites` to it.
         at, how, donors, donor_site, params, tables: of the one edit, see interventions.Edit.
         run: name of the new run; default: made from the base's, how and where.
-        sites: sites whose activations are stored; default: none.
-        answers: `all`; or `next`, without `outcomes` of trees.
-        batch_size: sequences per forward pass; default: the base run's.
+        sites: sites whose activations are stored; default: none, or the stored run's own.
+        answers: `all`; or `next`, without `outcomes` of trees; default: all, or the stored run's.
+        batch_size: sequences per forward pass; default: the stored run's, or the base run's.
         device: "cpu" or "cuda".
         wait: seconds to wait for another process that writes to the store.
         progress: see `outputs.Work`.

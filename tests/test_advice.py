@@ -252,6 +252,9 @@ ELSEWHERE = {
     "queries/studies.py:warn",
     "queries/study.py:ask",  # test_ablate.py
     "actstore/cli/ingest.py:ingest",  # below, as the rest
+    "actstore/cli/ingest.py:_patch",  # test_refused_edits.py
+    "ingest/jobs/patched.py:_must_fit",  # test_patched_runs.py, as the next
+    "actstore/writing/dropping.py:_of_run",
     "actstore/reading/opened.py:_check_log",  # below: `verify` says more, and mends nothing
     "actstore/reading/opened.py:_opening_errors",  # test_content.py, as the next
     "actstore/writing/parts.py:rows_committed",

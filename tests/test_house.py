@@ -31,7 +31,7 @@ MAY = {
     "writing": "catalog arrays named outputs commits storage errors version",
     "store": "reading sql sites advice outputs arrays commits storage errors",
     "export": "store sites outputs errors",
-    "upkeep": "writing catalog arrays named commits storage errors",
+    "upkeep": "interventions writing catalog arrays named commits storage errors",
     "ingest": "ingest.jobs",
     "ingest.task": "arrays",
     "ingest.trees": "ingest.task ingest.corpus.documents arrays catalog.declared errors",

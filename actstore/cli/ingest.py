@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,9 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
 @click.option(
     "--allow-nan", is_flag=True, help="With --from-arrays: accept NaN (not as a row's first number) and infinity."
 )
-@click.option("--base", metavar="RUN", help="Instead of a model: run this stored run again, with activations edited.")
+@click.option(
+    "--base", metavar="RUN", help="Instead of a model: run this stored run again, with activations edited (--patch)."
+)
 @click.option(
     "--patch",
     "patches",
@@ -189,26 +192,29 @@ def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> No
     """Store a run with edited activations."""
     from actstore.ingest.jobs.patched import prepare_patch
     from actstore.interventions import Edit
+    from actstore.queries.probes.baselines import named_in
 
     context = click.get_current_context()
     for name in options:
         if name not in TAKEN_WITH_BASE and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"got --{name.replace('_', '-')}, which has no meaning with --base; leave it out")
     queries, sites, hows = of_patch["patches"], of_patch["at"], of_patch["how"] or ("replace",)
-    if not queries or len(sites) not in (1, len(queries)) or len(hows) not in (1, len(queries)):
-        raise click.UsageError(
-            f"got {len(queries)} --patch, {len(sites)} --at and {len(of_patch['how'])} --how; give each --patch its --at and "
-            "--how, or one for all"
-        )
     n = len(queries)
-    shared = {"donors": of_patch["donors"], "donor_site": of_patch["donor_site"]}
-    shared |= {"params": of_patch["params"], "tables": of_patch["tables"]}
+    is_stored = not n and not sites and not of_patch["how"] and options["run"] is not None
+    if not is_stored and (not n or len(sites) not in (1, n) or len(hows) not in (1, n)):
+        raise click.UsageError(
+            f"got {n} --patch, {len(sites)} --at and {len(of_patch['how'])} --how; give each --patch its --at and "
+            "--how, or one for all; or the name of a stored run with edits alone (--run)"
+        )
+    texts = [_query(query) for query in queries]
+    if unnamed := [name for name in of_patch["params"] if not any(named_in(text, {name: ""}) for text in texts)]:
+        raise click.UsageError(f"got -p {unnamed[0]}, and no --patch names ${unnamed[0]}; leave it out")
+    shared = {name: of_patch[name] for name in ("donors", "donor_site", "tables")}
     edits = [
-        Edit(_query(query), at, how, **shared)
-        for query, at, how in zip(queries, sites * (n // len(sites)), hows * (n // len(hows)), strict=True)
+        Edit(text, at, how, params=named_in(text, of_patch["params"]) or {}, **shared)
+        for text, at, how in zip(texts, cycle(sites), cycle(hows), strict=False)
     ]
-    names = options["sites"].split(",") if options["sites"] not in (None, "none") else None
-    answers = options["answers"] or "all"
+    names = None if options["sites"] is None else [name for name in options["sites"].split(",") if name != "none"]
     job = prepare_patch(
         store,
         of_patch["base"],
@@ -216,7 +222,7 @@ def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> No
         options["run"],
         names,
         options["batch_size"],
-        answers,
+        options["answers"],
         options["device"],
         options["wait"],
     )

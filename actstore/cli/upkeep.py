@@ -124,7 +124,7 @@ def copy(store: Path, out: str, runs: tuple[str, ...]) -> None:
     """Copy a store, or some of its runs, into a new store.
 
     Each file is compared with its committed hash. A copy of some runs leaves out labels, and the
-    results of studies.
+    results of studies. The base and the donors of a run with edits come with it.
 
     Example:
 
@@ -136,7 +136,8 @@ def copy(store: Path, out: str, runs: tuple[str, ...]) -> None:
     from actstore.cli.progress import progress
 
     done = verbs.copy(store, out, runs, progress)
-    say(f"{done.out}: {done.commits:,} commits, {done.n_files:,} files, {done.n_bytes / 1e9:.2f} GB")
+    with_it = f"; with {', '.join(done.also)}, on which edits rest" if done.also else ""
+    say(f"{done.out}: {done.commits:,} commits, {done.n_files:,} files, {done.n_bytes / 1e9:.2f} GB{with_it}")
 
 
 @main.command()

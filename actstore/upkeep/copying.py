@@ -34,12 +34,14 @@ class Copy:
         commits: number of its commits.
         n_files: number of files that were copied, without manifests.
         n_bytes: size of these files.
+        also: runs that were copied since a run with edits rests on them: its base, and its donors.
     """
 
     out: Path
     commits: int
     n_files: int
     n_bytes: int
+    also: tuple[str, ...] = ()
 
 
 def copy(
@@ -51,7 +53,7 @@ def copy(
         path: the store, which is only read.
         out: the new store.
         runs: runs to copy; default: everything. Labels, results of studies and datasets of other
-            runs are then left out.
+            runs are then left out. The base and the donors of a run with edits come with it.
         advance: called with the bytes copied so far and the bytes of all files.
 
     Raises:
@@ -67,7 +69,8 @@ def copy(
         raise BadInput(f"{target} is a store already; name a new one, which the copy makes")
     committed = log.manifests(root)
     live = log.live(committed)
-    copied = _of_runs(root, live, runs) if runs else live
+    also = _rested_on(root, live, runs)
+    copied = _of_runs(root, live, [*runs, *also]) if runs else live
     files = {file.path: file for manifest in copied for file in manifest.files}
     total = sum(file.bytes for file in files.values())
     check_room(target, total, "the copy")
@@ -86,7 +89,17 @@ def copy(
         checkpoint.write(new, log.manifests(new))
 
     create(target, fill=fill)
-    return Copy(target, len(copied), len(files), total)
+    return Copy(target, len(copied), len(files), total, also)
+
+
+def _rested_on(root: Path, committed: Sequence[Manifest], runs: Sequence[str]) -> tuple[str, ...]:
+    """The runs that some runs with edits rest on, other than those, each after what rests on it."""
+    edits, found = rows_committed(root, committed, "interventions").to_dicts(), [*runs]
+    for run in found:
+        of_run = [row for row in edits if row["run"] == run]
+        rested_on = dict.fromkeys(row[name] for row in of_run for name in ("base_run", "donor_run"))
+        found += [name for name in rested_on if name is not None and name not in found]
+    return tuple(found[len(runs) :])
 
 
 def _copy_file(root: Path, new: Path, file: File) -> None:

@@ -6,6 +6,7 @@ then the merged store holds it once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from actstore.commits.format import ARRAYS, WEIGHTS, unembedding_path, weights_p
 from actstore.commits.log import live, manifests
 from actstore.commits.manifest import Manifest, Part, Shard, manifest_path
 from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised, nearest
+from actstore.interventions import hash_of
 from actstore.named import NAME
 from actstore.storage.at import at
 from actstore.storage.backend import File
@@ -32,6 +34,7 @@ from actstore.writing.committed import dropped_ids
 from actstore.writing.parts import as_stored, rows_committed
 
 KINDS = ("run", "dataset", "label")
+OF_SNAPSHOTS = ("results", "interventions")  # tables whose rows name a commit
 FIRST_IDS = ("first_tree_id", "first_token_id", "first_sequence_id")
 
 
@@ -95,10 +98,21 @@ class Source:
             rows = as_stored(part.table, self.moved.rows(manifest, part.table, rows))
             if part.table == "models" and len(rows) != 1:
                 raise ValueError(f"{len(rows)} models")
+            if part.table in OF_SNAPSHOTS:
+                rows = rows.with_columns(pl.col("snapshot").replace(dict(enumerate(self.at_commit))))
             if part.table == "results":
-                snapshots = dict(enumerate(self.at_commit))
-                return rows.with_columns(pl.col("snapshot").replace(snapshots), recorded=None)
+                rows = rows.with_columns(recorded=None)
+            if part.table == "runs":
+                rows = self._with_hash(manifest, rows)
         return rows
+
+    def _with_hash(self, manifest: Manifest, rows: pl.DataFrame) -> pl.DataFrame:
+        """A run's row, which notes the hash of the edits as the new store holds them."""
+        parts = {part.table: part for part in manifest.parts}
+        if "edits" not in parts:
+            return rows
+        edited = hash_of(*(self.part(manifest, parts[table]) for table in ("interventions", "edits")))
+        return rows.with_columns(versions=pl.lit(json.dumps(json.loads(rows["versions"][0]) | {"edits": edited})))
 
     def metadata(self, file: File) -> bytes:
         """The zarr.json of an array or group, as the new store holds it."""
@@ -120,7 +134,7 @@ class Source:
     def is_changed(self, manifest: Manifest, file: File) -> bool:
         """True if a file has other bytes in the new store, perhaps."""
         if isinstance(file, Part):
-            return self.moved.changes or file.table == "results"
+            return self.moved.changes or file.table in OF_SNAPSHOTS
         return self.moved.changes and not isinstance(file, Shard) and file.path.startswith(f"{ARRAYS}/")
 
     def damaged(self, file: File) -> Damaged:
@@ -339,6 +353,8 @@ class Plan:
         what = ""
         if isinstance(file, Part) and isinstance(there, Part):
             mine, theirs = source.part(manifest, file), other.part(its, there)
+            if file.table == "interventions":  # one run may have been made after more or fewer commits
+                mine, theirs = mine.drop("snapshot"), theirs.drop("snapshot")
             if file.table == "models":
                 what = _difference(theirs.row(0, named=True), mine.row(0, named=True), (), ("weights_sha256", "config"))
             elif manifest.kind == "labels" and file.table != "relations":

@@ -23,7 +23,12 @@ from actstore.commits.manifest import Manifest, Part, Shard
 from actstore.errors import Damaged
 from actstore.storage.backend import File
 
-TOKENS = ("token_id", "first_token_id")  # columns of token ids, in the tables of every store
+TOKENS = (
+    "token_id",
+    "first_token_id",
+    "key_token_id",
+    "donor_token_id",
+)  # columns of token ids, in the tables of every store
 SEQUENCES = ("tree_id", "sequence_id", "first_tree_id", "first_sequence_id")  # columns of sequence ids
 OF_THE_RUN = ("runs", "sites", *OF_RUN)  # tables whose parts a run owns
 SHARED = ("models", "vocabularies")  # tables whose parts are owned by a hash
@@ -164,8 +169,9 @@ class Moved:
 
     def _renamed(self, manifest: Manifest, table: str, rows: pl.DataFrame) -> pl.DataFrame:
         runs, datasets, names = self.names.run, self.names.dataset, []
-        if runs and "run" in rows.columns:
-            names.append(pl.col("run").replace(runs))
+        if runs:
+            of_runs = [name for name in ("run", "base_run", "donor_run") if name in rows.columns]
+            names += [pl.col(name).replace(runs) for name in of_runs]
         if runs and table == "sites":
             begins = [(f"{ARRAYS}/{old}/", f"{ARRAYS}/{new}/") for old, new in runs.items()]
             names.append(_replaced("path", begins))

@@ -95,17 +95,15 @@ def repair(
             at(root).swap(name, content)
         log.sweep(root, manifests)  # removes what an interrupted repair left
         tables.discard_beside(at(root), tables.CATALOG)
-        mended, left = list(flipped_back), list[Finding]()
-        for manifest in stored:
-            of_this = [damaged[file.path] for file in manifest.files if file.path in damaged]
-            if of_this:
-                done, not_done = _mend(root, stored, manifest, of_this, damaged.keys(), recompute)
-                damaged = {path: finding for path, finding in damaged.items() if path not in done}
-                mended, left = mended + done, left + not_done
+        done, left = _mend_all(root, stored, damaged, recompute)
+        mended = [*flipped_back, *done]
         mended += _zarr_group(root)
         if not any(finding.kind == "part" for finding in left):
             build.publish(root, from_nothing=True)
             checkpoint.write(root, manifests)
+            if left and any(finding.kind == "catalog" for finding in damaged.values()):
+                done, left = _mend_all(root, stored, {of.path: damaged[of.path] for of in left}, recompute)
+                mended += done  # edited runs are computed from what the catalog finds
             mended += [path for path, finding in damaged.items() if finding.kind in ("catalog", "checkpoint")]
             if is_older:
                 about = {key: value for key, value in about.items() if key != sealed.CHECKSUM}
@@ -207,6 +205,20 @@ def _mend(
         reason = why or (differs if content is not None else "nothing else in the store tells it")
         still.append(replace(finding, what=f"{finding.what}; {reason}; {_how_to_remake(root, manifest, file)}"))
     return done, still
+
+
+def _mend_all(
+    root: Path, manifests: list[Manifest], damaged: dict[str, Finding], recompute: Recompute
+) -> tuple[list[str], list[Finding]]:
+    """Mend damaged files, commit after commit; see `_mend`."""
+    mended, left = list[str](), list[Finding]()
+    for manifest in manifests:
+        of_this = [damaged[file.path] for file in manifest.files if file.path in damaged]
+        if of_this:
+            done, not_done = _mend(root, manifests, manifest, of_this, damaged.keys(), recompute)
+            damaged = {path: finding for path, finding in damaged.items() if path not in done}
+            mended, left = mended + done, left + not_done
+    return mended, left
 
 
 def _put(root: Path, file: File, content: bytes | None) -> bool:

@@ -34,11 +34,12 @@ def plan(root: Path, kind: Kind, name: str) -> tuple[Dropped, int]:
 
     Raises:
         NotStored: the store holds nothing of the name.
-        BadInput: a run, a variant or a label is left over the dataset.
+        BadInput: a run, a variant or a label is left over the dataset; or a run with edits rests on
+            the run.
     """
     check_format(root)
     committed = log.live(log.manifests(root))
-    tables = ("models", "datasets", "runs", "relations")
+    tables = ("models", "datasets", "runs", "relations", "interventions")
     rows = {table: rows_committed(root, committed, table).to_dicts() for table in tables}
     is_gone = {"run": _of_run, "dataset": _of_dataset, "label": _of_label}[kind](root, rows, name)
     if kind == "dataset":
@@ -73,6 +74,10 @@ IsGone = Callable[[Manifest, File], bool]
 def _of_run(root: Path, rows: dict[str, Rows], name: str) -> IsGone:
     run = _named(root, rows["runs"], "run", name)
     weights = run["weights_sha256"]
+    edited = {row["run"] for row in rows["interventions"] if name in (row["base_run"], row["donor_run"])} - {name}
+    if edited:
+        commands = " and ".join(advised("drop", root, "--run", each) for each in sorted(edited))
+        raise BadInput(f"run {name!r} is base or donor of {', '.join(sorted(edited))}; drop that first with {commands}")
     is_last = not any(row["weights_sha256"] == weights and row["run"] != name for row in rows["runs"])
     of_model = {weights_path(weights), unembedding_path(weights)} if is_last else set()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from actstore.ingest.interventions.rows import Rows
 
@@ -95,8 +96,8 @@ class _Change:
         if self.how == "project":
             view[place] = _without(now, values)
             return
-        if self.is_pattern:
-            values = values[..., : now.shape[-1]]
+        if self.is_pattern:  # a donor's row may be longer or shorter, as its sequence is
+            values = pad(values, (0, now.shape[-1] - values.shape[-1]))
         values = values.reshape(now.shape)
         view[place] = now + values if self.how == "add" else values
 

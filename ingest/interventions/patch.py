@@ -6,7 +6,6 @@ others are as the base run stored them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 import torch
-import xxhash
 from torch import Tensor
 
 from actstore.arrays.address import Ids, positions
@@ -32,6 +30,7 @@ from actstore.ingest.models.weights import parse
 from actstore.ingest.trees.draw import concatenate
 from actstore.ingest.trees.rows import enum_series
 from actstore.ingest.trees.tokens import PAD, WORDS, n_nodes_of, root_at
+from actstore.interventions import hash_of
 
 if TYPE_CHECKING:
     from actstore.ingest.corpus.drawn import Drawn
@@ -70,7 +69,9 @@ class Patch:
     _weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def tables(self, run: str) -> dict[str, pl.DataFrame]:
-        """The rows of `interventions` and `edits` of a run of these edits."""
+        """The rows of `interventions` and `edits` of a run of these edits; none without `about`."""
+        if not self.about:
+            return {}
         numbered = [
             rows.frame.with_columns(run=pl.lit(run), edit=pl.lit(number, pl.UInt8))
             for number, rows in enumerate(self.edits)
@@ -80,14 +81,10 @@ class Patch:
 
     def noted(self, tables: Mapping[str, pl.DataFrame]) -> dict[str, Any]:
         """What a run of these edits notes beside its versions: their hash, and how they are run."""
-        digest = xxhash.xxh3_128(json.dumps(tables["interventions"].to_dicts(), sort_keys=True).encode())
-        for rows in self.edits:
-            for column in rows.frame.drop("vector"):
-                digest.update(column.cast(pl.Int64).fill_null(-1).to_numpy().tobytes())
-            if rows.vectors is not None:
-                digest.update(rows.vectors.tobytes())
+        if not tables:
+            return {}
         forward = "whole" if self.whole else "window"
-        return {"edits": digest.hexdigest(), "forward": forward, "greedy": self.greedy}
+        return {"edits": hash_of(tables["interventions"], tables["edits"]), "forward": forward, "greedy": self.greedy}
 
     def said(self) -> str:
         """The edits in words."""

@@ -225,7 +225,7 @@ def _frame(found: pl.DataFrame, how: str, spec: SiteSpec) -> pl.DataFrame:
     if "token_id" not in found.columns:
         raise BadInput(f"the query yields {columns} and no token_id; select token_id to say which tokens are edited")
     if not len(found):
-        raise BadInput("the query yields no row, so that nothing would be edited; look at it with `actstore sql`")
+        raise BadInput("the query yields no row, so that nothing would be edited; let it name tokens")
     if extra := [name for name in given if name not in needs]:
         raise BadInput(f"the query yields {extra[0]}, which has no meaning with --how {how}; leave it out")
     if len(given) != bool(needs):

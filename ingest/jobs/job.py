@@ -259,7 +259,8 @@ class Ingest:
         """
         if self.patch is not None:
             assert not isinstance(self.asked, Continued)
-            run_edited = self.patch.run_text if self.of_text else self.patch.run_trees
+            patch = self.patch if self.grades else replace(self.patch, greedy=False)
+            run_edited = patch.run_text if self.of_text else patch.run_trees
             return run_edited(
                 self.model, self.specs, drawn, first, self.per_pass, self.asked, self.plan.run, into, advance
             )

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from actstore.advice import ingest_sites
 from actstore.arrays.address import Ids
 from actstore.commits.log import manifests
-from actstore.errors import BadInput, nearest
+from actstore.commits.manifest import Manifest
+from actstore.errors import BadInput, NotStored, nearest
 from actstore.ingest.answers.next_token import understood
 from actstore.ingest.interventions import rows as of_edits
 from actstore.ingest.interventions import window
@@ -27,10 +29,10 @@ from actstore.ingest.models.model import Model
 from actstore.ingest.models.sites import SiteSpec
 from actstore.ingest.task import Sequences as Set
 from actstore.ingest.trees.tokens import WORDS
-from actstore.interventions import Edit
+from actstore.interventions import Edit, hash_of
 from actstore.storage.at import place
 from actstore.store import Store
-from actstore.writing.committed import check_plan, must_agree
+from actstore.writing.committed import check_plan, must_agree, sites_of
 from actstore.writing.parts import rows_committed
 
 ANSWERS = ("all", "next")  # greedy answers too, or next tokens alone
@@ -45,13 +47,17 @@ class Base:
         root: the store's folder.
         run: name of the base run.
         device: "cpu" or "cuda".
+        committed: the store's commits; default: all of them. Repair leaves out what is damaged.
     """
 
-    def __init__(self, root: Path, run: str, device: str = "cpu") -> None:
+    def __init__(self, root: Path, run: str, device: str = "cpu", committed: Sequence[Manifest] | None = None) -> None:
         self.root, self.run, self.device = root, run, device
-        committed = manifests(root)
+        committed = manifests(root) if committed is None else committed
         rows = {name: rows_committed(root, committed, name).to_dicts() for name in ("runs", "models", "datasets")}
-        self.about: Row = row_where(rows["runs"], "run", run, "runs")
+        found = next((row for row in rows["runs"] if row["run"] == run), None)
+        if found is None:
+            raise NotStored(f"{root} holds no run {run!r}, from which edits start; restore it from a copy")
+        self.about: Row = found
         if self.about.get("prompt") in ("tree", "text"):
             raise BadInput(
                 f"run {run!r} holds continuations; edits start from a run over whole tasks: name that (--base)"
@@ -70,6 +76,20 @@ class Base:
         """The run's set of sequences."""
         return stored_set(self.root, self._committed, self.dataset)
 
+    @property
+    def held(self) -> frozenset[str]:
+        """TransformerLens' names of the sites that every batch of the run has."""
+        return frozenset.intersection(*map(frozenset, sites_of(self._committed, self.run).values()))
+
+    def refuse_unfinished(self) -> None:
+        """Refuse a run of which batches are missing."""
+        of_batches = sites_of(self._committed, self.run)
+        if len(of_batches) < self.set.n_batches:
+            raise BadInput(
+                f"run {self.run!r} is not finished: {len(of_batches)} of {self.set.n_batches} batches are stored; finish it "
+                "first, by the command that began it"
+            )
+
     @cached_property
     def store(self) -> Store:
         """The store, opened for reading."""
@@ -84,37 +104,53 @@ class Base:
         """The stored sequences of the run."""
         return Sequences.of(self.store, self.run)
 
+    @cached_property
+    def site_rows(self) -> list[Row]:
+        """The rows of `sites` of all runs."""
+        return rows_committed(self.root, self._committed, "sites").to_dicts()
+
+    @cached_property
+    def edits(self) -> pl.DataFrame:
+        """The rows of `edits` of all runs."""
+        return rows_committed(self.root, self._committed, "edits")
+
     @property
     def noted(self) -> Mapping[str, Any]:
         """What the run noted beside its versions."""
-        found: Mapping[str, Any] = json.loads(self.about["versions"])
+        return self.noted_of(self.run)
+
+    def noted_of(self, run: str) -> Mapping[str, Any]:
+        """What a run noted beside its versions."""
+        about = row_where(rows_committed(self.root, self._committed, "runs").to_dicts(), "run", run, "runs")
+        found: Mapping[str, Any] = json.loads(about["versions"])
         return found
 
 
 def prepare_patch(
     store: str | Path,
     base: str,
-    edits: Sequence[Edit],
+    edits: Sequence[Edit] = (),
     run: str | None = None,
-    sites: Sequence[str] | None = (),
+    sites: Sequence[str] | None = None,
     batch_size: int | None = None,
-    answers: str = "all",
+    answers: str | None = None,
     device: str = "cpu",
     wait: float = 10.0,
 ) -> Ingest:
     """A job that stores a run with edited activations; nothing is written.
 
     Where the base run stored what enters the layers that the edits can change, only those layers
-    and tokens are run. Otherwise whole forward passes are.
+    and tokens are run. Otherwise whole forward passes are. A run that is stored already keeps its
+    edits, whatever their queries would yield now.
 
     Args:
         base: name of a stored run over whole tasks or text, whose weights can be read.
-        edits: what is edited, see interventions.Edit.
+        edits: what is edited, see interventions.Edit; none for a run that is stored.
         run: name of the new run; default: made from the base's, how and where.
-        sites: sites whose activations are stored; default: none.
-        batch_size: sequences per forward pass; default: the base run's.
+        sites: sites whose activations are stored; default: none, or the stored run's own.
+        batch_size: sequences per forward pass; default: the stored run's own, or the base run's.
         answers: `all`; or `next`, which leaves out `outcomes` of trees, so that no wrong answer is
-            continued greedily.
+            continued greedily. Default: the stored run's own, or `all`.
         wait: seconds to wait for another process that writes to the store.
 
     Raises:
@@ -122,39 +158,93 @@ def prepare_patch(
         BadInput: an edit has no meaning, or another run has the name.
     """
     root = place(store)
-    if answers not in ANSWERS:
+    if answers is not None and answers not in ANSWERS:
         raise BadInput(f"got --answers {answers}{nearest(answers, ANSWERS)}; {there_are(ANSWERS)}")
-    if not 0 < len(edits) <= MOST_EDITS:
-        raise BadInput(f"got {len(edits)} edits; give 1 to {MOST_EDITS} (--patch)")
-    name = run or f"{base}-{edits[0].how}-{edits[0].at}"
-    with Store(root) as held:
-        base = held.resolve_run(base)
-        stored = held.sql("select * from interventions where run = $run order by edit", {"run": name})
+    if len(edits) > MOST_EDITS or not (edits or run):
+        raise BadInput(
+            f"got {len(edits)} edits; give 1 to {MOST_EDITS} (--patch), or name a stored run with edits (--run)"
+        )
+    with Store(root) as opened:
+        base = opened.resolve_run(base)
+        name = run or f"{base}-{edits[0].how}-{edits[0].at}"
+        is_taken = name in opened.runs()
+        stored = opened.sql("select * from interventions where run = $run order by edit", {"run": name}).to_dicts()
     origin = Base(root, base, device)
     specs = [of_edits.site_of(origin.model, edit.at) for edit in edits]
-    asked = [_about(base, edit, spec) for edit, spec in zip(edits, specs, strict=True)]
-    if len(stored):
-        patch = _stored(origin, stored.to_dicts(), asked, specs)
+    if stored:
+        _must_agree(origin, stored, edits, specs)
+        patch, noted = stored_patch(origin, name, stored), origin.noted_of(name)
+        answers = answers or ANSWERS[not patch.greedy]
+        batch_size = noted["batch_size"] if batch_size is None else batch_size
+        must_agree(
+            f"run {name!r}", {"answers": ANSWERS[not patch.greedy]}, {"answers": answers}, "name a new run (--run)"
+        )
+        own = [row["short"] for row in origin.site_rows if row["run"] == name and row.get("lineage") is None]
+        wanted = _sites(origin, own if sites is None else sites)
+        _must_fit(origin, patch, wanted)
+    elif is_taken:
+        raise BadInput(f"run {name!r} is stored, and holds no edits; name the new run otherwise (--run)")
+    elif not edits:
+        raise NotStored(f"{root} holds no run {name!r} with edits; give its edits (--patch), or name another (--run)")
     else:
-        rows = [
-            of_edits.asked(origin.store.whole, base, edit, spec, origin.sequences)
-            for edit, spec in zip(edits, specs, strict=True)
-        ]
-        about = [
-            {
-                **of_edit,
-                **{"donor_run": found.donors, "donor_site": found.donor_site, "snapshot": origin.store.snapshot},
-                **{"n_edits": len(found), "donors_xxh3_128": found.donors_hash(origin.store)},
-            }
-            for of_edit, found in zip(asked, rows, strict=True)
-        ]
-        patch = Patch(origin.opened, base, rows, origin.sequences, about=about)
-    wanted = origin.model.sites(list(sites)) if sites else []
-    fits = fits_window(origin, [rows.spec for rows in patch.edits], wanted)
-    patch.whole, patch.greedy = not fits or (patch.whole and bool(len(stored))), answers == "all"
+        patch, wanted = _asked(origin, edits, specs), _sites(origin, sites or [])
+        patch.greedy = answers != "next"
+        patch.whole = not fits_window(origin, specs, wanted)
     job = job_of(origin, patch, name, [spec.short for spec in wanted], batch_size, wait)
     check_plan(root, job.plan)
     return job
+
+
+def _sites(origin: Base, names: Sequence[str]) -> list[SiteSpec]:
+    return origin.model.sites(list(names)) if names else []
+
+
+def _asked(origin: Base, edits: Sequence[Edit], specs: Sequence[SiteSpec]) -> Patch:
+    """The edits that queries yield, with their rows of `interventions`."""
+    origin.refuse_unfinished()
+    store, about, found = origin.store, [], []
+    for edit, spec in zip(edits, specs, strict=True):
+        rows = of_edits.asked(store.whole, origin.run, edit, spec, origin.sequences)
+        found.append(rows)
+        about.append(
+            {
+                **_about(origin.run, edit, spec),
+                **{"donor_run": rows.donors, "donor_site": rows.donor_site, "snapshot": store.snapshot},
+                **{"n_edits": len(rows), "donors_xxh3_128": rows.donors_hash(store)},
+            }
+        )
+    return Patch(origin.opened, origin.run, found, origin.sequences, about=about)
+
+
+def _must_agree(origin: Base, stored: Sequence[Row], edits: Sequence[Edit], specs: Sequence[SiteSpec]) -> None:
+    """Refuse other edits than those of a stored run; none are the stored ones."""
+    run, advice = stored[0]["run"], "name the new run otherwise (--run)"
+    must_agree(f"run {run!r}", {"base": stored[0]["base_run"]}, {"base": origin.run}, advice)
+    if not edits:
+        return
+    must_agree(f"run {run!r}", {"edits": len(stored)}, {"edits": len(edits)}, advice)
+    for row, edit, spec in zip(stored, edits, specs, strict=True):
+        wanted = _about(origin.run, edit, spec)
+        if row["donor_run"] is not None:
+            donors = origin.store.resolve_run(edit.donors) if edit.donors else origin.run
+            wanted |= {"donor_run": donors, "donor_site": edit.donor_site or spec.short}
+        must_agree(f"edit {row['edit']} of run {run!r}", row, wanted, advice)
+
+
+def _must_fit(origin: Base, patch: Patch, wanted: Sequence[SiteSpec]) -> None:
+    """Refuse sites that a run of windows cannot take from its base run."""
+    if patch.whole:
+        return
+    if never := [spec.short for spec in wanted if window.first_layer(spec.name) is None]:
+        raise BadInput(
+            f"a run that computes only what its edits can change has no {never[0]}; leave it out (--sites), or store the edits "
+            "as a new run (--run) with that site"
+        )
+    if lacking := [spec.short for spec in wanted if spec.name not in origin.held]:
+        raise NotStored(
+            f"a run that computes only what its edits can change takes the rest from its base run {origin.run!r}, which does not "
+            f"hold {', '.join(lacking)}: {ingest_sites(origin.store, origin.run, *lacking)} adds what is missing"
+        )
 
 
 def job_of(
@@ -162,7 +252,7 @@ def job_of(
 ) -> Ingest:
     """The job of a run with edits."""
     asked = understood(origin.noted.get("answers") or "next")
-    size = batch_size or origin.noted.get("batch_size")
+    size = origin.noted.get("batch_size") if batch_size is None else batch_size
     return Ingest(origin.root, origin.model, origin.set, run, sites, size, wait=wait, asked=asked, patch=patch)
 
 
@@ -178,33 +268,32 @@ def _about(base: str, edit: Edit, spec: SiteSpec) -> Row:
     }
 
 
-def _stored(origin: Base, stored: Sequence[Row], asked: Sequence[Row], specs: Sequence[SiteSpec]) -> Patch:
-    """The edits of a run that is stored already; those asked for must agree."""
-    run = stored[0]["run"]
-    must_agree(f"run {run!r}", {"edits": len(stored)}, {"edits": len(asked)}, "name the new run otherwise (--run)")
-    for row, wanted in zip(stored, asked, strict=True):
-        must_agree(f"edit {row['edit']} of run {run!r}", row, wanted, "name the new run otherwise (--run)")
-    return stored_patch(origin, run, stored, specs)
-
-
-def stored_patch(origin: Base, run: str, stored: Sequence[Row], specs: Sequence[SiteSpec] | None = None) -> Patch:
+def stored_patch(origin: Base, run: str, stored: Sequence[Row]) -> Patch:
     """The edits of a stored run.
 
     Args:
         stored: the run's rows of `interventions`, in the order of their numbers.
-        specs: the edited sites; default: read off the model.
+
+    Raises:
+        NotStored: rows of `interventions` or `edits` are lost.
     """
-    committed = manifests(origin.root)
-    held = rows_committed(origin.root, committed, "edits").filter(pl.col("run") == run)
-    about = row_where(rows_committed(origin.root, committed, "runs").to_dicts(), "run", run, "runs")
-    found = specs or [of_edits.site_of(origin.model, row["short"]) for row in stored]
+    held = origin.edits.filter(pl.col("run") == run) if len(origin.edits) else origin.edits
+    noted = origin.noted_of(run)
+    if not stored or not len(held) or hash_of(pl.DataFrame(stored, infer_schema_length=None), held) != noted["edits"]:
+        raise NotStored(
+            f"what run {run!r} edited is lost (its parts of interventions and edits); restore it from a copy"
+        )
     rows = [
-        of_edits.stored(held.filter(pl.col("edit") == row["edit"]), row, spec, origin.sequences)
-        for row, spec in zip(stored, found, strict=True)
+        of_edits.stored(
+            held.filter(pl.col("edit") == row["edit"]),
+            row,
+            of_edits.site_of(origin.model, row["site"]),
+            origin.sequences,
+        )
+        for row in stored
     ]
-    noted = json.loads(about["versions"])
     columns = [{name: value for name, value in row.items() if name not in ("run", "edit")} for row in stored]
-    whole, greedy = noted.get("forward") != "window", bool(noted.get("greedy", True))
+    whole, greedy = noted["forward"] != "window", bool(noted["greedy"])
     return Patch(origin.opened, origin.run, rows, origin.sequences, whole, greedy, columns)
 
 
@@ -220,11 +309,10 @@ def fits_window(origin: Base, edited: Sequence[SiteSpec], wanted: Sequence[SiteS
     layers = [window.first_layer(spec.name) for spec in (*edited, *wanted)]
     if None in layers:
         return False
-    held = set(origin.store.sites(origin.run))
     first = min(layer for layer in layers[: len(edited)] if layer is not None)
-    needed = {f"resid_post.{layer - 1}" for layer in range(max(first, 1), origin.model.config.n_layers)}
-    needed |= {f"resid_post.{first - 1}"} if first else set()
-    return needed | {spec.short for spec in wanted} <= held
+    needed = {f"blocks.{layer - 1}.hook_resid_post" for layer in range(max(first, 1), origin.model.config.n_layers)}
+    needed |= {f"blocks.{first - 1}.hook_resid_post"} if first else set()
+    return needed | {spec.name for spec in wanted} <= origin.held
 
 
 def patching(store: Store, device: str = "cpu") -> Callable[..., pl.DataFrame]:
@@ -239,6 +327,7 @@ def patching(store: Store, device: str = "cpu") -> Callable[..., pl.DataFrame]:
         if run not in bases:
             bases[run] = Base(store.path, run, device)
         origin = bases[run]
+        origin.refuse_unfinished()
         specs = [of_edits.site_of(origin.model, edit.at) for edit in edits]
         rows = [
             of_edits.asked(origin.store.whole, run, edit, spec, origin.sequences)
@@ -253,6 +342,8 @@ def patching(store: Store, device: str = "cpu") -> Callable[..., pl.DataFrame]:
             drawn = job.sequences.drawn(batch)
             of_batch = first.of_batch(origin.dataset, batch, drawn.start)
             found.append(job.answers(drawn, of_batch, {}, lambda done: None))
+        if not any(found):
+            raise BadInput(f"the model of run {run!r} predicts no token, so that edits of it have no answers")
         return pl.concat([answers["predictions"].drop("run") for answers in found if answers])
 
     return patch

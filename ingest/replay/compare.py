@@ -42,6 +42,7 @@ from actstore.ingest.trees.tokens import PAD, WORDS, arrow_word, encode, path_at
 from actstore.store import Store
 from actstore.writing.committed import batches_of, sites_of
 from actstore.writing.parts import rows_committed
+from actstore.writing.plan import SitePlan
 
 AT_ONCE = 64  # trees per forward pass
 
@@ -199,22 +200,20 @@ def _answers(store: Store, job: Ingest, trees: Trees, tree_ids: np.ndarray) -> l
     """Compare every site at every token, every prediction and every outcome of the chosen trees."""
     words = encode(trees)
     rerun = _run(job, words, tree_ids)
-    found = [_site(store, job.plan.run, site.site, site.short, words, tree_ids, rerun) for site in job.plan.sites]
+    found = [_site(store, job.plan.run, site, words, tree_ids, rerun) for site in job.plan.sites]
     return [*found, _predictions(store, job, rerun, tree_ids), _outcomes(store, job, words, rerun, tree_ids)]
 
 
-def _site(
-    store: Store, run: str, site: str, short: str, words: np.ndarray, tree_ids: np.ndarray, rerun: _Rerun
-) -> Difference:
+def _site(store: Store, run: str, site: SitePlan, words: np.ndarray, tree_ids: np.ndarray, rerun: _Rerun) -> Difference:
     tree, position = np.nonzero(words != PAD)
     tokens = token_ids(tree_ids[tree], position)
-    ours = rerun.sites[site]
-    ours = ours[tree, position] if ours.ndim == 3 else np.moveaxis(ours, 2, 1)[tree, position]
-    held, _ = store.read("select unnest($ids)::bigint as token_id", run, short, {"ids": tokens.tolist()})
+    ours = rerun.sites[site.site]
+    ours = (np.moveaxis(ours, 2, 1) if site.kind == "pattern" else ours)[tree, position]
+    held, _ = store.read("select unnest($ids)::bigint as token_id", run, site.short, {"ids": tokens.tolist()})
     apart = np.abs(np.nan_to_num(held, nan=np.inf) - ours).reshape(len(ours), -1).max(axis=1)
     apart = apart / max(float(np.abs(ours).max()), 1e-30)
     worst = int(apart.argmax())
-    return Difference(run, short, float(apart[worst]), TOLERANCE, len(ours), f"token {tokens[worst]}")
+    return Difference(run, site.short, float(apart[worst]), TOLERANCE, len(ours), f"token {tokens[worst]}")
 
 
 def _stored(store: Store, table: str, run: str, tree_ids: np.ndarray, order: str) -> pl.DataFrame:

@@ -45,10 +45,12 @@ def rehydrate(
     dataset = row_where(rows["datasets"], "dataset", about["dataset"], "datasets")
     sites = [name for names in definitions.site_names(manifests, run).values() for name in names]
     about_it = json.loads(about["versions"])
-    edits = writing_parts.rows_committed(root, manifests, "interventions")
-    if len(edits) and len(of_run := edits.filter(pl.col("run") == run).sort("edit")):
-        origin = Base(root, of_run["base_run"][0], about["device"])
-        patch = stored_patch(origin, run, of_run.to_dicts())
+    if "edits" in about_it:
+        edits = writing_parts.rows_committed(root, manifests, "interventions")
+        of_run = edits.filter(pl.col("run") == run).sort("edit").to_dicts() if len(edits) else []
+        base = of_run[0]["base_run"] if of_run else run
+        origin = Base(root, base, about["device"], manifests)
+        patch = stored_patch(origin, run, of_run)
         return job_of(origin, patch, run, sites, about_it.get("batch_size")), about
     held = model_of_row(root, model, about["device"])
     return Ingest(

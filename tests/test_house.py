@@ -44,7 +44,7 @@ MAY = {
     "ingest.training": "ingest.answers ingest.models ingest.trees named storage intervals errors",
     "ingest.jobs": (
         "ingest.task ingest.corpus ingest.trees ingest.models ingest.answers ingest.interventions interventions store writing "
-        "arrays named commits storage errors"
+        "advice arrays named commits storage errors"
     ),
     "ingest.replay": "ingest.jobs ingest.corpus ingest.answers ingest.models ingest.trees named store writing catalog "
     "arrays commits errors",

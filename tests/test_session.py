@@ -145,10 +145,10 @@ def test_an_unknown_table_is_answered_with_those_there_are(store: Store) -> None
     said = refusal(store, "select * from vectors")
     assert "vectors does not exist" in said
     assert said.split("\n")[0].endswith(
-        " The store has answer_tokens, datasets, edge_separators, edge_sources, edge_targets, edges, generations, "
-        "latest_results, listed_sequences, models, outcomes, predictions, relations, results, runs, sequences, shards, sites, "
-        "snapshot, tokens, trees, vocabularies; hand a frame of yours over by name: tables={'vectors': frame} "
-        "(--table vectors=FILE)"
+        " The store has answer_tokens, datasets, edge_separators, edge_sources, edge_targets, edges, edits, generations, "
+        "interventions, latest_results, listed_sequences, models, outcomes, predictions, relations, results, "
+        "runs, sequences, shards, sites, snapshot, tokens, trees, vocabularies; "
+        "hand a frame of yours over by name: tables={'vectors': frame} (--table vectors=FILE)"
     )
 
 

@@ -217,7 +217,7 @@ class _Loader(yaml.SafeLoader):
 
 def _parsed(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _Loader(text).get_single_data()  # as safe_load does, with the limits above
     except Exception as error:  # PyYAML fails in many ways: values that do not fit their tag, deep nesting
         cause = "too many levels" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise BadInput(f"{source}: no YAML: {cause or type(error).__name__}") from None

@@ -162,7 +162,9 @@ def test_the_tests_find_the_layer_and_nothing_else(answer):
 
 def test_findings_are_confirmed_on_a_second_set(path, answer):
     with Store(path) as store:
-        (asked,) = studies.answer(store, "scrub", ["r"], confirm="fresh", patch=patching(store))
+        (asked,) = studies.answer(
+            store, "scrub", ["r"], options={"second_path": 2}, confirm="fresh", patch=patching(store)
+        )
     assert asked.confirmation is not None
     assert asked.answer.results["value"].equals(answer.results["value"])  # the same numbers again
     assert [claim.confirmed for claim in asked.confirmation.claims] == [True] * 6
@@ -286,7 +288,7 @@ def test_donors_of_ones_own(path, tmp_path):
     [
         ({"listed": "bakward"}, "did you mean"),
         ({"n": 0}, "whole number, 1 or more"),
-        ({"second": "x"}, "whole number, 0 or more"),
+        ({"second_path": "x"}, "whole number, 0 or more"),
         ({"donors": "select token_id from tokens"}, "no donor_token_id"),
         (
             {"donors": "select token_id, token_id as donor_token_id from tokens"},
@@ -317,5 +319,5 @@ def test_what_the_store_lacks_is_said_with_the_command_that_adds_it(model, tmp_p
         done = CliRunner().invoke(main, words, catch_exceptions=False)
         assert done.exit_code == 0, done.output
     with Store(path) as store:
-        answer = study.ask(store, "scrub", "r-scrub", patch=patching(store), listed="any", second=0)
+        answer = study.ask(store, "scrub", "r-scrub", patch=patching(store), listed="any", second_path=0)
     assert "cells have fewer than 150 trees" in answer.sentence

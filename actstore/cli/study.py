@@ -109,8 +109,8 @@ def study(
     noise|denoise`, `-o pairs FILE.sql`, a query for the token_id and donor_token_id of root tokens.
     `scrub` gives the root token what a layer's attention brings there in another tree, a donor, as
     Brinkmann et al. do: `-o n N` clean trees of a path length, `-o listed any` for trees that are
-    not listed backward, `-o second N` for the length of their second path, `-o donors FILE.sql` for
-    donors of your own: a query for token_id and donor_token_id that may use $layer.
+    not listed backward, `-o second_path N` for the least length of their second path, `-o donors
+    FILE.sql` for donors of your own: a query for token_id and donor_token_id that may use $layer.
     `erase` takes a label out of the activations of a site, by LEACE and by a probe's directions:
     `-o sites`, `-o token_role` and `-o labels` as of `probes`, or --query as of `probe`.
 

@@ -76,12 +76,14 @@ class Trees:
     n_wrong: int
 
 
-def trees_of(store: Store, run: str, n_nodes: int, n_layers: int, listed: str, second: int, n: int, seed: int) -> Trees:
+def trees_of(
+    store: Store, run: str, n_nodes: int, n_layers: int, listed: str, second_path: int, n: int, seed: int
+) -> Trees:
     """Read a run's trees, and draw the clean ones.
 
     Args:
         listed: one of LISTED.
-        second: least depth of the deepest leaf in the root's other subtree, of clean trees. It
+        second_path: least depth of the deepest leaf in the root's other subtree, of clean trees. It
             is not asked of trees whose path leaves fewer nodes.
         n: most clean trees of a path length.
         seed: seed of the draw.
@@ -92,7 +94,7 @@ def trees_of(store: Store, run: str, n_nodes: int, n_layers: int, listed: str, s
     """
     if listed not in LISTED:
         raise BadInput(f"got listed {listed!r}{nearest(str(listed), LISTED)}; take {' or '.join(LISTED)} (-o listed)")
-    for name, value, least in (("n", n, 1), ("second", second, 0)):
+    for name, value, least in (("n", n, 1), ("second_path", second_path, 0)):
         if not isinstance(value, int) or value < least:
             raise BadInput(f"got {name} {value!r}; it is a whole number, {least} or more (-o {name})")
     found = store.sql(TREES, {"run": run})
@@ -102,10 +104,10 @@ def trees_of(store: Store, run: str, n_nodes: int, n_layers: int, listed: str, s
     if listed == "backward":
         fits &= found["backward"].to_numpy().astype(bool)
     other, left_over = found["other_depth"].to_numpy(), found["left_over"].to_numpy()
-    clean = fits & ((other >= second) | (left_over < second))
+    clean = fits & ((other >= second_path) | (left_over < second_path))
     right = found["correct"].to_numpy().astype(bool)
     if not (clean & right).any():
-        raise NotStored(_no_tree(store, run, listed, second, bool(clean.any())))
+        raise NotStored(_no_tree(store, run, listed, second_path, bool(clean.any())))
     rng = np.random.default_rng([seed, n])
     drawn = [rng.permutation(np.flatnonzero(clean & right & (depth == length)))[:n] for length in np.unique(depth)]
     return Trees(
@@ -119,7 +121,7 @@ def trees_of(store: Store, run: str, n_nodes: int, n_layers: int, listed: str, s
     )
 
 
-def _no_tree(store: Store, run: str, listed: str, second: int, answered: bool) -> str:
+def _no_tree(store: Store, run: str, listed: str, second_path: int, answered: bool) -> str:
     """Why no tree of a run is clean, and how to store trees that are."""
     if answered:
         return f"run {run!r} gets the first step wrong on every tree that could be scrubbed; name a run that answers (--run)"
@@ -127,8 +129,8 @@ def _no_tree(store: Store, run: str, listed: str, second: int, answered: bool) -
     command = ingest_command(store, ("--model-of", run), f"{run}-scrub", f"{run}-scrub", *drawing)
     what = "lists its edges backward and has" if listed == "backward" else "has"
     return (
-        f"no answered tree of run {run!r} {what} a second path of {second} from its root; {command} stores a run over trees of "
-        "which half do; or take all trees by -o listed any -o second 0"
+        f"no answered tree of run {run!r} {what} a second path of {second_path} from its root; {command} stores a run over trees of "
+        "which half do; or take all trees by -o listed any -o second_path 0"
     )
 
 

@@ -61,7 +61,7 @@ def study(
     n: int = 150,
     donors: str | Path | None = None,
     listed: str = "backward",
-    second: int = 2,
+    second_path: int = 2,
 ) -> Answer:
     """Scrub a run's attention at the root token, layer by layer.
 
@@ -74,7 +74,7 @@ def study(
         n: most clean trees of each path length.
         donors: SQL or the path of an .sql file with donors of one's own, see donors.own.
         listed: `backward`, as in the paper; or `any`: trees whose edges are listed in any order.
-        second: least depth of the deepest leaf in the root's other subtree, of clean trees.
+        second_path: least depth of the deepest leaf in the root's other subtree, of clean trees.
 
     Raises:
         NotStored: the run lacks a site, or no tree can be clean.
@@ -82,8 +82,8 @@ def study(
     """
     n_layers, n_nodes = store.sql(SHAPE, {"run": run}).row(0)
     _check_sites(store, run, n_layers)
-    trees = trees_of(store, run, n_nodes, n_layers, listed, second, n, seed)
-    kept = {"run": run, "n": n, "listed": listed, "second": second, "donors": donors and str(donors)}
+    trees = trees_of(store, run, n_nodes, n_layers, listed, second_path, n, seed)
+    kept = {"run": run, "n": n, "listed": listed, "second_path": second_path, "donors": donors and str(donors)}
     by_layer = {
         layer: own(store, run, trees, str(donors), layer, seed) if donors else drawn(trees, layer, seed)
         for layer in range(n_layers)

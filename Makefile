@@ -59,6 +59,14 @@ full: install
 	set -e; for study in attention probes compare; do \
 	    $(BIN)/actstore study $(FULL) $$study --run reproduction --run baseline --confirm fresh-sites; \
 	done
+	$(BIN)/actstore ingest $(FULL) --model reproduction --run reproduction-scrub --trees 10000 --seed 11 --distribution baseline \
+	    --dataset scrub --sites pattern,v,resid_post
+	$(BIN)/actstore ingest $(FULL) --model reproduction --run reproduction-scrub-fresh --trees 5000 --seed 12 --distribution baseline \
+	    --dataset scrub-fresh --sites pattern,v,resid_post
+	set -e; for set in scrub scrub-fresh; do \
+	    $(BIN)/actstore ingest $(FULL) --model baseline --run baseline-$$set --dataset $$set --sites pattern,v,resid_post; \
+	done
+	$(BIN)/actstore study $(FULL) scrub --run reproduction-scrub --run baseline-scrub --confirm scrub-fresh
 
 # everything that must pass: lint, then all tests
 test: lint

@@ -129,8 +129,8 @@ def _no_tree(store: Store, run: str, listed: str, second_path: int, answered: bo
     command = ingest_command(store, ("--model-of", run), f"{run}-scrub", f"{run}-scrub", *drawing)
     what = "lists its edges backward and has" if listed == "backward" else "has"
     return (
-        f"no answered tree of run {run!r} {what} a second path of {second_path} from its root; {command} stores a run over trees of "
-        "which half do; or take all trees by -o listed any -o second_path 0"
+        f"no answered tree of run {run!r} {what} a second path of {second_path} from its root; {command} stores a run over trees "
+        "of which half do; or take all trees by -o listed any -o second_path 0"
     )
 
 

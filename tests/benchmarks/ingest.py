@@ -1,8 +1,11 @@
-"""Ingest against the bare forward pass in the same batches, and its memory against the number of trees."""
+"""Ingest against the bare forward pass in the same batches, and its memory against the number of trees.
+
+As a program (`python -m tests.benchmarks.ingest STORE TREES`): the peak memory of one ingest, in bytes.
+"""
 
 from __future__ import annotations
 
-import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -20,17 +23,6 @@ from tests.benchmarks import Row, median
 N_TREES = 10_000  # what `actstore ingest` stores unless told otherwise
 BATCH_SIZE = 128
 ROUNDS = 3
-
-CHILD = """
-import json, resource, sys
-from pathlib import Path
-from actstore.ingest.models.load import load
-from actstore.ingest.jobs.job import Ingest
-from actstore.ingest.trees.task import TreeSet
-store, n_trees = sys.argv[1:]
-execute(Ingest(Path(store), load("reproduction"), TreeSet("reproduction", int(n_trees))))
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
-"""
 
 
 def speed() -> list[Row]:
@@ -71,7 +63,10 @@ def memory(large_store: Path) -> list[Row]:
 
 
 def _peak(store: Path, n_trees: int) -> int:
-    run = subprocess.run(
-        [sys.executable, "-c", CHILD, str(store), str(n_trees)], capture_output=True, text=True, check=True
-    )
-    return int(json.loads(run.stdout))
+    command = [sys.executable, "-m", "tests.benchmarks.ingest", str(store), str(n_trees)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+if __name__ == "__main__":
+    execute(Ingest(Path(sys.argv[1]), load("reproduction"), TreeSet("reproduction", int(sys.argv[2]))))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -36,22 +36,21 @@ SECTIONS = {
 
 
 def main() -> None:
-    if sys.argv[1:]:  # these sections alone, in the place of their last figures
-        _replace({SECTIONS[name][0]: SECTIONS[name][1]() for name in sys.argv[1:]})
+    """Run all sections, or those that are named; each one's figures are kept as soon as they are there."""
+    if sys.argv[1:]:
+        for name in sys.argv[1:]:
+            title, section = SECTIONS[name]
+            _replace({title: section()})
         return
+    _head()
     with tempfile.TemporaryDirectory(dir=".") as folder:
         large = Path(folder) / "large.act"
-        sections = {
-            "Trees with their token, edge and tree rows, one core": generate.rows(),
-            "Ingest": ingest.speed(),
-            "Memory of an ingest": ingest.memory(large),
-            **_reads(large),
-            **{title: section() for title, section in SECTIONS.values()},
-        }
-    for title, rows in sections.items():
-        _print(title, rows)
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + BEGIN + "\n" + _markdown(sections) + END + rest.partition(END)[2])
+        _replace({"Trees with their token, edge and tree rows, one core": generate.rows()})
+        _replace({"Ingest": ingest.speed()})
+        _replace({"Memory of an ingest": ingest.memory(large)})
+        _replace(_reads(large))
+    for title, section in SECTIONS.values():
+        _replace({title: section()})
 
 
 def _reads(store: Path) -> dict[str, list[Row]]:
@@ -94,12 +93,12 @@ def _verdict(row: Row) -> str:
     return "" if row.met is None else "met" if row.met else "NOT met"
 
 
-def _markdown(sections: dict[str, list[Row]]) -> str:
+def _head() -> None:
+    """Name the machine and the versions above the figures."""
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
-    lines = [f"\n{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {versions}.\n"]
-    for title, rows in sections.items():
-        lines += _section(title, rows)
-    return "\n".join(lines) + "\n"
+    head = f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {versions}."
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n\n{head}\n\n###" + rest.partition("\n###")[2])
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import google_crc32c
 import xxhash
 
-from actstore.arrays.pack import ShardBuffer
 from actstore.commits import log
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
@@ -51,7 +51,7 @@ def _cost_in_ingest(folder: Path) -> Row:
                     off.enter_context(patch)
                 return _timed(partial(execute, Ingest(store, model, trees)))
         finally:
-            shutil.rmtree(store)
+            shutil.rmtree(store, ignore_errors=True)
 
     ingest(True)
     shares = []
@@ -66,7 +66,7 @@ def _cost_in_ingest(folder: Path) -> Row:
 
 def _without_safety() -> list[AbstractContextManager[object]]:
     return [
-        mock.patch.object(ShardBuffer, "_checksum"),
+        mock.patch.object(google_crc32c, "value", return_value=0),
         mock.patch.object(xxhash, "xxh3_128_hexdigest", return_value="0" * 32),
         mock.patch.object(os, "fsync"),
     ]

@@ -12,7 +12,7 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.trees.draw import draw
 from actstore.ingest.trees.task import TreeSet
-from actstore.queries import study
+from actstore.queries import studies, study
 from actstore.queries.attention.page import draw_patterns, page, save
 from actstore.store import Store
 from tests.planted import plant
@@ -188,6 +188,71 @@ def test_where_there_is_one_pair_nothing_is_tested(tmp_path):
     assert answer.tests == ()
     assert answer.sentence.count("The list has no other pair of neighbours to compare with.") == 2
     assert "Holm" not in answer.sentence
+
+
+# The root token and the ancestors of the goal (-o by ancestor).
+
+
+def at_the_root(key_of):
+    """The root gives half of its attention to a target, where `key_of` a tree names its edge, and half to itself."""
+    pattern = even()
+    for tree in range(N):
+        if (edge := key_of(tree)) is not None:
+            pattern[tree, 0, 17] = 0
+            pattern[tree, 0, 17, [3 * edge + 1, 17]] = 0.5
+    return pattern
+
+
+def to_parent(trees):
+    """Of each tree the edge that leads to the goal's parent, if the parent is not the root."""
+
+    def edge(tree):
+        place = int(trees.depth[tree]) - 2
+        return trees.edges[tree, :, 1].tolist().index(trees.path[tree][place]) if place >= 0 else None
+
+    return edge
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    """In two sets the root looks at the goal's parent in layer 0, evenly in layer 1, and at edge 4 in layer 2."""
+    path = tmp_path_factory.mktemp("parents") / "s.act"
+    for run, dataset, seed in (("r", "d", 0), ("s", "fresh", 1)):
+        trees = draw("deep", seed, 0, N, 6)
+        sites = {
+            "pattern.0": at_the_root(to_parent(trees)),
+            "pattern.1": even(),
+            "pattern.2": at_the_root(lambda tree: 4),
+        }
+        plant(path, trees, sites, run, dataset=dataset, seed=seed, weights=b"of both")
+    with Store(path) as opened:
+        yield opened
+
+
+def test_an_ancestor_that_the_root_looks_at_is_found_and_a_place_in_the_list_is_not(parents):
+    answer = study.ask(parents, "attention", "r", by="ancestor")
+    assert [(test.site, test.label) for test in answer.tests if test.found] == [("pattern.0", "distance 1")]
+    at = {"site": "pattern.0", "token_role": "root", "label": "distance 1"}
+    assert value(answer, **at, metric="attention") == 0.5
+    assert value(answer, **at, metric="others") < 0.03  # even attention, of trees whose goal's parent is the root
+    assert "At pattern.0 more goes to distance 1, the excess is largest at distance 1: 50.00 %" in answer.sentence
+    assert answer.sentence.count("no distance gets significantly more") == 2
+    assert answer.frame["ancestor"].to_list() == [f"distance {steps}" for steps in range(5)]
+    for row in answer.results.filter(site="pattern.2", metric="beyond").iter_rows(named=True):
+        assert row["value"] == pytest.approx(0, abs=1e-6), row["label"]  # that place gets as much off the path
+    assert len(study.plot(answer).axes) == 3
+
+
+def test_an_ancestor_that_the_root_looks_at_is_confirmed_on_a_second_set(parents):
+    (asked,) = studies.answer(parents, "attention", ["r"], options={"by": "ancestor"}, confirm="fresh")
+    assert asked.confirmation is not None
+    (claim,) = (claim for claim in asked.confirmation.claims if claim.here.found)  # others are below their comparison
+    assert (claim.here.label, claim.confirmed) == ("distance 1", True)
+
+
+def test_another_by_is_refused(parents):
+    with pytest.raises(BadInput, match="got by 'ancestors'; write ancestor"):
+        study.ask(parents, "attention", "r", by="ancestors")
 
 
 def test_a_run_without_patterns_says_what_adds_them(demo_store):

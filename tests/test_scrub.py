@@ -160,6 +160,19 @@ def test_the_tests_find_the_layer_and_nothing_else(answer):
     assert [axis.get_title() for axis in figure.axes] == ["layer 0", "layer 1", "layer 2"]
 
 
+def test_one_hypothesis_alone_gives_its_own_numbers(path, answer):
+    with Store(path) as store:
+        alone = study.ask(store, "scrub", "r", patch=patching(store), hypotheses="H2")
+    for kind in ("matched", "disagreeing"):
+        every = recovered(answer, kind)
+        assert recovered(alone, kind) == {key: share for key, share in every.items() if key[0] == "H2"}
+    assert list(recovered(alone, "itself").values()) == pytest.approx([1] * 9, abs=1e-5)
+    assert len(alone.tests) == 9
+    assert "H2 (" in alone.sentence
+    assert "H1 (" not in alone.sentence
+    assert len(study.plot(alone).axes) == 3
+
+
 def test_findings_are_confirmed_on_a_second_set(path, answer):
     with Store(path) as store:
         (asked,) = studies.answer(
@@ -288,6 +301,7 @@ def test_donors_of_ones_own(path, tmp_path):
     [
         ({"listed": "bakward"}, "did you mean"),
         ({"n": 0}, "whole number, 1 or more"),
+        ({"hypotheses": "H4"}, "no hypothesis 'H4'"),
         ({"second_path": "x"}, "whole number, 0 or more"),
         ({"donors": "select token_id from tokens"}, "no donor_token_id"),
         (

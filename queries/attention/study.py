@@ -11,6 +11,9 @@ Neighbours in the list differ everywhere, and with many trees the interval of ea
 excludes 0. The last pair is therefore compared with all pairs of neighbours. Its p is the share of
 pairs that are as far from their median (of n pairs at least 1 / n), adjusted for all sites and
 heads (Holm).
+
+With `by=ancestor` the study asks something else: which ancestors of the goal the root token looks
+at, see ancestors.py.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import polars as pl
 from actstore.advice import ingest_more
 from actstore.errors import BadInput, NotStored
 from actstore.intervals import n_as_far
+from actstore.queries.attention import ancestors
 from actstore.queries.figures import GREY, points, side_by_side
 from actstore.queries.last_edge import interval
 from actstore.queries.study import (
@@ -76,7 +80,7 @@ CLOSES = {
 }  # last edge's role → roles of the tokens to compare, one per edge
 
 
-def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
+def study(store: Store, run: str, seed: int, progress: Progress, by: str | None = None) -> Answer:
     """Sum attention by target, at every stored layer and head.
 
     Args:
@@ -85,17 +89,23 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
             used.
         seed: seed of the bootstrap.
         progress: called after each layer.
+        by: `ancestor` asks which ancestors of the goal the root token looks at.
 
     Raises:
         NotStored: there is no pattern; gives the ingest command that adds them.
-        BadInput: the trees have one edge.
+        BadInput: the trees have one edge, or `by` has no meaning.
     """
+    if by not in (None, ancestors.BY):
+        raise BadInput(f"got by {by!r}; write {ancestors.BY}, for the attention of the root token by ancestor (-o by)")
     holder = pattern_run(store, run)
     if store.sql(N_NODES, {"run": run}).item() == 2:
         raise BadInput(
             f"run {run!r} is over trees of 2 nodes, whose one edge cannot be compared with another; ingest larger ones (--nodes)"
         )
-    sites, params = pattern_sites(store, holder), {"run": holder}
+    sites = pattern_sites(store, holder)
+    if by:
+        return _by_ancestor(store, run, holder, sites, seed, progress)
+    params = {"run": holder}
     rows: list[dict[str, Any]] = []
     tests: list[Test] = []
     for done, site in enumerate(sites, start=1):
@@ -112,6 +122,22 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
         [*rows, *test_rows(tests)], study=NAME, run=run, query=TOKENS, params=params, snapshot=store.snapshot, seed=seed
     )
     return Answer(NAME, as_frame(results), results, sentence(results, tests), tuple(tests))
+
+
+def _by_ancestor(store: Store, run: str, holder: str, sites: Sequence[str], seed: int, progress: Progress) -> Answer:
+    """The answer of `by=ancestor`, from the patterns of the run `holder`."""
+    rows, found = ancestors.compare(store, holder, sites, seed, progress)
+    tests = adjusted(found)
+    results = result_rows(
+        [*rows, *test_rows(tests)],
+        study=NAME,
+        run=run,
+        query=ancestors.EDGES,
+        params={"run": holder, "by": ancestors.BY},
+        snapshot=store.snapshot,
+        seed=seed,
+    )
+    return Answer(NAME, ancestors.as_frame(results), results, ancestors.sentence(results, tests), tests)
 
 
 def pattern_run(store: Store, run: str) -> str:
@@ -327,6 +353,8 @@ def _beside(results: pl.DataFrame, site: str, role: str, tests: Mapping[Any, Tes
 
 def plot(answer: Answer) -> Figure:
     """Draw attention by layer: target on source, separator on its edge, path on the next edge."""
+    if ancestors.ROLE in answer.results["token_role"]:
+        return ancestors.plot(answer)
     figure, axes = side_by_side(3, width=4.4)
     for axis, (title, series) in zip(axes, _PANELS.items(), strict=True):
         for turn, (role, kind, name) in enumerate(series):

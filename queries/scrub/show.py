@@ -81,7 +81,8 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test], n: int, n_wrong: int)
         text += f" {n_wrong:,} clean trees whose first step is wrong are left out."
     if short := int((counts < n).sum()):
         text += f" {short:,} of {len(counts):,} cells have fewer than {n:,} trees with a matched donor."
-    for hypothesis, meaning in HYPOTHESES.items():
+    for hypothesis in found["hypothesis"].unique(maintain_order=True):
+        meaning = HYPOTHESES[hypothesis]
         text += f"\n{_of_hypothesis(found.filter(hypothesis=hypothesis), contrast, tests, hypothesis, meaning)}"
     return f"{text}\n{adjustment(tests)}"
 
@@ -149,7 +150,7 @@ def plot(answer: Answer) -> Figure:
         plain(axis)
         axis.axhline(100, color="0.8", linewidth=1)
         axis.axhline(0, color="0.8", linewidth=1)
-        for turn, hypothesis in enumerate(HYPOTHESES):
+        for turn, hypothesis in enumerate(found["hypothesis"].unique(maintain_order=True)):
             of_line = found.filter(layer=layer, hypothesis=hypothesis).drop_nulls("value")
             control = of_line.filter(kind=contrast)
             style = ("-", "--", ":")[turn]

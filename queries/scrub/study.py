@@ -8,10 +8,10 @@ a clean tree is the share of its loss that is recovered: 1 if the scrubbed run i
 itself, 0 if its loss is that of an even guess among their 35 tokens, below 0 if it is worse.
 
 There are three controls, which they do not have: donors with another node at that distance, donors
-that agree at another distance (under H1), and the tree itself (under H1, since its z is the same
-under all), which recovers everything. Where the answer
-does not rest on a layer, any donor recovers everything. The tests therefore compare donors with the
-same node and donors with another node, on the same clean trees, by sign flips.
+that agree at another distance, and the tree itself, which recovers everything. The last two are
+asked under the first hypothesis alone, since the tree's own z is the same under all. Where the
+answer does not rest on a layer, any donor recovers everything. The tests therefore compare donors
+with the same node and donors with another node, on the same clean trees, by sign flips.
 
 Three choices differ from theirs. Only clean trees whose first step is right count, so that the
 run's likeliest token is the right one. The score is the model's own, with the bias of its
@@ -21,6 +21,7 @@ unembedding. Donors are trees of the run's own set, and may have a second path, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from actstore.queries.scrub.donors import CONTRASTS, ITSELF, MATCHED, TREES, Tre
 from actstore.queries.scrub.show import as_frame, sentence
 from actstore.queries.scrub.show import plot as plot
 from actstore.queries.scrub.sums import HYPOTHESES, patched, sums
-from actstore.queries.study import Answer, Progress, Test, adjusted, result_rows, test_rows
+from actstore.queries.study import Answer, Progress, Test, adjusted, chosen, result_rows, test_rows
 
 if TYPE_CHECKING:
     from actstore.interventions import Patching
@@ -62,6 +63,7 @@ def study(
     donors: str | Path | None = None,
     listed: str = "backward",
     second_path: int = 2,
+    hypotheses: str | Sequence[str] = "all",
 ) -> Answer:
     """Scrub a run's attention at the root token, layer by layer.
 
@@ -75,11 +77,13 @@ def study(
         donors: SQL or the path of an .sql file with donors of one's own, see donors.own.
         listed: `backward`, as in the paper; or `any`: trees whose edges are listed in any order.
         second_path: least depth of the deepest leaf in the root's other subtree, of clean trees.
+        hypotheses: some of HYPOTHESES; a search over donors needs the first alone.
 
     Raises:
         NotStored: the run lacks a site, or no tree can be clean.
         BadInput: an option has no meaning, or no clean tree has a donor.
     """
+    asked = chosen(hypotheses, HYPOTHESES, "hypothesis")
     n_layers, n_nodes = store.sql(SHAPE, {"run": run}).row(0)
     _check_sites(store, run, n_layers)
     trees = trees_of(store, run, n_nodes, n_layers, listed, second_path, n, seed)
@@ -94,12 +98,13 @@ def study(
             "donors name more"
         )
     scrubbing = Scrubbing(store, run, n_nodes, trees, patch)
-    kinds = {hypothesis: _kinds(list(by_layer[0]), hypothesis) for hypothesis in HYPOTHESES}
+    kept["hypotheses"] = asked
+    kinds = {hypothesis: _kinds(list(by_layer[0]), hypothesis == asked[0]) for hypothesis in asked}
     cells, done, total = [], 0, n_layers * sum(map(len, kinds.values()))
     for layer, of_layer in by_layer.items():
         whole, kept_sums, place = scrubbing.sums(layer, of_layer)
-        for number, hypothesis in enumerate(HYPOTHESES):
-            recovered = {}
+        for hypothesis in asked:
+            number, recovered = list(HYPOTHESES).index(hypothesis), {}
             for kind in kinds[hypothesis]:
                 recovered[kind] = scrubbing.recovered(layer, of_layer[kind], whole, kept_sums[number], place)
                 done += 1
@@ -114,9 +119,9 @@ def study(
     return Answer(NAME, as_frame(results), results, sentence(results, tests, n, trees.n_wrong), tests)
 
 
-def _kinds(every: list[str], hypothesis: str) -> list[str]:
+def _kinds(every: list[str], first: bool) -> list[str]:
     """The kinds of donors: all under the first hypothesis, the tested ones under the others."""
-    return every if hypothesis == next(iter(HYPOTHESES)) else [kind for kind in every if kind in (MATCHED, *CONTRASTS)]
+    return every if first else [kind for kind in every if kind in (MATCHED, *CONTRASTS)]
 
 
 def _check_sites(store: Store, run: str, n_layers: int) -> None:

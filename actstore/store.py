@@ -106,7 +106,7 @@ class Store:
         return self._opened.only
 
     @classmethod
-    def _around(cls, opened: Opened, whole: Store) -> Store:
+    def _around(cls, opened: Opened, whole: Store | None) -> Store:
         store = cls.__new__(cls)
         vars(store).update(_opened=opened, _whole=whole)
         return store
@@ -155,7 +155,8 @@ class Store:
 
         Besides DuckDB's own functions there are `act(token_id, run, site)`, a token's activation as
         FLOAT[d_model], and `logit_lens(token_id, run, site)`, its logits as FLOAT[d_vocab]. Both
-        are FLOAT[] if the store's sites differ in width, or its runs in d_vocab.
+        are FLOAT[] if the store's sites differ in width, or its runs in d_vocab. A list becomes an
+        array for DuckDB's array functions by `act(…)::float[128]`; the functions below take both.
         `attention(token_id, run, site)` reads a pattern: a token's weights to all keys, a list per
         head, FLOAT[][]. Further there are `probe_direction(name)`, `dot(a, b)`, `norm(x)`,
         `distance(a, b)`, `cosine(a, b)`, `project(x, direction)` (the signed length of x along
@@ -217,6 +218,24 @@ class Store:
         """
         return Store._around(self._opened.of(run), self.whole)
 
+    def beside(self, tables: Mapping[str, given.Table]) -> Store:
+        """The store with tables of your own beside its own, for every query.
+
+            mine = store.beside({"mine": frame})
+            actstore.queries.select(mine, "mine.sql")
+
+        `sql(…, tables=…)` does so for one query. Both stores share what is open: closing one closes
+        both.
+
+        Args:
+            tables: see `sql`.
+
+        Raises:
+            BadInput: a table has the name of another, or is no table.
+        """
+        found = Store._around(self._opened.whole.beside(tables), None)
+        return found if self.only is None else found.of(self.only)
+
     @property
     def tables(self) -> list[str]:
         """Names of the tables and views that `sql` reads, your own views last."""
@@ -231,7 +250,9 @@ class Store:
 
     def info(self) -> pl.DataFrame:
         """One row per run: model, trees, sites, size, and the share of right greedy answers."""
-        of_all = self.whole.sql(files("actstore.catalog").joinpath("info.sql").read_text(encoding="utf-8"))
+        found = self.whole.sql(files("actstore.catalog").joinpath("info.sql").read_text(encoding="utf-8"))
+        in_order = [" ".join(self.whole.sites(run)) or None for run in found["run"]]
+        of_all = found.with_columns(sites=pl.Series(in_order, dtype=pl.String))
         return of_all if self.only is None else of_all.filter(run=self.only)
 
     def runs(self) -> list[str]:

@@ -23,6 +23,7 @@ from actstore.errors import BadInput, NotStored
 from actstore.interventions import Edit, Patching
 from actstore.outputs import Exported, Work, check_file, silent
 from actstore.storage.at import place
+from actstore.storage.machine import check_memory
 from actstore.store import Store
 from actstore.version import __version__
 
@@ -99,10 +100,12 @@ def repair(store: str | Path | Store, wait: float = 10.0, progress: Work = silen
 
     Raises:
         Busy, Damaged, NotStored, TooNew: see upkeep.repair.
+        LimitReached: a model has to be run, and this process may map too little memory for one.
     """
     from actstore.upkeep import repair as repairing
 
     def recompute(*asked: Any) -> dict[str, bytes]:
+        check_memory(models=True)
         from actstore.ingest.replay.remake import files_of
 
         return files_of(*asked)
@@ -170,6 +173,7 @@ def study(
     options: Mapping[str, Any] | None = None,
     query: str | None = None,
     params: Mapping[str, Any] | None = None,
+    tables: Mapping[str, Any] | None = None,
     confirm: str | None = None,
     plot: str | Path | None = None,
     record: bool = True,
@@ -187,6 +191,7 @@ def study(
         seed: seed of everything random.
         options: the study's own options.
         query, params: of the study `probe`, see `actstore study probe --help`.
+        tables: tables of your own for the study's queries, see Store.sql.
         confirm: a second dataset, on which findings are confirmed.
         plot: a file for the figure, .png, .svg or .pdf; of several runs FILE-RUN.
         record: whether to record the answers. An open store shows them when it is opened again.
@@ -212,7 +217,7 @@ def study(
     asks = ({"query": query} if query is not None else {}) | ({"params": params} if params else {})
     with _opened(store, check) as opened:
         patch = patching(opened) if name in CAUSAL else None
-        asked = studies.answer(opened, name, runs, seed, {**(options or {}), **asks}, confirm, progress, patch)
+        asked = studies.answer(opened, name, runs, seed, {**(options or {}), **asks}, confirm, progress, patch, tables)
         if plot:
             list(studies.save_figures([one.answer for one in asked if one.answer], plot))
         if record:

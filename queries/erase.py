@@ -206,7 +206,7 @@ def erase_site(
     whiten = Whitening.of(X[train])
     whitened = whiten(X)
     read = fit_all([(whitened, y)], train, max_iter)[0]
-    asked = Asked(rows.tokens, rows.sequences, train, {}, {}, {})
+    asked = Asked(rows.tokens, rows.units, train, {}, {}, {})
     meaningless = control_labels(asked.types, y, train, seed)
     by_method = {
         "leace": Erasure.leace(whiten, whitened[train], y[train]),

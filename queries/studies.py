@@ -8,10 +8,11 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ from actstore.writing import recording
 if TYPE_CHECKING:
     from actstore.interventions import Patching
     from actstore.store import Store
+
+
+OF_QUERIES = ("query", "baselines", "baseline", "pairs", "donors")  # options that are SQL or name its file
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def answer(
     confirm: str | None = None,
     progress: Work = silent,
     patch: Patching | None = None,
+    tables: Mapping[str, Any] | None = None,
 ) -> list[Asked]:
     """Ask all questions of a study; a question that fails does not stop the others.
 
@@ -89,6 +94,7 @@ def answer(
         confirm: name of a second set of trees that tests the findings, see `confirm.confirm`.
         progress: see `outputs.Work`.
         patch: runs edits, for studies that run the model again.
+        tables: tables of one's own for the queries that `options` name, see Store.sql.
 
     Returns:
         The questions with their outcomes; at least one has an answer.
@@ -98,6 +104,14 @@ def answer(
         Exception: no question was answered; the first fault, else the first lack.
     """
     each_study.check_options(name, options or {})
+    if tables:
+        if not {*OF_QUERIES} & {*(options or {})}:
+            taken = ", ".join(each_study.taken_by(name, OF_QUERIES)) or "none"
+            raise BadInput(
+                f"got a table {next(iter(tables))!r} and no query that could read it; options of the study {name!r} that take a "
+                f"query: {taken}"
+            )
+        store = store.beside(tables)
     asked = questions(store, name, runs, **(options or {}))
     if confirm is not None:
         asked = confirming.of_other_sets(store, asked, confirm, bool(runs))
@@ -108,10 +122,25 @@ def answer(
             if isinstance(apart, Exception):  # reported before anything is computed
                 found.append(Asked(question, error=apart))
             else:
-                found.append(put(store, question, seed, apart, advance, patch))
+                found.append(_with_tables(put(store, question, seed, apart, advance, patch), tables or {}))
     if not any(outcome.answer for outcome in found):
         raise min(found, key=lambda outcome: not outcome.fault).error or AssertionError(name)
     return found
+
+
+def _with_tables(asked: Asked, tables: Mapping[str, Any]) -> Asked:
+    """An outcome whose results say which tables of the user's its queries could read."""
+    if asked.answer is None or not tables:
+        return asked
+    named = {
+        name: str(table) if isinstance(table, str | Path) else f"a {type(table).__name__}"
+        for name, table in tables.items()
+    }
+    params = [
+        json.dumps({**json.loads(text), "tables": named}, sort_keys=True) for text in asked.answer.results["params"]
+    ]
+    results = asked.answer.results.with_columns(pl.Series("params", params, pl.String))
+    return replace(asked, answer=replace(asked.answer, results=results))
 
 
 def look(store: Store, question: Question, confirm: str | None) -> Second | Exception | None:

@@ -246,13 +246,23 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         NotStored: there is no such study.
         BadInput: the study has no such option, or the option has an argument of its own.
     """
-    parameters = inspect.signature(_module(name).study).parameters
-    taken = [option.removesuffix("_") for option in parameters if option not in ARGUMENTS]  # `from` is a word of Python
+    taken = _options(name)
     for option in options:
         if option.rstrip("s") in ARGUMENTS[1:3] and option not in taken:
             argument = f"--{option.rstrip('s')} {options[option]}"
             raise BadInput(f"{option!r} is no option of the study {name!r}; write {argument} in its place")
     check_names(f"study {name!r}", options, (), taken)
+
+
+def _options(name: str) -> list[str]:
+    """Names of the options of a study."""
+    parameters = inspect.signature(_module(name).study).parameters
+    return [option.removesuffix("_") for option in parameters if option not in ARGUMENTS]  # `from` is a word of Python
+
+
+def taken_by(name: str, options: Sequence[str]) -> list[str]:
+    """Those of some options that a study takes."""
+    return [option for option in options if option in _options(name)]
 
 
 @dataclass(frozen=True)

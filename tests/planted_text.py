@@ -35,6 +35,7 @@ def plant_text(
     answers: Callable[[pl.DataFrame], pl.DataFrame] | None = None,
     weights: str | None = None,
     kinds: Mapping[str, str] | None = None,
+    documents: Sequence[int] | None = None,
 ) -> Path:
     """Commit one run over n sequences to the store at root, in one batch; every third sequence is for testing.
 
@@ -44,6 +45,7 @@ def plant_text(
         answers: makes rows of `predictions` of the tokens (columns token_id, sequence_id, position, token).
         weights: of the model; the run's own unless told.
         kinds: of sites that are no vectors of the residual stream.
+        documents: of the sequences; each its own unless told. All sequences of one are on one side of the split.
     """
     long = lengths(n)
     total, kinds = int(long.sum()), kinds or {}
@@ -107,7 +109,7 @@ def plant_text(
                 "n_tokens": long,
                 "hash": np.array(range(n) if hashes is None else hashes, np.uint64),
                 "split": ["test" if at % 3 == 0 else "train" for at in range(n)],
-                "document": np.arange(n),
+                "document": np.arange(n) if documents is None else documents,
             }
         )
         arrays = {}

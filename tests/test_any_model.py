@@ -15,7 +15,9 @@ import polars as pl
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
+from actstore.arrays.families import in_order
 from actstore.cli import main
 from actstore.commits.format import unembedding_path
 from actstore.errors import BadInput, Damaged, NotStored
@@ -173,6 +175,17 @@ def test_the_command_lists_each_hook_once(folders):
 
 
 # what is written down
+
+
+@pytest.mark.parametrize(("name", "without"), [("llama", ""), ("gemma", ""), ("gpt2", "attn_scores")])
+def test_sites_are_in_the_order_in_which_hooks_fire(name, without, models):
+    """GPT-2's bridge fires scores after z, and positions before embeddings."""
+    sites = [
+        site for site in models[name].hooks.sites.values() if site.short.partition(".")[0] not in (without, "pos_embed")
+    ]
+    fired = {site.name: site.short for site in sites if site.short != site.name}
+    stored = dict(sorted(fired.items(), key=lambda item: hash(item[0][::-1])))
+    assert in_order(stored) == list(fired.values())
 
 
 def test_the_row_says_what_was_loaded(folders, models):
@@ -399,6 +412,15 @@ def cut_short(tmp_path: Path, folders: dict[str, Path]) -> str:
     return str(folder)
 
 
+def of_complex_numbers(tmp_path: Path, folders: dict[str, Path]) -> str:
+    """As published, with an imaginary part that transformers leaves out."""
+    folder = Path(changed(tmp_path, folders))
+    held = load_file(folder / "model.safetensors")
+    held["model.norm.weight"] = held["model.norm.weight"] + 1j
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
 def another_vocabulary(tmp_path: Path, folders: dict[str, Path]) -> str:
     folder = tiny_models.llama(tmp_path / "small", vocab_size=100)
     return str(folder)
@@ -432,6 +454,7 @@ def no_gguf(tmp_path: Path, folders: dict[str, Path]) -> str:
         (lacking_weights, "lacks 9 weights that its configuration needs, the first 'model.layers.2"),
         (other_sizes, "cannot be loaded"),
         (cut_short, "cannot be loaded"),
+        (of_complex_numbers, r"1 weights of complex numbers, the first 'model.norm.weight' in model.safetensors"),
         (another_vocabulary, r"the tokenizer has token ids up to \d+, and small knows 100"),
         (two_sequences, "reads two sequences"),
         (a_configuration, "is a configuration; give the weights"),

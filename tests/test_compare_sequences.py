@@ -94,3 +94,32 @@ def test_both_forms_of_the_interval_of_cka_are_one():
     both = cka_interval_of_rows(X, Z, sequences, 0)
     assert both == pytest.approx(cka_interval(X, Z, sequences, 0), rel=1e-9)
     assert both[0] < cka(X, Z) < both[1]
+
+
+def test_intervals_are_over_documents(tmp_path):
+    """Both sequences of a document are right or wrong throughout: twice as many of them tell no more."""
+
+    def of_pairs(run):
+        def rows(tokens):
+            made = answers(0.5, 2.0)(tokens)
+            right = (pl.col("sequence_id") // 6 * 3 + pl.col("sequence_id") % 3).hash(3) % 10 < (8 if run == "b" else 2)
+            return made.with_columns(correct=right)
+
+        return rows
+
+    X, width, said = np.random.default_rng(0).standard_normal((TOTAL, D)).astype(np.float32), {}, {}
+    for name, documents in (("lone", None), ("paired", [at // 6 * 3 + at % 3 for at in range(N)])):
+        root = tmp_path / name
+        for run in ("a", "b"):
+            plant_text(root, {"embed": X}, run, n=N, answers=of_pairs(run), documents=documents)
+        with Store(root) as opened:
+            answer = study.ask(opened, "compare", "a", other="b")
+        row = value(answer, metric="other_less_run")
+        width[name], said[name] = row["high"] - row["low"], answer.sentence
+    assert width["paired"] > 1.2 * width["lone"]
+    for words in (
+        "next tokens of 30 documents",
+        "tokens of 30 documents, equal sites",
+        "The intervals are over documents.",
+    ):
+        assert words in said["paired"]

@@ -182,6 +182,16 @@ def test_options_without_a_meaning_are_refused(path, options, said):
         ask(path, **options)
 
 
+def test_pairs_may_be_read_from_a_table(path, tmp_path):
+    (tmp_path / "own.sql").write_text("from pairs")
+    with Store(path) as store:
+        frame = store.of("a").sql(NEEDED)
+    options = {"pairs": str(tmp_path / "own.sql"), "trees": 10}
+    asked = actstore.study(path, "knockout", "a", options=options, tables={"pairs": frame}, record=False)
+    (tmp_path / "own.sql").write_text(NEEDED)
+    assert asked[0].answer.frame.equals(ask(path, pairs=str(tmp_path / "own.sql"), trees=10).frame)
+
+
 @pytest.mark.parametrize(
     ("query", "said"),
     [

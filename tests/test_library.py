@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -263,6 +264,29 @@ def test_a_stored_activation_goes_back_into_the_stored_model(demo_store):
         demo_store.model("nobody")
     with pytest.raises(BadInput):
         demo_store.model(device="tpu")
+
+
+def test_a_bridge_that_the_store_made_is_a_path_finding_system(demo_path, demo_store, tmp_path):
+    """Its weights are those that the bridge has now, and any option of text is refused."""
+    again = shutil.copytree(demo_path, tmp_path / "again.act")
+    dataset = demo_store.sql("select dataset from runs").item()
+    actstore.ingest(again, demo_store.model(), dataset=dataset, sites="resid_mid.0")
+    with Store(again) as store:
+        assert store.runs() == ["reproduction"]
+        assert "resid_mid.0" in store.sites("reproduction")
+    changed = demo_store.model()
+    with torch.no_grad():
+        changed.unembed.original_component.weight.zero_()
+    with pytest.raises(BadInput, match="weights"):
+        actstore.ingest(again, changed, dataset=dataset)
+    with pytest.raises(BadInput, match="--keep-weights, and the model is a path-finding system in a bridge"):
+        actstore.ingest(again, changed, dataset=dataset, keep_weights=True)
+    actstore.ingest(again, changed, dataset=dataset, run="mute", sites="none")
+    with Store(again) as store:
+        assert store.sql("select avg(correct::int) < 0.2 from predictions where run = 'mute'").item()
+    changed.unembed.original_component.weight.fill_(float("nan"))
+    with pytest.raises(BadInput, match=r"the bridge: weight .unembed\.W_U. holds"):
+        actstore.ingest(again, changed, dataset=dataset, run="nan")
 
 
 def test_the_store_looks_one_thing_up_by_name():

@@ -10,6 +10,7 @@ import duckdb
 import pytest
 from click.testing import CliRunner
 
+from actstore import verbs
 from actstore.cli import main
 from actstore.errors import LimitReached
 from actstore.storage.machine import limit_reached
@@ -18,14 +19,15 @@ from tests.stores import fake
 
 MEMORY = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (2**30, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
 from actstore.cli import main
 main(sys.argv[1:])
 """
 
 
-def with_a_gigabyte(*words):
-    return subprocess.run([sys.executable, "-c", MEMORY, *words], capture_output=True, text=True, timeout=120)
+def with_memory(n_bytes, *words):
+    command = [sys.executable, "-c", MEMORY, str(n_bytes), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 STORES, MODELS = "DuckDB, Arrow and polars need 2 GB", "torch, transformers and polars need 4 GB"
@@ -44,16 +46,37 @@ STORES, MODELS = "DuckDB, Arrow and polars need 2 GB", "torch, transformers and 
     ids=lambda given: " ".join(given) if isinstance(given, list) else "",
 )
 def test_too_little_memory_for_the_libraries_is_one_line(words, needs):
-    done = with_a_gigabyte(*words)
+    done = with_memory(2**30, *words)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"actstore: this process may map 1.07 GB of memory, and {needs}")
     assert done.stderr.endswith("(`ulimit -v unlimited`)\n")
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["verify", "s.act", "--recompute", "2"], ["study", "s.act", "ablate"]], ids=" ".join)
+def test_an_option_or_a_study_that_runs_a_model_needs_more(words):
+    done = with_memory(3 * 2**30, *words)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"actstore: this process may map 3.22 GB of memory, and {MODELS}")
+
+
+def test_a_repair_that_has_to_run_a_model_needs_memory_for_one(monkeypatch, tmp_path):
+    """A repair of rows alone does not."""
+
+    def too_little(models):
+        raise LimitReached("too little") if models else AssertionError
+
+    fake(sites=("embed",)).store(tmp_path / "s.act")
+    monkeypatch.setattr(verbs, "check_memory", too_little)
+    verbs.repair(tmp_path / "s.act")
+    next((tmp_path / "s.act").glob("activations.zarr/*/*/c/*/*/*")).unlink()
+    with pytest.raises(LimitReached, match="too little"):
+        verbs.repair(tmp_path / "s.act")
+
+
 def test_help_needs_no_more_than_that():
     for words in (["--version"], ["info", "--help"]):
-        assert with_a_gigabyte(*words).returncode == 0
+        assert with_memory(2**30, *words).returncode == 0
 
 
 def test_memory_that_lacks_for_counting_maps_is_said_too(monkeypatch):

@@ -109,6 +109,7 @@ def test_a_run_of_two_commits_is_read_as_one_of_one(stores: dict[str, Path], tmp
         for table in ("predictions", "outcomes", "tokens"):
             assert added.sql(f"from {table}").equals(whole.sql(f"from {table}"))
         assert added.sql("from sites order by site").equals(whole.sql("from sites order by site"))
+        assert added.sites("r") == whole.sites("r") == list(map(str, added.info()["sites"][0].split()))
         for name in names:
             (X, _), (wanted, _) = added.read(query, site=name), whole.read(query, site=name)
             assert np.array_equal(X, wanted, equal_nan=True)

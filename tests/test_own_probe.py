@@ -1,18 +1,23 @@
 """The study `probe`: a user's label that is linear in the activation is found, one that is random is not."""
 
+import gc
 import json
 import re
 import shutil
 
 import numpy as np
+import polars as pl
 import pytest
 from click.testing import CliRunner
 
+import actstore
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.trees.draw import draw
 from actstore.ingest.trees.tokens import n_positions
 from actstore.queries import studies, study
+from actstore.queries.probes.labelled import labelled
+from actstore.queries.study import mean_row
 from actstore.store import Store
 from tests.planted import plant
 from tests.planted_text import lengths, plant_text
@@ -93,7 +98,7 @@ def test_a_random_label_is_not_found(store):
 def test_the_answer_says_per_site_what_was_read_and_what_a_baseline_gives(found):
     row = found.results.filter(site="resid_post.0", metric="accuracy").row(0, named=True)
     assert re.search(
-        rf"At resid_post.0 the accuracy is {100 * row['value']:.2f} % \({row['n']} rows of 30 test sequences; 95 % interval "
+        rf"At resid_post.0 the accuracy is {100 * row['value']:.2f} % \({row['n']} rows of 30 test documents; 95 % interval "
         rf"{100 * row['low']:.2f} to .* best baseline gives .* \(most_frequent\): the difference of \+.*exceeds the baseline",
         found.sentence,
     )
@@ -115,6 +120,43 @@ def test_heads_are_probed_if_they_are_named(store):
 def test_a_split_of_the_query_is_taken_for_that_of_the_sequences(store):
     mine = f"select *, if(sequence_id % 2 = 0, 'test', 'train') as split from ({LABEL}) join tokens using (token_id)"
     assert value(study.ask(store, "probe", "text", query=mine), "embed", column="n") == lengths(N)[::2].sum()
+
+
+PAIRS = [at // 6 * 3 + at % 3 for at in range(N)]  # of two sequences, on one side of the split
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    """Run `text` over sequences of which two are of one document."""
+    root = plant_text(tmp_path_factory.mktemp("paired") / "s.act", sites(0), kinds={"z.0": "heads"}, documents=PAIRS)
+    with Store(root) as opened:
+        yield opened
+
+
+def test_rows_of_one_document_are_not_independent(paired):
+    rows = labelled(paired, "text", LABEL, {"dataset": "stories"})
+    about = paired.sql("select token_id, document, sequence_id from tokens join sequences using (sequence_id)")
+    of = rows.tokens.join(about, on="token_id")
+    first = of.group_by("document").agg(pl.col("sequence_id").min().alias("first"), pl.col("unit").unique())
+    assert first["unit"].list.len().to_list() == [1] * 45
+    assert first["unit"].list.first().to_list() == first["first"].to_list()
+    answer = study.ask(paired, "probe", "text", query=LABEL, sites="resid_post.0")
+    for words in ("training rows of 30 documents", "of 15 test documents;", "The intervals are over test documents."):
+        assert words in answer.sentence
+    by_document = mean_row(
+        np.ones(int((~rows.train).sum())), rows.units[~rows.train], 0, label="label", metric="accuracy"
+    )
+    assert value(answer, "resid_post.0") == 1
+    assert value(answer, "resid_post.0", column="low") == by_document["low"]
+    assert "over documents" in study.plot(answer).axes[0].get_title()
+
+
+def test_a_split_that_cuts_documents_is_refused(paired):
+    split = "if(sequence_id % 2 = 0, 'test', 'train') as split"
+    with pytest.raises(
+        BadInput, match="rows of 45 documents on both sides, the first being that of sequence_id 0; rows of "
+    ):
+        study.ask(paired, "probe", "text", query=f"select token_id, {KIND} as label, {split} from tokens")
 
 
 def test_a_parameter_whose_name_begins_like_one_of_the_studys_is_the_users(store, tmp_path):
@@ -200,8 +242,8 @@ BAD = [
         "no tokens of the dataset of run 'text'",
     ),
     ({"query": f"select *, 'dev' as split from ({NOISE})"}, "split is 'dev' in"),
-    ({"query": f"select *, if(token_id % 2 = 0, 'test', 'train') as split from ({NOISE})"}, "sequences on both sides"),
-    ({"query": f"select * from ({NOISE}) where token_id < 3"}, "0 training and 1 test sequences"),
+    ({"query": f"select *, if(token_id % 2 = 0, 'test', 'train') as split from ({NOISE})"}, "documents on both sides"),
+    ({"query": f"select * from ({NOISE}) where token_id < 3"}, "0 training and 1 test documents"),
     ({"query": LABEL, "params": {"dataset": "more"}}, "leave `-p dataset` out"),
     ({"query": LABEL, "label": "a/b"}, "got 'a/b' for the label's name"),
     ({"query": LABEL, "max_iter": 0}, "got max_iter 0"),
@@ -296,3 +338,45 @@ def test_trees_are_sequences(tmp_path):
         )
     assert [(test.site, test.found) for test in odd.tests] == [("embed", False), ("resid_post.0", True)]
     assert value(odd, "resid_post.0", column="n") == (trees.hashes() % 5 == 0).sum()
+
+
+@pytest.fixture
+def mine(store, tmp_path):
+    """Labels of `text` in a file."""
+    file = tmp_path / "mine.csv"
+    store.of("text").sql(f"select token_id, {KIND} as label from tokens").write_csv(file)
+    return file
+
+
+def test_a_study_reads_a_users_table_at_both_doors(path, mine, tmp_path):
+    asked = {"query": "select token_id, label from mine", "options": {"sites": "resid_post.0"}, "record": False}
+    answer = actstore.study(path, "probe", "text", tables={"mine": pl.read_csv(mine)}, **asked)[0].answer
+    assert value(answer, "resid_post.0") == 1
+    assert json.loads(answer.results["params"][0])["tables"] == {"mine": "a DataFrame"}
+    (tmp_path / "guessed.sql").write_text("select token_id, label as guess from other")
+    words = ["study", str(path), "probe", "--run", "text", "--query", asked["query"], "-o", "sites", "resid_post.0"]
+    words += ["-o", "baselines", str(tmp_path / "guessed.sql"), "--no-record", "--json"]
+    made = CliRunner().invoke(main, [*words, "--table", f"mine={mine}", "--table", f"other={mine}"])
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)[0]["best baseline"] == "guessed"
+    refused = CliRunner().invoke(main, [*words, "--table", f"mine={mine}", "--table", f"tokens={mine}"])
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "'tokens' for a table (a table or view of every store)" in refused.stderr
+
+
+@pytest.mark.parametrize(("name", "takes"), [("probe", "query, baselines"), ("probes", "baseline"), ("depth", "none")])
+def test_a_table_that_no_query_reads_is_refused(path, mine, name, takes):
+    with pytest.raises(BadInput, match=f"no query that could read it; .* take a query: {takes}$"):
+        actstore.study(path, name, tables={"mine": mine}, record=False)
+
+
+def test_a_store_with_tables_beside_it_stands_alone(path):
+    frame = pl.DataFrame({"token_id": [0, 1]})
+    beside = Store(path).beside({"mine": frame})  # the other store is garbage
+    gc.collect()
+    both = beside.of("text").beside({"more": frame})
+    assert both.sql("select count(*) from mine join more using (token_id) join tokens using (token_id)").item() == 2
+    assert both.read("from mine", site="embed")[0].shape == (2, D)
+    with pytest.raises(BadInput, match="'mine' for a table"):
+        both.beside({"mine": frame})
+    beside.close()

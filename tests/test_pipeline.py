@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,17 +153,17 @@ def test_killed_while_it_runs_it_goes_on_to_the_same_bytes(tmp_path, blow):
     model = small_model()
     wanted = TreeSet("reproduction", 120, n_nodes=6, trees_per_shard=4)
     store = tmp_path / "cut.act"
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(store)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    process.stdout.readline()
-    while not (store / "log" / "00000004.json").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    with pytest.raises(Busy, match=str(process.pid)):
-        execute(Ingest(store, model, wanted))
-    process.send_signal(blow)
-    assert process.wait() != 0
+    command = [sys.executable, "-c", COMMAND, str(store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process, ExitStack() as end:
+        end.callback(process.kill)
+        process.stdout.readline()
+        while not (store / "log" / "00000004.json").exists():
+            assert process.poll() is None
+            time.sleep(0.005)
+        with pytest.raises(Busy, match=str(process.pid)):
+            execute(Ingest(store, model, wanted))
+        process.send_signal(blow)
+        assert process.wait() != 0
     assert len(list((store / "log").iterdir())) < 31, "it was done before the blow: nothing was tested"
     execute(Ingest(store, model, wanted, batch_size=4))
     execute(Ingest(tmp_path / "whole.act", model, wanted, batch_size=4))

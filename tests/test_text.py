@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -251,13 +251,13 @@ execute(job(Path(sys.argv[2]), model, folder))
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(folder, model, tmp_path):
     store = tmp_path / "cut.act"
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, str(folder), str(store)], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    while not (store / "log" / "00000002.json").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", COMMAND, str(folder), str(store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process, ExitStack() as end:
+        end.callback(process.kill)
+        process.stdout.readline()
+        while not (store / "log" / "00000002.json").exists():
+            assert process.poll() is None
+            time.sleep(0.002)
     again = job(store, model, folder)
     assert 0 < len(again.left()) < again.n_batches, "it was done before the blow: nothing was tested"
     assert "batches are there" in again.announcement()

@@ -5,7 +5,7 @@ with
         from shards group by run
     ),
     named as (
-        select run, string_agg(short, ' ' order by rowid) as sites from sites group by run
+        select run, string_agg(short, ' ') as sites from sites group by run
     ),
     graded as (
         select run, count(*) as n_sequences, avg(greedy_right::int) as right from outcomes group by run

@@ -15,10 +15,12 @@ from actstore.cli.options import (
     output_options,
     param_option,
     store_argument,
+    table_option,
     wait_option,
 )
 from actstore.cli.terminal import wrapped
 from actstore.errors import advised
+from actstore.storage.machine import check_memory
 
 if TYPE_CHECKING:
     from actstore.cli.output import Output
@@ -64,6 +66,7 @@ def _kept(store: Path) -> Callable[[Path], None]:
     help="Of the studies probe and erase: SQL that yields token_id, label and maybe split; or FILE.sql.",
 )
 @param_option
+@table_option
 @confirm_option
 @click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; with several runs, FILE-RUN.")
 @no_record_option
@@ -78,6 +81,7 @@ def study(
     options: tuple[tuple[str, str], ...],
     query: str | None,
     params: dict[str, str],
+    tables: dict[str, str],
     confirm: str | None,
     plot: str | None,
     no_record: bool,
@@ -97,7 +101,8 @@ def study(
     label and, if the sequences' own split is not meant, split. `-o baselines FILE.sql,…` names
     queries that yield token_id and guess, `-o sites` the sites, `-o label NAME` the label's name in
     `results`. With --confirm, the query takes $dataset. `compare` needs no trees either: of other
-    sequences it compares next tokens and the similarity of sites.
+    sequences it compares next tokens and the similarity of sites. --table NAME=FILE is a table that
+    the queries of a study read, those of `-o pairs` and `-o donors`, too.
 
     Studies of causes run the model again with edited activations. `knockout` takes attention away,
     by layer: `-o from` roles of tokens, `-o to` classes of keys, or `-o pairs FILE.sql`, a query for
@@ -134,6 +139,7 @@ def study(
         actstore study demo.act scrub --run reproduction --plot scrub.png
         actstore study demo.act erase --run reproduction -o labels goal -o sites resid_post --plot erase.png
         actstore study notes.act probe --query verbs.sql -p tense past -o baselines by_word.sql --plot verbs.png
+        actstore study demo.act probe --query "select token_id, label from mine" --table mine=labels.csv
     """
     from actstore.cli.progress import progress
     from actstore.outputs import FIGURES, check_file
@@ -143,6 +149,7 @@ def study(
     from actstore.store import Store
     from actstore.verbs import patching
 
+    check_memory(models=name in CAUSAL)
     check_file(plot, "--plot", FIGURES)
     chosen: dict[str, Any] = {
         key: int(value) if value.isdecimal() and len(value) < 19 else value for key, value in options
@@ -152,7 +159,7 @@ def study(
         if not no_record:
             _look_before(store, wait)
         patch = patching(opened) if name in CAUSAL else None
-        asked = studies.answer(opened, name, runs, seed, chosen, confirm, progress, patch)
+        asked = studies.answer(opened, name, runs, seed, chosen, confirm, progress, patch, tables)
     answers = [one.answer for one in asked if one.answer]
     confirmed = [one.confirmation for one in asked if one.confirmation]
     for lack in filter(None, (one.lacks for one in asked)):

@@ -10,6 +10,7 @@ import click
 from actstore.cli.group import main, say
 from actstore.cli.options import output_options, store_argument, wait_option
 from actstore.errors import advised
+from actstore.storage.machine import check_memory
 
 if TYPE_CHECKING:
     from actstore.cli.output import Output
@@ -46,6 +47,7 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
     from actstore.ingest.replay import difference
     from actstore.upkeep.verify import raise_if_damaged
 
+    check_memory(models=recompute is not None)
     report = verbs.verify(store, quick, recompute, seed, progress)
     if report.findings or (recompute is None and output.is_for_a_program):
         output.write(report.as_frame())

@@ -13,6 +13,7 @@ import duckdb
 import polars as pl
 
 from actstore.advice import no_run
+from actstore.arrays.families import in_order
 from actstore.arrays.site import Reader
 from actstore.catalog import build, hash_note, tables
 from actstore.catalog.tables import one_line
@@ -54,6 +55,7 @@ class Opened:
         self._adding_functions = threading.Lock()
         self.only: str | None = None  # the run whose rows this shows, see `of`
         self.parent: Opened | None = None  # the whole store, if this shows one run
+        self.beside_of: Opened | None = None  # what holds the session, if this has a caller's tables beside it
         with _opening_errors(self.path), ExitStack() as opened:
             self._open(opened)
             self._opened = opened.pop_all()
@@ -212,7 +214,7 @@ class Opened:
         return scoped
 
     def beside(self, tables: Mapping[str, Any] | None) -> Opened:
-        """This store with a caller's tables beside its own, for a query's duration.
+        """This store with a caller's tables beside its own.
 
         Args:
             tables: see Store.sql; without any, the store itself is returned.
@@ -222,23 +224,25 @@ class Opened:
         _ = self.vectors  # which hold the store weakly, and not the copy
         taken = {row["table_name"] for row in self.session.look_up(NAMES)} | self.session.views.keys()
         found = copy.copy(self)
-        found.session = self.session.beside(given.tables(tables, taken))
+        found.session = self.session.beside(given.tables(tables, taken | self.session.tables.keys()))
+        found.beside_of = self
         return found
 
     def runs(self) -> list[str]:
         """See Store.runs."""
         self.session.check()
         if self.run_names is None:  # a snapshot's runs never change
-            self.run_names = self._names("select run from runs")
+            self.run_names = [run for (run,) in self._texts("select run from runs")]
         return list(self.run_names)
 
     def sites(self, run: str) -> list[str]:
         """See Store.sites."""
-        return self._names("select short from sites where run = $run", {"run": self.resolve_run(run)})
+        query = "select site, short from sites where run = $run order by rowid"
+        return in_order(dict(self._texts(query, {"run": self.resolve_run(run)})))
 
-    def _names(self, query: str, params: Mapping[str, Any] | None = None) -> list[str]:
-        rows = self.session.look_up(query, params)
-        return catalog_rows(self, list[Text], [[name for row in rows for name in row.values()]])[0]
+    def _texts(self, query: str, params: Mapping[str, Any] | None = None) -> list[list[str]]:
+        """Rows of texts in the catalog."""
+        return catalog_rows(self, list[Text], [[*row.values()] for row in self.session.look_up(query, params)])
 
     def resolve_run(self, run: str | None) -> str:
         """See Store.resolve_run."""

@@ -198,10 +198,10 @@ class Session:
         What a query may reach stays as it was.
 
         Args:
-            tables: by name; none has the name of a table of the store.
+            tables: by name; none has the name of a table of the store or of another beside it.
         """
         session = copy.copy(self)
-        session.tables = dict(tables)
+        session.tables = {**self.tables, **tables}
         return session
 
     def sql(

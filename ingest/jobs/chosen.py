@@ -12,8 +12,9 @@ from actstore.errors import BadInput
 from actstore.ingest.jobs.stored import model_of, model_row_of, shape_of_row
 from actstore.ingest.models.config import ModelConfig
 from actstore.ingest.models.general import named
-from actstore.ingest.models.load import check_device, find, load, task_of
+from actstore.ingest.models.load import check_device, find, load, of_system, task_of
 from actstore.ingest.models.model import Model, from_bridge, tokenizer_hash
+from actstore.ingest.models.native import system_of
 from actstore.ingest.models.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
@@ -97,6 +98,9 @@ def choose(
     name = getattr(getattr(model, "cfg", None), "model_name", None)
     if not hasattr(model, "run_with_hooks") or name is None:
         raise BadInput(f"got a model of type {type(model).__name__}; give a name, a path or a TransformerBridge")
+    if (config := system_of(model)) is not None:
+        how.refuse("the model is a path-finding system in a bridge")
+        return _of(of_system(model, config))
     plain = named(Path(str(name)).name, None)
     return _of(from_bridge(model, plain, _tokenizer(how.tokenizer), keep_weights=how.keep_weights))
 

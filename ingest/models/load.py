@@ -25,6 +25,7 @@ from actstore.named import SHIPPED, available, by_name, own_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformer_lens.model_bridge import TransformerBridge
 
 YAMLS = (".yaml", ".yml")
 MOST_NAMED = 10  # files that a message names
@@ -49,6 +50,18 @@ def _assemble(found: Mapping[str, Tensor], config: ModelConfig, name: str, sourc
     bridge.eval().requires_grad_(False).to(device, print_details=False)
     weights = canonical(held)
     return Model(name, config, bridge, weights, hashlib.sha256(weights).hexdigest(), as_text(Path(source).name))
+
+
+def of_system(bridge: TransformerBridge, config: ModelConfig) -> Model:
+    """A path-finding system in a bridge as a model to run, with the bridge's present weights.
+
+    Raises:
+        BadInput: a weight is not finite.
+    """
+    held = check_weights(state(bridge, config), config, "the bridge")
+    bridge.eval().requires_grad_(False)
+    weights = canonical(held)
+    return Model(config.system, config, bridge, weights, hashlib.sha256(weights).hexdigest(), "a bridge")
 
 
 def sites(model: Model) -> pl.DataFrame:

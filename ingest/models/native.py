@@ -41,7 +41,7 @@ def build(config: ModelConfig, seed: int) -> TransformerBridge:
     from transformer_lens.model_bridge import TransformerBridge
 
     sizes = {name: getattr(config, name) for name in MODEL_FIELDS}
-    return TransformerBridge.boot_native(
+    bridge = TransformerBridge.boot_native(
         TransformerBridgeConfig(
             **sizes,
             d_vocab=config.d_vocab,
@@ -51,6 +51,14 @@ def build(config: ModelConfig, seed: int) -> TransformerBridge:
         ),
         device="cpu",
     )
+    bridge.path_finding_system = config  # see system_of
+    return bridge
+
+
+def system_of(bridge: Any) -> ModelConfig | None:
+    """The configuration of a bridge that `build` made; None of any other model."""
+    config = getattr(bridge, "path_finding_system", None)
+    return config if isinstance(config, ModelConfig) else None
 
 
 def is_native(yaml: Path) -> bool:

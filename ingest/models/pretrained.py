@@ -280,6 +280,7 @@ def _weights(found: Checkpoint, config: Any, source: str) -> tuple[Any, bool]:
     import torch
 
     kind = _class_of(config, source)
+    _refuse_complex(found, source)
     named = {"gguf_file": found.gguf} if found.gguf else {"use_safetensors": True}
     try:
         model, about = kind.from_pretrained(
@@ -312,6 +313,27 @@ def _weights(found: Checkpoint, config: Any, source: str) -> tuple[Any, bool]:
             if name in missing:
                 parameter.zero_()
     return model, bool(missing)
+
+
+def _refuse_complex(found: Checkpoint, source: str) -> None:
+    """Refuse complex numbers, of which transformers would take the real part without a word.
+
+    Raises:
+        BadInput: names the first such weight.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in (file for file in found.files if file.endswith(".safetensors")):
+        try:
+            with safe_open(found.folder / file, framework="numpy") as held:
+                kinds = {name: str(held.get_slice(name).get_dtype()) for name in held.keys()}  # noqa: SIM118, no mapping
+        except (SafetensorError, OSError):  # transformers says what is wrong with the file
+            continue
+        if wrong := [name for name, dtype in kinds.items() if dtype.startswith("C")]:
+            raise BadInput(
+                f"{source} holds {len(wrong)} weights of complex numbers, the first {brief(wrong[0])} in {file}; actstore runs "
+                "models of real numbers: save it as float32"
+            )
 
 
 def _random(config: Any, seed: int, source: str) -> Any:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from actstore.advice import ingest_more
+from actstore.advice import ingest_sites
 from actstore.errors import BadInput, NotStored
 from actstore.intervals import n_as_far
 from actstore.queries.attention import ancestors
@@ -148,19 +148,18 @@ def pattern_run(store: Store, run: str) -> str:
     """
     found = store.sql(HOLDERS, {"run": run})["run"].to_list()
     if not found:
-        command = ingest_more(store, run, f"{run}-patterns", "--sites", "pattern")
         raise NotStored(
-            f"neither run {run!r} nor another run of its model over its trees holds attention patterns; {command} adds a run "
-            "that does"
+            f"neither run {run!r} nor another run of its model over its trees holds attention patterns; "
+            f"{ingest_sites(store, run, 'pattern')} adds them"
         )
     return str(found[0])
 
 
 def pattern_sites(store: Store, run: str) -> list[str]:
     """Short names of a run's pattern sites, by layer."""
-    query = "select short from sites where run = $run and kind = 'pattern' order by rowid"
-    held = store.whole.sql(query, {"run": run})
-    return list(held["short"])
+    query = "select short from sites where run = $run and kind = 'pattern'"
+    held = store.whole.sql(query, {"run": run})["short"].to_list()
+    return [site for site in store.whole.sites(run) if site in held]
 
 
 def looks(pattern: np.ndarray, tokens: pl.DataFrame, role: str) -> dict[str, np.ndarray]:

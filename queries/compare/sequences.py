@@ -1,10 +1,11 @@
 """The part of `compare` that needs no tree: next tokens, and the similarity of all pairs of sites.
 
-Next tokens are those of `predictions`: how often each model is right, and its mean loss, with
-intervals over sequences. Similarity is linear CKA at tokens drawn from all sequences that both runs
-hold. The first token of a sequence is left out: its vector is the same in every sequence, and in
-many models far longer than all others. The answers by depth of the goal, and the transfer of a
-probe for an edge's source, need trees.
+Next tokens are those of `predictions`: how often each model is right, and its mean loss. Similarity
+is linear CKA at tokens drawn from all sequences that both runs hold. The first token of a sequence
+is left out: its vector is the same in every sequence, and in many models far longer than all
+others. Intervals are over sequences. Two sequences of one document are not independent: where
+sequences know their document, intervals are over documents. The answers by depth of the goal, and
+the transfer of a probe for an edge's source, need trees.
 """
 
 from __future__ import annotations
@@ -41,21 +42,31 @@ NAME = "compare"
 MAX_TOKENS = 2000  # compared by activations: the interval of a site takes a second
 LEAST = 10  # sequences
 NEXT, LOSS = "next token", "loss"  # labels
-SITES = "select short from sites where run = $run and kind in ('resid', 'vector') order by rowid"
-HELD = """
+CKA = "cka"  # metric
+SITES = "select short from sites where run = $run and kind in ('resid', 'vector')"
+UNITS = """
+    select sequence_id, if(document is null, sequence_id, min(sequence_id) over (partition by document)) as unit,
+        document is not null as of_document
+    from sequences where dataset = (select dataset from runs where run = $run)
+"""  # unit: the first sequence of the same document, or without documents the sequence itself
+HELD = f"""
 -- one row per token, but the first of each sequence, that both runs hold
-select token_id, sequence_id
+select token_id, unit, of_document
 from tokens
+join ({UNITS}) using (sequence_id)
 semi join (select tree_id as sequence_id from held_trees($run)) using (sequence_id)
 semi join (select tree_id as sequence_id from held_trees($other)) using (sequence_id)
 where position > 0
 order by token_id
 """
-BOTH = """
+BOTH = f"""
 -- one row per token whose next token both runs predicted
-select token_id, mine.sequence_id, mine.correct as right, theirs.correct as other_right, mine.loss, theirs.loss as other_loss
+select
+    token_id, unit, of_document, mine.correct as right, theirs.correct as other_right, mine.loss,
+    theirs.loss as other_loss
 from predictions as mine
 join predictions as theirs using (token_id)
+join ({UNITS}) as units on units.sequence_id = mine.sequence_id
 where mine.run = $run and theirs.run = $other
 order by token_id
 """
@@ -72,18 +83,25 @@ def compare_sequences(store: Store, run: str, other: str, seed: int, progress: P
         BadInput: the runs share neither predictions nor a site, or too few sequences.
     """
     used = {"run": run, "other": other}
-    rows, tests = _next_tokens(store.sql(BOTH, used), seed)
+    both, n_units = store.sql(BOTH, used), dict[str, int]()
+    rows, tests = _next_tokens(both, seed)
+    if rows:
+        n_units[NEXT] = both["unit"].n_unique()
     mine, theirs = (store.sql(SITES, {"run": name})["short"].to_list() for name in (run, other))
-    sites = [site for site in mine if site in theirs]
+    sites = [site for site in store.sites(run) if site in mine and site in theirs]
     if not rows and not sites:
         raise BadInput(
             f"runs {run!r} and {other!r} share no site ({', '.join(mine) or 'none'}; {', '.join(theirs) or 'none'}) and no "
             "prediction: ingest the same sites of both"
         )
+    of_documents = bool(both["of_document"].any())
     if sites:
-        rows += _similarities(store, used, sites, seed, progress)
+        tokens = _compared_tokens(store, used, seed)
+        of_documents, n_units[CKA] = bool(tokens["of_document"].any()), tokens["unit"].n_unique()
+        rows += _similarities(store, used, tokens, sites, seed, progress)
     tests = list(adjusted(tests))
-    params = {**used, "max_tokens": MAX_TOKENS}
+    params = {**used, "max_tokens": MAX_TOKENS, "n_units": n_units}
+    params["units_are"] = "documents" if of_documents else "sequences"
     results = result_rows(
         [*rows, *test_rows(tests)],
         study=NAME,
@@ -100,7 +118,7 @@ def _next_tokens(both: pl.DataFrame, seed: int) -> tuple[list[dict[str, Any]], l
     """Accuracy and loss of both runs, the differences, and a test of each difference."""
     if not len(both):
         return [], []
-    about = both["sequence_id"].to_numpy()
+    about = both["unit"].to_numpy()
     right, other_right = (both[name].to_numpy().astype(np.float64) for name in ("right", "other_right"))
     rows = [
         mean_row(values, about, seed, label=NEXT, metric=metric)
@@ -117,7 +135,7 @@ def _next_tokens(both: pl.DataFrame, seed: int) -> tuple[list[dict[str, Any]], l
     ]
     known = both.drop_nulls(["loss", "other_loss"])
     if len(known):
-        about = known["sequence_id"].to_numpy()
+        about = known["unit"].to_numpy()
         loss, other_loss = (known[name].to_numpy().astype(np.float64) for name in ("loss", "other_loss"))
         for metric, values in (("loss", loss), ("other_loss", other_loss), ("other_loss_less_run", other_loss - loss)):
             low, high = _mean_interval(values, about, seed)
@@ -142,21 +160,33 @@ def _test(
     return Test.of(row, sign_flip(by_sequence, seed), what, points=points)
 
 
-def _similarities(
-    store: Store, used: dict[str, Any], sites: Sequence[str], seed: int, progress: Progress
-) -> list[dict[str, Any]]:
-    """CKA of every pair of sites; equal sites have an interval and the shuffled control."""
+def _compared_tokens(store: Store, used: dict[str, Any], seed: int) -> pl.DataFrame:
+    """At most MAX_TOKENS tokens of both runs, drawn at random.
+
+    Returns:
+        The columns of HELD, and shuffled: the number of another row.
+
+    Raises:
+        BadInput: the runs share too few sequences.
+    """
     tokens = store.sql(HELD, used)
-    if (n_sequences := tokens["sequence_id"].n_unique()) < LEAST:
+    if (n_units := tokens["unit"].n_unique()) < LEAST:
+        of = "documents with sequences" if tokens["of_document"].any() else "sequences"
         raise BadInput(
-            f"runs {used['run']!r} and {used['other']!r} share {n_sequences} sequences of two tokens or more; {LEAST} are "
+            f"runs {used['run']!r} and {used['other']!r} share {n_units} {of} of two tokens or more; {LEAST} are "
             "needed: ingest more"
         )
     rng = np.random.default_rng(seed)
-    kept = np.sort(rng.choice(len(tokens), min(MAX_TOKENS, len(tokens)), replace=False))
-    ids, about = tokens["token_id"].to_numpy()[kept], tokens["sequence_id"].to_numpy()[kept]
+    kept = tokens[np.sort(rng.choice(len(tokens), min(MAX_TOKENS, len(tokens)), replace=False))]
+    return kept.with_columns(shuffled=rng.permutation(len(kept)))
+
+
+def _similarities(
+    store: Store, used: dict[str, Any], tokens: pl.DataFrame, sites: Sequence[str], seed: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """CKA of every pair of sites; equal sites have an interval and the shuffled control."""
+    ids, about, shuffled = (tokens[name].to_numpy() for name in ("token_id", "unit", "shuffled"))
     held = [{site: store.read(ids, used[which], site)[0] for site in sites} for which in ("run", "other")]
-    shuffled = rng.permutation(len(ids))
     rows: list[dict[str, Any]] = []
     for done, (site, X) in enumerate(held[0].items(), start=1):
         for other_site, Z in held[1].items():
@@ -192,28 +222,32 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
 
 def sentence(results: pl.DataFrame, other: str, tests: Sequence[Test]) -> str:
     """Which model predicts better, how similar the sites are, and what is left out."""
-    parts = [_predicted(results, other, tests)]
+    params = json.loads(results["params"][0])
+    of = {what: f"{n:,} {params['units_are']}" for what, n in params["n_units"].items()}
+    parts = [_predicted(results, other, tests, of.get(NEXT, ""))]
     same = results.filter((pl.col("metric") == "cka") & (pl.col("label") == pl.col("site")))
     if len(same):
         least, most = (same.sort("value", maintain_order=True).row(at, named=True) for at in (0, -1))
         shuffled = results.filter(metric="cka_shuffled")["value"].to_numpy().max()
         parts.append(
-            f"At {most['n']:,} tokens, equal sites are most alike at {most['site']} (CKA {most['value']:.3f}) and least alike at "
-            f"{least['site']} ({least['value']:.3f}); shuffled rows give at most {shuffled:.3f}."
+            f"At {most['n']:,} tokens of {of[CKA]}, equal sites are most alike at {most['site']} (CKA {most['value']:.3f}) and "
+            f"least alike at {least['site']} ({least['value']:.3f}); shuffled rows give at most {shuffled:.3f}."
         )
     else:
         parts.append("The runs share no site with a vector per token, so their sites are not compared.")
-    return " ".join([*parts, LEFT_OUT, *([adjustment(tests)] if tests else []), "The intervals are over sequences."])
+    return " ".join(
+        [*parts, LEFT_OUT, *([adjustment(tests)] if tests else []), f"The intervals are over {params['units_are']}."]
+    )
 
 
-def _predicted(results: pl.DataFrame, other: str, tests: Sequence[Test]) -> str:
-    """The next tokens of both models in words."""
+def _predicted(results: pl.DataFrame, other: str, tests: Sequence[Test], of: str) -> str:
+    """The next tokens of both models in words; `of` says over how many documents or sequences."""
     run, found = results["run"][0], {row["metric"]: row for row in results.iter_rows(named=True)}
     if not tests:
         return f"Runs {run!r} and {other!r} hold no predictions of the same tokens, so next tokens are not compared."
     mine, theirs = (100 * found[metric]["value"] for metric in ("accuracy", "other_accuracy"))
     text = (
-        f"Of {found['accuracy']['n']:,} next tokens, {run!r} predicts {mine:.2f} % and {other!r} {theirs:.2f} %. "
+        f"Of {found['accuracy']['n']:,} next tokens of {of}, {run!r} predicts {mine:.2f} % and {other!r} {theirs:.2f} %. "
         f"{_difference(tests[0], 'The second is right {} often', ('more', 'less'), 'The shares')}"
     )
     if LOSS in [test.label for test in tests]:
@@ -235,13 +269,14 @@ def _difference(test: Test, found: str, ways: tuple[str, str], what: str) -> str
 def plot_sequences(results: pl.DataFrame) -> Figure:
     """Draw CKA of all pairs of sites; without sites, the accuracy of both runs."""
     figure, (axis,) = side_by_side(1, width=6.2, height=5)
-    run, other = results["run"][0], json.loads(results["params"][0])["other"]
+    params = json.loads(results["params"][0])
+    run, other = results["run"][0], params["other"]
     sites = results.drop_nulls("site")["site"].unique(maintain_order=True).to_list()
     if not sites:
         rows = results.filter(pl.col("metric").is_in(["accuracy", "other_accuracy"]))
         points(axis, [0, 1], rows, "right next tokens", line=False)
         axis.set_xticks([0, 1], [run, other])
-        axis.set_ylabel("right next tokens (%); bars are 95 % intervals over sequences", fontsize=8)
+        axis.set_ylabel(f"right next tokens (%); bars are 95 % intervals over {params['units_are']}", fontsize=8)
         return figure
     grid = [[results.filter(site=site, label=of, metric="cka")["value"].item() for of in sites] for site in sites]
     axis.grid(False)

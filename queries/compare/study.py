@@ -183,9 +183,8 @@ def _runs(store: Store) -> dict[str, Row]:
 
 
 def _vectors(store: Store, run: str) -> list[str]:
-    return store.sql("select short from sites where run = $run and kind = 'resid' order by rowid", {"run": run})[
-        "short"
-    ].to_list()
+    held = store.sql("select short from sites where run = $run and kind = 'resid'", {"run": run})["short"].to_list()
+    return [site for site in store.sites(run) if site in held]
 
 
 def _read(store: Store, run: str, other: str, site: str, query: str, params: dict[str, Any]) -> Pair:

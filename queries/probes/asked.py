@@ -19,7 +19,7 @@ class Asked:
 
     Attributes:
         tokens: n rows, with columns `token` and `position`, without activations.
-        sequences: int64 [n], the tree or other sequence of each row. Rows of one sequence may
+        sequences: int64 [n], the tree, document or other sequence of each row. Rows of one may
             depend on each other.
         train: bool [n], rows of training sequences.
         labels: label → int64 [n].

@@ -18,11 +18,19 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 OF_THE_RUN = ("run", "dataset")  # parameters that the study sets
-LEAST = 2  # test sequences: one gives no interval, since every resample is the sequence itself
+LEAST = 2  # test documents or sequences: one gives no interval, since every resample is itself
 SIDES = ("train", "test")
 SHOWN = 3  # classes that a message names
 ABOUT = """
-select token_id, sequence_id, token::varchar as token, position, sequences.split::varchar as own_split
+-- unit: the first sequence of the same document; of sequences without documents, the sequence itself
+select
+    token_id,
+    sequence_id,
+    if(document is null, sequence_id, min(sequence_id) over (partition by document)) as unit,
+    document is not null as of_document,
+    token::varchar as token,
+    position,
+    sequences.split::varchar as own_split
 from tokens
 join sequences using (sequence_id)
 semi join (select unnest($ids) as token_id) using (token_id)
@@ -34,7 +42,9 @@ class Labelled:
     """The rows of a user's query.
 
     Attributes:
-        tokens: n rows with columns token_id, label (as text), token, position, sequence_id, split.
+        tokens: n rows with columns token_id, label (as text), token, position, unit (see `units`),
+            split.
+        units_are: what the units are, in words: documents or sequences.
         y: int64 [n], the class of each row, a place in `classes`.
         classes: names of the classes, in the order of the labels.
     """
@@ -42,6 +52,7 @@ class Labelled:
     tokens: pl.DataFrame
     y: np.ndarray
     classes: np.ndarray
+    units_are: str
 
     @property
     def train(self) -> np.ndarray:
@@ -49,9 +60,12 @@ class Labelled:
         return (self.tokens["split"] == "train").to_numpy()
 
     @property
-    def sequences(self) -> np.ndarray:
-        """int64 [n], the sequence of each row."""
-        return self.tokens["sequence_id"].to_numpy()
+    def units(self) -> np.ndarray:
+        """int64 [n], the document or sequence of each row; rows of several are independent.
+
+        A document is named by the first of its sequences among the rows.
+        """
+        return self.tokens["unit"].to_numpy()
 
 
 def sql_of(query: str | Path) -> str:
@@ -88,8 +102,8 @@ def labelled(store: Store, run: str, sql: str, params: Mapping[str, Any]) -> Lab
 
     Raises:
         BadInput: a column is missing or has another type; a label or token_id is NULL; a token
-            comes twice or is none of the run's; the rows of a sequence are on both sides of the
-            split; or a class, or one side of the split, has too few rows.
+            comes twice or is none of the run's; the rows of a document or sequence are on both
+            sides of the split; or a class, or one side of the split, has too few rows.
     """
     found = store.of(run).sql(sql, dict(params) or None)
     _check_columns(found, run)
@@ -104,14 +118,15 @@ def labelled(store: Store, run: str, sql: str, params: Mapping[str, Any]) -> Lab
     split = pl.col("split").cast(pl.String) if "split" in found.columns else pl.col("own_split")
     by_name = tokens["label"].dtype in (pl.Enum, pl.Categorical)  # whose own order is not that of the text
     classes = (tokens["label"].cast(pl.String) if by_name else tokens["label"]).unique().sort().cast(pl.String)
+    units_are = "documents" if tokens["of_document"].any() else "sequences"
     tokens = tokens.select(
-        "token_id", pl.col("label").cast(pl.String), "token", "position", "sequence_id", split.alias("split")
+        "token_id", pl.col("label").cast(pl.String), "token", "position", "unit", split.alias("split")
     )
     number = {name: place for place, name in enumerate(classes.to_list())}
     y = np.array([number[label] for label in tokens["label"].to_list()], np.int64)
-    _check_split(tokens, run)
+    _check_split(tokens, run, units_are)
     _check_classes(tokens, run)
-    return Labelled(tokens, y, classes.to_numpy())
+    return Labelled(tokens, y, classes.to_numpy(), units_are)
 
 
 def _check_columns(found: pl.DataFrame, run: str) -> None:
@@ -152,25 +167,26 @@ def _check_kind(column: pl.Series, what: str) -> None:
         )
 
 
-def _check_split(tokens: pl.DataFrame, run: str) -> None:
-    """Refuse a split with other values than train and test, and one that cuts sequences."""
+def _check_split(tokens: pl.DataFrame, run: str, units_are: str) -> None:
+    """Refuse a split with other values than train and test, and one that cuts what depends."""
     strange = tokens.filter(~pl.col("split").is_in(SIDES).fill_null(False))
     if len(strange):
         raise BadInput(
             f"the query's split is {strange['split'][0]!r} in {len(strange):,} rows; it is 'train' or 'test', as in `sequences`"
         )
-    sides = tokens.group_by("sequence_id", maintain_order=True).agg(pl.col("split").n_unique())
+    sides = tokens.group_by("unit", maintain_order=True).agg(pl.col("split").n_unique())
     cut = sides.filter(pl.col("split") > 1)
     if len(cut):
+        first = f"that of sequence_id {cut['unit'][0]}" if units_are == "documents" else f"sequence_id {cut['unit'][0]}"
         raise BadInput(
-            f"the query's split puts rows of {len(cut):,} sequences on both sides, the first being sequence_id "
-            f"{cut['sequence_id'][0]}; rows of one sequence depend on each other: split by sequence_id"
+            f"the query's split puts rows of {len(cut):,} {units_are} on both sides, the first being {first}; rows of one "
+            f"{units_are[:-1]} depend on each other: split by {'document' if units_are == 'documents' else 'sequence_id'}"
         )
-    n_train, n_test = (tokens.filter(split=side)["sequence_id"].n_unique() for side in SIDES)
+    n_train, n_test = (tokens.filter(split=side)["unit"].n_unique() for side in SIDES)
     if not n_train or n_test < LEAST:
         raise BadInput(
-            f"the query's rows in run {run!r} are of {n_train:,} training and {n_test:,} test sequences; 1 and {LEAST} are "
-            "needed: choose rows of more sequences, or ingest more"
+            f"the query's rows in run {run!r} are of {n_train:,} training and {n_test:,} test {units_are}; 1 and {LEAST} are "
+            f"needed: choose rows of more {units_are}, or ingest more"
         )
 
 

@@ -7,8 +7,10 @@ study `probes`, see study.py and fit.py. If the run holds `embed`, the same prob
 is a further control, which reads the token and nothing around it.
 
 The baselines are the commonest training label and the user's queries, which yield `token_id` and
-`guess`. Sign flips of each test sequence's sum test whether a probe exceeds the best baseline, with
-Holm's correction over all sites. Intervals are over test sequences; trees are sequences.
+`guess`. Intervals are over test documents, where sequences know their document, since two sequences
+of one document are not independent. Otherwise intervals are over test sequences; trees are
+sequences. Sign flips of each document's or sequence's sum test whether a probe exceeds the best
+baseline, with Holm's correction over all sites.
 """
 
 from __future__ import annotations
@@ -104,8 +106,12 @@ def study(
         tests += its_tests
         progress(done, len(probed), site)
     kept = {"query": sql, "params": used, "baselines": guessers, "classes": rows.classes.tolist()}
-    kept |= {"n_train": int(rows.train.sum()), "n_train_sequences": len(np.unique(rows.sequences[rows.train]))}
-    kept |= {"n_test_sequences": len(np.unique(asked.test_sequences)), "data_xxh3": _hash(rows)}
+    kept |= {"n_train": int(rows.train.sum()), "n_train_units": len(np.unique(rows.units[rows.train]))}
+    kept |= {
+        "units_are": rows.units_are,
+        "n_test_units": len(np.unique(asked.test_sequences)),
+        "data_xxh3": _hash(rows),
+    }
     kept |= {"C": C, "tol": TOL, "max_iter": max_iter, "n_resamples": N_RESAMPLES}
     corrected = adjusted(tests)
     results = result_rows(
@@ -123,7 +129,7 @@ def study(
 def _asked(rows: Labelled, name: str, guessed: dict[str, np.ndarray]) -> Asked:
     return Asked(
         tokens=rows.tokens,
-        sequences=rows.sequences,
+        sequences=rows.units,
         train=rows.train,
         labels={name: rows.y},
         guessed={name: guessed},

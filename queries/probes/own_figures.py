@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EMBED = "embed"  # the site that is a control of the others
-CAVEAT = "The intervals are over test sequences. The fitted probes are held fixed, and the model is one training with one seed."
+CAVEAT = (
+    "The intervals are over test {}. The fitted probes are held fixed, and the model is one training with one seed."
+)
 CONTROLS = {  # metric → words
     "shuffled_accuracy": "shuffled labels",
     "control_accuracy": "control task",
@@ -72,7 +74,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     accuracy = results.filter(metric="accuracy")
     head = (
         f"Linear probes read {first['label']!r} ({len(params['classes'])} classes) in run {first['run']!r}, from "
-        f"{params['n_train']:,} training rows of {params['n_train_sequences']:,} sequences."
+        f"{params['n_train']:,} training rows of {params['n_train_units']:,} {params['units_are']}."
     )
     parts = [head, *(_of_site(results.filter(site=site), params) for site in accuracy["site"])]
     shuffled = 100 * results.filter(metric="shuffled_accuracy")["value"].to_numpy()
@@ -89,7 +91,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
             f"The probes at {', '.join(stopped)} stopped at {params['max_iter']:,} iterations before they converged, so their "
             "accuracies may be too low. A larger max_iter lets them converge."
         )
-    return " ".join([*parts, CAVEAT])
+    return " ".join([*parts, CAVEAT.format(params["units_are"])])
 
 
 def _of_site(of_site: pl.DataFrame, params: dict[str, Any]) -> str:
@@ -99,9 +101,9 @@ def _of_site(of_site: pl.DataFrame, params: dict[str, Any]) -> str:
     around = " to ".join(f"{100 * above[end]:+.2f}" for end in ("low", "high"))
     return (
         f"At {right['site']} the accuracy is {100 * right['value']:.2f} % ({right['n']:,} rows of "
-        f"{params['n_test_sequences']:,} test sequences; 95 % interval {ends} %), and the best baseline gives {value:.2f} % "
-        f"({name}): the difference of {100 * above['value']:+.2f} points ({around}; {p_shown(found['p_holm']['value'])}) "
-        f"{_verdict(found)[1]}."
+        f"{params['n_test_units']:,} test {params['units_are']}; 95 % interval {ends} %), and the best baseline gives "
+        f"{value:.2f} % ({name}): the difference of {100 * above['value']:+.2f} points ({around}; "
+        f"{p_shown(found['p_holm']['value'])}) {_verdict(found)[1]}."
     )
 
 
@@ -113,6 +115,7 @@ def params_of(results: pl.DataFrame) -> dict[str, Any]:
 def plot(answer: Answer) -> Figure:
     """Draw the accuracy by site, with its best baseline and its controls."""
     results = answer.results
+    units = params_of(results)["units_are"]
     accuracy = results.filter(metric="accuracy")
     sites = accuracy["site"].to_list()
     figure, (axis,) = side_by_side(1, width=max(6.0, 0.6 * len(sites) + 4))
@@ -127,11 +130,11 @@ def plot(answer: Answer) -> Figure:
             axis.plot(where, 100 * rows["value"].to_numpy(), marker, color=GREY, label=words)
     axis.set_xticks(range(len(sites)), sites, rotation=60 if len(sites) > 8 else 0, fontsize=8)
     axis.set_ylim(-2, 104)
-    axis.set_ylabel("accuracy on test sequences (%)")
+    axis.set_ylabel(f"accuracy on test {units} (%)")
     axis.legend(frameon=False, fontsize=8)
     first = accuracy.row(0, named=True)
     axis.set_title(
-        f"Linear probes of {first['label']!r}, run {first['run']}, {first['n']:,} rows;\nbars are 95 % intervals over sequences",
+        f"Linear probes of {first['label']!r}, run {first['run']}, {first['n']:,} rows;\nbars are 95 % intervals over {units}",
         fontsize=10,
     )
     return figure

@@ -28,7 +28,7 @@ import numpy as np
 import polars as pl
 import xxhash
 
-from actstore.advice import ingest_more
+from actstore.advice import ingest_sites
 from actstore.errors import BadInput, NotStored, nearest
 from actstore.intervals import N_RESAMPLES
 from actstore.queries import load
@@ -72,6 +72,7 @@ group by runs.run, runs.rowid
 order by runs.rowid
 """
 PROTOCOLS = ("ours", "notebook")
+USUAL = ("embed", "resid_mid", "resid_post")  # sites that are advised where a run holds none
 BY = "place"
 MIN_TEST_TREES = 2  # one tree gives no interval: every resample is the tree itself
 ENOUGH_TREES = 60  # a label is a source in at least half of all trees, and one tree in five is for testing
@@ -311,8 +312,7 @@ def _where(store: Store, run: str, lacking: list[str]) -> str:
     have = [name for name, sites in others.rows() if set(lacking) <= set(sites)]
     if have:
         return f"; name a run of its model over its trees that holds more (--run): {', '.join(have)}"
-    command = ingest_more(store, run, f"{run}-sites", "--sites", ",".join(lacking) or "embed,resid_mid,resid_post")
-    return f"; {command} stores a run that holds the site, to be named (--run)"
+    return f"; {ingest_sites(store, run, *(lacking or USUAL))} adds what is missing"
 
 
 def probe_site(

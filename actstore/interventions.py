@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import polars as pl
 import xxhash
 
@@ -30,6 +31,10 @@ HOWS = {  # how an activation is edited → what the query's rows have to say
 @dataclass(frozen=True)
 class Edit:
     """Edits at one site of a forward pass, one per row of a query.
+
+    A donor is a row of the store, so that no edit rests on another edit of its pass, and no edit
+    can come before what it rests on. Edits of one site are made in the order in which they are
+    given. Sites are edited in the order of the forward pass, in whatever order they are given.
 
     Attributes:
         query: SQL over the store as the base run sees it. `token_id` says which token is edited; no
@@ -74,6 +79,28 @@ class Patching(Protocol):
         Returns:
             Rows of `predictions` of the edited sequences, with columns `other` and `p_other` where
             `measure` is given, by token_id.
+
+        Raises:
+            NotStored: a run, a donor, or the base's weights are not stored.
+            BadInput: an edit has no meaning.
+        """
+        ...
+
+    def activations(self, run: str, edits: Sequence[Edit], site: str, token_ids: np.ndarray) -> np.ndarray:
+        """The activations of a site in the edited pass.
+
+        Args:
+            run, edits: see `__call__`.
+            site: name of one site. Where the base run stores the site, only later tokens and layers
+                than the edits are run.
+            token_ids: int64 [n], tokens of edited sequences, in any order.
+
+        Returns:
+            float32 [n, *row], as `Store.read` gives them.
+
+        Raises:
+            NotStored: see `__call__`.
+            BadInput: see `__call__`; or a token is of no edited sequence.
         """
         ...
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from actstore.errors import BadInput, NotStored
-from actstore.interventions import Edit, Patching
+from actstore.interventions import Edit
 from actstore.outputs import Exported, Work, check_file, silent
 from actstore.storage.at import place
 from actstore.storage.machine import check_memory
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformer_lens import ActivationCache
     from transformer_lens.model_bridge import TransformerBridge
 
+    from actstore.ingest.jobs.patched import Unstored
     from actstore.ingest.training.evaluation import Evaluation
     from actstore.queries.report import Report as Page
     from actstore.queries.studies import Asked
@@ -208,15 +210,13 @@ def study(
     """
     from actstore.outputs import FIGURES
     from actstore.queries import studies
-    from actstore.queries.study import CAUSAL
     from actstore.writing import recording
 
     check_file(plot, "plot", FIGURES)
     if record:
         recording.wait_until_free(_path(store), wait)
     asks = ({"query": query} if query is not None else {}) | ({"params": params} if params else {})
-    with _opened(store, check) as opened:
-        patch = patching(opened) if name in CAUSAL else None
+    with _opened(store, check) as opened, patching(opened) as patch:
         asked = studies.answer(opened, name, runs, seed, {**(options or {}), **asks}, confirm, progress, patch, tables)
         if plot:
             list(studies.save_figures([one.answer for one in asked if one.answer], plot))
@@ -225,18 +225,39 @@ def study(
     return asked
 
 
-def patching(store: Store) -> Patching:
-    """Runs edits for studies; the model is loaded, and torch imported, at the first use."""
-    made: list[Patching] = []
+class _Unstored:
+    """As Unstored of ingest/jobs/patched.py, which is imported at the first use."""
 
-    def patch(*asked: Any, **options: Any) -> Any:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @cached_property
+    def _made(self) -> Unstored:
         from actstore.ingest.jobs import patched
 
-        if not made:
-            made.append(patched.patching(store))
-        return made[0](*asked, **options)
+        return patched.patching(self._store)
 
-    return patch
+    def __call__(self, run: str, edits: Sequence[Edit], measure: pl.DataFrame | None = None) -> pl.DataFrame:
+        return self._made(run, edits, measure)
+
+    def activations(self, run: str, edits: Sequence[Edit], site: str, token_ids: np.ndarray) -> np.ndarray:
+        """See interventions.Patching."""
+        return self._made.activations(run, edits, site, token_ids)
+
+    def __enter__(self) -> _Unstored:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if "_made" in self.__dict__:
+            self._made.close()
+
+
+def patching(store: Store) -> _Unstored:
+    """Runs edits for studies, see interventions.Patching; a context manager.
+
+    Leaving it closes what it opened. The model is loaded, and torch imported, at the first use.
+    """
+    return _Unstored(store)
 
 
 def report(

@@ -20,10 +20,11 @@ import polars as pl
 
 from actstore.arrays.address import POSITIONS_PER_TREE
 from actstore.errors import BadInput
-from actstore.intervals import N_DRAWS, change_over_trees, sign_flip
+from actstore.intervals import change_over_trees, sign_flip
 from actstore.interventions import Edit
 from actstore.queries.causes import (
     ENDS,
+    MOST,
     ROLES,
     TOKENS,
     answered,
@@ -39,7 +40,6 @@ from actstore.queries.causes import (
 from actstore.queries.figures import heat
 from actstore.queries.last_edge import interval
 from actstore.queries.study import (
-    LEVEL,
     Answer,
     Progress,
     Test,
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
 NAME = "ablate"
 FAMILIES = {"attn_out": "attention", "mlp_out": "MLP", "z": "head"}
 HOWS = ("zero", "mean", "resample")
-MOST = int(LEVEL * (1 + N_DRAWS))  # cells: with more, Holm leaves the smallest p above LEVEL
 LISTED = 12  # rows of the table
 CONTROL = "control: itself"
 

@@ -14,15 +14,16 @@ import polars as pl
 
 from actstore.advice import ingest_sites
 from actstore.errors import BadInput, NotStored
-from actstore.intervals import bootstrap
+from actstore.intervals import N_DRAWS, bootstrap
 from actstore.queries.depth import unanswered
-from actstore.queries.study import chosen, names_in
+from actstore.queries.study import LEVEL, chosen, names_in
 
 if TYPE_CHECKING:
     from actstore.store import Store
 
 ROLES = ("edge_source", "edge_target", "separator", "bar", "goal", "colon", "root", "path")
 LEAST = 2  # trees: one gives no interval, since every resample is the tree itself
+MOST = int(LEVEL * (1 + N_DRAWS))  # cells: with more, Holm leaves the smallest p above LEVEL
 ENDS = ("value", "low", "high")  # of a row of `results`
 SURELY = 1e-30  # a probability below counts as this one in logarithms
 SHAPE = "select n_layers, n_heads from runs join models using (weights_sha256) where run = $run"
@@ -104,6 +105,12 @@ def sites_of(wanted: str | Sequence[str], families: Sequence[str], n_layers: int
 def of_family(family: str, n_layers: int) -> list[str]:
     """The family's site of each layer."""
     return [f"{family}.{layer}" for layer in range(n_layers)]
+
+
+def sites_read(senders: Sequence[str]) -> list[str]:
+    """The sites that path patching reads: the senders and, of heads, what the attention adds."""
+    read = [[site, site.replace("z.", "attn_out.")] if site.startswith("z.") else [site] for site in senders]
+    return list(dict.fromkeys(site for group in read for site in group))
 
 
 def check_stored(store: Store, run: str, sites: Sequence[str], n_layers: int, otherwise: str = "") -> None:

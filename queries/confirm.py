@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import polars as pl
 
 from actstore.queries import study as studies
+from actstore.queries.causes import sites_read
 from actstore.queries.second import Apart, Second, runs_over
 from actstore.queries.study import RUNS, Answer, Progress, Question, Test, adjusted, p_shown, result_rows, shown
 
@@ -149,7 +150,7 @@ def confirm(
         NotStored: no run over the second set holds the sites of the findings.
     """
     store, tests = store.whole, [test for test in found.tests if test.significant]
-    sites = list(dict.fromkeys(test.site for test in tests if test.site and not test.site.startswith("pattern")))
+    options_there, sites = _again(found.name, tests)
     if found.name == "compare" and sites and "embed" in _held_by_all(store, found.of):
         sites.append("embed")  # a control of the linear map
     question = Question(found.name, found.of[0], {**options, **dict(zip(["other"], found.of[1:], strict=False))})
@@ -157,8 +158,7 @@ def confirm(
     if not tests:
         return Confirmation(found.name, found.of, second, len(found.tests), (), found.results.clear())
     given = {**question.options, **dict(zip(["other"], second.runs[1:], strict=False))}
-    if found.name in ("probes", "probe", "ablate", "patching", "erase"):
-        given["sites"] = sites
+    given |= options_there
     apart = cast("Store", Apart(store, second.first)) if second.n_shared else store
     answer = studies.ask(apart, found.name, second.runs[0], seed, progress, patch, **given)
     claims = _claims(tests, answer.tests)
@@ -174,6 +174,22 @@ def confirm(
         seed=seed,
     )
     return Confirmation(found.name, found.of, second, len(found.tests), claims, results)
+
+
+def _again(study: str, tests: Sequence[Test]) -> tuple[dict[str, Any], list[str]]:
+    """What of a study is repeated for its claims.
+
+    Returns:
+        Options that leave out what no claim is about, and the sites that the second run has to
+        hold.
+    """
+    sites = list(dict.fromkeys(test.site for test in tests if test.site and not test.site.startswith("pattern")))
+    if study == "path-patching":
+        return {"senders": sites}, sites_read(sites)
+    if study == "ablate":
+        hows = list(dict.fromkeys(test.label.partition(",")[0] for test in tests))
+        return {"sites": sites, "how": hows}, [] if hows == ["zero"] else sites
+    return {"sites": sites} if study in ("probes", "probe", "patching", "erase") else {}, sites
 
 
 def _held_by_all(store: Store, runs: Sequence[str]) -> set[str]:

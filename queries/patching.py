@@ -39,6 +39,7 @@ NAME = "patching"
 FAMILIES = {"resid_post": "residual stream", "attn_out": "attention", "mlp_out": "MLP"}
 LISTED = 12  # rows of the table
 CONTROL = "control: itself"
+WHAT = "the donor's answer, beyond a donor with the edited tree's own"
 
 
 def study(
@@ -128,13 +129,14 @@ def _edit(site: str, tokens: pl.DataFrame, donor: str) -> Edit:
 
 
 def compared(
-    about: dict[str, Any], contrast: Contrast, moved: np.ndarray, control: np.ndarray, seed: int
+    about: dict[str, Any], contrast: Contrast, moved: np.ndarray, control: np.ndarray, seed: int, what: str = WHAT
 ) -> tuple[list[dict[str, Any]], Test]:
     """The rows of a cell, and its test: the share moved beyond the control, pair by pair.
 
     Args:
         about: site, token_role and label; the label begins with the direction.
         moved, control: float64 [n_pairs], shares moved by the donor and by `same`.
+        what: the test in words.
     """
     back, pairs = about["label"].startswith("noise"), contrast.pairs["tree_id"].to_numpy()
     measured = {
@@ -151,7 +153,6 @@ def compared(
         }
         for metric, values in measured.items()
     ]
-    what = "the donor's answer, beyond a donor with the edited tree's own"
     p = sign_flip(measured["moved_beyond_control"], seed)
     return rows, Test.of(rows[2], p, what, exceeds="that of a donor with the same answer")
 

@@ -44,6 +44,7 @@ STUDIES = {
     "ablate": "actstore.queries.ablate",
     "scrub": "actstore.queries.scrub.study",
     "patching": "actstore.queries.patching",
+    "path-patching": "actstore.queries.path_patching",
     "erase": "actstore.queries.erase",
 }
 
@@ -58,6 +59,7 @@ OF_ANSWERS = (
     "knockout",
     "ablate",
     "patching",
+    "path-patching",
 )  # these read answers alone, which are the same in each run of a model over the trees
 ANY_SEQUENCES = ("probe", "compare")  # these need no tree
 CAUSAL = (
@@ -65,6 +67,7 @@ CAUSAL = (
     "ablate",
     "scrub",
     "patching",
+    "path-patching",
     "erase",
 )  # these run the model again with edited activations, and take `patch`
 RUNS = """

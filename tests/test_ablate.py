@@ -194,3 +194,16 @@ def test_without_what_runs_edits_the_command_that_does_is_advised(path):
 
 def test_the_roles_are_those_that_tokens_have():
     assert causes.ROLES == tokens.ROLES
+
+
+def test_what_reads_no_site_is_confirmed_on_a_run_without_one(path, tmp_path):
+    shutil.copytree(path, tmp_path / "s.act")
+    stored(tmp_path / "s.act", MODEL, [], "bare", replace(TREES, seed=11, name="bare"))
+    words = ["study", str(tmp_path / "s.act"), "ablate", "--run", "r", "--confirm", "bare", "--csv"]
+    words += ["-o", "sites", "attn_out", "-o", "roles", "root,goal", "-o", "how"]
+    done = CliRunner().invoke(main, [*words, "zero"])
+    assert done.exit_code == 0, done.output
+    assert "1 of 1 is confirmed on 'bare'" in done.stderr
+    lacking = CliRunner().invoke(main, [*words, "zero,mean"])
+    assert lacking.exit_code == 1
+    assert "'bare' lacks runs of the model of 'r' that 'ablate' needs" in lacking.stderr

@@ -46,8 +46,10 @@ MAY = {
         "ingest.task ingest.corpus ingest.trees ingest.models ingest.answers ingest.interventions interventions store writing "
         "advice arrays named commits storage errors"
     ),
-    "ingest.replay": "ingest.jobs ingest.corpus ingest.answers ingest.models ingest.trees named store writing catalog "
-    "arrays commits errors",
+    "ingest.replay": (
+        "ingest.jobs ingest.interventions ingest.corpus ingest.answers ingest.models ingest.trees named store writing catalog "
+        "arrays commits errors"
+    ),
     "queries": "store interventions writing.recording arrays.address named sites advice outputs intervals version errors",
 }
 ANY = ("cli", "verbs", "__main__")  # a command, and the function of its name, may call anything

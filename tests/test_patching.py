@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
+import actstore
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
 from actstore.queries import patching as module
@@ -159,3 +160,30 @@ def test_what_has_no_meaning_is_refused_in_one_line(path, options, said):
 def test_a_site_that_is_not_stored_is_added_by_the_command_that_is_named(path):
     with pytest.raises(NotStored, match=r"does not hold mlp_out, .* --run s --sites mlp_out` adds them"):
         ask(path, "s")
+
+
+@pytest.mark.parametrize("by", ["verb", "command"])
+def test_a_study_of_causes_closes_every_store_that_it_opens(path, monkeypatch, by):
+    opened, closed = [], []
+    init, close = Store.__init__, Store.close
+
+    def noted(self, *args, **options):
+        init(self, *args, **options)
+        opened.append(self)
+
+    def shut(self):
+        closed.append(self)
+        close(self)
+
+    monkeypatch.setattr(Store, "__init__", noted)
+    monkeypatch.setattr(Store, "close", shut)
+    options = {"sites": "attn_out.1", "roles": "root", "trees": 5}
+    if by == "verb":
+        actstore.study(path, "patching", "r", options=options, record=False)
+    else:
+        words = [word for name, value in options.items() for word in ("-o", name, str(value))]
+        done = CliRunner().invoke(main, ["study", str(path), "patching", "--run", "r", "--no-record", *words])
+        assert done.exit_code == 0, done.output
+    by_user = [store for store in opened if store not in {one._whole for one in opened}]  # a store closes its own whole
+    assert len(by_user) > 1
+    assert {id(store) for store in by_user} <= {id(store) for store in closed}

@@ -92,8 +92,8 @@ def study(
     """Run a study, print its table, record it in `results`, draw its figure.
 
     The studies are probes, depth, last-edge, swap, dreams, attention, compare and probe, and those
-    of causes: ablate, patching, knockout, scrub and erase. If the store lacks what a study needs,
-    the message names the `actstore ingest` that adds it. `compare` takes every pair of models over
+    of causes: ablate, patching, path-patching, knockout, scrub and erase. If the store lacks what a
+    study needs, the message names the `actstore ingest` that adds it. `compare` takes every pair of models over
     the same trees among the named runs; with one run, every pair of that run; by default, for each set of trees,
     its first run against every other model.
 
@@ -112,6 +112,10 @@ def study(
     `patching` gives a tree the activations that another tree, a donor with another first step, has
     at the tokens of a role: `-o sites resid_post,attn_out,mlp_out`, `-o roles`, `-o direction
     noise|denoise`, `-o pairs FILE.sql`, a query for the token_id and donor_token_id of root tokens.
+    `path-patching` gives a later site, the receiver, what a donor's sender brings it through the
+    residual stream alone: `-o senders attn_out,mlp_out` or `z` for heads, and `-o from` roles of
+    their tokens; `-o receivers attn_out,mlp_out,z,logits`, and `-o to` roles; the others as of
+    `patching`.
     `scrub` gives the root token what a layer's attention brings there in another tree, a donor, as
     Brinkmann et al. do: `-o n N` clean trees of a path length, `-o listed any` for trees that are
     not listed backward, `-o second_path N` for the least length of their second path, `-o donors
@@ -134,6 +138,7 @@ def study(
         actstore study demo.act depth --json
         actstore study demo.act ablate --run reproduction -o how zero --plot ablate.png
         actstore study demo.act patching --run reproduction -o sites attn_out --plot patching.png
+        actstore study demo.act path-patching --run reproduction -o senders attn_out --plot paths.png
         actstore study demo.act probe --query "select token_id, source as label from edge_targets" -o sites resid_post
         actstore study demo.act knockout --run reproduction -o to "goal,targets on path" --plot knockout.png
         actstore study demo.act scrub --run reproduction --plot scrub.png
@@ -155,10 +160,9 @@ def study(
         key: int(value) if value.isdecimal() and len(value) < 19 else value for key, value in options
     }
     chosen |= ({"query": query} if query is not None else {}) | ({"params": params} if params else {})
-    with Store(store, check) as opened:
+    with Store(store, check) as opened, patching(opened) as patch:
         if not no_record:
             _look_before(store, wait)
-        patch = patching(opened) if name in CAUSAL else None
         asked = studies.answer(opened, name, runs, seed, chosen, confirm, progress, patch, tables)
     answers = [one.answer for one in asked if one.answer]
     confirmed = [one.confirmation for one in asked if one.confirmation]

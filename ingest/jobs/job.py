@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -422,6 +422,7 @@ def default_batch_size(dataset: Mapping[str, Any]) -> int:
     return min(MOST_AT_ONCE, max(1, TOKENS_AT_ONCE // int(dataset["n_positions"])))
 
 
-def versions() -> dict[str, str | int]:
+@cache
+def versions() -> Mapping[str, str | int]:
     """Versions of the packages that a run depends on, for its row of `runs`."""
     return {name: version(name) for name in ("actstore", "torch", "transformer_lens")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from actstore.errors import BadInput, NotStored, nearest
 from actstore.ingest.answers.next_token import understood
 from actstore.ingest.interventions import rows as of_edits
 from actstore.ingest.interventions import window
+from actstore.ingest.interventions.kept import Kept
 from actstore.ingest.interventions.patch import Patch
 from actstore.ingest.interventions.rows import Sequences
 from actstore.ingest.jobs.job import Ingest
@@ -98,6 +99,11 @@ class Base:
     def opened(self) -> Store:
         """As `store`, for whoever needs it later."""
         return self.store
+
+    def close(self) -> None:
+        """Close the store, if it was opened."""
+        if "store" in self.__dict__:
+            self.store.close()
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -315,38 +321,102 @@ def fits_window(origin: Base, edited: Sequence[SiteSpec], wanted: Sequence[SiteS
     return needed | {spec.name for spec in wanted} <= origin.held
 
 
-def patching(store: Store, device: str = "cpu") -> Callable[..., pl.DataFrame]:
+class Unstored:
     """Runs edits without storing them; see interventions.Patching.
+
+    A context manager: it opens the store of each base run, and closes these stores at its end.
 
     Args:
         store: an open store; the last commit is read.
+        device: "cpu" or "cuda".
     """
-    bases: dict[str, Base] = {}
 
-    def patch(run: str, edits: Sequence[Edit], measure: pl.DataFrame | None = None) -> pl.DataFrame:
-        if run not in bases:
-            bases[run] = Base(store.path, run, device)
-        origin = bases[run]
+    def __init__(self, store: Store, device: str = "cpu") -> None:
+        self._root, self._device = store.path, device
+        self._bases: dict[str, Base] = {}
+
+    def __call__(self, run: str, edits: Sequence[Edit], measure: pl.DataFrame | None = None) -> pl.DataFrame:
+        """See interventions.Patching."""
+        origin, patch = self._asked(run, edits, [])
+        patch.measured = None if measure is None else _measured(measure)
+        found = [
+            answers["predictions"].drop("run") for _, _, answers in _ran(origin, patch, []) if "predictions" in answers
+        ]
+        if not found:
+            raise BadInput(f"the model of run {run!r} predicts no token, so that edits of it have no answers")
+        return pl.concat(found)
+
+    def activations(self, run: str, edits: Sequence[Edit], site: str, token_ids: np.ndarray) -> np.ndarray:
+        """See interventions.Patching."""
+        spec = of_edits.site_of(self._base(run).model, site)
+        origin, patch = self._asked(run, edits, [spec])
+        token_ids = np.asarray(token_ids, np.int64)
+        number, position, good = origin.sequences.places(token_ids)
+        good &= np.isin(number, patch.numbers)
+        if not good.all() or not len(token_ids):
+            raise BadInput(
+                f"{int((~good).sum()):,} of {len(token_ids):,} tokens are of no edited sequence of run {run!r}; give tokens of "
+                "the sequences that the edits name"
+            )
+        found: np.ndarray | None = None
+        for drawn, kept, _ in _ran(origin, patch, [spec]):
+            for sequence in patch.edited(drawn.start, len(drawn.lengths)).tolist():
+                begin, n = int(drawn.lengths[:sequence].sum()), int(drawn.lengths[sequence])
+                rows, asked = kept[spec.name].rows(sequence, begin, n), number == drawn.start + sequence
+                found = np.empty((len(token_ids), *rows.shape[1:]), np.float32) if found is None else found
+                found[asked] = rows[position[asked]]
+        assert found is not None
+        return found
+
+    def close(self) -> None:
+        """Close the stores that were opened; a later call opens them again."""
+        for base in self._bases.values():
+            base.close()
+        self._bases.clear()
+
+    def __enter__(self) -> Unstored:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _base(self, run: str) -> Base:
+        if run not in self._bases:
+            self._bases[run] = Base(self._root, run, self._device)
+        return self._bases[run]
+
+    def _asked(self, run: str, edits: Sequence[Edit], wanted: Sequence[SiteSpec]) -> tuple[Base, Patch]:
+        """The base run, and the edits that queries yield."""
+        origin = self._base(run)
         origin.refuse_unfinished()
         specs = [of_edits.site_of(origin.model, edit.at) for edit in edits]
         rows = [
             of_edits.asked(origin.store.whole, run, edit, spec, origin.sequences)
             for edit, spec in zip(edits, specs, strict=True)
         ]
-        patch = Patch(origin.opened, run, rows, origin.sequences, not fits_window(origin, specs, []), False)
-        patch.measured = None if measure is None else _measured(measure)
-        job = job_of(origin, patch, "patched", [])
-        first, found = Ids.of_dataset(origin.dataset), []
-        batches = range(job.n_batches) if job.of_text else np.unique(patch.numbers // origin.dataset["trees_per_shard"])
-        for batch in map(int, batches):
-            drawn = job.sequences.drawn(batch)
-            of_batch = first.of_batch(origin.dataset, batch, drawn.start)
-            found.append(job.answers(drawn, of_batch, {}, lambda done: None))
-        if not any(found):
-            raise BadInput(f"the model of run {run!r} predicts no token, so that edits of it have no answers")
-        return pl.concat([answers["predictions"].drop("run") for answers in found if answers])
+        return origin, Patch(
+            origin.opened, run, rows, origin.sequences, not fits_window(origin, specs, wanted), greedy=False
+        )
 
-    return patch
+
+def patching(store: Store, device: str = "cpu") -> Unstored:
+    """Runs edits without storing them; see Unstored."""
+    return Unstored(store, device)
+
+
+def _ran(
+    origin: Base, patch: Patch, sites: Sequence[SiteSpec]
+) -> Iterator[tuple[Any, dict[str, Kept], dict[str, pl.DataFrame]]]:
+    """Run each batch with edits: the batch, its activations at some sites, and its answers."""
+    job, first = job_of(origin, patch, "patched", [spec.short for spec in sites]), Ids.of_dataset(origin.dataset)
+    batches = range(job.n_batches) if job.of_text else np.unique(patch.numbers // origin.dataset["trees_per_shard"])
+    for batch in map(int, batches):
+        drawn = job.sequences.drawn(batch)
+        if not len(patch.edited(drawn.start, len(drawn.lengths))):
+            continue
+        kept = {site.site: Kept(site.layout) for site in job.plan.sites}
+        of_batch = first.of_batch(origin.dataset, batch, drawn.start)
+        yield drawn, kept, job.answers(drawn, of_batch, kept, lambda done: None)
 
 
 def _measured(measure: pl.DataFrame) -> pl.DataFrame:

@@ -103,7 +103,7 @@ class Model:
             BadInput: a hook does not exist or gives nothing that can be stored.
         """
         if self.task == "trees":
-            return site_specs(names, self.config, self.bridge)
+            return site_specs(names, self.config, lambda: self.hooks)
         return self.hooks.chosen(names)
 
     def row(self) -> dict[str, Any]:

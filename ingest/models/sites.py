@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,15 +56,15 @@ def all_sites(config: ModelConfig) -> list[SiteSpec]:
 
 
 def site_specs(
-    names: Sequence[str] | None, config: ModelConfig, bridge: TransformerBridge | None = None
+    names: Sequence[str] | None, config: ModelConfig, hooks: Callable[[], Hooks] | None = None
 ) -> list[SiteSpec]:
     """The sites of a path-finding system with the given names, each once, in the network's order.
 
     Args:
         names: short (`resid_post.0`), TransformerLens' (`blocks.0.hook_resid_post`), or a family,
             which means every layer (`resid_post`). Default: `embed` and `resid_post`.
-        bridge: the model, for a first forward pass where a hook beyond those of `all_sites` is
-            named; default: a random model of the configuration.
+        hooks: gives the model's hooks where one beyond those of `all_sites` is named; default:
+            those of a random model of the configuration.
 
     Raises:
         BadInput: a site does not exist, or `names` is empty.
@@ -79,7 +79,7 @@ def site_specs(
         if "hook_" in name or name.partition(".")[0] in MORE_FAMILIES:
             from actstore.ingest.models.native import build
 
-            return chosen(names, bridge or build(config, seed=0))
+            return (hooks() if hooks else Hooks(build(config, seed=0))).chosen(names)
         raise BadInput(f"no site {name!r}{nearest(name, sorted(known))}; {_what_exists(config)}")
     wanted = [site for site, of_site in spellings.items() if not set(names).isdisjoint(of_site)]
     if not wanted:
@@ -93,20 +93,6 @@ def _what_exists(config: ModelConfig) -> str:
         f"there are embed, and {families} of all or of one, resid_post.0 to resid_post.{config.n_layers - 1} (--sites)"
     )
     return f"of {config.n_layers} layers {there}"
-
-
-def chosen(names: Sequence[str] | None, bridge: TransformerBridge) -> list[SiteSpec]:
-    """The sites of any model with the given names, each once, in the network's order.
-
-    Runs one forward pass over a few tokens, which tells what each hook gives.
-
-    Args:
-        names: any hook's name, a short name, or a family; see `site_specs`.
-
-    Raises:
-        BadInput: a hook does not exist, or gives nothing that can be stored; `names` is empty.
-    """
-    return Hooks(bridge).chosen(names)
 
 
 def bridge_sites(bridge: TransformerBridge) -> list[SiteSpec]:

@@ -10,12 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 import polars as pl
-import torch
-from torch import Tensor
 
 from actstore.arrays.address import Ids
-from actstore.arrays.layout import Layout
 from actstore.errors import ActstoreError
+from actstore.ingest.interventions.kept import Kept
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, not_compared
 from actstore.store import Store
@@ -45,7 +43,7 @@ def compare_edited(
     some = replace(patch, edits=[rows.of(chosen) for rows in patch.edits], whole=True)
     some.edits = [rows for rows in some.edits if len(rows)]
     rerun = replace(job, patch=some)
-    kept = {spec.name: _Kept(site.layout) for spec, site in zip(job.specs, job.plan.sites, strict=True)}
+    kept = {spec.name: Kept(site.layout) for spec, site in zip(job.specs, job.plan.sites, strict=True)}
     ours = list[pl.DataFrame]()
     apart = dict.fromkeys(kept, 0.0)
     n_tokens = 0
@@ -91,26 +89,3 @@ def _predictions(run: str, held: pl.DataFrame, ours: pl.DataFrame) -> Difference
     return Difference(
         run, "predictions", float(apart[worst]), P_TOLERANCE, len(ours), f"token {held['token_id'][worst]}"
     )
-
-
-class _Kept:
-    """Receives the activations of a batch, in the place of a shard."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self._held: dict[int, np.ndarray] = {}
-
-    def put(self, first_row: int, activations: Tensor) -> None:
-        """See ShardBuffer.put; rows of sequences that are not edited are left out."""
-        if not torch.isnan(activations).all():
-            self._held[first_row] = activations.cpu().numpy().copy()
-
-    def rows(self, sequence: int, begin: int, n_tokens: int) -> np.ndarray:
-        """float32 [token, *row]: what one sequence of the batch was given.
-
-        Args:
-            begin: number of its first row in the layout `rows`.
-        """
-        if self.layout.position_axis is None:
-            return self._held[begin]
-        return np.moveaxis(self._held[sequence][0], self.layout.position_axis - 1, 0)[:n_tokens]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import shutil
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import polars as pl
 import pytest
 from click.testing import CliRunner
 
@@ -35,8 +37,16 @@ def test_the_readme_names_every_table_and_view():
         assert f"`{name}`" in README or name == "snapshot"
 
 
-def test_the_readmes_python_runs_as_it_stands(demo_path, monkeypatch, capsys):
-    monkeypatch.chdir(demo_path.parent)
+@pytest.fixture(scope="module")
+def demo(demo_path, tmp_path_factory):
+    """A folder with a copy of the demo store, which the README's commands may write to."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(demo_path, folder / "demo.act")
+    return folder
+
+
+def test_the_readmes_python_runs_as_it_stands(demo, monkeypatch, capsys):
+    monkeypatch.chdir(demo)
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(code, "README.md", "exec"), names)
@@ -44,6 +54,44 @@ def test_the_readmes_python_runs_as_it_stands(demo_path, monkeypatch, capsys):
     assert 0 <= float(score) <= 1
     (path,) = names["store"].sql("select path from trees where tree_id = 1")["path"]
     assert answer == f"→{path[0]}"
+    (lost,) = names["lost"].rows(named=True)
+    (before,) = (
+        names["store"].sql("select avg(p_target) as p_right, count(*) as steps from predictions").rows(named=True)
+    )
+    assert lost["steps"] == before["steps"]
+    assert lost["p_right"] < 0.5 < before["p_right"]
+
+
+def test_the_readmes_patched_run_is_stored_and_joined(demo, monkeypatch):
+    """Its commands as they stand; what they print is about the trees of a smaller store."""
+    monkeypatch.chdir(demo)
+    section = README.partition("\n## What causes it\n")[2].partition("\n## ")[0]
+    commands = re.findall(
+        r"^    actstore ((?:ingest|sql) demo\.act (?:--base|\").*(?:\n        .*)*)", section, re.MULTILINE
+    )
+    assert len(commands) == 2
+    for command in commands:
+        done = CliRunner().invoke(main, [*shlex.split(command), *(["--csv"] if command.startswith("sql") else [])])
+        assert done.exit_code == 0, done.output
+    rows = pl.read_csv(done.stdout.encode())
+    assert rows.columns == ["as_before", "as_donor", "trees"]
+    assert rows["trees"].sum() == 39, "the last tree has no next one"
+    assert rows.filter("as_donor")["trees"].sum() > rows.filter("as_before")["trees"].sum()
+
+
+def test_the_readmes_study_of_causes_runs(demo, monkeypatch):
+    """Its commands as they stand, but over fewer trees, and at one site."""
+    monkeypatch.chdir(demo)
+    section = README.partition("\n## What causes it\n")[2].partition("\n## ")[0]
+    commands = re.findall(
+        r"^    actstore ((?:ingest|study) demo\.act (?:--model-of|ablate) .*)$", section, re.MULTILINE
+    )
+    assert len(commands) == 2
+    for command in commands:
+        less = ["-o", "sites", "attn_out.0", "-o", "roles", "root", "-o", "how", "zero"] * command.startswith("study")
+        done = CliRunner().invoke(main, [*shlex.split(command.replace("seed0-2000", "seed0-40")), *less])
+        assert done.exit_code == 0, done.output
+    assert (demo / "ablate.png").exists()
 
 
 def test_what_the_readme_finds_is_confirmed_on_a_second_set(demo_path, tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ class Patching(Protocol):
 
         Raises:
             NotStored: a run, a donor, or the base's weights are not stored.
-            BadInput: an edit has no meaning.
+            BadInput: an edit has no meaning, or nothing rests on its site.
         """
         ...
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
 from tests.damaged import damage, flip
-from tests.reference import reference, weights
+from tests.reference import random_model, reference, weights
 from tests.stores import committed_files, files
 from tests.test_advice import advised_commands
 from tests.test_interventions import tiny
@@ -189,6 +190,50 @@ def test_answers_under_an_edit_are_those_of_one_word_after_another(shipped: Mode
         assert row["greedy_right"] == (answer == path)
         wrong = [step for step in range(len(path)) if answer[step : step + 1] != path[step : step + 1]]
         assert row["first_wrong_step"] == (wrong[0] if wrong else None)
+
+
+def test_the_order_of_sites_is_that_of_the_pass_and_of_one_site_that_of_the_edits(root: Path):
+    """Donors are stored rows, so that an edit at an early site cannot rest on one at a later site."""
+    edits = [
+        Edit("select token_id, token_id - 1 as donor_token_id from tokens where role = 'root'", "resid_post.0"),
+        Edit(DONATED, "z.1", "add", donor_site="z.1"),
+        Edit(DONATED, "resid_post.0", "add", donor_site="resid_post.2"),  # of a later site
+    ]
+    actstore.patch(root, "base", edits, run="forth", sites=["resid_post.0", "resid_post.2"])
+    actstore.patch(root, "base", [edits[0], edits[2], edits[1]], run="back", sites=["resid_post.0", "resid_post.2"])
+    actstore.patch(root, "base", [edits[2], edits[0]], run="last", sites=["resid_post.0"])
+    with Store(root) as store:
+        query = "select token_id from tokens where tree_id < 10 order by token_id"
+        for site in ("resid_post.0", "resid_post.2"):
+            forth, back = (store.read(query, run, site)[0] for run in ("forth", "back"))
+            np.testing.assert_array_equal(forth, back)
+        named = store.of("base").sql(f"from ({DONATED}) order by token_id")
+        roots, added = named["token_id"].to_numpy(), named["donor_token_id"].to_numpy()
+        donor, _ = store.read(roots - 1, "base", "resid_post.0")
+        more, _ = store.read(added, "base", "resid_post.2")
+        np.testing.assert_allclose(store.read(roots, "forth", "resid_post.0")[0], donor + more, rtol=1e-6)
+        np.testing.assert_array_equal(
+            store.read(roots, "last", "resid_post.0")[0], donor
+        )  # replaced after the addition
+
+
+def test_donors_of_another_run_are_that_runs_rows(root: Path):
+    """Of other weights and other trees, at an equal shape."""
+    changed = replace(random_model(tiny().config, 8), name="changed")
+    trees = TreeSet("deep", 5, 21, n_nodes=6, name="theirs", trees_per_shard=4)
+    execute(Ingest(root, changed, trees, "theirs", ["resid_post.1", "z.1"]))
+    with Store(root) as store:
+        first = store.sql("select min(tree_id) from trees join runs using (dataset) where run = 'theirs'").item()
+    query = "select token_id, 256 * ($first::int + tree_id % 5) + position as donor_token_id from tokens where role = 'root'"
+    edits = [Edit(query, at, donors="theirs", params={"first": first}) for at in ("z.1", "resid_post.1")]
+    actstore.patch(root, "base", edits, run="mixed", sites=["z.1", "resid_post.1"])
+    with Store(root) as store:
+        rows = store.sql("select token_id, donor_token_id from edits where run = 'mixed' and edit = 0 order by 1")
+        for site in ("z.1", "resid_post.1"):
+            theirs, _ = store.read(rows["donor_token_id"].to_numpy(), "theirs", site)
+            np.testing.assert_array_equal(store.read(rows["token_id"].to_numpy(), "mixed", site)[0], theirs)
+        about = store.sql("select distinct donor_run from interventions where run = 'mixed'")["donor_run"].to_list()
+        assert about == ["theirs"]
 
 
 # as any run

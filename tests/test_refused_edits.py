@@ -254,6 +254,31 @@ def test_donors_at_a_site_that_is_not_there_are_had_by_the_command_that_is_advis
     assert patched(copied, f"select token_id {ROOTS}", "resid_mid.2", "--how", "mean").exit_code == 0
 
 
+def test_donors_of_another_run_at_a_site_that_it_lacks_are_had_by_the_command_that_is_advised(
+    store: Path, tmp_path: Path
+):
+    copied = actstore.copy(store, tmp_path / "s.act").out
+    theirs = "(select min(token_id) from store.main.tokens where dataset = 'd1' and role = 'root')"
+    words = f"select token_id, {theirs} as donor_token_id {ROOTS}", "resid_mid.1", "--donors", "other", "--run", "x"
+    refused = patched(copied, *words)
+    assert (refused.exit_code, len(refused.stderr.splitlines())) == (1, 1)
+    (command,) = advised_commands(refused.stderr)
+    assert command[-4:] == ["--run", "other", "--sites", "resid_mid.1"]
+    assert ran(*command).exit_code == 0
+    done = patched(copied, *words)
+    assert done.exit_code == 0, done.output
+
+
+def test_a_site_on_which_nothing_rests_is_refused(store: Path):
+    before = committed_files(store)
+    done = patched(store, f"select token_id {ROOTS}", "attn_scores.1", "--how", "zero")
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+    assert "edit at attn_scores.1, which TransformerLens gives after the pass has used it" in done.stderr
+    assert committed_files(store) == before
+    with Store(store) as opened, pytest.raises(BadInput, match="edit pattern, or q and k, of the layer"):
+        patching(opened)("base", [Edit(f"select token_id {ROOTS}", "attn_scores.1", "zero")])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -6,6 +6,7 @@ anything runs, and stored with the run, so that a batch depends on them alone.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,6 +17,7 @@ import polars as pl
 import xxhash
 
 from actstore.errors import BadInput, NotStored, nearest
+from actstore.ingest.interventions import window
 from actstore.ingest.models.config import there_are
 from actstore.ingest.models.sites import SiteSpec
 from actstore.interventions import HOWS, Edit
@@ -31,6 +33,7 @@ COLUMNS: dict[str, Any] = {
     "donor_token_id": pl.Int64(),
     "vector": pl.List(pl.Float32),
 }
+DISCARDED = "A hook on .* returned a modified tensor"  # how TransformerLens says that it ignores an edit
 READ_AT_ONCE = 2**25  # numbers of donors that are read at a time: 128 MB
 
 
@@ -148,17 +151,37 @@ class Rows:
 
 
 def site_of(model: Model, name: str) -> SiteSpec:
-    """The one site of a name.
+    """The one site of a name, which edits may be at.
 
     Raises:
-        BadInput: there is no such site, or it is a family of several.
+        BadInput: there is no such site, it is a family of several, or the forward pass has used its
+            activations before a hook is given them.
     """
     found = model.sites([name])
     if len(found) > 1:
         raise BadInput(
             f"got --at {name}, which are {len(found)} sites, {found[0].short} to {found[-1].short}; an edit is at one of them"
         )
+    if model.task != "trees" or window.first_layer(found[0].name) is None:
+        _refuse_discarded(model, found[0])
     return found[0]
+
+
+def _refuse_discarded(model: Model, spec: SiteSpec) -> None:
+    """Refuse a site on which nothing rests, by a pass over two tokens."""
+    import torch
+
+    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", DISCARDED, UserWarning)
+        try:
+            model.bridge.run_with_hooks(ids, fwd_hooks=[(spec.name, lambda x, hook: x + 1)])
+        except UserWarning:
+            raise BadInput(
+                f"got an edit at {spec.short}, which TransformerLens gives after the pass has used it, so that nothing rests on "
+                "the edit; edit pattern, or q and k, of the layer"
+            ) from None
 
 
 def asked(store: Store, base: str, edit: Edit, spec: SiteSpec, sequences: Sequences) -> Rows:

@@ -243,8 +243,8 @@ def again(row: Mapping[str, Any], device: str = "cpu") -> Model:
     asked = facts.get("asked")
     if asked is None:
         raise NotStored(
-            f"the store refers to the weights of {name}, which was given as a bridge; ingest with the weights kept "
-            "(--keep-weights) to run the model again"
+            f"the store refers to the weights of {name}, which was given as a bridge; to run the model again, ingest the bridge "
+            "with the weights kept (keep_weights=True), as another run over the same dataset"
         )
     try:
         if asked["hub"]:
@@ -253,7 +253,11 @@ def again(row: Mapping[str, Any], device: str = "cpu") -> Model:
         else:
             found = load(**asked, device=device)
     except ActstoreError as error:
-        raise NotStored(f"the weights of {name} are not in the store, and not where they were: {error}") from None
+        why = error if asked["hub"] or Path(asked["model"]).exists() else "there is nothing"
+        raise NotStored(
+            f"the weights of {name} are not in the store, and not where they were, at {asked['model']} ({why}); put them back, or "
+            "ingest the model from where it is, as another run over the same dataset, with --keep-weights"
+        ) from None
     if found.weights_sha256 != row["weights_sha256"]:
         raise NotStored(
             f"{asked['model']} holds other weights than the run's ({found.weights_sha256[:12]} instead of "

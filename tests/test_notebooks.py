@@ -19,7 +19,7 @@ from actstore.ingest.trees.variants import CHANGES
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "queries" / "notebooks").glob("*.ipynb"))
 
 
-OVER_A_DEMO = [path for path in NOTEBOOKS if path.stem != "reproduction"]
+OVER_A_DEMO = [path for path in NOTEBOOKS if path.stem not in ("circuit", "reproduction")]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,11 @@ def test_the_notebook_of_the_reproduction_needs_no_index_arithmetic():
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert "arange" not in code
     assert len(code.splitlines()) < 120
+
+
+def test_the_notebook_of_the_circuit_makes_its_own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACTSTORE_TREES", "90")
+    runs_to_its_end(NOTEBOOKS[0].with_name("circuit.ipynb"), tmp_path)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -115,6 +115,10 @@ class ComputedOtherwise(UserWarning):
     """A warning: while sites were added to a run, its model gave other answers than stored."""
 
 
+class HalvedBatch(UserWarning):
+    """A warning: a GPU lacks memory, so that a run takes half as many sequences per pass."""
+
+
 class Busy(ActstoreError, TimeoutError):
     """Another process writes to the store, or has its catalog open to write."""
 

@@ -32,7 +32,9 @@ def test_every_error_is_exported_and_has_a_kind_of_its_own():
     }
     assert all(getattr(actstore, each.__name__) is each for each in CLASSES)
     kinds = [each.kind for each in CLASSES if issubclass(each, ActstoreError)]
-    assert len({*kinds}) == len(kinds) == len(CLASSES) - 2  # SeveralRuns and ComputedOtherwise are warnings
+    assert (
+        len({*kinds}) == len(kinds) == len(CLASSES) - 3
+    )  # SeveralRuns, ComputedOtherwise and HalvedBatch are warnings
     for each in CLASSES:
         if issubclass(each, ActstoreError):
             assert "kind" in vars(each)

@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 
 
 class ShardBuffer:
-    """The bytes of one shard; reused for each batch, since fresh memory costs page faults."""
+    """The bytes of one shard; reused for each batch, since fresh memory costs page faults.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        layout: the site's.
+        memory: uint8 [shard_bytes], page-aligned to be written directly; default: fresh memory.
+    """
+
+    def __init__(self, layout: Layout, memory: np.ndarray | None = None) -> None:
         self.layout = layout
         self.n_put = 0  # sequences (or rows) since the last seal
-        self.bytes = np.frombuffer(mmap.mmap(-1, layout.shard_bytes), np.uint8)  # page-aligned, to be written directly
+        self.bytes = np.frombuffer(mmap.mmap(-1, layout.shard_bytes), np.uint8) if memory is None else memory
         shards = self.bytes[: -layout.index_bytes]
         self._chunks = shards.reshape(layout.chunks_per_shard, layout.chunk_bytes)
         numbers = self._chunks[:, :-CRC_BYTES].view(layout.dtype)
@@ -37,12 +42,10 @@ class ShardBuffer:
         Raises:
             ValueError: `activations` has another shape, or more rows than the shard has room for.
         """
-        import torch
-
         if self.layout.position_axis is None:
             self._put_rows(first_row, activations)
         else:
-            rows = torch.from_numpy(self.rows)[:, first_row : first_row + len(activations)]
+            rows = self._target()[:, first_row : first_row + len(activations)]
             by_position = activations.movedim(self.layout.position_axis, 0)
             if by_position.shape != rows.shape:  # copy_ would broadcast
                 raise self._misfit(first_row, activations)
@@ -51,9 +54,7 @@ class ShardBuffer:
 
     def _put_rows(self, first_row: int, activations: torch.Tensor) -> None:
         """Copy rows in, chunk by chunk: a checksum lies between two chunks."""
-        import torch
-
-        layout, chunks = self.layout, torch.from_numpy(self.rows)
+        layout, chunks = self.layout, self._target()
         if activations.shape[1:] != layout.row_shape or first_row + len(activations) > layout.rows_per_shard:
             raise self._misfit(first_row, activations)
         done = 0
@@ -68,6 +69,22 @@ class ShardBuffer:
             else:
                 chunks[chunk, slot : slot + n].copy_(activations[done : done + n])
             done += n
+
+    def _target(self) -> torch.Tensor:
+        """What `put` copies to, [chunk, slot, *row]."""
+        import torch
+
+        return torch.from_numpy(self.rows)
+
+    @property
+    def _n_chunks(self) -> int:
+        """Chunks that hold what was put; all chunks in a grid."""
+        if self.layout.position_axis is None:
+            return -(-self.n_put // self.layout.rows_per_chunk)
+        return self.layout.chunks_per_shard
+
+    def hand_over(self) -> None:
+        """Say that the batch is put; the bytes of a shard on a GPU are then copied to the host."""
 
     def _misfit(self, first_row: int, activations: torch.Tensor) -> ValueError:
         return ValueError(
@@ -92,10 +109,8 @@ class ShardBuffer:
         if n_put != (int(lengths.sum()) if in_rows else len(lengths)):
             what = f"{int(lengths.sum())} tokens" if in_rows else f"{len(lengths)} lengths"
             raise ValueError(f"got {what} for {n_put} {'rows' if in_rows else 'trees'} of activations")
-        self.n_put = 0
-        n_chunks = layout.chunks_per_shard
+        n_chunks, self.n_put = self._n_chunks, 0
         if in_rows:
-            n_chunks = -(-n_put // layout.rows_per_chunk)
             self.rows[n_chunks - 1, n_put - (n_chunks - 1) * layout.rows_per_chunk :] = np.nan
         else:
             self.rows[:, n_put:] = np.nan

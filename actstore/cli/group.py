@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from actstore.cli import terminal
-from actstore.errors import ActstoreError, ComputedOtherwise, SeveralRuns
+from actstore.errors import ActstoreError, ComputedOtherwise, HalvedBatch, SeveralRuns
 from actstore.outputs import printable
 from actstore.storage.machine import check_memory, limit_reached, raise_descriptors
 from actstore.version import __version__
@@ -63,7 +63,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command, and turn its error into one line and an exit code."""
         try:
-            with terminal.notes(SeveralRuns, ComputedOtherwise):
+            with terminal.notes(SeveralRuns, ComputedOtherwise, HalvedBatch):
                 return super().invoke(ctx)
         except ActstoreError as error:
             say(f"actstore: {error}", err=True)

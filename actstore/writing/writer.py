@@ -8,6 +8,7 @@ bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,7 @@ class Writer:
         n_sequences: int,
         contents: Sequence[Content],
         kind: Literal["batch", "site"] = "batch",
+        pool: Executor | None = None,
     ) -> None:
         """Commit one batch of sequences of a run, or of sites that are added to it.
 
@@ -184,6 +186,7 @@ class Writer:
             n_sequences: number of sequences in the batch.
             contents: the batch's files; see batch_contents.
             kind: `site` for sites of a batch that is committed already.
+            pool: publishes the shards, several at a time; default: one after another.
 
         Raises:
             BadInput: the batch, or the same trees by another run, are committed with other content.
@@ -195,21 +198,23 @@ class Writer:
                 raise BadInput(
                     f"nobody declared a table {content.table}; declare it first, with the dataset that it belongs to"
                 )
+        of_shards = [content for content in contents if not content.table]
+        published = (pool.map if pool else map)(lambda shard: self._file(shard.path, shard.content), of_shards)
+        for content in contents:
             if content.table:
                 parts += self._part(content, first_sequence_id, n_sequences)
-            else:
-                files = self._file(content.path, content.content)
-                shards += [
-                    Shard(
-                        **vars(file),
-                        run=plan.run,
-                        site=content.site,
-                        batch=batch,
-                        first_tree_id=first_sequence_id,
-                        n_trees=n_sequences,
-                    )
-                    for file in files
-                ]
+        for content, files in zip(of_shards, published, strict=True):
+            shards += [
+                Shard(
+                    **vars(file),
+                    run=plan.run,
+                    site=content.site,
+                    batch=batch,
+                    first_tree_id=first_sequence_id,
+                    n_trees=n_sequences,
+                )
+                for file in files
+            ]
         self._commit(Manifest(len(self._log) + 1, kind, plan.run, batch, parts, shards))
 
     def record(self, results: pl.DataFrame) -> int:

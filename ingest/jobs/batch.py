@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from actstore.arrays.address import Ids
-from actstore.arrays.pack import ShardBuffer
+from actstore.arrays.staged import buffers as buffers_on
 from actstore.ingest.jobs.job import Buffers, Ingest
 from actstore.ingest.task import Drawn
 from actstore.writing.writer import Content, batch_contents
@@ -73,9 +73,12 @@ def run_batch(
         advance: called with the number of sequences of the set done so far.
     """
     drawn = job.sequences.drawn(number)
-    into = {site.site: ShardBuffer(site.layout) for site in job.plan.sites} if buffers is None else buffers
+    layouts = {site.site: site.layout for site in job.plan.sites}
+    into = buffers_on(layouts, job.device) if buffers is None else buffers
     of_batch = first.of_batch(job.plan.dataset, number, drawn.start)
     answers = job.answers(drawn, of_batch, into, advance)
+    for site in layouts:
+        into[site].hand_over()
     return Batch(job, number, of_batch, originals, drawn, answers, into)
 
 

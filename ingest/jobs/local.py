@@ -1,7 +1,7 @@
 """Store a run in this process, with one thread that commits while the model runs.
 
 While the model runs over one batch, the thread encodes and commits the batch before. Memory holds
-two batches of the chosen sites, for any number of sequences.
+two batches of the chosen sites, or three where a GPU computes them, for any number of sequences.
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import wraps
-from typing import ParamSpec
+from typing import Literal, ParamSpec
 
-from actstore.arrays.pack import ShardBuffer
+from actstore.arrays.staged import is_staged
 from actstore.errors import ComputedOtherwise
 from actstore.ingest.jobs.batch import Batch, run_batch
+from actstore.ingest.jobs.gpu import N_THREADS, buffer_sets, fitting, n_sets, within_memory
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.prepare import prepare
 from actstore.storage.at import check_room
 from actstore.writing.committed import lacking
-from actstore.writing.writer import Writer, open_writer, part_content
+from actstore.writing.writer import Content, Writer, open_writer, part_content
 
 P = ParamSpec("P")
 
@@ -40,8 +43,10 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda sequences: None
         BadInput: another run with this name has other weights, sequences or passes; or a run that
             is not finished has other sites.
         Busy: another process writes to the store.
+        LimitReached: the GPU has too little memory; finished batches are committed and published.
         KeyboardInterrupt: after Ctrl-C; finished batches are committed and published.
     """
+    job = fitting(job)
     check_room(job.store, job.bytes_left(), f"run {job.plan.run!r}")
     with open_writer(job.store, make=True, wait=job.wait) as writer:
         originals = job.originals(writer.rows_of("datasets"))
@@ -49,32 +54,55 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda sequences: None
         held = writer.sites_of(job.plan.run)
         left = lacking(job.plan, held)
         needed = {name for sites in left.values() for name in sites}
-        layouts = {site.site: site.layout for site in job.plan.sites if site.site in needed}
-        buffers = [{name: ShardBuffer(layout) for name, layout in layouts.items()} for _ in range(min(2, len(left)))]
-        published = time.monotonic()
-        with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool:
-            pending: Future[None] | None = None
+        # a GPU computes ahead of this process, so that threads of their own encode for it
+        threads = ThreadPoolExecutor(N_THREADS, "encode") if is_staged(job.device) else nullcontext()
+        with within_memory(job), threads as encoding, ThreadPoolExecutor(1, "commit") as committing:
+            sets = buffer_sets(job, needed, min(n_sets(job), len(left)))
+            commits = _Commits(writer, job.publish_every, encoding)
+            done: list[Future[None]] = []
             for turn, (number, sites) in enumerate(left.items()):
-                of_these = job.over(sites, grades=turn == 0) if number in held else job
-                batch = run_batch(of_these, number, first, originals, buffers[turn % 2], advance)
-                if turn == 0 and number in held:
+                if turn >= len(sets):
+                    done[turn - len(sets)].result()  # its buffers are filled again
+                is_added = number in held
+                of_these = job.over(sites, grades=turn == 0) if is_added else job
+                batch = run_batch(of_these, number, first, originals, sets[turn % len(sets)], advance)
+                if turn == 0 and is_added:
                     _compare(writer, batch)
-                if pending:
-                    pending.result()
-                    if time.monotonic() - published > job.publish_every:
-                        writer.publish()
-                        published = time.monotonic()
-                pending = pool.submit(_add if number in held else _commit, writer, batch)
-            if pending:
-                pending.result()
+                contents = (encoding or committing).submit(batch.shards if is_added else batch.contents)
+                before = done[-1] if done else None
+                done.append(committing.submit(commits.commit, batch, contents, "site" if is_added else "batch", before))
+            for commit in done:
+                commit.result()
 
 
-def _commit(writer: Writer, batch: Batch) -> None:
-    writer.commit_batch(batch.job.plan, batch.number, batch.first.sequence_id, len(batch), batch.contents())
+@dataclass
+class _Commits:
+    """Commits batches one after another, and publishes the catalog from time to time.
 
+    Attributes:
+        pool: publishes a batch's shards several at a time; None: one after another.
+    """
 
-def _add(writer: Writer, batch: Batch) -> None:
-    writer.commit_batch(batch.job.plan, batch.number, batch.first.sequence_id, len(batch), batch.shards(), "site")
+    writer: Writer
+    publish_every: float
+    pool: Executor | None
+    published: float = field(default_factory=time.monotonic)
+
+    def commit(
+        self,
+        batch: Batch,
+        contents: Future[list[Content]],
+        kind: Literal["batch", "site"],
+        before: Future[None] | None,
+    ) -> None:
+        """Commit a batch, unless the commit before failed."""
+        if before is not None:
+            before.result()
+        if time.monotonic() - self.published > self.publish_every:
+            self.writer.publish()
+            self.published = time.monotonic()
+        plan, first = batch.job.plan, batch.first.sequence_id
+        self.writer.commit_batch(plan, batch.number, first, len(batch), contents.result(), kind, self.pool)
 
 
 def _compare(writer: Writer, batch: Batch) -> None:

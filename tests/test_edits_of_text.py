@@ -13,6 +13,7 @@ import torch
 
 import actstore
 from actstore.errors import BadInput, NotStored
+from actstore.ingest.interventions.rows import site_of
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
 from actstore.ingest.models.model import Model
@@ -204,3 +205,18 @@ def test_an_edit_of_no_token_is_refused_beside_others(root: Path):
         pytest.raises(BadInput, match="yields no row, so that nothing would be"),
     ):
         patch("tiny", [Edit(SOME, "resid_post.0", "zero"), Edit(f"{SOME} and false", "z.1", "zero")])
+
+
+def test_attention_that_bert_has_used_is_no_site_of_edits(tmp_path: Path):
+    """Before, an edit there was stored, and changed nothing."""
+    bert = load(str(tiny_models.bert(tmp_path / "bert")))
+    with pytest.raises(
+        BadInput, match=r"edit at pattern\.1, which TransformerLens gives after the pass has used it"
+    ) as refused:
+        site_of(bert, "pattern.1")
+    assert "edit q, k or v of the layer" in str(refused.value)
+    ids = torch.arange(3, 9)[None]
+    for name in ("q.1", "k.1", "v.1"):  # as the message says: these change the answers
+        hooks = [(site_of(bert, name).name, lambda x, hook: 0 * x)]
+        changed, before = bert.bridge.run_with_hooks(ids, fwd_hooks=hooks), bert.bridge(ids)
+        assert float((changed - before).abs().max()) > 1e-4

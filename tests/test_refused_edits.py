@@ -275,7 +275,7 @@ def test_a_site_on_which_nothing_rests_is_refused(store: Path):
     assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
     assert "edit at attn_scores.1, which TransformerLens gives after the pass has used it" in done.stderr
     assert committed_files(store) == before
-    with Store(store) as opened, pytest.raises(BadInput, match="edit pattern, or q and k, of the layer"):
+    with Store(store) as opened, pytest.raises(BadInput, match="edit q, k or v of the layer"):
         patching(opened)("base", [Edit(f"select token_id {ROOTS}", "attn_scores.1", "zero")])
 
 

@@ -176,11 +176,12 @@ def _refuse_discarded(model: Model, spec: SiteSpec) -> None:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", DISCARDED, UserWarning)
         try:
-            model.bridge.run_with_hooks(ids, fwd_hooks=[(spec.name, lambda x, hook: x + 1)])
+            hooks = [(spec.name, lambda x, hook: x + 1)]
+            model.bridge.run_with_hooks(ids, attention_mask=torch.ones_like(ids), fwd_hooks=hooks)
         except UserWarning:
             raise BadInput(
                 f"got an edit at {spec.short}, which TransformerLens gives after the pass has used it, so that nothing rests on "
-                "the edit; edit pattern, or q and k, of the layer"
+                "the edit; edit q, k or v of the layer"
             ) from None
 
 

@@ -46,7 +46,7 @@ def test_an_appended_site_is_read_as_the_others(root: Path) -> None:
     with Store(root) as store:
         store.append("r", "mine.3", IDS + FIRST, X, {"of": "resid_post.3", "by": "a test"})
     with Store(root, check=True) as store:
-        assert store.sites("r") == ["resid_post.0", "pattern.0", "mine.3"]
+        assert store.sites("r") == ["pattern.0", "resid_post.0", "mine.3"]
         got, rows = store.read((IDS + FIRST)[::-1], "r", "mine.3")
         assert np.array_equal(got, X[::-1])
         assert rows["token_id"].to_list() == (IDS + FIRST)[::-1].tolist()
@@ -113,7 +113,7 @@ def test_a_run_goes_on_after_a_site_was_appended_and_goes_with_it(root: Path) ->
     verbs.drop(root, run="half")
     with Store(root) as store:
         assert "half" not in store.sql("select run from sites")["run"]
-        assert store.sites("r") == ["resid_post.0", "pattern.0", "mine"]
+        assert store.sites("r") == ["pattern.0", "resid_post.0", "mine"]
     half.store(root)
     verbs.append(root, "half", "mine", [FIRST], X[:1])
     assert not verify(root).damage

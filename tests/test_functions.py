@@ -135,7 +135,7 @@ def test_only_rows_that_are_left_are_read(store: Store, monkeypatch: pytest.Monk
         (
             "act(1, 'r', 'embed')",
             NotStored,
-            r"run 'r' holds no site 'embed'; it holds resid_post\.0, resid_post\.1, pattern",
+            r"run 'r' holds no site 'embed'; it holds pattern\.0, resid_post\.0, resid_post\.1",
         ),
         ("act(1, 'r', 'pattern.0')", BadInput, r"site 'pattern.0' of run 'r' is an attention pattern, .*Store\.read"),
         ("act(-1, 'r', 'resid_post.0')", NotStored, "the first being -1 "),

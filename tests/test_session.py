@@ -285,7 +285,7 @@ def test_any_integer_names_a_token(store: Store, dtype: str) -> None:
 def test_a_run_or_site_that_is_not_there_is_answered_with_those_that_are(store: Store) -> None:
     with pytest.raises(NotStored, match=r"no run 'x': .*s\.act holds r; name one of them"):
         store.read("select token_id from tokens", run="x")
-    with pytest.raises(NotStored, match=r"run 'r' holds no site 'embed'; it holds resid_post\.0, pattern\.0"):
+    with pytest.raises(NotStored, match=r"run 'r' holds no site 'embed'; it holds pattern\.0, resid_post\.0"):
         store.read("select token_id from tokens", site="embed")
 
 

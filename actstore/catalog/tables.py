@@ -123,12 +123,7 @@ def column_comments() -> dict[tuple[str, str], str]:
 
 
 TABLE_NAMES = list(dict.fromkeys(table for table, _ in columns()))
-COLUMNS = (  # DuckDB refuses it if a column is missing, or a table is a view (without rowid)
-    f"select {', '.join(f'{table}.{column}' for table, column in columns())}, "
-    f"{', '.join(f'{table}.rowid' for table in TABLE_NAMES)} "
-    f"from {', '.join(f'store.main.{table}' for table in TABLE_NAMES)}"
-)
-COLUMN_TYPES = [*(dtype for dtype, _ in columns().values()), *["BIGINT"] * len(TABLE_NAMES)]
+ROWS = "select *, rowid from store.main.{}"  # of a table; DuckDB refuses it of a view, which has no rowid
 TABLES_THERE = """
 select table_name, column_name, case when data_type like 'ENUM%' then 'ENUM' else data_type end as type
 from duckdb_columns() join duckdb_tables() using (database_name, schema_name, table_name)

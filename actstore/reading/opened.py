@@ -158,18 +158,24 @@ class Opened:
     def _lacks_columns(self) -> bool:
         """Whether a version before the last columns of the present format made the catalog."""
         with suppress(BadInput):
-            self.session.types(
-                "select task, generations.sequence_id, base_run, vector from datasets, generations, interventions, edits"
+            self.session.columns(
+                [
+                    "select task, generations.sequence_id, base_run, vector from datasets, generations, interventions, edits"
+                ]
             )
             return False
         with suppress(BadInput):
-            return bool(self.session.types("select first_tree_id from datasets"))
+            return bool(self.session.columns(["select first_tree_id from datasets"]))
         return False
 
     def _check_tables(self) -> None:
         """Raises as check_tables; the slow query runs only if the types are not as expected."""
         with suppress(BadInput):
-            if self.session.types(tables.COLUMNS) == tables.COLUMN_TYPES:
+            held = self.session.columns([tables.ROWS.format(name) for name in tables.TABLE_NAMES])
+            there = dict(zip(tables.TABLE_NAMES, held, strict=True))
+            wanted = {(table, column): dtype for (table, column), (dtype, _) in tables.columns().items()}
+            wanted |= {(table, "rowid"): "BIGINT" for table in tables.TABLE_NAMES}
+            if all(there[table].get(column) == dtype for (table, column), dtype in wanted.items()):
                 return
         tables.check_tables(self.session.look_up(tables.TABLES_THERE))
 

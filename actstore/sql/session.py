@@ -286,14 +286,19 @@ class Session:
             names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in rows]
 
-    def types(self, query: str) -> list[str]:
-        """SQL types of the columns of a query, which is not run; ENUM for each enum.
+    def columns(self, queries: Sequence[str]) -> list[dict[str, str]]:
+        """Names and SQL types of the columns of queries, which are not run; ENUM for each enum.
 
         Raises:
             BadInput: see `look_up`.
         """
-        with self._looking_up(query) as cursor:
-            return [str(dtype).partition("(")[0] for dtype in cursor.sql(query).types]
+        found = []
+        with self._looking_up("; ".join(queries)) as cursor:
+            for query in queries:
+                bound = cursor.sql(query)
+                types = [str(dtype).partition("(")[0] for dtype in bound.types]
+                found.append(dict(zip(bound.columns, types, strict=True)))
+        return found
 
     @contextmanager
     def _looking_up(self, query: str) -> Iterator[duckdb.DuckDBPyConnection]:

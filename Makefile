@@ -4,6 +4,7 @@ BIN := .venv/bin
 STORE ?= demo.act
 FULL ?= full.act
 SITES := embed,resid_post,pattern
+CAUSES := embed,resid_post,attn_out,mlp_out
 
 .PHONY: help install demo full test lint torture saelens bench clean types format
 
@@ -67,6 +68,15 @@ full: install
 	    $(BIN)/actstore ingest $(FULL) --model baseline --run baseline-$$set --dataset $$set --sites pattern,v,resid_post; \
 	done
 	$(BIN)/actstore study $(FULL) scrub --run reproduction-scrub --run baseline-scrub --confirm scrub-fresh
+	set -e; for model in reproduction baseline; do \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-causes --trees 2000 --seed 15 --distribution baseline \
+	        --dataset causes --sites $(CAUSES); \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-causes-fresh --trees 2000 --seed 16 --distribution baseline \
+	        --dataset causes-fresh --sites $(CAUSES); \
+	done
+	set -e; for study in ablate patching knockout erase; do \
+	    $(BIN)/actstore study $(FULL) $$study --run reproduction-causes --run baseline-causes --confirm causes-fresh; \
+	done
 
 # everything that must pass: lint, then all tests
 test: lint

@@ -25,6 +25,7 @@ from actstore.errors import (
     SeveralRuns,
     TooNew,
     TooOld,
+    Unreachable,
     Unsupported,
 )
 from actstore.version import __version__
@@ -82,6 +83,7 @@ __all__ = [
     "Store",
     "TooNew",
     "TooOld",
+    "Unreachable",
     "Unsupported",
     "__version__",
     "copy",

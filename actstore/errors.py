@@ -8,6 +8,7 @@ ActstoreError
 ├── TooOld      (also an OSError)       bring it up to date: `actstore repair`      exit code 1
 ├── NoRoom      (also an OSError)       free disk space, then run the command again exit code 1
 ├── Unsupported (also an OSError)       write to a file system that is able to      exit code 1
+├── Unreachable (also an OSError)       look at the network and the credentials     exit code 1
 ├── LimitReached (also a RuntimeError)  raise the limit, or ask for less            exit code 1
 └── Busy        (also a TimeoutError)   another writer holds the store              exit code 1
 
@@ -96,6 +97,12 @@ class Unsupported(ActstoreError, OSError):
     """The file system lacks what a safe write needs: hard links, locks or fsync."""
 
     kind = "unsupported"
+
+
+class Unreachable(ActstoreError, OSError):
+    """The server of a bucket does not answer, or refuses this access."""
+
+    kind = "unreachable"
 
 
 class LimitReached(ActstoreError, RuntimeError):

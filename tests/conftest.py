@@ -72,3 +72,23 @@ def store(damageable, tmp_path):
     """A copy of it, to be damaged."""
     shutil.copytree(damageable, tmp_path / "s.act")
     return tmp_path / "s.act"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3 server on loopback; gives the environment by which clients find it."""
+    from tests.bucket_server import server
+
+    with server(tmp_path_factory.mktemp("s3") / "server") as env:
+        yield env
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch, tmp_path):
+    """The server, in this process's environment, and a cache of the test's own."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACTSTORE_CACHE", str(tmp_path / "cache"))
+    return s3_server

@@ -56,6 +56,8 @@ def at_once(act: Callable[..., Any], path: str, contents: list[bytes], *more: An
 class StorageContract(ABC):
     """The promises of Storage. A place must pickle, so that another process can open it."""
 
+    turns = 20  # of each race
+
     @abstractmethod
     def empty(self, tmp_path: Path) -> Storage:
         """A place without files."""
@@ -107,7 +109,7 @@ class StorageContract(ABC):
         assert place.list("") == ["a/x"]
 
     def test_of_eight_publishers_one_wins_and_the_others_are_told(self, place: Storage) -> None:
-        for turn in range(20):
+        for turn in range(self.turns):
             contents = [f"{number} ".encode() * 5000 for number in range(RACERS)]
             said = at_once(place.publish, f"race/{turn}", contents)
             won = [content for content, answer in zip(contents, said, strict=True) if isinstance(answer, File)]
@@ -115,7 +117,7 @@ class StorageContract(ABC):
             assert sum(isinstance(answer, Damaged) for answer in said) == RACERS - 1
 
     def test_eight_publishers_of_the_same_bytes_all_win(self, place: Storage) -> None:
-        for turn in range(20):
+        for turn in range(self.turns):
             path, content = f"race/{turn}", f"{turn} ".encode() * 5000
             assert at_once(place.publish, path, [content] * RACERS) == [described(path, content)] * RACERS
 
@@ -183,7 +185,7 @@ class StorageContract(ABC):
             assert place.read("x") == content
 
     def test_of_eight_that_swap_with_one_token_one_wins(self, place: Storage) -> None:
-        for turn in range(20):
+        for turn in range(self.turns):
             token, contents = place.token("x"), [f"{turn} {number}".encode() for number in range(RACERS)]
             said = at_once(place.swap, "x", contents, token)
             assert [content for content, error in zip(contents, said, strict=True) if error is None] == [

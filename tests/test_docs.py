@@ -146,8 +146,8 @@ def test_every_dependency_is_pinned_and_the_version_is_one():
 @pytest.mark.parametrize(
     ("files", "extra"),
     [
-        (("actstore/**/*.py", "ingest/**/*.py", "queries/**/*.py"), ("wandb", "export")),
-        (("tests/*.py",), ("dev",)),
+        (("actstore/**/*.py", "ingest/**/*.py", "queries/**/*.py"), ("wandb", "export", "s3")),
+        (("tests/*.py",), ("dev", "s3")),
         (("tests/benchmarks/*.py",), ("dev", "bench")),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_store_elsewhere_is_written_on_and_leased_and_refused_as_any(root: Pat
     with pytest.raises(NotStored, match="does not exist"):
         Store(address(tmp_path / "no.act"))
     with pytest.raises(BadInput, match="leads to none"):
-        place("s3://bucket/s.act")
+        place("hdfs://bucket/s.act")
 
 
 @pytest.mark.parametrize("kind", ["part", "catalog", "group"])

@@ -388,10 +388,10 @@ REFUSED = {
     "out": (lambda s: s.read(SOME, out="pandas"), BadInput, "got out 'pandas'", "'numpy' or 'torch'"),
     "dtype": (lambda s: s.read(SOME, dtype=int), BadInput, "got dtype <class 'int'>", "float32, float16"),
     # stores and models
-    "Store(s3)": (
-        lambda s: Store("s3://bucket/x"),
+    "Store(hdfs)": (
+        lambda s: Store("hdfs://bucket/x"),
         BadInput,
-        "got s3://bucket/x",
+        "got hdfs://bucket/x",
         "a folder of this machine",
         "copy it here",
     ),
@@ -480,8 +480,8 @@ TYPED = [
     (["ingest", "NEW", "--model", "reproduction", "--run", ""], 2, ("empty name for --run", "leave --run out")),
     (["ingest", "NEW", "--model", "reproduction", "--dataset", ""], 2, ("empty name for --dataset",)),
     (["sql", "STORE", "select $a", "-p", "a"], 2, ("'-p' requires 2 arguments", "`actstore sql --help`")),
-    (["sql", "s3://bucket/x", "select 1"], 2, ("got s3://bucket/x", "a folder of this machine", "copy it here")),
-    (["ingest", "s3://bucket/x", "--model", "reproduction"], 2, ("got s3://bucket/x", "copy it here")),
+    (["sql", "hdfs://bucket/x", "select 1"], 2, ("got hdfs://bucket/x", "a folder of this machine", "copy it here")),
+    (["ingest", "hdfs://bucket/x", "--model", "reproduction"], 2, ("got hdfs://bucket/x", "copy it here")),
     (["verify", "https://x/y"], 2, ("got https://x/y", "copy it here")),
     (["info", "STORE/catalog.duckdb"], 1, ("lies in a store", "name the store itself")),
     (["info", "~/nowhere.act"], 1, ("nowhere.act does not exist", "actstore ingest")),

@@ -22,14 +22,12 @@ import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import google_crc32c
 import numpy as np
 
+from actstore.arrays import index
 from actstore.arrays.copying import n_threads
-from actstore.arrays.layout import NO_CHUNK
 from actstore.errors import ActstoreError, Damaged
 from actstore.storage.backend import Storage
 from actstore.storage.machine import limit_reached
@@ -187,12 +185,9 @@ class Shards:
             descriptor = self._place.descriptor(inside)
             try:
                 size = os.fstat(descriptor).st_size
-                if size != self.layout.shard_bytes and not self._is_short(size):
-                    raise Damaged(
-                        f"{path} of {self.where} is {size:,} bytes long; it was {self.layout.shard_bytes:,} when committed"
-                    )
+                index.check_size(self.layout, size, path, self.where)
                 mapped = np.asarray(_Map(descriptor, size))
-                index = os.pread(descriptor, self.layout.index_bytes, size - self.layout.index_bytes)
+                end = os.pread(descriptor, self.layout.index_bytes, size - self.layout.index_bytes)
             finally:
                 os.close(descriptor)
         except (ActstoreError, MemoryError):
@@ -201,28 +196,4 @@ class Shards:
             raise limit_reached(error, f"cannot map {path} of {self.where}") or Damaged(
                 f"cannot map {path} of {self.where} ({error}); restore it from a copy of the store"
             ) from error
-        return mapped, self._chunks(index, path, size)
-
-    def _is_short(self, size: int) -> bool:
-        """Whether a file of a size can be a shard of the layout `rows` that is not full."""
-        layout = self.layout
-        whole = (
-            layout.index_bytes <= size < layout.shard_bytes and (size - layout.index_bytes) % layout.chunk_bytes == 0
-        )
-        return layout.position_axis is None and whole
-
-    def _chunks(self, index: bytes, path: Path, size: int) -> np.ndarray:
-        """int64 [chunks_per_shard]: the number at which each chunk starts; -1 if it is missing."""
-        layout = self.layout
-        offset, length = np.frombuffer(index[:-4], "<u8").reshape(-1, 2).T
-        there = offset != NO_CHUNK
-        whole = (
-            (length == layout.chunk_bytes)
-            & (offset <= max(size - layout.index_bytes - layout.chunk_bytes, 0))
-            & (offset % layout.item_bytes == 0)
-        )
-        if google_crc32c.value(index[:-4]).to_bytes(4, "little") != index[-4:] or not (whole | ~there).all():
-            raise Damaged(
-                f"the index of {path} of {self.where} is not what was committed; restore it from a copy of the store"
-            )
-        return np.where(there, (offset // layout.item_bytes).astype(np.int64), -1)
+        return mapped, index.chunk_starts(self.layout, end, size, path, self.where)

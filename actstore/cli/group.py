@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 from actstore.cli import terminal
 from actstore.errors import ActstoreError, ComputedOtherwise, HalvedBatch, SeveralRuns
 from actstore.outputs import printable
+from actstore.storage.cache import FOLDER
 from actstore.storage.machine import check_memory, limit_reached, raise_descriptors
 from actstore.version import __version__
 
@@ -101,7 +103,13 @@ def _goes_on(ctx: click.Context) -> str:
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="actstore")
-def main() -> None:
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Catalogs of stores in buckets are kept here; default: ACTSTORE_CACHE, or ~/.cache/actstore.",
+)
+def main(cache: str | None) -> None:
     """Residual streams of path-finding transformers in Zarr, their meaning in DuckDB, SQL studies.
 
     Example:
@@ -112,3 +120,5 @@ def main() -> None:
         actstore study demo.act probes --plot probes.png
     """
     raise_descriptors()
+    if cache is not None:
+        os.environ[FOLDER] = os.path.abspath(cache)  # of this process, and of those that it starts

@@ -14,7 +14,7 @@ from pathlib import Path
 from actstore.commits import log
 from actstore.commits.format import CHECKPOINT
 from actstore.commits.manifest import Manifest
-from actstore.errors import Damaged
+from actstore.errors import Damaged, Unreachable
 from actstore.storage import sealed
 from actstore.storage.at import at
 from actstore.storage.content import Hash, Positive, as_a, check_inside, json_object
@@ -77,6 +77,8 @@ def content(root: Path) -> bytes | None:
         return at(root).read(CHECKPOINT)
     except FileNotFoundError:
         return None
+    except Unreachable:
+        raise
     except OSError as error:
         if reached := limit_reached(error, f"cannot read {root / CHECKPOINT}"):
             raise reached from error

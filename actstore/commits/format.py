@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actstore.errors import Damaged, NotStored, TooNew, TooOld, advised
+from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld, advised
 from actstore.storage import sealed
 from actstore.storage.at import at, check_path, scheme
 from actstore.storage.content import Positive, Text, as_a, json_object
@@ -78,6 +78,8 @@ def check_format(root: Path, older: bool = False, content: bytes | None = None) 
             raise ValueError("it has no format")
     except (FileNotFoundError, NotADirectoryError):
         raise _no_store(root) from None
+    except BadInput:  # a ValueError, too
+        raise
     except ValueError as error:
         raise Damaged(f"{root / 'store.json'} cannot be read ({error}); {_mend(root, held)}") from error
     try:

@@ -17,7 +17,7 @@ import xxhash
 
 from actstore.commits.format import ARRAYS, CHAINED_FROM, FOLDERS, LOG, SWAPPED, store_around
 from actstore.commits.manifest import MANIFEST, Dropped, Manifest, manifest_path
-from actstore.errors import Damaged, advised
+from actstore.errors import ActstoreError, Damaged, advised
 from actstore.storage.at import at
 from actstore.storage.machine import limit_reached
 
@@ -67,8 +67,10 @@ def chained(root: Path, after: int, last: int) -> list[Manifest]:
     """
     found: list[Manifest] = []
     before = read_manifest(root, after) if after else None
-    for number in range(after + 1, last + 1):
-        manifest = read_manifest(root, number)
+    wanted = range(after + 1, last + 1)
+    known = at(root).ahead([manifest_path(number) for number in wanted])
+    for number in wanted:
+        manifest = read_manifest(root, number, known.get(manifest_path(number)))
         if what := breaks_chain(before, manifest):
             raise Damaged(f"{root / LOG}: {what}; restore it from a copy of the store")
         found.append(manifest)
@@ -180,12 +182,14 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
         Damaged: names the first file that is missing, has another size, or is not a regular file.
         LimitReached: the system allows this process no more open files or memory.
     """
-    place = at(root)
-    for manifest in live(committed):
+    place, there = at(root), live(committed)
+    known = place.sizes([file.path for manifest in there for file in manifest.files])
+    for manifest in there:
         for file in manifest.files:
             what, path = "", root / file.path
             try:
-                if (size := place.size(file.path)) != file.bytes:
+                size = known[file.path] if file.path in known else place.size(file.path)
+                if size != file.bytes:
                     what = f"is {size:,} bytes long, not {file.bytes:,}"
             except (FileNotFoundError, NotADirectoryError):
                 what = "is missing"
@@ -195,7 +199,7 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
                         f"link: commit {manifest.number} names it"
                     ) from None
             except OSError as error:
-                if isinstance(error, Damaged):
+                if isinstance(error, ActstoreError):
                     raise
                 if reached := limit_reached(error, f"cannot look at {path}"):
                     raise reached from error

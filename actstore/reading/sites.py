@@ -13,10 +13,11 @@ from actstore.arrays.address import MOST_POSITIONS, POSITIONS_PER_TREE, Arrangem
 from actstore.arrays.foreign import ForeignReader
 from actstore.arrays.layout import Layout
 from actstore.arrays.metadata import mapped_dtype
+from actstore.arrays.ranged import RangedReader
 from actstore.arrays.reader import SiteReader
 from actstore.arrays.site import Reader, not_stored
 from actstore.catalog.tables import CATALOG
-from actstore.errors import Damaged, advised
+from actstore.errors import ActstoreError, Damaged, advised
 from actstore.sites import not_held
 from actstore.storage.content import Count, Positive, T, Text, as_a, check_inside, json_object
 from actstore.storage.machine import limit_reached
@@ -88,7 +89,8 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
         )
     if dtype is None:
         return ForeignReader(store.local(found.path), layout, first, paths, where, is_token, store.folder.check)
-    return SiteReader(replace(layout, dtype=dtype), first, paths, where, store.folder, is_token)
+    kind = RangedReader if store.folder.reads_ranges and store.folder.committed is None else SiteReader
+    return kind(replace(layout, dtype=dtype), first, paths, where, store.folder, is_token)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def _zarr_json(store: Snapshot, path: str) -> dict[str, Any]:
     file = store.path / path / "zarr.json"
     try:
         return json_object(store.folder.read(f"{path}/zarr.json"))
-    except Damaged:
+    except ActstoreError:
         raise
     except FileNotFoundError:
         return {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actstore.commits.format import unembedding_path, weights_path
-from actstore.errors import Damaged, NotStored
+from actstore.errors import Damaged, NotStored, Unreachable
 from actstore.storage.at import at
 from actstore.storage.machine import limit_reached
 
@@ -90,6 +90,8 @@ def read_unembedding(store: Snapshot, weights_sha256: str) -> Unembedding:
                 "normalization": about["normalization"],
                 **{key: float(about[key]) for key in ("eps", "soft_cap")},
             }
+    except Unreachable:
+        raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         what = error.strerror if isinstance(error, OSError) else error
         raise limit_reached(error, f"cannot read the weights {path}") or Damaged(

@@ -1,1 +1,1 @@
-"""Where bytes are: a folder with files published once or replaced whole, leased to one writer."""
+"""Where bytes are: a folder or a bucket; files published once or replaced, one writer at a time."""

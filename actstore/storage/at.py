@@ -10,9 +10,12 @@ from pathlib import Path
 from actstore.errors import BadInput, NoRoom
 from actstore.storage.backend import Storage
 from actstore.storage.local import Local
+from actstore.storage.objects import Objects
 
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3://`, or what pathlib makes of it
-BACKENDS: dict[str, Callable[[Path], Storage]] = {}  # by the scheme of an address; a folder's path has none
+BACKENDS: dict[str, Callable[[Path], Storage]] = dict.fromkeys(
+    ("s3", "gs", "az"), Objects
+)  # by the scheme of an address; a folder's path has none
 
 
 def at(root: Path) -> Storage:
@@ -50,7 +53,12 @@ def place(path: str | os.PathLike[str]) -> Path:
         raise BadInput(f"got {path!r} for a store; name its folder, such as 'demo.act'")
     if (address := _address(text)) and address[1] not in BACKENDS:
         here = f"write it as /{text[address.end() :]}" if address[1] == "file" else "copy it here, and name that folder"
-        raise BadInput(f"got {text}; a store is a folder of this machine, and {address[1]}: leads to none: {here}")
+        raise BadInput(
+            f"got {text}; a store is a folder of this machine, or a prefix of a bucket (s3://, gs://, az://), and {address[1]}: "
+            f"leads to none: {here}"
+        )
+    if address and not text[address.end() :]:
+        raise BadInput(f"got {text}; name a bucket and a prefix in it, such as {address[1]}://bucket/demo.act")
     return Path(text if os.path.lexists(text) else os.path.expanduser(text))
 
 

@@ -18,6 +18,7 @@ from actstore.storage.content import Hash, Size
 
 Content = bytes | memoryview | Callable[[Path], object]  # a function writes to the path it is given
 ANY = "*"  # in place of a token: whatever stands there
+ENDLESS = 1 << 60  # bytes of free room where nothing ends
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ class Storage(Protocol):
     Attributes:
         root: the place's address, for messages and for storage.at.
         committed: hashes that each file is compared with when it is opened; None compares nothing.
+        reads_ranges: True if a few rows of a file are better read by ranges than from a copy of it.
     """
 
     root: Path
     committed: Mapping[str, str] | None = None
+    reads_ranges: bool = False
 
     def publish(self, path: str, content: bytes | memoryview) -> File:
         """Publish one file, durably, under a name that is free or has the same bytes.
@@ -123,6 +126,21 @@ class Storage(Protocol):
     def size(self, path: str) -> int:
         """Size of a file, in bytes."""
 
+    def sizes(self, paths: Sequence[str]) -> Mapping[str, int]:
+        """Sizes of those files that are there, where asking for each takes long; default: none.
+
+        Args:
+            paths: of the files; the answer may hold others, too.
+        """
+        return {}
+
+    def ahead(self, paths: Sequence[str]) -> Mapping[str, bytes]:
+        """Contents of small files, where reading each takes long; default: none.
+
+        A file that cannot be read is left out.
+        """
+        return {}
+
     def has(self, path: str) -> bool:
         """True if something has the path."""
 
@@ -143,7 +161,7 @@ class Storage(Protocol):
         """
 
     def free_room(self) -> int:
-        """Bytes that can still be written."""
+        """Bytes that can still be written; ENDLESS if there is no end."""
 
     def open_for_map(self, path: str) -> int | None:
         """A descriptor that can be mapped, which the caller closes; None if this place has none."""

@@ -109,8 +109,11 @@ def _taken(descriptor: int, root: Path) -> bool:
 
 def _sign(descriptor: int) -> None:
     """Write who holds the lease into its file, on one line, whatever the process's arguments."""
-    command = " ".join(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).split())
     os.ftruncate(descriptor, 0)
-    os.write(
-        descriptor, f"process {os.getpid()} on {socket.gethostname()}: {command}\n".encode(errors="backslashreplace")
-    )
+    os.write(descriptor, f"{signature()}\n".encode(errors="backslashreplace"))
+
+
+def signature() -> str:
+    """Who this process is, on one line, for whoever waits for its lease."""
+    command = " ".join(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).split())
+    return f"process {os.getpid()} on {socket.gethostname()}: {command}"

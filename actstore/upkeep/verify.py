@@ -24,7 +24,7 @@ from actstore.commits import checkpoint, log
 from actstore.commits.format import ARRAYS, CHECKPOINT, FORMAT_VERSION, LOG, WEIGHTS, check_format
 from actstore.commits.log import led_astray, log_hash
 from actstore.commits.manifest import Manifest, Part, Shard, manifest_path
-from actstore.errors import Damaged, TooNew, advised
+from actstore.errors import Damaged, TooNew, Unreachable, advised
 from actstore.storage.at import at, place
 from actstore.storage.backend import File
 from actstore.storage.hashing import hash_of
@@ -241,8 +241,10 @@ def _unreadable(error: OSError, root: Path, path: str) -> str:
     """The message for a file that the system refuses to read.
 
     Raises:
-        LimitReached: the process may have no more files open, so nothing is known of the file.
+        LimitReached, Unreachable: nothing is known of the file.
     """
+    if isinstance(error, Unreachable):
+        raise error
     if reached := limit_reached(error, "cannot verify every file"):
         raise reached from error
     if link := at(root).broken(path):

@@ -12,7 +12,7 @@ import polars as pl
 from actstore.catalog import tables as catalog_tables
 from actstore.commits.log import live
 from actstore.commits.manifest import Manifest
-from actstore.errors import BadInput, Damaged, advised
+from actstore.errors import ActstoreError, BadInput, Damaged, advised
 from actstore.storage.at import at
 from actstore.storage.machine import limit_reached
 
@@ -62,7 +62,7 @@ def read_part(root: Path, path: str) -> pl.DataFrame:
     try:
         return pl.read_parquet(place.read(path, place.size(path)))
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        if isinstance(error, Damaged):
+        if isinstance(error, ActstoreError):
             raise
         raise (isinstance(error, OSError) and limit_reached(error, f"cannot read {root / path}")) or Damaged(
             f"part {root / path} cannot be read ({str(error).splitlines()[0]}); restore it from a copy of the store"

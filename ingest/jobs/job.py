@@ -30,6 +30,7 @@ from actstore.ingest.trees.given import GivenTrees
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import Drawn as TreesDrawn
 from actstore.storage.at import at, place
+from actstore.storage.backend import ENDLESS
 from actstore.writing.committed import committed_sites, lacking
 from actstore.writing.plan import RunPlan
 
@@ -221,18 +222,17 @@ class Ingest:
     def announcement(self) -> str:
         """One sentence: what the job will cost in trees, tokens, sites and bytes."""
         free, held = at(self.store).free_room(), self.held()
+        room = "" if free == ENDLESS else f"; {free / 1e9:.1f} GB free"
         left = lacking(self.plan, held)
         done = self.n_batches - len(left)
         resumed = f"; {done} of {self.n_batches} batches are there" if done else ""
         about = "about " * (not self.of_text)
         if self.patch is not None:
-            return (
-                f"run {self.plan.run}: {self.patch.said()}, {len(self.specs)} sites; {free / 1e9:.1f} GB free{resumed}"
-            )
+            return f"run {self.plan.run}: {self.patch.said()}, {len(self.specs)} sites{room}{resumed}"
         return (
             f"run {self.plan.run}: {self.sequences.n_sequences:,} {self.unit} ({self.plan.dataset['dataset']}), "
             f"{about}{self.n_tokens:,} tokens, {self._sites_said(left, held)}; {self._bytes(left, held) / 1e9:.2f} GB to "
-            f"write, {free / 1e9:.1f} GB free{resumed}"
+            f"write{room.replace(';', ',')}{resumed}"
         )
 
     def _sites_said(self, left: Mapping[int, Sequence[str]], held: Collection[int]) -> str:

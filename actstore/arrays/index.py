@@ -1,0 +1,59 @@
+"""The index at the end of a shard: where each chunk lies, checked before anything is read by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import google_crc32c
+import numpy as np
+
+from actstore.arrays.layout import NO_CHUNK
+from actstore.errors import Damaged
+
+if TYPE_CHECKING:
+    from actstore.arrays.layout import Layout
+
+
+def check_size(layout: Layout, size: int, path: Path, where: str) -> None:
+    """Raise Damaged if no shard of a layout has this size, in bytes.
+
+    Args:
+        path, where: the shard's, and its run and site, for the message.
+    """
+    if size != layout.shard_bytes and not _is_short(layout, size):
+        raise Damaged(f"{path} of {where} is {size:,} bytes long; it was {layout.shard_bytes:,} when committed")
+
+
+def _is_short(layout: Layout, size: int) -> bool:
+    """Whether a file of a size can be a shard of the layout `rows` that is not full."""
+    whole = layout.index_bytes <= size < layout.shard_bytes and (size - layout.index_bytes) % layout.chunk_bytes == 0
+    return layout.position_axis is None and whole
+
+
+def chunk_starts(layout: Layout, index: bytes, size: int, path: Path, where: str) -> np.ndarray:
+    """Where each chunk of a shard starts.
+
+    Args:
+        layout: of the array.
+        index: the last layout.index_bytes bytes of the shard.
+        size: of the shard, in bytes.
+        path, where: see check_size.
+
+    Returns:
+        int64 [chunks_per_shard]: the number of the shard's at which each chunk starts; -1 if the
+        chunk is missing.
+
+    Raises:
+        Damaged: the index is not what was written.
+    """
+    offset, length = np.frombuffer(index[:-4], "<u8").reshape(-1, 2).T
+    there = offset != NO_CHUNK
+    whole = (
+        (length == layout.chunk_bytes)
+        & (offset <= max(size - layout.index_bytes - layout.chunk_bytes, 0))
+        & (offset % layout.item_bytes == 0)
+    )
+    if google_crc32c.value(index[:-4]).to_bytes(4, "little") != index[-4:] or not (whole | ~there).all():
+        raise Damaged(f"the index of {path} of {where} is not what was committed; restore it from a copy of the store")
+    return np.where(there, (offset // layout.item_bytes).astype(np.int64), -1)

@@ -1,0 +1,180 @@
+"""Read a site's rows by ranges of its shards, where nothing can be mapped: in a bucket.
+
+A request takes tens of milliseconds however few bytes it asks for. Small chunks are therefore read
+whole, and so are chunks of which half is wanted; each whole chunk is compared with its crc32c. Near
+ranges become one. A shard's index is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import google_crc32c
+import numpy as np
+
+from actstore.arrays import index
+from actstore.arrays.copying import flat_rows
+from actstore.arrays.layout import CRC_BYTES, Layout
+from actstore.arrays.reader import SiteReader
+from actstore.arrays.site import Cost, IsToken, Placed, not_stored
+from actstore.errors import BadInput, Damaged
+from actstore.storage.backend import Reading, Storage
+
+SMALL = 256 << 10  # bytes of a chunk that comes sooner than the answer to another request
+NEAR = 1 << 20  # bytes between two ranges that come sooner than the answer to another request
+SHARDS_AT_ONCE = 8  # that are read from at the same time
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is read of one shard.
+
+    Attributes:
+        ranges: (start, length) in bytes, in order and apart.
+        offsets: int64 [n]: the byte of the shard at which each wanted row starts.
+        whole: the byte at which each chunk starts that is read whole.
+    """
+
+    ranges: list[tuple[int, int]]
+    offsets: np.ndarray
+    whole: np.ndarray
+
+
+class RangedReader(Placed):
+    """The committed shards of one site of one run, read by ranges.
+
+    Args:
+        layout, first_token_id, shards, where, place, is_token: see SiteReader.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        first_token_id: int,
+        shards: Mapping[int, str],
+        where: str,
+        place: Storage,
+        is_token: IsToken | None = None,
+    ) -> None:
+        super().__init__(layout, first_token_id, shards, where, is_token)
+        self._place = place
+        self._starts: dict[int, np.ndarray] = {}  # of the chunks of each shard whose index was read
+
+    def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Read rows as SiteReader.gather does.
+
+        Args:
+            token_ids, out: see SiteReader.gather.
+        """
+        token_ids = np.asarray(token_ids).astype(np.int64, casting="safe", copy=False)
+        row, position = self.places(token_ids)
+        whole = np.empty((len(token_ids), *self.layout.row_shape), np.float32) if out is None else out
+        X = flat_rows(whole, len(token_ids), self.layout)
+
+        def read(batch: int) -> None:
+            of_batch = np.flatnonzero(row // self.layout.rows_per_chunk == batch)
+            rows = self._rows(batch, row[of_batch], position[of_batch], token_ids[of_batch])
+            with np.errstate(over="raise"):
+                X[of_batch] = rows
+
+        try:
+            with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:
+                list(threads.map(read, np.unique(row // self.layout.rows_per_chunk).tolist()))
+        except FloatingPointError:
+            raise BadInput(f"an activation is too large for {X.dtype}; read it as float32") from None
+        self.refuse_padding(token_ids, np.isnan(X[:, 0]))
+        return whole
+
+    def _rows(self, batch: int, row: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+        """The rows of one shard, [n, row_items], of the stored dtype."""
+        layout, path = self.layout, self.shards[batch]
+        plan = self._plan(batch, row, position, token_ids)
+        parts = self._place.read_ranges(path, plan.ranges)
+        if any(len(part) != length for part, (_, length) in zip(parts, plan.ranges, strict=True)):
+            raise self._damaged(path, "is shorter than it was")
+        starts, lengths = (np.array(values, np.int64) for values in zip(*plan.ranges, strict=True))
+        content = np.frombuffer(b"".join(parts), np.uint8)
+        shift = np.cumsum(lengths) - lengths - starts  # from a byte of the shard to one of what was read
+        for start in (plan.whole + shift[np.searchsorted(starts, plan.whole, "right") - 1]).tolist():
+            chunk = content[start : start + layout.chunk_bytes].tobytes()
+            if google_crc32c.value(chunk[:-CRC_BYTES]).to_bytes(CRC_BYTES, "little") != chunk[-CRC_BYTES:]:
+                raise self._damaged(path, "has a chunk that is not what was committed")
+        row_bytes = layout.row_items * layout.item_bytes
+        windows = np.lib.stride_tricks.as_strided(
+            content[:row_bytes].view(f"V{row_bytes}"),
+            ((len(content) - row_bytes) // layout.item_bytes + 1,),
+            (layout.item_bytes,),
+            writeable=False,
+        )
+        found = (plan.offsets + shift[np.searchsorted(starts, plan.offsets, "right") - 1]) // layout.item_bytes
+        return windows[found].view(layout.dtype).reshape(-1, layout.row_items)
+
+    def _plan(self, batch: int, row: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> _Plan:
+        layout = self.layout
+        row_bytes = layout.row_items * layout.item_bytes
+        begins = self._chunk_starts(batch)[position]
+        if (lacking := begins < 0).any():
+            if layout.position_axis is None and self.is_token and not (there := self.is_token(token_ids)).all():
+                raise not_stored(self.where, token_ids, ~there, "past the last token of its batch")
+            raise self._damaged(self.shards[batch], f"lacks {len(np.unique(position[lacking]))} chunks")
+        offsets = begins + row % layout.rows_per_chunk * row_bytes
+        _, chunk, n_wanted = np.unique(position, return_inverse=True, return_counts=True)
+        whole = (layout.chunk_bytes <= SMALL) | (2 * n_wanted[chunk] * row_bytes >= layout.chunk_bytes)
+        first = np.where(whole, begins, offsets)
+        order = np.argsort(first, kind="stable")
+        last = np.maximum.accumulate(np.where(whole, begins + layout.chunk_bytes, offsets + row_bytes)[order])
+        first = first[order]
+        runs = np.flatnonzero(np.concatenate([[True], first[1:] > last[:-1] + NEAR]))
+        starts, ends = first[runs], last[np.append(runs[1:] - 1, len(last) - 1)]
+        ranges = list(zip(starts.tolist(), (ends - starts).tolist(), strict=True))
+        return _Plan(ranges, offsets, np.unique(begins[whole]))
+
+    def _chunk_starts(self, batch: int) -> np.ndarray:
+        """int64 [chunks_per_shard]: the byte at which each chunk starts; below 0 if missing."""
+        if batch not in self._starts:
+            layout, inside = self.layout, self.shards[batch]
+            path = self._place.root / inside
+            try:
+                size = self._place.size(inside)
+                index.check_size(layout, size, path, self.where)
+                [content] = self._place.read_ranges(inside, [(size - layout.index_bytes, layout.index_bytes)])
+            except FileNotFoundError:
+                raise self._damaged(inside, "is missing") from None
+            self._starts[batch] = index.chunk_starts(layout, content, size, path, self.where) * layout.item_bytes
+        return self._starts[batch]
+
+    def _damaged(self, path: str, what: str) -> Damaged:
+        return Damaged(f"{self._place.root / path} of {self.where} {what}; restore it from a copy of the store")
+
+    def cost(self, token_ids: np.ndarray) -> Cost:
+        """The ranges of a gather, and the indexes of their shards.
+
+        Args:
+            token_ids: int64 [n], distinct.
+
+        Raises:
+            NotStored: see `places`.
+        """
+        row, position = self.places(token_ids)
+        layout = self.layout
+        batch = row // layout.rows_per_chunk
+        batches, n_bytes = np.unique(batch).tolist(), 0
+        for number in batches:
+            of_batch = batch == number
+            plan = self._plan(number, row[of_batch], position[of_batch], token_ids[of_batch])
+            n_bytes += sum(length for _, length in plan.ranges) + layout.index_bytes
+        n_chunks = len(np.unique(batch << layout.key_bits | position))
+        return Cost(n_chunks, len(batches), len(row) * layout.row_items * layout.item_bytes, n_bytes)
+
+    def again(self) -> Callable[[Reading, IsToken], SiteReader]:
+        """See site.Reader; the site is opened to read all of it, from copies of its shards."""
+        return partial(_open_again, self.layout, self.first_token_id, self.shards, self.where)
+
+
+def _open_again(
+    layout: Layout, first_token_id: int, shards: Mapping[int, str], where: str, place: Reading, is_token: IsToken
+) -> SiteReader:
+    return SiteReader(layout, first_token_id, shards, where, place, is_token)

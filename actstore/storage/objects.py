@@ -1,0 +1,398 @@
+"""A prefix of a bucket as the place of a store's bytes: `s3://bucket/prefix`, gs:// or az://.
+
+A file is an object under its own path. What is published is created under a free key
+(`If-None-Match: *`). What is replaced is compared by its ETag (`If-Match`). A file that a function
+writes, as the catalog, is an object of its own that never changes, under `.actstore/heads`; a small
+object under the file's path, its head, says which. The head has a nonce, since an ETag is often the
+hash of the content. Readers keep such files in a cache of this machine, by their hash.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from uuid import uuid4
+
+import xxhash
+
+from actstore.errors import Busy, Damaged, advised
+from actstore.storage import cache, lease_object
+from actstore.storage.backend import ANY, ENDLESS, Content, File, Reading, Storage
+from actstore.storage.bucket import Bucket, Object, TooLong
+from actstore.storage.hashing import hash_of_file
+from actstore.storage.lease_object import OWN, LeaseObject, refuse_lost
+from actstore.storage.refused import needing_room
+from actstore.storage.regular import LONGEST
+
+HEADS = f"{OWN}/heads"
+HEAD = re.compile(rb"actstore head 1\n([0-9a-f]{32}) (\d{1,19})\n([0-9a-f]{32})\n *\n")
+HEAD_BYTES = 128  # of every head, so that an object of another size is none
+AT_ONCE = 32  # requests for small objects that are under way at the same time
+MOST_ASKED = 500  # objects whose sizes are asked one by one; with more, all are listed
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a head says of the file under its path.
+
+    Attributes:
+        xxh3_128: hash of the content.
+        size: its bytes.
+        nonce: of the swap that put it in place.
+    """
+
+    xxh3_128: str
+    size: int
+    nonce: str
+
+    @classmethod
+    def of(cls, content: bytes) -> Head | None:
+        """The head that an object is; None if it is a file's content."""
+        found = HEAD.fullmatch(content) if len(content) == HEAD_BYTES else None
+        return cls(found[1].decode(), int(found[2]), found[3].decode()) if found else None
+
+    def to_bytes(self) -> bytes:
+        """The head's object."""
+        text = f"actstore head 1\n{self.xxh3_128} {self.size}\n{self.nonce}\n"
+        return text.encode().ljust(HEAD_BYTES - 1) + b"\n"
+
+    def key(self, path: str) -> str:
+        """Path of the object with the content."""
+        return f"{HEADS}/{path}/{self.xxh3_128}-{self.nonce}"
+
+
+class Objects(Storage):
+    """A prefix of a bucket. Storage says what each method takes, gives and raises.
+
+    Attributes:
+        lease_seconds: after which the lease of a process that died is free.
+    """
+
+    lease_seconds = 30.0
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._bucket = Bucket(root)
+        cache.limit()  # refused before any work begins
+
+    def publish(self, path: str, content: bytes | memoryview) -> File:
+        """See Storage.publish."""
+        refuse_lost(self._bucket)
+        file = File(path, len(content), xxhash.xxh3_128_hexdigest(content))
+        if not self._bucket.create(path, content) and not self._is(file):
+            raise Damaged(
+                f"{self.root / path} exists with other content, and no commit names it: another writer is at work on this store; "
+                "if none is, remove that object"
+            )
+        return file
+
+    def _is(self, file: File) -> bool:
+        try:
+            return self.size(file.path) == file.bytes and self.token(file.path) == file.xxh3_128
+        except FileNotFoundError:
+            return False
+
+    def swap(self, path: str, content: Content, expected: str | None = ANY) -> None:
+        """See Storage.swap."""
+        with tempfile.TemporaryDirectory(prefix="actstore-") as folder:
+            if not callable(content):
+                self._swap(path, content, expected)
+                return
+            written = Path(folder) / path.rpartition("/")[2]
+            with needing_room(written):
+                content(written)
+                head = Head(hash_of_file(written), written.stat().st_size, uuid4().hex)
+            refuse_lost(self._bucket)
+            self._bucket.put(head.key(path), written)
+            try:
+                self._swap(path, head.to_bytes(), expected)
+            except BaseException:
+                with suppress(OSError):
+                    self._bucket.delete(head.key(path))
+                raise
+            with suppress(OSError):  # or it is fetched when it is read
+                cache.put(head.xxh3_128, partial(shutil.copyfile, written))
+
+    def _swap(self, path: str, content: bytes | memoryview, expected: str | None) -> None:
+        """Put an object in the place of the expected one; remove what an earlier head led to."""
+        refuse_lost(self._bucket)
+        there = self._there(path)
+        before = Head.of(there.content) if there else None
+        if expected == ANY:
+            self._bucket.put(path, content)
+        else:
+            token = None
+            if there:
+                token = before.xxh3_128 if before else xxhash.xxh3_128_hexdigest(there.content)
+            replaced = token == expected and (
+                self._bucket.replace(path, content, there.version) if there else self._created(path, content)
+            )
+            if not replaced:
+                raise Busy(f"another process changed {self.root / path} meanwhile; wait for it or stop it, then go on")
+        if before:
+            self._bucket.delete(before.key(path))
+
+    def _created(self, path: str, content: bytes | memoryview) -> bool:
+        if self._bucket.create(path, content):
+            return True
+        there = self._there(path)  # the answer may have been lost
+        return there is not None and there.content == content
+
+    def _there(self, path: str) -> Object | None:
+        try:
+            return self._bucket.get(path)
+        except FileNotFoundError:
+            return None
+
+    def token(self, path: str) -> str | None:
+        """See Storage.token; of a file with a head, what the head says."""
+        there = self._there(path)
+        if there is None:
+            return None
+        head = Head.of(there.content)
+        return head.xxh3_128 if head else xxhash.xxh3_128_hexdigest(there.content)
+
+    def read(self, path: str, longest: int = LONGEST) -> bytes:
+        """See Storage.read."""
+        head, content = self._content(path, longest)
+        while head:
+            if head.size > longest:
+                raise self._too_long(path, head.size, longest)
+            try:
+                content = self._bucket.get(head.key(path)).content
+                break
+            except FileNotFoundError:
+                head = self._newer(path, head)
+        self._compare(path, xxhash.xxh3_128_hexdigest(content) if self.committed is not None else "")
+        return content
+
+    def _content(self, path: str, longest: int) -> tuple[Head | None, bytes]:
+        """A file's head, or else its content."""
+        try:
+            content = self._bucket.get(path, max(longest, HEAD_BYTES)).content
+        except TooLong as error:
+            raise self._too_long(path, error.args[0], longest) from None
+        if (head := Head.of(content)) is None and len(content) > longest:
+            raise self._too_long(path, len(content), longest)
+        return head, content
+
+    def _too_long(self, path: str, size: int, longest: int) -> Damaged:
+        return Damaged(
+            f"{self.root / path} has {size:,} bytes, and at most {longest:,} were written; restore it from a copy"
+        )
+
+    def _newer(self, path: str, head: Head) -> Head:
+        """The head that took a head's place, since the earlier content is gone.
+
+        Raises:
+            Damaged: there is no newer head.
+        """
+        now = self._head(path)
+        if now is None or now == head:
+            raise Damaged(
+                f"{self.root / path} leads to an object that is not there; mend it with {advised('repair', self.root)}"
+            )
+        return now
+
+    def _compare(self, path: str, found: str) -> None:
+        if self.committed is not None and self.committed.get(path) != found:
+            raise Damaged(
+                f"{self.root / path} is not what was committed (its hash is another): look with "
+                f"{advised('verify', self.root)}, then mend it with {advised('repair', self.root)}"
+            )
+
+    def read_ranges(self, path: str, ranges: Iterable[tuple[int, int]]) -> Sequence[bytes]:
+        """See Storage.read_ranges."""
+        (size, head), asked = self.looked_at(path), list(ranges)
+        kept = [(start, min(length, size - start)) for start, length in asked if start < size and length > 0]
+        if head:
+            content = self.read(path, size)
+            return [content[start : start + length] for start, length in asked]
+        parts = iter(self._bucket.get_ranges(path, *map(list, zip(*kept, strict=True))) if kept else [])
+        return [bytes(next(parts)) if start < size and length > 0 else b"" for start, length in asked]
+
+    def size(self, path: str) -> int:
+        """See Storage.size."""
+        return self.looked_at(path)[0]
+
+    def looked_at(self, path: str) -> tuple[int, Head | None]:
+        """A file's size, in bytes, and its head if it has one."""
+        size = self._bucket.size(path)
+        head = Head.of(self._bucket.get(path).content) if size == HEAD_BYTES else None
+        return (head.size if head else size), head
+
+    def _head(self, path: str) -> Head | None:
+        """A file's head; None if the file has none, or is not there."""
+        try:
+            return self.looked_at(path)[1]
+        except FileNotFoundError:
+            return None
+
+    def sizes(self, paths: Sequence[str]) -> Mapping[str, int]:
+        """See Storage.sizes."""
+        if len(paths) > MOST_ASKED:
+            return self._bucket.sizes("")
+
+        def size(path: str) -> int | None:
+            try:
+                return self.size(path)
+            except FileNotFoundError:
+                return None
+
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            found = zip(paths, threads.map(size, paths), strict=True)
+            return {path: size for path, size in found if size is not None}
+
+    def ahead(self, paths: Sequence[str]) -> Mapping[str, bytes]:
+        """See Storage.ahead."""
+
+        def read(path: str) -> bytes | None:
+            with suppress(FileNotFoundError, Damaged):  # told when the file is read itself
+                return self.read(path)
+            return None
+
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            found = zip(paths, threads.map(read, paths), strict=True)
+            return {path: content for path, content in found if content is not None}
+
+    def has(self, path: str) -> bool:
+        """See Storage.has."""
+        try:
+            self._bucket.size(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str) -> Sequence[str]:
+        """See Storage.list."""
+        found = self._bucket.sizes(prefix.rpartition("/")[0])
+        return sorted(path for path in found if path.startswith(prefix) and not path.startswith(f"{OWN}/"))
+
+    def delete(self, path: str) -> None:
+        """See Storage.delete."""
+        refuse_lost(self._bucket)
+        head = self._head(path)
+        self._bucket.delete(path)
+        if head:
+            self._bucket.delete(head.key(path))
+
+    def lease(self, wait: float = 0.0) -> AbstractContextManager[LeaseObject]:
+        """See Storage.lease."""
+        return lease_object.lease(self._bucket, self.lease_seconds, wait)
+
+    def free_room(self) -> int:
+        """See Storage.free_room; a bucket has no end."""
+        return ENDLESS
+
+    def open_for_map(self, path: str) -> None:
+        """See Storage.open_for_map; an object cannot be mapped."""
+        self.size(path)
+
+    def local(self, paths: Iterable[str]) -> AbstractContextManager[Sequence[Path]]:
+        """See Storage.local; a file with a head comes from the cache."""
+        return self._local(list(paths))
+
+    @contextmanager
+    def _local(self, paths: Sequence[str]) -> Iterator[Sequence[Path]]:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actstore-")))
+
+            def copy(path: str) -> Path | None:
+                """Fetch a file; None if the path is none of a file."""
+                (to := folder / path).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    with needing_room(to):
+                        self._bucket.fetch(path, to)
+                except FileNotFoundError:
+                    return None
+                return to
+
+            with ThreadPoolExecutor(AT_ONCE) as threads:
+                copies = list(threads.map(copy, paths))
+            found = []
+            for path, to in zip(paths, copies, strict=True):
+                if to is None:
+                    to = stack.enter_context(super().local([path]))[0]  # a folder, or nothing
+                elif to.stat().st_size == HEAD_BYTES and (head := Head.of(to.read_bytes())):
+                    to = self._cached(stack, path, head)
+                found.append(to)
+            yield found
+
+    def _cached(self, stack: ExitStack, path: str, head: Head) -> Path:
+        """The content of a file with a head, in the cache while the stack is open."""
+        while True:
+            try:
+                return stack.enter_context(cache.cached(head.xxh3_128, partial(self._bucket.fetch, head.key(path))))
+            except FileNotFoundError:
+                head = self._newer(path, head)
+            except Damaged as error:
+                raise Damaged(f"{self.root / path}: {error}; mend it with {advised('repair', self.root)}") from None
+
+    def descriptor(self, path: str) -> int:
+        """See Storage.descriptor; the bytes are those in the bucket, and never the cache's."""
+        content = self.read(path, 1 << 62)
+        with tempfile.TemporaryFile() as copy:
+            copy.write(content)
+            copy.flush()
+            return os.dup(copy.fileno())
+
+    def hold(self, committed: Mapping[str, str] | None = None) -> HeldObjects:
+        """See Storage.hold."""
+        return HeldObjects(self.root, committed)
+
+    def unusable(self) -> str:
+        """See Storage.unusable."""
+        if not self._bucket.prefix:
+            return f"a store takes a prefix of its own in a bucket, and got {self.root}; name one, such as {self.root}/demo.act"
+        if lease_object.was_leased(self._bucket) or not self._bucket.sizes(""):
+            return ""
+        return f"{self.root} holds other objects and is no actstore store; name a new prefix"
+
+    def tidy(self, names: Iterable[str], folders: Iterable[str]) -> None:
+        """See Storage.tidy; what swaps that were interrupted put under heads."""
+        refuse_lost(self._bucket)
+        begins = tuple(f"{HEADS}/{name}" for name in names)
+        for key in self._bucket.sizes(HEADS):
+            if key.startswith(begins):
+                path = key[len(HEADS) + 1 :].rpartition("/")[0]
+                head = self._head(path)
+                if head is None or head.key(path) != key:
+                    self._bucket.delete(key)
+
+
+class HeldObjects(Objects, Reading):
+    """A prefix that is read from; nothing is held, since committed objects do not change."""
+
+    reads_ranges = True
+
+    def __init__(self, root: Path, committed: Mapping[str, str] | None) -> None:
+        super().__init__(root)
+        self.committed = committed
+        self._known: dict[str, tuple[int, Head | None]] = {}
+
+    def looked_at(self, path: str) -> tuple[int, Head | None]:
+        """Each file is asked about once; a head may change."""
+        if path not in self._known:
+            found = super().looked_at(path)
+            if found[1]:
+                return found
+            self._known[path] = found
+        return self._known[path]
+
+    def close(self) -> None:
+        """See Reading.close."""
+
+    def identity(self) -> tuple[str]:
+        """See Reading.identity."""
+        return (str(self.root),)
+
+    def check(self) -> None:
+        """See Reading.check; a store is not moved in a bucket."""

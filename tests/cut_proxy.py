@@ -1,0 +1,104 @@
+"""A proxy before an S3 server that drops connections, answers in the server's place, or is slow."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+Fault = str  # "refuse" (nothing is sent on), "lost" (done, and no answer), "torn" (half of a body), a status such as "409", or ""
+Choose = Callable[[str, str], Fault]  # takes method and path of a request
+
+
+class Cutting(ThreadingHTTPServer):
+    """Sends requests on to `upstream`, but for the faults that `choose` names."""
+
+    daemon_threads = True
+    choose: Choose
+    upstream: str
+    delay = 0.0  # seconds before each request is sent on
+    bytes_per_second = 0.0  # of an answer's body; 0: as fast as it comes
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Cutting
+
+    def handle_one(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.server.choose(self.command, self.path)
+        time.sleep(self.server.delay)
+        if fault == "refuse":
+            return self._drop()
+        if fault.isdigit():
+            return self._answer(int(fault), [], b"")
+        is_put = self.command == "PUT"
+        upstream = http.client.HTTPConnection(self.server.upstream)
+        try:
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                upstream.putheader(name, value)
+            upstream.endheaders()
+            if fault == "torn" and is_put:
+                upstream.send(body[: len(body) // 2])
+                return self._drop()
+            upstream.send(body)
+            answer = upstream.getresponse()
+            content = answer.read()
+        finally:
+            upstream.close()
+        if fault == "lost":
+            return self._drop()
+        headers = [
+            (name, value)
+            for name, value in answer.getheaders()
+            if name.lower() not in ("transfer-encoding", "connection")
+        ]
+        return self._answer(answer.status, headers, content, fault == "torn")
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_one  # noqa: N815 - the names that the base class calls
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, torn: bool = False) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if not any(name.lower() == "content-length" for name, _ in headers):
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if torn:
+            content = content[: len(content) // 2]
+        if speed := self.server.bytes_per_second:
+            for start in range(0, len(content), 1 << 14):
+                self.wfile.write(content[start : start + (1 << 14)])
+                time.sleep((1 << 14) / speed)
+        else:
+            self.wfile.write(content)
+        if torn:
+            self._drop()
+
+    def _drop(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.wfile.flush()
+            self.connection.shutdown(2)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def cutting(upstream: str, choose: Choose = lambda method, path: "") -> Iterator[tuple[str, Cutting]]:
+    """Run a proxy before a server, `http://127.0.0.1:port`; gives its own address, and itself."""
+    with Cutting(("127.0.0.1", 0), _Handler) as server:
+        server.choose, server.upstream = choose, upstream.removeprefix("http://")
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", server
+        finally:
+            server.shutdown()

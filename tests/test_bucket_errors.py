@@ -1,0 +1,246 @@
+"""What goes wrong with a bucket: one line each, no credentials in it, and nothing committed is lost."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from actstore.cli import main
+from actstore.errors import ActstoreError, BadInput, Busy, NotStored, Unreachable
+from actstore.storage import bucket as requests
+from actstore.storage import cache
+from actstore.storage.at import at
+from actstore.storage.bucket import Bucket
+from actstore.storage.lease_object import LEASE, held_here
+from actstore.store import Store
+from actstore.upkeep.verify import verify
+from actstore.writing.writer import open_writer
+from tests.bucket_server import BUCKET, KEY, READER, READER_SECRET, SECRET
+from tests.cut_proxy import Cutting, cutting
+from tests.stores import Fake, fake
+from tests.test_objects import address
+
+pytestmark = pytest.mark.usefixtures("s3")
+
+
+@pytest.fixture(scope="module")
+def run() -> Fake:
+    return fake(n_trees=2, trees_per_shard=1, sites=("resid_post.0",))
+
+
+@pytest.fixture
+def root(run: Fake) -> Path:
+    run.store(root := address("errors"))
+    return root
+
+
+@pytest.fixture
+def proxy(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cutting]:
+    """A proxy that all requests go through, with retries that give up soon."""
+    monkeypatch.setattr(requests, "RETRIES", {**requests.RETRIES, "max_retries": 1})
+    monkeypatch.setattr(requests, "PAUSE", 0.001)
+    with cutting(s3["AWS_ENDPOINT_URL"]) as (url, server):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        yield server
+
+
+def said(*words: object) -> str:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code in (1, 2), result.output
+    assert len(result.output.splitlines()) == 1, result.output
+    for secret in (KEY, SECRET, READER, READER_SECRET, "no-such-secret", "no-such-key"):
+        assert secret not in result.output
+    return result.output
+
+
+def test_a_bucket_that_does_not_exist_is_told() -> None:
+    for words in (["info", "s3://no-such-bucket/x"], ["ingest", "s3://no-such-bucket/x", "--model", "reproduction"]):
+        assert "there is no bucket 'no-such-bucket'" in said(*words)
+    assert "does not exist" in said("info", f"s3://{BUCKET}/no-such-store")
+
+
+@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_credentials_are_told_and_never_echoed(
+    root: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "no-such-secret" if "SECRET" in variable else "no-such-key")
+    assert "refuses this access to bucket 'tests'" in said("info", root)
+    with pytest.raises(Unreachable) as caught:
+        Bucket(root).put("x", b"")
+    assert caught.value.__suppress_context__, "a traceback would quote what the server said"
+
+
+def test_who_may_only_read_reads_and_is_told_when_it_writes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
+    with Store(root) as store:
+        assert len(store.read("from tokens", site="resid_post.0")[0])
+    assert not verify(root).damage
+    with pytest.raises(Unreachable, match="refuses this access to bucket 'tests'"), open_writer(root):
+        pass
+    with pytest.raises(Unreachable, match="refuses this access"):
+        at(root).delete("store.json")
+
+
+def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "RETRIES", {**requests.RETRIES, "max_retries": 0})
+    for name, what in (("127.0.0.1:9", "refuses connections"), ("nowhere.invalid", "has an unknown name")):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:no-such-secret@{name}")
+        assert what in said("info", f"s3://{BUCKET}/x")
+
+
+def test_no_credentials_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "RETRIES", {**requests.RETRIES, "max_retries": 0})
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go together" in said("info", f"s3://{BUCKET}/x")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "look at the credentials in the environment" in said("info", f"s3://{BUCKET}/x")
+
+
+def test_a_prefix_that_holds_something_else_is_left_alone() -> None:
+    Bucket(root := address("else")).put("letter.txt", b"dear reader")
+    assert "holds other objects" in said("ingest", root, "--model", "reproduction", "--trees", "1")
+    assert "a prefix of its own" in said("ingest", f"s3://{BUCKET}", "--model", "reproduction", "--trees", "1")
+    assert "name a bucket" in said("info", "s3://")
+    assert list(Bucket(root).sizes("")) == ["letter.txt"]
+
+
+def test_without_obstore_it_is_said_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "obstore", None)
+    assert "pip install 'actstore[s3]'" in said("info", root)
+
+
+FAULTS = ("refuse", "lost", "torn", "503", "409")
+METHODS = ("GET", "PUT", "HEAD", "POST")
+FREE = b'{"holder": "", "seconds": 30, "held": false}'
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_kind_of_request_is_done_again_when_it_fails(
+    run: Fake, proxy: Cutting, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fifth request of a kind fails; the store comes out whole."""
+    quick = {"init_backoff": timedelta(seconds=0.001), "max_backoff": timedelta(seconds=0.01), "base": 2}
+    monkeypatch.setattr(requests, "RETRIES", {**requests.RETRIES, "max_retries": 9, "backoff": quick})
+    seen = Counter[str]()
+
+    def choose(asked: str, path: str) -> str:
+        seen[asked] += 1
+        return fault if seen[asked] % 5 == 0 else ""
+
+    proxy.choose = choose
+    run.store(root := address("again"))
+    with Store(root) as store:
+        X, rows = store.read("select token_id, tree_id from tokens", site="resid_post.0")
+        assert (X[:, 0] == rows["tree_id"].to_numpy()).all()
+    proxy.choose = lambda asked, path: ""
+    assert set(METHODS) <= {method for method, times in seen.items() if times >= 5}
+    assert not verify(root).findings
+
+
+@pytest.mark.parametrize(("fault", "after"), [("refuse", 11), ("lost", 30), ("torn", 45)])
+def test_a_connection_that_ends_is_told_and_the_same_run_goes_on(
+    run: Fake, proxy: Cutting, after: int, fault: str
+) -> None:
+    left = after
+
+    def choose(asked: str, path: str) -> str:
+        nonlocal left
+        left -= 1
+        return fault if left < 0 else ""
+
+    proxy.choose, root = choose, address("ends")
+    with pytest.raises(ActstoreError) as caught:
+        run.store(root)
+    assert isinstance(caught.value, Unreachable | Busy), caught.value
+    proxy.choose = lambda asked, path: ""
+    Bucket(root).put(LEASE, FREE)  # or the next writer would wait until it ends
+    run.store(root)
+    assert not verify(root).findings
+
+
+def test_a_reader_is_told_when_the_connection_ends_and_reads_on_later(root: Path, proxy: Cutting) -> None:
+    with Store(root) as store:
+        proxy.choose = lambda asked, path: "refuse"
+        with pytest.raises(Unreachable, match="dropped the connection; nothing that was committed is lost"):
+            store.read("from tokens", site="resid_post.0")
+        with pytest.raises(Unreachable):
+            verify(root)
+        proxy.choose = lambda asked, path: ""
+        assert len(store.read("from tokens", site="resid_post.0")[0])
+
+
+def test_a_writer_that_lost_its_lease_changes_nothing(root: Path) -> None:
+    before = Bucket(root).sizes("")
+    with suppress(Busy), open_writer(root):
+        Bucket(root).put(LEASE, b'{"holder": "another process", "seconds": 30, "held": true, "nonce": ""}')
+        held = held_here(Bucket(root))
+        assert held is not None
+        held.renew()
+        for act in (
+            lambda: at(root).publish("log/x", b"x"),
+            lambda: at(root).swap("x", b"x"),
+            lambda: at(root).delete("log/00000001.json"),
+        ):
+            with pytest.raises(Busy, match="was lost"):
+                act()
+    assert {path: size for path, size in Bucket(root).sizes("").items() if path != LEASE} == {
+        path: size for path, size in before.items() if path != LEASE
+    }
+
+
+def test_a_process_that_was_forked_is_refused_and_does_not_wait_for_ever(root: Path) -> None:
+    with Store(root) as store:
+        batches = store.batches("from tokens", site="resid_post.0")
+        read, write = os.pipe()
+        if not (child := os.fork()):
+            try:
+                next(iter(batches))
+            except BadInput as error:
+                os.write(write, str(error).encode())
+            os._exit(0)
+        os.close(write)
+        assert b"forked" in os.read(read, 1000)
+        os.close(read)
+        os.waitpid(child, 0)
+
+
+def test_the_cache_is_checked_and_shared_and_has_a_limit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_one(path: Path) -> None:
+        with Store(path):
+            pass
+
+    kept = cache.folder() / f"{at(root).token('catalog.duckdb')}.duckdb"
+    kept.chmod(0o600)
+    kept.write_bytes(b"not what it was")
+    open_one(root)
+    assert kept.stat().st_size > 1000
+    monkeypatch.setenv("ACTSTORE_CACHE_SIZE", "0")
+    with Store(root):
+        fake("another", sites=("resid_post.0",)).store(other := address("other"))
+        assert kept.exists(), "a catalog that is open stays"
+    open_one(other)
+    fake("third", sites=("resid_post.0",)).store(address("other"))
+    assert not kept.exists()
+    monkeypatch.setenv("ACTSTORE_CACHE_SIZE", "much")
+    with pytest.raises(BadInput, match="a number of gigabytes"):
+        fake("fourth", sites=("resid_post.0",)).store(address("other"))
+
+
+def test_the_command_line_names_the_cache(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACTSTORE_CACHE", os.environ["ACTSTORE_CACHE"])  # put back after the test
+    result = CliRunner().invoke(main, ["--cache", str(tmp_path / "named"), "info", str(root)])
+    assert result.exit_code == 0, result.output
+    assert [path.suffix for path in (tmp_path / "named").iterdir()] == [".duckdb"]
+
+
+def test_what_is_not_stored_is_told_as_in_a_folder(root: Path) -> None:
+    with Store(root) as store, pytest.raises(NotStored):
+        store.read("from tokens", site="resid_post.7")

@@ -69,7 +69,9 @@ def read_at_opening(root: Path, monkeypatch: pytest.MonkeyPatch, check: bool = F
     found: list[int] = []
     with monkeypatch.context() as patch:
         real = log.read_manifest
-        patch.setattr(log, "read_manifest", lambda root, number: found.append(number) or real(root, number))
+        patch.setattr(
+            log, "read_manifest", lambda root, number, *content: found.append(number) or real(root, number, *content)
+        )
         with Store(root, check=check) as store:
             assert store.sql("select count(*) from tokens").item() == RUN.lengths.sum()
     return found

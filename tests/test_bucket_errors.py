@@ -8,17 +8,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from time import sleep
 
 import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
-from actstore.errors import ActstoreError, BadInput, Busy, NotStored, Unreachable
+from actstore.errors import ActstoreError, BadInput, Busy, Damaged, NotStored, Unreachable
 from actstore.storage import bucket as requests
 from actstore.storage import cache
 from actstore.storage.at import at
 from actstore.storage.bucket import Bucket
 from actstore.storage.lease_object import LEASE, held_here
+from actstore.storage.objects import Objects
 from actstore.store import Store
 from actstore.upkeep.verify import verify
 from actstore.writing.writer import open_writer
@@ -119,7 +121,8 @@ def test_without_obstore_it_is_said_what_to_install(root: Path, monkeypatch: pyt
 
 FAULTS = ("refuse", "lost", "torn", "503", "409")
 METHODS = ("GET", "PUT", "HEAD", "POST")
-FREE = b'{"holder": "", "seconds": 30, "held": false}'
+OF_ANOTHER = b'{"holder": "process 7 on another", "process": [], "seconds": 0.5, "held": true}'
+FREE = b'{"holder": "", "process": [], "seconds": 30, "held": false}'
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -180,7 +183,7 @@ def test_a_reader_is_told_when_the_connection_ends_and_reads_on_later(root: Path
 def test_a_writer_that_lost_its_lease_changes_nothing(root: Path) -> None:
     before = Bucket(root).sizes("")
     with suppress(Busy), open_writer(root):
-        Bucket(root).put(LEASE, b'{"holder": "another process", "seconds": 30, "held": true, "nonce": ""}')
+        Bucket(root).put(LEASE, OF_ANOTHER)
         held = held_here(Bucket(root))
         assert held is not None
         held.renew()
@@ -194,6 +197,32 @@ def test_a_writer_that_lost_its_lease_changes_nothing(root: Path) -> None:
     assert {path: size for path, size in Bucket(root).sizes("").items() if path != LEASE} == {
         path: size for path, size in before.items() if path != LEASE
     }
+
+
+def test_a_lease_of_another_machine_is_free_when_it_was_not_renewed(root: Path) -> None:
+    Bucket(root).put(LEASE, OF_ANOTHER)
+    said = r"written by process 7 on another.*ends at most 0.5 seconds after it"
+    with pytest.raises(Busy, match=said), at(root).lease():
+        pass
+    with at(root).lease(wait=20) as held:
+        held.check()
+    Bucket(root).put(LEASE, b"no lease")
+    with pytest.raises(Damaged, match="is no lease of actstore"), at(root).lease():
+        pass
+
+
+def test_a_lease_that_cannot_be_renewed_is_lost_in_time(
+    root: Path, proxy: Cutting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Objects, "lease_seconds", 1.0)
+    with at(root).lease() as held:
+        sleep(1.5)
+        held.check()  # it was renewed
+        proxy.choose = lambda asked, path: "refuse"
+        sleep(1.5)
+        with pytest.raises(Busy, match="was lost"):
+            held.check()
+        proxy.choose = lambda asked, path: ""
 
 
 def test_a_process_that_was_forked_is_refused_and_does_not_wait_for_ever(root: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
+from actstore import verbs
 from actstore.arrays import ranged
 from actstore.errors import Busy, Damaged, NotStored
 from actstore.storage.at import at
@@ -182,3 +184,32 @@ def test_a_store_is_copied_to_a_bucket_and_back_byte_for_byte(beside: Path, tmp_
     derived = ("catalog.duckdb", "catalog.json", "store.json", ".lock")
     assert ours.keys() == back.keys()
     assert all(back[path] == ours[path] for path in ours if path not in derived)
+
+
+def test_labels_sites_results_and_drops_are_as_in_a_folder(root: Path, beside: Path, run: Fake) -> None:
+    rows: list[object] = []
+    for store in (root, beside):
+        with Store(store) as opened:
+            ids = opened.sql("select token_id from tokens order by token_id")
+        verbs.label(store, "mine", ids.with_columns(label=pl.lit("x")))
+        verbs.append(store, "r", "mine.0", ids, np.arange(len(ids) * 2, dtype=np.float32).reshape(-1, 2))
+        verbs.view(store, "first_tokens", "select token_id from tokens where position = 0")
+        with Store(store) as opened:
+            X, _ = opened.read("from first_tokens", site="mine.0")
+            rows.append((X.tolist(), opened.sql("from mine order by all").rows(), opened.sites("r")))
+        verbs.drop(store, label="mine")
+        fake("s", "e", seed=1).store(store)
+        verbs.drop(store, run="r")
+        rows.append(verify(store).findings)
+        with Store(store) as opened:
+            rows.append((opened.runs(), opened.sql("from shards order by all").rows()))
+    assert rows[:3] == rows[3:]
+    assert at(root).list("activations.zarr/") == at(beside).list("activations.zarr/")
+
+
+def test_stores_of_a_bucket_and_of_a_folder_are_merged_in_a_bucket(root: Path, tmp_path: Path) -> None:
+    fake("s", "e", seed=1).store(tmp_path / "other.act")
+    verbs.merge([root, tmp_path / "other.act"], out := address("merged"))
+    with Store(out) as store:
+        assert store.runs() == ["r", "s"]
+    assert not verify(out).damage

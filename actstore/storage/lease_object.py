@@ -1,8 +1,10 @@
 """The right to write to a place in a bucket: an object with an expiry, renewed while it is held.
 
-Only the server's clock counts: its time is that of an object which is put for the purpose. The
-lease keeps writers from each other's way. What was committed does not rest on it: files are created
-once, and what is replaced is compared first.
+Only the server's clock counts: its time is that of an object which is put for the purpose. A holder
+that ran on this machine and has ended is known at once.
+
+The lease keeps writers from each other's way. What was committed does not rest on it: files are
+created once, and what is replaced is compared first.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from uuid import uuid4
 from actstore.errors import ActstoreError, Busy, Damaged
 from actstore.storage.bucket import Bucket, Object, TooLong
 from actstore.storage.lease import LOOK_AGAIN, signature
-from actstore.storage.machine import check_process, refuse_forked
+from actstore.storage.machine import check_process, is_known_dead, process_name, refuse_forked
 
 OWN = ".actstore"  # the folder of objects that are no files of the place
 LEASE, CLOCK = f"{OWN}/lease", f"{OWN}/clock"
@@ -111,7 +113,8 @@ def lease(bucket: Bucket, seconds: float, wait: float = 0.0) -> Iterator[LeaseOb
     while True:
         found = _found(bucket)
         about = _parsed(bucket, found)
-        if (about is None or not about["held"] or _expired(bucket, found, about)) and held.take(found):
+        is_free = about is None or not about["held"] or is_known_dead(about["process"])
+        if (is_free or _expired(bucket, found, about)) and held.take(found):
             break
         if not time.monotonic() < deadline:
             waited = f" (waited {wait:g} s; --wait SECONDS sets how long)" if wait else ""
@@ -162,7 +165,8 @@ def _parsed(bucket: Bucket, found: Object | None) -> dict[str, Any] | None:
         return None
     try:
         about = json.loads(found.content)
-        return {"holder": str(about["holder"]), "seconds": float(about["seconds"]), "held": bool(about["held"])}
+        named = {"holder": str(about["holder"]), "process": list(about["process"])}
+        return {**named, "seconds": float(about["seconds"]), "held": bool(about["held"])}
     except (ValueError, KeyError, TypeError):
         raise _no_lease(bucket) from None
 
@@ -173,9 +177,12 @@ def _no_lease(bucket: Bucket) -> Damaged:
 
 def _lease(holder: str, seconds: float, held: bool) -> bytes:
     """The nonce tells this lease from any other: an ETag is often the hash of the content."""
-    return json.dumps({"holder": holder, "seconds": seconds, "held": held, "nonce": uuid4().hex}).encode()
+    about = {"holder": holder, "process": process_name(), "seconds": seconds, "held": held, "nonce": uuid4().hex}
+    return json.dumps(about).encode()
 
 
-def _expired(bucket: Bucket, found: Object | None, about: dict[str, Any]) -> bool:
+def _expired(bucket: Bucket, found: Object | None, about: dict[str, Any] | None) -> bool:
     bucket.put(CLOCK, uuid4().hex.encode())
-    return bool(found and (bucket.modified(CLOCK) - found.modified).total_seconds() > about["seconds"] + SLACK)
+    return bool(
+        found and about and (bucket.modified(CLOCK) - found.modified).total_seconds() > about["seconds"] + SLACK
+    )

@@ -146,6 +146,42 @@ def check_process(opened_in: int) -> None:
         )
 
 
+def process_name() -> list[str | int]:
+    """What tells this process from any other, of this machine or of another; [] if nothing does.
+
+    Returns:
+        The machine's start, the namespace of process ids, the id, and when the process began.
+    """
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return [started, os.stat("/proc/self/ns/pid").st_ino, os.getpid(), _began(os.getpid())]
+    except (OSError, ValueError, IndexError):
+        return []  # no Linux
+
+
+def is_known_dead(name: list[str | int]) -> bool:
+    """True if a process ran on this machine, and has ended; False if that cannot be known.
+
+    Args:
+        name: see process_name.
+    """
+    here = process_name()
+    if not here or len(name) != len(here) or name[:2] != here[:2] or not isinstance(name[2], int):
+        return False
+    try:
+        return _began(name[2]) != name[3]
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _began(process: int) -> int:
+    """When a process began, in ticks after the machine's start; -1 if it ended, and lingers."""
+    state, *about = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return -1 if state in "ZX" else int(about[18])
+
+
 @cache
 def _first_process() -> int:
     """Id of the process that first opened a store, in whatever way."""

@@ -107,6 +107,7 @@ torture: install
 	$(BIN)/python -m tests.torture.faults
 	$(BIN)/python -m tests.torture.flips 1000
 	$(BIN)/python -m tests.torture.power 40
+	$(BIN)/python -m tests.torture.buckets
 
 # export activations, and train an SAE of SAELens from them in an environment of its own
 saelens: install

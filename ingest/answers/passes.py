@@ -72,7 +72,8 @@ def run_text(
     done = 0
     for chosen in passes(lengths, per_pass):
         of_these = lengths[chosen]
-        ids = torch.from_numpy(padded(drawn.numbers, begins[chosen], of_these)).to(model.device)
+        numbers = torch.from_numpy(padded(drawn.numbers, begins[chosen], of_these))
+        ids = numbers.to(model.device, non_blocking=True)  # or the pass before would be waited for
 
         def take(
             spec: SiteSpec, activations: Tensor, chosen: np.ndarray = chosen, of_these: np.ndarray = of_these

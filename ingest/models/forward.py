@@ -129,7 +129,7 @@ def forward(
             return model.bridge.run_with_hooks(ids, fwd_hooks=hooks)
         mask = torch.ones_like(ids)
         if lengths is not None:
-            of_each = torch.as_tensor(lengths, device=ids.device)
+            of_each = torch.as_tensor(lengths).to(ids.device, non_blocking=True)
             mask = (torch.arange(n_positions, device=ids.device) < of_each[:, None]).long()
         logits = model.bridge.run_with_hooks(ids, attention_mask=mask, fwd_hooks=hooks)
     return logits.float()

@@ -83,12 +83,13 @@ def s3_server(tmp_path_factory):
         yield env
 
 
-@pytest.fixture
-def s3(s3_server, monkeypatch, tmp_path):
-    """The server, in this process's environment, and a cache of the test's own."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in s3_server.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("ACTSTORE_CACHE", str(tmp_path / "cache"))
-    return s3_server
+@pytest.fixture(scope="module")
+def s3(s3_server, tmp_path_factory):
+    """The server, in this process's environment, and a cache of the module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in s3_server.items():
+            patch.setenv(name, value)
+        patch.setenv("ACTSTORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield s3_server

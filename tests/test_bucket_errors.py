@@ -43,6 +43,13 @@ def root(run: Fake) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def kept(s3: dict[str, str], run: Fake) -> Path:
+    """The same store; not to be changed."""
+    run.store(root := address("kept"))
+    return root
+
+
 @pytest.fixture
 def proxy(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cutting]:
     """A proxy that all requests go through, with retries that give up soon."""
@@ -70,25 +77,25 @@ def test_a_bucket_that_does_not_exist_is_told() -> None:
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
 def test_wrong_credentials_are_told_and_never_echoed(
-    root: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+    kept: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "no-such-secret" if "SECRET" in variable else "no-such-key")
-    assert "refuses this access to bucket 'tests'" in said("info", root)
+    assert "refuses this access to bucket 'tests'" in said("info", kept)
     with pytest.raises(Unreachable) as caught:
-        Bucket(root).put("x", b"")
+        Bucket(kept).put("x", b"")
     assert caught.value.__suppress_context__, "a traceback would quote what the server said"
 
 
-def test_who_may_only_read_reads_and_is_told_when_it_writes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_may_only_read_reads_and_is_told_when_it_writes(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
-    with Store(root) as store:
+    with Store(kept) as store:
         assert len(store.read("from tokens", site="resid_post.0")[0])
-    assert not verify(root).damage
-    with pytest.raises(Unreachable, match="refuses this access to bucket 'tests'"), open_writer(root):
+    assert not verify(kept).damage
+    with pytest.raises(Unreachable, match="refuses this access to bucket 'tests'"), open_writer(kept):
         pass
     with pytest.raises(Unreachable, match="refuses this access"):
-        at(root).delete("store.json")
+        at(kept).delete("store.json")
 
 
 def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +121,9 @@ def test_a_prefix_that_holds_something_else_is_left_alone() -> None:
     assert list(Bucket(root).sizes("")) == ["letter.txt"]
 
 
-def test_without_obstore_it_is_said_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_obstore_it_is_said_what_to_install(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
-    assert "pip install 'actstore[s3]'" in said("info", root)
+    assert "pip install 'actstore[s3]'" in said("info", kept)
 
 
 FAULTS = ("refuse", "lost", "torn", "503", "409")
@@ -169,13 +176,34 @@ def test_a_connection_that_ends_is_told_and_the_same_run_goes_on(
     assert not verify(root).findings
 
 
-def test_a_reader_is_told_when_the_connection_ends_and_reads_on_later(root: Path, proxy: Cutting) -> None:
+def test_a_head_whose_put_had_no_answer_leads_to_its_content(run: Fake, proxy: Cutting) -> None:
+    run.store(root := address("head"), [0])
+    heads = 0
+
+    def choose(asked: str, path: str) -> str:
+        nonlocal heads
+        heads += asked == "PUT" and path.endswith("/catalog.duckdb")
+        return "lost" if heads else ""
+
+    proxy.choose = choose
+    with pytest.raises(Unreachable):
+        run.store(root)
+    proxy.choose = lambda asked, path: ""
     with Store(root) as store:
+        assert store.sql("select count(*) from trees").item() == 2
+    Bucket(root).put(LEASE, FREE)
+    with open_writer(root):
+        pass
+    assert len(Bucket(root).sizes(".actstore/heads")) == 1
+
+
+def test_a_reader_is_told_when_the_connection_ends_and_reads_on_later(kept: Path, proxy: Cutting) -> None:
+    with Store(kept) as store:
         proxy.choose = lambda asked, path: "refuse"
         with pytest.raises(Unreachable, match="dropped the connection; nothing that was committed is lost"):
             store.read("from tokens", site="resid_post.0")
         with pytest.raises(Unreachable):
-            verify(root)
+            verify(kept)
         proxy.choose = lambda asked, path: ""
         assert len(store.read("from tokens", site="resid_post.0")[0])
 
@@ -225,8 +253,8 @@ def test_a_lease_that_cannot_be_renewed_is_lost_in_time(
         proxy.choose = lambda asked, path: ""
 
 
-def test_a_process_that_was_forked_is_refused_and_does_not_wait_for_ever(root: Path) -> None:
-    with Store(root) as store:
+def test_a_process_that_was_forked_is_refused_and_does_not_wait_for_ever(kept: Path) -> None:
+    with Store(kept) as store:
         batches = store.batches("from tokens", site="resid_post.0")
         read, write = os.pipe()
         if not (child := os.fork()):
@@ -263,13 +291,13 @@ def test_the_cache_is_checked_and_shared_and_has_a_limit(root: Path, monkeypatch
         fake("fourth", sites=("resid_post.0",)).store(address("other"))
 
 
-def test_the_command_line_names_the_cache(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_names_the_cache(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACTSTORE_CACHE", os.environ["ACTSTORE_CACHE"])  # put back after the test
-    result = CliRunner().invoke(main, ["--cache", str(tmp_path / "named"), "info", str(root)])
+    result = CliRunner().invoke(main, ["--cache", str(tmp_path / "named"), "info", str(kept)])
     assert result.exit_code == 0, result.output
     assert [path.suffix for path in (tmp_path / "named").iterdir()] == [".duckdb"]
 
 
-def test_what_is_not_stored_is_told_as_in_a_folder(root: Path) -> None:
-    with Store(root) as store, pytest.raises(NotStored):
+def test_what_is_not_stored_is_told_as_in_a_folder(kept: Path) -> None:
+    with Store(kept) as store, pytest.raises(NotStored):
         store.read("from tokens", site="resid_post.7")

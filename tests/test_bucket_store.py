@@ -38,6 +38,13 @@ def root(run: Fake) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def kept(s3: dict[str, str], run: Fake) -> Path:
+    """The same store; not to be changed."""
+    run.store(root := address("kept"))
+    return root
+
+
 @pytest.fixture
 def beside(run: Fake, tmp_path: Path) -> Path:
     """The same store as a folder."""
@@ -60,8 +67,8 @@ def no_model(*asked: object) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_a_store_in_a_bucket_reads_as_the_same_store_in_a_folder(root: Path, beside: Path, check: bool) -> None:
-    with Store(str(root), check) as there, Store(beside, check) as here:
+def test_a_store_in_a_bucket_reads_as_the_same_store_in_a_folder(kept: Path, beside: Path, check: bool) -> None:
+    with Store(str(kept), check) as there, Store(beside, check) as here:
         for table in TABLES:
             asked = f"from {table}" + " where true" * (table == "snapshot")
             if table != "snapshot":
@@ -81,26 +88,26 @@ def test_a_store_in_a_bucket_reads_as_the_same_store_in_a_folder(root: Path, bes
             np.testing.assert_array_equal(X, wanted)
 
 
-def test_every_object_is_the_file_of_the_folder_byte_for_byte(root: Path, beside: Path) -> None:
-    theirs = {path: at(root).read(path) for path in at(root).list("")}
+def test_every_object_is_the_file_of_the_folder_byte_for_byte(kept: Path, beside: Path) -> None:
+    theirs = {path: at(kept).read(path) for path in at(kept).list("")}
     derived = ("catalog.duckdb", "catalog.json", "store.json")
     ours = {path: content for path, content in files(beside).items() if path != ".lock"}
     assert {path: content for path, content in theirs.items() if path not in derived} == {
         path: content for path, content in ours.items() if path not in derived
     }
     assert theirs.keys() == ours.keys()
-    assert not verify(root).damage
+    assert not verify(kept).damage
 
 
 @pytest.mark.parametrize("small", [0, 1 << 20])
 @pytest.mark.parametrize("near", [0, 300, 1 << 20])
 @pytest.mark.parametrize("site", SITES)
 def test_rows_are_the_same_whatever_is_read_together(
-    root: Path, run: Fake, site: str, near: int, small: int, monkeypatch: pytest.MonkeyPatch
+    kept: Path, run: Fake, site: str, near: int, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranged, "NEAR", near)
     monkeypatch.setattr(ranged, "SMALL", small)
-    with Store(root) as store:
+    with Store(kept) as store:
         wanted = run.activations[next(name for name in run.activations if site.split(".")[0] in name)]
         rows = store.sql("select tree_id, position, token_id from tokens order by hash(token_id) limit 40")
         X, _ = store.read(rows.select("token_id"), site=site)

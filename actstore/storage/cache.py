@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from actstore.storage.refused import needing_room
 FOLDER, LIMIT = "ACTSTORE_CACHE", "ACTSTORE_CACHE_SIZE"  # names of the environment
 MOST_GB = 20.0
 ENDING = ".duckdb"
+LEFT_FOR = 86400.0  # seconds: what is fetched for longer is not fetched any more
 
 
 def folder() -> Path:
@@ -100,6 +102,10 @@ def _is_still(path: Path, descriptor: int) -> bool:
 def _shrink(kept: Path) -> None:
     """Remove the files that were used longest ago, as far as nobody has them open."""
     files = []
+    for left in kept.parent.glob(".*.tmp"):  # by a process that was killed
+        with suppress(OSError):
+            if left.stat().st_mtime < time.time() - LEFT_FOR:
+                left.unlink()
     for path in kept.parent.glob(f"*{ENDING}"):
         with suppress(OSError):
             about = path.stat()

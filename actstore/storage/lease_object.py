@@ -165,7 +165,7 @@ def _parsed(bucket: Bucket, found: Object | None) -> dict[str, Any] | None:
         return None
     try:
         about = json.loads(found.content)
-        named = {"holder": str(about["holder"]), "process": list(about["process"])}
+        named = {"holder": str(about["holder"]), "process": list(about.get("process") or [])}
         return {**named, "seconds": float(about["seconds"]), "held": bool(about["held"])}
     except (ValueError, KeyError, TypeError):
         raise _no_lease(bucket) from None

@@ -27,7 +27,7 @@ from actstore.errors import Busy, Damaged, advised
 from actstore.storage import cache, lease_object
 from actstore.storage.backend import ANY, ENDLESS, Content, File, Reading, Storage
 from actstore.storage.bucket import Bucket, Object, TooLong
-from actstore.storage.hashing import hash_of_file
+from actstore.storage.hashing import hash_of, hash_of_file
 from actstore.storage.lease_object import OWN, LeaseObject, refuse_lost
 from actstore.storage.refused import needing_room
 from actstore.storage.regular import LONGEST
@@ -114,7 +114,7 @@ class Objects(Storage):
             self._bucket.put(head.key(path), written)
             try:
                 self._swap(path, head.to_bytes(), expected)
-            except BaseException:
+            except Busy:  # after any other error the head may be in place; `tidy` removes what no head leads to
                 with suppress(OSError):
                     self._bucket.delete(head.key(path))
                 raise
@@ -338,11 +338,27 @@ class Objects(Storage):
 
     def descriptor(self, path: str) -> int:
         """See Storage.descriptor; the bytes are those in the bucket, and never the cache's."""
-        content = self.read(path, 1 << 62)
-        with tempfile.TemporaryFile() as copy:
-            copy.write(content)
-            copy.flush()
-            return os.dup(copy.fileno())
+        with tempfile.TemporaryDirectory(prefix="actstore-") as folder:
+            to = Path(folder) / "copy"
+            with needing_room(to):
+                self._fetch(path, to)
+            descriptor = os.open(to, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._compare(path, hash_of(descriptor) if self.committed is not None else "")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _fetch(self, path: str, to: Path) -> None:
+        """Write a file's content to a file of this machine."""
+        self._bucket.fetch(path, to)
+        head = Head.of(to.read_bytes()) if to.stat().st_size == HEAD_BYTES else None
+        while head:
+            try:
+                return self._bucket.fetch(head.key(path), to)
+            except FileNotFoundError:
+                head = self._newer(path, head)
 
     def hold(self, committed: Mapping[str, str] | None = None) -> HeldObjects:
         """See Storage.hold."""

@@ -21,7 +21,7 @@ from actstore.storage.refused import needing_room
 FOLDER, LIMIT = "ACTSTORE_CACHE", "ACTSTORE_CACHE_SIZE"  # names of the environment
 MOST_GB = 20.0
 ENDING = ".duckdb"
-LEFT_FOR = 86400.0  # seconds: what is fetched for longer is not fetched any more
+LEFT_FOR = 86400.0  # seconds after which an unfinished file is that of a process that was killed
 
 
 def folder() -> Path:
@@ -102,10 +102,10 @@ def _is_still(path: Path, descriptor: int) -> bool:
 def _shrink(kept: Path) -> None:
     """Remove the files that were used longest ago, as far as nobody has them open."""
     files = []
-    for left in kept.parent.glob(".*.tmp"):  # by a process that was killed
+    for unfinished in kept.parent.glob(".*.tmp"):
         with suppress(OSError):
-            if left.stat().st_mtime < time.time() - LEFT_FOR:
-                left.unlink()
+            if unfinished.stat().st_mtime < time.time() - LEFT_FOR:
+                unfinished.unlink()
     for path in kept.parent.glob(f"*{ENDING}"):
         with suppress(OSError):
             about = path.stat()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +18,7 @@ from actstore.cli import main
 from actstore.errors import ActstoreError, BadInput, Busy, Damaged, NotStored, Unreachable
 from actstore.storage import bucket as requests
 from actstore.storage import cache
-from actstore.storage.at import at
+from actstore.storage.at import at, place
 from actstore.storage.bucket import Bucket
 from actstore.storage.lease_object import LEASE, held_here
 from actstore.storage.objects import Objects
@@ -296,6 +297,17 @@ def test_the_command_line_names_the_cache(kept: Path, tmp_path: Path, monkeypatc
     result = CliRunner().invoke(main, ["--cache", str(tmp_path / "named"), "info", str(kept)])
     assert result.exit_code == 0, result.output
     assert [path.suffix for path in (tmp_path / "named").iterdir()] == [".duckdb"]
+
+
+def test_an_address_is_shown_as_it_is_typed(kept: Path) -> None:
+    typed = f"s3://{str(kept).partition(':')[2].lstrip('/')}"
+    for text in (typed, typed.replace("://", ":/"), Path(typed)):
+        assert str(place(text)) == str(pickle.loads(pickle.dumps(place(text)))) == typed
+        assert str(place(text) / "log/x") == f"{typed}/log/x"
+        with Store(text) as store:
+            assert f"'{typed}'" in repr(store)
+            assert store.sql("select 1 as one", timeout=60)["one"].item() == 1
+    assert typed.replace("kept", "none") in said("info", typed.replace("kept", "none"))
 
 
 def test_what_is_not_stored_is_told_as_in_a_folder(kept: Path) -> None:

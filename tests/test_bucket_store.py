@@ -11,6 +11,7 @@ import pytest
 from actstore import verbs
 from actstore.arrays import ranged
 from actstore.errors import Busy, Damaged, NotStored
+from actstore.storage import cache
 from actstore.storage.at import at
 from actstore.storage.bucket import Bucket
 from actstore.store import Store
@@ -145,6 +146,8 @@ def test_only_the_present_catalog_is_kept(root: Path) -> None:
     fake("s", "e", seed=1).store(root)
     after = [key for key in Bucket(root).sizes("") if key.startswith(".actstore/heads/")]
     assert len(before) == len(after) == 1 != (before == after)
+    assert not (cache.folder() / f"{before[0].rpartition('/')[2].split('-')[0]}.duckdb").exists()
+    assert (cache.folder() / f"{after[0].rpartition('/')[2].split('-')[0]}.duckdb").exists()
     Bucket(root).put(".actstore/heads/catalog.duckdb/left-over", b"of a writer that was killed")
     with open_writer(root):
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 from actstore.errors import BadInput, NoRoom
 from actstore.storage.backend import Storage
@@ -16,6 +16,14 @@ ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3://`, or what pathli
 BACKENDS: dict[str, Callable[[Path], Storage]] = dict.fromkeys(
     ("s3", "gs", "az"), Objects
 )  # by the scheme of an address; a folder's path has none
+
+
+class Address(PosixPath):
+    """A place that is no folder, such as `s3://bucket/prefix`; pathlib alone would drop a slash."""
+
+    def __str__(self) -> str:
+        """The address, as it is typed."""
+        return super().__str__().replace(":/", "://", 1)
 
 
 def at(root: Path) -> Storage:
@@ -59,6 +67,8 @@ def place(path: str | os.PathLike[str]) -> Path:
         )
     if address and not text[address.end() :]:
         raise BadInput(f"got {text}; name a bucket and a prefix in it, such as {address[1]}://bucket/demo.act")
+    if address:
+        return Address(text)
     return Path(text if os.path.lexists(text) else os.path.expanduser(text))
 
 

@@ -57,6 +57,11 @@ class Object:
 class Bucket:
     """The objects whose keys begin with an address's prefix.
 
+    Attributes:
+        root: the address.
+        prefix: what all keys begin with.
+        identity: of the place, however its address is written.
+
     Args:
         root: the address, such as `s3://bucket/prefix`.
 
@@ -71,6 +76,7 @@ class Bucket:
         self.scheme = scheme.lower()
         self.name, _, prefix = rest.lstrip("/").partition("/")
         self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
+        self.identity = (self.scheme, self.name, self.prefix)
         if not self.name:
             raise BadInput(f"got {root}; name a bucket and a prefix in it, such as {scheme}://bucket/demo.act")
 

@@ -73,6 +73,11 @@ def put(name: str, fetch: Callable[[Path], object]) -> None:
     _shrink(path)
 
 
+def drop(name: str) -> None:
+    """Remove a file that no place has any more, unless somebody has it open."""
+    _removed(folder() / (name + ENDING))
+
+
 def _opened(path: Path, name: str) -> int | None:
     """A locked descriptor of a whole file of the cache; None if there is none."""
     try:

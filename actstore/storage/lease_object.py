@@ -27,7 +27,7 @@ OWN = ".actstore"  # the folder of objects that are no files of the place
 LEASE, CLOCK = f"{OWN}/lease", f"{OWN}/clock"
 MOST = 1 << 16  # bytes of a lease
 SLACK = 2.0  # seconds: the server's times are whole seconds
-_held: dict[str, LeaseObject] = {}
+_held: dict[tuple[str, ...], LeaseObject] = {}
 
 
 class LeaseObject:
@@ -124,7 +124,7 @@ def lease(bucket: Bucket, seconds: float, wait: float = 0.0) -> Iterator[LeaseOb
                 f"{about['seconds'] if about else seconds:g} seconds after it{waited}"
             )
         time.sleep(LOOK_AGAIN)
-    name = str(bucket.root)
+    name = bucket.identity
     _held[name] = held
     held.begin()
     try:
@@ -143,7 +143,7 @@ def refuse_lost(bucket: Bucket) -> None:
 
 def held_here(bucket: Bucket) -> LeaseObject | None:
     """The lease of the place that this process holds."""
-    return _held.get(str(bucket.root))
+    return _held.get(bucket.identity)
 
 
 def was_leased(bucket: Bucket) -> bool:

@@ -139,6 +139,7 @@ class Objects(Storage):
                 raise Busy(f"another process changed {self.root / path} meanwhile; wait for it or stop it, then go on")
         if before:
             self._bucket.delete(before.key(path))
+            cache.drop(before.xxh3_128)
 
     def _created(self, path: str, content: bytes | memoryview) -> bool:
         if self._bucket.create(path, content):
@@ -406,9 +407,9 @@ class HeldObjects(Objects, Reading):
     def close(self) -> None:
         """See Reading.close."""
 
-    def identity(self) -> tuple[str]:
+    def identity(self) -> tuple[str, ...]:
         """See Reading.identity."""
-        return (str(self.root),)
+        return self._bucket.identity
 
     def check(self) -> None:
         """See Reading.check; a store is not moved in a bucket."""

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import actstore
 from actstore.cli import main
 from actstore.errors import BadInput
+from actstore.ingest.interventions.change import without_directions
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.jobs.patched import patching
@@ -123,6 +125,49 @@ REFUSED = {  # what is said → the query, the site, further words
         "embed",
     ),
     "with NULL, NaN or infinity; leave": (f"select token_id, list_resize([1.0], 16) as vector {ROOTS}", "embed"),
+    "vector is List\\(List": (f"select token_id, [list_resize([1.0], 16, 0.0)] as vector {ROOTS}", "embed"),
+    "vector is Struct": (f"select token_id, {{'a': 1}} as vector {ROOTS}", "embed"),
+    "vector is List\\(Date\\); it must be numbers": (
+        f"select token_id, list_resize([current_date], 16, current_date) as vector {ROOTS}",
+        "embed",
+    ),
+    "vector is List\\(Boolean": (f"select token_id, list_resize([true], 16, true) as vector {ROOTS}", "embed"),
+    "two columns named vector; rename": (
+        f"select token_id, list_resize([1.0], 16, 0.0) as vector, list_resize([2.0], 16, 0.0) as vector {ROOTS}",
+        "embed",
+    ),
+    "two columns named token_id; rename": (f"select token_id, token_id {ROOTS}", "embed", "--how", "zero"),
+    "yields group, which has no meaning with --how zero": (
+        f'select token_id, tree_id as "group" {ROOTS}',
+        "embed",
+        "--how",
+        "zero",
+    ),
+    "a vector of zeros, which has no direction, at token_id 17;": (
+        f"select token_id, list_resize([if(token_id = 17, 0.0, 1.0)], 16, 0.0) as vector {ROOTS}",
+        "embed",
+        "--how",
+        "project",
+    ),
+    "got --donors, and no query yields donor_token_id": (
+        f"select token_id {ROOTS}",
+        "embed",
+        "--how",
+        "zero",
+        "--donors",
+        "base",
+    ),
+    "got --donor-site, and no query yields donor_token_id": (
+        f"select token_id {ROOTS}",
+        "embed",
+        "--how",
+        "zero",
+        "--donor-site",
+        "embed",
+    ),
+    "got an empty name for --run": (f"select token_id {ROOTS}", "embed", "--how", "zero", "--run", ""),
+    "none stands alone": (f"select token_id {ROOTS}", "embed", "--how", "zero", "--sites", "none,embed"),
+    "got device 'cuda:99'": (f"select token_id {ROOTS}", "embed", "--how", "zero", "--device", "cuda:99"),
     "vector is Decimal": (f"select token_id, 1.5 as vector {ROOTS}", "embed"),
     "yields vectors for pattern.1; a pattern is": (f"select token_id, [1.0] as vector {ROOTS}", "pattern.1"),
     "--how mean at a pattern": (f"select token_id {ROOTS}", "pattern.1", "--how", "mean"),
@@ -189,6 +234,8 @@ NOT_STORED = {
     "no run 'bose'": ["--base", "bose"],
     "of no tree of this run": ["--base", "base", "--donors", "other", "--donor-site", "embed"],
     "no run 'elsewhere'": ["--base", "base", "--donors", "elsewhere"],
+    "no run ''": ["--base", "base", "--donors", ""],
+    "holds no site ''": ["--base", "base", "--donor-site", ""],
 }
 
 
@@ -199,6 +246,37 @@ def test_what_is_not_stored_is_said(store: Path, said: str):
     with pytest.raises(AssertionError, match=said):
         raise AssertionError(done.stderr)
     assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+
+
+def test_a_base_with_edits_is_refused_and_names_its_own_base(store: Path, tmp_path: Path):
+    copied = actstore.copy(store, tmp_path / "s.act", ["base"]).out
+    words = [
+        "ingest",
+        copied,
+        "--patch",
+        f"select token_id {ROOTS}",
+        "--at",
+        "blocks.1.hook_resid_post",
+        "--how",
+        "zero",
+    ]
+    assert ran(*words, "--base", "base").exit_code == 0
+    with Store(copied) as opened:
+        assert opened.runs() == ["base", "base-zero-resid_post.1"]
+    before = committed_files(copied)
+    refused = ran(*words, "--base", "base-zero-resid_post.1", "--run", "twice")
+    assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1)
+    assert "holds edits of run 'base', which a new run would not have; name 'base' (--base)" in refused.stderr
+    assert committed_files(copied) == before
+
+
+def test_directions_that_depend_on_others_take_nothing_more_away():
+    x, v = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32))
+    once = without_directions(x, v)
+    torch.testing.assert_close(without_directions(x, torch.cat([v, 2 * v], 1)), once)
+    torch.testing.assert_close((once * v).sum(1), torch.zeros(3), atol=1e-5, rtol=0)
+    two = without_directions(x, torch.cat([v, v.flip(1)], 1))
+    torch.testing.assert_close(without_directions(x, torch.cat([v, v, v.flip(1)], 1)), two)
 
 
 def test_a_donor_that_is_padding_is_refused(store: Path):

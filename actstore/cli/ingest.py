@@ -191,6 +191,7 @@ def _execute(job: Ingest) -> tuple[int, Ingest]:
 def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> None:
     """Store a run with edited activations."""
     from actstore.ingest.jobs.patched import prepare_patch
+    from actstore.ingest.jobs.prepare import parse_sites
     from actstore.interventions import Edit
     from actstore.queries.probes.baselines import named_in
 
@@ -214,13 +215,12 @@ def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> No
         Edit(text, at, how, params=named_in(text, of_patch["params"]) or {}, **shared)
         for text, at, how in zip(texts, cycle(sites), cycle(hows), strict=False)
     ]
-    names = None if options["sites"] is None else [name for name in options["sites"].split(",") if name != "none"]
     job = prepare_patch(
         store,
         of_patch["base"],
         edits,
         options["run"],
-        names,
+        parse_sites(options["sites"]),
         options["batch_size"],
         options["answers"],
         options["device"],

@@ -15,6 +15,8 @@ from actstore.ingest.interventions.rows import Rows
 if TYPE_CHECKING:
     from actstore.store import Store
 
+SAME = 1e-6  # of directions: a singular value below, relative to the largest, is rounding of float32
+
 
 class Changes:
     """The edits of the sequences of one forward pass, by TransformerLens' name of the site.
@@ -94,7 +96,7 @@ class _Change:
         values = self.values.to(x)
         now = view[place]
         if self.how == "project":
-            view[place] = _without(now, values)
+            view[place] = without_directions(now, values)
             return
         if self.is_pattern:  # a donor's row may be longer or shorter, as its sequence is
             values = pad(values, (0, now.shape[-1] - values.shape[-1]))
@@ -112,9 +114,10 @@ class _Change:
         x[queries[:, 0], :, queries[:, 1]] = left / left.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
-def _without(x: Tensor, vectors: Tensor) -> Tensor:
+def without_directions(x: Tensor, vectors: Tensor) -> Tensor:
     """The vectors x [n, *row] without their parts in the span of some directions [n, k * width]."""
     flat = x.reshape(len(x), -1)
-    basis, _ = torch.linalg.qr(vectors.reshape(len(x), -1, flat.shape[1]).double().mT)  # [n, width, k]
+    basis, size, _ = torch.linalg.svd(vectors.reshape(len(x), -1, flat.shape[1]).double().mT, full_matrices=False)
+    basis = basis * (size > SAME * size[:, :1])[:, None]  # [n, width, k], of vectors that depend on others 0
     inside = (flat.double()[:, None] @ basis) @ basis.mT
     return (flat - inside[:, 0].to(flat)).reshape(x.shape)

@@ -33,6 +33,7 @@ COLUMNS: dict[str, Any] = {
     "donor_token_id": pl.Int64(),
     "vector": pl.List(pl.Float32),
 }
+GROUP = "group"  # column of the rows that a mean is over
 DISCARDED = "A hook on .* returned a modified tensor"  # how TransformerLens says that it ignores an edit
 READ_AT_ONCE = 2**25  # numbers of donors that are read at a time: 128 MB
 
@@ -222,7 +223,7 @@ def asked(store: Store, base: str, edit: Edit, spec: SiteSpec, sequences: Sequen
     frame, sequence, position = frame[sorted_by], sequence[sorted_by], position[sorted_by]
     key = None if key is None else key[sorted_by]
     has_donors = frame["donor_token_id"].null_count() == 0
-    donors = store.resolve_run(edit.donors) if edit.donors else base
+    donors = base if edit.donors is None else store.resolve_run(edit.donors)
     rows = Rows(
         spec,
         edit.how,
@@ -231,10 +232,10 @@ def asked(store: Store, base: str, edit: Edit, spec: SiteSpec, sequences: Sequen
         position,
         key,
         donors if has_donors else None,
-        (edit.donor_site or spec.short) if has_donors else None,
+        (spec.short if edit.donor_site is None else edit.donor_site) if has_donors else None,
     )
     if edit.how == "mean":
-        groups = found["group"] if "group" in found.columns else pl.repeat(0, len(found), eager=True)
+        groups = found[GROUP] if GROUP in found.columns else pl.repeat(0, len(found), eager=True)
         return _as_means(store, base, rows, groups[sorted_by])
     if has_donors:
         _check_donors(store, rows)
@@ -243,8 +244,11 @@ def asked(store: Store, base: str, edit: Edit, spec: SiteSpec, sequences: Sequen
 
 def _frame(found: pl.DataFrame, how: str, spec: SiteSpec) -> pl.DataFrame:
     """A query's rows with the columns COLUMNS; what has no meaning for `how` is refused."""
+    if twins := [name for name in (*COLUMNS, GROUP) if {name, f"{name}_1"} <= {*found.columns}]:  # as DuckDB names them
+        raise BadInput(f"the query yields two columns named {twins[0]}; rename one (`… as other`), or leave it out")
     needs = [name for name in HOWS[how].split(" or ") if name]
     given = [name for name in COLUMNS if name in found.columns and name not in ("token_id", "head")]
+    given += [GROUP] if GROUP in found.columns and how != "mean" else []
     columns = ", ".join(found.columns) or "nothing"
     if "token_id" not in found.columns:
         raise BadInput(f"the query yields {columns} and no token_id; select token_id to say which tokens are edited")
@@ -277,7 +281,8 @@ def _cast(found: pl.DataFrame) -> pl.DataFrame:
             columns.append(pl.repeat(None, len(found), dtype=dtype, eager=True).alias(name))
             continue
         held = found[name]
-        if name == "vector" and held.dtype.is_nested():
+        is_list = isinstance(held.dtype, pl.List | pl.Array) and held.dtype.inner.is_numeric()
+        if name == "vector" and is_list:
             held = held.arr.to_list() if isinstance(held.dtype, pl.Array) else held
         elif name == "vector" or not held.dtype.is_integer():
             wanted = "numbers, FLOAT[]" if name == "vector" else "an integer"
@@ -316,6 +321,9 @@ def _check_vectors(frame: pl.DataFrame, how: str, spec: SiteSpec) -> None:
     numbers = frame["vector"].explode()
     if numbers.null_count() or not numbers.is_finite().all():
         raise BadInput("the query yields vectors with NULL, NaN or infinity; leave these rows out")
+    if how == "project" and (zeros := (frame["vector"].list.eval(pl.element().abs()).list.max() == 0)).any():
+        first = frame["token_id"].filter(zeros)[0]
+        raise BadInput(f"the query yields a vector of zeros, which has no direction, at token_id {first}; leave it out")
 
 
 def _with_keys(

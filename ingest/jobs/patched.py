@@ -26,6 +26,7 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.sets import stored_set
 from actstore.ingest.jobs.stored import model_of_row, row_where
 from actstore.ingest.models.config import there_are
+from actstore.ingest.models.load import check_device
 from actstore.ingest.models.model import Model
 from actstore.ingest.models.sites import SiteSpec
 from actstore.ingest.task import Sequences as Set
@@ -36,6 +37,7 @@ from actstore.store import Store
 from actstore.writing.committed import check_plan, must_agree, sites_of
 from actstore.writing.parts import rows_committed
 
+EDITED = "select distinct base_run from interventions where run = $run"
 ANSWERS = ("all", "next")  # greedy answers too, or next tokens alone
 MOST_EDITS = 255  # an edit's number is a byte
 Row = dict[str, Any]
@@ -164,6 +166,9 @@ def prepare_patch(
         BadInput: an edit has no meaning, or another run has the name.
     """
     root = place(store)
+    check_device(device)
+    if run == "":
+        raise BadInput("got an empty name for --run; give one, or leave --run out")
     if answers is not None and answers not in ANSWERS:
         raise BadInput(f"got --answers {answers}{nearest(answers, ANSWERS)}; {there_are(ANSWERS)}")
     if len(edits) > MOST_EDITS or not (edits or run):
@@ -172,11 +177,16 @@ def prepare_patch(
         )
     with Store(root) as opened:
         base = opened.resolve_run(base)
-        name = run or f"{base}-{edits[0].how}-{edits[0].at}"
+        if start := opened.sql(EDITED, {"run": base})["base_run"].to_list():
+            raise BadInput(
+                f"run {base!r} holds edits of run {start[0]!r}, which a new run would not have; name {start[0]!r} (--base), and "
+                "give all edits (--patch …, several times)"
+            )
+        origin = Base(root, base, device)
+        specs = [of_edits.site_of(origin.model, edit.at) for edit in edits]
+        name = run or f"{base}-{edits[0].how}-{specs[0].short}"
         is_taken = name in opened.runs()
         stored = opened.sql("select * from interventions where run = $run order by edit", {"run": name}).to_dicts()
-    origin = Base(root, base, device)
-    specs = [of_edits.site_of(origin.model, edit.at) for edit in edits]
     if stored:
         _must_agree(origin, stored, edits, specs)
         patch, noted = stored_patch(origin, name, stored), origin.noted_of(name)
@@ -219,6 +229,11 @@ def _asked(origin: Base, edits: Sequence[Edit], specs: Sequence[SiteSpec]) -> Pa
                 **{"n_edits": len(rows), "donors_xxh3_128": rows.donors_hash(store)},
             }
         )
+    if all(row["donor_run"] is None for row in about):
+        for edit in edits:
+            if named := [name for name in ("donors", "donor_site") if getattr(edit, name) is not None]:
+                option = named[0].replace("_", "-")
+                raise BadInput(f"got --{option}, and no query yields donor_token_id; leave it out")
     return Patch(origin.opened, origin.run, found, origin.sequences, about=about)
 
 
@@ -232,8 +247,9 @@ def _must_agree(origin: Base, stored: Sequence[Row], edits: Sequence[Edit], spec
     for row, edit, spec in zip(stored, edits, specs, strict=True):
         wanted = _about(origin.run, edit, spec)
         if row["donor_run"] is not None:
-            donors = origin.store.resolve_run(edit.donors) if edit.donors else origin.run
-            wanted |= {"donor_run": donors, "donor_site": edit.donor_site or spec.short}
+            donors = origin.run if edit.donors is None else origin.store.resolve_run(edit.donors)
+            site = spec.short if edit.donor_site is None else edit.donor_site
+            wanted |= {"donor_run": donors, "donor_site": site}
         must_agree(f"edit {row['edit']} of run {run!r}", row, wanted, advice)
 
 

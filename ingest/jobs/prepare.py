@@ -121,7 +121,7 @@ def prepare(
         open_documents(source, column or ("text" if tokens is None else "tokens"))  # before a model is loaded
     how = Loading(config, checkpoint, hub, revision, untrained, keep_weights, tokenizer)
     chosen = choose(store, model, model_of, device, how)
-    names = _parse_sites(sites)
+    names = parse_sites(sites)
     if chosen.task == "tokens":
         _refuse(chosen, "reads text", "is of trees", {**of_trees, "trees-from": trees_from})
         loaded = chosen.load()
@@ -290,7 +290,12 @@ def _trees(
     return tree_set
 
 
-def _parse_sites(text: str | None) -> list[str] | None:
+def parse_sites(text: str | None) -> list[str] | None:
+    """Names of sites that are separated by commas; `none` is no site.
+
+    Raises:
+        BadInput: `none` stands among others.
+    """
     if text is None:
         return None
     names = [name.strip() for name in text.split(",")]

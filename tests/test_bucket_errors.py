@@ -297,6 +297,11 @@ def test_the_command_line_names_the_cache(kept: Path, tmp_path: Path, monkeypatc
     result = CliRunner().invoke(main, ["--cache", str(tmp_path / "named"), "info", str(kept)])
     assert result.exit_code == 0, result.output
     assert [path.suffix for path in (tmp_path / "named").iterdir()] == [".duckdb"]
+    (tmp_path / "file").touch()
+    assert "name another folder (`--cache DIR`, ACTSTORE_CACHE)" in said(
+        "--cache", tmp_path / "file" / "x", "info", kept
+    )
+    assert "name another folder" in said("--cache", tmp_path / "file", "info", kept)
 
 
 def test_an_address_is_shown_as_it_is_typed(kept: Path) -> None:

@@ -100,7 +100,7 @@ class Shards:
         place: Storage,
     ) -> None:
         self.layout, self.paths, self.where = layout, dict(paths), where
-        self._place, self.reads_whole = place, place.committed is not None
+        self._place, self.reads_whole = place, place.committed is not None or place.reads_ranges
         self._lock = threading.Lock()
         self._view = self._see({})
 

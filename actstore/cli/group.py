@@ -105,7 +105,7 @@ def _goes_on(ctx: click.Context) -> str:
 @click.version_option(__version__, prog_name="actstore")
 @click.option(
     "--cache",
-    type=click.Path(file_okay=False),
+    type=click.Path(),
     metavar="DIR",
     help="Catalogs of stores in buckets are kept here; default: ACTSTORE_CACHE, or ~/.cache/actstore.",
 )

@@ -29,8 +29,9 @@ class Explanation:
         shards: number of files that hold them, over all sites.
         bytes_needed: size of the distinct tokens' activations, as stored.
         bytes_read: bytes touched to read them: whole pages of the mapped shards and of their
-            indexes, or whole decoded chunks of an array that is read through zarr-python. A disk
-            may read ahead more. A store that checks also reads each shard whole, once.
+            indexes, ranges of shards in a bucket, or whole decoded chunks of an array that is read
+            through zarr-python. A disk may read ahead more. A store that checks also reads each
+            shard whole, once.
     """
 
     run: str

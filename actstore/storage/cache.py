@@ -6,6 +6,7 @@ when the folder grows beyond its limit, the files that were used longest ago go.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -16,7 +17,7 @@ from uuid import uuid4
 
 from actstore.errors import BadInput, Damaged
 from actstore.storage.hashing import hash_of
-from actstore.storage.refused import needing_room
+from actstore.storage.refused import DISK_FULL, needing_room
 
 FOLDER, LIMIT = "ACTSTORE_CACHE", "ACTSTORE_CACHE_SIZE"  # names of the environment
 MOST_GB = 20.0
@@ -39,6 +40,7 @@ def cached(name: str, fetch: Callable[[Path], object]) -> Iterator[Path]:
         fetch: writes the content to a path.
 
     Raises:
+        BadInput: the cache's folder cannot be written.
         Damaged: what was fetched has another hash.
         NoRoom: the cache's disk is full.
     """
@@ -59,7 +61,16 @@ def cached(name: str, fetch: Callable[[Path], object]) -> Iterator[Path]:
 def put(name: str, fetch: Callable[[Path], object]) -> None:
     """Put a file into the cache, and remove what is beyond the limit; raises as `cached`."""
     path = folder() / (name + ENDING)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise BadInput(
+            f"the cache {path.parent} cannot be written ({error.strerror}); name another folder (`--cache DIR`, {FOLDER})"
+        ) from error
     temporary = path.with_name(f".{name}.{uuid4().hex}.tmp")
     try:
         fetch(temporary)
@@ -82,7 +93,7 @@ def _opened(path: Path, name: str) -> int | None:
     """A locked descriptor of a whole file of the cache; None if there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)

@@ -23,7 +23,7 @@ from uuid import uuid4
 
 import xxhash
 
-from actstore.errors import Busy, Damaged, advised
+from actstore.errors import BadInput, Busy, Damaged, advised
 from actstore.storage import cache, lease_object
 from actstore.storage.backend import ANY, ENDLESS, Content, File, Reading, Storage
 from actstore.storage.bucket import Bucket, Object, TooLong
@@ -118,7 +118,7 @@ class Objects(Storage):
                 with suppress(OSError):
                     self._bucket.delete(head.key(path))
                 raise
-            with suppress(OSError):  # or it is fetched when it is read
+            with suppress(OSError, BadInput):  # or it is fetched when it is read
                 cache.put(head.xxh3_128, partial(shutil.copyfile, written))
 
     def _swap(self, path: str, content: bytes | memoryview, expected: str | None) -> None:

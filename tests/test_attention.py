@@ -256,7 +256,7 @@ def test_another_by_is_refused(parents):
 
 
 def test_a_run_without_patterns_says_what_adds_them(demo_store):
-    with pytest.raises(NotStored, match="--run reproduction-patterns --sites pattern"):
+    with pytest.raises(NotStored, match="--run reproduction --sites pattern"):
         study.ask(demo_store, "attention")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,17 @@ def test_a_shard_that_was_flipped_is_found_and_refused_with_check_and_mended_by_
     assert [finding.path for finding in repair(root, no_model).left] == [path]
     assert repair(root, lambda *asked: {path: content}).mended[:1] == [path]
     assert not verify(root).damage
+
+
+def test_a_head_whose_object_is_gone_is_told_and_mended(root: Path) -> None:
+    [key] = [key for key in Bucket(root).sizes("") if key.startswith(".actstore/heads/")]
+    Bucket(root).delete(key)
+    shutil.rmtree(cache.folder(), ignore_errors=True)
+    with pytest.raises(Damaged, match="leads to an object that is not there; mend it with `actstore repair"):
+        Store(root)
+    assert "catalog.duckdb" in repair(root, no_model).mended
+    with Store(root, check=True) as store:
+        assert store.sql("select count(*) from tokens").item()
 
 
 def test_a_missing_object_is_told_as_a_missing_file(root: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_form_that_cannot_be_is_refused_in_one_line(store: Store, form: dict, 
 
 
 def test_an_unknown_one_of_several_sites_is_named(store: Store) -> None:
-    with pytest.raises(NotStored, match=r"holds no site 'resid_post.9'; it holds embed, resid_post.0"):
+    with pytest.raises(NotStored, match=r"holds no site 'resid_post.9'; it holds embed, pattern.0, resid_post.0"):
         store.read(EVERY, sites=["embed", "resid_post.9"])
 
 

@@ -185,7 +185,7 @@ def test_memory_that_runs_out_later_keeps_what_is_committed(
     job = Ingest(store, model, trees(20), sites=["embed"], batch_size=2)
     with monkeypatch.context() as context:
         context.setattr(Local, "publish", filling)
-        with pytest.raises(LimitReached, match=r"ran out of memory at 2 .* [23] of 5 batches are committed") as told:
+        with pytest.raises(LimitReached, match=r"ran out of memory at 2 .* [1-4] of 5 batches are committed") as told:
             execute(job)
     assert "\n" not in str(told.value)
     with pytest.raises(LimitReached, match="ran out of memory"):  # a stored run keeps its batch size

@@ -20,7 +20,7 @@ from actstore.arrays.site import Reader
 from actstore.catalog.declared import identifier
 from actstore.errors import BadInput
 from actstore.reading.labelled import refuse_twice, whole_keys
-from actstore.reading.sites import catalog_rows
+from actstore.reading.sites import catalog_row, catalog_rows
 from actstore.sql.pushdown import Column, Pushed, push
 from actstore.storage.content import Count, Positive
 
@@ -223,5 +223,5 @@ def _extent(store: Opened, run: str, site: str) -> tuple[list[tuple[int, int]], 
         "select n_positions, coalesce(3 * n_nodes, 1) from runs join datasets using (dataset) where run = $run",
         {"run": run},
     )
-    n_positions, fewest = catalog_rows(store, tuple[Positive, Positive], sizes.rows())[0]
+    n_positions, fewest = catalog_row(store, tuple[Positive, Positive], sizes.rows())
     return spans, n_positions, fewest

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from actstore.errors import SeveralRuns, advised
-from actstore.reading.sites import catalog_rows
+from actstore.reading.sites import catalog_row
 from actstore.sql import late_act
 from actstore.sql.asked import MATTERS, Asked
 from actstore.sql.process import outside
@@ -111,7 +111,7 @@ def _views(store: Snapshot, run: str, answers: bool) -> dict[str, str]:
         "datasets.first_token_id, n_ids from runs join datasets using (dataset) where run = $run",
         {"run": run},
     )
-    about = catalog_rows(store, RunRow, rows)[0]
+    about = catalog_row(store, RunRow, rows)
     span = f"{{0}} >= {about.first_sequence_id} and {{0}} < {about.first_sequence_id + about.n_sequences}"
     of_set = {
         "sequence_id": span.format("sequence_id"),

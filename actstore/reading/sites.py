@@ -155,6 +155,17 @@ def catalog_rows(store: Snapshot, kind: type[T], rows: list[Any]) -> list[T]:
         raise _impossible(store, str(error)) from error
 
 
+def catalog_row(store: Snapshot, kind: type[T], rows: list[Any]) -> T:
+    """The first of the rows that the catalog gives about a run.
+
+    Raises:
+        Damaged: there is none, since what the run names is not there; or see `catalog_rows`.
+    """
+    if not rows:
+        raise _impossible(store, "a run that it holds is over a dataset that it does not hold")
+    return catalog_rows(store, kind, rows[:1])[0]
+
+
 def _impossible(store: Snapshot, what: str) -> Damaged:
     return Damaged(
         f"{store.path / CATALOG} says what cannot be ({what}); rebuild it with {advised('repair', store.path)}"

@@ -60,7 +60,7 @@ def wrong_with(
 
 def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
     """(file, what is wrong) by names alone: a missing catalog, or files that DuckDB would add."""
-    with suppress(FileNotFoundError), at(root).local([tables.CATALOG]) as [catalog]:
+    with suppress(FileNotFoundError, Damaged), at(root).local([tables.CATALOG]) as [catalog]:
         for left in tables.replayed(catalog):
             where = left.name if os.path.samefile(left.parent, catalog.parent) else tables.CATALOG
             yield where, f"{left} is no part of the store, and each read would take its changes for committed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -62,17 +63,17 @@ class Layout:
         """Number of token ids that the array spans."""
         return self.shape[0] * (1 if self.position_axis is None else self.stride)
 
-    @property
+    @cached_property
     def key_bits(self) -> int:
         """Bits that number the chunks of a shard in a key, see Shards.find."""
         return ((CHUNKS_PER_SHARD if self.position_axis is None else self.stride) - 1).bit_length()
 
-    @property
+    @cached_property
     def row_shape(self) -> tuple[int, ...]:
         """Shape of one token's activation: (d_model,), or (head, key)."""
         return tuple(size for axis, size in enumerate(self.shape) if axis not in (0, self.position_axis))
 
-    @property
+    @cached_property
     def row_items(self) -> int:
         """Numbers per row."""
         return math.prod(self.row_shape)

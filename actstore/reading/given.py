@@ -113,7 +113,7 @@ def frame_of(tokens: Any, params: Any) -> tuple[pl.DataFrame, str]:
         raise BadInput(f"got a {type(tokens).__name__} of ids, which has no order; give a list: row i of X is its id i")
     if not isinstance(tokens, (*MANY, np.ndarray)) and not hasattr(tokens, "tolist"):
         raise BadInput(f"got {_of(tokens)}; give {TOKENS}")
-    return pl.DataFrame({"token_id": _ids(tokens)}), "the list"
+    return pl.Series("token_id", _ids(tokens)).to_frame(), "the list"
 
 
 def table(given: Any, called: str) -> pl.DataFrame:

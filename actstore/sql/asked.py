@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import duckdb
@@ -24,6 +25,14 @@ RUN = re.compile(r"\brun\b", re.IGNORECASE)
 REWRITTEN = re.compile(r"\b(?:explain|pivot\w*)\b", re.IGNORECASE)
 NOT_PIVOT = {"pivot": b"from", "on": b"select *,", "using": b","}
 NO_TOKEN = "a token is named by tree_id * 256 + position, so token 300 is no part of tree 300"
+
+
+class _Statements(list[Node]):
+    """JSON of each statement of a query, walked once for all questions about it."""
+
+    @cached_property
+    def objects(self) -> list[Node]:
+        return list(_walk(list(self)))
 
 
 class Asked:
@@ -62,7 +71,8 @@ class Asked:
         )
         for call in nodes(self.tree, "FUNCTION"):
             for argument in call["arguments"] if call["function_name"].lower() == "query" else ():
-                self.tree = [*self.tree, *_parsed(session, argument["expression"].get("literal", {}).get("text", ""))]
+                text = argument["expression"].get("literal", {}).get("text", "")
+                self.tree = _Statements([*self.tree, *_parsed(session, text)])
 
     def refuse_other_ids(self, reads: bool) -> None:
         """Refuse a column used as a token_id whose name says otherwise; expressions are allowed.
@@ -93,12 +103,13 @@ class Asked:
                     f"answer_tokens. If {column} does hold token ids, write an expression: {column} + 0 as token_id"
                 )
 
-    @property
+    @cached_property
     def names_a_run(self) -> bool:
         """True if the query mentions a column `run` anywhere."""
         if not self.tree:
             return bool(RUN.search(self.query))
-        used = [*(_using(join) for join in _joins(self.tree)), *map(_pivot_groups, _dicts(self.tree))]
+        every = self.tree.objects
+        used = [*(_using(node) for node in every if node.get("type") == "JOIN"), *map(_pivot_groups, every)]
         return "run" in _names(self.tree) or any("run" in columns for columns in used)
 
     def without_run(self, columns: Sequence[str]) -> dict[str, str]:
@@ -126,12 +137,12 @@ class Asked:
         return dict(next(iter(group.items())) for group in lacking if not defined & set(group.values()))
 
 
-def _parsed(session: Session, query: str) -> list[Node]:
+def _parsed(session: Session, query: str) -> _Statements:
     """JSON of each statement; empty if the parser returns none."""
     with suppress(ValueError, RecursionError):
         parsed = json.loads(session.parse(query))
-        return [] if parsed["error"] else list(parsed["statements"])
-    return []
+        return _Statements([] if parsed["error"] else parsed["statements"])
+    return _Statements()
 
 
 def _without_pivot(query: str) -> str:
@@ -163,7 +174,12 @@ def nodes(tree: Any, kind: str) -> Iterator[Node]:
     return (node for node in _dicts(tree) if node.get("class") == kind)
 
 
-def _dicts(tree: Any, within: bool = False) -> Iterator[Node]:
+def _dicts(tree: Any) -> Iterator[Node]:
+    """All JSON objects in a tree, root included."""
+    return iter(tree.objects) if isinstance(tree, _Statements) else _walk(tree)
+
+
+def _walk(tree: Any, within: bool = False) -> Iterator[Node]:
     """All JSON objects in a tree, root included; `within` leaves out those of nested SELECTs."""
     left = [tree]
     while left:
@@ -172,15 +188,16 @@ def _dicts(tree: Any, within: bool = False) -> Iterator[Node]:
             left += node
         elif isinstance(node, dict) and not (within and node is not tree and node.get("type") == "SELECT_NODE"):
             yield node
-            left += node.values()
+            left += [value for value in node.values() if value and isinstance(value, dict | list)]
 
 
 def _selects(tree: Any) -> Iterator[Node]:
     return (node for node in _dicts(tree) if node.get("type") == "SELECT_NODE")
 
 
-def _joins(tree: Any, within: bool = False) -> Iterator[Node]:
-    return (node for node in _dicts(tree, within) if node.get("type") == "JOIN")
+def _joins(source: Node) -> Iterator[Node]:
+    """The joins of one SELECT's source, without those of nested SELECTs."""
+    return (node for node in _walk(source, within=True) if node.get("type") == "JOIN")
 
 
 def _using(join: Node) -> list[str]:
@@ -266,7 +283,7 @@ def _groups(select: Node) -> list[dict[str, str]]:
     """
     tables = {_alias(table): table["table_name"].lower() for table in _sources(select["from_table"])}
     group = {alias: {alias} for alias in tables}
-    joins = list(_joins(select["from_table"], within=True))
+    joins = list(_joins(select["from_table"]))
     tied = [[*_sides(join)] for join in joins if "run" in _using(join) or join["ref_type"] == "NATURAL"]
     tied += [[_table(side) for side in pair] for pair in _equal_runs(select)]
     for aliases in tied:
@@ -331,7 +348,7 @@ def _is_named(select: Node, group: dict[str, str], passed_on: bool) -> bool:
     ties = {id(side) for pair in _equal_runs(select) for side in pair}
     if any(_table(found) in group for found in nodes(select, "COLUMN_REF") if id(found) not in ties):
         return True
-    within = list(_dicts(select, within=True))
+    within = list(_walk(select, within=True))
     own = [node for node in within if node.get("class") in ("COLUMN_REF", "STAR")]
     if any("run" in _pivot_groups(node) for node in within) or any(
         [name.lower() for name in node.get("column_names", ())] == ["run"] for node in own

@@ -11,7 +11,7 @@ function returns. Functions that begin with an open Store (`model`, `record_rows
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -392,7 +392,8 @@ def patch(
         )
     listed = [edits] if isinstance(edits, Edit) else list(edits)
     job = prepare_patch(_path(store), base, listed, run, sites, batch_size, answers, device, wait)
-    with progress(f"patch {job.plan.run}", job.sequences.n_sequences, job.unit) as advance:
+    assert job.patch is not None
+    with closing(job.patch), progress(f"patch {job.plan.run}", job.sequences.n_sequences, job.unit) as advance:
         execute(job, advance)
     return job.plan.run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import actstore
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.interventions.rows import site_of
 from actstore.ingest.jobs.local import execute
+from actstore.ingest.jobs.patched import prepare_patch
 from actstore.ingest.models.load import load
 from actstore.ingest.models.model import Model
 from actstore.ingest.replay import compare
@@ -220,3 +222,29 @@ def test_attention_that_bert_has_used_is_no_site_of_edits(tmp_path: Path):
         hooks = [(site_of(bert, name).name, lambda x, hook: 0 * x)]
         changed, before = bert.bridge.run_with_hooks(ids, fwd_hooks=hooks), bert.bridge(ids)
         assert float((changed - before).abs().max()) > 1e-4
+
+
+def test_a_site_on_which_no_logit_rests_is_refused(model: Model):  # noqa: F811
+    """Of what enters the rotary embedding only the dtype is used: before, an edit there was stored."""
+    named = "rotary_emb.hook_in"
+    with pytest.raises(BadInput, match=r"edit at rotary_emb\.hook_in, and no logit changes when noise is added there"):
+        site_of(model, named)
+    for name in ("embed", "resid_post.0", "z.1", "pattern.1", "q.0", "k.0", "v.0", "mlp_out.1"):
+        assert site_of(model, name).short == name
+
+
+def test_a_job_with_edits_closes_the_store_that_it_read(copied: Path):
+    """Before, the store stayed open for as long as someone held the job."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("/proc/self/fd is Linux's")
+
+    def held() -> list[str]:
+        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)]
+        return [path for path in links if path.startswith(str(copied))]
+
+    prepared = prepare_patch(copied, "tiny", [Edit(SOME, "resid_post.0", "zero")], "x")
+    execute(prepared)
+    assert prepared.patch is not None
+    assert held()
+    prepared.patch.close()
+    assert not held()

@@ -56,6 +56,7 @@ class Patch:
         greedy: continue greedily from wrong answers, too, for `outcomes` of trees.
         about: of each edit, its row of `interventions` without run and number.
         measured: columns token_id and word, uint8: a second word whose probability is measured.
+        close: closes the store; call it after the last batch.
     """
 
     store: Callable[[], Store]
@@ -66,6 +67,7 @@ class Patch:
     greedy: bool = True
     about: Sequence[Mapping[str, Any]] = ()
     measured: pl.DataFrame | None = None
+    close: Callable[[], None] = lambda: None
     _weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def tables(self, run: str) -> dict[str, pl.DataFrame]:

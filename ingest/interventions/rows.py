@@ -169,21 +169,32 @@ def site_of(model: Model, name: str) -> SiteSpec:
 
 
 def _refuse_discarded(model: Model, spec: SiteSpec) -> None:
-    """Refuse a site on which nothing rests, by a pass over two tokens."""
+    """Refuse a site on which nothing rests: two passes, one with noise at the site, are compared."""
     import torch
 
-    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    ids = torch.arange(2, device=model.device)[None]
+    noise = torch.Generator(model.device).manual_seed(0)
+
+    def disturb(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x + torch.randn(x.shape, generator=noise, device=x.device).to(x.dtype)
+
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", DISCARDED, UserWarning)
+        plain = model.bridge(ids, attention_mask=torch.ones_like(ids))
         try:
-            hooks = [(spec.name, lambda x, hook: x + 1)]
-            model.bridge.run_with_hooks(ids, attention_mask=torch.ones_like(ids), fwd_hooks=hooks)
+            hooks = [(spec.name, disturb)]
+            noisy = model.bridge.run_with_hooks(ids, attention_mask=torch.ones_like(ids), fwd_hooks=hooks)
         except UserWarning:
             raise BadInput(
                 f"got an edit at {spec.short}, which TransformerLens gives after the pass has used it, so that nothing rests on "
                 "the edit; edit q, k or v of the layer"
             ) from None
+    if torch.equal(plain, noisy):
+        raise BadInput(
+            f"got an edit at {spec.short}, and no logit changes when noise is added there, so that nothing rests on the edit; "
+            "name another site (`actstore models sites`)"
+        )
 
 
 def asked(store: Store, base: str, edit: Edit, spec: SiteSpec, sequences: Sequences) -> Rows:

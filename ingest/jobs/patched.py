@@ -147,6 +147,8 @@ def prepare_patch(
 ) -> Ingest:
     """A job that stores a run with edited activations; nothing is written.
 
+    The job keeps the store open for its donors; close the job's `patch` after the job has run.
+
     Where the base run stored what enters the layers that the edits can change, only those layers
     and tokens are run. Otherwise whole forward passes are. A run that is stored already keeps its
     edits, whatever their queries would yield now.
@@ -234,7 +236,7 @@ def _asked(origin: Base, edits: Sequence[Edit], specs: Sequence[SiteSpec]) -> Pa
             if named := [name for name in ("donors", "donor_site") if getattr(edit, name) is not None]:
                 option = named[0].replace("_", "-")
                 raise BadInput(f"got --{option}, and no query yields donor_token_id; leave it out")
-    return Patch(origin.opened, origin.run, found, origin.sequences, about=about)
+    return Patch(origin.opened, origin.run, found, origin.sequences, about=about, close=origin.close)
 
 
 def _must_agree(origin: Base, stored: Sequence[Row], edits: Sequence[Edit], specs: Sequence[SiteSpec]) -> None:
@@ -316,7 +318,7 @@ def stored_patch(origin: Base, run: str, stored: Sequence[Row]) -> Patch:
     ]
     columns = [{name: value for name, value in row.items() if name not in ("run", "edit")} for row in stored]
     whole, greedy = noted["forward"] != "window", bool(noted["greedy"])
-    return Patch(origin.opened, origin.run, rows, origin.sequences, whole, greedy, columns)
+    return Patch(origin.opened, origin.run, rows, origin.sequences, whole, greedy, columns, close=origin.close)
 
 
 def fits_window(origin: Base, edited: Sequence[SiteSpec], wanted: Sequence[SiteSpec]) -> bool:

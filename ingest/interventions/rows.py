@@ -169,7 +169,7 @@ def site_of(model: Model, name: str) -> SiteSpec:
 
 
 def _refuse_discarded(model: Model, spec: SiteSpec) -> None:
-    """Refuse a site on which nothing rests: two passes, one with noise at the site, are compared."""
+    """Refuse a site on which nothing rests, by two passes, one with noise at the site."""
     import torch
 
     ids = torch.arange(2, device=model.device)[None]

@@ -9,7 +9,7 @@ sql/pushdown.py), polars the rest, and activations are copied last.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -147,22 +147,28 @@ class _Source:
 
 def _tables(store: Opened, run: str) -> list[str]:
     """tokens, and the tables that add columns: edges and trees, or those of the run's text."""
-    about = "from runs join datasets using (dataset) left join relations on owner = dataset and kind = 'documents'"
-    found = store.sql(f"select task = 'trees' as of_trees, name {about} where run = $run", {"run": run})
-    if found["of_trees"][0]:
+    of_run = store.sql("select dataset, task from runs join datasets using (dataset) where run = $run", {"run": run})
+    if of_run["task"][0] == "trees":
         return ["tokens", "edges", "trees"]
-    return ["tokens", "sequences", *found["name"].drop_nulls().to_list()]
+    of_documents = "select name from relations where owner = $dataset and kind = 'documents'"
+    return ["tokens", "sequences", *store.sql(of_documents, {"dataset": of_run["dataset"][0]})["name"]]
 
 
 def _columns(store: Opened, tables: list[str]) -> dict[str, Column]:
     """The columns of tokens, then those that each further table adds."""
     columns: dict[str, Column] = {}
+    enums: dict[str, str] = {}  # the queries for their values
     for table in tables:
         for name, dtype in store.sql(f"select * from {identifier(table)} limit 0").schema.items():
             name_here = RENAMED.get((table, name), name)
             if name_here not in columns:  # not a key of the joins
-                sql = f"{identifier(table)}.{identifier(name)}"
-                columns[name_here] = Column(sql, _enum(store, table, name) if dtype == pl.Categorical else dtype)
+                columns[name_here] = Column(f"{identifier(table)}.{identifier(name)}", dtype)
+                if dtype == pl.Categorical:  # DuckDB returns an enum without its values
+                    enums[name_here] = f"enum_range((select {identifier(name)} from {identifier(table)} limit 0))"
+    if enums:
+        values = store.sql(f"select {', '.join(enums.values())}").row(0)
+        for name, words in zip(enums, values, strict=True):
+            columns[name] = replace(columns[name], dtype=pl.Enum(words))
     return columns
 
 
@@ -196,15 +202,6 @@ def _given_columns(store: Opened, table: str, key: str, known: dict[str, Column]
     if taken := [name for name in found if name.lower() in there]:
         raise BadInput(f"table {table!r} has a column {taken[0]}, as the scan does; rename or drop it")
     return found
-
-
-def _enum(store: Opened, table: str, column: str) -> pl.Enum:
-    """The values of an enum column, which DuckDB returns as Categorical without its values."""
-    return pl.Enum(
-        store.sql(
-            f"select unnest(enum_range((select {identifier(column)} from {identifier(table)} limit 0)))"
-        ).to_series()
-    )
 
 
 def _extent(store: Opened, run: str, site: str) -> tuple[list[tuple[int, int]], int, int]:

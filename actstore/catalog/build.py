@@ -1,8 +1,9 @@
 """Build `catalog.duckdb` from the committed parts; every table is native, the file replaced whole.
 
-Nobody holds a catalog open for writing. A writer makes a new file beside it: a copy of the last
-catalog, plus what was committed since. The new file is checkpointed, fsynced and renamed into
-place. A reader therefore keeps the snapshot that it opened, and never waits for the writer.
+Nobody holds a catalog open for writing. A writer makes a new file beside it: an earlier catalog (a
+large one that nobody reads any more, or else a copy of the last), plus what was committed since.
+The new file is checkpointed, fsynced and renamed into place. A reader therefore keeps the snapshot
+that it opened, and never waits for the writer.
 """
 
 from __future__ import annotations
@@ -79,13 +80,15 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
 
         def write(temporary: Path) -> None:
             try:
-                if held:
+                since = _taken(root, temporary, held) if held else None
+                if held and since is None:
                     with place.local([CATALOG]) as [catalog]:
                         shutil.copyfile(catalog, temporary)
                 temporary.touch()
-                _extend(root, temporary, new, create=not held)
+                _extend(root, temporary, new if since is None else since, create=not held)
                 os.chmod(temporary, 0o444)
                 note_hash(root, temporary, None if usable is None else there)  # none that is damaged
+                (place.keep_earlier if held else place.forget_earlier)(CATALOG)  # or dropped rows would be kept
             finally:
                 discard_beside(at(temporary.parent), temporary.name)
 
@@ -147,12 +150,41 @@ def _held(root: Path, there: str) -> int | None:
         if there not in noted_hashes(root):  # damage must not spread to the next catalog
             return None
         with attached(root) as connection:
-            version, held = connection.execute("select format_version, snapshot::int from there.snapshot").fetchall()[0]
-            columns = connection.execute("select table_name, column_name from duckdb_columns()").fetchall()
+            return _commits_in(connection)
     except (duckdb.Error, IndexError, FileNotFoundError, Damaged):
         return None
+
+
+def _commits_in(connection: duckdb.DuckDBPyConnection) -> int:
+    """Commits in the catalog that is attached as `there`; 0 if it has other tables than today's."""
+    version, held = connection.execute("select format_version, snapshot::int from there.snapshot").fetchall()[0]
+    columns = connection.execute("select table_name, column_name from duckdb_columns()").fetchall()
     is_of_today = version == FORMAT_VERSION and column_comments().keys() <= set(columns)  # tables may gain columns
     return int(held or 0) if is_of_today else 0
+
+
+def _taken(root: Path, temporary: Path, held: int) -> list[Manifest] | None:
+    """Put the catalog before the present one at a path, if it was kept.
+
+    Args:
+        held: commits in the present catalog.
+
+    Returns:
+        The commits that it lacks. None if there is no such catalog, or they cannot be added to it.
+    """
+    try:
+        if not at(root).take_earlier(CATALOG, temporary, noted_hashes(root)):
+            return None
+        with duckdb.connect() as connection:
+            connection.execute(f"attach {located(temporary)} as there (read_only)")
+            there = _commits_in(connection)
+        since = manifests(root, after=there, least=held)
+        if there and not any(_changes_what_is_held(manifest) for manifest in since):
+            return since
+    except (duckdb.Error, IndexError):
+        pass
+    temporary.unlink(missing_ok=True)
+    return None
 
 
 def _changes_what_is_held(manifest: Manifest) -> bool:

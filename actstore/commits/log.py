@@ -268,10 +268,11 @@ def refuse_astray(root: Path, committed: Sequence[Manifest]) -> None:
         Damaged: a link on the way to a committed file leads nowhere, or into another store.
     """
     paths = [*FOLDERS, *(file.path for manifest in live(committed) for file in manifest.files)]
-    for place in at(root).linked(paths):
+    links = at(root).linked(paths)
+    for place in links:
         if what := at(root).broken(place):
             raise Damaged(
                 f"{what}; bring that back (mount its disk), or put it in the place of the link: nothing was touched"
             )
-    for place, what in led_astray(root, paths):
+    for place, what in led_astray(root, links):
         raise Damaged(f"{root / place} is a link: {what}; put the store's own files in its place: nothing was touched")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +113,27 @@ class Storage(Protocol):
             Busy: the present file is not the expected one, and stays.
             NoRoom: the place is full; the present file stays.
         """
+
+    def keep_earlier(self, path: str) -> None:
+        """Keep the bytes of a file for `take_earlier`, before a swap; a place may keep none."""
+        return None
+
+    def forget_earlier(self, path: str) -> None:
+        """Remove what was kept of a file."""
+        return None
+
+    def take_earlier(self, path: str, to: Path, hashes: Collection[str]) -> bool:
+        """Move what was kept of a file to a path of this machine, to be changed there.
+
+        Args:
+            path: of the file.
+            to: the path that a function given to `swap` got.
+            hashes: of contents that may be taken.
+
+        Returns:
+            False if nothing was kept, or somebody still reads it; then nothing is kept any more.
+        """
+        return False
 
     def token(self, path: str) -> str | None:
         """xxh3-128, hexadecimal, of a file's content, for `swap`; None if there is no file."""

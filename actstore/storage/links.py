@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 MOST = 40  # links that the system follows per path (Linux: MAXSYMLINKS)
@@ -51,7 +52,8 @@ def linked(root: Path, paths: Iterable[str]) -> list[str]:
         while path and path not in places:
             places.add(path)
             path = path.rpartition("/")[0]
-    return sorted(place for place in places if os.path.islink(root / place))
+    top = f"{root}/"  # not Path, which takes longer than the system
+    return sorted(place for place in places if os.path.islink(top + place))
 
 
 def unnamed(root: Path, folders: Iterable[str], named: Iterable[str]) -> list[str]:
@@ -70,10 +72,36 @@ def unnamed(root: Path, folders: Iterable[str], named: Iterable[str]) -> list[st
     kept = {f"{top}/{path}" for path in named}
     if linked(root, {*named, *folders}):
         kept = {place for path in kept for place in way(path)}
-    found = []
-    for folder in folders:
-        if not os.path.islink(os.path.join(top, folder)):
-            for at, inner, files in os.walk(os.path.join(top, folder)):
-                links = [name for name in inner if os.path.islink(os.path.join(at, name))]
-                found += [os.path.join(at, name) for name in files + links]
-    return sorted(path[len(top) + 1 :] for path in found if path not in kept)
+    found = [path for folder in folders for path in _files(os.path.join(top, folder)) if path not in kept]
+    return sorted(path[len(top) + 1 :] for path in found)
+
+
+def remove_empty(folder: str) -> bool:
+    """Remove the folders in a folder that hold no file; True if the folder itself holds none.
+
+    A link is like a file, and is not entered.
+    """
+    is_empty = True
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False) and remove_empty(entry.path):
+                try:
+                    os.rmdir(entry.path)
+                except OSError:  # not empty any more, or another's
+                    is_empty = False
+            else:
+                is_empty = False
+        return is_empty
+    return False
+
+
+def _files(folder: str) -> Iterator[str]:
+    """Paths of the files and links in a folder and in the folders below it; none of a link."""
+    if os.path.islink(folder):
+        return
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path)
+            else:
+                yield entry.path

@@ -7,15 +7,15 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import xxhash
 
 from actstore.errors import BadInput, Busy, Damaged, NoRoom, Unsupported, advised
+from actstore.storage import earlier, links
 from actstore.storage import lease as leases
-from actstore.storage import links
 from actstore.storage.backend import ANY, Content, File, Reading, Storage
 from actstore.storage.hashing import hash_of
 from actstore.storage.lease import LOCK, Lease
@@ -101,6 +101,18 @@ class Local(Storage):
         finally:
             os.close(folder)
 
+    def keep_earlier(self, path: str) -> None:
+        """See Storage.keep_earlier; see earlier.py for which files."""
+        earlier.keep(self.root / path)
+
+    def forget_earlier(self, path: str) -> None:
+        """See Storage.forget_earlier."""
+        earlier.forget(self.root / path)
+
+    def take_earlier(self, path: str, to: Path, hashes: Collection[str]) -> bool:
+        """See Storage.take_earlier."""
+        return earlier.take(self.root / path, to, hashes)
+
     def token(self, path: str) -> str | None:
         """See Storage.token; xxh3-128 of the file's content."""
         try:
@@ -126,7 +138,7 @@ class Local(Storage):
 
     def size(self, path: str) -> int:
         """See Storage.size."""
-        found = os.stat(self.root / path)
+        found = os.stat(f"{self.root}/{path}")  # not Path, which takes longer than the system
         if not stat.S_ISREG(found.st_mode):
             raise Damaged(irregular(self.root / path, found.st_mode))
         return found.st_size
@@ -229,10 +241,7 @@ class Local(Storage):
         for path in [path for name in names for path in self.root.glob(f".{name}.*.tmp*")]:
             discard(path)
         for folder in [self.root / folder for folder in folders if not (self.root / folder).is_symlink()]:
-            for at, inner, _ in os.walk(folder, topdown=False):
-                for name in inner:
-                    with suppress(OSError):  # not empty, or a link
-                        os.rmdir(os.path.join(at, name))
+            links.remove_empty(str(folder))
 
 
 class Folder(Local, Reading):

@@ -612,7 +612,8 @@ class Store:
             sites: several sites of one row shape, instead of `site`; `resid_post` stands for every
                 stored layer.
             timeout, memory: limit of the query, see `sql`; reading activations has none.
-            dtype: dtype of X: float32, float16, float64, or bfloat16 (torch only).
+            dtype: dtype of X: float32, float16, float64, or bfloat16 (torch only), whatever the run
+                is stored as (`ingest --dtype`).
             out: numpy or torch; a tensor shares the memory that was read into.
             columns: called with the names of the query's columns before the query runs; its error
                 is raised.

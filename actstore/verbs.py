@@ -348,6 +348,7 @@ def patch(
     device: str = "cpu",
     wait: float = 10.0,
     progress: Work = silent,
+    dtype: str | None = None,
 ) -> str:
     """Run a stored run's model again with some activations edited, and store the answers as a run.
 
@@ -370,6 +371,7 @@ def patch(
         device: "cpu" or "cuda".
         wait: seconds to wait for another process that writes to the store.
         progress: see `outputs.Work`.
+        dtype: how `sites` are stored; default: float32, or the stored run's.
 
     Returns:
         The new run's name.
@@ -391,7 +393,7 @@ def patch(
             "got Edits, and at, how, donors, donor_site, params or tables beside them; give these to each Edit"
         )
     listed = [edits] if isinstance(edits, Edit) else list(edits)
-    job = prepare_patch(_path(store), base, listed, run, sites, batch_size, answers, device, wait)
+    job = prepare_patch(_path(store), base, listed, run, sites, batch_size, answers, device, wait, dtype)
     assert job.patch is not None
     with closing(job.patch), progress(f"patch {job.plan.run}", job.sequences.n_sequences, job.unit) as advance:
         execute(job, advance)

@@ -38,14 +38,14 @@ def flat_rows(out: np.ndarray, n_rows: int, layout: Layout) -> np.ndarray:
     return flat
 
 
-def copy_rows(windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, dtype: str) -> bool:
+def copy_rows(windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, layout: Layout) -> bool:
     """Copy windows[offsets] into X, with several threads when there is much to copy.
 
     Args:
         windows: V<row bytes> [m], see `mapped.View`.
         offsets: int64 [n], into `windows`.
         X: float [n, row_items]; overwritten.
-        dtype: the dtype of the numbers in `windows`.
+        layout: says how the numbers in `windows` are stored.
 
     Returns:
         True if a row begins with NaN.
@@ -59,7 +59,7 @@ def copy_rows(windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, dtype: st
         with np.errstate(over="raise"):
             for first in range(start, min(start + per_thread, len(X)), ROWS_AT_ONCE):
                 block = slice(first, min(first + ROWS_AT_ONCE, start + per_thread))
-                X[block] = windows[offsets[block]].view(dtype).reshape(-1, X.shape[1])
+                X[block] = layout.decoded(windows[offsets[block]])
                 blank |= bool(np.isnan(X[block, 0].min(initial=0)))
         return blank
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from actstore.arrays.address import CHUNKS_PER_SHARD, POSITIONS_PER_TREE
+from actstore.arrays.encoding import SCALE_BYTES, decoded, numpy_dtype
 
 CRC_BYTES = 4
 NO_CHUNK = 2**64 - 1  # in a shard's index: the chunk was never written
@@ -23,12 +24,12 @@ class Layout:
     another. A row lies in the slot `row % rows_per_chunk` of a chunk in both.
 
     Attributes:
-        shape: the whole array's shape, sequences (or rows) first.
+        shape: the whole array's shape, sequences (or rows) first; without the scales of int8.
         position_axis: the axis along which a chunk is one long: 1 for [sequence, position,
             d_model], 2 for [sequence, head, query, key]. None for the layout `rows`.
         rows_per_chunk: number of sequences in a shard, and in a chunk; or of rows in a chunk, a
             power of two.
-        dtype: of the stored numbers: float32 or float16.
+        dtype: how numbers are stored: float32, float16, bfloat16 or int8, see encoding.
         stride: ids from one sequence of a grid to the next, a power of two.
     """
 
@@ -40,8 +41,8 @@ class Layout:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one number."""
-        return np.dtype(self.dtype).itemsize
+        """Bytes of one stored number."""
+        return numpy_dtype(self.dtype).itemsize
 
     @property
     def chunks_per_shard(self) -> int:
@@ -79,25 +80,54 @@ class Layout:
         return math.prod(self.row_shape)
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The array's shape on the disk, where a vector of int8 begins with its scale."""
+        return (*self.shape[:-1], self.shape[-1] + SCALE_BYTES * (self.dtype == "int8"))
+
+    @cached_property
+    def stored_row_shape(self) -> tuple[int, ...]:
+        """Shape of what is stored of one token's activation."""
+        return (*self.row_shape[:-1], self.stored_shape[-1])
+
+    @cached_property
+    def row_numbers(self) -> int:
+        """Numbers stored per row."""
+        return math.prod(self.stored_row_shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes stored per row."""
+        return self.row_numbers * self.item_bytes
+
+    def decoded(self, rows: np.ndarray) -> np.ndarray:
+        """The numbers of some rows, [n, row_items], see encoding.decoded.
+
+        Args:
+            rows: V<row_bytes> [n].
+        """
+        stored = rows.view(numpy_dtype(self.dtype)).reshape(-1, self.row_numbers)
+        return decoded(stored, self.dtype, self.row_shape[-1])
+
+    @property
     def chunk_shape(self) -> tuple[int, ...]:
         """Shape of an inner chunk."""
         return tuple(
             self.rows_per_chunk if axis == 0 else 1 if axis == self.position_axis else size
-            for axis, size in enumerate(self.shape)
+            for axis, size in enumerate(self.stored_shape)
         )
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
         """Shape of a shard."""
-        return (self.rows_per_shard, *self.shape[1:])
+        return (self.rows_per_shard, *self.stored_shape[1:])
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one inner chunk and its checksum.
 
-        The number is a multiple of item_bytes, so that every row starts on a float.
+        The number is a multiple of item_bytes, so that every row starts on a number.
         """
-        return self.item_bytes * self.rows_per_chunk * self.row_items + CRC_BYTES
+        return self.rows_per_chunk * self.row_bytes + CRC_BYTES
 
     @property
     def index_bytes(self) -> int:

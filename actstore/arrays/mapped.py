@@ -72,7 +72,7 @@ class View(NamedTuple):
     Attributes:
         windows: V<row bytes> [numbers in the view]: item i is the row beginning at number i.
         table: int64 [shards * 2^key_bits]: table[shard, chunk] is the offset of row 0; add row *
-            row_items. NOWHERE if nothing is mapped there.
+            row_numbers. NOWHERE if nothing is mapped there.
         maps: by shard: its bytes, and where its chunks start in them (int64 [chunks_per_shard], in
             numbers).
     """
@@ -123,7 +123,7 @@ class Shards:
         bits = layout.key_bits
         key <<= bits
         key |= position
-        row *= layout.row_items
+        row *= layout.row_numbers
         for view in (self._view, None):
             view = view or self._map(np.unique(key >> bits).tolist())
             offsets = view.table.take(key)
@@ -160,7 +160,7 @@ class Shards:
 
     def _see(self, maps: dict[int, tuple[np.ndarray, np.ndarray]]) -> View:
         layout, item = self.layout, self.layout.item_bytes
-        row_bytes = layout.row_items * item
+        row_bytes = layout.row_bytes
         table = np.full((layout.n_shards, 1 << layout.key_bits), NOWHERE)
         if not maps:
             return View(np.empty(0, f"V{row_bytes}"), table.reshape(-1), maps)
@@ -169,7 +169,7 @@ class Shards:
         origin = addresses[first]
         end = max(addresses[batch] + len(mapped) for batch, (mapped, _) in maps.items())
         for batch, (_, chunks) in maps.items():
-            start = (addresses[batch] - origin) // item - batch * layout.rows_per_chunk * layout.row_items
+            start = (addresses[batch] - origin) // item - batch * layout.rows_per_chunk * layout.row_numbers
             table[batch, : layout.chunks_per_shard] = np.where(chunks < 0, NOWHERE, chunks + start)
         windows = np.lib.stride_tricks.as_strided(
             maps[first][0][:row_bytes].view(f"V{row_bytes}"),

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from actstore.arrays.encoding import STORED_AS
 from actstore.arrays.layout import Layout
 
 LAYOUT_KEYS = ("zarr_format", "node_type", "shape", "chunk_grid", "chunk_key_encoding", "codecs")  # where numbers lie
+SCALED = {
+    "int8": "along the last axis: 4 bytes of a little-endian float32 scale, then int8 numbers; number = scale * int8, -128 is NaN"
+}
 
 
 def metadata(layout: Layout, names: tuple[str, ...], attributes: Mapping[str, Any]) -> bytes:
-    """Build the array's zarr.json, the same bytes as zarr-python 3 writes."""
+    """Build the array's zarr.json, the same bytes as zarr-python 3 writes.
+
+    An array of int8 says in an attribute `int8` how its numbers are decoded.
+    """
     return json.dumps(_content(layout, names, attributes), indent=2).encode()
 
 
@@ -25,13 +33,13 @@ def _content(layout: Layout, names: Sequence[str], attributes: Mapping[str, Any]
         "index_location": "end",
     }
     return {
-        "shape": list(layout.shape),
+        "shape": list(layout.stored_shape),
         "data_type": layout.dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(layout.shard_shape)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": "NaN",
+        "fill_value": -1 if layout.dtype == "int8" else "NaN",
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "attributes": dict(attributes),
+        "attributes": dict(attributes) | (SCALED if layout.dtype == "int8" else {}),
         "dimension_names": list(names),
         "zarr_format": 3,
         "node_type": "array",
@@ -47,6 +55,9 @@ def mapped_dtype(about: Mapping[str, Any], layout: Layout) -> str | None:
     Args:
         about: the content of the array's zarr.json.
     """
-    expected = _content(layout, (), {})
+    dtype = str(about.get("data_type"))
+    if dtype not in STORED_AS:
+        return None
+    expected = _content(replace(layout, dtype=dtype), (), {})
     same = all(about.get(key) == expected[key] for key in LAYOUT_KEYS) and not about.get("storage_transformers")
-    return about["data_type"] if same and about.get("data_type") in ("float32", "float16") else None
+    return dtype if same else None

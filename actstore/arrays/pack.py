@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import google_crc32c
 import numpy as np
 
+from actstore.arrays import encoding
 from actstore.arrays.layout import CRC_BYTES, NO_CHUNK, Layout
+from actstore.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +30,9 @@ class ShardBuffer:
         self.bytes = np.frombuffer(mmap.mmap(-1, layout.shard_bytes), np.uint8) if memory is None else memory
         shards = self.bytes[: -layout.index_bytes]
         self._chunks = shards.reshape(layout.chunks_per_shard, layout.chunk_bytes)
-        numbers = self._chunks[:, :-CRC_BYTES].view(layout.dtype)
-        self.rows = numbers.reshape(-1, layout.rows_per_chunk, *layout.row_shape)  # [chunk, slot, *row], a view
+        numbers = self._chunks[:, :-CRC_BYTES].view(encoding.numpy_dtype(layout.dtype))
+        self.rows = numbers.reshape(-1, layout.rows_per_chunk, *layout.stored_row_shape)  # [chunk, slot, *row], a view
+        self._overflows: torch.Tensor | None = None  # bool []: a number that was put since the last seal was too large
 
     def put(self, first_row: int, activations: torch.Tensor) -> None:
         """Copy sequences in, after the first_row sequences that were put before; or rows.
@@ -37,26 +40,38 @@ class ShardBuffer:
         Args:
             first_row: number of the first sequence's row, or of the first row.
             activations: float [sequence, position, d_model] or [sequence, head, query, key], or
-                [row, *row_shape] in the layout `rows`; on any device.
+                [row, *row_shape] in the layout `rows`; on any device. They are stored in the
+                layout's dtype, see encoding.
 
         Raises:
             ValueError: `activations` has another shape, or more rows than the shard has room for.
         """
+        given, activations = activations, self._encoded(activations)
         if self.layout.position_axis is None:
-            self._put_rows(first_row, activations)
+            self._put_rows(first_row, activations, given)
         else:
             rows = self._target()[:, first_row : first_row + len(activations)]
             by_position = activations.movedim(self.layout.position_axis, 0)
             if by_position.shape != rows.shape:  # copy_ would broadcast
-                raise self._misfit(first_row, activations)
+                raise self._misfit(first_row, given)
             rows.copy_(by_position)
         self.n_put += len(activations)
 
-    def _put_rows(self, first_row: int, activations: torch.Tensor) -> None:
+    def _encoded(self, activations: torch.Tensor) -> torch.Tensor:
+        """What is copied, which the copy rounds to float16 or bfloat16."""
+        dtype = self.layout.dtype
+        if dtype == "int8":
+            return encoding.quantised(activations)
+        if dtype in encoding.TOO_LARGE:
+            found = encoding.overflows(activations, dtype)
+            self._overflows = found if self._overflows is None else self._overflows | found
+        return activations
+
+    def _put_rows(self, first_row: int, activations: torch.Tensor, given: torch.Tensor) -> None:
         """Copy rows in, chunk by chunk: a checksum lies between two chunks."""
         layout, chunks = self.layout, self._target()
-        if activations.shape[1:] != layout.row_shape or first_row + len(activations) > layout.rows_per_shard:
-            raise self._misfit(first_row, activations)
+        if activations.shape[1:] != layout.stored_row_shape or first_row + len(activations) > layout.rows_per_shard:
+            raise self._misfit(first_row, given)
         done = 0
         while done < len(activations):
             chunk, slot = divmod(first_row + done, layout.rows_per_chunk)
@@ -64,7 +79,7 @@ class ShardBuffer:
             if slot == 0 and len(activations) - done >= layout.rows_per_chunk:
                 n_chunks = (len(activations) - done) // layout.rows_per_chunk
                 n = n_chunks * layout.rows_per_chunk
-                whole = activations[done : done + n].reshape(n_chunks, layout.rows_per_chunk, *layout.row_shape)
+                whole = activations[done : done + n].reshape(n_chunks, layout.rows_per_chunk, *layout.stored_row_shape)
                 chunks[chunk : chunk + n_chunks].copy_(whole)
             else:
                 chunks[chunk, slot : slot + n].copy_(activations[done : done + n])
@@ -74,6 +89,8 @@ class ShardBuffer:
         """What `put` copies to, [chunk, slot, *row]."""
         import torch
 
+        if self.layout.dtype == "bfloat16":
+            return torch.from_numpy(self.rows.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(self.rows)
 
     @property
@@ -103,19 +120,21 @@ class ShardBuffer:
         Raises:
             ValueError: the number of sequences (or rows) put in is not that of `lengths`; rows of
                 the batch before would be stored.
+            BadInput: a number is too large for float16 or bfloat16, or infinite and stored as int8.
         """
         layout, n_put = self.layout, self.n_put
-        in_rows = layout.position_axis is None
+        in_rows, blank = layout.position_axis is None, encoding.blank(layout.dtype)
         if n_put != (int(lengths.sum()) if in_rows else len(lengths)):
             what = f"{int(lengths.sum())} tokens" if in_rows else f"{len(lengths)} lengths"
             raise ValueError(f"got {what} for {n_put} {'rows' if in_rows else 'trees'} of activations")
         n_chunks, self.n_put = self._n_chunks, 0
         if in_rows:
-            self.rows[n_chunks - 1, n_put - (n_chunks - 1) * layout.rows_per_chunk :] = np.nan
+            self.rows[n_chunks - 1, n_put - (n_chunks - 1) * layout.rows_per_chunk :] = blank
         else:
-            self.rows[:, n_put:] = np.nan
+            self.rows[:, n_put:] = blank
             for position in range(int(lengths.min()), layout.chunks_per_shard):
-                self.rows[position, :n_put][lengths <= position] = np.nan
+                self.rows[position, :n_put][lengths <= position] = blank
+        self._refuse_overflow(self.rows[:n_chunks])
         start, stop = n_chunks * layout.chunk_bytes, layout.bytes_of(n_chunks)
         index = self.bytes[start : stop - CRC_BYTES].view("<u8").reshape(-1, 2)
         index[:n_chunks, 0] = np.arange(n_chunks, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
@@ -125,3 +144,16 @@ class ShardBuffer:
             crc = google_crc32c.value(part[:-CRC_BYTES])
             part[-CRC_BYTES:] = np.frombuffer(crc.to_bytes(CRC_BYTES, "little"), np.uint8)
         return self.bytes[:stop].data
+
+    def _refuse_overflow(self, rows: np.ndarray) -> None:
+        """Refuse numbers that the dtype cannot hold; those of padding are blanked already."""
+        dtype, too_large = self.layout.dtype, self._overflowed()
+        if too_large and encoding.has_infinite(rows, dtype):
+            raise BadInput(f"a number is too large for {dtype}")
+        if dtype == "int8" and encoding.has_infinite(rows, dtype):
+            raise BadInput("a number is infinite, which int8 cannot hold")
+
+    def _overflowed(self) -> bool:
+        """Whether a number that was put since the last call was too large for the dtype."""
+        found, self._overflows = self._overflows, None
+        return found is not None and bool(found)

@@ -89,7 +89,7 @@ class RangedReader(Placed):
         return whole
 
     def _rows(self, batch: int, row: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-        """The rows of one shard, [n, row_items], of the stored dtype."""
+        """The rows of one shard, [n, row_items], see encoding.decoded."""
         layout, path = self.layout, self.shards[batch]
         plan = self._plan(batch, row, position, token_ids)
         parts = self._place.read_ranges(path, plan.ranges)
@@ -102,7 +102,7 @@ class RangedReader(Placed):
             chunk = content[start : start + layout.chunk_bytes].tobytes()
             if google_crc32c.value(chunk[:-CRC_BYTES]).to_bytes(CRC_BYTES, "little") != chunk[-CRC_BYTES:]:
                 raise self._damaged(path, "has a chunk that is not what was committed")
-        row_bytes = layout.row_items * layout.item_bytes
+        row_bytes = layout.row_bytes
         windows = np.lib.stride_tricks.as_strided(
             content[:row_bytes].view(f"V{row_bytes}"),
             ((len(content) - row_bytes) // layout.item_bytes + 1,),
@@ -110,11 +110,11 @@ class RangedReader(Placed):
             writeable=False,
         )
         found = (plan.offsets + shift[np.searchsorted(starts, plan.offsets, "right") - 1]) // layout.item_bytes
-        return windows[found].view(layout.dtype).reshape(-1, layout.row_items)
+        return layout.decoded(windows[found])
 
     def _plan(self, batch: int, row: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> _Plan:
         layout = self.layout
-        row_bytes = layout.row_items * layout.item_bytes
+        row_bytes = layout.row_bytes
         begins = self._chunk_starts(batch)[position]
         if (lacking := begins < 0).any():
             if layout.position_axis is None and self.is_token and not (there := self.is_token(token_ids)).all():
@@ -167,7 +167,7 @@ class RangedReader(Placed):
             plan = self._plan(number, row[of_batch], position[of_batch], token_ids[of_batch])
             n_bytes += sum(length for _, length in plan.ranges) + layout.index_bytes
         n_chunks = len(np.unique(batch << layout.key_bits | position))
-        return Cost(n_chunks, len(batches), len(row) * layout.row_items * layout.item_bytes, n_bytes)
+        return Cost(n_chunks, len(batches), len(row) * layout.row_bytes, n_bytes)
 
     def again(self) -> Callable[[Reading, IsToken], SiteReader]:
         """See site.Reader; the site is opened to read all of it, from copies of its shards."""

@@ -1,4 +1,4 @@
-"""One Zarr array per site: float32 [tree, position, d_model], or [tree, head, query, key].
+"""One Zarr array per site: [tree, position, d_model], or [tree, head, query, key].
 
 Sequences of many lengths are one array [row, …] instead, see Layout. A shard holds a batch of
 sequences, an inner chunk one position of that batch. Every study reads a few positions (the target
@@ -67,7 +67,7 @@ class SiteReader(Placed):
 
         Returns:
             float32 [n, d_model] (patterns: [n, head, key]), in the order of `token_ids` and in the
-            model's own units; `out` if given.
+            model's own units, whatever the stored dtype is; `out` if given.
 
         Raises:
             NotStored: an id has no activation here (it is another dataset's, padding, or not yet
@@ -83,7 +83,7 @@ class SiteReader(Placed):
         else:
             whole = np.empty((len(token_ids), *layout.row_shape), np.float32) if out is None else out
             X = flat_rows(whole, len(token_ids), layout)
-            blank = copy_rows(windows, offsets, X, layout.dtype)
+            blank = copy_rows(windows, offsets, X, layout)
         if blank:
             self.refuse_padding(token_ids, np.isnan(X[:, 0]))
         return X.reshape(-1, *layout.row_shape) if out is None else out
@@ -116,7 +116,7 @@ class SiteReader(Placed):
         """
         row, position = self.places(token_ids)
         layout = self.layout
-        row_bytes = layout.row_items * layout.item_bytes
+        row_bytes = layout.row_bytes
         batch, slot = np.divmod(row, layout.rows_per_chunk)
         batches = np.unique(batch).tolist()
         n_chunks, n_bytes = len(np.unique(batch << layout.key_bits | position)), len(row) * row_bytes

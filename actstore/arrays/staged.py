@@ -1,8 +1,8 @@
 """Shards that are packed on a GPU, and copied to the host while the model goes on.
 
-A shard is packed on the device, in the layout of its file, by the stream that runs the model. A
-second stream copies the whole shard into page-locked memory. Whoever reads the shard waits for the
-event of that copy alone, and the model does not wait.
+A shard is packed on the device, in the layout and dtype of its file, by the stream that runs the
+model. A second stream copies the whole shard into page-locked memory. Whoever reads the shard waits
+for the event of that copy alone, and the model does not wait.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from actstore.arrays.encoding import TOO_LARGE
 from actstore.arrays.layout import CRC_BYTES, Layout
 from actstore.arrays.pack import ShardBuffer
 
@@ -121,9 +122,11 @@ class StagedBuffer(ShardBuffer):
         )
         packed = torch.empty(n_chunks, layout.chunk_bytes // layout.item_bytes, dtype=dtype, device=copies.device)
         self._host, self._device = host, packed.view(torch.uint8).view(-1)
-        self._packed = packed[:, :-crc_items].unflatten(1, (layout.rows_per_chunk, *layout.row_shape))
+        self._packed = packed[:, :-crc_items].unflatten(1, (layout.rows_per_chunk, *layout.stored_row_shape))
         self._copies = copies
         self._copied: Copied | None = None
+        self._flag = copies.page_locked(1) if layout.dtype in TOO_LARGE else None  # see _overflowed
+        self._flagged: Copied | None = None
 
     def put(self, first_row: int, activations: torch.Tensor) -> None:
         """See ShardBuffer.put; returns before the device has copied them.
@@ -138,6 +141,9 @@ class StagedBuffer(ShardBuffer):
     def hand_over(self) -> None:
         """Start to copy what was put to the host."""
         n_bytes = self._n_chunks * self.layout.chunk_bytes
+        if self._overflows is not None and self._flag is not None:
+            self._flagged = self._copies.start(self._overflows.view(-1).byte(), self._flag)
+            self._overflows = None
         self._copied = self._copies.start(self._device[:n_bytes], self._host[:n_bytes])
 
     def seal(self, lengths: np.ndarray) -> memoryview:
@@ -151,3 +157,10 @@ class StagedBuffer(ShardBuffer):
 
     def _target(self) -> torch.Tensor:
         return self._packed
+
+    def _overflowed(self) -> bool:
+        if self._flagged is None or self._flag is None:
+            return False
+        self._flagged.synchronize()
+        self._flagged = None
+        return bool(self._flag.item())

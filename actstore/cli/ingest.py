@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from actstore.ingest.jobs.job import Ingest
 
 OF_PATCH = ("base", "patches", "at", "how", "donors", "donor_site", "params", "tables")  # parameters, of --base
-TAKEN_WITH_BASE = ("run", "sites", "batch_size", "device", "wait", "answers")
+TAKEN_WITH_BASE = ("run", "sites", "batch_size", "device", "wait", "answers", "dtype")
 SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site": "donor-site"}
 
 
@@ -98,6 +98,11 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
     help="Sequences per forward pass; default: the run's own, or 128 trees, or about 4,096 tokens of text.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option(
+    "--dtype",
+    help="Store activations as float32, float16, bfloat16 or int8 (with a scale for each vector); they are read as "
+    "float32. Default: the run's own, or float32.",
+)
 @click.option(
     "--from-arrays",
     metavar="FILE",
@@ -225,6 +230,7 @@ def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> No
         options["answers"],
         options["device"],
         options["wait"],
+        options["dtype"],
     )
     _execute(job)
     assert job.patch is not None

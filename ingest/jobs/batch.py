@@ -14,8 +14,10 @@ import polars as pl
 
 from actstore.arrays.address import Ids
 from actstore.arrays.staged import buffers as buffers_on
+from actstore.errors import BadInput
 from actstore.ingest.jobs.job import Buffers, Ingest
 from actstore.ingest.task import Drawn
+from actstore.writing.plan import SitePlan
 from actstore.writing.writer import Content, batch_contents
 
 
@@ -53,7 +55,22 @@ class Batch:
         return batch_contents(self.job.plan, self.number, {}, {}, self._sealed())
 
     def _sealed(self) -> dict[str, memoryview]:
-        return {site.site: self.buffers[site.site].seal(self.drawn.lengths) for site in self.job.plan.sites}
+        return {site.site: self._seal(site) for site in self.job.plan.sites}
+
+    def _seal(self, site: SitePlan) -> memoryview:
+        """The shard of one site.
+
+        Raises:
+            BadInput: an activation does not fit the run's dtype.
+        """
+        try:
+            return self.buffers[site.site].seal(self.drawn.lengths)
+        except BadInput as error:
+            wider = "bfloat16 or float32" if site.layout.dtype == "float16" else "float32"
+            raise BadInput(
+                f"{site.short} of batch {self.number} cannot be stored as {site.layout.dtype}: {error}; store it as {wider} "
+                f"(--dtype), under another name (--run): {self.job.kept()}"
+            ) from error
 
 
 def run_batch(

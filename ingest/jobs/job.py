@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from actstore.arrays.address import Ids, is_of_trees
+from actstore.arrays.encoding import STORED_AS
 from actstore.errors import BadInput, NotStored, nearest
 from actstore.ingest.answers import next_token
 from actstore.ingest.answers.next_token import Asked, Continued
@@ -71,6 +72,7 @@ class Ingest:
         wait: seconds to wait for another process that writes to the store.
         publish_every: seconds between new catalogs for readers, while batches are committed.
         grades: whether answers are graded; else `answers` gives none.
+        dtype: how activations are stored, one of arrays.encoding.STORED_AS.
     """
 
     store: Path
@@ -85,6 +87,7 @@ class Ingest:
     wait: float = 0.0
     asked: Asked | Continued | None = field(default_factory=Asked)
     patch: Patch | None = None
+    dtype: str = "float32"
     specs: list[SiteSpec] = field(init=False)
     generator: Generator | TextGenerator | None = field(init=False, default=None)
     plan: RunPlan = field(init=False)
@@ -93,6 +96,7 @@ class Ingest:
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
+        check_dtype(self.dtype)
         self.store = place(self.store)
         if self.prompt != "task":  # up to the continuation its activations would equal those of the whole task
             self.sites = []
@@ -100,7 +104,14 @@ class Ingest:
         self.specs = [] if chooses_none else self.model.sites(self.sites)
         self.asked = self.asked if self.of_text and self.model.predicts else None
         drafted = draft(
-            self.model.name, self.model.config, self.sequences, self.run, self.specs, self.prompt, self.samples
+            self.model.name,
+            self.model.config,
+            self.sequences,
+            self.run,
+            self.specs,
+            self.prompt,
+            self.samples,
+            self.dtype,
         )
         self.per_pass = self.batch_size or default_batch_size(drafted.dataset)
         if self.prompt == "tree":
@@ -112,6 +123,8 @@ class Ingest:
 
             self.generator = TextGenerator(self.model, drafted.facts["samples"], self.asked.n_new)
         made_by: dict[str, Any] = {**versions(), "batch_size": self.per_pass}
+        if self.dtype != "float32":
+            made_by["dtype"] = self.dtype
         if self.of_text:
             made_by["answers"] = next_token.said(self.asked)
         of_run = {} if self.patch is None else self.patch.tables(drafted.run)
@@ -332,13 +345,14 @@ def draft(
     specs: Sequence[SiteSpec],
     prompt: str = "task",
     samples: int | None = None,
+    dtype: str = "float32",
 ) -> RunPlan:
     """The plan of a run, without its model; needs no weights.
 
     Args:
         model, config: the model's name and shape.
         specs: the run's sites; none are stored with prompt `tree`.
-        run, prompt, samples: see Ingest.
+        run, prompt, samples, dtype: see Ingest.
 
     Raises:
         BadInput: an argument has no meaning, or the model cannot take these sequences.
@@ -356,7 +370,7 @@ def draft(
         model={},
         weights=b"",
         dataset=dataset,
-        sites=[] if prompt != "task" else [site_plan(spec, dataset) for spec in specs],
+        sites=[] if prompt != "task" else [site_plan(spec, dataset, dtype) for spec in specs],
         facts=facts,
     )
 
@@ -413,6 +427,12 @@ def check_batch_size(batch_size: int | None) -> None:
     """Refuse a batch size below 1."""
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"got a batch size of {batch_size}; a forward pass takes 1 sequence or more (--batch-size)")
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that activations cannot be stored as."""
+    if dtype not in STORED_AS:
+        raise BadInput(f"got dtype {dtype!r}{nearest(dtype, STORED_AS)}; {there_are(STORED_AS)} (--dtype)")
 
 
 def default_batch_size(dataset: Mapping[str, Any]) -> int:

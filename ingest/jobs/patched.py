@@ -144,6 +144,7 @@ def prepare_patch(
     answers: str | None = None,
     device: str = "cpu",
     wait: float = 10.0,
+    dtype: str | None = None,
 ) -> Ingest:
     """A job that stores a run with edited activations; nothing is written.
 
@@ -151,7 +152,8 @@ def prepare_patch(
 
     Where the base run stored what enters the layers that the edits can change, only those layers
     and tokens are run. Otherwise whole forward passes are. A run that is stored already keeps its
-    edits, whatever their queries would yield now.
+    edits, whatever their queries would yield now. If the base run is not stored as float32, whole
+    forward passes are run, and only what the edits read of it is rounded: donors and means.
 
     Args:
         base: name of a stored run over whole tasks or text, whose weights can be read.
@@ -161,6 +163,7 @@ def prepare_patch(
         batch_size: sequences per forward pass; default: the stored run's own, or the base run's.
         answers: `all`; or `next`, which leaves out `outcomes` of trees, so that no wrong answer is
             continued greedily. Default: the stored run's own, or `all`.
+        dtype: see `prepare`; whatever the base run's is.
         wait: seconds to wait for another process that writes to the store.
 
     Raises:
@@ -194,6 +197,7 @@ def prepare_patch(
         patch, noted = stored_patch(origin, name, stored), origin.noted_of(name)
         answers = answers or ANSWERS[not patch.greedy]
         batch_size = noted["batch_size"] if batch_size is None else batch_size
+        dtype = noted.get("dtype") if dtype is None else dtype
         must_agree(
             f"run {name!r}", {"answers": ANSWERS[not patch.greedy]}, {"answers": answers}, "name a new run (--run)"
         )
@@ -208,7 +212,7 @@ def prepare_patch(
         patch, wanted = _asked(origin, edits, specs), _sites(origin, sites or [])
         patch.greedy = answers != "next"
         patch.whole = not fits_window(origin, specs, wanted)
-    job = job_of(origin, patch, name, [spec.short for spec in wanted], batch_size, wait)
+    job = job_of(origin, patch, name, [spec.short for spec in wanted], batch_size, wait, dtype or "float32")
     check_plan(root, job.plan)
     return job
 
@@ -272,12 +276,20 @@ def _must_fit(origin: Base, patch: Patch, wanted: Sequence[SiteSpec]) -> None:
 
 
 def job_of(
-    origin: Base, patch: Patch, run: str, sites: Sequence[str], batch_size: int | None = None, wait: float = 0.0
+    origin: Base,
+    patch: Patch,
+    run: str,
+    sites: Sequence[str],
+    batch_size: int | None = None,
+    wait: float = 0.0,
+    dtype: str = "float32",
 ) -> Ingest:
     """The job of a run with edits."""
     asked = understood(origin.noted.get("answers") or "next")
     size = origin.noted.get("batch_size") if batch_size is None else batch_size
-    return Ingest(origin.root, origin.model, origin.set, run, sites, size, wait=wait, asked=asked, patch=patch)
+    return Ingest(
+        origin.root, origin.model, origin.set, run, sites, size, wait=wait, asked=asked, patch=patch, dtype=dtype
+    )
 
 
 def _about(base: str, edit: Edit, spec: SiteSpec) -> Row:
@@ -322,12 +334,14 @@ def stored_patch(origin: Base, run: str, stored: Sequence[Row]) -> Patch:
 
 
 def fits_window(origin: Base, edited: Sequence[SiteSpec], wanted: Sequence[SiteSpec]) -> bool:
-    """Whether the base run stored all that the edits cannot change.
+    """Whether the base run stored all that the edits cannot change, as it was computed.
 
     Args:
         edited: the edited sites.
         wanted: the sites to be stored.
     """
+    if origin.noted.get("dtype", "float32") != "float32":
+        return False
     if origin.model.task != "trees" or origin.model.config.attention_dir != "causal":
         return False
     layers = [window.first_layer(spec.name) for spec in (*edited, *wanted)]

@@ -31,10 +31,10 @@ from actstore.ingest.replay.difference import (
     DRAWN_OTHERWISE,
     P_TOLERANCE,
     TIE,
-    TOLERANCE,
     Difference,
     not_compared,
     of_rows,
+    of_site,
 )
 from actstore.ingest.replay.rehydrate import rehydrate
 from actstore.ingest.trees.draw import Trees, concatenate
@@ -211,9 +211,10 @@ def _site(store: Store, run: str, site: SitePlan, words: np.ndarray, tree_ids: n
     ours = (np.moveaxis(ours, 2, 1) if site.kind == "pattern" else ours)[tree, position]
     held, _ = store.read("select unnest($ids)::bigint as token_id", run, site.short, {"ids": tokens.tolist()})
     apart = np.abs(np.nan_to_num(held, nan=np.inf) - ours).reshape(len(ours), -1).max(axis=1)
-    apart = apart / max(float(np.abs(ours).max()), 1e-30)
+    largest = float(np.abs(ours).max())
+    apart, tolerance = apart / max(largest, 1e-30), of_site(site.layout.dtype, largest)
     worst = int(apart.argmax())
-    return Difference(run, site.short, float(apart[worst]), TOLERANCE, len(ours), f"token {tokens[worst]}")
+    return Difference(run, site.short, float(apart[worst]), tolerance, len(ours), f"token {tokens[worst]}")
 
 
 def _stored(store: Store, table: str, run: str, tree_ids: np.ndarray, order: str) -> pl.DataFrame:

@@ -15,7 +15,7 @@ from actstore.arrays.address import Ids
 from actstore.errors import ActstoreError
 from actstore.ingest.interventions.kept import Kept
 from actstore.ingest.jobs.job import Ingest
-from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, not_compared
+from actstore.ingest.replay.difference import P_TOLERANCE, TIE, TOLERANCE, Difference, not_compared, of_site
 from actstore.store import Store
 
 
@@ -45,7 +45,7 @@ def compare_edited(
     rerun = replace(job, patch=some)
     kept = {spec.name: Kept(site.layout) for spec, site in zip(job.specs, job.plan.sites, strict=True)}
     ours = list[pl.DataFrame]()
-    apart = dict.fromkeys(kept, 0.0)
+    apart, tolerance = dict.fromkeys(kept, 0.0), dict.fromkeys(kept, TOLERANCE)
     n_tokens = 0
     for batch in sorted(batches):
         drawn = job.sequences.drawn(batch)
@@ -64,9 +64,13 @@ def compare_edited(
                 X, _ = store.read(ids + np.arange(n), run, spec.short)
                 given = kept[spec.name].rows(sequence, begin, n)
                 worst = np.abs(np.nan_to_num(X, nan=0.0) - np.nan_to_num(given, nan=0.0)).max()
-                apart[spec.name] = max(apart[spec.name], float(worst / max(np.nanmax(np.abs(given)), 1e-30)))
+                largest = float(np.nanmax(np.abs(given)))
+                apart[spec.name] = max(apart[spec.name], float(worst / max(largest, 1e-30)))
+                tolerance[spec.name] = max(tolerance[spec.name], of_site(job.dtype, largest))
     for spec in job.specs:
-        found.append(Difference(run, spec.short, apart[spec.name], TOLERANCE, n_tokens, "an edited sequence"))
+        found.append(
+            Difference(run, spec.short, apart[spec.name], tolerance[spec.name], n_tokens, "an edited sequence")
+        )
     if ours:
         theirs = pl.concat(ours)
         query = "from predictions where run = $run and token_id in (select unnest($ids)) order by token_id"

@@ -21,8 +21,9 @@ from actstore.ingest.corpus.drawn import Drawn
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.sites import SiteSpec
-from actstore.ingest.replay.difference import DRAWN_OTHERWISE, P_TOLERANCE, TIE, TOLERANCE, Difference, of_rows
+from actstore.ingest.replay.difference import DRAWN_OTHERWISE, P_TOLERANCE, TIE, Difference, of_rows, of_site
 from actstore.store import Store
+from actstore.writing.plan import SitePlan
 
 AT_ONCE = 4  # sequences per forward pass
 KEYS = {"listed_sequences": "sequence_id", "tokens": "token_id"}
@@ -102,7 +103,7 @@ def _compare_batch(
         held = store.sql(query, {"run": run, "ids": sequence_ids.tolist()})
     rerun = _run(job, drawn, chosen, held)
     for site in job.plan.sites:
-        found.append(_site(store, run, site.short, rerun.sites[site.site], token_ids))
+        found.append(_site(store, run, site, rerun.sites[site.site], token_ids))
     if held is not None:
         found.append(_predictions(run, held, rerun))
     return found
@@ -214,13 +215,14 @@ def _graded(logits: Tensor, target: Tensor, held: Tensor | None) -> list[np.ndar
     return [column.cpu().numpy() for column in (target, p_target[:, 0], p_best, p_held, fewest, most)]
 
 
-def _site(store: Store, run: str, short: str, ours: np.ndarray, token_ids: np.ndarray) -> Difference:
-    held, _ = store.read("select unnest($ids)::bigint as token_id", run, short, {"ids": token_ids.tolist()})
+def _site(store: Store, run: str, site: SitePlan, ours: np.ndarray, token_ids: np.ndarray) -> Difference:
+    held, _ = store.read("select unnest($ids)::bigint as token_id", run, site.short, {"ids": token_ids.tolist()})
     apart = np.nan_to_num(np.abs(held - ours), nan=np.inf)
     apart[np.isnan(held) & np.isnan(ours)] = 0.0  # keys of a pattern that the sequence has not
-    apart = apart.reshape(len(ours), -1).max(axis=1) / max(float(np.nanmax(np.abs(ours))), 1e-30)
-    worst = int(apart.argmax())
-    return Difference(run, short, float(apart[worst]), TOLERANCE, len(ours), f"token {token_ids[worst]}")
+    largest = float(np.nanmax(np.abs(ours)))
+    apart = apart.reshape(len(ours), -1).max(axis=1) / max(largest, 1e-30)
+    worst, tolerance = int(apart.argmax()), of_site(site.layout.dtype, largest)
+    return Difference(run, site.short, float(apart[worst]), tolerance, len(ours), f"token {token_ids[worst]}")
 
 
 def _predictions(run: str, held: pl.DataFrame, rerun: _Rerun) -> Difference:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from actstore.arrays.encoding import largest_error
 from actstore.errors import Damaged
 
 # of a site's largest number: float32 sums of 128 to 512 terms through six layers differ by 1e-6 to
@@ -46,6 +47,18 @@ class Difference:
     def agrees(self) -> bool:
         """Whether the difference is within its tolerance, or nothing could be compared."""
         return bool(self.cannot) or self.worst <= self.tolerance
+
+
+def of_site(dtype: str, largest: float) -> float:
+    """The tolerance of a site, relative to its largest number.
+
+    What was rounded when it was stored may be as far away as its dtype's rounding takes it.
+
+    Args:
+        dtype: as the run is stored.
+        largest: size of the site's largest number, as it was computed again.
+    """
+    return TOLERANCE + largest_error(dtype, largest) / max(largest, 1e-30)
 
 
 def not_compared(run: str, what: str, why: str) -> Difference:

@@ -18,6 +18,7 @@ from actstore.ingest.jobs.sets import stored_set
 from actstore.ingest.jobs.stored import model_of_row, row_where
 from actstore.ingest.replay import definitions
 from actstore.writing import parts as writing_parts
+from actstore.writing.committed import made_by
 
 
 def rehydrate(
@@ -44,14 +45,14 @@ def rehydrate(
     model = row_where(rows["models"], "weights_sha256", about["weights_sha256"], "models")
     dataset = row_where(rows["datasets"], "dataset", about["dataset"], "datasets")
     sites = [name for names in definitions.site_names(manifests, run).values() for name in names]
-    about_it = json.loads(about["versions"])
+    about_it, dtype = json.loads(about["versions"]), made_by(about)["dtype"]
     if "edits" in about_it:
         edits = writing_parts.rows_committed(root, manifests, "interventions")
         of_run = edits.filter(pl.col("run") == run).sort("edit").to_dicts() if len(edits) else []
         base = of_run[0]["base_run"] if of_run else run
         origin = Base(root, base, about["device"], manifests)
         patch = stored_patch(origin, run, of_run)
-        return job_of(origin, patch, run, sites, about_it.get("batch_size")), about
+        return job_of(origin, patch, run, sites, about_it.get("batch_size"), dtype=dtype), about
     held = model_of_row(root, model, about["device"])
     return Ingest(
         root,
@@ -63,4 +64,5 @@ def rehydrate(
         prompt=about.get("prompt") or "task",
         samples=about.get("samples"),
         asked=understood(about_it.get("answers") or "next"),
+        dtype=dtype,
     ), about

@@ -30,10 +30,13 @@ from actstore.arrays.ranged import RangedReader
 from actstore.arrays.reader import SiteReader
 from actstore.cli.group import main
 from actstore.errors import BadInput
+from actstore.ingest.corpus.corpus import from_text
+from actstore.ingest.corpus.tokens import Vocabulary
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.jobs.patched import prepare_patch
 from actstore.ingest.jobs.prepare import prepare
+from actstore.ingest.models.load import load
 from actstore.ingest.replay.compare import compare
 from actstore.ingest.replay.remake import files_of
 from actstore.interventions import Edit
@@ -41,6 +44,7 @@ from actstore.storage.local import Local
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
+from tests import tiny_models
 from tests.test_pipeline import EVERY_SITE, contents, small_model, trees
 from tests.test_staged import LateCopies, staged_buffer
 
@@ -443,3 +447,29 @@ def test_an_activation_beyond_float16_stops_the_ingest_and_says_what_to_do(tmp_p
     execute(Ingest(tmp_path / "s.act", model, trees(), "wide", ["embed"], 3, dtype="bfloat16"))
     assert not verify(tmp_path / "s.act").damage
     assert pl.DataFrame(verify(tmp_path / "s.act").differences).is_empty()
+
+
+# Text, whose sequences have many lengths.
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_sequences_of_many_lengths_are_stored_in_each_dtype(tmp_path: Path, dtype: str) -> None:
+    """A pattern's keys that a sequence has not are NaN, in int8 too."""
+    tiny_models.llama(tmp_path / "tiny")
+    model = load(str(tmp_path / "tiny"))
+    words = tiny_models.WORDS.split()
+    texts = [" ".join(words[: 3 + i % 9]) for i in range(12)]
+    vocabulary = Vocabulary(model.tokenizer, model.tokenizer_sha256, model.d_vocab)
+    sites = ["resid_post.0", "pattern.1", "z.0"]
+    for run in ("float32", dtype):
+        with from_text(texts, vocabulary, n_ctx=model.n_ctx, name="notes") as corpus:
+            execute(Ingest(tmp_path / "s.act", model, corpus, run, sites, 5, dtype=run))
+    with Store(tmp_path / "s.act", check=True) as store:
+        assert store.sql("select layout from datasets").item() == "rows"
+        for site in sites:
+            (exact, _), (X, _) = (store.read("from tokens order by token_id", run, site) for run in ("float32", dtype))
+            np.testing.assert_array_equal(np.isnan(X), np.isnan(exact))
+            bound = np.nanmax(np.abs(exact), axis=-1, keepdims=True) / 254 * (1 + 1e-4)
+            assert (np.nan_to_num(np.abs(X - exact)) <= bound).all()
+        assert np.isnan(store.read("from tokens", dtype, "pattern.1")[0]).any()
+    assert all(each.agrees for each in compare(tmp_path / "s.act", 4))

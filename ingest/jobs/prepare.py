@@ -171,8 +171,18 @@ def prepare(
     if dtype is not None and (prompt != "task" or not specs):
         raise BadInput(f"got --dtype {dtype}, and no activations are stored; leave it out")
     check_plan(store, draft(chosen.name, chosen.shape, tree_set, run, specs, prompt, samples))
-    options = {"prompt": prompt, "samples": samples, "wait": wait, "dtype": dtype or own.dtype}
-    job = Ingest(store, chosen.load(), tree_set, run, names, batch_size, **options)
+    job = Ingest(
+        store,
+        chosen.load(),
+        tree_set,
+        run,
+        names,
+        batch_size,
+        prompt=prompt,
+        samples=samples,
+        wait=wait,
+        dtype=dtype or own.dtype,
+    )
     check_plan(store, job.plan)
     return job
 

@@ -146,6 +146,46 @@ def test_an_array_of_another_tool_is_not_damaged_either(tmp_path):
     assert reader.gather(np.array([0])).tolist() == [[1] * 5]
 
 
+def test_more_shards_than_maps_read_as_the_oracle_does(path, monkeypatch):
+    """Sites let go of their shards where a process has mapped many, and a gather of more goes in groups."""
+    most, of_file = 40, mapped._Map
+    there = list[int]()
+
+    def counted(descriptor, size):
+        made = of_file(descriptor, size)
+        there.append(Path("/proc/self/maps").read_text().count(str(path)))
+        return made
+
+    monkeypatch.setattr(mapped, "allowed_maps", lambda: mapped.SHARE * most)
+    monkeypatch.setattr(mapped, "_Map", counted)
+    whole = wide()
+    sites = SITES[:2]
+    expected = np.stack([whole.activations[site.site] for site in whole.plan.sites[:2]], 2)
+    with Store(path) as store:
+        X, rows = store.read(f"{ALL} limit 3000", sites=sites)
+        np.testing.assert_array_equal(X, expected[rows["tree_id"].to_numpy(), rows["position"].to_numpy()])
+        for batch in range(0, N_BATCHES, 3):
+            X, _ = store.read(np.array([512 * batch]), site=SITES[0])
+            np.testing.assert_array_equal(X[0], expected[2 * batch, 0, 0])
+        half = store.read(f"{ALL} limit 3000", sites=sites, dtype="float16")[0]
+        assert half.dtype == np.float16
+    assert len(there) > 3 * N_BATCHES
+    assert max(there) <= 1.5 * most + 1  # those that are let go of are read to the end
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_further_shard_takes_its_place_in_the_view_that_is_there(path):
+    """Else each would cost as much as all that are mapped: 977 shards took 2.3 s, and take 0.09."""
+    with Store(path) as store:
+        reader = store._opened.reader("r", "embed")
+        reader.gather(np.array([0]))
+        view = reader.files._view
+        reader.gather(np.arange(0, 2 * N_BATCHES, 7) * 256)
+        assert reader.files._view is view
+        assert len(view.maps) > N_BATCHES / 8
+
+
 def shard(folder: Path) -> tuple[Layout, Path]:
     layout = Layout((2, 3, 5), 1, 2)
     (folder / "shard").write_bytes(pack(layout, *planted(layout, 0))[0])

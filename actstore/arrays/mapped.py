@@ -1,14 +1,17 @@
 """The shards of one site, mapped into memory and seen as one array of rows.
 
 numpy copies rows out of one array with one call, and each call costs; a selection has rows in every
-shard. One strided view therefore starts at the lowest map; item i is the row beginning i numbers
-later. Addresses between maps are never read: each offset comes from a shard's own index of chunks,
-which is checked when the shard is mapped.
+shard. One strided view therefore spans the addresses around the first map; item i is the row
+beginning i numbers later. Addresses between maps are never read: each offset comes from a shard's
+own index of chunks, which is checked when the shard is mapped. A further shard therefore takes the
+same time however many are mapped.
 
 A mapped shard holds no descriptor, so a store may have more shards than a process may open files.
-Each shard takes one of the maps that the system allows a process (65,530 by default). Shortening a
-mapped file kills every process that reads it, by SIGBUS. Committed files are therefore read-only,
-and actstore never shortens one.
+Each shard takes one of the maps that the system allows a process (65,530 by default). Where this
+process has mapped half as many, all sites let go of theirs, and map again what they need.
+
+Shortening a mapped file kills every process that reads it, by SIGBUS. Committed files are therefore
+read-only, and actstore never shortens one.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,12 +33,17 @@ from actstore.arrays import index
 from actstore.arrays.copying import n_threads
 from actstore.errors import ActstoreError, Damaged
 from actstore.storage.backend import Storage
-from actstore.storage.machine import limit_reached
+from actstore.storage.machine import allowed_maps, limit_reached
 
 if TYPE_CHECKING:
     from actstore.arrays.layout import Layout
 
 NOWHERE = -(2**62)  # the offset of a chunk that is not mapped; it stays negative whatever is added
+REACH = 1 << 44  # bytes of addresses in a view: 16 TB, and the system maps files next to one another
+MOST_BYTES = 1 << 62  # that numpy lets an array have, by its shape
+SHARE = 2  # one in so many of the maps that the system allows is for shards
+_there: set[int] = set()  # addresses of this process's maps
+_every: dict[int, weakref.ref[Shards]] = {}  # those that are open, by id; a dict is changed in one step
 
 
 @cache
@@ -62,12 +70,40 @@ class _Map:
         if address == ctypes.c_void_p(-1).value:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self.__array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, True), "version": 3}
+        _there.add(address)
         # not at the interpreter's end, when a thread may still read; the system unmaps what is left
-        weakref.finalize(self, _libc().munmap, address, size).atexit = False
+        weakref.finalize(self, _unmap, address, size).atexit = False
 
 
-class View(NamedTuple):
-    """What is mapped at one moment; never changed, so a reader in another thread may keep it.
+def _unmap(address: int, size: int) -> None:
+    _there.discard(address)
+    _libc().munmap(address, size)
+
+
+def _forget(number: int, _: object) -> None:
+    _every.pop(number, None)
+
+
+def _let_go() -> None:
+    """Unmap the shards of all sites, but for those that are being read."""
+    for shards in [reference() for reference in list(_every.values())]:
+        if shards:
+            shards.let_go()
+
+
+def most_maps() -> int:
+    """Shards that this process maps at the same time, of all sites; a gather takes at most half."""
+    return max(allowed_maps() // SHARE, 2)
+
+
+class View:
+    """The shards that are mapped; others are added, and none is taken out.
+
+    A reader in another thread may keep a view: its maps last as long as it, or its `windows`.
+
+    Args:
+        layout: the array's layout on the disk.
+        maps: around which the view reaches.
 
     Attributes:
         windows: V<row bytes> [numbers in the view]: item i is the row beginning at number i.
@@ -77,9 +113,40 @@ class View(NamedTuple):
             numbers).
     """
 
-    windows: np.ndarray
-    table: np.ndarray
-    maps: dict[int, tuple[np.ndarray, np.ndarray]]
+    def __init__(self, layout: Layout, maps: Sequence[np.ndarray]) -> None:
+        item, row_bytes = layout.item_bytes, layout.row_bytes
+        addresses = [mapped.ctypes.data for mapped in maps]
+        first, end = min(addresses), max(map(int.__add__, addresses, map(len, maps)))
+        around = max(min(REACH, MOST_BYTES // row_bytes * item) - (end - first), 0) // 2
+        self._layout, self._origin = layout, max(first - around // mmap.PAGESIZE * mmap.PAGESIZE, mmap.PAGESIZE)
+        self._end = end + around
+        self.maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.table = np.full(layout.n_shards << layout.key_bits, NOWHERE)
+        span = _Span(self._origin, (self._end - self._origin - row_bytes) // item + 1, item, row_bytes, self.maps)
+        self.windows = np.asarray(span)
+
+    def reaches(self, mapped: np.ndarray) -> bool:
+        """True if a map lies where this view reaches."""
+        address: int = mapped.ctypes.data
+        return self._origin <= address and address + len(mapped) <= self._end
+
+    def add(self, batch: int, mapped: np.ndarray, chunks: np.ndarray) -> None:
+        """Show a further shard, which `reaches`; see `maps`."""
+        layout = self._layout
+        self.maps[batch] = mapped, chunks  # before the table leads there
+        start = (mapped.ctypes.data - self._origin) // layout.item_bytes
+        start -= batch * layout.rows_per_chunk * layout.row_numbers
+        first = batch << layout.key_bits
+        self.table[first : first + len(chunks)] = np.where(chunks < 0, NOWHERE, chunks + start)
+
+
+class _Span:
+    """Addresses as one array of rows, which keeps the maps among them."""
+
+    def __init__(self, address: int, n: int, item: int, row_bytes: int, maps: object) -> None:
+        self.maps = maps
+        about = {"shape": (n,), "strides": (item,), "typestr": f"|V{row_bytes}", "data": (address, True), "version": 3}
+        self.__array_interface__ = about
 
 
 class Shards:
@@ -102,7 +169,8 @@ class Shards:
         self.layout, self.paths, self.where = layout, dict(paths), where
         self._place, self.reads_whole = place, place.committed is not None or place.reads_ranges
         self._lock = threading.Lock()
-        self._view = self._see({})
+        self._view: View | None = None
+        _every[id(self)] = weakref.ref(self, partial(_forget, id(self)))
 
     def find(self, row: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Locate rows, after mapping the shards that hold them.
@@ -126,6 +194,8 @@ class Shards:
         row *= layout.row_numbers
         for view in (self._view, None):
             view = view or self._map(np.unique(key >> bits).tolist())
+            if view is None:
+                return None if len(key) else (np.empty(0, f"V{layout.row_bytes}"), key)
             offsets = view.table.take(key)
             offsets += row
             if offsets.min(initial=0) >= 0:
@@ -134,20 +204,41 @@ class Shards:
 
     def chunk_starts(self, batch: int) -> np.ndarray:
         """int64 [chunks_per_shard]: the byte of the batch's file at which each chunk starts."""
-        return self._map([batch]).maps[batch][1] * self.layout.item_bytes
+        view = self._map([batch])
+        assert view, "only of a stored batch"
+        return view.maps[batch][1] * self.layout.item_bytes
 
     def size(self, batch: int) -> int:
         """Bytes of the batch's file, which is not read."""
         full = self.layout.position_axis is not None
         return self.layout.shard_bytes if full else self._place.size(self.paths[batch])
 
-    def _map(self, batches: list[int]) -> View:
-        """Returns a view in which these batches are mapped too, as far as they are stored."""
+    def _map(self, batches: list[int]) -> View | None:
+        """Returns a view in which these batches are mapped too, as far as they are stored.
+
+        Returns None if nothing is mapped.
+        """
         with self._lock:
-            wanted = [batch for batch in batches if batch in self.paths and batch not in self._view.maps]
-            if wanted:
-                self._view = self._see({**self._view.maps, **self._map_all(wanted)})
-            return self._view
+            view = self._view
+            if view and all(batch in view.maps for batch in batches if batch in self.paths):
+                return view
+            if len(_there) > most_maps() - len(batches):
+                _let_go()
+                view = None
+            held = view.maps if view else {}
+            found = self._map_all([batch for batch in batches if batch in self.paths and batch not in held])
+            if view is None or not all(view.reaches(mapped) for mapped, _ in found.values()):
+                found = {**held, **found}
+                view = View(self.layout, [mapped for mapped, _ in found.values()]) if found else None
+            for batch, (mapped, chunks) in found.items():
+                assert view
+                view.add(batch, mapped, chunks)
+            self._view = view
+            return view
+
+    def let_go(self) -> None:
+        """Unmap all shards, but for those that are being read."""
+        self._view = None
 
     def _map_all(self, batches: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Map shards, with threads if they are hashed; one map costs less than a thread."""
@@ -157,27 +248,6 @@ class Shards:
             return dict(zip(batches, map(self._map_one, paths), strict=True))
         with ThreadPoolExecutor(threads_wanted) as threads:
             return dict(zip(batches, threads.map(self._map_one, paths), strict=True))
-
-    def _see(self, maps: dict[int, tuple[np.ndarray, np.ndarray]]) -> View:
-        layout, item = self.layout, self.layout.item_bytes
-        row_bytes = layout.row_bytes
-        table = np.full((layout.n_shards, 1 << layout.key_bits), NOWHERE)
-        if not maps:
-            return View(np.empty(0, f"V{row_bytes}"), table.reshape(-1), maps)
-        addresses = {batch: mapped.ctypes.data for batch, (mapped, _) in maps.items()}
-        first = min(maps, key=lambda batch: addresses[batch])
-        origin = addresses[first]
-        end = max(addresses[batch] + len(mapped) for batch, (mapped, _) in maps.items())
-        for batch, (_, chunks) in maps.items():
-            start = (addresses[batch] - origin) // item - batch * layout.rows_per_chunk * layout.row_numbers
-            table[batch, : layout.chunks_per_shard] = np.where(chunks < 0, NOWHERE, chunks + start)
-        windows = np.lib.stride_tricks.as_strided(
-            maps[first][0][:row_bytes].view(f"V{row_bytes}"),
-            ((end - origin - row_bytes) // item + 1,),
-            (item,),
-            writeable=False,
-        )
-        return View(windows, table.reshape(-1), maps)
 
     def _map_one(self, inside: str) -> tuple[np.ndarray, np.ndarray]:
         path = self._place.root / inside

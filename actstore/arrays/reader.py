@@ -22,7 +22,7 @@ import numpy as np
 
 from actstore.arrays.copying import copy_rows, flat_rows, n_threads
 from actstore.arrays.layout import Layout
-from actstore.arrays.mapped import Shards
+from actstore.arrays.mapped import Shards, most_maps
 from actstore.arrays.site import Cost, IsToken, Placed, not_stored
 from actstore.errors import Damaged
 from actstore.storage.backend import Reading, Storage
@@ -76,6 +76,12 @@ class SiteReader(Placed):
             BadInput: a number is too large for `out`.
         """
         layout, token_ids = self.layout, np.asarray(token_ids).astype(np.int64, casting="safe", copy=False)
+        if layout.n_shards > most_maps() // 2 and (groups := self._groups(token_ids)):
+            whole = np.empty((len(token_ids), *layout.row_shape), np.float32) if out is None else out
+            for group in groups:
+                some = np.empty((len(group), *layout.row_shape), whole.dtype)
+                whole[group] = self.gather(token_ids[group], some)
+            return whole
         windows, offsets = self._find(token_ids)
         if out is None and layout.dtype == "float32" and n_threads(len(offsets) * layout.row_items) == 1:
             X = windows[offsets].view(np.float32).reshape(-1, layout.row_items)
@@ -87,6 +93,20 @@ class SiteReader(Placed):
         if blank:
             self.refuse_padding(token_ids, np.isnan(X[:, 0]))
         return X.reshape(-1, *layout.row_shape) if out is None else out
+
+    def _groups(self, token_ids: np.ndarray) -> list[np.ndarray]:
+        """Split ids into groups whose shards can all be mapped at the same time.
+
+        Returns:
+            intp [m] each: the places of a group's ids. Empty if all ids are one group.
+        """
+        shards = self.layout.shard_of(token_ids - self.first_token_id)
+        each, at_once = np.unique(shards), most_maps() // 2
+        starts = each[at_once::at_once]
+        if not len(starts):
+            return []
+        group = np.searchsorted(starts, shards, "right")
+        return np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
 
     def _find(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Windows and offsets, see Shards.find.

@@ -214,6 +214,14 @@ def _close_in(opened_in: int, close: Callable[..., object], args: tuple[Any, ...
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(close))
 
 
+@cache
+def allowed_maps() -> int:
+    """Memory maps that the system allows a process; 65,530 if it does not say."""
+    with suppress(OSError, ValueError):
+        return int(MAPS.read_text())
+    return 65_530
+
+
 def _maps() -> tuple[int, int]:
     """Numbers of memory maps: (allowed per process, in use); 0 if the system does not say."""
     with suppress(OSError, ValueError, MemoryError):

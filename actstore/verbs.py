@@ -349,6 +349,7 @@ def patch(
     wait: float = 10.0,
     progress: Work = silent,
     dtype: str | None = None,
+    codec: str | None = None,
 ) -> str:
     """Run a stored run's model again with some activations edited, and store the answers as a run.
 
@@ -371,7 +372,7 @@ def patch(
         device: "cpu" or "cuda".
         wait: seconds to wait for another process that writes to the store.
         progress: see `outputs.Work`.
-        dtype: how `sites` are stored; default: float32, or the stored run's.
+        dtype, codec: how `sites` are stored; default: float32 and none, or the stored run's.
 
     Returns:
         The new run's name.
@@ -393,7 +394,7 @@ def patch(
             "got Edits, and at, how, donors, donor_site, params or tables beside them; give these to each Edit"
         )
     listed = [edits] if isinstance(edits, Edit) else list(edits)
-    job = prepare_patch(_path(store), base, listed, run, sites, batch_size, answers, device, wait, dtype)
+    job = prepare_patch(_path(store), base, listed, run, sites, batch_size, answers, device, wait, dtype, codec)
     assert job.patch is not None
     with closing(job.patch), progress(f"patch {job.plan.run}", job.sequences.n_sequences, job.unit) as advance:
         execute(job, advance)

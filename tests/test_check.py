@@ -255,7 +255,7 @@ def test_a_store_of_an_older_format_is_checked_by_its_parts(name, tmp_path, monk
 def test_an_array_that_another_tool_wrote_is_read_without_check_alone(path, monkeypatch):
     with Store(path) as store:
         expected = store.read(ALL, "r", "embed")[0]
-    monkeypatch.setattr(sites, "mapped_dtype", lambda *_: None)  # as if it lay otherwise
+    monkeypatch.setattr(sites, "as_written", lambda *_: None)  # as if it lay otherwise
     with Store(path) as store:
         assert isinstance(store._opened.reader("r", "embed"), ForeignReader)
         np.testing.assert_array_equal(store.read(ALL, "r", "embed")[0], expected)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from actstore.arrays.address import CHUNKS_PER_SHARD, stride_of
 from actstore.arrays.foreign import ForeignReader
 from actstore.arrays.layout import Layout
-from actstore.arrays.metadata import mapped_dtype, metadata
+from actstore.arrays.metadata import as_written, metadata
 from actstore.arrays.pack import ShardBuffer
 from actstore.arrays.reader import SiteReader
 from actstore.errors import Damaged, NotStored
@@ -79,7 +79,7 @@ def test_tokens_in_a_row_are_read_as_any_zarr_reader_reads_them(
     layout, batches = array
     paths, rows, values = written(folder, layout, batches, seed)
     path = folder / f"array{seed}"
-    assert mapped_dtype(json.loads((path / "zarr.json").read_bytes()), layout) == "float32"
+    assert as_written(json.loads((path / "zarr.json").read_bytes()), layout) == layout
     foreign = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}).result()
     whole = foreign.read().result()
     np.testing.assert_array_equal(whole[rows], values)

@@ -20,7 +20,7 @@ from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
 from actstore.arrays.foreign import ForeignReader
 from actstore.arrays.layout import Layout
-from actstore.arrays.metadata import mapped_dtype, metadata
+from actstore.arrays.metadata import as_written, metadata
 from actstore.arrays.reader import SiteReader
 from actstore.errors import BadInput, Damaged, NotStored
 from actstore.store import Store
@@ -245,9 +245,9 @@ def test_what_actstore_writes_is_mapped_and_what_differs_in_anything_is_not(layo
     layout = Layout(layout.shape, layout.position_axis, 3, dtype)
     about = json.loads(metadata(layout, tuple("abcd"[: len(layout.shape)]), {"run": "r"}))
     plain = Layout(layout.shape, layout.position_axis, 3)
-    assert mapped_dtype(about, plain) == dtype
-    assert mapped_dtype({}, plain) is None
-    assert mapped_dtype(about, Layout(layout.shape, layout.position_axis, 4)) is None
+    assert as_written(about, plain) == layout
+    assert as_written({}, plain) is None
+    assert as_written(about, Layout(layout.shape, layout.position_axis, 4)) is None
     sharding = about["codecs"][0]["configuration"]
     for change in (
         {"data_type": "float64"},
@@ -257,7 +257,7 @@ def test_what_actstore_writes_is_mapped_and_what_differs_in_anything_is_not(layo
         {"codecs": [{"name": "sharding_indexed", "configuration": {**sharding, "index_location": "start"}}]},
         {"codecs": [{"name": "sharding_indexed", "configuration": {**sharding, "codecs": sharding["codecs"][:1]}}]},
     ):
-        assert mapped_dtype({**about, **change}, plain) is None, change
+        assert as_written({**about, **change}, plain) is None, change
 
 
 def test_errors_of_the_general_path_are_those_of_the_mapped_one(folder: Path) -> None:

@@ -31,6 +31,32 @@ def _is_short(layout: Layout, size: int) -> bool:
     return layout.position_axis is None and whole
 
 
+def chunks(layout: Layout, index: bytes, size: int, path: Path, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where each chunk of a shard lies whose chunks have lengths of their own.
+
+    Args:
+        layout, index, size, path, where: see chunk_starts.
+
+    Returns:
+        (offsets, lengths): int64 [chunks_per_shard] each, in bytes; -1 if the chunk is missing.
+
+    Raises:
+        Damaged: the index is not what was written.
+    """
+    offset, length = np.frombuffer(index[:-4], "<u8").reshape(-1, 2).T
+    there, end = offset != NO_CHUNK, np.uint64(size - layout.index_bytes)
+    inside = (length > 4) & (length <= end) & (offset <= end - np.minimum(length, end))
+    _check(index, bool((inside | ~there).all()), path, where)
+    found = (np.where(there, of_each, np.uint64(0)).astype(np.int64) for of_each in (offset, length))
+    offsets, lengths = (np.where(there, of_each, -1) for of_each in found)
+    return offsets, lengths
+
+
+def _check(index: bytes, fits: bool, path: Path, where: str) -> None:
+    if google_crc32c.value(index[:-4]).to_bytes(4, "little") != index[-4:] or not fits:
+        raise Damaged(f"the index of {path} of {where} is not what was committed; restore it from a copy of the store")
+
+
 def chunk_starts(layout: Layout, index: bytes, size: int, path: Path, where: str) -> np.ndarray:
     """Where each chunk of a shard starts.
 
@@ -54,6 +80,5 @@ def chunk_starts(layout: Layout, index: bytes, size: int, path: Path, where: str
         & (offset <= max(size - layout.index_bytes - layout.chunk_bytes, 0))
         & (offset % layout.item_bytes == 0)
     )
-    if google_crc32c.value(index[:-4]).to_bytes(4, "little") != index[-4:] or not (whole | ~there).all():
-        raise Damaged(f"the index of {path} of {where} is not what was committed; restore it from a copy of the store")
+    _check(index, bool((whole | ~there).all()), path, where)
     return np.where(there, (offset // layout.item_bytes).astype(np.int64), -1)

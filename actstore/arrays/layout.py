@@ -30,6 +30,7 @@ class Layout:
         rows_per_chunk: number of sequences in a shard, and in a chunk; or of rows in a chunk, a
             power of two.
         dtype: how numbers are stored: float32, float16, bfloat16 or int8, see encoding.
+        codec: how chunks are compressed: none, zstd or blosc, see codec.
         stride: ids from one sequence of a grid to the next, a power of two.
     """
 
@@ -38,6 +39,7 @@ class Layout:
     rows_per_chunk: int
     dtype: str = "float32"
     stride: int = POSITIONS_PER_TREE
+    codec: str = "none"
 
     @property
     def item_bytes(self) -> int:
@@ -123,7 +125,7 @@ class Layout:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one inner chunk and its checksum.
+        """Bytes of one inner chunk and its checksum, before it is compressed.
 
         The number is a multiple of item_bytes, so that every row starts on a number.
         """
@@ -140,7 +142,7 @@ class Layout:
         return self.bytes_of(self.chunks_per_shard)
 
     def bytes_of(self, n_chunks: int) -> int:
-        """Bytes of a shard's file that holds so many chunks."""
+        """Bytes of a shard's file that holds so many chunks; an upper bound if compressed."""
         return n_chunks * self.chunk_bytes + self.index_bytes
 
     def shard_name(self, batch: int) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from actstore.arrays.codec import CODECS, compressors
 from actstore.arrays.encoding import STORED_AS
-from actstore.arrays.layout import Layout
+from actstore.arrays.layout import CRC_BYTES, Layout
 
 LAYOUT_KEYS = ("zarr_format", "node_type", "shape", "chunk_grid", "chunk_key_encoding", "codecs")  # where numbers lie
 SCALED = {
@@ -25,11 +26,12 @@ def metadata(layout: Layout, names: tuple[str, ...], attributes: Mapping[str, An
 
 
 def _content(layout: Layout, names: Sequence[str], attributes: Mapping[str, Any]) -> dict[str, Any]:
-    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    as_bytes, crc = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
+    smaller = compressors(layout.codec, layout.item_bytes, layout.chunk_bytes - CRC_BYTES)
     sharding = {
         "chunk_shape": list(layout.chunk_shape),
-        "codecs": checked,
-        "index_codecs": checked,
+        "codecs": [as_bytes, *smaller, crc],
+        "index_codecs": [as_bytes, crc],
         "index_location": "end",
     }
     return {
@@ -47,17 +49,19 @@ def _content(layout: Layout, names: Sequence[str], attributes: Mapping[str, Any]
     }
 
 
-def mapped_dtype(about: Mapping[str, Any], layout: Layout) -> str | None:
-    """Returns the dtype of an array that has the given layout; None if it is laid out otherwise.
-
-    Only shards of an array with this layout can be mapped.
+def as_written(about: Mapping[str, Any], layout: Layout) -> Layout | None:
+    """Returns the layout with an array's own dtype and codec; None if it is laid out otherwise.
 
     Args:
         about: the content of the array's zarr.json.
+        layout: of any dtype and codec.
     """
     dtype = str(about.get("data_type"))
-    if dtype not in STORED_AS:
+    if dtype not in STORED_AS or about.get("storage_transformers"):
         return None
-    expected = _content(replace(layout, dtype=dtype), (), {})
-    same = all(about.get(key) == expected[key] for key in LAYOUT_KEYS) and not about.get("storage_transformers")
-    return dtype if same else None
+    for codec in CODECS:
+        found = replace(layout, dtype=dtype, codec=codec)
+        expected = _content(found, (), {})
+        if all(about.get(key) == expected[key] for key in LAYOUT_KEYS):
+            return found
+    return None

@@ -9,6 +9,7 @@ import google_crc32c
 import numpy as np
 
 from actstore.arrays import encoding
+from actstore.arrays.codec import compressed
 from actstore.arrays.layout import CRC_BYTES, NO_CHUNK, Layout
 from actstore.errors import BadInput
 
@@ -140,10 +141,23 @@ class ShardBuffer:
         index[:n_chunks, 0] = np.arange(n_chunks, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
         index[:n_chunks, 1] = layout.chunk_bytes
         index[n_chunks:] = NO_CHUNK
+        if layout.codec != "none":
+            return self._compressed(n_chunks)
         for part in (*self._chunks[:n_chunks], self.bytes[start:stop]):
             crc = google_crc32c.value(part[:-CRC_BYTES])
             part[-CRC_BYTES:] = np.frombuffer(crc.to_bytes(CRC_BYTES, "little"), np.uint8)
         return self.bytes[:stop].data
+
+    def _compressed(self, n_chunks: int) -> memoryview:
+        """The shard's bytes with its first n chunks compressed, and no other chunk."""
+        layout, parts, at = self.layout, list[bytes](), 0
+        index = np.full((layout.chunks_per_shard, 2), NO_CHUNK, "<u8")
+        for number, chunk in enumerate(self._chunks[:n_chunks, :-CRC_BYTES]):
+            small = compressed(layout.codec, layout.item_bytes, chunk.data)
+            index[number] = at, len(small) + CRC_BYTES
+            parts += [small, _crc(small)]
+            at += len(small) + CRC_BYTES
+        return memoryview(b"".join([*parts, index.tobytes(), _crc(index.tobytes())]))
 
     def _refuse_overflow(self, rows: np.ndarray) -> None:
         """Refuse numbers that the dtype cannot hold; those of padding are blanked already."""
@@ -157,3 +171,7 @@ class ShardBuffer:
         """Whether a number that was put since the last call was too large for the dtype."""
         found, self._overflows = self._overflows, None
         return found is not None and bool(found)
+
+
+def _crc(content: bytes) -> bytes:
+    return google_crc32c.value(content).to_bytes(CRC_BYTES, "little")

@@ -19,7 +19,7 @@ from actstore.arrays import index
 from actstore.arrays.copying import flat_rows
 from actstore.arrays.layout import CRC_BYTES, Layout
 from actstore.arrays.reader import SiteReader
-from actstore.arrays.site import Cost, IsToken, Placed, not_stored
+from actstore.arrays.site import Cost, IsToken, Placed, Reader, not_stored
 from actstore.errors import BadInput, Damaged
 from actstore.storage.backend import Reading, Storage
 
@@ -169,7 +169,7 @@ class RangedReader(Placed):
         n_chunks = len(np.unique(batch << layout.key_bits | position))
         return Cost(n_chunks, len(batches), len(row) * layout.row_bytes, n_bytes)
 
-    def again(self) -> Callable[[Reading, IsToken], SiteReader]:
+    def again(self) -> Callable[[Reading, IsToken], Reader]:
         """See site.Reader; the site is opened to read all of it, from copies of its shards."""
         return partial(_open_again, self.layout, self.first_token_id, self.shards, self.where)
 

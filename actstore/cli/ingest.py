@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from actstore.ingest.jobs.job import Ingest
 
 OF_PATCH = ("base", "patches", "at", "how", "donors", "donor_site", "params", "tables")  # parameters, of --base
-TAKEN_WITH_BASE = ("run", "sites", "batch_size", "device", "wait", "answers", "dtype")
+TAKEN_WITH_BASE = ("run", "sites", "batch_size", "device", "wait", "answers", "dtype", "codec")
 SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site": "donor-site"}
 
 
@@ -102,6 +102,11 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
     "--dtype",
     help="Store activations as float32, float16, bfloat16 or int8 (with a scale for each vector); they are read as "
     "float32. Default: the run's own, or float32.",
+)
+@click.option(
+    "--codec",
+    help="Compress activations without loss, by zstd or blosc (which shuffles bytes before); reads decode whole chunks. "
+    "Default: the run's own, or none.",
 )
 @click.option(
     "--from-arrays",
@@ -231,6 +236,7 @@ def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> No
         options["device"],
         options["wait"],
         options["dtype"],
+        options["codec"],
     )
     _execute(job)
     assert job.patch is not None

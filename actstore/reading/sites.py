@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from msgspec import Meta
 
 from actstore.arrays.address import MOST_POSITIONS, POSITIONS_PER_TREE, Arrangement
+from actstore.arrays.coded import CodedReader
 from actstore.arrays.foreign import ForeignReader
 from actstore.arrays.layout import Layout
-from actstore.arrays.metadata import mapped_dtype
+from actstore.arrays.metadata import as_written
 from actstore.arrays.ranged import RangedReader
 from actstore.arrays.reader import SiteReader
 from actstore.arrays.site import Reader, not_stored
@@ -81,16 +82,18 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
             raise not_stored(where, ids, np.isin(ids, others["token_id"].to_numpy()), whose)
         return np.isin(ids, known["token_id"].to_numpy())
 
-    dtype = mapped_dtype(_zarr_json(store, found.path), layout)
-    if dtype is None and store.check:
+    written = as_written(_zarr_json(store, found.path), layout)
+    if written is None and store.check:
         raise Damaged(
             f"{store.path / found.path} of {where} does not lie as actstore writes arrays, so no hash says whether what is "
             "read is what was committed; read it without check (check=False, --no-check)"
         )
-    if dtype is None:
+    if written is None:
         return ForeignReader(store.local(found.path), layout, first, paths, where, is_token, store.folder.check)
+    if written.codec != "none":
+        return CodedReader(written, first, paths, where, store.folder, is_token)
     kind = RangedReader if store.folder.reads_ranges and store.folder.committed is None else SiteReader
-    return kind(replace(layout, dtype=dtype), first, paths, where, store.folder, is_token)
+    return kind(written, first, paths, where, store.folder, is_token)
 
 
 @dataclass(frozen=True)

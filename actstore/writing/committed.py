@@ -174,11 +174,11 @@ def made_by(about: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         batch_size: sequences per forward pass; answers: which answers a run over text stores;
         edits: hash of the edits of a run with edits. None where nothing is noted.
-        dtype: how activations are stored.
+        dtype, codec: how activations are stored.
     """
     noted = json.loads(about.get("versions") or "{}")
     found = {name: noted.get(name) for name in ("batch_size", "answers", "edits")}
-    return found | {"dtype": noted.get("dtype", "float32")}
+    return found | {"dtype": noted.get("dtype", "float32"), "codec": noted.get("codec", "none")}
 
 
 def committed_batches(root: Path, run: str) -> set[int]:

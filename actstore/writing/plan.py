@@ -48,6 +48,7 @@ class SitePlan:
         axes: tuple[str, ...],
         lineage: str | None = None,
         dtype: str = "float32",
+        codec: str = "none",
     ) -> SitePlan:
         """The array of a site over one set of sequences.
 
@@ -59,18 +60,21 @@ class SitePlan:
             row_shape: shape of one token's activation; of a pattern (head, key), with as many keys
                 as the longest sequence has tokens.
             axes: names of the axes of row_shape.
-            dtype: how numbers are stored, see arrays.encoding.
+            dtype, codec: how numbers are stored, see arrays.encoding and arrays.codec.
         """
         of_trees = is_of_trees(dataset)
         if dataset.get("layout") == "rows":
-            layout = Layout((int(dataset["n_ids"]), *row_shape), None, int(dataset["rows_per_chunk"]), dtype)
+            layout = Layout(
+                (int(dataset["n_ids"]), *row_shape), None, int(dataset["rows_per_chunk"]), dtype, codec=codec
+            )
             return cls(site, short, kind, layout, ("row", *axes), lineage)
         n = int(dataset["n_trees"] if of_trees else dataset["n_sequences"])
         per_batch = int(dataset["trees_per_shard"] if of_trees else dataset["rows_per_chunk"])
         at = 1 if kind == "pattern" else 0  # the axis of a row before which the positions stand
         shape = (n, *row_shape[:at], int(dataset["n_positions"]), *row_shape[at:])
         names = (*axes[:at], "query" if kind == "pattern" else "position", *axes[at:])
-        layout = Layout(shape, 1 + at, per_batch, dtype, stride=int(dataset.get("stride") or POSITIONS_PER_TREE))
+        stride = int(dataset.get("stride") or POSITIONS_PER_TREE)
+        layout = Layout(shape, 1 + at, per_batch, dtype, stride, codec)
         return cls(site, short, kind, layout, ("tree" if of_trees else "sequence", *names), lineage)
 
     def path(self, run: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from actstore.arrays.address import Ids, is_of_trees
+from actstore.arrays.codec import CODECS
 from actstore.arrays.encoding import STORED_AS
 from actstore.errors import BadInput, NotStored, nearest
 from actstore.ingest.answers import next_token
@@ -73,6 +74,7 @@ class Ingest:
         publish_every: seconds between new catalogs for readers, while batches are committed.
         grades: whether answers are graded; else `answers` gives none.
         dtype: how activations are stored, one of arrays.encoding.STORED_AS.
+        codec: how they are compressed, one of arrays.codec.CODECS.
     """
 
     store: Path
@@ -88,6 +90,7 @@ class Ingest:
     asked: Asked | Continued | None = field(default_factory=Asked)
     patch: Patch | None = None
     dtype: str = "float32"
+    codec: str = "none"
     specs: list[SiteSpec] = field(init=False)
     generator: Generator | TextGenerator | None = field(init=False, default=None)
     plan: RunPlan = field(init=False)
@@ -96,7 +99,7 @@ class Ingest:
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
-        check_dtype(self.dtype)
+        check_stored(self.dtype, self.codec)
         self.store = place(self.store)
         if self.prompt != "task":  # up to the continuation its activations would equal those of the whole task
             self.sites = []
@@ -112,6 +115,7 @@ class Ingest:
             self.prompt,
             self.samples,
             self.dtype,
+            self.codec,
         )
         self.per_pass = self.batch_size or default_batch_size(drafted.dataset)
         if self.prompt == "tree":
@@ -125,6 +129,8 @@ class Ingest:
         made_by: dict[str, Any] = {**versions(), "batch_size": self.per_pass}
         if self.dtype != "float32":
             made_by["dtype"] = self.dtype
+        if self.codec != "none":
+            made_by["codec"] = self.codec
         if self.of_text:
             made_by["answers"] = next_token.said(self.asked)
         of_run = {} if self.patch is None else self.patch.tables(drafted.run)
@@ -346,13 +352,14 @@ def draft(
     prompt: str = "task",
     samples: int | None = None,
     dtype: str = "float32",
+    codec: str = "none",
 ) -> RunPlan:
     """The plan of a run, without its model; needs no weights.
 
     Args:
         model, config: the model's name and shape.
         specs: the run's sites; none are stored with prompt `tree`.
-        run, prompt, samples, dtype: see Ingest.
+        run, prompt, samples, dtype, codec: see Ingest.
 
     Raises:
         BadInput: an argument has no meaning, or the model cannot take these sequences.
@@ -370,7 +377,7 @@ def draft(
         model={},
         weights=b"",
         dataset=dataset,
-        sites=[] if prompt != "task" else [site_plan(spec, dataset, dtype) for spec in specs],
+        sites=[] if prompt != "task" else [site_plan(spec, dataset, dtype, codec) for spec in specs],
         facts=facts,
     )
 
@@ -429,8 +436,10 @@ def check_batch_size(batch_size: int | None) -> None:
         raise BadInput(f"got a batch size of {batch_size}; a forward pass takes 1 sequence or more (--batch-size)")
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that activations cannot be stored as."""
+def check_stored(dtype: str, codec: str) -> None:
+    """Refuse a dtype that activations cannot be stored as, and a codec that there is not."""
+    if codec not in CODECS:
+        raise BadInput(f"got codec {codec!r}{nearest(codec, CODECS)}; {there_are(CODECS)} (--codec)")
     if dtype not in STORED_AS:
         raise BadInput(f"got dtype {dtype!r}{nearest(dtype, STORED_AS)}; {there_are(STORED_AS)} (--dtype)")
 

@@ -145,6 +145,7 @@ def prepare_patch(
     device: str = "cpu",
     wait: float = 10.0,
     dtype: str | None = None,
+    codec: str | None = None,
 ) -> Ingest:
     """A job that stores a run with edited activations; nothing is written.
 
@@ -163,7 +164,7 @@ def prepare_patch(
         batch_size: sequences per forward pass; default: the stored run's own, or the base run's.
         answers: `all`; or `next`, which leaves out `outcomes` of trees, so that no wrong answer is
             continued greedily. Default: the stored run's own, or `all`.
-        dtype: see `prepare`; whatever the base run's is.
+        dtype, codec: see `prepare`; whatever the base run's are.
         wait: seconds to wait for another process that writes to the store.
 
     Raises:
@@ -197,7 +198,7 @@ def prepare_patch(
         patch, noted = stored_patch(origin, name, stored), origin.noted_of(name)
         answers = answers or ANSWERS[not patch.greedy]
         batch_size = noted["batch_size"] if batch_size is None else batch_size
-        dtype = noted.get("dtype") if dtype is None else dtype
+        dtype, codec = dtype or noted.get("dtype"), codec or noted.get("codec")
         must_agree(
             f"run {name!r}", {"answers": ANSWERS[not patch.greedy]}, {"answers": answers}, "name a new run (--run)"
         )
@@ -212,7 +213,9 @@ def prepare_patch(
         patch, wanted = _asked(origin, edits, specs), _sites(origin, sites or [])
         patch.greedy = answers != "next"
         patch.whole = not fits_window(origin, specs, wanted)
-    job = job_of(origin, patch, name, [spec.short for spec in wanted], batch_size, wait, dtype or "float32")
+    job = job_of(
+        origin, patch, name, [spec.short for spec in wanted], batch_size, wait, dtype or "float32", codec or "none"
+    )
     check_plan(root, job.plan)
     return job
 
@@ -283,12 +286,23 @@ def job_of(
     batch_size: int | None = None,
     wait: float = 0.0,
     dtype: str = "float32",
+    codec: str = "none",
 ) -> Ingest:
     """The job of a run with edits."""
     asked = understood(origin.noted.get("answers") or "next")
     size = origin.noted.get("batch_size") if batch_size is None else batch_size
     return Ingest(
-        origin.root, origin.model, origin.set, run, sites, size, wait=wait, asked=asked, patch=patch, dtype=dtype
+        origin.root,
+        origin.model,
+        origin.set,
+        run,
+        sites,
+        size,
+        wait=wait,
+        asked=asked,
+        patch=patch,
+        dtype=dtype,
+        codec=codec,
     )
 
 

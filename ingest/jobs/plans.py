@@ -10,10 +10,10 @@ from actstore.ingest.models.sites import SiteSpec
 from actstore.writing.plan import SitePlan
 
 
-def site_plan(spec: SiteSpec, dataset: Mapping[str, Any], dtype: str = "float32") -> SitePlan:
+def site_plan(spec: SiteSpec, dataset: Mapping[str, Any], dtype: str = "float32", codec: str = "none") -> SitePlan:
     """The array of one site of a model over one set of sequences; see SitePlan.over."""
     row_shape = spec.row(int(dataset["n_positions"]))
-    return SitePlan.over(dataset, spec.name, spec.short, spec.kind, row_shape, spec.axes, dtype=dtype)
+    return SitePlan.over(dataset, spec.name, spec.short, spec.kind, row_shape, spec.axes, dtype=dtype, codec=codec)
 
 
 def bytes_per_batch(layout: Layout, n_tokens: int) -> int:

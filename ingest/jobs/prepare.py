@@ -15,7 +15,7 @@ from actstore.ingest.corpus.corpus import Corpus, from_text, from_tokens
 from actstore.ingest.corpus.documents import open_documents
 from actstore.ingest.corpus.tokens import Vocabulary
 from actstore.ingest.jobs.chosen import Chosen, Loading, choose
-from actstore.ingest.jobs.job import Ingest, check_batch_size, check_dtype, draft, run_name
+from actstore.ingest.jobs.job import Ingest, check_batch_size, check_stored, draft, run_name
 from actstore.ingest.jobs.sets import stored_set
 from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.sites import site_specs
@@ -70,6 +70,7 @@ def prepare(
     top: int | None = None,
     continued: int | None = None,
     dtype: str | None = None,
+    codec: str | None = None,
 ) -> Ingest:
     """Turn the arguments of `actstore ingest` into a job; nothing is written.
 
@@ -102,6 +103,8 @@ def prepare(
         dtype: how activations are stored: `float32`; `float16` or `bfloat16`, the nearest such
             numbers; or `int8`, with a scale for each vector, see arrays.encoding. What is read is
             float32 all the same. Default: the run's own, or `float32`.
+        codec: how they are compressed, without loss: `none`; `zstd`; or `blosc`, which shuffles
+            bytes before. Default: the run's own, or `none`.
         top: how many of the likeliest tokens each prediction names; default: the run's own, or 0.
 
     Raises:
@@ -109,8 +112,7 @@ def prepare(
         NotStored: there is no such model or checkpoint.
     """
     check_batch_size(batch_size)
-    if dtype is not None:
-        check_dtype(dtype)
+    check_stored(dtype or "float32", codec or "none")
     for option, name in (("--run", run), ("--dataset", dataset)):
         if name == "":
             raise BadInput(f"got an empty name for {option}; give one, or leave {option} out")
@@ -120,7 +122,9 @@ def prepare(
     cutting = {"column": column, "context": context, "cut": cut}
     files = {"text": text, "tokens": tokens, "trees-from": trees_from}
     of_text = {"text": text, "tokens": tokens, **cutting, "answers": answers, "top": top, "continue": continued}
-    if continued is not None and (more := [*_given({"answers": answers, "top": top, "sites": sites, "dtype": dtype})]):
+    if continued is not None and (
+        more := [*_given({"answers": answers, "top": top, "sites": sites, "dtype": dtype, "codec": codec})]
+    ):
         raise BadInput(f"got --continue and --{more[0]}; a run of continuations stores these alone: leave one out")
     _refuse_combinations(_given(files), _given(cutting), _given(drawn), _given(of_text), variant)
     if (source := text if text is not None else tokens) is not None:
@@ -159,7 +163,18 @@ def prepare(
         own = _own(store, run or run_name(loaded.name))
         asked = own.asked if answers is None and top is None else None if answers == "none" else Asked(top or 0)
         names, batch_size = own.sites if names is None else names, batch_size or own.batch_size
-        job = Ingest(store, loaded, sequences, run, names, batch_size, wait=wait, asked=asked, dtype=dtype or own.dtype)
+        job = Ingest(
+            store,
+            loaded,
+            sequences,
+            run,
+            names,
+            batch_size,
+            wait=wait,
+            asked=asked,
+            dtype=dtype or own.dtype,
+            codec=codec or own.codec,
+        )
         check_plan(store, job.plan)
         return job
     _refuse(chosen, "is a path-finding system, which reads trees", "is of text", of_text)
@@ -168,8 +183,9 @@ def prepare(
     own = _own(store, run or run_name(chosen.name, tree_set.row().get("change"), prompt))
     names, batch_size = own.sites if names is None else names, batch_size or own.batch_size
     specs = [] if names is not None and not names else site_specs(names, chosen.shape)
-    if dtype is not None and (prompt != "task" or not specs):
-        raise BadInput(f"got --dtype {dtype}, and no activations are stored; leave it out")
+    if (how_stored := _given({"dtype": dtype, "codec": codec})) and (prompt != "task" or not specs):
+        name, value = next(iter(how_stored.items()))
+        raise BadInput(f"got --{name} {value}, and no activations are stored; leave it out")
     check_plan(store, draft(chosen.name, chosen.shape, tree_set, run, specs, prompt, samples))
     job = Ingest(
         store,
@@ -182,6 +198,7 @@ def prepare(
         samples=samples,
         wait=wait,
         dtype=dtype or own.dtype,
+        codec=codec or own.codec,
     )
     check_plan(store, job.plan)
     return job
@@ -195,6 +212,7 @@ class Own:
     batch_size: int | None = None
     asked: Asked | Continued | None = field(default_factory=Asked)
     dtype: str = "float32"
+    codec: str = "none"
 
 
 def _own(store: Path, run: str) -> Own:
@@ -203,7 +221,7 @@ def _own(store: Path, run: str) -> Own:
     if found is None:
         return Own()
     noted = made_by(found[0])
-    return Own(found[1], noted["batch_size"], understood(noted["answers"] or "next"), noted["dtype"])
+    return Own(found[1], noted["batch_size"], understood(noted["answers"] or "next"), noted["dtype"], noted["codec"])
 
 
 def _given(options: Mapping[str, Any]) -> Given:

@@ -17,6 +17,7 @@ from typing import Any
 import polars as pl
 import xxhash
 
+from actstore.arrays.codec import CODECS
 from actstore.arrays.encoding import STORED_AS
 from actstore.commits import log
 from actstore.commits.format import ARRAYS, WEIGHTS
@@ -115,10 +116,13 @@ def _runs(root: Path, whole: list[Manifest], part: Part, run: str, rows: dict[st
     prompts = [("tree", samples) for samples in range(9)] if generated else [("task", None)]
     versions = [json.loads(row["versions"]) for row in rows["runs"]] + [job.versions()]
     sizes = [*(about["batch_size"] for about in versions if "batch_size" in about), *BATCH_SIZES]
-    without = [{name: value for name, value in about.items() if name != "dtype"} for about in versions]
-    dtypes = [{}, *({"dtype": dtype} for dtype in STORED_AS[1:])]
+    without = [{name: about[name] for name in about if name not in ("dtype", "codec")} for about in versions]
+    each = product(
+        [{}, *({"dtype": dtype} for dtype in STORED_AS[1:])], [{}, *({"codec": codec} for codec in CODECS[1:])]
+    )
+    stored_as = [dtype | codec for dtype, codec in each]
     tried = dict.fromkeys(
-        json.dumps({**about, "batch_size": size, **dtype}) for about, size, dtype in product(without, sizes, dtypes)
+        json.dumps({**about, "batch_size": size, **how}) for about, size, how in product(without, sizes, stored_as)
     )
     for sha256, dataset, about, (prompt, samples), device in product(
         dict.fromkeys(weights), rows["datasets"], tried, prompts, ("cpu", "cuda:0")

@@ -45,14 +45,15 @@ def rehydrate(
     model = row_where(rows["models"], "weights_sha256", about["weights_sha256"], "models")
     dataset = row_where(rows["datasets"], "dataset", about["dataset"], "datasets")
     sites = [name for names in definitions.site_names(manifests, run).values() for name in names]
-    about_it, dtype = json.loads(about["versions"]), made_by(about)["dtype"]
+    about_it = json.loads(about["versions"])
+    dtype, codec = (made_by(about)[name] for name in ("dtype", "codec"))
     if "edits" in about_it:
         edits = writing_parts.rows_committed(root, manifests, "interventions")
         of_run = edits.filter(pl.col("run") == run).sort("edit").to_dicts() if len(edits) else []
         base = of_run[0]["base_run"] if of_run else run
         origin = Base(root, base, about["device"], manifests)
         patch = stored_patch(origin, run, of_run)
-        return job_of(origin, patch, run, sites, about_it.get("batch_size"), dtype=dtype), about
+        return job_of(origin, patch, run, sites, about_it.get("batch_size"), dtype=dtype, codec=codec), about
     held = model_of_row(root, model, about["device"])
     return Ingest(
         root,
@@ -65,4 +66,5 @@ def rehydrate(
         samples=about.get("samples"),
         asked=understood(about_it.get("answers") or "next"),
         dtype=dtype,
+        codec=codec,
     ), about

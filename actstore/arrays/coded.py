@@ -1,0 +1,124 @@
+"""Read a site whose chunks are compressed: each wanted chunk is read whole, checked and decoded.
+
+A chunk holds a position of all the shard's sequences, or rows that follow one another. A read of a
+few rows therefore decodes many more, unlike one of mapped shards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import google_crc32c
+import numpy as np
+
+from actstore.arrays import index
+from actstore.arrays.codec import decompressed
+from actstore.arrays.layout import CRC_BYTES, Layout
+from actstore.arrays.ranged import RangedReader
+from actstore.arrays.site import Cost, IsToken, Reader, not_stored
+from actstore.storage.backend import Reading, Storage
+
+
+class CodedReader(RangedReader):
+    """The committed shards of one site of one run, whose chunks are compressed.
+
+    Args:
+        layout, first_token_id, shards, where, place, is_token: see SiteReader.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        first_token_id: int,
+        shards: Mapping[int, str],
+        where: str,
+        place: Storage,
+        is_token: IsToken | None = None,
+    ) -> None:
+        super().__init__(layout, first_token_id, shards, where, place, is_token)
+        self._indexes: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # offset and length of each chunk
+
+    def _rows(self, batch: int, row: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+        """See RangedReader."""
+        layout, path = self.layout, self.shards[batch]
+        wanted, of_chunk = np.unique(position, return_inverse=True)
+        offsets, lengths = (of_each[wanted] for of_each in self._index(batch))
+        if (offsets < 0).any():
+            if layout.position_axis is None and self.is_token and not (there := self.is_token(token_ids)).all():
+                raise not_stored(self.where, token_ids, ~there, "past the last token of its batch")
+            raise self._damaged(path, f"lacks {int((offsets < 0).sum())} chunks")
+        ranges = list(zip(offsets.tolist(), lengths.tolist(), strict=True))
+        found, slot = np.empty(len(row), f"V{layout.row_bytes}"), row % layout.rows_per_chunk
+        for number, chunk in enumerate(self._read(path, ranges)):
+            of_this = of_chunk == number
+            found[of_this] = self._decoded(chunk, path)[slot[of_this]]
+        return layout.decoded(found)
+
+    def _decoded(self, chunk: bytes, path: str) -> np.ndarray:
+        """V<row bytes> [rows_per_chunk]: the rows of one chunk."""
+        layout, content = self.layout, memoryview(chunk)[:-CRC_BYTES]
+        if google_crc32c.value(bytes(content)).to_bytes(CRC_BYTES, "little") == chunk[-CRC_BYTES:]:
+            try:
+                rows = decompressed(layout.codec, content)
+            except (RuntimeError, ValueError):
+                rows = b""
+            if len(rows) == layout.rows_per_chunk * layout.row_bytes:
+                return np.frombuffer(rows, f"V{layout.row_bytes}")
+        raise self._damaged(path, "has a chunk that is not what was committed")
+
+    def _read(self, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        """Ranges of a file; of one that is compared with its hash if the place compares."""
+        try:
+            if self._place.committed is None or not self._place.reads_ranges:
+                return [bytes(part) for part in self._place.read_ranges(path, ranges)]
+            descriptor = self._place.descriptor(path)
+        except FileNotFoundError:
+            raise self._damaged(path, "is missing") from None
+        try:
+            return [os.pread(descriptor, length, start) for start, length in ranges]
+        finally:
+            os.close(descriptor)
+
+    def _index(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Offset and length of each chunk of a shard, int64 [chunks_per_shard]; -1 if missing."""
+        if batch not in self._indexes:
+            path, size = self.shards[batch], self.layout.index_bytes
+            try:
+                whole = self._place.size(path)
+            except FileNotFoundError:
+                raise self._damaged(path, "is missing") from None
+            if whole < size:
+                raise self._damaged(path, f"is {whole:,} bytes long, which is too short")
+            [content] = self._read(path, [(whole - size, size)])
+            self._indexes[batch] = index.chunks(self.layout, content, whole, self._place.root / path, self.where)
+        return self._indexes[batch]
+
+    def cost(self, token_ids: np.ndarray) -> Cost:
+        """The chunks of a gather, and the indexes of their shards.
+
+        Args:
+            token_ids: int64 [n], distinct.
+
+        Raises:
+            NotStored: see `places`.
+        """
+        row, position = self.places(token_ids)
+        batch, n_chunks, n_bytes = row // self.layout.rows_per_chunk, 0, 0
+        batches = np.unique(batch).tolist()
+        for number in batches:
+            chunks = np.unique(position[batch == number])
+            n_chunks += len(chunks)
+            n_bytes += int(self._index(number)[1][chunks].clip(min=0).sum()) + self.layout.index_bytes
+        return Cost(n_chunks, len(batches), len(row) * self.layout.row_bytes, n_bytes)
+
+    def again(self) -> Callable[[Reading, IsToken], Reader]:
+        """See site.Reader."""
+        return partial(_open_again, self.layout, self.first_token_id, self.shards, self.where)
+
+
+def _open_again(
+    layout: Layout, first_token_id: int, shards: Mapping[int, str], where: str, place: Reading, is_token: IsToken
+) -> CodedReader:
+    return CodedReader(layout, first_token_id, shards, where, place, is_token)

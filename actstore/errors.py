@@ -20,6 +20,7 @@ hand an error on by its kind.
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import PurePath
@@ -130,3 +131,11 @@ class Busy(ActstoreError, TimeoutError):
     """Another process writes to the store, or has its catalog open to write."""
 
     kind = "busy"
+
+
+def outside() -> int:
+    """Number of calls between the caller and the first function outside this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "actstore":
+        frame, level = frame.f_back, level + 1
+    return level

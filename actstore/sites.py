@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from actstore.advice import ingest_sites
 from actstore.arrays.families import FAMILIES
@@ -63,7 +62,7 @@ def _is_key(site: Any) -> bool:
     if not isinstance(site, tuple) or len(site) not in (2, 3) or not isinstance(site[0], str):
         return False
     layer = site[1]
-    return layer.isdecimal() if isinstance(layer, str) else isinstance(layer, (int, np.integer)) and layer is not True
+    return layer.isdecimal() if isinstance(layer, str) else isinstance(layer, Integral) and layer is not True
 
 
 def _name(store: Held, run: str, site: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import Row, generate, ingest, long_log, opening, patch, probes, text, trust
+from tests.benchmarks import Row, generate, ingest, long_log, opening, patch, probes, startup, text, trust
 
 TINY = {
     generate: {"TREES_PER_BATCH": 16, "BATCHES_PER_ROUND": 1, "ROUNDS": 1},
@@ -14,6 +14,7 @@ TINY = {
     trust: {"N_TREES": 20, "N_VERIFIED": (20,), "ROUNDS": 1},
     probes: {"N_TREES": 60, "BATCH_SIZE": 6, "BATCHES": 2, "ROUNDS": 1, "ROLES": ("edge_target",)},
     patch: {"N_TREES": 20, "ROUNDS": 1, "LAYERS": (4,)},
+    startup: {"ROUNDS": 1},
     long_log: {"COMMITS": (3, 200), "ROUNDS": 1},
 }
 

@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from actstore.catalog import build, tables
+from actstore.catalog import build, part_types, tables
 from actstore.commits import log
 from actstore.commits.format import FORMAT_VERSION
 from actstore.errors import BadInput, Damaged, NoRoom
@@ -290,7 +290,7 @@ def test_words_roles_and_splits_of_the_schema_are_those_of_the_tokens(root: Path
 
 
 def test_parts_have_the_columns_of_the_catalog_and_hold_small_numbers_unsigned(root: Path) -> None:
-    types = tables.tables()
+    types = part_types.tables()
     assert set(types) == set(TABLES)
     with Store(root) as store:
         for table, columns in types.items():
@@ -313,7 +313,7 @@ def test_parts_have_the_types_of_every_format_before(tmp_path: Path) -> None:
         archive.extractall(tmp_path, filter="data")
     seen = set()
     for part in tmp_path.glob("s.act/parts/*/*.parquet"):
-        types = tables.tables()[part.parent.name]
+        types = part_types.tables()[part.parent.name]
         assert pl.read_parquet_schema(part) == types, part
         assert as_parquet(part.parent.name, pl.read_parquet(part)) == part.read_bytes(), part
         seen.add(part.parent.name)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import actstore.reading.opened
-from actstore.catalog import hash_note, tables
+from actstore.catalog import hash_note, part_types, tables
 from actstore.commits.format import About, check_format
 from actstore.commits.manifest import Manifest, TableOfParts, manifest_path
 from actstore.errors import ActstoreError, Damaged, NotStored
@@ -210,7 +210,7 @@ def test_a_store_of_a_strange_manifest_ends_well_though_the_catalog_agrees(whole
 
 
 def test_the_types_of_a_manifest_name_the_tables_that_have_parts():
-    for table in tables.tables():
+    for table in part_types.tables():
         assert as_a(TableOfParts, table) == table
     for strange in ("Trees", "", "a/b", "1a", "a" * 64):
         with pytest.raises(ValueError, match="matching regex"):

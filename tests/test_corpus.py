@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from actstore.arrays.address import CHUNKS_PER_SHARD, Ids
 from actstore.catalog.declared import parsed
-from actstore.catalog.tables import every_column
+from actstore.catalog.part_types import every_column
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.corpus import corpus as corpora
 from actstore.ingest.corpus.corpus import Corpus, from_text, from_tokens, pack

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from actstore import verbs
-from actstore.catalog import build, tables
+from actstore.catalog import build, part_types, tables
 from actstore.cli import main
 from actstore.commits import checkpoint, log
 from actstore.errors import BadInput, NotStored
@@ -164,7 +164,7 @@ def test_a_catalog_built_anew_holds_no_dropped_rows(root: Path) -> None:
     two_runs(root)
     verbs.drop(root, run="one")
     with Store(root) as store:
-        held = {table: store.sql(f"from {table} order by all") for table in tables.tables() if table != "snapshot"}
+        held = {table: store.sql(f"from {table} order by all") for table in part_types.tables() if table != "snapshot"}
     (root / tables.CATALOG).chmod(0o644)
     build.publish(root, from_nothing=True)
     with Store(root) as store:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from actstore.arrays.address import Ids
 from actstore.catalog.declared import parsed
-from actstore.catalog.tables import every_column
+from actstore.catalog.part_types import every_column
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.corpus.documents import OURS
 from actstore.ingest.trees import given as given_trees

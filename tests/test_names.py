@@ -152,9 +152,9 @@ def test_results_that_were_kept_are_recorded_from_a_file_of_any_name(here, whole
     with Store("s.act") as store:
         snapshot = store.snapshot
     row = {"study": "depth", "run": "r", "value": 1.0, "snapshot": snapshot, "answer": 0}
-    from actstore.catalog import tables
+    from actstore.catalog import part_types
 
-    types = {name: kind for name, kind in tables.tables()["results"].items() if name != "recorded"}
+    types = {name: kind for name, kind in part_types.tables()["results"].items() if name != "recorded"}
     frame = pl.DataFrame([{**dict.fromkeys(types), **row}], schema={**types, "answer": pl.Int32})
     for name in ("~x.parquet", "[a]*.parquet", "s3:x.parquet", "\udcff.parquet"):
         with open(name, "wb") as file:

@@ -22,7 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actstore.cli import main, progress
-from actstore.cli.output import Output, print_table, save_activations
+from actstore.cli.activation_files import save_activations
+from actstore.cli.output import Output
+from actstore.cli.tables import print_table
 from actstore.errors import BadInput
 from actstore.sql.session import Session
 from actstore.store import Store
@@ -236,7 +238,7 @@ def test_ctrl_c_in_a_query_promises_nothing_about_going_on(root, monkeypatch, co
 
     def opened(store, *args, **options):
         opens(store, *args, **options)
-        store.sql = store._opened.sql = store._opened.ask = stopped
+        store.sql = store.rows = store._opened.sql = stopped
 
     opens = Store.__init__
     monkeypatch.setattr(Store, "__init__", opened)

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
-from actstore.cli.output import save_activations
+from actstore.cli.activation_files import save_activations
 from actstore.errors import BadInput, NoRoom
 from actstore.outputs import replacing, save_figure, write_text
 from actstore.queries.attention import page

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main, progress
-from actstore.cli.output import print_table
+from actstore.cli.tables import print_table
 from actstore.cli.terminal import wrapped
 from actstore.outputs import printable
 

@@ -22,13 +22,13 @@ import polars as pl
 
 from actstore.catalog.declared import relations
 from actstore.catalog.hash_note import note_hash, noted_hashes
+from actstore.catalog.part_types import every_column
 from actstore.catalog.tables import (
     CATALOG,
     attached,
     column_comments,
     ctrl_c,
     discard_beside,
-    every_column,
     located,
     quoted,
     rows_of,

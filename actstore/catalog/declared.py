@@ -13,15 +13,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import duckdb
 import msgspec
-import polars as pl
 
 from actstore.catalog.tables import column_comments, quoted, schema
 from actstore.errors import BadInput
 from actstore.storage.content import Text, as_a
+
+if TYPE_CHECKING:
+    import polars as pl
 
 Grain = Literal["token", "sequence"]
 Kind = Literal["documents", "labels"]
@@ -93,6 +95,8 @@ class Relation:
         Raises:
             BadInput: a column is missing or has another type.
         """
+        import polars as pl
+
         try:
             return rows.select(pl.col(name).cast(polars_type(dtype)) for name, dtype, _ in self.columns)
         except pl.exceptions.PolarsError as error:
@@ -220,30 +224,24 @@ def identifier(name: str) -> str:
 
 def polars_type(dtype: str) -> pl.DataType:
     """The polars type of a declared type."""
+    import polars as pl
+
     found = TYPE.fullmatch(dtype)
     assert found
     if found[3]:
         return pl.Array(pl.Float32, int(found[3]))
-    base = _POLARS[found[1]]
+    base = _polars()[found[1]]
     return pl.List(base) if found[2] else base
 
 
-_POLARS: dict[str, pl.DataType] = {
-    **{
-        "BOOLEAN": pl.Boolean(),
-        "TINYINT": pl.Int8(),
-        "SMALLINT": pl.Int16(),
-        "INTEGER": pl.Int32(),
-        "BIGINT": pl.Int64(),
-    },
-    **{
-        "FLOAT": pl.Float32(),
-        "DOUBLE": pl.Float64(),
-        "VARCHAR": pl.String(),
-        "DATE": pl.Date(),
-        "TIMESTAMP": pl.Datetime("us"),
-    },
-}
+@cache
+def _polars() -> dict[str, pl.DataType]:
+    """The polars type of each of BASES."""
+    import polars as pl
+
+    whole = (pl.Int8(), pl.Int16(), pl.Int32(), pl.Int64())
+    others = (pl.Float32(), pl.Float64(), pl.String(), pl.Date(), pl.Datetime("us"))
+    return dict(zip(BASES, (pl.Boolean(), *whole, *others), strict=True))
 
 
 def _duckdb_type(column: str, dtype: pl.DataType) -> str:
@@ -252,11 +250,13 @@ def _duckdb_type(column: str, dtype: pl.DataType) -> str:
     Raises:
         BadInput: there is none.
     """
+    import polars as pl
+
     if isinstance(dtype, pl.Array) and dtype.inner in (pl.Float32, pl.Float64) and len(dtype.shape) == 1:
         return f"FLOAT[{dtype.shape[0]}]"
     inner, ending = (dtype.inner, "[]") if isinstance(dtype, pl.List) else (dtype, "")
     wider = {pl.UInt8: "SMALLINT", pl.UInt16: "INTEGER", pl.UInt32: "BIGINT", pl.UInt64: "BIGINT"}
-    for base, known in {**{value: key for key, value in _POLARS.items()}}.items():
+    for known, base in _polars().items():
         if inner == base:
             return known + ending
     if type(inner) in wider or inner in wider:

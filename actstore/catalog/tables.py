@@ -13,7 +13,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import duckdb
-import polars as pl
 
 from actstore.arrays.address import POSITIONS_PER_TREE
 from actstore.errors import BadInput, Busy, Damaged, advised
@@ -37,6 +36,13 @@ def in_parts(error: Exception) -> tuple[str, list[str]]:
 def one_line(error: Exception) -> str:
     """DuckDB's message, without the copy of the query at its end."""
     return in_parts(error)[0]
+
+
+def polars_errors() -> type[Exception]:
+    """The root of polars' errors, imported only when an error is looked at."""
+    import polars as pl
+
+    return pl.exceptions.PolarsError
 
 
 def in_use(error: Exception, root: Path) -> Busy | None:
@@ -72,22 +78,6 @@ ADDED: dict[str, tuple[str, ...]] = {  # columns that parts of trees do not hold
 OF_TREES = {  # columns that are null for other sequences
     "datasets": "first_tree_id",
     **dict.fromkeys(("tokens", "predictions", "generations"), "tree_id"),
-}
-NOT_OF_TREES: dict[str, dict[str, pl.DataType]] = {  # types in parts of other sequences
-    "datasets": {"n_positions": pl.Int32()},
-    "tokens": {"position": pl.Int32(), "token": pl.String()},
-    "predictions": {"target": pl.String(), "predicted": pl.String()},
-    "generations": {"position": pl.Int32(), "token": pl.String()},
-}
-UNSIGNED: dict[str, dict[str, pl.DataType]] = {  # columns that parts hold unsigned, besides every smallint (uint8)
-    "models": {
-        **dict.fromkeys(("d_model", "d_head", "d_mlp", "n_ctx", "d_vocab"), pl.UInt16()),
-        "n_params": pl.UInt64(),
-    },
-    "sites": {"shape": pl.List(pl.UInt32())},
-    "datasets": {"n_positions": pl.UInt8()},
-    "tokens": {"position": pl.UInt8()},
-    "generations": {"position": pl.UInt8()},
 }
 
 
@@ -143,38 +133,6 @@ def check_tables(there: Iterable[Mapping[str, str]]) -> None:
     for (table, column), (dtype, _) in columns().items():
         if (table, column, dtype) not in held:
             raise ValueError(f"it has no table {table} with a column {column} of type {dtype.lower()}")
-
-
-def tables() -> dict[str, dict[str, pl.DataType]]:
-    """The columns of every table, with the polars type of each in a part of trees.
-
-    The catalog's numbers are signed. Parts hold small numbers unsigned, as format 1 did, so that a
-    row has the same bytes in every format. Columns that the catalog derives, and those that only
-    other sequences have (ADDED), are left out.
-    """
-    return {
-        table: {name: dtype for name, dtype in columns.items() if name not in ADDED.get(table, ())}
-        for table, columns in every_column().items()
-    }
-
-
-@cache
-def every_column() -> dict[str, dict[str, pl.DataType]]:
-    """As `tables`, with the columns ADDED."""
-    with duckdb.connect() as connection:
-        connection.execute(schema())
-        names = dict.fromkeys(table for table, _ in column_comments())
-        types = {table: dict(connection.sql(f"from {table} limit 0").pl().schema) for table in names}
-        for table, columns in types.items():
-            columns.pop(DERIVED.get(table, ""), None)
-            for column, dtype in columns.items():
-                if dtype == pl.Categorical:
-                    found = connection.execute(f"select enum_range(any_value({column})) from {table}").fetchall()
-                    columns[column] = pl.Enum(found[0][0])
-                elif dtype in (pl.Int16, pl.List(pl.Int16)):
-                    columns[column] = pl.UInt8() if dtype == pl.Int16 else pl.List(pl.UInt8())
-            columns.update(UNSIGNED.get(table, {}))
-    return types
 
 
 def snapshot(root: Path) -> int:
@@ -336,18 +294,6 @@ def source(connection: duckdb.DuckDBPyConnection, table: str, parts: list[Path],
 def names_of(connection: duckdb.DuckDBPyConnection, rows: str) -> set[str]:
     """Names of the columns of a table, or of a table function."""
     return {row[0] for row in connection.execute(f"describe from {rows}").fetchall()}
-
-
-def as_in_parts(table: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows of the catalog without what the catalog derived: the rows of their parts."""
-    rows = rows.drop(DERIVED.get(table, ""), strict=False)
-    if table not in OF_TREES:
-        return rows
-    of_trees = pl.col(OF_TREES[table]).is_not_null()
-    added = [
-        name for name in ADDED[table] if name in rows.columns and name != "recipe"
-    ]  # trees that were given have one
-    return rows.with_columns(pl.when(~of_trees).then(pl.col(name)).alias(name) for name in added)
 
 
 def _without_wildcards(path: str) -> str:

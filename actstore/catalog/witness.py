@@ -13,7 +13,7 @@ from pathlib import Path
 
 import duckdb
 
-from actstore.catalog import hash_note, tables
+from actstore.catalog import hash_note, part_types, tables
 from actstore.catalog.declared import identifier
 from actstore.commits import log
 from actstore.commits.format import ARRAYS, WEIGHTS, part_path
@@ -136,7 +136,7 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
             n = connection.execute(f"select count(*) from there.{identifier(table)}").fetchall()[0][0]
             if n != rows.get(table, 0):
                 yield f"the catalog holds {n:,} rows of table {table}, and the manifests name {rows.get(table, 0):,}"
-        if lacking := [table for table in rows if table not in (*tables_held(connection), *tables.tables())]:
+        if lacking := [table for table in rows if table not in (*tables_held(connection), *part_types.tables())]:
             yield f"the catalog has no table {lacking[0]}, and the manifests name {rows[lacking[0]]:,} rows of it"
         for path, hashed in connection.execute("select path, xxh3_128 from there.shards order by path").fetchall():
             if named.get(path) != hashed:
@@ -148,8 +148,8 @@ def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
 def tables_held(connection: duckdb.DuckDBPyConnection) -> list[str]:
     """The tables of an attached catalog that commits fill: today's, then declared ones."""
     there = [row[0] for row in connection.execute(tables.TABLES_ATTACHED).fetchall()]
-    own = [table for table in tables.tables() if table in there and table != "snapshot"]
-    return own + sorted(set(there) - tables.tables().keys())
+    own = [table for table in part_types.tables() if table in there and table != "snapshot"]
+    return own + sorted(set(there) - part_types.tables().keys())
 
 
 def least(root: Path) -> int:

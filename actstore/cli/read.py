@@ -41,7 +41,7 @@ def info(store: Path, output: Output) -> None:
     from actstore.store import Store
 
     with Store(store) as opened:
-        output.write(opened.info())
+        output.write(opened.info_rows())
 
 
 @main.command()
@@ -72,7 +72,7 @@ def sql(
 
     with Store(store, check) as opened, waiting("sql"):
         asked = opened if run is None else opened.of(run)
-        rows = asked.sql(query, params, **more)
+        rows = asked.rows(query, params, **more) if output.takes_rows else asked.sql(query, params, **more)
     output.write(rows)
 
 
@@ -126,7 +126,7 @@ def read(
     import polars as pl
 
     from actstore.arrays.families import FAMILIES
-    from actstore.cli.output import ACTIVATION_FILES, check_columns, save_activations
+    from actstore.cli.activation_files import ACTIVATION_FILES, check_columns, save_activations
     from actstore.cli.progress import waiting
     from actstore.outputs import check_file
     from actstore.store import Store
@@ -139,7 +139,7 @@ def read(
         if explain:
             with waiting("explain"):
                 explanation = opened.explain(query, run, **where)
-            if output.format == "table" and not output.parquet:
+            if output.is_table:
                 say(str(explanation))
             else:
                 output.write(pl.DataFrame([explanation.to_dict()]), explanation.to_dict())

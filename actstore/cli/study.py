@@ -169,7 +169,7 @@ def study(
     for lack in filter(None, (one.lacks for one in asked)):
         say(f"actstore: {lack}", err=True)
     try:
-        as_table = output.format == "table" and not output.parquet
+        as_table = output.is_table
         for one in answers if as_table else ():
             if len(answers) > 1:
                 say(f"{' and '.join(one.of)}:")

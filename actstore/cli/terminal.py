@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from actstore.errors import BadInput
 from actstore.outputs import printable
 from actstore.storage.refused import DISK_FULL
 
+QUIET = [False]  # see group.quiet_option
 HANDLES_ANY_TEXT = "backslashreplace"  # `→` is `\u2192` where an encoding lacks it
 REFUSE_SOME_TEXT = ("strict", "surrogateescape")  # the second is Python's own in the C locale
 
@@ -57,6 +61,57 @@ def print_data(text: str) -> None:
         except UnicodeEncodeError:
             sys.stdout.reconfigure(encoding="utf-8", errors=HANDLES_ANY_TEXT)
     sys.stdout.write(text)
+
+
+def print_bytes(content: bytes) -> None:
+    """Print bytes for a program.
+
+    Raises:
+        BadInput: stdout is a terminal.
+    """
+    if sys.stdout.isatty():
+        raise BadInput("a Parquet file is not for a terminal; send it to a file: … -o parquet > x.parquet")
+    sys.stdout.flush()
+    sys.stdout.buffer.write(content)
+
+
+def say_beside(text: str) -> None:
+    """Print a line for a person beside data: to stderr, and not with --quiet."""
+    if not QUIET[0]:
+        print(printable(text), file=sys.stderr)
+
+
+def pager() -> list[str]:
+    """The command of the pager, as words; empty where there is none.
+
+    A pager needs a terminal on both sides. It is $PAGER, or less; `cat` or nothing turns it off.
+    """
+    try:
+        is_terminal = os.isatty(sys.stdin.fileno()) and os.isatty(sys.stdout.fileno())
+    except (OSError, ValueError):  # a stream without a file
+        return []
+    told = shlex.split(os.environ.get("PAGER", "less"))
+    able = is_terminal and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    return told if able and told and told != ["cat"] and shutil.which(told[0]) else []
+
+
+def page(text: str, command: list[str]) -> None:
+    """Print text; what is longer than the screen goes through a pager.
+
+    Args:
+        command: see `pager`.
+    """
+    if len(text.splitlines()) < shutil.get_terminal_size().lines:
+        sys.stdout.write(text)
+        return
+    sys.stdout.flush()
+    # quit at once where it fits, keep colours and the screen, and scroll wide lines sideways
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env={"LESS": "FRSX", **os.environ}) as process:
+        with suppress(OSError, KeyboardInterrupt):  # the reader may leave before the end
+            process.communicate(text.encode())
+        while process.poll() is None:
+            with suppress(KeyboardInterrupt):  # which is the pager's, too, and means "stop searching" there
+                process.wait()
 
 
 def wrapped(text: str) -> str:

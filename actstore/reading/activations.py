@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-
-from actstore.arrays.site import Reader
 from actstore.errors import BadInput
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from actstore.arrays.site import Reader
 
 Dtype = Literal["float32", "float16", "float64", "bfloat16"]
 Form = Literal["numpy", "torch"]
@@ -59,6 +61,8 @@ def read_activations(readers: Sequence[Reader], token_ids: np.ndarray, one_site:
             if infinite.any() and whole[infinite].isfinite().any():
                 raise BadInput("an activation is too large for bfloat16; read it as float32")
         return in_torch[:, 0] if one_site else in_torch
+    import numpy as np
+
     X = np.empty(shape, dtype)
     for place, reader in enumerate(readers):
         reader.gather(token_ids, out=X[:, place])

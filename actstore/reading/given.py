@@ -6,21 +6,23 @@ import os
 from collections.abc import Collection, KeysView, Mapping, Sequence, ValuesView
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
-import numpy as np
-import polars as pl
-import pyarrow as pa
 
 from actstore.catalog.declared import not_a_name
 from actstore.errors import BadInput
-from actstore.reading.files import read_table
 from actstore.sql.parameters import PLAIN, TAGGED
 
-Tokens = str | Sequence[int] | np.ndarray | pl.Series | pl.DataFrame  # what Store.read takes: SQL, ids, a frame
-Table = pl.DataFrame | pl.LazyFrame | Mapping[str, Any] | str | os.PathLike[str]  # and frames of other libraries
-TAKEN = (*PLAIN, bytearray, memoryview, np.ndarray, duckdb.Value, *(kind for kind, _, _ in TAGGED.values()))
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+    import pyarrow as pa
+
+    Tokens = str | Sequence[int] | np.ndarray | pl.Series | pl.DataFrame  # what Store.read takes: SQL, ids, a frame
+    Table = pl.DataFrame | pl.LazyFrame | Mapping[str, Any] | str | os.PathLike[str]  # and frames of other libraries
+
+TAKEN = (*PLAIN, bytearray, memoryview, duckdb.Value, *(kind for kind, _, _ in TAGGED.values()))
 MANY = (list, tuple, set, frozenset, range, KeysView, ValuesView)
 TOKENS = "SQL, token ids (integers, in a list, an array or a Series), or a frame with a column token_id"
 
@@ -32,6 +34,9 @@ def check_query(query: object) -> None:
         BadInput: says what was passed.
     """
     if not isinstance(query, str):
+        import numpy as np
+        import polars as pl
+
         hint = (
             "; Store.read takes ids and frames"
             if isinstance(query, (*MANY, np.ndarray, pl.Series, pl.DataFrame))
@@ -64,6 +69,11 @@ def parameters(params: Any) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any) -> Any:
+    if type(value) in PLAIN:
+        return value
+    import numpy as np
+    import polars as pl
+
     if isinstance(value, (pl.DataFrame, pl.LazyFrame)) or hasattr(value, "columns"):
         raise BadInput(f"got a frame for ${name}; hand over one of its columns, such as frame['token_id']")
     if isinstance(value, Enum):
@@ -72,7 +82,7 @@ def _plain(name: str, value: Any) -> Any:
         return value.astype("datetime64[us]").item()  # datetime64[ns] would become a bare number
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
         return value.item()
-    if isinstance(value, TAKEN):
+    if isinstance(value, (*TAKEN, np.ndarray)):
         return value
     if isinstance(value, MANY):
         items = list(value)
@@ -98,6 +108,9 @@ def frame_of(tokens: Any, params: Any) -> tuple[pl.DataFrame, str]:
     Raises:
         BadInput: `tokens` is neither, or comes with parameters.
     """
+    import numpy as np
+    import polars as pl
+
     if params:
         raise BadInput(f"got params, and {_of(tokens)} in the place of the query that takes them; leave one out")
     try:
@@ -127,6 +140,10 @@ def table(given: Any, called: str) -> pl.DataFrame:
     Raises:
         BadInput: it is no table, or has no column.
     """
+    import polars as pl
+
+    from actstore.reading.files import read_table
+
     if isinstance(given, (str, os.PathLike)):
         return read_table(Path(given))
     try:
@@ -154,6 +171,9 @@ def tables(given: Any, taken: Collection[str]) -> dict[str, pa.Table]:
     Raises:
         BadInput: a name is no identifier or the store's own, or a table cannot be asked by SQL.
     """
+    import polars as pl
+    import pyarrow as pa
+
     if not isinstance(given, Mapping):
         raise BadInput(f"got {_of(given)} for tables; give a dict from each name to its frame, {{'mine': frame}}")
     found = {}
@@ -179,6 +199,8 @@ def tables(given: Any, taken: Collection[str]) -> dict[str, pa.Table]:
 
 def _ids(tokens: Any) -> np.ndarray:
     """int [n] from a list, an array, or an object with `tolist`."""
+    import numpy as np
+
     if not isinstance(tokens, np.ndarray):
         tokens = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
     try:

@@ -7,15 +7,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
-import polars as pl
 
 from actstore.advice import no_run
 from actstore.arrays.families import in_order
-from actstore.arrays.site import Reader
-from actstore.catalog import build, hash_note, tables
+from actstore.catalog import hash_note, tables
 from actstore.catalog.tables import one_line
 from actstore.commits import checkpoint
 from actstore.commits.checkpoint import Checkpoint
@@ -24,13 +22,21 @@ from actstore.commits.log import check_sizes, live, log_hash, manifests
 from actstore.commits.manifest import Manifest
 from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, advised
 from actstore.reading import given, scope
-from actstore.reading.sites import catalog_rows, open_site
-from actstore.sql.functions import Vectors, add_functions
+from actstore.reading.catalog_rows import catalog_rows
+from actstore.sql import rows as rows_of
+from actstore.sql.macros import add_macros
 from actstore.sql.session import Check, Session
 from actstore.storage.at import at, place
 from actstore.storage.backend import Reading
 from actstore.storage.content import Text
 from actstore.storage.machine import limit_reached
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from actstore.arrays.site import Reader
+    from actstore.sql.functions import Vectors
+    from actstore.sql.rows import Rows
 
 NAMES = "select table_name from information_schema.tables where table_catalog = 'store'"
 
@@ -114,13 +120,25 @@ class Opened:
 
     @property
     def vectors(self) -> Vectors:
-        """The session's functions, added by the first query: they cost as much as opening."""
-        self.session.check()
+        """The session's functions, added by the first query that needs one: they import pyarrow."""
+        from actstore.sql.functions import add_functions
+
+        self.with_macros()
         with self._adding_functions:
             if not self._functions:
                 with _opening_errors(self.path), _catalog_errors(self.path), tables.ctrl_c():
                     self._functions.append(add_functions(self.session, self.whole))
         return self._functions[0]
+
+    def with_macros(self) -> Session:
+        """The session, with its macros and declared views."""
+        self.session.check()
+        with self._adding_functions:
+            if not self.session.has_macros:
+                with _opening_errors(self.path), _catalog_errors(self.path), tables.ctrl_c():
+                    add_macros(self.session, self.whole)
+                self.session.has_macros = True
+        return self.session
 
     def _open_session(self, catalog: Path) -> Session:
         if self.about["format"] == FORMAT_VERSION:
@@ -129,6 +147,8 @@ class Opened:
 
     def _open_older(self) -> Session:
         """Open a catalog that is built from the parts: the store's own lacks tables or columns."""
+        from actstore.catalog import build
+
         self._built = True
         with build.of_older(self.path) as built:
             return Session(built, self.path)
@@ -203,6 +223,31 @@ class Opened:
         params = given.parameters(params)
         if timeout is None and memory is None:
             return scope.ask(self, query, params, reads, check)
+        return self._limited(query, params, timeout, memory, reads, check)
+
+    def rows(
+        self,
+        query: str,
+        params: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        memory: str | int | None = None,
+    ) -> Rows:
+        """See Store.rows."""
+        given.check_query(query)
+        params = given.parameters(params)
+        if timeout is None and memory is None:
+            return scope.rows(self, query, params)
+        return rows_of.of_frame(self._limited(query, params, timeout, memory))
+
+    def _limited(
+        self,
+        query: str,
+        params: dict[str, Any],
+        timeout: float | None,
+        memory: str | int | None,
+        reads: str | None = None,
+        check: Check | None = None,
+    ) -> pl.DataFrame:
         from actstore.sql import process
 
         return process.run_in_process(self, query, params, process.Limits.of(timeout, memory), reads, check)
@@ -284,6 +329,8 @@ class Opened:
         """
         self.session.check()
         if (run, site) not in self._readers:
+            from actstore.reading.sites import open_site
+
             self._readers[run, site] = open_site(self, run, site)
         return self._readers[run, site]
 
@@ -310,7 +357,7 @@ def _opening_errors(path: Path) -> Iterator[None]:
         yield
     except ActstoreError:
         raise
-    except (OSError, ValueError, duckdb.Error, pl.exceptions.PolarsError) as error:
+    except (OSError, ValueError, duckdb.Error, tables.polars_errors()) as error:
         raise limit_reached(error, f"cannot open {path}") or Damaged(
             f"{path} cannot be opened ({one_line(error)}); see {advised('verify', path)}"
         ) from error

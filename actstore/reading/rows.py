@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import polars as pl
-
 from actstore.errors import BadInput, NotStored
-from actstore.reading.given import Tokens, frame_of
+from actstore.reading.given import frame_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+
+    from actstore.reading.given import Tokens
     from actstore.reading.opened import Opened
 
 
@@ -57,6 +58,8 @@ def token_ids(rows: pl.DataFrame, called: str = "the query") -> np.ndarray:
     Args:
         called: the frame's name in messages.
     """
+    import polars as pl
+
     _refuse_without_ids(rows.columns, called)
     ids = rows["token_id"]
     if not ids.dtype.is_integer():

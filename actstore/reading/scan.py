@@ -19,8 +19,8 @@ from polars.io.plugins import register_io_source
 from actstore.arrays.site import Reader
 from actstore.catalog.declared import identifier
 from actstore.errors import BadInput
+from actstore.reading.catalog_rows import catalog_row, catalog_rows
 from actstore.reading.labelled import refuse_twice, whole_keys
-from actstore.reading.sites import catalog_row, catalog_rows
 from actstore.sql.pushdown import Column, Pushed, push
 from actstore.storage.content import Count, Positive
 

@@ -12,22 +12,27 @@ store's. `store.main.outcomes` names the whole table in every scope.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import polars as pl
+import duckdb
 
-from actstore.errors import SeveralRuns, advised
-from actstore.reading.sites import catalog_row
-from actstore.sql import late_act
-from actstore.sql.asked import MATTERS, Asked
-from actstore.sql.process import outside
+from actstore.errors import BadInput, SeveralRuns, advised, outside
+from actstore.reading.catalog_rows import catalog_row
+from actstore.sql import rows as rows_of
+from actstore.sql.asked import MATTERS, NAMES_ACT, Asked
+from actstore.sql.macros import NEED_FUNCTIONS
 from actstore.storage.content import Count, Size, Text
 
 if TYPE_CHECKING:
-    from actstore.sql.session import Check
+    import polars as pl
+
+    from actstore.sql.rows import Rows
+    from actstore.sql.session import Check, Session
     from actstore.sql.snapshot import Snapshot
+
+Answer = TypeVar("Answer", "pl.DataFrame", "Rows")
 
 
 def ask(
@@ -45,7 +50,32 @@ def ask(
         BadInput: DuckDB refuses the query, or the query uses another id as a token_id.
         NotStored: a function is asked for something that is not stored.
     """
-    vectors, session, schema, asked = store.vectors, store.session, None, None
+    return _ask(store, query, params, reads, check, lambda session: session.sql, lambda frame: frame)
+
+
+def rows(store: Snapshot, query: str, params: Mapping[str, Any] | None) -> Rows:
+    """Run a query in its scope as `ask` does, for its rows as Python's own values."""
+    return _ask(store, query, params, None, None, lambda session: session.rows, rows_of.of_frame)
+
+
+def _ask(
+    store: Snapshot,
+    query: str,
+    params: Mapping[str, Any] | None,
+    reads: str | None,
+    check: Check | None,
+    how: Callable[[Session], Callable[..., Answer]],
+    of_frame: Callable[[pl.DataFrame], Answer],
+) -> Answer:
+    """Run a query in its scope.
+
+    Args:
+        how: the method of the session that runs the query.
+        of_frame: makes of a frame what that method returns.
+    """
+    session, schema, asked = store.with_macros(), None, None
+    if NEED_FUNCTIONS.search(query):
+        _ = store.vectors
     if reads is not None or MATTERS.search(query):
         session.check()
         asked = Asked(session, query)
@@ -55,14 +85,22 @@ def ask(
         schema = _schema(store, of_run, answers=True)
     elif reads is not None:
         schema = _schema(store, reads, answers=False)
-    if asked:
-        rows = late_act.sql(session, vectors, asked, params, schema, check)
+    if asked and NAMES_ACT.search(query):
+        from actstore.sql import late_act
+
+        rows = of_frame(late_act.sql(session, store.vectors, asked, params, schema, check))
     else:
-        rows = session.sql(query, params, schema, check)
+        try:
+            rows = how(session)(query, params, schema, check)
+        except BadInput as error:
+            if not isinstance(error.__cause__, (duckdb.BinderException, duckdb.CatalogException)):
+                raise
+            _ = store.vectors  # a view may have named one of the functions
+            rows = how(session)(query, params, schema, check)
     if asked and of_run is None:
         columns = rows.columns
         if asked.explained is not None:
-            columns = session.sql(f"describe {asked.explained}", params, schema)["column_name"].to_list()
+            columns = [row[0] for row in session.rows(f"describe {asked.explained}", params, schema)]
         _note(store, asked.without_run(columns), schema, asked.takes_where)
     return rows
 
@@ -71,7 +109,7 @@ def _note(store: Snapshot, tables: Mapping[str, str], schema: str | None, takes_
     """Warn about tables that hold answers of several runs while the query names no run."""
     found = {}
     for table in set(tables.values()):
-        found[table] = store.session.sql(f"select distinct run from {table}", schema=schema)["run"].to_list()
+        found[table] = [run for (run,) in store.session.rows(f"select distinct run from {table}", schema=schema)]
     mixed = {alias: table for alias, table in tables.items() if len(found[table]) > 1}
     if not mixed:
         return
@@ -120,12 +158,12 @@ def _views(store: Snapshot, run: str, answers: bool) -> dict[str, str]:
     }
     of_run = {"run": _equal("run", run)} if answers else {}
     others = {"datasets": _equal("dataset", about.dataset), "models": _equal("weights_sha256", about.weights_sha256)}
-    held = store.session.sql(
+    held = store.session.rows(
         "select database_name, table_name, list(column_name) from duckdb_columns() "
         "where schema_name = 'main' and database_name in ('memory', 'store') and not internal group by all order by all"
     )
     found = {}
-    for database, table, columns in held.iter_rows():  # if both have a table of the name, the store's comes last
+    for database, table, columns in held:  # if both have a table of the name, the store's comes last
         wanted = [condition for column, condition in {**of_run, **of_set}.items() if column in columns]
         if condition := (others.get(table) if answers else None) or next(iter(wanted), None):
             found[table] = f'select * from {database}.main."{table}" where {condition}'

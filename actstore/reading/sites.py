@@ -17,10 +17,10 @@ from actstore.arrays.metadata import as_written
 from actstore.arrays.ranged import RangedReader
 from actstore.arrays.reader import SiteReader
 from actstore.arrays.site import Reader, not_stored
-from actstore.catalog.tables import CATALOG
-from actstore.errors import ActstoreError, Damaged, advised
+from actstore.errors import ActstoreError, Damaged
+from actstore.reading.catalog_rows import catalog_rows, impossible
 from actstore.sites import not_held
-from actstore.storage.content import Count, Positive, T, Text, as_a, check_inside, json_object
+from actstore.storage.content import Count, Positive, Text, check_inside, json_object
 from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
     where, first = f"{found.site} of run {run!r}", found.first_token_id
     layout = found.as_layout()
     if max(paths, default=0) >= layout.n_shards:
-        raise _impossible(store, f"batch {max(paths)} of {layout.n_shards} of {where}")
+        raise impossible(store, f"batch {max(paths)} of {layout.n_shards} of {where}")
 
     def is_token(ids: np.ndarray) -> np.ndarray:
         if found.lineage is not None:
@@ -141,38 +141,6 @@ class SiteRow:
         """The array's layout; its dtype is in the array's own metadata."""
         axis = None if self.layout == "rows" else 2 if self.kind == "pattern" else 1
         return Layout(tuple(self.shape), axis, self.rows_per_chunk, stride=self.stride or POSITIONS_PER_TREE)
-
-
-def catalog_rows(store: Snapshot, kind: type[T], rows: list[Any]) -> list[T]:
-    """Convert rows of the catalog to their type.
-
-    Args:
-        kind: the type of a row.
-
-    Raises:
-        Damaged: a row has another type.
-    """
-    try:
-        return [as_a(kind, row) for row in rows]
-    except ValueError as error:
-        raise _impossible(store, str(error)) from error
-
-
-def catalog_row(store: Snapshot, kind: type[T], rows: list[Any]) -> T:
-    """The first of the rows that the catalog gives about a run.
-
-    Raises:
-        Damaged: there is none, since what the run names is not there; or see `catalog_rows`.
-    """
-    if not rows:
-        raise _impossible(store, "a run that it holds is over a dataset that it does not hold")
-    return catalog_rows(store, kind, rows[:1])[0]
-
-
-def _impossible(store: Snapshot, what: str) -> Damaged:
-    return Damaged(
-        f"{store.path / CATALOG} says what cannot be ({what}); rebuild it with {advised('repair', store.path)}"
-    )
 
 
 def _zarr_json(store: Snapshot, path: str) -> dict[str, Any]:

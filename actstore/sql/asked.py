@@ -21,6 +21,7 @@ OF_RUNS = ("outcomes", "predictions", "generations")  # tables that hold answers
 MATTERS = re.compile(
     rf"\b(?:{'|'.join((*TAKE_TOKENS, *OF_RUNS))})\b", re.IGNORECASE
 )  # other queries need not be parsed
+NAMES_ACT = re.compile(r"\bact\s*\(", re.IGNORECASE)
 RUN = re.compile(r"\brun\b", re.IGNORECASE)
 REWRITTEN = re.compile(r"\b(?:explain|pivot\w*)\b", re.IGNORECASE)
 NOT_PIVOT = {"pivot": b"from", "on": b"select *,", "using": b","}

@@ -1,4 +1,4 @@
-"""Activations in SQL: `act`, `attention`, `logit_lens`, `probe_direction`, and macros over them.
+"""Activations in SQL: `act`, `attention`, `logit_lens`, `probe_direction`.
 
 All four are Arrow functions. DuckDB calls them with up to 2,048 rows at a time, from several
 threads; NULL in gives NULL out. Vectors are FLOAT[d_model] (logits FLOAT[d_vocab]) if all runs of
@@ -22,36 +22,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actstore.arrays.address import POSITIONS_PER_TREE
-from actstore.catalog import declared, tables
-from actstore.errors import BadInput, Damaged, NotStored, advised
+from actstore.errors import BadInput, NotStored, advised
 from actstore.sql.logit_lens import Unembedding, read_unembedding
+from actstore.sql.macros import D_MODELS, D_VOCABS, shared_width
 
 if TYPE_CHECKING:
     from actstore.arrays.site import Reader
     from actstore.sql.session import Session
     from actstore.sql.snapshot import Snapshot
 
-MACROS = {  # `{vector}` is array where widths agree and list where they do not
-    "dot(a, b)": "{vector}_inner_product(a, b)",
-    "norm(x)": "sqrt({vector}_inner_product(x, x))",
-    "cosine(a, b)": "{vector}_cosine_similarity(a, b)",
-    "distance(a, b)": "{vector}_distance(a, b)",
-    "project(x, direction)": "{vector}_inner_product(x, direction) / sqrt({vector}_inner_product(direction, direction))",
-    "token_at(tree_id, edge, role)": """tree_id::bigint * {positions} + 3 * edge
-        + case role when 'edge_source' then 0 when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end""",
-    "position_of(token_id)": "(token_id % {positions})::utinyint",
-    "held_trees(of_run)": """table
-        select distinct unnest(range(first_tree_id, first_tree_id + n_trees)) as tree_id
-        from store.main.shards where run = of_run""",
-    "activations(run, site)": """table
+ACTIVATIONS = """table
         select tokens.*, act(tokens.token_id, run, site) as x
         from store.main.tokens
         where tokens.sequence_id in (
             select unnest(range(batch.first_tree_id, batch.first_tree_id + batch.n_trees))
             from (select unnest(batches_of(run, site)) as batch)
-        )""",
-}
+        )"""  # a macro that names a function, which has to be there before it
 
 KIND = "select kind from sites where run = $run and $site in (site, short)"
 IS = {  # a kind of site, in messages
@@ -73,9 +59,7 @@ def add_functions(session: Session, store: Snapshot) -> Vectors:
     Returns:
         The `Vectors` that the functions read with.
     """
-    d_models = session.look_up("select distinct shape[len(shape)] as d from sites where kind in ('resid', 'vector')")
-    d_vocabs = session.look_up("select distinct d_vocab as d from runs join models using (weights_sha256)")
-    d_model, d_vocab = (_shared([row["d"] for row in found]) for found in (d_models, d_vocabs))
+    d_model, d_vocab = shared_width(session, D_MODELS), shared_width(session, D_VOCABS)
     vectors = Vectors(weakref.ref(store), d_model, d_vocab)
     text, token = ["VARCHAR"], ["BIGINT", "VARCHAR", "VARCHAR"]
     batches = "STRUCT(first_tree_id INTEGER, n_trees INTEGER)[]"
@@ -84,35 +68,8 @@ def add_functions(session: Session, store: Snapshot) -> Vectors:
     session.add_function("logit_lens", vectors.logit_lens, token, f"FLOAT[{d_vocab or ''}]")
     session.add_function("probe_direction", vectors.probe_direction, text, f"FLOAT[{d_model or ''}]")
     session.add_function("batches_of", vectors.batches_of, text * 2, batches)
-    try:
-        session.look_up("select 1 from latest_results limit 0")
-    except BadInput:  # an older catalog
-        session.add_view("main.latest_results", tables.view("latest_results"))
-    session.views = _declared_views(session, store)
-    for macro, body in MACROS.items():
-        session.add_macro(macro, body.format(vector="array" if d_model else "list", positions=POSITIONS_PER_TREE))
+    session.add_macro("activations(run, site)", ACTIVATIONS)
     return vectors
-
-
-def _declared_views(session: Session, store: Snapshot) -> dict[str, str]:
-    """The SELECT of each declared view, by its name.
-
-    Raises:
-        Damaged: the store declares a view that no store may have.
-    """
-    rows = session.look_up("select name, owner, declared from relations where kind = 'view'")
-    try:
-        views = [declared.parsed_view(row) for row in rows]
-    except ValueError as error:
-        raise Damaged(
-            f"{store.path} declares what no store may ({error}); restore it from a copy of the store"
-        ) from error
-    return {view.name: view.sql for view in views}
-
-
-def _shared(widths: Sequence[int | None]) -> int | None:
-    """The one width of all; None if there are several or none."""
-    return widths[0] if len(widths) == 1 else None
 
 
 class Vectors:

@@ -20,11 +20,10 @@ import polars as pl
 import pyarrow as pa
 
 from actstore.errors import BadInput
-from actstore.sql.asked import Asked, Node, nodes
+from actstore.sql.asked import NAMES_ACT, Asked, Node, nodes
 from actstore.sql.functions import Vectors
 from actstore.sql.session import Check, Session
 
-NAMED = re.compile(r"\bact\s*\(", re.IGNORECASE)
 AS_BIGINT = (
     "TINYINT",
     "SMALLINT",
@@ -85,7 +84,7 @@ def sql(
     check: Check | None = None,
 ) -> pl.DataFrame:
     """Run a query as Session.sql does, gathering `act` afterwards if possible; raises the same."""
-    taken = take_out(asked, dict(params or {}), vectors) if vectors.d_model and NAMED.search(asked.query) else None
+    taken = take_out(asked, dict(params or {}), vectors) if vectors.d_model and NAMES_ACT.search(asked.query) else None
     if not taken:
         return session.sql(asked.query, params, schema, check)
     places: dict[int, tuple[str, str]] = {}

@@ -14,9 +14,6 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-import numpy as np
-import polars as pl
-
 from actstore.errors import BadInput
 
 PLAIN = (type(None), bool, int, float, str)
@@ -47,6 +44,9 @@ def to_json(value: Any) -> Any:
         return {"dict": [[to_json(key), to_json(held)] for key, held in value.items()]}
     if isinstance(value, (list, tuple)):
         return [to_json(held) for held in value]
+    import numpy as np
+    import polars as pl
+
     if isinstance(value, (np.ndarray, np.generic, pl.Series)):
         return to_json(value.to_list() if isinstance(value, pl.Series) else value.tolist())
     for name, (kind, encode, _) in TAGGED.items():

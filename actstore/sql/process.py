@@ -159,7 +159,7 @@ def run_in_process(
         if answer[:1] == ROWS:
             notes, rows = bytes(answer[1:]).split(b"\n", 1)
             for note in json.loads(notes):
-                warnings.warn(note, errors.SeveralRuns, stacklevel=outside())
+                warnings.warn(note, errors.SeveralRuns, stacklevel=errors.outside())
             return pl.read_ipc_stream(BytesIO(rows))
         if answer[:1] == ERROR:
             kind, message = json.loads(answer[1:])
@@ -245,11 +245,3 @@ def of_status(pid: int | str, what: str) -> int:
             if line.startswith(f"{what}:"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-def outside() -> int:
-    """Number of calls between the caller and the first function outside this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "actstore":
-        frame, level = frame.f_back, level + 1
-    return level

@@ -16,19 +16,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
-import polars as pl
-import pyarrow as pa
 from duckdb.func import PythonUDFType
 
+from actstore.catalog import tables
 from actstore.catalog.tables import CATALOG, ctrl_c, in_use, located, one_line
 from actstore.errors import ActstoreError, BadInput, Damaged, LimitReached, advised
+from actstore.sql import rows as rows_of
 from actstore.sql.refused import refusal
 from actstore.storage.at import is_unicode
 from actstore.storage.machine import check_process, finalize_here, limit_reached, refuse_forked
 from actstore.storage.regular import check_regular, open_regular
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
+
+    from actstore.sql.rows import Rows
 
 LOCKED = (
     "set temp_directory = ''",  # no temporary files: a query that does not fit in memory fails
@@ -41,6 +47,7 @@ SEARCH = (
 )
 READ_ONLY = "begin transaction read only"  # for each cursor: the database in memory is not to be written, either
 T = TypeVar("T")
+Fetch = Callable[[duckdb.DuckDBPyConnection, duckdb.DuckDBPyRelation, str, dict[str, Any] | None], T]
 Check = Callable[[list[str], list[str]], None]  # takes names and SQL types of a prepared query's columns
 LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and cannot be interrupted then
 EXPLAIN = re.compile(  # the words before an explained statement, as DuckDB returns them: without a comment
@@ -75,6 +82,7 @@ class Session:
         self._process = os.getpid()
         self.schemas: dict[tuple[str, bool], str] = {}  # see reading/scope.py
         self.tables: dict[str, pa.Table] = {}  # see beside
+        self.has_macros = False  # see macros.py
         self.views: dict[str, str] = {}  # declared views: name → SELECT, see sql
         self.making_schemas = threading.Lock()
         refuse_forked()
@@ -235,6 +243,21 @@ class Session:
             LimitReached: the query needs more memory than DuckDB may take.
             ActstoreError: a function of the session raised it.
         """
+        return self._ask(query, params, schema, check, _as_frame)
+
+    def rows(
+        self,
+        query: str,
+        params: Mapping[str, Any] | None = None,
+        schema: str | None = None,
+        check: Check | None = None,
+    ) -> Rows:
+        """Run one query as `sql` does; a short result of numbers and text needs no polars."""
+        return self._ask(query, params, schema, check, _as_rows)
+
+    def _ask(
+        self, query: str, params: Mapping[str, Any] | None, schema: str | None, check: Check | None, fetch: Fetch[T]
+    ) -> T:
         self.check()
         if len(query) > LONGEST:
             raise BadInput(
@@ -249,13 +272,13 @@ class Session:
                 for name, table in self.tables.items():
                     cursor.register(name, table)
                 views = self._named_in(query)
-                return _interruptible(cursor, lambda: _fetch(cursor, query, params, schema, check, views))
+                return _interruptible(cursor, lambda: _fetch(cursor, query, params, schema, check, views, fetch))
             finally:
                 with suppress(duckdb.Error):  # a second Ctrl-C may have left the query running
                     cursor.close()
         except duckdb.Error as error:
             raise self._told(error, query) from error
-        except pl.exceptions.PolarsError as error:
+        except tables.polars_errors() as error:
             raise BadInput(
                 f"the query yields a type that polars does not hold ({one_line(error)}); cast it, to varchar for example"
             ) from error
@@ -404,7 +427,8 @@ def _fetch(
     schema: str | None,
     check: Check | None,
     views: Mapping[str, str],
-) -> pl.DataFrame:
+    fetch: Fetch[T],
+) -> T:
     cursor.execute(SEARCH if schema is None else SEARCH.replace("'", f"'memory.{schema},", 1))
     why = {name: said for name, sql in views.items() if (said := _make_view(cursor, name, sql))}
     cursor.execute(READ_ONLY)
@@ -417,13 +441,29 @@ def _fetch(
         prepared = cursor.sql(query, params=given)
         if check and statement.type != duckdb.StatementType.MULTI:
             check(prepared.columns, list(map(str, prepared.types)))
-        return prepared.pl()
+        return fetch(cursor, prepared, query, given)
     except (duckdb.BinderException, duckdb.CatalogException) as error:
         if lacking := next((name for name in why if f"name {name} does not exist" in str(error)), None):
             raise BadInput(f"view {lacking} cannot be read: {why[lacking]}") from error
         if "\nLINE " not in str(error):
             cursor.execute(query, given)  # is refused the same, with the place in the query
         raise
+
+
+def _as_frame(
+    cursor: duckdb.DuckDBPyConnection, prepared: duckdb.DuckDBPyRelation, query: str, given: dict[str, Any] | None
+) -> pl.DataFrame:
+    return prepared.pl()
+
+
+def _as_rows(
+    cursor: duckdb.DuckDBPyConnection, prepared: duckdb.DuckDBPyRelation, query: str, given: dict[str, Any] | None
+) -> Rows:
+    columns, types = prepared.columns, list(map(str, prepared.types))
+    if not rows_of.are_plain(columns, types):
+        return rows_of.of_frame(prepared.pl())
+    cursor.execute(query, given)
+    return rows_of.fetch(cursor, columns, types)
 
 
 def _make_view(cursor: duckdb.DuckDBPyConnection, name: str, sql: str) -> str:

@@ -33,6 +33,10 @@ class Snapshot(Protocol):
         """The sql.functions.Vectors, which read through this object."""
         ...
 
+    def with_macros(self) -> Session:
+        """The session, with its macros and declared views."""
+        ...
+
     def runs(self) -> list[str]:
         """See Store.runs."""
         ...

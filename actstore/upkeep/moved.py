@@ -16,7 +16,7 @@ import polars as pl
 
 from actstore.arrays.address import Ids
 from actstore.catalog.declared import as_name
-from actstore.catalog.tables import every_column
+from actstore.catalog.part_types import every_column
 from actstore.catalog.witness import OF_RUN
 from actstore.commits.format import ARRAYS, part_path
 from actstore.commits.manifest import Manifest, Part, Shard

@@ -23,7 +23,7 @@ import duckdb
 import polars as pl
 import xxhash
 
-from actstore.catalog import build, tables, witness
+from actstore.catalog import build, part_types, tables, witness
 from actstore.catalog.declared import Relation, parsed
 from actstore.commits import checkpoint, log
 from actstore.commits.format import ARRAYS, FOLDERS, FORMAT_VERSION, WEIGHTS, check_format
@@ -262,13 +262,13 @@ def _kept(root: Path, file: File) -> bytes | None:
             declared = _declared(connection, file.table)
         if declared:
             return as_parquet(file.table, declared.fit(rows))
-        return as_parquet(file.table, tables.as_in_parts(file.table, rows).head(file.rows))
+        return as_parquet(file.table, part_types.as_in_parts(file.table, rows).head(file.rows))
     return None
 
 
 def _declared(connection: duckdb.DuckDBPyConnection, table: str) -> Relation | None:
     """The declaration of a table that is none of every store's."""
-    if table in tables.tables():
+    if table in part_types.tables():
         return None
     rows = connection.sql("from there.relations where name = ?", params=[table]).pl().to_dicts()
     return parsed(rows[0])

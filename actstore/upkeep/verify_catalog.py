@@ -11,7 +11,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from actstore.catalog import hash_note, tables, witness
+from actstore.catalog import hash_note, part_types, tables, witness
 from actstore.catalog.declared import identifier
 from actstore.catalog.tables import one_line
 from actstore.commits import log
@@ -119,7 +119,7 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
         committed = log.live(committed)
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]
-        types = dict(tables.tables()["shards"])
+        types = dict(part_types.tables()["shards"])
         connection.register("shards_committed", pl.DataFrame(shards, schema=types))
         for table in witness.tables_held(connection):
             yield from _differences(connection, table, _committed_rows(root, connection, table, committed, copies))

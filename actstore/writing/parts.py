@@ -9,6 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
+from actstore.catalog import part_types
 from actstore.catalog import tables as catalog_tables
 from actstore.commits.log import live
 from actstore.commits.manifest import Manifest
@@ -87,10 +88,10 @@ def as_stored(table: str, frame: pl.DataFrame) -> pl.DataFrame:
     Raises:
         BadInput: the table has no such column, or a value does not fit its type.
     """
-    if table not in catalog_tables.every_column():  # a declared table, whose Relation gave the rows their types
+    if table not in part_types.every_column():  # a declared table, whose Relation gave the rows their types
         return frame
     types = _types(table, frame)
-    every = catalog_tables.every_column()[table]
+    every = part_types.every_column()[table]
     if unknown := [name for name in frame.columns if name not in every]:
         raise BadInput(f"table {table} has no column {', '.join(unknown)}; it has {', '.join(every)}")
     lacking = [pl.lit(None, dtype).alias(name) for name, dtype in types.items() if name not in frame.columns]
@@ -105,10 +106,10 @@ def _types(table: str, frame: pl.DataFrame) -> dict[str, pl.DataType]:
 
     A column that only other sequences than trees have is left out where it is null throughout.
     """
-    types, added = catalog_tables.every_column()[table], catalog_tables.ADDED.get(table, ())
+    types, added = part_types.every_column()[table], catalog_tables.ADDED.get(table, ())
     key = catalog_tables.OF_TREES.get(table)
     if key and (key not in frame.columns or frame[key].null_count()):
-        types = {**types, **catalog_tables.NOT_OF_TREES[table]}
+        types = {**types, **part_types.NOT_OF_TREES[table]}
     return {
         name: dtype
         for name, dtype in types.items()

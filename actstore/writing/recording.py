@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import polars as pl
 
-from actstore.catalog import tables
+from actstore.catalog import part_types
 from actstore.commits.format import check_format, store_around
 from actstore.errors import BadInput, Unsupported
 from actstore.outputs import replacing
@@ -98,7 +98,7 @@ def read_kept(file: Path) -> list[pl.DataFrame]:
     Raises:
         BadInput: the file holds no results.
     """
-    types = {name: dtype for name, dtype in tables.tables()["results"].items() if name != "recorded"}
+    types = {name: dtype for name, dtype in part_types.tables()["results"].items() if name != "recorded"}
     try:
         frame = pl.read_parquet(file.read_bytes())  # polars takes a path for a pattern
         answers = frame.partition_by(ANSWER, maintain_order=True, include_key=False)

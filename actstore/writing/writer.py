@@ -19,7 +19,7 @@ import xxhash
 
 from actstore.arrays.address import Ids
 from actstore.arrays.metadata import metadata
-from actstore.catalog import build, witness
+from actstore.catalog import build, part_types, witness
 from actstore.catalog import tables as catalog_tables
 from actstore.catalog.declared import Relation, View, parsed
 from actstore.commits import checkpoint, log
@@ -192,7 +192,7 @@ class Writer:
             BadInput: the batch, or the same trees by another run, are committed with other content.
         """
         parts, shards = list[Part](), list[Shard]()
-        known = {"", *catalog_tables.every_column(), *plan.declared}
+        known = {"", *part_types.every_column(), *plan.declared}
         for content in contents:
             if content.table not in known:
                 raise BadInput(

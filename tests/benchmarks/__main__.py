@@ -16,7 +16,7 @@ os.environ.setdefault("POLARS_MAX_THREADS", "1")  # trees per second are of one 
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import Row, generate, ingest, long_log, opening, patch, probes, text, trust
+from tests.benchmarks import Row, generate, ingest, long_log, opening, patch, probes, startup, text, trust
 
 README = Path(__file__).with_name("README.md")
 VERSIONS = (
@@ -32,6 +32,7 @@ SECTIONS = {
     "probes": ("The notebook's grid of probes", probes.rows),
     "patch": ("Edits of one position", patch.rows),
     "text": ("Text through a language model", text.rows),
+    "startup": ("From the shell to an answer", startup.rows),
     "log": ("Opening a store with a long log", long_log.rows),
 }
 

@@ -1,0 +1,154 @@
+"""Rows as a table or as blocks on a terminal, at the terminal's width, in a pager where they are longer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from actstore.cli import terminal
+from actstore.outputs import printable
+from actstore.sql.rows import Rows, of_frame
+
+if TYPE_CHECKING:
+    import polars as pl
+    from rich.console import Console
+    from rich.table import Table
+
+ROWS_SHOWN = 60  # rows of a printed table; the other formats give every row
+ROWS_PAGED = 2000  # rows of a table in a pager
+ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with wrapped cells
+LEAST_WIDTH = 16  # of a column that is narrowed: an interval, `[99.05, 100.00]`, stays whole
+GAP = 3  # between two columns
+FOLDED_GAP = 2  # the same in a folded table
+MORE = "--csv, --json and --parquet"  # formats that leave nothing out
+
+
+def print_table(frame: pl.DataFrame | Rows, fold: bool = False) -> None:
+    """Print rows as a table, or as one block of lines per row.
+
+    Few rows that are wider than the terminal become blocks. In more rows, long texts are wrapped
+    and long lists cut short; the rows become blocks if that does not suffice. Numbers and short
+    texts are always whole. Without a terminal, lines are as long as they need to be. On a terminal,
+    what is longer than the screen goes through a pager, see terminal.page.
+
+    Args:
+        fold: if the table is too wide, fold the headers and leave out columns that do not fit, the
+            first ones first served; a note names the columns that are left out.
+    """
+    from rich.console import Console
+
+    rows = frame if isinstance(frame, Rows) else of_frame(frame)
+    console = Console() if sys.stdout.isatty() else Console(width=10_000, color_system=None)
+    pager = terminal.pager()
+    shown = Rows(rows.columns, rows.types, rows.kinds, rows.head(ROWS_PAGED if pager else ROWS_SHOWN))
+    if not pager:
+        _print(console, shown, len(rows), fold)
+        return
+    with console.capture() as printed:
+        _print(console, shown, len(rows), fold)
+    terminal.page(printed.get(), pager)
+
+
+def _print(console: Console, rows: Rows, n_rows: int, fold: bool) -> None:
+    """Print rows, and how many more there are."""
+    from rich.measure import Measurement
+
+    table = _table(rows)
+    is_wide = Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width
+    if is_wide and fold:
+        _print_folded(console, rows)
+    elif is_wide and (n_rows <= ROWS_AS_BLOCKS or not _narrowed(table, rows, console.width)):
+        for row in rows:
+            console.print(_block(rows.columns, row))
+            console.print()
+    else:
+        console.print(table)
+    if n_rows > len(rows):
+        console.print(f"… {n_rows - len(rows):,} more of {n_rows:,} rows ({MORE} give all)", soft_wrap=True)
+    elif not n_rows:
+        console.print("(no rows)")
+
+
+def _narrowed(table: Table, rows: Rows, width: int) -> bool:
+    """Narrow the columns of long texts and lists until a table fits; False if it cannot fit."""
+    from rich.cells import cell_len
+
+    widths = [max(map(cell_len, column)) for column in _columns(rows)]
+    long = [
+        place for place, kind in enumerate(rows.kinds) if widths[place] > LEAST_WIDTH and kind not in ("number", "time")
+    ]
+    room = width - GAP * (len(widths) - 1) - sum(widths) + sum(widths[place] for place in long)
+    if room < LEAST_WIDTH * len(long) or not long:
+        return False
+    for turn, place in enumerate(sorted(long, key=widths.__getitem__)):
+        column, given = table.columns[place], min(widths[place], room // (len(long) - turn))
+        column.max_width, column.no_wrap = given, rows.kinds[place] == "list"
+        column.overflow = "ellipsis" if column.no_wrap else "fold"
+        room -= given
+    return True
+
+
+def _columns(rows: Rows) -> list[list[str]]:
+    """The texts of each column, its name first."""
+    texts = [[cell(value) for value in row] for row in rows]
+    return [[printable(name), *(row[place] for row in texts)] for place, name in enumerate(rows.columns)]
+
+
+def _print_folded(console: Console, rows: Rows) -> None:
+    """Print the columns that fit, with folded headers, and name the others."""
+    room, widths = console.width + FOLDED_GAP, dict[int, int]()
+    for place, (name, *texts) in enumerate(_columns(rows)):
+        width = max(map(len, [*name.split(), *texts]))
+        if width + FOLDED_GAP <= room:
+            room -= width + FOLDED_GAP
+            widths[place] = width
+    table = _table(rows, list(widths))
+    table.collapse_padding = True
+    for shown, width in zip(table.columns, widths.values(), strict=True):
+        shown.width = width
+    console.print(table)
+    if left := [printable(name) for place, name in enumerate(rows.columns) if place not in widths]:
+        console.print(f"Too wide for this terminal: {'; '.join(left)} ({MORE} give all columns).")
+
+
+def _table(rows: Rows, places: Sequence[int] | None = None) -> Table:
+    """A table of the columns at some places; default: all."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    places = range(len(rows.columns)) if places is None else places
+    for place in places:
+        table.add_column(
+            Text(printable(rows.columns[place])), justify="right" if rows.kinds[place] == "number" else "left"
+        )
+    for row in rows:
+        table.add_row(*[Text(cell(row[place])) for place in places])
+    return table
+
+
+def _block(names: Sequence[str], row: Sequence[Any]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    block = Table(box=None, pad_edge=False, show_header=False)
+    block.add_column(style="bold", no_wrap=True)
+    block.add_column(overflow="fold")
+    for name, value in zip(names, row, strict=True):
+        block.add_row(Text(printable(name)), Text(cell(value)))
+    return block
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it: floats of six digits, the first 16 items of a list."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
+        return printable(str(value))
+    items = list(value)  # a list, an array or a Series
+    shown = [cell(item) for item in items[:16]]
+    return " ".join(shown) + (f" … ({len(items)})" if len(items) > len(shown) else "")

@@ -32,8 +32,9 @@ MACROS = {  # `{vector}` is array where widths agree and list where they do not
         from store.main.shards where run = of_run""",
 }
 NEED_FUNCTIONS = re.compile(
-    r"\b(?:act|attention|logit_lens|probe_direction|batches_of|activations)\b", re.IGNORECASE
-)  # in the text of a query; a view that names one is told by DuckDB, see scope.ask
+    r"\b(?:act|attention|logit_lens|probe_direction|batches_of|activations|\w*functions|pg_proc|routines)\b",
+    re.IGNORECASE,
+)  # in a query's text, lists of functions included; what a view names is told by DuckDB, see scope.ask
 D_MODELS = "select distinct shape[len(shape)] as d from sites where kind in ('resid', 'vector')"
 D_VOCABS = "select distinct d_vocab as d from runs join models using (weights_sha256)"
 

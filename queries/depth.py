@@ -30,6 +30,7 @@ ANSWERING = """
 select runs.run from runs as base join runs using (weights_sha256, dataset)
 where base.run = $run and coalesce(runs.prompt, 'task') = 'task'
 and (runs.run = $run or runs.run not in (select run from interventions))
+and coalesce(runs.versions, '') not like '%"answers": "none"%'
 order by runs.rowid
 """
 MEASURES = {"step": "steps", "whole_path": "whole path", "greedy": "greedy"}

@@ -82,6 +82,7 @@ select
     change,
     coalesce(task, 'trees') as task,
     run in (select run from interventions) as edited,
+    versions like '%"answers": "none"%' as unanswered,
     coalesce((select list(short) from sites where sites.run = runs.run), []) as held,
     coalesce((select list(short) from sites where sites.run = runs.run and kind in ('resid', 'vector')), []) as vectors
 from runs join datasets using (dataset)
@@ -335,7 +336,8 @@ def questions(store: Store, study: str, runs: Sequence[str] = (), **options: Any
         alone = Question(study, asked[0]["run"], options)  # its answer is an error that says what is lacking
         return [Question(study, run, {**options, "other": other}) for run, other in pairs] or [alone]
     if study in OF_THE_MODEL or (study in OF_ANSWERS and not named):
-        asked = _firsts(asked, "weights_sha256", "dataset")
+        answered_first = sorted(asked, key=lambda row: bool(row["unanswered"]))
+        asked = _firsts(answered_first, "weights_sha256", "dataset")
     return [Question(study, row["run"], options) for row in asked]
 
 

@@ -20,6 +20,7 @@ import polars as pl
 from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.intervals import change_over_trees, paired, sign_flip
+from actstore.queries.depth import unanswered
 from actstore.queries.figures import points, side_by_side
 from actstore.queries.last_edge import direction, interval
 from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
@@ -45,6 +46,7 @@ join datasets on datasets.variant_of = base.dataset
 join runs as varied on varied.dataset = datasets.dataset and varied.weights_sha256 = base.weights_sha256
 where base.run = $run and coalesce(varied.prompt, 'task') = 'task'
 and varied.run not in (select run from interventions)
+and coalesce(varied.versions, '') not like '%"answers": "none"%'
 order by varied.rowid
 """
 DRAWN = """
@@ -106,6 +108,8 @@ def study(store: Store, run: str, seed: int, progress: Progress) -> Answer:
         pairs[change] = store.sql(PAIRS, {"run": run, "variant": found[change]})
         progress(done, len(CHANGES), change)
     if not any(len(frame) for frame in pairs.values()):
+        if not len(store.sql("select tree_id from outcomes where run = $run limit 1", {"run": run})):
+            raise unanswered(store, run)
         raise NotStored(
             f"no tree of run {run!r} has a variant that was answered; let the ingest of the variants go on, or ingest more trees"
         )

@@ -454,7 +454,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(options, said, root, folder)
     [
         ({"text": ["a"]}, "got --text, which is of text"),
         ({"dataset": "notes"}, "holds text"),
-        ({"answers": "none"}, "got --answers, which is of text"),
+        ({"answers": "next"}, "got --answers next, and model 'reproduction' reads trees; there are all, none"),
         ({"trees_from": "x", "seed": 3}, "got --trees-from and --seed"),
         ({"keep_weights": True, "model_of": "small", "model": None}, "got --keep-weights"),
     ],

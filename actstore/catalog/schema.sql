@@ -155,7 +155,7 @@ create table runs (
     prompt varchar, -- the model's input: 'task' (tree, goal, root, path), 'tree' (only the edges, up to the bar) or 'text' (text that it continues); NULL for text
     samples smallint, -- continuations drawn per sequence, besides the greedy one; NULL for whole tasks and text
     device varchar, -- device that the model ran on
-    versions varchar, -- of actstore, torch and transformer_lens, batch_size (sequences per forward pass) and, of text, answers; JSON
+    versions varchar, -- of actstore, torch and transformer_lens, batch_size (sequences per forward pass) and, of text or if it stores none, answers; JSON
 );
 
 create table sites (

@@ -51,7 +51,11 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
     "--context", type=int, metavar="N", help="Most tokens of a sequence; default: as many as the model takes."
 )
 @click.option("--cut", help="What becomes of longer documents: split (the default), truncate or error.")
-@click.option("--answers", help="next (the default): store next-token predictions of text; none: do not.")
+@click.option(
+    "--answers",
+    help="none: store no answers, and run the model only as far as the last of --sites. Default: the run's own; of a new run "
+    "all, predictions and outcomes of trees, or next, next-token predictions of text.",
+)
 @click.option("--top", type=int, metavar="K", help="Name the K likeliest tokens of each prediction, too.")
 @click.option("--trees", type=int, help="How many trees; default 10,000.")
 @click.option("--distribution", help="reproduction, baseline or deep; default: the model's own.")

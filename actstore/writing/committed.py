@@ -84,6 +84,8 @@ def stored_run(runs: Rows, plan: RunPlan) -> dict[str, Any] | None:
         stored = {**row, "prompt": row.get("prompt") or "task"}
         if "versions" in plan.facts:
             wanted, stored = wanted | made_by(plan.facts), stored | made_by(row)
+            if plan.of_trees:  # which note answers only if there are none
+                wanted["answers"], stored["answers"] = (about["answers"] or "all" for about in (wanted, stored))
             if stored["batch_size"] is None:  # an early version did not note it
                 del wanted["batch_size"]
         must_agree(f"run {plan.run!r}", stored, wanted, "name the new run otherwise (--run)")
@@ -172,8 +174,8 @@ def made_by(about: Mapping[str, Any]) -> dict[str, Any]:
     """What is noted beside the versions in a row of `runs`.
 
     Returns:
-        batch_size: sequences per forward pass; answers: which answers a run over text stores;
-        edits: hash of the edits of a run with edits. None where nothing is noted.
+        batch_size: sequences per forward pass; answers: which answers a run over text stores, or
+        `none`; edits: hash of the edits of a run with edits. None where nothing is noted.
         dtype, codec: how activations are stored.
     """
     noted = json.loads(about.get("versions") or "{}")

@@ -17,6 +17,7 @@ from actstore.arrays.pack import ShardBuffer
 from actstore.ingest.answers import next_token
 from actstore.ingest.answers.next_token import Asked
 from actstore.ingest.corpus.drawn import Drawn
+from actstore.ingest.models.forward import activations as activations_of
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
 from actstore.ingest.models.sites import SiteSpec
@@ -57,7 +58,7 @@ def run_text(
         first: ids of the batch's first sequence.
         into: receives the activations, by TransformerLens' name of the site.
         per_pass: sequences per forward pass.
-        asked: the predictions to grade; None for none.
+        asked: the predictions to grade; None for none, so that a pass ends after the last site.
         run: name of the run.
         advance: called with the number of sequences of the set done so far.
 
@@ -80,9 +81,10 @@ def run_text(
         ) -> None:
             put(into[spec.name], spec, activations, chosen, begins[chosen], of_these)
 
-        logits = forward(model, ids, specs, take, of_these)
-        if graded is not None:
-            graded.add(logits, ids, of_these, begins[chosen])
+        if graded is None:
+            activations_of(model, ids, specs, take, of_these)
+        else:
+            graded.add(forward(model, ids, specs, take, of_these), ids, of_these, begins[chosen])
         done += len(chosen)
         advance(drawn.start + done)
     if graded is None:

@@ -23,6 +23,7 @@ from actstore.ingest.answers.next_token import Asked, Continued
 from actstore.ingest.answers.passes import run_text
 from actstore.ingest.jobs.plans import bytes_per_batch, site_plan
 from actstore.ingest.models.config import ModelConfig, there_are
+from actstore.ingest.models.forward import activations as activations_of
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
 from actstore.ingest.models.sites import SiteSpec
@@ -67,12 +68,13 @@ class Ingest:
         samples: for prompts `tree` and `text`: number of sampled continuations, in addition to the
             greedy one.
         asked: which next-token predictions to store of text, or for prompt `text` how many tokens
-            to continue it by; None for none. Default: predictions of every token but a sequence's
-            last, if the model predicts.
+            to continue it by. Default: predictions of every token but a sequence's last, if the
+            model predicts. Of trees, `predictions` and `outcomes` by default. None: no answers, and
+            a forward pass ends after the last site.
         patch: edits of the activations; the run then holds the edited sequences alone.
         wait: seconds to wait for another process that writes to the store.
         publish_every: seconds between new catalogs for readers, while batches are committed.
-        grades: whether answers are graded; else `answers` gives none.
+        grades: whether answers are graded; else `answers` gives none, as without `asked`.
         dtype: how activations are stored, one of arrays.encoding.STORED_AS.
         codec: how they are compressed, one of arrays.codec.CODECS.
     """
@@ -105,7 +107,7 @@ class Ingest:
             self.sites = []
         chooses_none = self.sites is not None and not len(self.sites)
         self.specs = [] if chooses_none else self.model.sites(self.sites)
-        self.asked = self.asked if self.of_text and self.model.predicts else None
+        self.asked = None if self.of_text and not self.model.predicts else self.asked
         drafted = draft(
             self.model.name,
             self.model.config,
@@ -131,7 +133,7 @@ class Ingest:
             made_by["dtype"] = self.dtype
         if self.codec != "none":
             made_by["codec"] = self.codec
-        if self.of_text:
+        if self.of_text or self.asked is None:
             made_by["answers"] = next_token.said(self.asked)
         of_run = {} if self.patch is None else self.patch.tables(drafted.run)
         if self.patch is not None:
@@ -274,7 +276,8 @@ class Ingest:
             advance: called with the number of sequences of the set done so far.
 
         Returns:
-            The rows of `predictions` and `outcomes`, or of `generations`; none without `grades`.
+            The rows of `predictions` and `outcomes`, or of `generations`; none without `grades`
+            or `asked`.
         """
         if self.patch is not None:
             assert not isinstance(self.asked, Continued)
@@ -304,11 +307,13 @@ class Ingest:
             def take(spec: SiteSpec, activations: torch.Tensor, at: int = rows.start) -> None:
                 into[spec.name].put(at, activations)
 
-            logits = forward(self.model, ids[rows], self.specs, take)
-            if self.grades:
+            if self.grades and self.asked is not None:
+                logits = forward(self.model, ids[rows], self.specs, take)
                 answers.append(tree_paths.answer(self.model, drawn.words[rows], logits))
+            else:
+                activations_of(self.model, ids[rows], self.specs, take)
             advance(drawn.start + rows.stop)
-        if not self.grades:
+        if not answers:
             return {}
         graded = concatenate(answers)
         return {

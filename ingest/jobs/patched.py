@@ -16,7 +16,7 @@ from actstore.arrays.address import Ids
 from actstore.commits.log import manifests
 from actstore.commits.manifest import Manifest
 from actstore.errors import BadInput, NotStored, nearest
-from actstore.ingest.answers.next_token import understood
+from actstore.ingest.answers.next_token import Asked, understood
 from actstore.ingest.interventions import rows as of_edits
 from actstore.ingest.interventions import window
 from actstore.ingest.interventions.kept import Kept
@@ -193,6 +193,7 @@ def prepare_patch(
         name = run or f"{base}-{edits[0].how}-{specs[0].short}"
         is_taken = name in opened.runs()
         stored = opened.sql("select * from interventions where run = $run order by edit", {"run": name}).to_dicts()
+    noted = None
     if stored:
         _must_agree(origin, stored, edits, specs)
         patch, noted = stored_patch(origin, name, stored), origin.noted_of(name)
@@ -213,9 +214,8 @@ def prepare_patch(
         patch, wanted = _asked(origin, edits, specs), _sites(origin, sites or [])
         patch.greedy = answers != "next"
         patch.whole = not fits_window(origin, specs, wanted)
-    job = job_of(
-        origin, patch, name, [spec.short for spec in wanted], batch_size, wait, dtype or "float32", codec or "none"
-    )
+    how = dtype or "float32", codec or "none"
+    job = job_of(origin, patch, name, [spec.short for spec in wanted], batch_size, wait, *how, noted)
     check_plan(root, job.plan)
     return job
 
@@ -287,9 +287,18 @@ def job_of(
     wait: float = 0.0,
     dtype: str = "float32",
     codec: str = "none",
+    noted: Mapping[str, Any] | None = None,
 ) -> Ingest:
-    """The job of a run with edits."""
-    asked = understood(origin.noted.get("answers") or "next")
+    """The job of a run with edits.
+
+    It stores the answers that its base run stores, and next tokens if the base run stores none.
+
+    Args:
+        noted: what the run noted beside its versions, if it is stored.
+    """
+    asked = understood((origin.noted if noted is None else noted).get("answers") or "next")
+    if noted is None:
+        asked = asked or Asked()
     size = origin.noted.get("batch_size") if batch_size is None else batch_size
     return Ingest(
         origin.root,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from actstore.ingest.models.model import Model
 
-ANSWERS = ("next", "none")
+ANSWERS = {"trees": ("all", "none"), "tokens": ("next", "none")}  # by task; the first is the default
 Given = dict[str, Any]  # options by their names on the command line, without those left out
 
 
@@ -96,8 +96,9 @@ def prepare(
         trees_from: trees of your own, see `trees.given.from_table`.
         column, context, cut: see `corpus.from_text`.
         config, hub, revision, untrained, keep_weights, tokenizer: see `models.load`.
-        answers: `next` stores next-token predictions of text, if the model makes any; `none` does
-            not. Default: the run's own, or `next`.
+        answers: `next` stores next-token predictions of text, if the model makes any, and `all`
+            stores predictions and outcomes of trees. `none` stores no answers, so that a forward
+            pass ends after the last site. Default: the run's own, or `next` and `all`.
         continued: continue each sequence of text by so many tokens, greedily and in `samples`
             draws, and store these continuations alone.
         dtype: how activations are stored: `float32`; `float16` or `bfloat16`, the nearest such
@@ -121,17 +122,22 @@ def prepare(
     of_trees = {**drawn, "variant": variant, "prompt": None if prompt == "task" else prompt}
     cutting = {"column": column, "context": context, "cut": cut}
     files = {"text": text, "tokens": tokens, "trees-from": trees_from}
-    of_text = {"text": text, "tokens": tokens, **cutting, "answers": answers, "top": top, "continue": continued}
+    of_text = {"text": text, "tokens": tokens, **cutting, "top": top, "continue": continued}
     if continued is not None and (
         more := [*_given({"answers": answers, "top": top, "sites": sites, "dtype": dtype, "codec": codec})]
     ):
         raise BadInput(f"got --continue and --{more[0]}; a run of continuations stores these alone: leave one out")
-    _refuse_combinations(_given(files), _given(cutting), _given(drawn), _given(of_text), variant)
+    _refuse_combinations(_given(files), _given(cutting), _given(drawn), variant, answers, top)
     if (source := text if text is not None else tokens) is not None:
         open_documents(source, column or ("text" if tokens is None else "tokens"))  # before a model is loaded
     how = Loading(config, checkpoint, hub, revision, untrained, keep_weights, tokenizer)
     chosen = choose(store, model, model_of, device, how)
     names = parse_sites(sites)
+    if answers is not None and answers not in ANSWERS[chosen.task]:
+        kind = "trees" if chosen.task == "trees" else "text"
+        raise BadInput(
+            f"got --answers {answers}, and model {chosen.name!r} reads {kind}; {there_are(ANSWERS[chosen.task])}"
+        )
     if chosen.task == "tokens":
         _refuse(chosen, "reads text", "is of trees", {**of_trees, "trees-from": trees_from})
         loaded = chosen.load()
@@ -180,26 +186,21 @@ def prepare(
     _refuse(chosen, "is a path-finding system, which reads trees", "is of text", of_text)
     assert chosen.shape is not None
     tree_set = _trees(store, chosen.shape, dataset, drawn, trees_from, variant)
+    if prompt == "tree" and answers is not None:
+        raise BadInput(
+            f"got --prompt tree and --answers {answers}; a run of continuations stores these alone: leave one out"
+        )
     own = _own(store, run or run_name(chosen.name, tree_set.row().get("change"), prompt))
+    asked = own.asked if answers is None else None if answers == "none" else Asked()
     names, batch_size = own.sites if names is None else names, batch_size or own.batch_size
     specs = [] if names is not None and not names else site_specs(names, chosen.shape)
     if (how_stored := _given({"dtype": dtype, "codec": codec})) and (prompt != "task" or not specs):
         name, value = next(iter(how_stored.items()))
         raise BadInput(f"got --{name} {value}, and no activations are stored; leave it out")
     check_plan(store, draft(chosen.name, chosen.shape, tree_set, run, specs, prompt, samples))
-    job = Ingest(
-        store,
-        chosen.load(),
-        tree_set,
-        run,
-        names,
-        batch_size,
-        prompt=prompt,
-        samples=samples,
-        wait=wait,
-        dtype=dtype or own.dtype,
-        codec=codec or own.codec,
-    )
+    of_run: Given = {"prompt": prompt, "samples": samples, "wait": wait, "asked": asked}
+    of_run |= {"dtype": dtype or own.dtype, "codec": codec or own.codec}
+    job = Ingest(store, chosen.load(), tree_set, run, names, batch_size, **of_run)
     check_plan(store, job.plan)
     return job
 
@@ -228,7 +229,9 @@ def _given(options: Mapping[str, Any]) -> Given:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _refuse_combinations(files: Given, cutting: Given, drawn: Given, of_text: Given, variant: str | None) -> None:
+def _refuse_combinations(
+    files: Given, cutting: Given, drawn: Given, variant: str | None, answers: str | None, top: int | None
+) -> None:
     """Refuse options that exclude each other, whatever the model is.
 
     Raises:
@@ -241,10 +244,10 @@ def _refuse_combinations(files: Given, cutting: Given, drawn: Given, of_text: Gi
         raise BadInput(f"got --{next(iter(cutting))}, which says how a file is read; add --text FILE or --tokens FILE")
     if "trees-from" in files and (more := [*drawn, *["variant"] * bool(variant)]):
         raise BadInput(f"got --trees-from and --{more[0]}, which is of trees that are drawn; leave one out")
-    answers = of_text.get("answers", "next")
-    if answers not in ANSWERS:
-        raise BadInput(f"got --answers {answers!r}{nearest(answers, ANSWERS)}; {there_are(ANSWERS)}")
-    if answers == "none" and of_text.get("top"):
+    known = list(dict.fromkeys(name for names in ANSWERS.values() for name in names))
+    if answers is not None and answers not in known:
+        raise BadInput(f"got --answers {answers!r}{nearest(answers, known)}; {there_are(known)}")
+    if answers == "none" and top:
         raise BadInput("got --top, which is of the predictions that --answers none leaves out; leave one out")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from actstore.errors import BadInput
@@ -133,3 +134,38 @@ def forward(
             mask = (torch.arange(n_positions, device=ids.device) < of_each[:, None]).long()
         logits = model.bridge.run_with_hooks(ids, attention_mask=mask, fwd_hooks=hooks)
     return logits.float()
+
+
+def activations(
+    model: Model,
+    ids: Int64[Tensor, "sequence pos"],  # noqa: F722
+    sites: Sequence[SiteSpec],
+    take: Callable[[SiteSpec, Tensor], None],
+    lengths: Sequence[int] | np.ndarray | Tensor | None = None,
+) -> None:
+    """Run the model once, but only as far as the last of the chosen sites.
+
+    What `take` is given equals, bit for bit, what `forward` gives it. Without sites, nothing runs.
+
+    Args:
+        ids, take, lengths: see `forward`.
+        sites: each is of one hook, which fires once in a pass.
+
+    Raises:
+        BadInput: see `forward`.
+    """
+    left = {site.name for site in sites}
+
+    def take_and_stop(site: SiteSpec, found: Tensor) -> None:
+        take(site, found)
+        left.discard(site.name)
+        if not left:
+            raise _AllTaken
+
+    if left:
+        with suppress(_AllTaken):
+            forward(model, ids, sites, take_and_stop, lengths)
+
+
+class _AllTaken(Exception):
+    """Ends a forward pass after the last site; TransformerLens removes its hooks."""

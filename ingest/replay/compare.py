@@ -8,7 +8,7 @@ either is right.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from actstore.errors import NotStored
 from actstore.ingest.answers.continuations import Generator, generation_rows
 from actstore.ingest.answers.tree_paths import answer, of_trees, outcome_rows, prediction_rows
 from actstore.ingest.jobs.job import Ingest
-from actstore.ingest.models.forward import forward
+from actstore.ingest.models.forward import activations, forward
+from actstore.ingest.models.sites import SiteSpec
 from actstore.ingest.replay.compare_edited import compare_edited
 from actstore.ingest.replay.compare_text import compare_text
 from actstore.ingest.replay.difference import (
@@ -112,15 +113,28 @@ def _of_run(
         row = datasets.filter(pl.col("dataset") == about["dataset"]).to_dicts()[0]
         batches = sorted(batches_of(committed, run))
         return found + compare_text(store, job, Ids.of_dataset(row), batches, n_sequences, seed)
-    return found + _compare_run(store, job, int(about["first_tree_id"]), n_sequences, seed, job.originals(datasets))
+    held = _tree_ids(store, job, int(about["first_tree_id"]), batches_of(committed, run))
+    return found + _compare_run(
+        store, job, int(about["first_tree_id"]), held, n_sequences, seed, job.originals(datasets)
+    )
+
+
+def _tree_ids(store: Store, job: Ingest, first_tree_id: int, batches: Collection[int]) -> np.ndarray:
+    """int64 [n], ascending: the trees that a run answered; without answers, those it ran over."""
+    if job.asked is None:
+        query = "select tree_id from trees where dataset = $dataset order by tree_id"
+        ids = store.sql(query, {"dataset": job.plan.dataset["dataset"]})["tree_id"].to_numpy()
+        return ids[np.isin((ids - first_tree_id) // int(job.plan.dataset["trees_per_shard"]), list(batches))]
+    answers = "generations" if job.generator else "outcomes"
+    query = f"select distinct tree_id from {answers} where run = $run order by tree_id"
+    return store.sql(query, {"run": job.plan.run})["tree_id"].to_numpy()
 
 
 def _compare_run(
-    store: Store, job: Ingest, first_tree_id: int, n_trees: int, seed: int, originals: int | None
+    store: Store, job: Ingest, first_tree_id: int, held: np.ndarray, n_trees: int, seed: int, originals: int | None
 ) -> list[Difference]:
-    run, answers = job.plan.run, "generations" if job.generator else "outcomes"
-    answered = store.sql(f"select distinct tree_id from {answers} where run = $run order by tree_id", {"run": run})
-    held = answered["tree_id"].to_numpy()
+    """Compare some trees, drawn among those of `held`."""
+    run = job.plan.run
     if not len(held):
         return []
     chosen = np.sort(np.random.default_rng(seed).choice(held, min(n_trees, len(held)), replace=False)) - first_tree_id
@@ -165,12 +179,13 @@ class _Rerun:
     Attributes:
         sites: TransformerLens name → float32 [tree, ...], the activations.
         p: float32 [tree, n - 1, d_vocab], probabilities of each step's word.
+        predictions, outcomes: empty, as is `p`, if the run stores no answers.
     """
 
     sites: dict[str, np.ndarray]
-    p: np.ndarray
-    predictions: pl.DataFrame
-    outcomes: pl.DataFrame
+    p: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    predictions: pl.DataFrame = field(default_factory=pl.DataFrame)
+    outcomes: pl.DataFrame = field(default_factory=pl.DataFrame)
 
 
 def _run(job: Ingest, words: np.ndarray, tree_ids: np.ndarray) -> _Rerun:
@@ -178,18 +193,24 @@ def _run(job: Ingest, words: np.ndarray, tree_ids: np.ndarray) -> _Rerun:
     ids = torch.from_numpy(job.model.config.vocabulary.encode(words)).to(job.device)
     sites: dict[str, list[np.ndarray]] = {spec.name: [] for spec in job.specs}
     answers, p, first_step = [], [], root_at(job.trees.n_nodes)
+
+    def take(spec: SiteSpec, found: Tensor) -> None:
+        sites[spec.name].append(found.cpu().numpy().copy())
+
     for start in range(0, len(words), AT_ONCE):
         batch = slice(start, start + AT_ONCE)
-        logits = forward(
-            job.model, ids[batch], job.specs, lambda spec, found: sites[spec.name].append(found.cpu().numpy().copy())
-        )
+        if job.asked is None:
+            activations(job.model, ids[batch], job.specs, take)
+            continue
+        logits = forward(job.model, ids[batch], job.specs, take)
         answers.append(answer(job.model, words[batch], logits))
         p.append(_probabilities(logits[:, first_step:-1]))
+    rerun = _Rerun({name: np.concatenate(found) for name, found in sites.items()})
+    if not answers:
+        return rerun
     graded, run = concatenate(answers), job.plan.run
     predictions, outcomes = (of_trees(rows(graded, run, 0), tree_ids) for rows in (prediction_rows, outcome_rows))
-    return _Rerun(
-        {name: np.concatenate(found) for name, found in sites.items()}, np.concatenate(p), predictions, outcomes
-    )
+    return replace(rerun, p=np.concatenate(p), predictions=predictions, outcomes=outcomes)
 
 
 def _probabilities(logits: Tensor) -> np.ndarray:
@@ -201,6 +222,8 @@ def _answers(store: Store, job: Ingest, trees: Trees, tree_ids: np.ndarray) -> l
     words = encode(trees)
     rerun = _run(job, words, tree_ids)
     found = [_site(store, job.plan.run, site, words, tree_ids, rerun) for site in job.plan.sites]
+    if job.asked is None:
+        return found
     return [*found, _predictions(store, job, rerun, tree_ids), _outcomes(store, job, words, rerun, tree_ids)]
 
 

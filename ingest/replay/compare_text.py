@@ -19,6 +19,7 @@ from actstore.ingest.answers.passes import as_rows, passes
 from actstore.ingest.answers.text_continuations import TextGenerator, generation_rows
 from actstore.ingest.corpus.drawn import Drawn
 from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.models.forward import activations as activations_of
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.sites import SiteSpec
 from actstore.ingest.replay.difference import DRAWN_OTHERWISE, P_TOLERANCE, TIE, Difference, of_rows, of_site
@@ -193,9 +194,10 @@ def _run(job: Ingest, drawn: Drawn, chosen: np.ndarray, held: pl.DataFrame | Non
                 kept = as_rows(activations[row], spec, int(lengths[i]), shapes[spec.name])
                 rows[spec.name][i] = kept.cpu().clone()
 
-        logits = forward(job.model, ids, job.specs, take, lengths[some])
         if held is None:
+            activations_of(job.model, ids, job.specs, take, lengths[some])
             continue
+        logits = forward(job.model, ids, job.specs, take, lengths[some])
         for row, i in enumerate(some.tolist()):
             n = int(lengths[i]) - 1
             given = None if predicted is None else torch.from_numpy(predicted[at[i] : at[i] + n]).to(job.device)

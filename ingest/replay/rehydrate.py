@@ -53,7 +53,8 @@ def rehydrate(
         base = of_run[0]["base_run"] if of_run else run
         origin = Base(root, base, about["device"], manifests)
         patch = stored_patch(origin, run, of_run)
-        return job_of(origin, patch, run, sites, about_it.get("batch_size"), dtype=dtype, codec=codec), about
+        size = about_it.get("batch_size")
+        return job_of(origin, patch, run, sites, size, dtype=dtype, codec=codec, noted=about_it), about
     held = model_of_row(root, model, about["device"])
     return Ingest(
         root,

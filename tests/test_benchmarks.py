@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import Row, generate, ingest, long_log, opening, patch, probes, startup, text, trust
+from tests.benchmarks import Row, generate, ingest, large, long_log, opening, patch, probes, startup, text, trust
 
 TINY = {
     generate: {"TREES_PER_BATCH": 16, "BATCHES_PER_ROUND": 1, "ROUNDS": 1},
@@ -16,6 +16,7 @@ TINY = {
     patch: {"N_TREES": 20, "ROUNDS": 1, "LAYERS": (4,)},
     startup: {"ROUNDS": 1},
     long_log: {"COMMITS": (3, 200), "ROUNDS": 1},
+    large: {"SIZES": (40, 60), "WIDTH": 2, "ROUNDS": 1, "N_SMALL": 4, "N_READ": 50},
 }
 
 

@@ -22,6 +22,7 @@ from actstore.storage.refused import DISK_FULL, needing_room
 FOLDER, LIMIT = "ACTSTORE_CACHE", "ACTSTORE_CACHE_SIZE"  # names of the environment
 MOST_GB = 20.0
 ENDING = ".duckdb"
+MOST_NEAR = 3  # files in which pieces of another are looked for
 LEFT_FOR = 86400.0  # seconds after which an unfinished file is that of a process that was killed
 
 
@@ -82,6 +83,15 @@ def put(name: str, fetch: Callable[[Path], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _shrink(path)
+
+
+def recent() -> list[Path]:
+    """The files that were used last, the last first; their content may be any."""
+    found = []
+    for path in folder().glob(f"*{ENDING}"):
+        with suppress(OSError):
+            found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found, reverse=True)[:MOST_NEAR]]
 
 
 def drop(name: str) -> None:

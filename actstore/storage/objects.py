@@ -4,7 +4,8 @@ A file is an object under its own path. What is published is created under a fre
 (`If-None-Match: *`). What is replaced is compared by its ETag (`If-Match`). A file that a function
 writes, as the catalog, is an object of its own that never changes, under `.actstore/heads`; a small
 object under the file's path, its head, says which. The head has a nonce, since an ETag is often the
-hash of the content. Readers keep such files in a cache of this machine, by their hash.
+hash of the content. Readers keep such files in a cache of this machine, by their hash. A large one
+is stored as pieces (see pieces.py), and its own object lists them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from uuid import uuid4
 import xxhash
 
 from actstore.errors import BadInput, Busy, Damaged, advised
-from actstore.storage import cache, lease_object
+from actstore.storage import cache, lease_object, pieces
 from actstore.storage.backend import ANY, ENDLESS, Content, File, Reading, Storage
 from actstore.storage.bucket import Bucket, Object, TooLong
 from actstore.storage.hashing import hash_of, hash_of_file
 from actstore.storage.lease_object import OWN, LeaseObject, refuse_lost
+from actstore.storage.pieces import Pieces
 from actstore.storage.refused import needing_room
 from actstore.storage.regular import LONGEST
 
@@ -67,6 +69,11 @@ class Head:
     def key(self, path: str) -> str:
         """Path of the object with the content."""
         return f"{HEADS}/{path}/{self.xxh3_128}-{self.nonce}"
+
+
+def _piece(path: str, name: str) -> str:
+    """Path of the object that holds a piece of a file, by the piece's hash."""
+    return f"{HEADS}/{path}/piece-{name}"
 
 
 class Objects(Storage):
@@ -111,7 +118,7 @@ class Objects(Storage):
                 content(written)
                 head = Head(hash_of_file(written), written.stat().st_size, uuid4().hex)
             refuse_lost(self._bucket)
-            self._bucket.put(head.key(path), written)
+            self._put(path, head, written)
             try:
                 self._swap(path, head.to_bytes(), expected)
             except Busy:  # after any other error the head may be in place; `tidy` removes what no head leads to
@@ -120,6 +127,32 @@ class Objects(Storage):
                 raise
             with suppress(OSError, BadInput):  # or it is fetched when it is read
                 cache.put(head.xxh3_128, partial(shutil.copyfile, written))
+
+    def _put(self, path: str, head: Head, written: Path) -> None:
+        """Put a file as what its head leads to; of a large one, the pieces that are new."""
+        if head.size < pieces.FROM:
+            return self._bucket.put(head.key(path), written)
+        listed = Pieces.of_file(written)
+        there = self._listed(path, self._head(path))
+        listed.put(
+            written, there.hashes if there else [], lambda name, part: self._bucket.put(_piece(path, name), part)
+        )
+        return self._bucket.put(head.key(path), listed.to_bytes())
+
+    def _listed(self, path: str, head: Head | None) -> Pieces | None:
+        """The pieces of the file that a head leads to; None if it is one object, or not there."""
+        if head is None or head.size < pieces.FROM:
+            return None
+        with suppress(FileNotFoundError, TooLong):
+            return Pieces.of(self._bucket.get(head.key(path), pieces.LONGEST).content)
+        return None
+
+    def _discard(self, path: str, head: Head, now: Head | None = None) -> None:
+        """Remove what a head leads to, but for the pieces of the present file."""
+        listed, kept = self._listed(path, head), self._listed(path, now)
+        self._bucket.delete(head.key(path))
+        for name in set(listed.hashes if listed else []).difference(kept.hashes if kept else []):
+            self._bucket.delete(_piece(path, name))
 
     def _swap(self, path: str, content: bytes | memoryview, expected: str | None) -> None:
         """Put an object in the place of the expected one; remove what an earlier head led to."""
@@ -138,7 +171,7 @@ class Objects(Storage):
             if not replaced:
                 raise Busy(f"another process changed {self.root / path} meanwhile; wait for it or stop it, then go on")
         if before:
-            self._bucket.delete(before.key(path))
+            self._discard(path, before, Head.of(bytes(content)))
             cache.drop(before.xxh3_128)
 
     def _created(self, path: str, content: bytes | memoryview) -> bool:
@@ -168,12 +201,17 @@ class Objects(Storage):
             if head.size > longest:
                 raise self._too_long(path, head.size, longest)
             try:
-                content = self._bucket.get(head.key(path)).content
+                listed = self._listed(path, head)
+                content = self._joined(path, listed) if listed else self._bucket.get(head.key(path)).content
                 break
             except FileNotFoundError:
                 head = self._newer(path, head)
         self._compare(path, xxhash.xxh3_128_hexdigest(content) if self.committed is not None else "")
         return content
+
+    def _joined(self, path: str, listed: Pieces) -> bytes:
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            return b"".join(threads.map(lambda name: self._bucket.get(_piece(path, name)).content, listed.hashes))
 
     def _content(self, path: str, longest: int) -> tuple[Head | None, bytes]:
         """A file's head, or else its content."""
@@ -283,7 +321,7 @@ class Objects(Storage):
         head = self._head(path)
         self._bucket.delete(path)
         if head:
-            self._bucket.delete(head.key(path))
+            self._discard(path, head)
 
     def lease(self, wait: float = 0.0) -> AbstractContextManager[LeaseObject]:
         """See Storage.lease."""
@@ -331,7 +369,8 @@ class Objects(Storage):
         """The content of a file with a head, in the cache while the stack is open."""
         while True:
             try:
-                return stack.enter_context(cache.cached(head.xxh3_128, partial(self._bucket.fetch, head.key(path))))
+                fetch = partial(self._fetch_content, path, head, near=cache.recent())
+                return stack.enter_context(cache.cached(head.xxh3_128, fetch))
             except FileNotFoundError:
                 head = self._newer(path, head)
             except Damaged as error:
@@ -357,9 +396,16 @@ class Objects(Storage):
         head = Head.of(to.read_bytes()) if to.stat().st_size == HEAD_BYTES else None
         while head:
             try:
-                return self._bucket.fetch(head.key(path), to)
+                return self._fetch_content(path, head, to)
             except FileNotFoundError:
                 head = self._newer(path, head)
+
+    def _fetch_content(self, path: str, head: Head, to: Path, near: Iterable[Path] = ()) -> None:
+        """Write what a head leads to; pieces that near files of this machine have are copied."""
+        if listed := self._listed(path, head):
+            listed.write(to, near, lambda name: self._bucket.get(_piece(path, name)).content)
+        else:
+            self._bucket.fetch(head.key(path), to)
 
     def hold(self, committed: Mapping[str, str] | None = None) -> HeldObjects:
         """See Storage.hold."""
@@ -377,12 +423,21 @@ class Objects(Storage):
         """See Storage.tidy; what swaps that were interrupted put under heads."""
         refuse_lost(self._bucket)
         begins = tuple(f"{HEADS}/{name}" for name in names)
+        used: dict[str, set[str]] = {}
         for key in self._bucket.sizes(HEADS):
             if key.startswith(begins):
                 path = key[len(HEADS) + 1 :].rpartition("/")[0]
-                head = self._head(path)
-                if head is None or head.key(path) != key:
+                if path not in used:
+                    used[path] = self._used(path)
+                if key not in used[path]:
                     self._bucket.delete(key)
+
+    def _used(self, path: str) -> set[str]:
+        """Keys of the objects that hold a file with a head."""
+        if (head := self._head(path)) is None:
+            return set()
+        listed = self._listed(path, head)
+        return {head.key(path), *(_piece(path, name) for name in (listed.hashes if listed else []))}
 
 
 class HeldObjects(Objects, Reading):

@@ -12,7 +12,7 @@ from actstore.cli import terminal
 from actstore.errors import ActstoreError, ComputedOtherwise, HalvedBatch, SeveralRuns
 from actstore.outputs import printable
 from actstore.storage.cache import FOLDER
-from actstore.storage.machine import check_memory, limit_reached, raise_descriptors
+from actstore.storage.machine import check_memory, limit_reached, raise_descriptors, share_processors
 from actstore.version import __version__
 
 KEPT = "actstore.kept"  # key of a resumable command's function that says how far the work is
@@ -120,5 +120,6 @@ def main(cache: str | None) -> None:
         actstore study demo.act probes --plot probes.png
     """
     raise_descriptors()
+    share_processors()
     if cache is not None:
         os.environ[FOLDER] = os.path.abspath(cache)  # of this process, and of those that it starts

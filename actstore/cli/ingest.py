@@ -103,6 +103,13 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
+    "--threads",
+    type=int,
+    metavar="N",
+    help="Threads of a forward pass on the CPU; default: OMP_NUM_THREADS, or as many as there are processors. Where several "
+    "ingests share the processors, each keeps its speed best with its share of them.",
+)
+@click.option(
     "--dtype",
     help="Store activations as float32, float16, bfloat16 or int8 (with a scale for each vector); they are read as "
     "float32. Default: the run's own, or float32.",
@@ -147,7 +154,13 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
 @table_option
 @wait_option
 def ingest(
-    store: Path, from_arrays: str | None, site: str | None, lineage: str | None, allow_nan: bool, **options: Any
+    store: Path,
+    from_arrays: str | None,
+    site: str | None,
+    lineage: str | None,
+    allow_nan: bool,
+    threads: int | None,
+    **options: Any,
 ) -> None:
     """Run a model over trees or text, and store its activations and answers.
 
@@ -174,6 +187,8 @@ def ingest(
     if from_arrays is not None:
         _append(store, from_arrays, options["run"], site, lineage, allow_nan, options["wait"])
         return
+    if threads is not None:
+        _take(threads)
     of_patch = {name: options.pop(name) for name in OF_PATCH}
     if of_patch["base"] is not None:
         _patch(store, of_patch, options)
@@ -187,6 +202,16 @@ def ingest(
     n_sequences, job = _execute(prepare(store, **options))
     look = advised("info", store)
     say(f"{store}: run {job.plan.run} holds {n_sequences:,} {job.unit}; look with {look}")
+
+
+def _take(threads: int) -> None:
+    """Have torch use so many threads."""
+    from actstore.storage.machine import check_threads
+
+    check_threads(threads)
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def _execute(job: Ingest) -> tuple[int, Ingest]:

@@ -31,6 +31,29 @@ def n_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_threads(n: int) -> None:
+    """Refuse a number of threads that this process has no processors for.
+
+    Raises:
+        BadInput: n is below 1, or above the number of processors.
+    """
+    most = n_processors()
+    if not 1 <= n <= most:
+        raise BadInput(f"got {n} threads; this process may run on {most} processors: give 1 to {most} (--threads)")
+
+
+def share_processors() -> None:
+    """Have the threads of OpenMP, torch's among them, sleep while they wait for each other.
+
+    They would otherwise spin, which takes the processors from any other process: two ingests side
+    by side on two processors then run at a fifth of their speed alone, and at half of it if they
+    sleep. No number changes. For the owner of a process to call, before torch is imported. A user's
+    own OMP_WAIT_POLICY or GOMP_SPINCOUNT is kept.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # read by libgomp, which torch's wheel brings, as it is loaded
+
+
 def raise_descriptors() -> None:
     """Let this process open as many files as its hard limit allows; for its owner to call."""
     import resource

@@ -12,11 +12,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("POLARS_MAX_THREADS", "1")  # trees per second are of one core; set before polars is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command `actstore` has it; before torch is imported
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import Row, generate, ingest, large, long_log, opening, patch, probes, startup, text, trust
+from tests.benchmarks import (
+    Row,
+    cache,
+    generate,
+    ingest,
+    large,
+    long_log,
+    opening,
+    patch,
+    probes,
+    side_by_side,
+    startup,
+    text,
+    trust,
+)
 
 README = Path(__file__).with_name("README.md")
 VERSIONS = (
@@ -27,6 +42,9 @@ BEGIN, END = "<!-- measured -->", "<!-- end -->"
 
 
 SECTIONS = {
+    "ingest": ("Ingest", ingest.speed),
+    "cache": ("One site, without answers, against a cache as SAELens writes it", cache.rows),
+    "side": ("Two ingests side by side", side_by_side.rows),
     "opening": ("Ids past SQL, and the opening", opening.rows),
     "trust": ("What trust costs", trust.rows),
     "probes": ("The notebook's grid of probes", probes.rows),
@@ -49,7 +67,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         large = Path(folder) / "large.act"
         _replace({"Trees with their token, edge and tree rows, one core": generate.rows()})
-        _replace({"Ingest": ingest.speed()})
         _replace({"Memory of an ingest": ingest.memory(large)})
         _replace(_reads(large))
     for title, section in SECTIONS.values():

@@ -17,19 +17,24 @@ import torch
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
+from actstore.ingest.models.model import Model
 from actstore.ingest.trees.task import TreeSet
 from tests.benchmarks import Row, median
 
-N_TREES = 10_000  # what `actstore ingest` stores unless told otherwise
+GOALS = {4000: 0.92, 10_000: 0.85, 20_000: 0.95}  # trees → least share of the bare forward pass
 BATCH_SIZE = 128
 ROUNDS = 3
 
 
 def speed() -> list[Row]:
-    """Trees per second of ingest at the default sites, over those of the bare forward pass, alternating in one run."""
+    """Trees per second of ingest at the default sites, over those of the bare forward pass, in turns in one process."""
     model = load("reproduction")
-    trees = TreeSet("reproduction", N_TREES)
-    ids = torch.from_numpy(model.config.vocabulary.encode(trees.between(0, N_TREES).words))
+    return [row for n_trees, goal in GOALS.items() for row in _speed(model, n_trees, goal)]
+
+
+def _speed(model: Model, n_trees: int, goal: float) -> list[Row]:
+    trees = TreeSet("reproduction", n_trees)
+    ids = torch.from_numpy(model.config.vocabulary.encode(trees.between(0, n_trees).words))
     bare, stored = [], []
     for _ in range(ROUNDS):
         started = time.perf_counter()
@@ -42,11 +47,8 @@ def speed() -> list[Row]:
             execute(Ingest(Path(folder) / "bench.act", model, trees, batch_size=BATCH_SIZE))
             stored.append(time.perf_counter() - started)
     ratio = median(bare) / median(stored)
-    return [
-        Row("forward pass alone", f"{N_TREES / median(bare):,.0f} trees/s", ""),
-        Row("ingest, default sites", f"{N_TREES / median(stored):,.0f} trees/s", ""),
-        Row("ingest / forward pass", f"{ratio:.2f}", "≥ 0.85", ratio >= 0.85),
-    ]
+    figure = f"{ratio:.2f} ({n_trees / median(stored):,.0f} / {n_trees / median(bare):,.0f} trees/s)"
+    return [Row(f"ingest, default sites / forward pass alone; {n_trees:,} trees", figure, f"≥ {goal}", ratio >= goal)]
 
 
 def memory(large_store: Path) -> list[Row]:

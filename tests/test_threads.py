@@ -1,0 +1,72 @@
+"""Threads of a model: they sleep while they wait, so that two processes share their processors, and can be fewer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from actstore.cli import main
+from actstore.errors import BadInput
+from actstore.storage.machine import n_processors, share_processors
+
+OURS = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+
+
+@pytest.fixture
+def n_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("asked", "said"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_torch_is_loaded_with_threads_that_sleep_unless_the_user_wants_others(
+    tmp_path: Path, asked: str | None, said: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in OURS}
+    environment |= {"OMP_DISPLAY_ENV": "true", **({"OMP_WAIT_POLICY": asked} if asked else {})}
+    words = [
+        "ingest",
+        str(tmp_path / "s.act"),
+        "--model",
+        "reproduction",
+        "--device",
+        "cuda:99",
+    ]  # torch is asked for it
+    done = subprocess.run([sys.executable, "-m", "actstore", *words], env=environment, capture_output=True, text=True)
+    assert "cuda:99" in done.stderr
+    if "OPENMP DISPLAY ENVIRONMENT BEGIN" not in done.stderr:
+        pytest.skip("torch's OpenMP here does not show its settings")
+    assert f"OMP_WAIT_POLICY = '{said}'" in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_a_setting_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for each in OURS:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "1")
+    share_processors()
+    assert {each: os.environ[each] for each in OURS & os.environ.keys()} == {name: "1"}
+
+
+def test_threads_are_as_many_as_asked_for(tmp_path: Path, n_threads: None) -> None:
+    torch.set_num_threads(3)
+    words = ["ingest", str(tmp_path / "s.act"), "--model", "no-such-model", "--threads", "1"]
+    assert "no model 'no-such-model'" in CliRunner().invoke(main, words).output
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("n", [0, -1, n_processors() + 1])
+def test_more_threads_than_processors_are_refused_in_one_line(tmp_path: Path, n_threads: None, n: int) -> None:
+    done = CliRunner().invoke(main, ["ingest", str(tmp_path / "s.act"), "--model", "reproduction", "--threads", str(n)])
+    assert done.exit_code == BadInput.exit_code
+    [line] = done.output.splitlines()
+    assert line.startswith(f"actstore: got {n} threads; this process may run on {n_processors()} processors")
+    assert not (tmp_path / "s.act").exists()

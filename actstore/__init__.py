@@ -31,10 +31,11 @@ from actstore.errors import (
 from actstore.version import __version__
 
 if TYPE_CHECKING:
-    from actstore.ingest.jobs.local import ingest as ingest
+    from actstore.ingest.jobs.verb import ingest as ingest
     from actstore.interventions import Edit
     from actstore.store import Store
     from actstore.verbs import (
+        commit,
         copy,
         drop,
         evaluate,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 _LATER = {"Store": "actstore.store", "Edit": "actstore.interventions"}
 _VERBS = (
+    "commit",
     "copy",
     "drop",
     "evaluate",
@@ -86,6 +88,7 @@ __all__ = [
     "Unreachable",
     "Unsupported",
     "__version__",
+    "commit",
     "copy",
     "drop",
     "evaluate",

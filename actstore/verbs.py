@@ -3,7 +3,7 @@
     actstore.ingest("demo.act", model="reproduction", trees=2000)
     asked = actstore.study("demo.act", "depth")
 
-The package exports these functions; `ingest` is in ingest/jobs/local.py. A command prints what its
+The package exports these functions; `ingest` is in ingest/jobs/verb.py. A command prints what its
 function returns. Functions that begin with an open Store (`model`, `record_rows`,
 `cache`, `export_rows`) are what the methods of Store call.
 """
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from actstore.upkeep.repair import Repair
     from actstore.upkeep.verify import Report
     from actstore.writing.appending import Appended
+    from actstore.writing.slices import Taken
 
 
 def _path(store: str | Path | Store) -> Path:
@@ -116,6 +117,27 @@ def repair(store: str | Path | Store, wait: float = 10.0, progress: Work = silen
         return repairing.repair(_path(store), recompute, advance, wait)
 
 
+def commit(store: str | Path | Store, wait: float = 10.0) -> list[Taken]:
+    """Commit the batches that slices of runs published whole (`ingest`, slice).
+
+    Where no slice is at work any more, what was published and is not whole is freed.
+
+    Args:
+        store: a path, or an open store, which keeps its snapshot.
+        wait: seconds to wait for another process that writes to the store.
+
+    Returns:
+        What was found of each run that has slices: its batches that were committed now, how many
+        are in all, and who is still at work.
+
+    Raises:
+        Busy, Damaged, NotStored, TooNew: see writing.writer.open_writer.
+    """
+    from actstore.writing import slices
+
+    return slices.commit(_path(store), wait)
+
+
 def copy(store: str | Path | Store, out: str | Path, runs: Sequence[str] = (), progress: Work = silent) -> Copy:
     """Copy a store, or some of its runs, into a new store, which appears whole or not at all.
 
@@ -182,6 +204,9 @@ def study(
     wait: float = 10.0,
     check: bool = True,
     progress: Work = silent,
+    engine: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
 ) -> list[Asked]:
     """Run a study, record it in `results`, draw its figure.
 
@@ -200,6 +225,8 @@ def study(
         wait: seconds to wait for another process that writes to the store.
         check: compare files with their committed hashes; an open store does as it was opened.
         progress: see `outputs.Work`.
+        engine, address, workers: `ray` has a Ray cluster probe the sites of the study `probes`, see
+            queries/probes/study.py.
 
     Returns:
         Each question with what came of it: `asked[0].answer.frame`, `.sentence`, `.results`.
@@ -216,8 +243,12 @@ def study(
     if record:
         recording.wait_until_free(_path(store), wait)
     asks = ({"query": query} if query is not None else {}) | ({"params": params} if params else {})
+    of_engine = {"engine": engine, "address": address, "workers": workers}
+    given: dict[str, Any] = {name: value for name, value in of_engine.items() if value is not None}
     with _opened(store, check) as opened, patching(opened) as patch:
-        asked = studies.answer(opened, name, runs, seed, {**(options or {}), **asks}, confirm, progress, patch, tables)
+        asked = studies.answer(
+            opened, name, runs, seed, {**(options or {}), **asks, **given}, confirm, progress, patch, tables
+        )
         if plot:
             list(studies.save_figures([one.answer for one in asked if one.answer], plot))
         if record:

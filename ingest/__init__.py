@@ -9,8 +9,8 @@ class _Ingest(ModuleType):
     """The package, which is also the function `actstore.ingest`."""
 
     def __call__(self, *args: Any, **options: Any) -> str:
-        """Store a run, as `actstore ingest` does; see `ingest` in jobs/local.py."""
-        from actstore.ingest.jobs.local import ingest
+        """Store a run, as `actstore ingest` does; see `ingest` in jobs/verb.py."""
+        from actstore.ingest.jobs.verb import ingest
 
         return ingest(*args, **options)
 
@@ -18,7 +18,7 @@ class _Ingest(ModuleType):
     def __signature__(self) -> Any:
         from inspect import signature
 
-        from actstore.ingest.jobs.local import ingest
+        from actstore.ingest.jobs.verb import ingest
 
         return signature(ingest)
 

@@ -57,6 +57,9 @@ class Elsewhere(Storage):
     def has(self, path: str) -> bool:
         return self._files.has(path)
 
+    def age(self, path: str) -> float:
+        return self._files.age(path)
+
     def list(self, prefix: str) -> Sequence[str]:
         return [path for path in self._files.list(prefix) if path != ".lock"]
 

@@ -15,8 +15,9 @@ from actstore.arrays.pack import ShardBuffer
 from actstore.ingest.trees.draw import Trees
 from actstore.ingest.trees.rows import edge_rows, tree_rows
 from actstore.ingest.trees.tokens import n_positions, token_rows
+from actstore.writing.contents import batch_contents
 from actstore.writing.plan import RunPlan, SitePlan
-from actstore.writing.writer import batch_contents, open_writer
+from actstore.writing.writer import open_writer
 
 
 def plant(

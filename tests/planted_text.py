@@ -12,8 +12,9 @@ import torch
 from actstore.arrays.address import CHUNKS_PER_SHARD
 from actstore.arrays.layout import Layout
 from actstore.arrays.pack import ShardBuffer
+from actstore.writing.contents import batch_contents
 from actstore.writing.plan import RunPlan, SitePlan
-from actstore.writing.writer import batch_contents, open_writer
+from actstore.writing.writer import open_writer
 
 PER_CHUNK = 4
 PER_SHARD = PER_CHUNK * CHUNKS_PER_SHARD

@@ -257,6 +257,13 @@ class StorageContract(ABC):
         many = [(start * 7 % 100, start % 9) for start in range(2000)]
         assert place.read_ranges("x", many) == [bytes(range(100))[start : start + n] for start, n in many]
 
+    def test_a_file_that_was_just_written_is_young_and_one_that_is_not_there_has_no_age(self, place: Storage) -> None:
+        place.swap("a", b"1")
+        assert -1 <= place.age("a") < 60
+        assert place.list("") == ["a"]
+        with pytest.raises(FileNotFoundError):
+            place.age("b")
+
     def test_paths_are_listed_by_prefix_in_order(self, place: Storage) -> None:
         paths = ["b", "a/z", "a/10", "a/9", "a/b/c", "ab/x", "a-b", "é/ü"]
         for path in paths:

@@ -18,8 +18,9 @@ from actstore.catalog.tables import CATALOG, HASHES
 from actstore.ingest.trees.draw import Trees, draw
 from actstore.ingest.trees.rows import edge_rows, tree_rows
 from actstore.ingest.trees.tokens import n_positions, token_rows
+from actstore.writing.contents import batch_contents
 from actstore.writing.plan import RunPlan, SitePlan
-from actstore.writing.writer import Writer, batch_contents, open_writer
+from actstore.writing.writer import Writer, open_writer
 
 D_MODEL, N_HEADS = 6, 2
 TABLES = (

@@ -27,9 +27,10 @@ from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
 from actstore.writing.committed import check_plan
+from actstore.writing.contents import batch_contents
 from actstore.writing.parts import rows_committed
 from actstore.writing.plan import RunPlan, SitePlan
-from actstore.writing.writer import batch_contents, open_writer
+from actstore.writing.writer import open_writer
 from tests.stores import files
 from tests.tokenizers_made import vocabulary
 

@@ -146,8 +146,8 @@ def test_every_dependency_is_pinned_and_the_version_is_one():
 @pytest.mark.parametrize(
     ("files", "extra"),
     [
-        (("actstore/**/*.py", "ingest/**/*.py", "queries/**/*.py"), ("wandb", "export", "s3")),
-        (("tests/*.py",), ("dev", "s3")),
+        (("actstore/**/*.py", "ingest/**/*.py", "queries/**/*.py"), ("wandb", "export", "s3", "ray")),
+        (("tests/*.py",), ("dev", "s3", "ray")),
         (("tests/benchmarks/*.py",), ("dev", "bench")),
     ],
 )

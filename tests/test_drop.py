@@ -215,7 +215,7 @@ def test_a_manifest_that_drops_what_nobody_brought_is_found(root: Path) -> None:
     with open_writer(root) as writer:
         dropped, _ = plan(root, "run", "one")
         dropped.files.append("parts/no.parquet")
-        writer._files["parts/no.parquet"] = next(iter(writer._files.values()))
+        writer._published.files["parts/no.parquet"] = next(iter(writer._published.files.values()))
         writer.drop(dropped)
     assert "drops parts/no.parquet, which no commit before it brought" in verify(root).damage[0].what
 

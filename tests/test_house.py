@@ -18,6 +18,7 @@ MAY = {
     "version": "",
     "intervals": "",
     "named": "",
+    "cluster": "errors",
     "interventions": "",
     "advice": "named errors",
     "sites": "advice arrays errors",
@@ -44,13 +45,13 @@ MAY = {
     "ingest.training": "ingest.answers ingest.models ingest.trees named storage intervals errors",
     "ingest.jobs": (
         "ingest.task ingest.corpus ingest.trees ingest.models ingest.answers ingest.interventions interventions store writing "
-        "advice arrays named commits storage errors"
+        "cluster advice arrays named commits storage errors"
     ),
     "ingest.replay": (
         "ingest.jobs ingest.interventions ingest.corpus ingest.answers ingest.models ingest.trees named store writing catalog "
         "arrays commits errors"
     ),
-    "queries": "store interventions writing.recording arrays.address named sites advice outputs intervals version errors",
+    "queries": "store interventions cluster writing.recording arrays.address named sites advice outputs intervals version errors",
 }
 ANY = ("cli", "verbs", "__main__")  # a command, and the function of its name, may call anything
 

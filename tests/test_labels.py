@@ -23,8 +23,9 @@ from actstore.errors import BadInput, LimitReached, NotStored
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
+from actstore.writing.contents import batch_contents
 from actstore.writing.plan import RunPlan
-from actstore.writing.writer import batch_contents, open_writer
+from actstore.writing.writer import open_writer
 from tests.damaged import damage, flip
 from tests.stores import fake, files
 

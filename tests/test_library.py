@@ -66,7 +66,20 @@ OF_PATCH = {
     "params",
     "tables",
 }  # `ingest --base`: actstore.patch
-VERBS = ("drop", "evaluate", "ingest", "label", "record", "repair", "report", "study", "train", "verify", "view")
+VERBS = (
+    "commit",
+    "drop",
+    "evaluate",
+    "ingest",
+    "label",
+    "record",
+    "repair",
+    "report",
+    "study",
+    "train",
+    "verify",
+    "view",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

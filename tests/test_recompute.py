@@ -11,7 +11,7 @@ from actstore.ingest.models.load import Model
 from actstore.ingest.replay import compare
 from actstore.ingest.trees.tokens import PAD, word_label
 from actstore.upkeep.verify import verify
-from actstore.writing import writer
+from actstore.writing import contents
 from tests.damaged import TREES
 from tests.test_pipeline import small_model
 
@@ -110,9 +110,9 @@ def test_the_command_refuses_what_its_weights_do_not_give(tmp_path, monkeypatch)
 
 def changed_rows(root, monkeypatch, table, change, **options):
     """A store of which one table's rows are what `change` makes of them, and all its checksums right."""
-    part = writer.part_content
+    part = contents.part_content
     monkeypatch.setattr(
-        writer,
+        contents,
         "part_content",
         lambda name, owner, rows, batch=None: part(name, owner, change(rows) if name == table else rows, batch),
     )

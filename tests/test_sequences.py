@@ -21,8 +21,9 @@ from actstore.ingest.replay.remake import files_of
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
+from actstore.writing.contents import batch_contents, part_content
 from actstore.writing.plan import RunPlan, SitePlan
-from actstore.writing.writer import batch_contents, open_writer, part_content
+from actstore.writing.writer import open_writer
 from tests.stores import fake, files
 
 PER_CHUNK, D = 4, 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from click.core import ParameterSource
 from actstore.cli.group import KEPT, ModelCommand, main, say
 from actstore.cli.options import (
     checkpoint_option,
+    engine_options,
     model_options,
     param_option,
     store_argument,
@@ -22,6 +25,7 @@ from actstore.errors import advised
 
 if TYPE_CHECKING:
     from actstore.ingest.jobs.job import Ingest
+    from actstore.ingest.jobs.slices import Slice
 
 OF_PATCH = ("base", "patches", "at", "how", "donors", "donor_site", "params", "tables")  # parameters, of --base
 TAKEN_WITH_BASE = ("run", "sites", "batch_size", "device", "wait", "answers", "dtype", "codec")
@@ -152,6 +156,12 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
 )
 @param_option
 @table_option
+@click.option(
+    "--slice",
+    metavar="I/N",
+    help="Compute only the I-th of N slices of the batches, beside other processes, without the lease.",
+)
+@engine_options
 @wait_option
 def ingest(
     store: Path,
@@ -160,6 +170,10 @@ def ingest(
     lineage: str | None,
     allow_nan: bool,
     threads: int | None,
+    slice: str | None,
+    engine: str | None,
+    address: str | None,
+    workers: int | None,
     **options: Any,
 ) -> None:
     """Run a model over trees or text, and store its activations and answers.
@@ -167,6 +181,11 @@ def ingest(
     If the command is stopped or killed, the same command continues after the last commit, and ends
     with the same bytes. With further --sites, it adds them to the run: it runs the model over the
     same batches again, and stores only what is not there.
+
+    With --slice, any number of processes, on any machines that see the store, share a run: those of
+    a Slurm array, say. A slice that is killed goes on by the same command. The last slice commits
+    the run; `actstore commit` takes what is whole before that. With --engine ray, the workers of a
+    Ray cluster compute the batches (pip install 'actstore[ray]'), and this process commits them.
 
     Example:
 
@@ -183,7 +202,13 @@ def ingest(
         actstore ingest text.act --model path/to/other-folder --dataset notes --run other
         actstore ingest demo.act --base reproduction --patch "select token_id from edge_targets where is_last" \
             --at resid_post.2 --how mean
+        actstore ingest demo.act --model reproduction --trees 100000 --engine ray --address auto
+        sbatch --array=1-8 --wrap 'actstore ingest demo.act --model reproduction --slice $SLURM_ARRAY_TASK_ID/8'
     """
+    shared = {"slice": slice, "engine": engine, "address": address, "workers": workers}
+    if (of_several := [name for name in shared if shared[name] is not None]) and (from_arrays or options["base"]):
+        alone = "--from-arrays" if from_arrays else "--base"
+        raise click.UsageError(f"got --{of_several[0]} and {alone}, which one process does alone; leave it out")
     if from_arrays is not None:
         _append(store, from_arrays, options["run"], site, lineage, allow_nan, options["wait"])
         return
@@ -199,7 +224,21 @@ def ingest(
         raise click.UsageError("--site, --lineage and --allow-nan come with --from-arrays (a model's sites: --sites)")
     from actstore.ingest.jobs.prepare import prepare
 
-    n_sequences, job = _execute(prepare(store, **options))
+    which, of_ray = None, False
+    if of_several:
+        from actstore.ingest.jobs.verb import asked
+
+        which, of_ray = asked(slice, engine, address, workers)
+    if which is not None:
+        _execute_slice(prepare(store, **options), which)
+        return
+    job = prepare(store, **options)
+    if of_ray:
+        from actstore.ingest.jobs.on_ray import execute_on_ray
+
+        n_sequences, job = _execute(job, partial(execute_on_ray, job, options, address, workers))
+    else:
+        n_sequences, job = _execute(job)
     look = advised("info", store)
     say(f"{store}: run {job.plan.run} holds {n_sequences:,} {job.unit}; look with {look}")
 
@@ -214,8 +253,12 @@ def _take(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _execute(job: Ingest) -> tuple[int, Ingest]:
-    """Store a run, with its cost before it and its progress."""
+def _execute(job: Ingest, how: Callable[[Callable[[int], None]], None] | None = None) -> tuple[int, Ingest]:
+    """Store a run, with its cost before it and its progress.
+
+    Args:
+        how: stores it, given what is called with the sequences done; default: this process does.
+    """
     from actstore.cli.progress import progress
     from actstore.ingest.jobs.local import execute
 
@@ -223,8 +266,52 @@ def _execute(job: Ingest) -> tuple[int, Ingest]:
     say(job.announcement())
     n_sequences = job.sequences.n_sequences
     with progress(f"ingest {job.plan.run}", n_sequences, job.unit) as advance:
-        execute(job, advance)
+        how(advance) if how else execute(job, advance)
     return n_sequences, job
+
+
+def _execute_slice(job: Ingest, which: Slice) -> None:
+    """Publish a slice of a run, with its cost before it and its progress."""
+    from actstore.cli.progress import progress
+    from actstore.ingest.jobs.slices import execute_slice, kept
+
+    click.get_current_context().meta[KEPT] = partial(kept, job, which)
+    say(f"{job.announcement()}; slice {which}")
+    with progress(f"ingest {job.plan.run} {which}", job.sequences.n_sequences, job.unit) as advance:
+        done = execute_slice(job, which, advance)
+    of_slice = f"{job.store}: slice {which} of run {job.plan.run}: {done.n_published} of its {done.n_batches} batches published now"
+    if done.is_committed:
+        say(f"{of_slice}; the run is whole, and committed; look with {advised('info', job.store)}")
+    else:
+        left = f"{done.n_left} batches of the run are left to the other slices"
+        say(f"{of_slice}; {left}; {advised('commit', job.store)} commits what is whole")
+
+
+@main.command()
+@store_argument
+@wait_option
+def commit(store: Path, wait: float) -> None:
+    """Commit what slices of a run published (`actstore ingest --slice`).
+
+    The last slice does that by itself. Before it, or where a slice failed, this takes the batches
+    that are whole; the slices may be at work meanwhile. Where none is, what was published and is
+    not whole is freed, and the slices compute it again.
+
+    Example:
+
+    \b
+        actstore commit demo.act
+    """
+    from actstore import verbs
+
+    found = verbs.commit(store, wait)
+    for of in found:
+        working = f"; slices at work: {len(of.at_work)}" if of.at_work else ""
+        again = "" if of.n_committed == of.n_batches or of.at_work else "; run the slices again for the others"
+        there = f"{of.n_committed} of {of.n_batches} in all"
+        say(f"{store}: run {of.run}: {len(of.taken)} batches committed, {there}{working}{again}")
+    if not found:
+        say(f"{store}: no slice published anything that is not committed")
 
 
 def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> None:

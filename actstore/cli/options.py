@@ -130,3 +130,23 @@ checkpoint_option: Option = click.option(
 
 
 no_record_option: Option = click.option("--no-record", is_flag=True, help="Do not write the results into the store.")
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --engine, --address and --workers."""
+    for option in (
+        click.option(
+            "--workers",
+            type=int,
+            metavar="N",
+            help="With --engine ray: workers; default: as many as there is room for.",
+        ),
+        click.option(
+            "--address",
+            metavar="HOST:PORT",
+            help="With --engine ray: the cluster's head, or auto; default: RAY_ADDRESS, or this machine alone.",
+        ),
+        click.option("--engine", help="local (the default), or ray: the workers of a Ray cluster compute it."),
+    ):
+        command = option(command)
+    return command

@@ -10,6 +10,7 @@ import click
 
 from actstore.cli.group import main, say
 from actstore.cli.options import (
+    engine_options,
     no_check_option,
     no_record_option,
     output_options,
@@ -69,6 +70,7 @@ def _kept(store: Path) -> Callable[[Path], None]:
 @table_option
 @confirm_option
 @click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; with several runs, FILE-RUN.")
+@engine_options
 @no_record_option
 @wait_option
 @no_check_option
@@ -84,6 +86,9 @@ def study(
     tables: dict[str, str],
     confirm: str | None,
     plot: str | None,
+    engine: str | None,
+    address: str | None,
+    workers: int | None,
     no_record: bool,
     wait: float,
     check: bool,
@@ -123,6 +128,9 @@ def study(
     `erase` takes a label out of the activations of a site, by LEACE and by a probe's directions:
     `-o sites`, `-o token_role` and `-o labels` as of `probes`, or --query as of `probe`.
 
+    With --engine ray, the workers of a Ray cluster probe the sites of `probes`; the results are the
+    same.
+
     With --confirm, each test that is significant after Holm's correction is repeated on a second
     set of trees. The second set's test uses the same model's run over that set, and leaves out
     trees that both sets hold. Each finding is then reported as found here, and as confirmed there
@@ -132,6 +140,7 @@ def study(
 
     \b
         actstore study demo.act probes --plot probes.png
+        actstore study demo.act probes --engine ray --address auto
         actstore study demo.act depth --run reproduction --confirm fresh
         actstore study demo.act probes --run reproduction -o token_role separator -o labels source,goal
         actstore study demo.act compare --run reproduction --run baseline
@@ -159,6 +168,8 @@ def study(
     chosen: dict[str, Any] = {
         key: int(value) if value.isdecimal() and len(value) < 19 else value for key, value in options
     }
+    of_engine = {"engine": engine, "address": address, "workers": workers}
+    chosen |= {key: value for key, value in of_engine.items() if value is not None}
     chosen |= ({"query": query} if query is not None else {}) | ({"params": params} if params else {})
     with Store(store, check) as opened, patching(opened) as patch:
         if not no_record:

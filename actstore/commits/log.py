@@ -15,6 +15,7 @@ from pathlib import Path
 
 import xxhash
 
+from actstore.commits import pending
 from actstore.commits.format import ARRAYS, CHAINED_FROM, FOLDERS, LOG, SWAPPED, store_around
 from actstore.commits.manifest import MANIFEST, Dropped, Manifest, manifest_path
 from actstore.errors import ActstoreError, Damaged, advised
@@ -236,21 +237,23 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
     place, removed = at(root), strays(root, committed)
     for stray in removed:
         place.delete(stray)
-    place.tidy(SWAPPED, FOLDERS)
+    place.tidy(SWAPPED, () if pending.is_open(root, live(committed)) else FOLDERS)
     return removed
 
 
 def strays(root: Path, committed: Sequence[Manifest]) -> list[str]:
     """Paths inside a store that no manifest names, or that were dropped.
 
-    None of them leads to a named file.
+    None of them leads to a named file. What slices of a run may still write is left out, see
+    pending.py.
 
     A folder that was moved to another disk, with a link in its place, still belongs to the store.
     Other files behind the link are never listed.
     """
     named = {file.path for manifest in live(committed) for file in manifest.files}
     named |= {manifest_path(manifest.number) for manifest in committed} | {f"{ARRAYS}/zarr.json"}
-    return list(at(root).unnamed(FOLDERS, named))
+    is_kept = pending.kept(root, live(committed))
+    return [path for path in at(root).unnamed(FOLDERS, named) if not is_kept(path)]
 
 
 def led_astray(root: Path, paths: Iterable[str]) -> Iterator[tuple[str, str]]:

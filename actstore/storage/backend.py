@@ -165,6 +165,9 @@ class Storage(Protocol):
     def has(self, path: str) -> bool:
         """True if something has the path."""
 
+    def age(self, path: str) -> float:
+        """Seconds since a file was written, by the place's own clock and not this machine's."""
+
     def list(self, prefix: str) -> Sequence[str]:
         """Paths that start with a prefix, sorted; unfinished files are left out."""
 

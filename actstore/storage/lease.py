@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actstore.errors import Busy, Damaged
-from actstore.storage.machine import check_process, refuse_forked
+from actstore.storage.machine import check_process, refuse_forked, signature
 from actstore.storage.refused import relying_on
 
 LOCK = ".lock"
@@ -111,9 +109,3 @@ def _sign(descriptor: int) -> None:
     """Write who holds the lease into its file, on one line, whatever the process's arguments."""
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{signature()}\n".encode(errors="backslashreplace"))
-
-
-def signature() -> str:
-    """Who this process is, on one line, for whoever waits for its lease."""
-    command = " ".join(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).split())
-    return f"process {os.getpid()} on {socket.gethostname()}: {command}"

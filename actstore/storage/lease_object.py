@@ -15,13 +15,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
 from actstore.errors import ActstoreError, Busy, Damaged
 from actstore.storage.bucket import Bucket, Object, TooLong
-from actstore.storage.lease import LOOK_AGAIN, signature
-from actstore.storage.machine import check_process, is_known_dead, process_name, refuse_forked
+from actstore.storage.lease import LOOK_AGAIN
+from actstore.storage.machine import check_process, is_known_dead, process_name, refuse_forked, signature
 
 OWN = ".actstore"  # the folder of objects that are no files of the place
 LEASE, CLOCK = f"{OWN}/lease", f"{OWN}/clock"
@@ -182,7 +183,14 @@ def _lease(holder: str, seconds: float, held: bool) -> bytes:
 
 
 def _expired(bucket: Bucket, found: Object | None, about: dict[str, Any] | None) -> bool:
+    return bool(found and about and _since(bucket, found.modified) > about["seconds"] + SLACK)
+
+
+def age(bucket: Bucket, path: str) -> float:
+    """Seconds since an object was put, by the server's clock; raises as Bucket.size."""
+    return _since(bucket, bucket.modified(path))
+
+
+def _since(bucket: Bucket, then: datetime) -> float:
     bucket.put(CLOCK, uuid4().hex.encode())
-    return bool(
-        found and about and (bucket.modified(CLOCK) - found.modified).total_seconds() > about["seconds"] + SLACK
-    )
+    return (bucket.modified(CLOCK) - then).total_seconds()

@@ -22,7 +22,7 @@ from actstore.storage.lease import LOCK, Lease
 from actstore.storage.machine import check_process, finalize_here
 from actstore.storage.refused import DISK_FULL, needing_room, say_where
 from actstore.storage.regular import LONGEST, irregular, open_regular, read_regular
-from actstore.storage.whole import discard, fsync_folder, make_folder, write_whole
+from actstore.storage.whole import beside, discard, fsync_folder, make_folder, write_whole
 
 UNDER_WAY = re.compile(r"\..*\.tmp")  # names of unfinished files; see whole.beside
 
@@ -146,6 +146,16 @@ class Local(Storage):
     def has(self, path: str) -> bool:
         """See Storage.has."""
         return (self.root / path).exists()
+
+    def age(self, path: str) -> float:
+        """See Storage.age; the clock is that of whoever keeps the folder, a file server, say."""
+        written = os.stat(self.root / path).st_mtime
+        now = beside(self.root / path)
+        try:
+            now.touch()
+            return os.stat(now).st_mtime - written
+        finally:
+            now.unlink(missing_ok=True)
 
     def list(self, prefix: str) -> Sequence[str]:
         """See Storage.list; links to folders are followed, and each folder is entered once."""

@@ -6,6 +6,8 @@ import ctypes
 import errno
 import os
 import re
+import socket
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -180,6 +182,12 @@ def process_name() -> list[str | int]:
         return [started, os.stat("/proc/self/ns/pid").st_ino, os.getpid(), _began(os.getpid())]
     except (OSError, ValueError, IndexError):
         return []  # no Linux
+
+
+def signature() -> str:
+    """Who this process is, on one line, for whoever waits for its lease."""
+    command = " ".join(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).split())
+    return f"process {os.getpid()} on {socket.gethostname()}: {command}"
 
 
 def is_known_dead(name: list[str | int]) -> bool:

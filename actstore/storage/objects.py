@@ -310,6 +310,10 @@ class Objects(Storage):
             return False
         return True
 
+    def age(self, path: str) -> float:
+        """See Storage.age; in whole seconds."""
+        return lease_object.age(self._bucket, path)
+
     def list(self, prefix: str) -> Sequence[str]:
         """See Storage.list."""
         found = self._bucket.sizes(prefix.rpartition("/")[0])

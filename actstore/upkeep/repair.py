@@ -8,6 +8,9 @@ its own trees, and so do rows without a catalog. Without a catalog, the rows of 
 from the rest of the store (see ingest/replay/definitions.py). The catalog comes from the parts.
 Manifests and store.json cannot be made again, since they say how all else must be; but a single
 flipped bit is found by their checksums, and flipped back.
+
+What slices of a run published and nobody committed is committed where it is whole. The rest is
+freed, unless a slice of the run is still at work. Both wait until nothing is damaged.
 """
 
 from __future__ import annotations
@@ -25,17 +28,19 @@ import xxhash
 
 from actstore.catalog import build, part_types, tables, witness
 from actstore.catalog.declared import Relation, parsed
-from actstore.commits import checkpoint, log
+from actstore.commits import checkpoint, log, pending
 from actstore.commits.format import ARRAYS, FOLDERS, FORMAT_VERSION, WEIGHTS, check_format
 from actstore.commits.log import refuse_astray
 from actstore.commits.manifest import Manifest, Part
 from actstore.errors import Damaged, advised
 from actstore.storage import sealed
 from actstore.storage.at import at, place
-from actstore.storage.backend import File
+from actstore.storage.backend import File, Held
 from actstore.upkeep.verify import Advance, Finding, read_manifests, verify_files
 from actstore.upkeep.verify_catalog import CONFLICT
 from actstore.writing.parts import GROUP, as_parquet
+from actstore.writing.slices import take
+from actstore.writing.writer import Writer
 
 Recompute = Callable[
     [Path, list[Manifest], str, int | None], dict[str, bytes]
@@ -82,7 +87,7 @@ def repair(
     root = place(path)
     with suppress(Damaged):
         check_format(root, older=True)  # a folder that is no store gets no lock
-    with at(root).lease(wait):
+    with at(root).lease(wait) as lease:
         about, manifests, flipped_back = _committed(root)
         is_older = about["format"] < FORMAT_VERSION
         report = verify_files(root, manifests, [], checkpoint.content(root), is_older, False, advance)
@@ -109,7 +114,20 @@ def repair(
                 about = {key: value for key, value in about.items() if key != sealed.CHECKSUM}
                 at(root).swap("store.json", sealed.to_json({**about, "format": FORMAT_VERSION}))
                 mended.append("store.json")
-        return Repair(mended, left, len(manifests))
+        return Repair(mended, left, len(manifests) if left else _take(root, lease, len(manifests)))
+
+
+def _take(root: Path, lease: Held, n_committed: int) -> int:
+    """Commit what slices of runs published whole, and free the rest where none is at work.
+
+    Returns:
+        The number of commits after that.
+    """
+    if not pending.runs(root):
+        return n_committed
+    writer = Writer(root, lease)
+    take(writer)
+    return writer.publish()
 
 
 def _committed(root: Path) -> tuple[dict[str, Any], list[Manifest], dict[str, bytes]]:

@@ -140,10 +140,7 @@ class RunPlan:
     @property
     def n_batches(self) -> int:
         """Batches of the dataset."""
-        if self.dataset.get("layout") == "rows":
-            return int(self.dataset["n_ids"]) // int(self.dataset["rows_per_shard"])
-        n, per_batch = ("n_trees", "trees_per_shard") if self.of_trees else ("n_sequences", "rows_per_chunk")
-        return -(-int(self.dataset[n]) // int(self.dataset[per_batch]))
+        return n_batches(self.dataset)
 
     @property
     def of_trees(self) -> bool:
@@ -166,3 +163,11 @@ class RunPlan:
         if self.of_trees:
             return {**self.dataset, "first_tree_id": first.sequence_id}
         return {**self.dataset, "first_token_id": first.token_id, "first_sequence_id": first.sequence_id}
+
+
+def n_batches(dataset: Mapping[str, Any]) -> int:
+    """Batches of a dataset, given its row of `datasets`, planned or stored."""
+    if dataset.get("layout") == "rows":
+        return int(dataset["n_ids"]) // int(dataset["rows_per_shard"])
+    n, per_batch = ("n_trees", "trees_per_shard") if is_of_trees(dataset) else ("n_sequences", "rows_per_chunk")
+    return -(-int(dataset[n]) // int(dataset[per_batch]))

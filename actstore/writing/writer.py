@@ -10,25 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
-import xxhash
 
 from actstore.arrays.address import Ids
-from actstore.arrays.metadata import metadata
-from actstore.catalog import build, part_types, witness
+from actstore.catalog import build, witness
 from actstore.catalog import tables as catalog_tables
 from actstore.catalog.declared import Relation, View, parsed
 from actstore.commits import checkpoint, log
-from actstore.commits.format import ARRAYS, check_format, part_path, unembedding_path, weights_path
+from actstore.commits.format import check_format
 from actstore.commits.log import refuse_astray
-from actstore.commits.manifest import Dropped, Manifest, Part, Shard
+from actstore.commits.manifest import Dropped, Manifest, Shard
 from actstore.errors import BadInput, Damaged, NotStored, nearest
 from actstore.storage.at import at, place
-from actstore.storage.backend import File, Held
+from actstore.storage.backend import Held
 from actstore.storage.refused import needing_room
 from actstore.writing.appending import Appended
 from actstore.writing.committed import (
@@ -41,9 +39,11 @@ from actstore.writing.committed import (
     stored_dataset,
     stored_run,
 )
+from actstore.writing.contents import Content, array_contents, definition_contents, part_content, set_contents
 from actstore.writing.create import create
-from actstore.writing.parts import GROUP, as_parquet, read_part, rows_committed
-from actstore.writing.plan import RunPlan, SitePlan
+from actstore.writing.parts import rows_committed
+from actstore.writing.plan import RunPlan
+from actstore.writing.published import Published
 
 
 @contextmanager
@@ -94,7 +94,12 @@ class Writer:
             build.publish(root)  # or the catalog would name files that the sweep removes
         log.sweep(root, self._log)
         catalog_tables.discard_beside(at(root), catalog_tables.CATALOG)
-        self._files = {file.path: file for manifest in log.live(self._log) for file in manifest.files}
+        self._published = Published(root, self._log, lease.check)
+
+    @property
+    def committed(self) -> Sequence[Manifest]:
+        """All commits, in order."""
+        return self._log
 
     def rows_of(self, table: str) -> pl.DataFrame:
         """All committed rows of one of the small tables (models, datasets, runs, sites)."""
@@ -137,15 +142,19 @@ class Writer:
         check_tables(self.rows_of("relations").to_dicts(), plan)
         dataset = str(plan.dataset["dataset"])
         parts = [
-            *self._part(part_content("models", model["weights_sha256"], [model])),
-            *self._part(part_content("datasets", dataset, [plan.dataset_row(first)])),
-            *(part for content in set_contents(plan) for part in self._part(content)),
-            *self._part(part_content("runs", plan.run, [plan.row(first)])),
-            *self._part(part_content("sites", plan.run, [site.row(plan.run) for site in plan.sites])),
-            *(part for table, rows in plan.of_run.items() for part in self._part(part_content(table, plan.run, rows))),
+            *self._published.part(part_content("models", model["weights_sha256"], [model])),
+            *self._published.part(part_content("datasets", dataset, [plan.dataset_row(first)])),
+            *(part for content in set_contents(plan) for part in self._published.part(content)),
+            *self._published.part(part_content("runs", plan.run, [plan.row(first)])),
+            *self._published.part(part_content("sites", plan.run, [site.row(plan.run) for site in plan.sites])),
+            *(
+                part
+                for table, rows in plan.of_run.items()
+                for part in self._published.part(part_content(table, plan.run, rows))
+            ),
         ]
         contents = definition_contents(plan, first)
-        others = [file for content in contents for file in self._file(content.path, content.content)]
+        others = [file for content in contents for file in self._published.file(content.path, content.content)]
         self._commit(Manifest(len(self._log) + 1, "run", plan.run, None, parts, [], others))
         return first
 
@@ -154,8 +163,12 @@ class Writer:
         models, sites = (self.rows_of(table).to_dicts() for table in ("models", "sites"))
         if new := new_sites(models, sites, plan, self.sites_of(plan.run)):
             rows = [part_content("sites", f"{plan.run}/{site.site}", [site.row(plan.run)]) for site in new]
-            others = [file for each in array_contents(plan, new, first) for file in self._file(each.path, each.content)]
-            parts = [part for row in rows for part in self._part(row)]
+            others = [
+                file
+                for each in array_contents(plan, new, first)
+                for file in self._published.file(each.path, each.content)
+            ]
+            parts = [part for row in rows for part in self._published.part(row)]
             self._commit(Manifest(len(self._log) + 1, "site", plan.run, None, parts, [], others))
 
     def _model(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -191,31 +204,30 @@ class Writer:
         Raises:
             BadInput: the batch, or the same trees by another run, are committed with other content.
         """
-        parts, shards = list[Part](), list[Shard]()
-        known = {"", *part_types.every_column(), *plan.declared}
-        for content in contents:
-            if content.table not in known:
-                raise BadInput(
-                    f"nobody declared a table {content.table}; declare it first, with the dataset that it belongs to"
-                )
-        of_shards = [content for content in contents if not content.table]
-        published = (pool.map if pool else map)(lambda shard: self._file(shard.path, shard.content), of_shards)
-        for content in contents:
-            if content.table:
-                parts += self._part(content, first_sequence_id, n_sequences)
-        for content, files in zip(of_shards, published, strict=True):
-            shards += [
-                Shard(
-                    **vars(file),
-                    run=plan.run,
-                    site=content.site,
-                    batch=batch,
-                    first_tree_id=first_sequence_id,
-                    n_trees=n_sequences,
-                )
-                for file in files
-            ]
-        self._commit(Manifest(len(self._log) + 1, kind, plan.run, batch, parts, shards))
+        made = self._published.batch(plan, batch, first_sequence_id, n_sequences, contents, kind, pool)
+        self._commit(replace(made, number=len(self._log) + 1))
+
+    def commit_published(self, made: Manifest) -> bool:
+        """Commit a batch whose files are published.
+
+        Args:
+            made: see Published.batch; its batch is not committed, or it adds sites to one.
+
+        Returns:
+            False if it adds sites that are there; nothing is done then.
+
+        Raises:
+            BadInput: one of the files is committed with other content.
+            Damaged: one of the files is missing.
+        """
+        lacking = self._published.lacking(made.files)
+        if made.kind == "site" and not lacking:
+            return False
+        parts = [part for part in made.parts if part.path in lacking]
+        shards = [shard for shard in made.shards if shard.path in lacking]
+        number = len(self._log) + 1
+        self._commit(replace(made, number=number, previous=None, parts=parts, shards=shards))
+        return True
 
     def record(self, results: pl.DataFrame) -> int:
         """Commit a study's results and return the commit's number.
@@ -225,7 +237,9 @@ class Writer:
         """
         number = len(self._log) + 1
         rows = results.with_columns(recorded=pl.lit(number, pl.Int32))
-        self._commit(Manifest(number, "results", parts=self._part(part_content("results", f"{number:08d}", rows))))
+        self._commit(
+            Manifest(number, "results", parts=self._published.part(part_content("results", f"{number:08d}", rows)))
+        )
         return number
 
     def append(self, appended: Appended) -> int:
@@ -239,13 +253,13 @@ class Writer:
         if any(site in (row["site"], row["short"]) for row in held):
             raise BadInput(f"run {run!r} holds a site {site!r}; take another name")
         folder, layout = appended.plan.path(run), appended.plan.layout
-        others = self._file(f"{folder}/zarr.json", appended.metadata())
+        others = self._published.file(f"{folder}/zarr.json", appended.metadata())
         shards = [
             Shard(**vars(file), run=run, site=site, batch=batch, first_tree_id=first, n_trees=n)
             for batch, first, n, content in appended.shards()
-            for file in self._file(f"{folder}/{layout.shard_name(batch)}", content)
+            for file in self._published.file(f"{folder}/{layout.shard_name(batch)}", content)
         ]
-        parts = self._part(part_content("sites", f"{run}/{site}", [appended.plan.row(run)]))
+        parts = self._published.part(part_content("sites", f"{run}/{site}", [appended.plan.row(run)]))
         self._commit(Manifest(number, "site", run, None, parts, shards, others))
         return number
 
@@ -283,7 +297,7 @@ class Writer:
         version = number if old else None  # in the names of the files, since the old ones are still there
         contents = {"relations": pl.DataFrame([declared.row()]), **rows}
         contents_of = [part_content(table, name, frame, version) for table, frame in contents.items()]
-        parts = [file for part in contents_of for file in self._part(part)]
+        parts = [file for part in contents_of for file in self._published.part(part)]
         self._commit(Manifest(number, "labels", parts=parts, dropped=dropped))
         return number
 
@@ -340,148 +354,14 @@ class Writer:
         self._commit(Manifest(number, "drop", dropped=dropped))
         return number
 
+    def agrees(self, part: Content) -> bool:
+        """True if the committed part of the same path holds the same rows; see Published."""
+        return self._published.agrees(part)
+
     def _commit(self, manifest: Manifest) -> None:
         self._lease.check()
         log.check_sizes(self.root, [manifest])  # a second writer that ignores the lease may have removed files
         self._log.append(log.commit(self.root, manifest, self._log[-1] if self._log else None))
-        self._files |= {file.path: file for file in manifest.files}
+        self._published.files |= {file.path: file for file in manifest.files}
         for path in manifest.dropped.files if manifest.dropped else ():
-            del self._files[path]
-
-    def _part(self, part: Content, first_tree_id: int | None = None, n_trees: int | None = None) -> list[Part]:
-        """Publish rows of a table; returns [] if an earlier commit brought the same rows."""
-        if part.path in self._files:
-            if not self.agrees(part):
-                raise _otherwise(self.root / part.path)
-            return []
-        table = part.table
-        origin = part.owner, part.batch, first_tree_id, n_trees
-        files = self._file(part.path, part.content)
-        return [Part(file.path, file.bytes, file.xxh3_128, table, part.rows, *origin) for file in files]
-
-    def agrees(self, part: Content) -> bool:
-        """True if the committed part of the same path holds the same rows.
-
-        Args:
-            part: rows of a part that is committed.
-        """
-        if self._has(part.path, part.content):
-            return True
-        held = read_part(self.root, part.path)  # another version may encode the same rows otherwise
-        return held.equals(pl.read_parquet(bytes(part.content)))
-
-    def _file(self, path: str, content: bytes | memoryview) -> list[File]:
-        """Publish a file; returns [] if an earlier commit brought the same bytes."""
-        if path in self._files:
-            if not self._has(path, content):
-                raise _otherwise(self.root / path)
-            return []
-        self._lease.check()
-        return [at(self.root).publish(path, content)]
-
-    def _has(self, path: str, content: bytes | memoryview) -> bool:
-        return xxhash.xxh3_128_hexdigest(content) == self._files[path].xxh3_128
-
-
-@dataclass(frozen=True)
-class Content:
-    """A file to commit: its path in the store, its bytes, and facts for its manifest.
-
-    Attributes:
-        path: relative to the store.
-        content: the file's bytes.
-        table: a part's table.
-        rows: a part's number of rows.
-        owner: whose rows a part holds; see manifest.Part.
-        batch: which batch of the owner's trees a part holds; None for no batch.
-        site: a shard's site, TransformerLens' name.
-    """
-
-    path: str
-    content: bytes | memoryview
-    table: str = ""
-    rows: int = 0
-    owner: str = ""
-    batch: int | None = None
-    site: str = ""
-
-
-def set_contents(plan: RunPlan) -> list[Content]:
-    """The parts that come with a dataset's definition, besides its row."""
-    owners = {"vocabularies": plan.dataset.get("vocabulary")}
-    return [
-        part_content(table, str(owners.get(table, plan.dataset["dataset"])), rows) for table, rows in plan.parts.items()
-    ]
-
-
-def definition_contents(plan: RunPlan, first: Ids) -> list[Content]:
-    """The files of a run's definition other than its parts: weights, and metadata of its arrays.
-
-    Args:
-        first: the first ids of the run's dataset.
-    """
-    arrays = array_contents(plan, plan.sites, first)
-    held = {weights_path: plan.weights, unembedding_path: plan.unembedding}
-    weights = [Content(path(plan.model["weights_sha256"]), content) for path, content in held.items() if content]
-    return [*weights, Content(f"{ARRAYS}/{plan.run}/zarr.json", GROUP), *arrays]
-
-
-def array_contents(plan: RunPlan, sites: Sequence[SitePlan], first: Ids) -> list[Content]:
-    """The metadata of some arrays of a run.
-
-    Args:
-        first: the first ids of the run's dataset.
-    """
-    begins = {"first_tree_id": first.sequence_id} if plan.of_trees else {"first_token_id": first.token_id}
-    of_run = {"weights_sha256": plan.model["weights_sha256"], **begins}
-    return [
-        Content(
-            f"{site.path(plan.run)}/zarr.json",
-            metadata(site.layout, site.axes, {"run": plan.run, "site": site.site, **of_run}),
-        )
-        for site in sites
-    ]
-
-
-def batch_contents(
-    plan: RunPlan,
-    batch: int,
-    of_trees: Mapping[str, pl.DataFrame],
-    of_run: Mapping[str, pl.DataFrame],
-    arrays: Mapping[str, memoryview],
-) -> list[Content]:
-    """The files of one batch of a run.
-
-    Args:
-        of_trees: rows of `trees`, `edges`, `tokens`; empty if another run over the dataset brought
-            them.
-        of_run: rows of `predictions` and `outcomes`, or of `generations`.
-        arrays: the packed shard of each site, by TransformerLens' name.
-
-    Raises:
-        BadInput: the rows do not fit their tables.
-    """
-    owners = ((str(plan.dataset["dataset"]), of_trees), (plan.run, of_run))
-    parts = [part_content(table, owner, frame, batch) for owner, tables in owners for table, frame in tables.items()]
-    names = {site.site: f"{site.path(plan.run)}/{site.layout.shard_name(batch)}" for site in plan.sites}
-    return [*parts, *(Content(path, arrays[site], site=site) for site, path in names.items())]
-
-
-def part_content(
-    table: str, owner: str, rows: pl.DataFrame | Sequence[Mapping[str, Any]], batch: int | None = None
-) -> Content:
-    """A part of a table.
-
-    Args:
-        owner: whose rows they are; see manifest.Part.
-        batch: the batch of the owner's trees; None for no batch.
-    """
-    frame = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(rows, infer_schema_length=None)
-    return Content(part_path(table, owner, batch), as_parquet(table, frame), table, len(frame), owner, batch)
-
-
-def _otherwise(path: Path) -> BadInput:
-    return BadInput(
-        f"{path} is committed and what is to be stored under its name now differs: it was made by another version or "
-        "from other input; name the new run and its set of trees otherwise (--run, --dataset)"
-    )
+            del self._published.files[path]

@@ -17,8 +17,8 @@ from actstore.arrays.staged import buffers as buffers_on
 from actstore.errors import BadInput
 from actstore.ingest.jobs.job import Buffers, Ingest
 from actstore.ingest.task import Drawn
+from actstore.writing.contents import Content, batch_contents
 from actstore.writing.plan import SitePlan
-from actstore.writing.writer import Content, batch_contents
 
 
 @dataclass(frozen=True)

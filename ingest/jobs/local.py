@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Literal, ParamSpec
+from functools import partial
+from typing import Literal
 
+from actstore.arrays.address import Ids
 from actstore.arrays.staged import is_staged
 from actstore.errors import ComputedOtherwise
 from actstore.ingest.jobs.batch import Batch, run_batch
 from actstore.ingest.jobs.gpu import N_THREADS, buffer_sets, fitting, n_sets, within_memory
 from actstore.ingest.jobs.job import Ingest
-from actstore.ingest.jobs.prepare import prepare
 from actstore.storage.at import check_room
 from actstore.writing.committed import lacking
-from actstore.writing.writer import Content, Writer, open_writer, part_content
+from actstore.writing.contents import Content, part_content
+from actstore.writing.writer import Writer, open_writer
 
-P = ParamSpec("P")
+Kind = Literal["batch", "site"]
+# stores a batch: its files, its kind, the batch before, and who publishes several shards at once
+Store = Callable[[Batch, "Future[list[Content]]", Kind, "Future[None] | None", "Executor | None"], None]
 
 
 def execute(job: Ingest, advance: Callable[[int], None] = lambda sequences: None) -> None:
@@ -52,84 +55,91 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda sequences: None
         originals = job.originals(writer.rows_of("datasets"))
         first = writer.define(job.plan)
         held = writer.sites_of(job.plan.run)
+        commits = _Commits(writer, job.publish_every)
         left = lacking(job.plan, held)
-        needed = {name for sites in left.values() for name in sites}
-        # a GPU computes ahead of this process, so that threads of their own encode for it
-        threads = ThreadPoolExecutor(N_THREADS, "encode") if is_staged(job.device) else nullcontext()
-        with within_memory(job), threads as encoding, ThreadPoolExecutor(1, "commit") as committing:
-            sets = buffer_sets(job, needed, min(n_sets(job), len(left)))
-            commits = _Commits(writer, job.publish_every, encoding)
-            done: list[Future[None]] = []
-            for turn, (number, sites) in enumerate(left.items()):
-                if turn >= len(sets):
-                    done[turn - len(sets)].result()  # its buffers are filled again
-                is_added = number in held
-                of_these = job.over(sites, grades=turn == 0) if is_added else job
-                batch = run_batch(of_these, number, first, originals, sets[turn % len(sets)], advance)
-                if turn == 0 and is_added:
-                    _compare(writer, batch)
-                contents = (encoding or committing).submit(batch.shards if is_added else batch.contents)
-                before = done[-1] if done else None
-                done.append(committing.submit(commits.commit, batch, contents, "site" if is_added else "batch", before))
-            for commit in done:
-                commit.result()
+        run_batches(job, left, held, first, originals, commits.commit, partial(compare, writer.agrees), advance)
+
+
+def run_batches(
+    job: Ingest,
+    left: Mapping[int, Collection[str]],
+    held: Collection[int],
+    first: Ids,
+    originals: int | None,
+    store: Store,
+    compare: Callable[[Batch], None],
+    advance: Callable[[int], None],
+) -> None:
+    """Compute batches one after another, while one thread stores those before.
+
+    Args:
+        left: number of a batch → TransformerLens' names of its sites that are stored.
+        held: numbers of the batches that are committed; sites are added to those.
+        first: the first ids of the whole set.
+        originals: see Batch.
+        store: stores a batch.
+        compare: called with the first batch, if sites are added to it.
+        advance: see execute.
+    """
+    needed = {name for sites in left.values() for name in sites}
+    # a GPU computes ahead of this process, so that threads of their own encode for it
+    threads = ThreadPoolExecutor(N_THREADS, "encode") if is_staged(job.device) else nullcontext()
+    with within_memory(job), threads as encoding, ThreadPoolExecutor(1, "commit") as storing:
+        sets = buffer_sets(job, needed, min(n_sets(job), len(left)))
+        done: list[Future[None]] = []
+        for turn, (number, sites) in enumerate(left.items()):
+            if turn >= len(sets):
+                done[turn - len(sets)].result()  # its buffers are filled again
+            is_added = number in held
+            of_these = job.over(sites, grades=turn == 0) if is_added else job
+            batch = run_batch(of_these, number, first, originals, sets[turn % len(sets)], advance)
+            if turn == 0 and is_added:
+                compare(batch)
+            contents = (encoding or storing).submit(batch.shards if is_added else batch.contents)
+            before = done[-1] if done else None
+            done.append(storing.submit(store, batch, contents, "site" if is_added else "batch", before, encoding))
+        for stored in done:
+            stored.result()
 
 
 @dataclass
 class _Commits:
-    """Commits batches one after another, and publishes the catalog from time to time.
-
-    Attributes:
-        pool: publishes a batch's shards several at a time; None: one after another.
-    """
+    """Commits batches one after another, and publishes the catalog from time to time."""
 
     writer: Writer
     publish_every: float
-    pool: Executor | None
     published: float = field(default_factory=time.monotonic)
 
     def commit(
         self,
         batch: Batch,
         contents: Future[list[Content]],
-        kind: Literal["batch", "site"],
+        kind: Kind,
         before: Future[None] | None,
+        pool: Executor | None,
     ) -> None:
-        """Commit a batch, unless the commit before failed."""
+        """Commit a batch, unless the commit before failed; see Store."""
         if before is not None:
             before.result()
         if time.monotonic() - self.published > self.publish_every:
             self.writer.publish()
             self.published = time.monotonic()
         plan, first = batch.job.plan, batch.first.sequence_id
-        self.writer.commit_batch(plan, batch.number, first, len(batch), contents.result(), kind, self.pool)
+        self.writer.commit_batch(plan, batch.number, first, len(batch), contents.result(), kind, pool)
 
 
-def _compare(writer: Writer, batch: Batch) -> None:
-    """Warn if a batch's answers are not those that are stored."""
+def compare(agrees: Callable[[Content], bool], batch: Batch) -> None:
+    """Warn if a batch's answers are not those that are stored.
+
+    Args:
+        agrees: see Writer.agrees.
+    """
     run = batch.job.plan.run
     for table, rows in batch.answers.items():
-        if not writer.agrees(part_content(table, run, rows, batch.number)):
+        if not agrees(part_content(table, run, rows, batch.number)):
             warnings.warn(
                 f"the {table} of batch {batch.number} differ from those that run {run!r} holds: this machine computes otherwise "
                 "than the one that stored the run (see runs), so the added sites are not bit for bit those of the same pass",
                 ComputedOtherwise,
                 stacklevel=3,
             )
-
-
-def _prepared(prepare: Callable[P, Ingest]) -> Callable[P, str]:
-    """The function `ingest`, with the arguments of `prepare`."""
-
-    @wraps(prepare)
-    def ingest(*args: P.args, **options: P.kwargs) -> str:
-        job = prepare(*args, **options)
-        execute(job)
-        return job.plan.run
-
-    ingest.__doc__ = "Store a run, as `actstore ingest` does, and return its name: `prepare`, then `execute`.\n\n"
-    ingest.__doc__ += f"    prepare: {prepare.__doc__}"
-    return ingest
-
-
-ingest = _prepared(prepare)

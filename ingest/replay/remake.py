@@ -15,8 +15,8 @@ from actstore.errors import ActstoreError
 from actstore.ingest.jobs.batch import files as batch_files
 from actstore.ingest.replay import definitions
 from actstore.ingest.replay.rehydrate import rehydrate
+from actstore.writing.contents import definition_contents
 from actstore.writing.parts import rows_committed
-from actstore.writing.writer import definition_contents
 
 
 def files_of(root: Path, manifests: list[Manifest], run: str, batch: int | None) -> dict[str, bytes]:

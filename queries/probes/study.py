@@ -20,7 +20,9 @@ one training of one seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ import numpy as np
 import polars as pl
 import xxhash
 
+from actstore import cluster
 from actstore.advice import ingest_sites
 from actstore.errors import BadInput, NotStored, nearest
 from actstore.intervals import N_RESAMPLES
@@ -74,6 +77,7 @@ order by runs.rowid
 PROTOCOLS = ("ours", "notebook")
 USUAL = ("embed", "resid_mid", "resid_post")  # sites that are advised where a run holds none
 BY = "place"
+PACKAGES = ("actstore", "numpy", "scipy", "polars")  # which results rest on
 MIN_TEST_TREES = 2  # one tree gives no interval: every resample is the tree itself
 ENOUGH_TREES = 60  # a label is a source in at least half of all trees, and one tree in five is for testing
 
@@ -90,6 +94,9 @@ def study(
     protocol: str = "ours",
     by: str | None = None,
     baseline: str | Path | None = None,
+    engine: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
 ) -> Answer:
     """Probe sites of a run.
 
@@ -111,6 +118,9 @@ def study(
         protocol: `ours`, or `notebook`, which adds the notebook's protocol, see protocols.py.
         by: `place` adds the accuracy at each place in the list of edges, see places.py.
         baseline: path of an .sql file with an additional baseline, see baselines.py.
+        engine: `ray`: workers of a Ray cluster probe a site each, and find the same; default: this
+            process does.
+        address, workers: of the cluster, see cluster.py; default: one worker per node.
 
     Raises:
         BadInput: an argument is unknown, no label fits the tokens, the baseline is invalid or
@@ -119,6 +129,7 @@ def study(
         NotStored: the run does not hold a site.
     """
     _check(protocol, max_iter, by)
+    cluster.check_engine(engine, address, workers)
     asked, sites = labels_by_role(token_role, labels), sites_to_probe(store, run, sites)
     guessers, own = baselines.stored(), None
     if baseline is not None:
@@ -129,34 +140,98 @@ def study(
     shared |= {"C": C, "tol": TOL, "max_iter": max_iter, "n_resamples": N_RESAMPLES, "by": by}
     shared |= {"baseline": own.sql, "baseline_name": own.name} if own else {}
     recorded: list[tuple[list[dict[str, Any]], dict[str, Any]]] = []
-    tests: list[Test] = []
-    n_test_trees, done, guessed_by = 0, 0, set()
+    n_test_trees, guessed_by, its = 0, set(), dict[str, Asked]()
     for role, its_labels in asked.items():
         used = {"run": run, "token_role": role}
         tokens = store.sql(query, used)
         n_test_trees = check_enough(tokens, about["n_nodes"], run, its_labels)
-        params = {**shared, **used, "labels": its_labels, "data_xxh3": data_hash(tokens, its_labels)}
+        recorded.append(([], {**shared, **used, "labels": its_labels, "data_xxh3": data_hash(tokens, its_labels)}))
         guessed = baselines.scores(store, guessers, its_labels, query, used)
         guessed_by |= {name for by_name in guessed.values() for name in by_name}
-        its = _of_tokens(tokens, its_labels, guessed, about["n_nodes"])
-        rows: list[dict[str, Any]] = []
-        for site in sites:
-            X, _ = store.read(tokens, run=run, site=site)
-            at = {"run": run, "site": site, "token_role": role}
-            found, tested = probe_site(X, its, at, seed, max_iter, by)
-            rows += found
-            tests += tested
-            if protocol == "notebook":
-                rows += notebook_rows(X, tokens, its_labels, at, seed, max_iter)
-            done += 1
-            progress(done, len(sites) * len(asked), site if len(asked) == 1 else f"{role} {site}")
-        recorded.append((rows, params))
+        its[role] = _of_tokens(tokens, its_labels, guessed, about["n_nodes"])
+    prober = Prober(its, run, seed, max_iter, by, protocol)
+    tasks = [(role, site) for role in its for site in sites]
+    found = dict[int, tuple[list[dict[str, Any]], list[Test]]]()
+    for done, (task, outcome) in enumerate(_outcomes(store, prober, tasks, engine, address, workers), 1):
+        found[task], (role, site) = outcome, tasks[task]
+        progress(done, len(tasks), site if len(asked) == 1 else f"{role} {site}")
+    tests = [test for task in sorted(found) for test in found[task][1]]
+    for rows, params in recorded:
+        rows += [row for at, (role, _) in enumerate(tasks) if role == params["token_role"] for row in found[at][0]]
     if own and own.name not in guessed_by:
         raise BadInput(
             f"the baseline {str(baseline)!r} guesses the {LABELS[own.label]} of none of the tokens {', '.join(asked)}; "
             "ask for tokens and labels that it guesses (token_role, labels)"
         )
     return _answer(store, run, seed, query, recorded, adjusted(tests), n_test_trees)
+
+
+@dataclass(frozen=True)
+class Prober:
+    """Probes one site at a time.
+
+    Attributes:
+        asked: token role → its rows.
+        run, seed, max_iter, by, protocol: see `study`.
+    """
+
+    asked: Mapping[str, Asked]
+    run: str
+    seed: int
+    max_iter: int
+    by: str | None
+    protocol: str
+
+    def probe(self, store: Store, role: str, site: str) -> tuple[list[dict[str, Any]], list[Test]]:
+        """Rows of `results` and tests of a site at the tokens of a role."""
+        its, at = self.asked[role], {"run": self.run, "site": site, "token_role": role}
+        X, _ = store.read(its.tokens, run=self.run, site=site)
+        rows, tests = probe_site(X, its, at, self.seed, self.max_iter, self.by)
+        if self.protocol == "notebook":
+            rows = rows + notebook_rows(X, its.tokens, list(its.labels), at, self.seed, self.max_iter)
+        return rows, tests
+
+
+class Worker:
+    """Probes sites on a node of a cluster.
+
+    Args:
+        store: the store, opened here when it came from the driver.
+        prober: what to probe.
+        alike: versions that the worker must have.
+
+    Raises:
+        BadInput: this process has other versions.
+        NotStored: it does not see the store; raised when it is opened.
+    """
+
+    def __init__(self, store: Store, prober: Prober, alike: Mapping[str, str]) -> None:
+        cluster.refuse_otherwise(cluster.worker_here(), cluster.versions(*PACKAGES), "this process", alike)
+        self._prober, self._store = prober, store
+
+    def task(self, role: str, site: str) -> tuple[list[dict[str, Any]], list[Test]]:
+        """See Prober.probe."""
+        return self._prober.probe(self._store, role, site)
+
+
+def _outcomes(
+    store: Store,
+    prober: Prober,
+    tasks: Sequence[tuple[str, str]],
+    engine: str | None,
+    address: str | None,
+    workers: int | None,
+) -> Iterator[tuple[int, tuple[list[dict[str, Any]], list[Test]]]]:
+    """Number of each task with what was found, as they end."""
+    if engine != "ray":
+        for number, (role, site) in enumerate(tasks):
+            yield number, prober.probe(store, role, site)
+        return
+    with cluster.connected(address) as ray:
+        threads = cluster.n_processors(ray)
+        n = cluster.n_workers(ray, workers, threads, len(tasks))
+        make = partial(Worker, store, prober, cluster.versions(*PACKAGES))
+        yield from cluster.spread(ray, make, n, threads, tasks)
 
 
 def _check(protocol: str, max_iter: int, by: str | None) -> None:

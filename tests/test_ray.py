@@ -1,0 +1,157 @@
+"""A run by the workers of a Ray cluster ends with the bytes of a local one, whoever is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from actstore import cluster
+from actstore.cli import main
+from actstore.errors import BadInput
+from actstore.ingest.jobs import on_ray
+from actstore.ingest.jobs.environment import environment
+from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.jobs.on_ray import Asked, Worker, anywhere
+from actstore.ingest.models.load import load
+from actstore.ingest.trees.task import TreeSet
+from actstore.writing.writer import open_writer
+from tests import ray_nodes
+from tests.stores import files
+from tests.test_pipeline import contents
+
+NAMESPACE = ("unshare", "-n", "-p", "-f", "--mount-proc", "--kill-child")
+
+
+def why_no_namespace() -> str:
+    """Why this machine gives no network namespace; "" if it does."""
+    if not (shutil.which("unshare") and shutil.which("ip")):
+        return "no `unshare` and `ip` here (Debian's util-linux and iproute2)"
+    asked = subprocess.run([*NAMESPACE, "ip", "link", "set", "lo", "up"], capture_output=True, text=True)
+    return asked.stderr.strip()
+
+
+def defined(root: Path, model: object = None) -> Ingest:
+    """Define a run over a set of small batches, of which none is stored."""
+    job = Ingest(root, model or load("reproduction"), small_set(), "r", ray_nodes.SITES.split(","))  # type: ignore[arg-type]
+    with open_writer(root, make=True) as writer:
+        writer.define(job.plan)
+    return job
+
+
+def small_set() -> TreeSet:
+    return TreeSet("reproduction", ray_nodes.N_TREES, name="d", trees_per_shard=ray_nodes.PER_SHARD)
+
+
+def test_driver_worker_and_node_are_killed_and_the_store_ends_as_a_local_ingest_leaves_it(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed (make install)")
+    if why := why_no_namespace():
+        pytest.skip(f"two nodes need a network namespace with only `lo`, which takes root: {why}")
+    defined(tmp_path / "ray.act")
+    execute(defined(tmp_path / "local.act"))
+    done = subprocess.run(
+        [*NAMESPACE, sys.executable, "-m", "tests.ray_nodes", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    print(done.stdout)
+    assert done.returncode == 0
+    assert "worker killed" in done.stdout
+    assert "node killed" in done.stdout
+    assert "a second driver waits for the first" in done.stdout
+    assert "refused: run 'r' is stored with weights_sha256" in done.stdout
+    assert "probes are equal" in done.stdout
+    assert contents(tmp_path / "ray.act") == contents(tmp_path / "local.act")
+
+
+@pytest.mark.parametrize("name", ["zarr", "weights_sha256", "threads"])
+def test_a_worker_that_has_something_else_is_refused_before_it_computes(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "s.act"
+    job = defined(root, load("reproduction"))
+    before = files(root)
+    alike = environment(job)
+    monkeypatch.setattr(on_ray, "environment", lambda job: environment(job) | {name: "other"})
+    from actstore.commits.log import manifests
+
+    options = {"model": "reproduction", "dataset": "d", "run": "r", "sites": ray_nodes.SITES}
+    (first,) = manifests(root)
+    asked = Asked(str(root), options, first.xxh3_128, None, None, [], alike)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=rf"the worker on {socket.gethostname()} has {name} other, and this process"):
+        Worker(asked)
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="name a folder that all nodes share, or a bucket"):
+        Worker(Asked(str(root), options, "0" * 32, None, None, [], alike))  # type: ignore[arg-type]
+    assert files(root) == before
+
+
+def test_paths_mean_the_same_on_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("a")
+    given = {"text": "notes.txt", "model": "reproduction", "trees": 3}
+    assert anywhere(given) == given | {"text": str(tmp_path / "notes.txt")}
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "what"),
+    [
+        (("--engine", "dask"), 2, "got --engine dask; there are local, ray"),
+        (("--workers", "2"), 2, "got --workers, which is of a cluster; add --engine ray"),
+        (("--engine", "ray", "--workers", "0"), 2, "got --workers 0"),
+        (("--engine", "ray", "--slice", "1/2"), 2, "got --slice and --engine ray"),
+        (
+            ("--engine", "ray", "--address", "ray://head:10001"),
+            2,
+            "got --address ray://head:10001; write auto, or HOST:PORT",
+        ),
+        (("--engine", "ray", "--address", "127.0.0.1:1"), 1, "no Ray cluster answers at 127.0.0.1:1"),
+    ],
+)
+def test_what_is_no_cluster_is_one_line(tmp_path: Path, options: tuple[str, ...], exit_code: int, what: str) -> None:
+    if "--address" in options:
+        pytest.importorskip("ray", reason="ray is not installed (make install)")
+    command = ("ingest", str(tmp_path / "s.act"), "--model", "reproduction", "--trees", "3", "--sites", "none")
+    said = CliRunner().invoke(main, [*command, *options])
+    assert (said.exit_code, said.stderr.count("\n")) == (exit_code, 1), said.output
+    assert what in said.stderr
+    assert not (tmp_path / "s.act").exists()
+
+
+def test_without_ray_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(BadInput, match=r"pip install 'actstore\[ray\]'"), cluster.connected(None):
+        pass
+
+
+class Nodes:
+    """A cluster of which only the nodes are known."""
+
+    def __init__(self, *cpus: int) -> None:
+        self.cpus = cpus
+
+    def nodes(self) -> list[dict[str, object]]:
+        return [{"Alive": True, "Resources": {"CPU": float(n)}} for n in self.cpus] + [
+            {"Alive": False, "Resources": {"CPU": 64.0}}
+        ]
+
+
+def test_as_many_workers_start_as_nodes_have_room_for() -> None:
+    nodes = Nodes(4, 3, 1)
+    assert cluster.n_workers(nodes, None, 2, 100) == 3
+    assert cluster.n_workers(nodes, None, 2, 2) == 2
+    assert cluster.n_workers(nodes, 2, 2, 100) == 2
+    for asked, threads in ((4, 2), (None, 8)):
+        with pytest.raises(BadInput, match="ask for fewer"):
+            cluster.n_workers(nodes, asked, threads, 100)
+    assert cluster.n_processors(nodes) == 1

@@ -54,7 +54,13 @@ def test_an_error_comes_back_as_its_class_though_that_is_called_otherwise(demo_p
 # Names of the package.
 
 NAMED_OTHERWISE = {"no_record": "record", "file": "labels"}  # of a command's options: the function's arguments
-OF_A_COMMAND = {"as_csv", "as_json", "parquet", "yes"}  # how it prints, and whether it asks
+OF_A_COMMAND = {
+    "as_csv",
+    "as_json",
+    "parquet",
+    "yes",
+    "threads",
+}  # how it prints, whether it asks; torch.set_num_threads
 OF_APPEND = {"from_arrays", "site", "lineage", "allow_nan"}  # `ingest --from-arrays` does what Store.append does
 OF_PATCH = {
     "base",

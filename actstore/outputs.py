@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURES = (".png", ".svg", ".pdf")
+CAPTION = ".txt"  # of the file beside a figure
 
 # Shows progress. Called with (name, total or None, unit in the plural) per piece of work; yields a
 # function to call with the units done and, optionally, the total and the part just done.

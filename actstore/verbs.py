@@ -207,6 +207,7 @@ def study(
     engine: str | None = None,
     address: str | None = None,
     workers: int | None = None,
+    caption: bool = False,
 ) -> list[Asked]:
     """Run a study, record it in `results`, draw its figure.
 
@@ -227,6 +228,7 @@ def study(
         progress: see `outputs.Work`.
         engine, address, workers: `ray` has a Ray cluster probe the sites of the study `probes`, see
             queries/probes/study.py.
+        caption: write a caption beside each figure, as FILE.txt.
 
     Returns:
         Each question with what came of it: `asked[0].answer.frame`, `.sentence`, `.results`.
@@ -250,7 +252,7 @@ def study(
             opened, name, runs, seed, {**(options or {}), **asks, **given}, confirm, progress, patch, tables
         )
         if plot:
-            list(studies.save_figures([one.answer for one in asked if one.answer], plot))
+            list(studies.save_figures([one.answer for one in asked if one.answer], plot, caption))
         if record:
             studies.record(opened, asked, wait)
     return asked

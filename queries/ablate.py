@@ -37,7 +37,7 @@ from actstore.queries.causes import (
     sites_of,
     some,
 )
-from actstore.queries.figures import heat
+from actstore.queries.figures import COLUMN, PAGE, STACKED, colour_bar, entitle, heading, heat, most, panels
 from actstore.queries.last_edge import interval
 from actstore.queries.study import (
     Answer,
@@ -270,9 +270,7 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 
 def plot(answer: Answer) -> Figure:
-    """Heat maps of the probability lost, layer × role: a row per kind, a column per part."""
-    from matplotlib.figure import Figure
-
+    """Heat maps of the probability lost, layer × role, one per kind and part."""
     found = answer.results.filter(metric="p_drop").with_columns(
         how=pl.col("label").str.split(", ").list.first(),
         part=pl.concat_str(
@@ -287,28 +285,33 @@ def plot(answer: Answer) -> Figure:
         found["part"].unique(maintain_order=True).to_list(),
         [role for role in ROLES if role in found["token_role"]],
     )
-    layers, most = sorted(found["layer"].unique()), max(1e-3, *found["value"].abs().to_list())
+    layers, largest = sorted(found["layer"].unique()), max(1e-3, *found["value"].abs().to_list())
     significant = {test.key for test in answer.tests if test.found}
-    figure = Figure(figsize=(1.2 + 4.6 * len(parts), 0.9 + 2.4 * len(hows)), layout="constrained")
-    axes = figure.subplots(len(hows), len(parts), squeeze=False)
-    for how, of_how in zip(hows, axes, strict=True):
-        for part, axis in zip(parts, of_how, strict=True):
-            cells = found.filter(how=how, part=part)
-            shown_at = {(row["layer"], row["token_role"]): row for row in cells.iter_rows(named=True)}
-            values = [
-                [shown_at[layer, role]["value"] if (layer, role) in shown_at else None for role in roles]
-                for layer in layers
+    pairs = [(how, part) for how in hows for part in parts]
+    is_wide = len(pairs) > STACKED
+    height = 0.75 + 0.19 * len(layers)
+    figure, axes = panels(len(pairs), height, 1 + is_wide, PAGE if is_wide else COLUMN)
+    for axis, (how, part) in zip(axes, pairs, strict=True):
+        cells = found.filter(how=how, part=part)
+        shown_at = {(row["layer"], row["token_role"]): row for row in cells.iter_rows(named=True)}
+        values = [
+            [shown_at[layer, role]["value"] if (layer, role) in shown_at else None for role in roles]
+            for layer in layers
+        ]
+        marked = [
+            [
+                (layer, role) in shown_at
+                and (shown_at[layer, role]["site"], role, shown_at[layer, role]["label"]) in significant
+                for role in roles
             ]
-            marked = [
-                [
-                    (layer, role) in shown_at
-                    and (shown_at[layer, role]["site"], role, shown_at[layer, role]["label"]) in significant
-                    for role in roles
-                ]
-                for layer in layers
-            ]
-            image = heat(axis, values, marked, roles, layers, most)
-            axis.set_title(f"{part}, {how}", fontsize=10)
-    figure.colorbar(image, ax=axes, label="probability of the right step lost (points)", shrink=0.8)
-    figure.suptitle(f"What the answers of run {answer.results['run'][0]} need; framed: significant (Holm)", fontsize=10)
+            for layer in layers
+        ]
+        image = heat(axis, values, marked, roles, layers, largest)
+        entitle(axis, f"{part}, {how}")
+    colour_bar(figure, image, axes, "probability of the right step lost (points)")
+    heading(
+        figure,
+        "What the answers need at the tokens of a role",
+        f"run {answer.results['run'][0]}; up to {most(found['n']):,} steps per cell; framed: significant (Holm)",
+    )
     return figure

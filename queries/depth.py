@@ -17,7 +17,7 @@ from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.intervals import difference, over_trees, share
 from actstore.queries import load
-from actstore.queries.figures import points, side_by_side
+from actstore.queries.figures import FEW, entitle, heading, panels, percents, points
 from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
 
 if TYPE_CHECKING:
@@ -175,15 +175,22 @@ def _listed(tests: Sequence[Test]) -> str:
 
 
 def plot(answer: Answer) -> Figure:
-    """Accuracy by goal depth, the three measures, with 95 % intervals."""
-    figure, (axis,) = side_by_side(1, width=8)
+    """Accuracy by goal depth, a panel per measure; depths of few trees are hollow."""
     by_depth = answer.results.filter(pl.col("label") != "all")
-    for turn, (measure, name) in enumerate(MEASURES.items()):
+    trees = by_depth.filter(metric="greedy")
+    depths, n = [int(label.split()[1]) for label in trees["label"]], trees["n"].to_list()
+    figure, axes = panels(len(MEASURES), 1.3, sharex=True)
+    for turn, (axis, (measure, name)) in enumerate(zip(axes, MEASURES.items(), strict=True)):
         rows = by_depth.filter(metric=measure)
-        x = [int(label.split()[1]) for label in rows["label"]]
-        points(axis, x, rows, name, turn)
-    axis.set_xlabel("depth of the goal (steps of the path)")
-    axis.set_ylabel("right (%)")
-    axis.set_title(f"Accuracy by goal depth, run {answer.results['run'][0]}; bars are 95 % intervals", fontsize=10)
-    axis.legend(frameon=False)
+        few = [count < FEW for count in n]
+        points(axis, depths, rows, name, turn, few=few)
+        many = rows.filter(pl.Series(few, dtype=pl.Boolean).not_()) if not all(few) else rows
+        percents(axis, max(0.0, 100 * float(many["low"].cast(pl.Float64).to_numpy().min()) - 1))
+        entitle(axis, name)
+    axes[1].set_ylabel("right (%)")
+    axes[-1].set_xticks(depths, [f"{depth}\n{count:,}" for depth, count in zip(depths, n, strict=True)])
+    axes[-1].set_xlabel("depth of the goal in steps; below, how many trees")
+    said = f"run {answer.results['run'][0]}; bars are 95 % intervals"
+    hollow = f"; hollow: fewer than {FEW} trees, whose bars may leave the panel" if any(few) else ""
+    heading(figure, "Accuracy by the goal's depth", said + hollow)
     return figure

@@ -32,7 +32,7 @@ from actstore.interventions import Edit
 from actstore.named import NAME as NAMES
 from actstore.queries import load
 from actstore.queries.effects import MEASURES, Effect, Effects
-from actstore.queries.figures import GREY, plain, points
+from actstore.queries.figures import GREY, by_site, entitle, heading, legend, most, panels, percents, points
 from actstore.queries.last_edge import interval
 from actstore.queries.leace import Erasure
 from actstore.queries.probes.asked import Asked
@@ -391,29 +391,34 @@ COSTS = {
 
 def plot(answer: Answer) -> Figure:
     """Per label: what a probe reads before and after; accuracy lost; log-loss gained; by site."""
-    from matplotlib.figure import Figure
-
     results = answer.results
     asked = results.filter(metric="read").select("token_role", "label").unique(maintain_order=True).rows()
-    figure = Figure(figsize=(16.0, 3.6 * len(asked) + 0.5), layout="constrained")
-    axes = figure.subplots(len(asked), 3, squeeze=False)
-    for row, (role, label) in zip(axes, asked, strict=True):
+    figure, axes = panels(3 * len(asked), 1.5, sharex=True)
+    for number, (role, label) in enumerate(asked):
+        row = axes[3 * number : 3 * number + 3]
         here = _about(results, role, label)
         sites = here.filter(metric="read")["site"].to_list()
         for turn, (metric, name) in enumerate(READ.items()):
             points(row[0], range(len(sites)), here.filter(metric=metric), name, turn)
         common = here.filter(metric="commonest")["value"][0]
         row[0].axhline(100 * common, color=GREY, linestyle="--", linewidth=1, label="commonest class")
+        percents(row[0])
         for axis, measure, scale in ((row[1], "accuracy", 100.0), (row[2], "loss", 1.0)):
             for turn, (metric, name) in enumerate(COSTS.items()):
-                points(axis, range(len(sites)), here.filter(metric=f"{measure}_{metric}"), name, turn, scale=scale)
-        read = f"probe for the {LABELS.get(label, label)}{f' at {role}' if role else ''} (%)"
-        titles = [read, f"{MEASURES['accuracy']} (points), by what is erased", f"{MEASURES['loss']} (nats)"]
-        for axis, title in zip(row, titles, strict=True):
-            plain(axis)
-            axis.set_xticks(range(len(sites)), sites, rotation=45, ha="right", fontsize=8)
-            axis.set_title(title, fontsize=9)
-        for axis in (row[0], row[2]):
-            axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(f"Read and used? Run {results['run'][0]}; bars are 95 % intervals over trees", fontsize=10)
+                rows = here.filter(metric=f"{measure}_{metric}")
+                points(axis, range(len(sites)), rows, f"erased: {name}", turn, scale=scale)
+        read = f"probe for the {LABELS.get(label, label)}{f' at {role}' if role else ''}"
+        for axis, title, unit in zip(
+            row, (read, MEASURES["accuracy"], MEASURES["loss"]), ("read (%)", "points", "nats"), strict=True
+        ):
+            entitle(axis, title)
+            axis.set_ylabel(unit)
+    by_site(axes[-1], sites)
+    legend(figure, *axes[:2])
+    n = most(results.filter(pl.col("metric").str.starts_with("accuracy_"))["n"])
+    heading(
+        figure,
+        "Read and used? What erasing a label costs",
+        f"run {results['run'][0]}; {n:,} trees; bars are 95 % intervals over trees",
+    )
     return figure

@@ -1,9 +1,15 @@
-"""Shared parts of the studies' figures: panels, colour-blind-safe points and intervals."""
+"""Shared parts of the studies' figures: one style, panels, colour-blind-safe points and intervals.
+
+A figure is as wide as one column of a paper, and its text is 6 to 8 points there. More panels make
+a figure longer, and never smaller.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -13,25 +19,134 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+COLUMN, PAGE = 3.5, 7.2  # inches: one column of a paper, and the width of its page
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
 MARKERS = "osD^v"
 GREY = "0.45"
+STACKED = 4  # heat maps in one column; more stand in two columns, page-wide
+FEW = 30  # rows; a share of fewer is drawn hollow, and does not stretch its axis
+PER_INCH = 17  # characters of 8 points
+LINE = 0.145  # inches, of 8 points
+STYLE: dict[str, Any] = {
+    **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8},
+    **{"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False},
+    **{"axes.linewidth": 0.6, "grid.linewidth": 0.5, "lines.linewidth": 1.1, "lines.markersize": 3.5},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "text.parse_math": False},
+    **{"figure.dpi": 200, "savefig.dpi": 300, "pdf.fonttype": 42, "ps.fonttype": 42, "svg.hashsalt": "actstore"},
+}
+DARK, LIGHT = "#16181d", "#e8e8e8"  # background and text of a figure on a dark page
+
+
+def style(dark: bool = False) -> AbstractContextManager[None]:
+    """The style of all figures, in a with block; `dark` is light text on a dark background."""
+    from matplotlib import rc_context
+
+    paper, ink, line = (DARK, LIGHT, "#3a3d44") if dark else ("white", "black", "0.9")
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    ground = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    return rc_context({**STYLE, "grid.color": line} | dict.fromkeys(inked, ink) | dict.fromkeys(ground, paper))
+
+
+def panels(
+    n: int, height: float = 1.6, columns: int = 1, width: float = COLUMN, **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of n panels in reading order, each `height` inches.
+
+    Args:
+        columns: panels beside each other.
+        width: of the whole figure, in inches.
+        shared: sharex and sharey of matplotlib's `subplots`.
+    """
+    from matplotlib.figure import Figure
+
+    n_rows, columns = -(-n // columns), min(n, columns)
+    figure = Figure(figsize=(width, height * n_rows + 0.3), layout="constrained")
+    axes = list(figure.subplots(n_rows, columns, squeeze=False, **shared).ravel())
+    for axis in axes[n:]:
+        axis.remove()
+    for axis in axes[max(0, n - columns) : n]:
+        axis.tick_params(labelbottom=True)
+    for axis in axes[:n]:
+        plain(axis)
+    return figure, axes[:n]
+
+
+def heading(figure: Figure, what: str, said: str) -> None:
+    """Two lines over a figure: what it shows; of which run, how many, and what its marks are."""
+    wide = int(PER_INCH * figure.get_figwidth())
+    text = f"{fill(what, wide)}\n{fill(said, wide)}"
+    _lengthen(figure, text.count("\n") + 1)
+    figure.suptitle(text, x=0.02, ha="left")
+
+
+def legend(figure: Figure, *axes: Axes) -> None:
+    """One legend of several panels under the figure, each name once."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    fits = int(1.15 * PER_INCH * figure.get_figwidth() / (max(map(len, handles)) + 5))
+    columns = min(max(1, fits), len(handles))
+    _lengthen(figure, -(-len(handles) // columns) + 0.5)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns)
+
+
+def _lengthen(figure: Figure, n_lines: float) -> None:
+    """Make room for lines of text, so that panels keep their size."""
+    figure.set_figheight(figure.get_figheight() + LINE * n_lines)
+
+
+def entitle(axis: Axes, text: str) -> None:
+    """A panel's title, in as many lines as it needs."""
+    columns = axis.get_subplotspec().get_gridspec().ncols  # type: ignore[union-attr]
+    lines = fill(text, int(PER_INCH * _width(axis) / columns) - 9)
+    _lengthen(axis.figure, lines.count("\n") / columns)  # type: ignore[arg-type]
+    axis.set_title(lines, loc="left")
+
+
+def _width(axis: Axes) -> float:
+    """Inches of the axis' figure."""
+    return float(axis.figure.get_figwidth())  # type: ignore[union-attr]
+
+
+def most(counts: pl.Series) -> int:
+    """The largest of some counts; 0 without any."""
+    return int(counts.cast(pl.Int64).to_numpy().max(initial=0))
+
+
+def percents(axis: Axes, low: float | None = 0.0) -> None:
+    """An axis of percents, which ends at 100; it begins at `low`, or where its marks begin."""
+    from matplotlib.ticker import MaxNLocator
+
+    low = max(0.0, axis.get_ylim()[0]) if low is None else low
+    axis.set_ylim(low - 0.04 * (100 - low), 100 + 0.04 * (100 - low))
+    ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, 100)
+    axis.set_yticks([tick for tick in ticks if low <= tick <= 100])
+
+
+def whole_numbers(axis: Axes) -> None:
+    """Ticks of the x axis at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+
+
+def by_site(axis: Axes, sites: Sequence[str]) -> None:
+    """Name the sites on the x axis, turned where they would not fit beside each other."""
+    room = 0.85 * PER_INCH * _width(axis)
+    turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    turned = turned if sum(map(len, sites)) > room else {}
+    axis.set_xticks(range(len(sites)), sites, **turned)
 
 
 def side_by_side(n: int, width: float = 5.2, height: float = 4.0) -> tuple[Figure, list[Axes]]:
     """A figure of n panels side by side, each width × height inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * n, height), layout="constrained")
-    axes = list(figure.subplots(1, n, squeeze=False)[0])
-    for axis in axes:
-        plain(axis)
-    return figure, axes
+    return panels(n, height, n, width * n)
 
 
 def plain(axis: Axes) -> None:
     """Show horizontal grid lines, and no frame at the top and right."""
-    axis.grid(axis="y", color="0.92")
+    axis.grid(axis="y")
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -43,6 +158,7 @@ def points(
     turn: int = 0,
     line: bool = True,
     scale: float = 100.0,
+    few: Sequence[bool] = (),
 ) -> None:
     """Plot points with their intervals.
 
@@ -54,13 +170,18 @@ def points(
             apart.
         line: whether a line joins the points.
         scale: factor of the values; the default shows percent.
+        few: rows whose points are hollow.
     """
     value, low, high = (scale * rows[column].cast(pl.Float64).to_numpy() for column in ("value", "low", "high"))
     bars = np.clip(np.nan_to_num([value - low, high - value]), 0, None)
     style = f"{'-' if line else ''}{MARKERS[turn % len(MARKERS)]}"
     colour = COLOURS[turn % len(COLOURS)]
     shifted = np.asarray(x, float) + 0.09 * turn
-    axis.errorbar(shifted, value, bars, fmt=style, color=colour, capsize=3, markersize=4, label=name)
+    axis.errorbar(shifted, value, bars, fmt=style, color=colour, capsize=2, elinewidth=0.8, label=name)
+    if any(few):
+        there = np.asarray(few, bool)
+        marker = MARKERS[turn % len(MARKERS)]
+        axis.plot(shifted[there], value[there], marker, color=colour, mfc=axis.get_facecolor(), zorder=3)
 
 
 def heat(
@@ -89,10 +210,18 @@ def heat(
         if np.isfinite(value):
             colour = "white" if abs(value) > 65 * most else "black"
             text = "0" if abs(value) < 0.05 else f"{value:.0f}" if abs(value) >= 9.95 else f"{value:.1f}"
-            axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
+            axis.text(x, y, text, ha="center", va="center", fontsize=6, color=colour)
         if marked[y][x]:
-            axis.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor="black", linewidth=1.2))
-    axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
-    axis.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=8)
-    axis.set_ylabel(row_name, fontsize=8)
+            axis.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor="black", linewidth=1.0))
+    axis.grid(False)
+    axis.tick_params(length=0)
+    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(rows)), [str(row) for row in rows])
+    axis.set_ylabel(row_name)
     return image
+
+
+def colour_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str) -> None:
+    """The colours' scale, flat under the panels."""
+    bar = figure.colorbar(image, ax=list(axes), label=label, location="bottom", shrink=0.8, aspect=40, pad=0.02)
+    bar.outline.set_visible(False)

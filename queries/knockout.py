@@ -23,7 +23,7 @@ import polars as pl
 from actstore.errors import BadInput, nearest
 from actstore.interventions import Edit
 from actstore.queries.effects import MEASURES, Effects
-from actstore.queries.figures import GREY
+from actstore.queries.figures import GREY, entitle, heading, most, panels
 from actstore.queries.probes.labelled import parameters, sql_of
 from actstore.queries.study import (
     Answer,
@@ -356,36 +356,36 @@ def _lost(results: pl.DataFrame, test: Test) -> str:
 
 def plot(answer: Answer) -> Figure:
     """Heat maps, layers × classes: accuracy and log-loss, of the classes and of random keys."""
-    from matplotlib.figure import Figure
-
     results = answer.results
     found = {test.key for test in answer.tests if test.found}
     sites = results.filter(metric="accuracy_change")["site"].unique(maintain_order=True).to_list()
     labels = results.filter(metric="keys")["label"].to_list()
-    height = 1.3 + 0.3 * len(labels)
-    figure = Figure(figsize=(3.6 + 0.75 * len(sites), 2 * height), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, sharey=True, squeeze=False)
-    for row, (measure, scale, unit) in zip(axes, (("accuracy", 100, "points"), ("loss", 1, "nats")), strict=True):
+    figure, axes = panels(4, 0.5 + 0.22 * len(labels), sharex=True)
+    drawn = iter(axes)
+    for measure, scale, unit in (("accuracy", 100, "points"), ("loss", 1, "nats")):
         grids = [_grid(results, f"{measure}_{metric}", sites, labels) * scale for metric in ("change", "control")]
-        most = max(np.abs(grid).max() for grid in grids) or 1.0
-        for axis, grid, title in zip(row, grids, ("these keys", CONTROL), strict=True):
-            image = axis.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-            axis.set_title(f"{MEASURES[measure]} without {title}", fontsize=9)
-            axis.set_xticks(range(len(sites)), [_tick(site) for site in sites], fontsize=8)
-            axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        largest = max(np.abs(grid).max() for grid in grids) or 1.0
+        for grid, title in zip(grids, ("these keys", CONTROL), strict=True):
+            axis = next(drawn)
+            axis.grid(False)
+            axis.tick_params(length=0)
+            axis.imshow(grid, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+            entitle(axis, f"{MEASURES[measure]} ({unit}), {title}")
+            axis.set_xticks(range(len(sites)), [_tick(site).replace(" ", "\n") for site in sites])
+            axis.set_yticks(range(len(labels)), labels)
             for y, x in np.ndindex(grid.shape):
                 key = (sites[x], results["token_role"][0], labels[y] + ", loss" * (measure == "loss"))
                 text = f"{grid[y, x] + 0.0:.{0 if scale > 1 else 1}f}".replace("-0.0", "0.0")
                 bold = "bold" if title != CONTROL and key in found else "normal"
-                dark = abs(grid[y, x]) > 0.6 * most
+                dark = abs(grid[y, x]) > 0.6 * largest
                 colour = "white" if dark else "black" if bold == "bold" else GREY
-                axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour, weight=bold)
-        figure.colorbar(image, ax=list(row), label=unit, fraction=0.03)
-    for axis in axes[-1]:
-        axis.set_xlabel("layers that lose this attention")
-    roles = results["token_role"][0]
-    figure.suptitle(
-        f"Attention from {roles} taken away, run {results['run'][0]}; bold: more than random keys (Holm)", fontsize=10
+                axis.text(x, y, text, ha="center", va="center", fontsize=6, color=colour, weight=bold)
+    axes[-1].set_xlabel("layers that lose it (1 on: layer 1 and later ones)")
+    heading(
+        figure,
+        f"Attention from {results['token_role'][0]} taken away",
+        f"run {results['run'][0]}; {most(results.filter(metric='accuracy_change')['n']):,} trees; bold: more than random keys "
+        "(Holm)",
     )
     return figure
 

@@ -19,7 +19,7 @@ from actstore.errors import BadInput
 from actstore.intervals import difference, over_trees, share, shuffled_within, stratified_difference
 from actstore.queries import load
 from actstore.queries.depth import outcomes
-from actstore.queries.figures import GREY, points, side_by_side
+from actstore.queries.figures import GREY, entitle, heading, panels, percents, points, whole_numbers
 from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
 
 if TYPE_CHECKING:
@@ -183,13 +183,21 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 def plot(answer: Answer) -> Figure:
     """Draw, by place of the step's edge, the share right and the probability of the right step."""
-    figure, axes = side_by_side(2)
+    figure, axes = panels(2, 1.7, sharex=True)
     for axis, label in zip(axes, ("step", "p_target"), strict=True):
         rows = answer.results.filter((pl.col("label") == label) & pl.col("metric").str.starts_with("place"))
         x = [int(metric.split()[1]) for metric in rows["metric"]]
         points(axis, x, rows, NAMES[label])
         axis.axvline(max(x), color=GREY, linestyle="--", linewidth=1)
-        axis.set_xlabel("place of the step's edge in the list (dashed: the last)")
-        axis.set_ylabel(f"{NAMES[label]} (%)")
-    figure.suptitle(f"Does the last edge matter? Run {answer.results['run'][0]}; bars are 95 % intervals", fontsize=10)
+        percents(axis, None)
+        entitle(axis, NAMES[label])
+        axis.set_ylabel("%")
+    whole_numbers(axes[-1])
+    axes[-1].set_xlabel("place of the step's edge in the list (dashed: the last)")
+    n = answer.results.filter((pl.col("label") == "step") & pl.col("metric").str.starts_with("place"))["n"].sum()
+    heading(
+        figure,
+        "Does the last edge matter?",
+        f"run {answer.results['run'][0]}; {n:,} steps; bars are 95 % intervals",
+    )
     return figure

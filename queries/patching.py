@@ -25,7 +25,7 @@ from actstore.errors import BadInput, nearest
 from actstore.intervals import sign_flip
 from actstore.interventions import Edit
 from actstore.queries.causes import ENDS, check_stored, mean_over_trees, roles_of, shape_of, sites_of
-from actstore.queries.figures import heat
+from actstore.queries.figures import COLUMN, PAGE, STACKED, colour_bar, entitle, heading, heat, most, panels
 from actstore.queries.pairs import BEFORE, DIRECTIONS, Contrast, pairs_of
 from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
 
@@ -207,8 +207,6 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test], n_left_out: int) -> s
 
 def plot(answer: Answer) -> Figure:
     """Heat maps, layer × role: what the donor moves, and what it moves beyond its control."""
-    from matplotlib.figure import Figure
-
     results = answer.results.with_columns(
         family=pl.col("site").str.split(".").list.first(), layer=pl.col("site").str.split(".").list.last()
     )
@@ -217,20 +215,25 @@ def plot(answer: Answer) -> Figure:
     layers = sorted(results["layer"].unique(), key=int)
     back = results["label"][0] == "noise"
     significant = {(test.site, test.token_role) for test in answer.tests if test.found}
-    figure = Figure(figsize=(1.2 + 4.2 * len(families), 6.2), layout="constrained")
-    axes = figure.subplots(2, len(families), squeeze=False)
-    for metric, of_metric in zip(("recovered", "moved_beyond_control"), axes, strict=True):
-        for family, axis in zip(families, of_metric, strict=True):
-            rows = results.filter(family=family, metric=metric).select("layer", "token_role", "value").rows()
-            turned = metric == "recovered" and back
-            value = {(layer, role): 1 - share if turned else share for layer, role, share in rows}
-            values = [[value.get((layer, role)) for role in roles] for layer in layers]
-            beyond = metric != "recovered"
-            marked = [[beyond and (f"{family}.{layer}", role) in significant for role in roles] for layer in layers]
-            image = heat(axis, values, marked, roles, layers, 1.0)
-            axis.set_title(f"{FAMILIES[family]}{', beyond a donor with the same answer' * beyond}", fontsize=9)
-    figure.colorbar(image, ax=axes, label="logit difference moved to the donor's answer (%)", shrink=0.8)
-    figure.suptitle(
-        f"What carries the first step in run {answer.results['run'][0]}; framed: significant (Holm)", fontsize=10
+    metrics = ("recovered", "moved_beyond_control")
+    drawn = [(metric, family) for metric in metrics for family in families]
+    is_wide = len(drawn) > STACKED
+    height = 0.75 + 0.19 * len(layers)
+    figure, axes = panels(len(drawn), height, 1 + is_wide, PAGE if is_wide else COLUMN)
+    for axis, (metric, family) in zip(axes, drawn, strict=True):
+        rows = results.filter(family=family, metric=metric).select("layer", "token_role", "value").rows()
+        turned = metric == "recovered" and back
+        value = {(layer, role): 1 - share if turned else share for layer, role, share in rows}
+        values = [[value.get((layer, role)) for role in roles] for layer in layers]
+        beyond = metric != "recovered"
+        marked = [[beyond and (f"{family}.{layer}", role) in significant for role in roles] for layer in layers]
+        image = heat(axis, values, marked, roles, layers, 1.0)
+        entitle(axis, f"{FAMILIES[family]}{', beyond a donor with the same answer' * beyond}")
+    colour_bar(figure, image, axes, "logit difference moved to the donor's answer (%)")
+    heading(
+        figure,
+        "What carries the first step",
+        f"run {answer.results['run'][0]}; up to {most(results.filter(metric='recovered')['n']):,} pairs per cell; framed: "
+        "significant (Holm)",
     )
     return figure

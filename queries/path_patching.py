@@ -31,7 +31,7 @@ import polars as pl
 from actstore.errors import BadInput
 from actstore.interventions import Edit
 from actstore.queries.causes import MOST, check_stored, names_in, roles_of, shape_of, sites_of, sites_read
-from actstore.queries.figures import heat
+from actstore.queries.figures import COLUMN, PAGE, STACKED, colour_bar, entitle, heading, heat, most, panels
 from actstore.queries.pairs import BEFORE, Contrast, pairs_of
 from actstore.queries.patching import CONTROL, LISTED, check_direction, compared, percent
 from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
@@ -47,7 +47,6 @@ FAMILIES = {"attn_out": "attention", "mlp_out": "MLP", "z": "head"}
 LOGITS = "logits"
 ANSWERING = "root"  # role of the token whose logits are the first step
 PLACES = {role: place for place, role in enumerate(("bar", "goal", "colon", "root"), start=1)}  # all other roles: 0
-WIDE = 6  # panels of the figure in a row
 
 
 @dataclass(frozen=True)
@@ -301,9 +300,7 @@ def plot(answer: Answer) -> Figure:
 
     There is a panel per receiver and kind of sender.
     """
-    from matplotlib.figure import Figure
-
-    panels: dict[tuple[str, str], dict[tuple[int, str], float]] = {}
+    panels_of: dict[tuple[str, str], dict[tuple[int, str], float]] = {}
     marked: set[tuple[str, str, int, str]] = set()
     significant = {test.key for test in answer.tests if test.found}
     for row in answer.results.filter(metric="moved_beyond_control").iter_rows(named=True):
@@ -311,29 +308,26 @@ def plot(answer: Answer) -> Figure:
         family, _, rest = sender.partition(".")
         layer, _, head = rest.partition(" ")
         key = receiver, f"{head or FAMILIES[family]}"
-        panels.setdefault(key, {})[int(layer), row["token_role"]] = row["value"]
+        panels_of.setdefault(key, {})[int(layer), row["token_role"]] = row["value"]
         if (row["site"], row["token_role"], row["label"]) in significant:
             marked.add((*key, int(layer), row["token_role"]))
-    cells = [cell for panel in panels.values() for cell in panel]
+    cells = [cell for panel in panels_of.values() for cell in panel]
     layers = sorted({layer for layer, _ in cells})
     roles = [role for role in BEFORE if role in {role for _, role in cells}]
-    order = sorted(panels, key=lambda key: list(dict.fromkeys(sender for _, sender in panels)).index(key[1]))
-    n_rows = -(-len(order) // WIDE)
-    width = min(len(order), WIDE)
-    figure = Figure(
-        figsize=(1.4 + width * (0.9 + 0.36 * len(roles)), n_rows * (1.0 + 0.36 * len(layers))), layout="constrained"
-    )
-    axes = figure.subplots(n_rows, width, squeeze=False).ravel()
-    for axis, key in zip(axes, order, strict=False):
-        values = [[panels[key].get((layer, role)) for role in roles] for layer in layers]
+    order = sorted(panels_of, key=lambda key: list(dict.fromkeys(sender for _, sender in panels_of)).index(key[1]))
+    is_wide = len(order) > STACKED
+    height = 0.75 + 0.19 * len(layers)
+    figure, axes = panels(len(order), height, 1 + is_wide, PAGE if is_wide else COLUMN)
+    for axis, key in zip(axes, order, strict=True):
+        values = [[panels_of[key].get((layer, role)) for role in roles] for layer in layers]
         frames = [[(*key, layer, role) in marked for role in roles] for layer in layers]
         image = heat(axis, values, frames, roles, layers, 1.0)
-        axis.set_title(f"{key[1]} to {key[0]}", fontsize=9)
-    for axis in axes[len(order) :]:
-        axis.set_axis_off()
-    figure.colorbar(image, ax=axes, label="logit difference moved beyond the control (%)", shrink=0.8)
-    figure.suptitle(
-        f"Which direct paths carry the first step in run {answer.results['run'][0]}; framed: significant (Holm)",
-        fontsize=10,
+        entitle(axis, f"{key[1]} to {key[0]}")
+    colour_bar(figure, image, axes, "logit difference moved beyond the control (%)")
+    n = most(answer.results.filter(metric="moved_beyond_control")["n"])
+    heading(
+        figure,
+        "Which direct paths carry the first step",
+        f"run {answer.results['run'][0]}; up to {n:,} pairs per cell; framed: significant (Holm)",
     )
     return figure

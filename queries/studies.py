@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from actstore.errors import ActstoreError, BadInput, NotStored, advised
-from actstore.outputs import Work, save_figure, silent
+from actstore.outputs import CAPTION, Work, save_figure, silent, write_text
 from actstore.queries import confirm as confirming
 from actstore.queries import second
 from actstore.queries import study as each_study
@@ -222,12 +222,20 @@ def as_frame(answers: Sequence[Answer]) -> pl.DataFrame:
     return pl.concat(named, how="diagonal_relaxed")
 
 
-def save_figures(answers: Sequence[Answer], file: str | Path) -> Iterator[Path]:
+def save_figures(answers: Sequence[Answer], file: str | Path, caption: bool = False) -> Iterator[Path]:
     """Draw each answer into a file and yield its path.
 
     One answer gets FILE; several get FILE-RUN, or FILE-RUN-OTHER for a pair.
+
+    Args:
+        caption: write each figure's caption beside the figure, as .txt; yield its path, too.
     """
     for answer in answers:
         path = Path(file) if len(answers) == 1 else Path(file).with_stem("-".join([Path(file).stem, *answer.of]))
-        save_figure(path, each_study.plot(answer))
+        figure = each_study.plot(answer)
+        save_figure(path, figure)
         yield path
+        if caption:
+            beside = path.with_suffix(CAPTION)
+            write_text(beside, each_study.caption(answer, figure) + "\n")
+            yield beside

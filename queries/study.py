@@ -23,6 +23,7 @@ import polars as pl
 from actstore.errors import BadInput, NotStored, advised, nearest
 from actstore.intervals import holm, share_over_trees
 from actstore.queries import check_names
+from actstore.queries.figures import style
 from actstore.version import __version__
 
 if TYPE_CHECKING:
@@ -379,9 +380,32 @@ def most_alike(base: Row, among: Iterable[Row]) -> list[Row]:
     return sorted(best, key=lambda row: order.index(row["weights_sha256"]))
 
 
-def plot(answer: Answer) -> Figure:
-    """Draw an answer; `plot(answer).savefig(FILE)` writes the figure, without a display."""
-    return _module(answer.name).plot(answer)
+def plot(answer: Answer, dark: bool = False) -> Figure:
+    """Draw an answer, one column of a paper wide.
+
+    `plot(answer).savefig(FILE)` writes the figure, without a display.
+
+    Args:
+        dark: light text on a dark background, for a screen.
+    """
+    with style(dark):
+        figure: Figure = _module(answer.name).plot(answer)
+        figure.draw_without_rendering()  # ticks are made here, in this style
+    return figure
+
+
+def caption(answer: Answer, figure: Figure) -> str:
+    """What stands below a figure in a paper: what it shows, the answer, and how to make it again.
+
+    Args:
+        figure: the answer's figure, see `plot`.
+    """
+    what, said = (" ".join(part.split()) for part in figure.get_suptitle().partition("\n")[::2])
+    first = answer.results.row(0, named=True)
+    return (
+        f"{what}{'' if what.endswith('?') else '.'} {said[:1].upper()}{said[1:]}. {answer.sentence} (actstore, study "
+        f"{answer.name}, seed {first['seed']}, snapshot {first['snapshot']}.)"
+    )
 
 
 def adjusted(tests: Iterable[Test]) -> tuple[Test, ...]:

@@ -21,7 +21,7 @@ from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.intervals import change_over_trees, paired, sign_flip
 from actstore.queries.depth import unanswered
-from actstore.queries.figures import points, side_by_side
+from actstore.queries.figures import GREY, entitle, heading, legend, most, panels, points
 from actstore.queries.last_edge import direction, interval
 from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
 
@@ -309,22 +309,30 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 def plot(answer: Answer) -> Figure:
     """Draw the change of accuracy and of the moved edge's step probability, by depth and kind."""
-    figure, axes = side_by_side(2)
-    names = {"change": "accuracy, whole path", "p_change": "p of the moved edge's step"}
+    figure, axes = panels(2, 1.9, sharex=True)
+    names = {"change": "accuracy, whole path", "p_change": "probability of the moved edge's step"}
+    depths: set[int] = set()
     for axis, (metric, name) in zip(axes, names.items(), strict=True):
         for turn, (kind, kind_name) in enumerate(KINDS.items()):
             rows = answer.results.filter(
                 pl.col("label").str.starts_with(f"{kind}, depth")
                 & (pl.col("metric") == metric)
-                & (pl.col("n") >= min(LEAST_DRAWN, answer.results["n"].max()))  # type: ignore[type-var]
+                & (pl.col("n") >= min(LEAST_DRAWN, most(answer.results["n"])))
             )
             x = [int(label.split()[-1]) for label in rows["label"]]
             points(axis, x, rows, kind_name, turn, line=False)
-        axis.axhline(0, color="0.45", linewidth=1)
-        axis.set_xlabel("depth of the goal")
-        axis.set_ylabel(f"change of {name} (points)")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(
-        f"The same trees, two edges swapped, run {answer.results['run'][0]}; bars are 95 % intervals", fontsize=10
+            depths.update(x)
+        axis.axhline(0, color=GREY, linewidth=1)
+        entitle(axis, f"change of the {name}")
+        axis.set_ylabel("points")
+    axes[-1].set_xticks(sorted(depths))
+    axes[-1].set_xlabel("depth of the goal")
+    legend(figure, *axes)
+    pairs = most(answer.results.filter(pl.col("label").is_in(list(KINDS)) & (pl.col("metric") == "change"))["n"])
+    n = f"up to {pairs:,} pairs; " if pairs else ""
+    heading(
+        figure,
+        "The same trees, two edges swapped",
+        f"run {answer.results['run'][0]}; {n}bars are 95 % intervals; depths of {LEAST_DRAWN} pairs and more",
     )
     return figure

@@ -149,8 +149,8 @@ def test_the_finding_is_confirmed_on_a_second_set_that_lacks_the_shared_trees(pa
 
 def test_the_figure_frames_what_was_found(answer):
     figure = ablate.plot(answer)
-    panels = [axis for axis in figure.axes if axis.get_title()]
-    assert [axis.get_title() for axis in panels] == [
+    panels = [axis for axis in figure.axes if axis.get_title("left")]
+    assert [axis.get_title("left") for axis in panels] == [
         f"{part}, {how}" for how in ("zero", "mean", "resample") for part in ("attention", "MLP")
     ]
     assert [len(axis.patches) for axis in panels] == [1, 0] * 3

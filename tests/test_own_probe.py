@@ -108,7 +108,7 @@ def test_the_answer_says_per_site_what_was_read_and_what_a_baseline_gives(found)
     assert params["query"] == LABEL == found.results["query"][0]
     assert params["params"] == {"dataset": "stories"}
     assert params["classes"] == ["cold", "warm"]
-    assert study.plot(found).axes[0].get_title().startswith("Linear probes of 'kind', run text")
+    assert study.plot(found).get_suptitle().startswith("Linear probes of 'kind'\nrun text")
 
 
 def test_heads_are_probed_if_they_are_named(store):
@@ -148,7 +148,7 @@ def test_rows_of_one_document_are_not_independent(paired):
     )
     assert value(answer, "resid_post.0") == 1
     assert value(answer, "resid_post.0", column="low") == by_document["low"]
-    assert "over documents" in study.plot(answer).axes[0].get_title()
+    assert "over documents" in " ".join(study.plot(answer).get_suptitle().split())
 
 
 def test_a_split_that_cuts_documents_is_refused(paired):

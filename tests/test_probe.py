@@ -251,18 +251,19 @@ def test_nothing_is_said_to_be_read_only_where_no_probe_is_above_what_so_many_pr
 def test_the_figure_shows_the_results_with_chance_and_the_notebook(tmp_path):
     results = made_up(16)
     figure = study.plot(study.Answer("probes", pl.DataFrame(), results, ""))
-    top, whole = figure.axes
-    for axis in (top, whole):
+    whole, zoomed = figure.axes
+    for axis in (whole, zoomed):
         drawn = [line.get_ydata() for line in axis.get_lines()]
         assert sum(np.allclose(y, [95.0, 95.0]) for y in drawn if len(y) == 2) >= 2
         assert any(np.allclose(y, [6.64, 99.92]) for y in drawn), "the notebook's source"
         assert any(np.allclose(y, 6.25) for y in drawn), "chance"
-    assert [text.get_text() for text in whole.get_xticklabels()] == ["embed", "resid_post.0"]
-    assert top.get_ylim()[0] == figures.ZOOM
+    assert [text.get_text() for text in zoomed.get_xticklabels()] == ["embed", "resid_post.0"]
+    assert whole.get_ylim()[0] < 0 < zoomed.get_ylim()[0] < figures.ZOOM
+    assert all(figures.ZOOM <= tick <= 100 for tick in zoomed.get_yticks())
     figure.savefig(tmp_path / "probes.png")
     assert (tmp_path / "probes.png").read_bytes().startswith(b"\x89PNG")
     low = study.plot(study.Answer("probes", pl.DataFrame(), made_up(16, share=0.3), ""))
-    assert len(low.axes) == 1, "nothing to show at the top"
+    assert len(low.axes) == 1, "nothing to show from 90 %"
 
 
 def test_progress_names_each_site_once_it_is_done(store):

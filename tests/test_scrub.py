@@ -157,7 +157,7 @@ def test_the_tests_find_the_layer_and_nothing_else(answer):
     assert says in answer.sentence
     assert "60 clean trees whose first step is wrong are left out" in answer.sentence
     figure = study.plot(answer)
-    assert [axis.get_title() for axis in figure.axes] == ["layer 0", "layer 1", "layer 2"]
+    assert [axis.get_title("left") for axis in figure.axes] == ["layer 0", "layer 1", "layer 2"]
 
 
 def test_one_hypothesis_alone_gives_its_own_numbers(path, answer):

@@ -71,6 +71,7 @@ def _kept(store: Path) -> Callable[[Path], None]:
 @confirm_option
 @click.option("--plot", metavar="FILE", help="Draw the figure: .png, .svg or .pdf; with several runs, FILE-RUN.")
 @engine_options
+@click.option("--caption", is_flag=True, help="Write a caption beside each figure, as FILE.txt.")
 @no_record_option
 @wait_option
 @no_check_option
@@ -89,6 +90,7 @@ def study(
     engine: str | None,
     address: str | None,
     workers: int | None,
+    caption: bool,
     no_record: bool,
     wait: float,
     check: bool,
@@ -139,8 +141,8 @@ def study(
     Example:
 
     \b
-        actstore study demo.act probes --plot probes.png
         actstore study demo.act probes --engine ray --address auto
+        actstore study demo.act probes --plot probes.pdf --caption
         actstore study demo.act depth --run reproduction --confirm fresh
         actstore study demo.act probes --run reproduction -o token_role separator -o labels source,goal
         actstore study demo.act compare --run reproduction --run baseline
@@ -156,7 +158,7 @@ def study(
         actstore study demo.act probe --query "select token_id, label from mine" --table mine=labels.csv
     """
     from actstore.cli.progress import progress
-    from actstore.outputs import FIGURES, check_file
+    from actstore.outputs import CAPTION, FIGURES, check_file
     from actstore.queries import studies
     from actstore.queries.confirm import rows
     from actstore.queries.study import CAUSAL
@@ -165,6 +167,8 @@ def study(
 
     check_memory(models=name in CAUSAL)
     check_file(plot, "--plot", FIGURES)
+    if caption and not plot:
+        raise click.UsageError("got --caption and no --plot; say where the figure goes (--plot FILE.pdf)")
     chosen: dict[str, Any] = {
         key: int(value) if value.isdecimal() and len(value) < 19 else value for key, value in options
     }
@@ -189,8 +193,8 @@ def study(
             output.write(*rows(studies.as_frame(answers), confirmed))
         for line in "\n".join([one.sentence for one in answers] + [one.sentence for one in confirmed]).splitlines():
             say(wrapped(line) if as_table else line, err=not as_table)
-        for file in studies.save_figures(answers, plot) if plot else ():
-            say(f"figure: {file}", err=True)
+        for file in studies.save_figures(answers, plot, caption) if plot else ():
+            say(f"{'caption' if file.suffix == CAPTION else 'figure'}: {file}", err=True)
     finally:
         if not no_record:
             studies.record(opened, asked, wait, _kept(store))

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from actstore.intervals import sign_flip
-from actstore.queries.figures import GREY, plain, points
+from actstore.queries.figures import FEW, GREY, entitle, heading, legend, most, panels, percents, points
 from actstore.queries.study import Answer, Progress, Test, adjustment, mean_row, p_shown
 
 if TYPE_CHECKING:
@@ -143,29 +143,24 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 def plot(answer: Answer) -> Figure:
     """Attention against distance from the goal, a panel per site; edges off the path in grey."""
-    from matplotlib.figure import Figure
-
     results = answer.results
     sites = results["site"].unique(maintain_order=True).to_list()
-    n_columns = min(3, len(sites))
-    n_rows = -(-len(sites) // n_columns)
-    figure = Figure(figsize=(4.4 * n_columns, 2.8 * n_rows + 0.5), layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for axis in axes[len(sites) :]:
-        axis.set_visible(False)
-    for axis, site in zip(axes, sites, strict=False):
-        plain(axis)
+    figure, axes = panels(len(sites), 1.3, columns=2, sharex=True, sharey=True)
+    for axis, site in zip(axes, sites, strict=True):
         its, others = (results.filter(site=site, metric=metric) for metric in ("attention", "others"))
         at = its["label"].str.split(" ").list.get(1).cast(pl.Int64).to_list()
-        points(axis, at, its, "the goal and its ancestors")
+        points(axis, at, its, "the goal and its ancestors", few=(its["n"] < FEW).to_list())
         axis.plot(at, 100 * others["value"].to_numpy(), "--", color=GREY, label="off the path, same place in the list")
-        axis.set_title(site, fontsize=10)
-    for axis in axes[max(0, len(sites) - n_columns) : len(sites)]:
-        axis.set_xlabel("distance from the goal (0 is the goal)")
-    for axis in axes[::n_columns]:
-        axis.set_ylabel("attention of the root token (%)")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(
-        f"Ancestors that the root token looks at, run {results['run'][0]}; bars are 95 % intervals", fontsize=10
+        entitle(axis, site)
+    percents(axes[0])
+    for axis in axes[-2:]:
+        axis.set_xlabel("distance from the goal")
+    figure.supylabel("attention of the root token (%)", fontsize=8)
+    legend(figure, axes[0])
+    n = most(results.filter(metric="attention")["n"])
+    heading(
+        figure,
+        "Ancestors that the root token attends to",
+        f"run {results['run'][0]}; up to {n:,} trees; bars are 95 % intervals; hollow: fewer than {FEW} trees",
     )
     return figure

@@ -17,6 +17,7 @@ import numpy as np
 from actstore.errors import BadInput, NotStored
 from actstore.outputs import save_figure, write_text
 from actstore.queries.attention.study import pattern_run, pattern_sites
+from actstore.queries.figures import panels, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ select token::varchar as token from tokens semi join held_trees($run) using (tre
 where tree_id = $t order by position
 """
 HTMLS_OWN = "<>&\u2028\u2029"  # the last two end a line of older JavaScript
+TOKEN = 0.125  # inches per token of a drawn pattern, whose names have 7 points
 DIGITS = 4  # of a weight on the page; an eye cannot tell finer steps of colour apart
 
 
@@ -72,8 +74,6 @@ def draw_patterns(store: Store, run: str, tree_id: int, layer: int | None = None
         NotStored: there is no such tree, layer or pattern.
         BadInput: there is no such head.
     """
-    from matplotlib.figure import Figure
-
     tokens, patterns = patterns_of(store, run, tree_id)
     if layer is not None:
         wanted = f"pattern.{layer}"
@@ -83,23 +83,24 @@ def draw_patterns(store: Store, run: str, tree_id: int, layer: int | None = None
     n_heads = next(iter(patterns.values())).shape[0]
     if not 0 <= head < n_heads:
         raise BadInput(f"got head {head}; there are {n_heads}, from 0")
-    alone = len(patterns) == 1
-    columns = 1 if alone else 3
-    rows = -(-len(patterns) // columns)
-    size = 9.0 if alone else 5.4
-    figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
-    for axis, (site, pattern) in zip(
-        figure.subplots(rows, columns, squeeze=False).flat, patterns.items(), strict=False
-    ):
-        shown = axis.imshow(pattern[head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        ticks = range(len(tokens))
-        axis.set_xticks(ticks, tokens, rotation=90, fontsize=7 if alone else 4)
-        axis.set_yticks(ticks, tokens, fontsize=7 if alone else 4)
-        axis.set_xlabel("attended to (key)")
-        axis.set_ylabel("attending (query)")
-        axis.set_title(f"{site}, head {head}", fontsize=10)
-    figure.colorbar(shown, ax=figure.axes, shrink=0.6, label="share of the attention")
-    figure.suptitle(f"Tree {tree_id}, run {run}")
+    columns = min(len(patterns), 2)
+    side = max(4.0, TOKEN * len(tokens)) + 0.8
+    with style():
+        figure, axes = panels(len(patterns), side, columns, columns * side, gridspec_kw={"hspace": 0.03})
+        for axis, (site, pattern) in zip(axes, patterns.items(), strict=True):
+            axis.grid(False)
+            axis.spines[["top", "right"]].set_visible(True)
+            shown = axis.imshow(pattern[head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            ticks = range(len(tokens))
+            axis.set_xticks(ticks, tokens, rotation=90, fontsize=7)
+            axis.set_yticks(ticks, tokens, fontsize=7)
+            axis.tick_params(length=1.5, pad=1)
+            axis.set_xlabel("attended to (key)")
+            axis.set_ylabel("attending (query)")
+            axis.set_title(f"{site}, head {head}", loc="left")
+        figure.colorbar(shown, ax=axes, location="bottom", shrink=0.4, aspect=40, label="share of the attention")
+        figure.suptitle(f"Tree {tree_id}, run {run}", x=0.02, ha="left")
+        figure.draw_without_rendering()  # ticks are made here, in this style
     return figure
 
 
@@ -129,7 +130,7 @@ def save(store: Store, run: str, tree_id: int, out: str, layer: int | None = Non
     if Path(out).suffix == ".html":
         write_text(out, page(store, run, tree_id))
     else:
-        save_figure(out, draw_patterns(store, run, tree_id, layer, head), dpi=120)
+        save_figure(out, draw_patterns(store, run, tree_id, layer, head), dpi=150)
 
 
 PAGE = """<!doctype html>

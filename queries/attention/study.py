@@ -28,7 +28,7 @@ from actstore.advice import ingest_sites
 from actstore.errors import BadInput, NotStored
 from actstore.intervals import n_as_far
 from actstore.queries.attention import ancestors
-from actstore.queries.figures import GREY, points, side_by_side
+from actstore.queries.figures import GREY, by_site, entitle, heading, legend, most, panels, percents, points
 from actstore.queries.last_edge import interval
 from actstore.queries.study import (
     Answer,
@@ -354,21 +354,25 @@ def plot(answer: Answer) -> Figure:
     """Draw attention by layer: target on source, separator on its edge, path on the next edge."""
     if ancestors.ROLE in answer.results["token_role"]:
         return ancestors.plot(answer)
-    figure, axes = side_by_side(3, width=4.4)
+    figure, axes = panels(3, 1.5, sharex=True)
     for axis, (title, series) in zip(axes, _PANELS.items(), strict=True):
+        sites: list[str] = []
         for turn, (role, kind, name) in enumerate(series):
             rows = answer.results.filter(token_role=role, metric=FIRST[role], label=kind).drop_nulls("value")
-            x = list(range(len(rows)))
-            points(axis, x, rows, name, turn)
+            points(axis, list(range(len(rows))), rows, name, turn)
         chance = answer.results.filter(token_role=series[0][0], metric="even", label=series[0][1]).drop_nulls("value")
         axis.plot(range(len(chance)), 100 * chance["value"].to_numpy(), "--", color=GREY, label="even attention")
-        axis.set_xticks(range(len(chance)), chance["site"].to_list(), rotation=30)
-        axis.set_title(title, fontsize=10)
-        axis.set_ylim(-2, 102)
-        axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("share of the attention (%)")
-    figure.suptitle(
-        f"What tokens look at, run {answer.results['run'][0]}; bars are 95 % intervals over trees", fontsize=10
+        sites = chance["site"].to_list()
+        entitle(axis, title)
+        percents(axis)
+    by_site(axes[-1], sites)
+    axes[1].set_ylabel("share of the attention (%)")
+    legend(figure, *axes)
+    n = most(answer.results.filter(token_role="edge_target", metric="own source", label="others")["n"])
+    heading(
+        figure,
+        "What the tokens of an edge and of the path attend to",
+        f"run {answer.results['run'][0]}; up to {n:,} tokens; bars are 95 % intervals over trees",
     )
     return figure
 
@@ -377,7 +381,7 @@ _PANELS = {
     "target → its own source": [("edge_target", "others", "other edges"), ("edge_target", "last", "the last edge")],
     "separator → its own edge": [
         ("separator", "others", "separators"),
-        ("bar", "last", "the bar, after the last edge"),
+        ("bar", "last", "the bar after the last edge"),
     ],
     "root and path → the next edge": [("path", "others", "other edges"), ("path", "last", "the last edge")],
 }

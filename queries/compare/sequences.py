@@ -20,7 +20,7 @@ import polars as pl
 from actstore.errors import BadInput
 from actstore.intervals import bootstrap, sign_flip
 from actstore.queries.compare.similarity import cka, cka_interval_of_rows
-from actstore.queries.figures import points, side_by_side
+from actstore.queries.figures import by_site, heading, most, panels, points
 from actstore.queries.study import (
     Answer,
     Progress,
@@ -34,6 +34,7 @@ from actstore.queries.study import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from actstore.store import Store
@@ -268,23 +269,39 @@ def _difference(test: Test, found: str, ways: tuple[str, str], what: str) -> str
 
 def plot_sequences(results: pl.DataFrame) -> Figure:
     """Draw CKA of all pairs of sites; without sites, the accuracy of both runs."""
-    figure, (axis,) = side_by_side(1, width=6.2, height=5)
     params = json.loads(results["params"][0])
     run, other = results["run"][0], params["other"]
     sites = results.drop_nulls("site")["site"].unique(maintain_order=True).to_list()
+    figure, (axis,) = panels(1, 2.9 if sites else 2.0)
     if not sites:
         rows = results.filter(pl.col("metric").is_in(["accuracy", "other_accuracy"]))
         points(axis, [0, 1], rows, "right next tokens", line=False)
         axis.set_xticks([0, 1], [run, other])
-        axis.set_ylabel(f"right next tokens (%); bars are 95 % intervals over {params['units_are']}", fontsize=8)
+        axis.set_xlim(-0.5, 1.5)
+        axis.set_ylabel("right next tokens (%)")
+        said = f"{most(rows['n']):,} tokens; bars are 95 % intervals over {params['units_are']}"
+        heading(figure, "Which model predicts better?", said)
         return figure
     grid = [[results.filter(site=site, label=of, metric="cka")["value"].item() for of in sites] for site in sites]
+    draw_cka(axis, grid, sites, run, other)
+    n = most(results.filter(metric="cka")["n"])
+    heading(figure, "How alike are two models' layers?", f"linear CKA at {n:,} tokens of all sequences")
+    return figure
+
+
+def draw_cka(axis: Axes, grid: Sequence[Sequence[float]], sites: Sequence[str], run: str, other: str) -> None:
+    """Draw CKA of all pairs of sites, each cell with its number.
+
+    Args:
+        grid: CKA, from 0 to 1, [site of run, site of other].
+    """
     axis.grid(False)
-    shown = axis.imshow(grid, cmap="viridis", vmin=0, vmax=1, origin="lower")
-    axis.set_yticks(range(len(sites)), sites, fontsize=8)
-    axis.set_xticks(range(len(sites)), sites, rotation=60, fontsize=8)
+    axis.imshow(grid, cmap="viridis", vmin=0, vmax=1, origin="lower", aspect="auto")
+    for (y, x), value in np.ndenumerate(np.array(grid, float)):
+        text = f"{value:.2f}".removeprefix("0") if np.isfinite(value) else ""
+        axis.text(x, y, text, ha="center", va="center", fontsize=6, color="white" if value < 0.5 else "black")
+    axis.tick_params(length=0)
+    by_site(axis, sites)
+    axis.set_yticks(range(len(sites)), sites)
     axis.set_ylabel(f"sites of {run}")
     axis.set_xlabel(f"sites of {other}")
-    axis.set_title("linear CKA at tokens of all sequences", fontsize=10)
-    figure.colorbar(shown, ax=axis, shrink=0.8)
-    return figure

@@ -31,9 +31,9 @@ from actstore.errors import BadInput, NotStored
 from actstore.intervals import paired, sign_flip
 from actstore.queries import load
 from actstore.queries.compare.controls import CONTROLS, best_control, map_controls, random_features, words_of
-from actstore.queries.compare.sequences import compare_sequences, is_of_sequences, plot_sequences
+from actstore.queries.compare.sequences import compare_sequences, draw_cka, is_of_sequences, plot_sequences
 from actstore.queries.compare.similarity import cka, cka_interval
-from actstore.queries.figures import GREY, points, side_by_side
+from actstore.queries.figures import GREY, by_site, entitle, heading, legend, most, panels, percents, points
 from actstore.queries.probes.figures import CAVEAT
 from actstore.queries.probes.fit import one_thread
 from actstore.queries.study import (
@@ -404,40 +404,45 @@ def plot(answer: Answer) -> Figure:
     if not results["site"].count():
         return _plot_outcomes(results)
     sites = results.drop_nulls("site")["site"].unique(maintain_order=True).to_list()
-    figure, (left, right) = side_by_side(2, width=6.2, height=5)
+    run, other = results["run"][0], str(results["params"].str.json_path_match("$.other")[0])
+    figure, (above, below) = panels(2, 2.7)
     grid = [[results.filter(site=site, label=of, metric="cka")["value"].item() for of in sites] for site in sites]
-    left.grid(False)
-    shown = left.imshow(grid, cmap="viridis", vmin=0, vmax=1, origin="lower")
-    for axis, ticks in ((left, left.set_yticks), (left, left.set_xticks), (right, right.set_xticks)):
-        ticks(range(len(sites)), sites, rotation=60 if ticks != left.set_yticks else 0, fontsize=8)
-        axis.tick_params(length=2)
-    other = str(results["params"].str.json_path_match("$.other")[0])
-    left.set_ylabel(f"sites of {results['run'][0]}")
-    left.set_xlabel(f"sites of {other}")
-    left.set_title("linear CKA at edges' target tokens", fontsize=10)
-    figure.colorbar(shown, ax=left, shrink=0.8)
+    draw_cka(above, grid, sites, run, other)
+    entitle(above, "linear CKA at edges' target tokens")
     for turn, metric in enumerate(("own", "as_it_is", "mapped")):
         rows = results.filter(metric=metric, label="source, run to other")
-        points(right, list(range(len(rows))), rows, PROBED[metric], turn)
+        points(below, list(range(len(rows))), rows, PROBED[metric], turn)
     for (metric, name), marker in zip(CONTROLS.items(), "+x1", strict=True):
         rows = results.filter(metric=metric, label="source, run to other")
         at = [sites.index(site) for site in rows["site"]]
-        right.plot(at, 100 * rows["value"].to_numpy(), marker, color=GREY, label=f"map from {name}")
-    right.set_ylim(-2, 104)
-    right.set_ylabel("accuracy for the edge's source (%)")
-    right.set_title(f"probe fitted on {results['run'][0]}, scored on", fontsize=10)
-    right.legend(frameon=False, fontsize=8)
+        below.plot(at, 100 * rows["value"].to_numpy(), marker, color=GREY, label=f"map from {name}")
+    by_site(below, sites)
+    percents(below)
+    below.set_ylabel("accuracy for the edge's source (%)")
+    entitle(below, f"probe fitted on {run}, scored on {other}")
+    legend(figure, below)
+    n = most(results.filter(label="source, run to other", metric="own")["n"])
+    heading(
+        figure,
+        "How alike are two models' layers?",
+        f"runs {run} and {other}; {n:,} rows of test trees; bars are 95 % intervals over trees, fits held fixed",
+    )
     return figure
 
 
 def _plot_outcomes(results: pl.DataFrame) -> Figure:
     """Draw the second run's share of right answers less the first's, by depth."""
-    figure, (axis,) = side_by_side(1, width=8)
+    figure, (axis,) = panels(1, 2.2)
     rows = results.filter((pl.col("metric") == "other_less_run") & (pl.col("label") != "all"))
     points(axis, [int(label.split()[1]) for label in rows["label"]], rows, "the second less the first", line=False)
     axis.axhline(0, color=GREY, linewidth=1)
     axis.set_xlabel("depth of the goal (steps of the path)")
     axis.set_ylabel("right answers, second less first (points)")
     other = str(results["params"].str.json_path_match("$.other")[0])
-    axis.set_title(f"{results['run'][0]} and {other}; bars are 95 % intervals", fontsize=10)
+    n = results.filter(metric="both_right", label="all")["n"][0]
+    heading(
+        figure,
+        "Which model is right more often?",
+        f"{results['run'][0]} (first) and {other} (second); {n:,} trees; bars are 95 % intervals",
+    )
     return figure

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.queries.figures import points, side_by_side
+from actstore.queries.figures import GREY, entitle, heading, legend, panels, percents, points, whole_numbers
 from actstore.queries.study import Answer, Test, adjustment, p_shown
 
 if TYPE_CHECKING:
@@ -162,18 +162,26 @@ def plot(answer: Answer) -> Figure:
     """Draw the beginnings of continuations; with goals, also depths, places and explanations."""
     results = answer.results
     drawn = [kind for kind in ("depth", "place") if results["metric"].str.starts_with(f"{kind} ").any()]
-    figure, axes = side_by_side(1 + len(drawn))
+    figure, axes = panels(1 + len(drawn), 1.9)
     kinds = results.filter(metric="well_formed")["label"].to_list()
     for turn, kind in enumerate(kinds):
         by_metric = _by_metric(results, kind)
         there = [(x, by_metric[metric]) for x, metric in enumerate(BARS) if by_metric[metric]["value"] is not None]
         points(axes[0], [x for x, _ in there], pl.DataFrame([row for _, row in there]), kind, turn, line=False)
-    axes[0].set_xticks(range(len(BARS)), list(BARS.values()), fontsize=8)
-    axes[0].set_ylabel("share of the continuations (%)")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set_xticks(range(len(BARS)), list(BARS.values()), fontsize=6.5)
+    axes[0].set_title("share of the continuations", loc="left")
     for axis, what in zip(axes[1:], drawn, strict=True):
         _goals(axis, results, what)
-    figure.suptitle(f"Given the tree alone, run {results['run'][0]}; bars are 95 % intervals", fontsize=10)
+    percents(axes[0])
+    for axis in axes:
+        axis.set_ylabel("%")
+    legend(figure, *axes)
+    n = ", ".join(f"{row['n']:,} {row['label']}" for row in results.filter(metric="well_formed").iter_rows(named=True))
+    heading(
+        figure,
+        "Given the tree alone: what does the model continue with?",
+        f"run {results['run'][0]}; continuations: {n}; bars are 95 % intervals",
+    )
     return figure
 
 
@@ -189,7 +197,7 @@ def _goals(axis: Axes, results: pl.DataFrame, what: str) -> None:
     for name, (style, shown) in expected.items():
         rows = results.filter((pl.col("label") == first) & pl.col("metric").str.contains(f"^{what} \\d+ {name}$"))
         x = [int(metric.split()[1]) for metric in rows["metric"]]
-        axis.plot(x, 100 * rows["value"].to_numpy(), style, color="0.3", label=shown)
+        axis.plot(x, 100 * rows["value"].to_numpy(), style, color=GREY, label=shown)
+    whole_numbers(axis)
     axis.set_xlabel("depth of the goal" if what == "depth" else "place in the list of the edge to the goal")
-    axis.set_ylabel("share of the goals (%)")
-    axis.legend(frameon=False, fontsize=8)
+    entitle(axis, "share of the made-up goals")

@@ -13,7 +13,18 @@ import numpy as np
 import polars as pl
 
 from actstore.intervals import Z_95
-from actstore.queries.figures import COLOURS, GREY, MARKERS, plain
+from actstore.queries.figures import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    by_site,
+    entitle,
+    heading,
+    legend,
+    panels,
+    percents,
+    whole_numbers,
+)
 from actstore.queries.study import LEVEL, Answer, Test, adjustment, p_shown
 
 if TYPE_CHECKING:
@@ -101,8 +112,8 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
         for label in PAIR:
             row[f"{label}, best baseline"] = best[label][1]
             row |= _own_baseline(of_site.filter(label=label), f"{label}, ")
-        for label, by_site in notebook.items():
-            row[f"notebook {label} %"] = by_site.get(str(site))
+        for label, numbers in notebook.items():
+            row[f"notebook {label} %"] = numbers.get(str(site))
         for metric, name in PROTOCOL.items():
             for label in PAIR:
                 own = of_site.filter(label=label, metric=metric)
@@ -330,54 +341,34 @@ def _range(accuracy: pl.DataFrame) -> str:
 
 
 def plot(answer: Answer) -> Figure:
-    """Draw the results of one run: one column per kind of token, or by place.
+    """Draw the results of one run: a panel per kind of token, or panels by place.
 
-    A second panel shows the values above 90 %, if there are any.
+    A second panel below shows the values above 90 %, if there are any.
     """
-    from matplotlib.figure import Figure
-
     results = answer.results
     if len(by_place(results)):
         return _draw_places(by_place(results))
-    accuracy = results.filter(metric="accuracy")
     roles = results["token_role"].unique(maintain_order=True).to_list()
-    zoomed = bool((100 * accuracy["value"] > ZOOM).any())
-    figure = Figure(figsize=(8.5 if len(roles) == 1 else 6 * len(roles), 6.5 if zoomed else 4.2), layout="constrained")
-    axes = figure.subplots(2 if zoomed else 1, len(roles), sharex=True, sharey="row", squeeze=False)
-    for column, role in zip(axes.T, roles, strict=True):
-        _column(column, results.filter(token_role=role), zoomed)
-    axes[-1, 0].set_ylabel("accuracy on test trees (%)")
-    if zoomed:
-        axes[0, 0].set_ylabel(f"the same, from {ZOOM:.0f} %")
-    first = accuracy.row(0, named=True)
-    figure.suptitle(
-        f"Linear probes, run {first['run']}, on trees not in training; bars are 95 % intervals over trees, fits held fixed",
-        fontsize=10,
-    )
-    handles, names = axes[-1, 0].get_legend_handles_labels()
-    ours_first = sorted(range(len(names)), key=lambda i: names[i] not in LABELS.values())  # matplotlib puts bars last
-    figure.legend(
-        [handles[i] for i in ours_first],
-        [names[i] for i in ours_first],
-        loc="outside lower center",
-        ncols=4,
-        fontsize=9,
-        frameon=False,
+    drawn: list[tuple[str, bool]] = []
+    for role in roles:
+        values = results.filter(token_role=role, metric="accuracy")["value"]
+        drawn += [(role, False), (role, True)] if bool((100 * values > ZOOM).any()) else [(role, False)]
+    figure, axes = panels(len(drawn), 1.6, sharex=True)
+    for axis, (role, zoomed) in zip(axes, drawn, strict=True):
+        of_role = results.filter(token_role=role)
+        _panel(axis, of_role)
+        percents(axis, ZOOM if zoomed else 0.0)
+        n = of_role.filter(metric="accuracy")["n"][0]
+        entitle(axis, f"the same, from {ZOOM:.0f} %" if zoomed else f"{TOKEN_ROLES[role]}, {n:,} rows")
+        axis.set_ylabel("accuracy (%)")
+    by_site(axes[-1], _sites(results))
+    legend(figure, *axes)
+    heading(
+        figure,
+        "What a linear probe reads, on trees not in training",
+        f"run {results['run'][0]}; bars are 95 % intervals over trees, fits held fixed",
     )
     return figure
-
-
-def _column(axes: Any, results: pl.DataFrame, zoomed: bool) -> None:
-    """The panels of one kind of token."""
-    for axis in axes:
-        _panel(axis, results)
-    axes[-1].set_ylim(-2, 104)
-    if zoomed:
-        axes[0].set_ylim(ZOOM, 100.6)
-    sites = _sites(results)
-    axes[-1].set_xticks(range(len(sites)), sites, rotation=60 if len(sites) > 8 else 0, fontsize=8)
-    first = results.filter(metric="accuracy").row(0, named=True)
-    axes[0].set_title(f"{TOKEN_ROLES[first['token_role']]}, {first['n']:,} rows", fontsize=10)
 
 
 def _panel(axis: Axes, results: pl.DataFrame) -> None:
@@ -391,23 +382,22 @@ def _panel(axis: Axes, results: pl.DataFrame) -> None:
         x = np.arange(len(sites)) + shift
         bars = np.clip([value - low, high - value], 0, None)
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-        axis.errorbar(x, value, bars, fmt=f"-{marker}", color=colour, capsize=3, markersize=5, label=LABELS[label])
+        axis.errorbar(x, value, bars, fmt=f"-{marker}", color=colour, capsize=2, elinewidth=0.8, label=LABELS[label])
         guessed = best_baseline(results.filter(label=label, site=sites[0]))[0]
-        alone = "_nolegend_" if place else "from the tree alone (the highest)"  # one entry for all labels
+        alone = "_nolegend_" if place else "the tree alone (highest)"  # one entry for all labels
         axis.axhline(guessed, color=colour, linestyle=":", linewidth=1, label=alone)
         numbers = notebook.get(label, {})
         there = [i for i, site in enumerate(sites) if site in numbers]
         if there:
-            drawn, name = [numbers[sites[i]] for i in there], f"{label}, the notebook's model"
-            axis.plot(x[there] + 2 * shift, drawn, marker, color=colour, mfc="none", markersize=8, label=name)
+            drawn, name = [numbers[sites[i]] for i in there], f"{label}, in the notebook"
+            axis.plot(x[there] + 2 * shift, drawn, marker, color=colour, mfc="none", markersize=6, label=name)
     shuffled = (
         results.filter(metric="shuffled_accuracy").group_by("site", maintain_order=True).agg(pl.col("value").max())
     )
-    axis.plot(100 * shuffled["value"].to_numpy(), "x", color=GREY, label="shuffled labels (the highest)")
+    axis.plot(100 * shuffled["value"].to_numpy(), "x", color=GREY, label="shuffled labels (highest)")
     if set(labels_in(results)) & set(NODE_LABELS):
         name = f"chance, 1 of {n_nodes} nodes"
         axis.axhline(100 / n_nodes, color=GREY, linestyle="--", linewidth=1, label=name)
-    plain(axis)
 
 
 def _sites(results: pl.DataFrame) -> list[str]:
@@ -421,14 +411,10 @@ def _params(results: pl.DataFrame) -> dict[str, Any]:
 def _draw_places(places: pl.DataFrame) -> Figure:
     """One panel per token and label: accuracy by place, one line per site, the best baseline."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    panels = _in_order(places, "token_role", "asked")
-    figure = Figure(figsize=(6 * min(len(panels), 3), 4.2 * -(-len(panels) // 3)), layout="constrained")
-    axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3), squeeze=False, sharey=True).ravel()
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    for axis, ((role, label), of_label) in zip(axes, panels, strict=False):
+    asked = _in_order(places, "token_role", "asked")
+    figure, axes = panels(len(asked), 1.7, sharex=True)
+    for axis, ((role, label), of_label) in zip(axes, asked, strict=True):
         sites = _sites(of_label)
         for place, site in enumerate(sites):
             rows = of_label.filter(site=site, metric="accuracy").sort("edge")
@@ -436,20 +422,23 @@ def _draw_places(places: pl.DataFrame) -> Figure:
             bars = np.clip([value - low, high - value], 0, None)
             colour = colormaps["viridis"](0.9 * place / max(1, len(sites) - 1))
             x = rows["edge"].to_numpy() + 0.3 * (place / max(1, len(sites) - 1) - 0.5)
-            axis.errorbar(x, value, bars, fmt="-o", color=colour, markersize=3, linewidth=1, label=site)
+            axis.errorbar(
+                x, value, bars, fmt=f"-{MARKERS[place % len(MARKERS)]}", color=colour, elinewidth=0.8, label=site
+            )
         first = of_label.filter(site=sites[0])
         edges = first["edge"].unique().sort().to_list()
         drawn = [best_baseline(first.filter(edge=edge))[0] for edge in edges]
-        axis.plot(edges, drawn, "--x", color=GREY, linewidth=1, label="the tree alone (the highest)")
-        axis.set_title(f"{TOKEN_ROLES[role]}: {LABELS[label]}", fontsize=10)
-        axis.set_xlabel("place in the list of edges")
-        axis.set_ylim(-2, 104)
-        plain(axis)
-    axes[0].set_ylabel("accuracy on test trees (%)")
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
-    run = places["run"][0]
-    figure.suptitle(
-        f"Linear probes by place, run {run}; bars are 95 % intervals over trees, fits held fixed", fontsize=10
+        axis.plot(edges, drawn, "--x", color=GREY, linewidth=1, label="the tree alone (highest)")
+        entitle(axis, f"{TOKEN_ROLES[role]}: {LABELS[label]}")
+        axis.set_ylabel("accuracy (%)")
+        percents(axis)
+    whole_numbers(axes[-1])
+    axes[-1].set_xlabel("place in the list of edges")
+    legend(figure, *axes)
+    n = float(np.median(places.filter(metric="accuracy")["n"]))
+    heading(
+        figure,
+        "What a linear probe reads, by place in the list",
+        f"run {places['run'][0]}; about {n:,.0f} rows per place; bars are 95 % intervals over trees, fits held fixed",
     )
     return figure

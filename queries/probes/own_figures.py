@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.queries.figures import GREY, points, side_by_side
+from actstore.queries.figures import COLOURS, GREY, by_site, heading, legend, panels, percents, points
 from actstore.queries.probes.figures import BASELINE, best_baseline, nothing_read, one_row_a_probe
 from actstore.queries.study import Answer, Test, adjustment, p_shown
 
@@ -118,23 +118,24 @@ def plot(answer: Answer) -> Figure:
     units = params_of(results)["units_are"]
     accuracy = results.filter(metric="accuracy")
     sites = accuracy["site"].to_list()
-    figure, (axis,) = side_by_side(1, width=max(6.0, 0.6 * len(sites) + 4))
+    figure, (axis,) = panels(1, 2.2)
     at = [float(place) for place in range(len(sites))]
     points(axis, at, accuracy, "the probe")
     best = [best_baseline(results.filter(site=site)) for site in sites]
-    axis.plot(at, [value for value, _ in best], ":", color="black", label=f"the best baseline ({best[0][1]})")
+    axis.plot(at, [value for value, _ in best], ":", color=COLOURS[1], label=f"the best baseline ({best[0][1]})")
     for (metric, words), marker in zip(CONTROLS.items(), ("x", "+", "1", "2"), strict=True):
         rows = results.filter(metric=metric)
         where = [sites.index(site) for site in rows["site"]]
         if where:
             axis.plot(where, 100 * rows["value"].to_numpy(), marker, color=GREY, label=words)
-    axis.set_xticks(range(len(sites)), sites, rotation=60 if len(sites) > 8 else 0, fontsize=8)
-    axis.set_ylim(-2, 104)
+    by_site(axis, sites)
+    percents(axis)
     axis.set_ylabel(f"accuracy on test {units} (%)")
-    axis.legend(frameon=False, fontsize=8)
+    legend(figure, axis)
     first = accuracy.row(0, named=True)
-    axis.set_title(
-        f"Linear probes of {first['label']!r}, run {first['run']}, {first['n']:,} rows;\nbars are 95 % intervals over {units}",
-        fontsize=10,
+    heading(
+        figure,
+        f"Linear probes of {first['label']!r}",
+        f"run {first['run']}; {first['n']:,} rows; bars are 95 % intervals over {units}, fits held fixed",
     )
     return figure

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from actstore.queries.figures import GREY, plain, points
+from actstore.queries.figures import GREY, entitle, heading, legend, panels, points, whole_numbers
 from actstore.queries.scrub.donors import CONTRASTS, ELSEWHERE, ITSELF, MATCHED
 from actstore.queries.scrub.sums import HYPOTHESES
 from actstore.queries.study import Answer, Test, adjustment
@@ -136,20 +136,12 @@ def _listed(what: str, numbers: Sequence[int]) -> str:
 
 def plot(answer: Answer) -> Figure:
     """Recovered against path length: a panel per layer, a line per hypothesis, controls in grey."""
-    from matplotlib.figure import Figure
-
     found = shares(answer.results)
     contrast, layers = contrast_of(found), sorted(found["layer"].unique())
-    n_columns = min(3, len(layers))
-    n_rows = -(-len(layers) // n_columns)
-    figure = Figure(figsize=(4.4 * n_columns, 3.2 * n_rows + 0.4), layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for axis in axes[len(layers) :]:
-        axis.set_visible(False)
-    for axis, layer in zip(axes, layers, strict=False):
-        plain(axis)
-        axis.axhline(100, color="0.8", linewidth=1)
-        axis.axhline(0, color="0.8", linewidth=1)
+    figure, axes = panels(len(layers), 1.4, columns=2, sharex=True)
+    for axis, layer in zip(axes, layers, strict=True):
+        for level in (0, 100):
+            axis.axhline(level, color=GREY, linewidth=0.5)
         for turn, hypothesis in enumerate(found["hypothesis"].unique(maintain_order=True)):
             of_line = found.filter(layer=layer, hypothesis=hypothesis).drop_nulls("value")
             control = of_line.filter(kind=contrast)
@@ -158,13 +150,16 @@ def plot(answer: Answer) -> Figure:
             axis.plot(control["length"], 100 * control["value"], style, color=GREY, linewidth=1, label=name)
             matched = of_line.filter(kind=MATCHED)
             points(axis, matched["length"].to_list(), matched, f"{hypothesis}, matched donors", turn)
-        axis.set_title(f"layer {layer}", fontsize=10)
-    for axis in axes[max(0, len(layers) - n_columns) : len(layers)]:
+        entitle(axis, f"layer {layer}")
+    for axis in axes[-2:]:
         axis.set_xlabel("path length")
-    for axis in axes[::n_columns]:
-        axis.set_ylabel("recovered (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(
-        f"Loss recovered at the root token, run {answer.results['run'][0]}; bars are 95 % intervals", fontsize=10
+        whole_numbers(axis)
+    figure.supylabel("recovered (%)", fontsize=8)
+    legend(figure, axes[0])
+    n = found.filter(kind=MATCHED)["n"]
+    heading(
+        figure,
+        "Loss recovered at the root token, with donors' attention",
+        f"run {answer.results['run'][0]}; {_range(n, '{:,}')} samples per cell; bars are 95 % intervals",
     )
     return figure

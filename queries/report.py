@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import polars as pl
 
+from actstore.errors import advised
 from actstore.outputs import check_file, write_text
 from actstore.queries import study as studies
 from actstore.queries.confirm import of_other_sets
-from actstore.queries.studies import Asked, look, put
+from actstore.queries.studies import Asked, draw, look, put
 from actstore.queries.study import Answer, Progress
 from actstore.version import __version__
 
@@ -121,12 +122,10 @@ def _drawn(asked: Asked) -> Asked:
     """Add the figure; a failure keeps the answer and other questions."""
     if asked.answer is None:
         return asked
-    buffer = io.BytesIO()
     try:
-        studies.plot(asked.answer).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        return replace(asked, figure=draw(asked.answer))
     except Exception as error:
         return replace(asked, error=error)
-    return replace(asked, figure=buffer.getvalue())
 
 
 def render(store: Store, asked: Sequence[Asked], seed: int) -> str:
@@ -139,17 +138,52 @@ def render(store: Store, asked: Sequence[Asked], seed: int) -> str:
         "holds each recorded number with its query. The same snapshot and seed give the same page.</p>"
     )
     names = [study for study in TITLES if any(one.question.study == study for one in asked)]
-    parts.append(
-        "<nav><ul>"
-        + "".join(f'<li><a href="#{study}">{escape(TITLES[study])}</a></li>' for study in names)
-        + "</ul></nav>"
-    )
+    parts.append(_contents(names, asked))
+    parts.append(_unconfirmed(asked))
     for study in names:
         parts.append(f'<section id="{study}"><h2>{escape(TITLES[study])}</h2>')
-        parts += [_asked(one) for one in asked if one.question.study == study]
+        parts += [_asked(store, one, seed) for one in asked if one.question.study == study]
         parts.append("</section>")
     parts.append(_runs(store, sorted({one.question.run for one in asked})))
     return "\n".join([*parts, "</body></html>", ""])
+
+
+def _contents(names: Sequence[str], asked: Sequence[Asked]) -> str:
+    """The table of contents: each question, and under it the runs that were asked."""
+    entries = []
+    for study in names:
+        of = [one for one in asked if one.question.study == study]
+        runs = ", ".join(f'<a href="#{_place(one)}">{html.escape(one.question.of)}</a>' for one in of)
+        entries.append(f'<li><a href="#{study}">{html.escape(TITLES[study])}</a> {runs}</li>')
+    return f'<nav><ul>{"".join(entries)}<li><a href="#runs">Runs</a></li></ul></nav>'
+
+
+def _place(asked: Asked) -> str:
+    """The anchor of an answer on the page."""
+    return quote(f"{asked.question.study}-{asked.question.of}", safe="")
+
+
+def _unconfirmed(asked: Sequence[Asked]) -> str:
+    """What was found and not confirmed on the second set; or that nothing was put to one."""
+    tested = [one for one in asked if one.confirmation]
+    if not tested:
+        found = sum(test.found for one in asked if one.answer for test in one.answer.tests)
+        text = f"No finding ({found:,} significant comparisons) was tested on a second set (<code>--confirm</code>)."
+        return f'<section id="unconfirmed"><h2>What is not confirmed</h2><p>{text}</p></section>'
+    lines = [
+        f"<li>{html.escape(f'{one.question.study}, {one.question.of}: {claim.sentence}')}</li>"
+        for one in tested
+        if one.confirmation
+        for claim in one.confirmation.claims
+        if not claim.confirmed
+    ]
+    lines += [
+        f"<li>{html.escape(f'{one.question.study}, {one.question.of}: not tested on the second set')}</li>"
+        for one in asked
+        if one.answer and not one.confirmation
+    ]
+    body = f"<ul>{''.join(lines)}</ul>" if lines else "<p>Each finding is confirmed on the second set.</p>"
+    return f'<section id="unconfirmed"><h2>What is not confirmed</h2>{body}</section>'
 
 
 def _fault(asked: Asked) -> str:
@@ -157,10 +191,11 @@ def _fault(asked: Asked) -> str:
     return asked.fault and what + asked.fault
 
 
-def _asked(asked: Asked) -> str:
-    parts, answer = [f"<h3>{html.escape(asked.question.of)}</h3>"], asked.answer
+def _asked(store: Store, asked: Asked, seed: int) -> str:
+    heading = f'<h3 id="{_place(asked)}">{html.escape(asked.question.of)}</h3>'
+    parts, answer = [heading], asked.answer
     if answer:
-        parts.append(f"<p>{html.escape(answer.sentence)}</p>{_image(answer, asked.figure)}")
+        parts.append(f"<p>{html.escape(answer.sentence)}</p>{_figure(asked)}")
     if asked.confirmation:
         head, *claims = (html.escape(line) for line in asked.confirmation.sentence.splitlines())
         parts.append(f"<p>{head}</p><ul>{''.join(f'<li>{claim}</li>' for claim in claims)}</ul>")
@@ -171,19 +206,42 @@ def _asked(asked: Asked) -> str:
     if answer:
         first = answer.results.row(0, named=True)
         params = json.dumps(json.loads(first["params"]), indent=1, sort_keys=True)
+        runs = [word for run in answer.of for word in ("--run", run)]
+        command = advised("study", store.path.name, answer.name, *runs, "--seed", str(seed))
         parts.append(
-            f'<div class="wide">{_table(answer.frame)}</div>'
-            f"<details><summary>How it was made</summary><pre>{html.escape(first['query'])}</pre>"
+            f'<div class="wide">{_table(answer.frame)}</div><p>{_csv(asked, answer.frame)}, made by {html.escape(command)}</p>'
+            f"<details><summary>The query and its parameters</summary><pre>{html.escape(first['query'])}</pre>"
             f"<pre>{html.escape(params)}</pre></details>"
         )
     return "".join(parts)
 
 
-def _image(answer: Answer, figure: bytes | None) -> str:
-    if figure is None:
+def _figure(asked: Asked) -> str:
+    drawn, answer = asked.figure, asked.answer
+    if drawn is None or answer is None:
         return ""
     alternative = html.escape(f"Figure of the study {answer.name}: {answer.sentence}", quote=True)
-    return f'<img alt="{alternative}" src="data:image/png;base64,{base64.b64encode(figure).decode()}">'
+    light, dark = (_data("image/svg+xml", content) for content in (drawn.light, drawn.dark))
+    return (
+        f'<figure><picture><source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{alternative}" src="{light}"></picture>'
+        f"<figcaption>{html.escape(_without(drawn.caption, answer.sentence))}</figcaption></figure>"
+    )
+
+
+def _without(caption: str, sentence: str) -> str:
+    """A caption without the answer, which stands above it."""
+    return " ".join(caption.replace(sentence, "").split())
+
+
+def _csv(asked: Asked, frame: pl.DataFrame) -> str:
+    """A link to the table as CSV, which lies in the page itself."""
+    data = _data("text/csv;charset=utf-8", frame.write_csv().encode())
+    return f'<a download="{_place(asked)}.csv" href="{data}">The table as CSV</a>'
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _table(frame: pl.DataFrame) -> str:
@@ -208,24 +266,49 @@ def _shown(value: Any) -> str:
 
 
 def _runs(store: Store, runs: Sequence[str]) -> str:
+    """One column per run, so that no hash runs out of the page."""
     lineage = pl.concat([store.sql(LINEAGE, {"run": run}) for run in runs])
-    return f'<section id="runs"><h2>Runs</h2><div class="wide">{_table(lineage)}</div></section>'
+    rows = []
+    for name in lineage.columns[1:]:
+        cells = "".join(_td(_shown(value), False) for value in lineage[name])
+        rows.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
+    head = "".join(f"<th>{html.escape(run)}</th>" for run in lineage["run"])
+    table = f"<table><thead><tr><th>run</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<section id="runs"><h2>Runs</h2><div class="wide">{table}</div></section>'
 
 
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Studies over TITLE</title>
 <style>
-  body { font: 16px/1.55 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
-  h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; }
-  img { max-width: 100%; height: auto; }
+  :root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --line: #d4d4d4; --quiet: #f6f6f6; --lacks: #8a3b00; }
+  :root { --link: #0059a8; }
+  @media screen and (prefers-color-scheme: dark) {
+    :root { --paper: #16181d; --ink: #e8e8e8; --line: #444; --quiet: #22252b; --lacks: #f0a060; --link: #7cc0f5; }
+  }
+  body { font: 16px/1.55 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
+  body { color: var(--ink); background: var(--paper); }
+  a { color: var(--link); }
+  h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
+  figure { margin: 1rem 0; max-width: 30rem; }
+  img { width: 100%; height: auto; }
+  figcaption { font-size: .85rem; }
   .wide { overflow-x: auto; }
   table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
-  th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+  th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
   td { white-space: nowrap; }
-  td.long { white-space: normal; min-width: 20rem; overflow-wrap: anywhere; }
+  td.long { white-space: normal; min-width: 10rem; overflow-wrap: anywhere; }
   td.number { text-align: right; font-variant-numeric: tabular-nums; }
-  pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; }
-  .lacks { color: #8a3b00; }
-  @media print { details { display: none; } section { break-inside: auto; } img { break-inside: avoid; } }
+  pre { background: var(--quiet); padding: .8rem; overflow-x: auto; font-size: .8rem; }
+  code { background: var(--quiet); overflow-wrap: anywhere; }
+  .lacks { color: var(--lacks); }
+  @media print {
+    nav, details { display: none; }
+    body { margin: 0; max-width: none; font-size: 10pt; }
+    figure, tr { break-inside: avoid; }
+    h2, h3 { break-after: avoid; }
+    .wide { overflow: visible; }
+    table { font-size: 7pt; }
+    td { white-space: normal; }
+  }
 </style></head><body>"""

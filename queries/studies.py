@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import traceback
 import warnings
@@ -24,6 +25,7 @@ from actstore.queries import confirm as confirming
 from actstore.queries import second
 from actstore.queries import study as each_study
 from actstore.queries.confirm import Confirmation
+from actstore.queries.figures import style
 from actstore.queries.second import Second
 from actstore.queries.study import Answer, Progress, Question, questions
 from actstore.writing import recording
@@ -37,6 +39,20 @@ OF_QUERIES = ("query", "baselines", "baseline", "pairs", "donors")  # options th
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A figure for a page.
+
+    Attributes:
+        light, dark: SVG, for a page with a light background and with a dark one.
+        caption: see study.caption.
+    """
+
+    light: bytes
+    dark: bytes
+    caption: str
+
+
+@dataclass(frozen=True)
 class Asked:
     """A question and its outcome.
 
@@ -46,14 +62,14 @@ class Asked:
         confirmation: the test of the answer on a second set of trees; None without such a set, or
             if the test failed.
         error: why answer, confirmation or figure is missing; None if nothing is missing.
-        figure: figure of the answer, PNG; None if it was not drawn.
+        figure: figure of the answer; None if it was not drawn.
     """
 
     question: Question
     answer: Answer | None = None
     confirmation: Confirmation | None = None
     error: Exception | None = None
-    figure: bytes | None = None
+    figure: Drawn | None = None
 
     @property
     def lacks(self) -> str:
@@ -222,6 +238,18 @@ def as_frame(answers: Sequence[Answer]) -> pl.DataFrame:
     return pl.concat(named, how="diagonal_relaxed")
 
 
+def draw(answer: Answer) -> Drawn:
+    """Draw an answer for a page; the same answer gives the same bytes."""
+    drawn, said = [], ""
+    for dark in (False, True):
+        figure, content = each_study.plot(answer, dark), io.BytesIO()
+        with style(dark):
+            figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+        drawn.append(content.getvalue())
+        said = each_study.caption(answer, figure)
+    return Drawn(drawn[0], drawn[1], said)
+
+
 def save_figures(answers: Sequence[Answer], file: str | Path, caption: bool = False) -> Iterator[Path]:
     """Draw each answer into a file and yield its path.
 
@@ -233,7 +261,8 @@ def save_figures(answers: Sequence[Answer], file: str | Path, caption: bool = Fa
     for answer in answers:
         path = Path(file) if len(answers) == 1 else Path(file).with_stem("-".join([Path(file).stem, *answer.of]))
         figure = each_study.plot(answer)
-        save_figure(path, figure)
+        with style():  # fonts are embedded as it says
+            save_figure(path, figure)
         yield path
         if caption:
             beside = path.with_suffix(CAPTION)

@@ -2,9 +2,11 @@
 
 import re
 import shutil
+from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import polars as pl
 import pytest
 from click.testing import CliRunner
 
@@ -33,7 +35,7 @@ def path(tmp_path_factory):
 class Wellformed(HTMLParser):
     """Every element that is opened is closed, in turn."""
 
-    VOID = ("meta", "img", "br", "link")
+    VOID = ("meta", "img", "br", "link", "source")
 
     def __init__(self):
         super().__init__()
@@ -81,6 +83,26 @@ def test_no_number_and_no_interval_of_a_table_is_wrapped(path, tmp_path):
     assert {kind for kind, said in cells} == {"", " class=number", " class=long"}
 
 
+def test_each_table_lies_in_the_page_as_csv(path, tmp_path):
+    with Store(path) as store:
+        made = report(store, tmp_path / "out")
+    links = dict(
+        re.findall(r'download="([^"]+)" href="data:text/csv;charset=utf-8;base64,([^"]+)"', made.page.read_text())
+    )
+    for answer in made.answers:
+        lies = pl.read_csv(b64decode(links[f"{answer.name}-small.csv"]), infer_schema=False)
+        assert lies.equals(pl.read_csv(answer.frame.write_csv().encode(), infer_schema=False))
+        assert lies.columns == answer.frame.columns
+
+
+def test_the_contents_lead_to_each_answer_and_what_is_not_confirmed_is_said(path, tmp_path):
+    with Store(path) as store:
+        text = report(store, tmp_path / "out").page.read_text()
+    anchors, links = set(re.findall(r' id="([^"]+)"', text)), set(re.findall(r'href="#([^"]+)"', text))
+    assert {"depth", "depth-small", "runs"} <= links <= anchors
+    assert re.search(r"No finding \(\d+ significant comparisons?\) was tested on a second set", text)
+
+
 def test_runs_of_one_model_over_one_set_answer_once(path, tmp_path):
     shutil.copytree(path, root := tmp_path / "s.act")
     execute(
@@ -100,7 +122,11 @@ def test_the_page_needs_nothing_beside_itself_and_comes_out_the_same(path, tmp_p
         again = report(store, tmp_path / "two").page.read_text()
     assert first == again
     assert not re.search(r"https?://|<script|<link|@import", first.replace("http://www.w3.org", ""))
-    assert first.count("data:image/png;base64,") == 3
+    assert first.count('<img alt="Figure of the study') == 3
+    figures = [b64decode(data) for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", first)]
+    assert len(figures) == 6, "a light and a dark one of each"
+    for figure in figures:
+        assert not re.search(rb"https?://(?!www\.w3\.org|purl\.org|creativecommons)|<script|@import", figure)
 
 
 def test_the_command_writes_the_page_and_records_what_it_says(path, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ def prepare(
     seed: int | None = None,
     dataset: str | None = None,
     run: str | None = None,
-    sites: str | None = None,
+    sites: str | Sequence[str] | None = None,
     batch_size: int | None = None,
     device: str = "cpu",
     checkpoint: int | None = None,
@@ -83,8 +83,8 @@ def prepare(
         dataset: a stored set of trees or text, or the name of a new one.
         run: name of the run. The sites that a finished run of the name lacks are added to it; its
             weights, sequences and forward passes must be the same.
-        sites: names separated by commas, see `site_specs`, or `none`. Default: those that the run
-            has, or for a new run `embed` and `resid_post`.
+        sites: names in a list or separated by commas, see `site_specs`; `none` or an empty list is
+            no site. Default: those of the run, or for a new run `embed` and `resid_post`.
         batch_size: sequences per forward pass; default: the run's own, or see Ingest.
         checkpoint: a step of the model's training, see `models.load`.
         variant: one of variants.CHANGES; changes the stored set `dataset`.
@@ -331,15 +331,15 @@ def _trees(
     return tree_set
 
 
-def parse_sites(text: str | None) -> list[str] | None:
-    """Names of sites that are separated by commas; `none` is no site.
+def parse_sites(text: str | Sequence[str] | None) -> list[str] | None:
+    """Names of sites: a list, or words that are separated by commas; `none` is no site.
 
     Raises:
         BadInput: `none` stands among others.
     """
     if text is None:
         return None
-    names = [name.strip() for name in text.split(",")]
+    names = [name.strip() for name in text.split(",")] if isinstance(text, str) else list(text)
     if "none" in names and len(names) > 1:
         raise BadInput(f"got --sites {text}; none stands alone, for a run without activations")
     return [] if names == ["none"] else names

@@ -87,6 +87,7 @@ def draw_patterns(store: Store, run: str, tree_id: int, layer: int | None = None
     side = max(4.0, TOKEN * len(tokens)) + 0.8
     with style():
         figure, axes = panels(len(patterns), side, columns, columns * side, gridspec_kw={"hspace": 0.03})
+        figure.set_figheight(figure.get_figheight() + 0.6)  # the scale, and the title
         for axis, (site, pattern) in zip(axes, patterns.items(), strict=True):
             axis.grid(False)
             axis.spines[["top", "right"]].set_visible(True)
@@ -98,7 +99,16 @@ def draw_patterns(store: Store, run: str, tree_id: int, layer: int | None = None
             axis.set_xlabel("attended to (key)")
             axis.set_ylabel("attending (query)")
             axis.set_title(f"{site}, head {head}", loc="left")
-        figure.colorbar(shown, ax=axes, location="bottom", shrink=0.4, aspect=40, label="share of the attention")
+        figure.colorbar(
+            shown,
+            ax=axes,
+            location="bottom",
+            shrink=0.4,
+            aspect=40,
+            fraction=0.02,
+            pad=0.01,
+            label="share of the attention",
+        )
         figure.suptitle(f"Tree {tree_id}, run {run}", x=0.02, ha="left")
         figure.draw_without_rendering()  # ticks are made here, in this style
     return figure
@@ -140,18 +150,24 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-  body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a; }
+  :root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --line: #ccc; --most: #0072B2; --chosen: #D55E00; }
+  @media (prefers-color-scheme: dark) {
+    :root { --paper: #16181d; --ink: #e8e8e8; --line: #555; --most: #56B4E9; --chosen: #E69F00; }
+  }
+  body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
+  body { color: var(--ink); background: var(--paper); }
   h1 { font-size: 1.3rem; }
   .tokens { display: flex; flex-wrap: wrap; gap: 2px; font-family: ui-monospace, monospace; margin: 1rem 0; }
-  .tokens button { font: inherit; border: 1px solid #ccc; border-radius: 3px; padding: 1px 5px; background: #fff; }
-  .tokens button { cursor: pointer; min-width: 1.9em; }
-  .tokens button.chosen { outline: 3px solid #D55E00; }
-  .tokens button:focus-visible { outline: 3px solid #000; }
+  .tokens button { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: 3px; padding: 1px 5px; }
+  .tokens button { cursor: pointer; min-width: 1.9em; background: var(--paper); }
+  .tokens button.chosen { outline: 3px solid var(--chosen); }
+  .tokens button:focus-visible { outline: 3px solid var(--ink); }
   label { margin-right: 1.5rem; }
-  canvas { border: 1px solid #ccc; image-rendering: pixelated; max-width: 100%; }
+  .wide { overflow-x: auto; }
+  canvas { width: 44rem; height: 44rem; }
   #said { min-height: 3em; }
-  .key { display: inline-block; width: 8rem; height: .8rem; border: 1px solid #ccc; vertical-align: middle; }
-  .key { background: linear-gradient(90deg, #fff, #0072B2); }
+  .key { display: inline-block; width: 8rem; height: .8rem; border: 1px solid var(--line); vertical-align: middle; }
+  .key { background: linear-gradient(90deg, var(--paper), var(--most)); }
 </style>
 </head>
 <body>
@@ -163,8 +179,8 @@ PAGE = """<!doctype html>
 </p>
 <div class="tokens" id="tokens"></div>
 <p id="said" aria-live="polite">Point at a token, or click a token to keep it.</p>
-<canvas id="matrix" width="720" height="720" aria-label="The whole pattern: rows attend to columns"></canvas>
-<p>Rows attend to columns. Both list the tokens above, from left to right.</p>
+<div class="wide"><canvas id="matrix" width="1408" height="1408" aria-label="The whole pattern"></canvas></div>
+<p>Rows (queries) attend to columns (keys).</p>
 <script type="application/json" id="data">$data</script>
 <script>
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -183,12 +199,18 @@ const buttons = data.tokens.map((token, i) => {
   return button;
 });
 const weight = (q, k) => data.patterns[site.value][q][k] || 0;
-const blue = w => `rgb($${Math.round(255 * (1 - w))}, $${Math.round(255 - 141 * w)}, $${Math.round(255 - 77 * w)})`;
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const rgb = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const numbers = hex => (hex.length > 4 ? hex.slice(1).match(/../g) : [...hex.slice(1)].map(c => c + c)).map(c => parseInt(c, 16));
+function shade(w) {
+  const [none, most] = [numbers(rgb("--paper")), numbers(rgb("--most"))];
+  return `rgb($${none.map((from, i) => Math.round(from + w * (most[i] - from))).join(", ")})`;
+}
 function show() {
   const weights = buttons.map((_, i) => turned.checked ? weight(i, at) : weight(at, i));
   buttons.forEach((button, i) => {
-    button.style.background = blue(weights[i]);
-    button.style.color = weights[i] > 0.6 ? "#fff" : "#1a1a1a";
+    button.style.background = shade(weights[i]);
+    button.style.color = weights[i] > 0.6 ? rgb("--paper") : rgb("--ink");
     button.classList.toggle("chosen", i === at);
   });
   const most = weights.map((w, i) => [w, i]).sort((a, b) => b[0] - a[0]).slice(0, 5).filter(([w]) => w > 0.0005);
@@ -197,18 +219,35 @@ function show() {
   matrix();
 }
 function matrix() {
-  const n = data.tokens.length, side = canvas.width / n, draw = canvas.getContext("2d");
-  draw.fillStyle = "#fff";
-  draw.fillRect(0, 0, canvas.width, canvas.height);
+  const n = data.tokens.length, edge = 88, side = (canvas.width - edge) / n, draw = canvas.getContext("2d");
+  const shades = Array.from({ length: 101 }, (_, i) => shade(i / 100));
+  draw.clearRect(0, 0, canvas.width, canvas.height);
   for (let q = 0; q < n; q++) for (let k = 0; k <= q; k++) {
-    draw.fillStyle = blue(weight(q, k));
-    draw.fillRect(k * side, q * side, side + 0.5, side + 0.5);
+    draw.fillStyle = shades[Math.round(100 * weight(q, k))];
+    draw.fillRect(edge + k * side, edge + q * side, side + 0.5, side + 0.5);
   }
-  draw.strokeStyle = "#D55E00";
-  draw.lineWidth = 2;
-  if (turned.checked) draw.strokeRect(at * side, 0, side, canvas.height);
-  else draw.strokeRect(0, at * side, canvas.width, side);
+  draw.font = `$${Math.min(22, side * 0.85)}px ui-monospace, monospace`;
+  draw.fillStyle = rgb("--ink");
+  draw.textBaseline = "middle";
+  data.tokens.forEach((token, i) => {
+    draw.textAlign = "right";
+    draw.fillText(token, edge - 6, edge + (i + 0.5) * side);
+    draw.save();
+    draw.translate(edge + (i + 0.5) * side, edge - 6);
+    draw.rotate(-Math.PI / 2);
+    draw.textAlign = "left";
+    draw.fillText(token, 0, 0);
+    draw.restore();
+  });
+  draw.strokeStyle = rgb("--line");
+  draw.lineWidth = 1;
+  draw.strokeRect(edge, edge, n * side, n * side);
+  draw.strokeStyle = rgb("--chosen");
+  draw.lineWidth = 4;
+  if (turned.checked) draw.strokeRect(edge + at * side, edge, side, n * side);
+  else draw.strokeRect(edge, edge + at * side, n * side, side);
 }
+dark.addEventListener("change", show);
 site.addEventListener("change", show);
 turned.addEventListener("change", show);
 show();

@@ -1,0 +1,146 @@
+"""Figures of all studies: their text stands inside them, in a size that a column of a paper can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import polars as pl
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+import actstore
+from actstore.queries import figures, study
+from actstore.queries.attention.page import draw_patterns
+from actstore.store import Store
+
+STUDIES = ["depth", "last-edge", "swap", "dreams", "attention", "probes"]
+SMALLEST = 6  # points
+
+
+def texts(figure: Figure) -> list[Text]:
+    """The texts that are seen."""
+    figure.canvas.draw()
+    outside = set()  # labels of ticks that lie outside an axis' range are not drawn
+    for axis in (one for axes in figure.axes for one in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        outside |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    seen = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    seen = [text for text in seen if text not in outside]
+    return [text for text in seen if text.get_window_extent().width]
+
+
+def assert_legible(figure: Figure) -> None:
+    """No text leaves the figure, and none is smaller than SMALLEST."""
+    page, words = figure.bbox, texts(figure)
+    assert len(words) > 5
+    for text in words:
+        box = text.get_window_extent()
+        assert text.get_fontsize() >= SMALLEST, text.get_text()
+        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1
+        assert inside, text.get_text()
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A store that every study over drawn trees can be asked of."""
+    path = tmp_path_factory.mktemp("figures") / "s.act"
+    sites = ["embed", "resid_post", "pattern"]
+    actstore.ingest(path, "reproduction", trees=200, dataset="trees", sites=sites)
+    for variant in ("swap_last", "swap_inner"):
+        actstore.ingest(path, "reproduction", dataset="trees", variant=variant, sites=[])
+    actstore.ingest(path, "reproduction", dataset="trees", prompt="tree")
+    with Store(path) as store:
+        yield store
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_figure_of_a_study_is_legible_in_one_column(answered: Store, name: str, dark: bool):
+    answer = study.ask(answered, name, run="reproduction")
+    figure = study.plot(answer, dark)
+    assert figure.get_figwidth() == figures.COLUMN
+    assert_legible(figure)
+    assert "95 % intervals" in " ".join(figure.get_suptitle().split())
+    said = study.caption(answer, figure)
+    assert answer.sentence in said
+    assert "\n" not in said
+
+
+def test_patterns_of_a_whole_tree_name_each_token(answered: Store):
+    figure = draw_patterns(answered, "reproduction", 3)
+    assert_legible(figure)
+    assert len(figure.axes[0].get_xticklabels()) > 40
+
+
+def test_a_caption_lies_beside_each_figure(answered: Store, tmp_path: Path):
+    out = tmp_path / "depth.pdf"
+    (asked,) = actstore.study(answered, "depth", ["reproduction"], plot=out, caption=True, record=False)
+    assert asked.answer is not None
+    assert asked.answer.sentence in out.with_suffix(".txt").read_text()
+    assert b"/Type3" not in out.read_bytes(), "fonts that journals refuse"
+
+
+def made_up(n: int) -> pl.DataFrame:
+    value = np.linspace(0.9, 1.0, n)
+    return pl.DataFrame({"value": value, "low": value - 0.05, "high": np.minimum(value + 0.05, 1)})
+
+
+def test_long_names_are_wrapped_and_make_the_figure_longer():
+    with figures.style():
+        figure, axes = figures.panels(2, sharex=True)
+        before = figure.get_figheight()
+        sites = [f"blocks.{layer}.hook_resid_post" for layer in range(12)]
+        for axis in axes:
+            figures.points(axis, range(12), made_up(12), "a series with a name of many words, some of them long")
+            figures.percents(axis, None)
+            figures.entitle(axis, "a panel with a title that no column holds in one line, for it goes on and on")
+        figures.by_site(axes[-1], sites)
+        figures.legend(figure, *axes)
+        figures.heading(figure, "A question? " * 12, "run with-a-name-of-many-letters; " * 6)
+        figure.draw_without_rendering()
+    assert_legible(figure)
+    assert figure.get_figheight() > before
+
+
+def test_percents_end_at_100():
+    for low in (0.0, 90.0, None):
+        with figures.style():
+            figure, (axis,) = figures.panels(1)
+            figures.points(axis, range(5), made_up(5), "a")
+            figures.percents(axis, low)
+            figure.canvas.draw()
+        assert max(axis.get_yticks()) == 100
+        assert axis.get_ylim()[1] < 105
+        assert axis.get_ylim()[0] < 90
+
+
+def test_a_dark_figure_has_light_text_that_stands_out():
+    for dark in (False, True):
+        with figures.style(dark):
+            figure, (axis,) = figures.panels(1)
+            figures.points(axis, range(5), made_up(5), "a")
+            figures.legend(figure, axis)
+            figures.heading(figure, "What", "which")
+            figure.canvas.draw()
+        ground = _luminance(figure.get_facecolor())
+        for text in texts(figure):
+            assert _contrast(_luminance(text.get_color()), ground) > 7
+        for colour in (*figures.COLOURS, figures.GREY):
+            assert _contrast(_luminance(colour), ground) > 2.0
+    assert mpl.rcParams["figure.facecolor"] == "white", "the style ends with its block"
+
+
+def _luminance(colour: object) -> float:
+    """https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
+    channels = np.array(to_rgb(colour))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def _contrast(one: float, other: float) -> float:
+    return (max(one, other) + 0.05) / (min(one, other) + 0.05)

@@ -47,12 +47,14 @@ STUDIES = {
     "patching": "actstore.queries.patching",
     "path-patching": "actstore.queries.path_patching",
     "erase": "actstore.queries.erase",
+    "dtype-bill": "actstore.queries.dtype_bill",
 }
 
 OF_THE_MODEL = (
     "swap",
     "dreams",
     "attention",
+    "dtype-bill",
 )  # these find other runs of the model over the trees: one answer serves all
 OF_ANSWERS = (
     "depth",
@@ -70,6 +72,7 @@ CAUSAL = (
     "patching",
     "path-patching",
     "erase",
+    "dtype-bill",
 )  # these run the model again with edited activations, and take `patch`
 RUNS = """
 -- one row per run; held: its sites, vectors: those with a vector per token

@@ -99,7 +99,8 @@ def study(
     """Run a study, print its table, record it in `results`, draw its figure.
 
     The studies are probes, depth, last-edge, swap, dreams, attention, compare and probe, and those
-    of causes: ablate, patching, path-patching, knockout, scrub and erase. If the store lacks what a
+    of causes: ablate, patching, path-patching, knockout, scrub and erase. `dtype-bill` says what a run
+    costs and saves that is stored otherwise than as float32. If the store lacks what a
     study needs, the message names the `actstore ingest` that adds it. `compare` takes every pair of models over
     the same trees among the named runs; with one run, every pair of that run; by default, for each set of trees,
     its first run against every other model.
@@ -133,6 +134,11 @@ def study(
     With --engine ray, the workers of a Ray cluster probe the sites of `probes`; the results are the
     same.
 
+    `dtype-bill` compares a run in float32 with those of its model over its trees that are stored with
+    `ingest --dtype` or `--codec`: bytes, reads, probes, predictions from what is stored, and what
+    donors move: `-o sites`, `-o token_role` and `-o labels` as of `probes`, `-o role` of the tokens
+    that get a donor's activation, `-o trees N`, `-o repeats 0` for no times.
+
     With --confirm, each test that is significant after Holm's correction is repeated on a second
     set of trees. The second set's test uses the same model's run over that set, and leaves out
     trees that both sets hold. Each finding is then reported as found here, and as confirmed there
@@ -154,6 +160,7 @@ def study(
         actstore study demo.act knockout --run reproduction -o to "goal,targets on path" --plot knockout.png
         actstore study demo.act scrub --run reproduction --plot scrub.png
         actstore study demo.act erase --run reproduction -o labels goal -o sites resid_post --plot erase.png
+        actstore study demo.act dtype-bill --run reproduction
         actstore study notes.act probe --query verbs.sql -p tense past -o baselines by_word.sql --plot verbs.png
         actstore study demo.act probe --query "select token_id, label from mine" --table mine=labels.csv
     """

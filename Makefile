@@ -53,19 +53,6 @@ full: install
 	    $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-fresh-sites --trees 4000 --seed 10 --distribution reproduction \
 	        --dataset fresh-sites --sites $(SITES); \
 	done
-	set -e; for model in reproduction baseline; do \
-	    $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-bill --trees 1500 --seed 13 --distribution reproduction \
-	        --dataset bill --sites resid_post.0,resid_post.2,resid_post.5; \
-	    for dtype in float16 bfloat16 int8; do \
-	        $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-$$dtype --dataset bill --dtype $$dtype \
-	            --sites resid_post.0,resid_post.2,resid_post.5; \
-	    done; \
-	    for codec in zstd blosc; do \
-	        $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-$$codec --dataset bill --codec $$codec \
-	            --sites resid_post.0,resid_post.2,resid_post.5; \
-	    done; \
-	    $(BIN)/actstore study $(FULL) dtype-bill --run $$model-bill; \
-	done
 	$(BIN)/actstore report $(FULL) report --run reproduction --run baseline
 	set -e; for study in depth last-edge swap dreams; do \
 	    $(BIN)/actstore study $(FULL) $$study --run reproduction --run baseline --confirm fresh; \
@@ -89,6 +76,19 @@ full: install
 	done
 	set -e; for study in ablate patching knockout erase; do \
 	    $(BIN)/actstore study $(FULL) $$study --run reproduction-causes --run baseline-causes --confirm causes-fresh; \
+	done
+	set -e; for model in reproduction baseline; do \
+	    $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-bill --trees 1500 --seed 13 --distribution reproduction \
+	        --dataset bill --sites resid_post.0,resid_post.2,resid_post.5; \
+	    for dtype in float16 bfloat16 int8; do \
+	        $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-$$dtype --dataset bill --dtype $$dtype \
+	            --sites resid_post.0,resid_post.2,resid_post.5; \
+	    done; \
+	    for codec in zstd blosc; do \
+	        $(BIN)/actstore ingest $(FULL) --model $$model --run $$model-$$codec --dataset bill --codec $$codec \
+	            --sites resid_post.0,resid_post.2,resid_post.5; \
+	    done; \
+	    $(BIN)/actstore study $(FULL) dtype-bill --run $$model-bill; \
 	done
 
 # everything that must pass: lint, then all tests

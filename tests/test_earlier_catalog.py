@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -149,6 +151,20 @@ def test_dropped_rows_are_not_kept(tmp_path: Path) -> None:
     assert not (root / KEPT).exists()
     commit(root, 3, 4)
     assert as_built_from_nothing(root, tmp_path)
+
+
+def test_nothing_is_kept_where_the_file_system_has_no_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the room of a catalog, and never be used."""
+
+    def no_lease(descriptor: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETLEASE:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return fcntl.fcntl(descriptor, command, argument)
+
+    without = SimpleNamespace(**{**vars(fcntl), "fcntl": no_lease})
+    monkeypatch.setattr(earlier, "fcntl", without)
+    commit(tmp_path / "s.act", 0, 1, 2)
+    assert not (tmp_path / "s.act" / KEPT).exists()
 
 
 def test_a_small_catalog_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

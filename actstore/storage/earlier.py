@@ -29,15 +29,23 @@ def _kept(file: Path) -> Path:
 
 
 def keep(file: Path) -> None:
-    """Keep a file that is about to be replaced, unless it is small or the disk is nearly full."""
+    """Keep a file that is about to be replaced, if it is large and the disk has room and leases."""
     if not HAS_LEASES:
         return
     with suppress(OSError):
         about = os.lstat(file)
         has_room = shutil.disk_usage(file.parent).free > ROOM * about.st_size
-        if stat.S_ISREG(about.st_mode) and about.st_size >= KEPT_FROM and has_room:
+        if stat.S_ISREG(about.st_mode) and about.st_size >= KEPT_FROM and has_room and _may_be_leased(file):
             whole.discard(_kept(file))
             os.link(file, _kept(file))
+
+
+def _may_be_leased(file: Path) -> bool:
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return _leased(descriptor, fcntl.F_RDLCK)
+    finally:
+        os.close(descriptor)
 
 
 def forget(file: Path) -> None:
@@ -64,7 +72,7 @@ def take(file: Path, to: Path, hashes: Collection[str]) -> bool:
         descriptor = os.open(to, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             about = os.fstat(descriptor)
-            is_alone = stat.S_ISREG(about.st_mode) and about.st_nlink == 1 and _is_open_here_alone(descriptor)
+            is_alone = stat.S_ISREG(about.st_mode) and about.st_nlink == 1 and _leased(descriptor, fcntl.F_WRLCK)
             if is_alone and hash_of(descriptor) in hashes:
                 os.fchmod(descriptor, 0o644)
                 return True
@@ -79,12 +87,17 @@ def take(file: Path, to: Path, hashes: Collection[str]) -> bool:
     return False
 
 
-def _is_open_here_alone(descriptor: int) -> bool:
-    """True if no other descriptor and no map of the file exists, of any process of this machine."""
+def _leased(descriptor: int, kind: int) -> bool:
+    """True if the system grants a lease on a file, which is given back at once.
+
+    Args:
+        kind: F_WRLCK is granted if no other descriptor and no map of the file exists, of any
+            process of this machine; F_RDLCK if nobody has it open to write.
+    """
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)  # SIGIO, which an opening would bring, ends a process
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, kind)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError:  # somebody has it open, or the file system has no leases
+    except OSError:  # or the file is another user's, or the file system has no leases
         return False
     return True

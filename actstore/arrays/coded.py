@@ -111,7 +111,8 @@ class CodedReader(RangedReader):
             chunks = np.unique(position[batch == number])
             n_chunks += len(chunks)
             n_bytes += int(self._index(number)[1][chunks].clip(min=0).sum()) + self.layout.index_bytes
-        return Cost(n_chunks, len(batches), len(row) * self.layout.row_bytes, n_bytes)
+        n_runs, n_needed = n_chunks + len(batches), len(row) * self.layout.row_bytes
+        return Cost(n_chunks, len(batches), n_runs, n_needed, n_bytes, bytes_in_memory=None)
 
     def again(self) -> Callable[[Reading, IsToken], Reader]:
         """See site.Reader."""

@@ -101,8 +101,10 @@ class ForeignReader(Placed):
         return Cost(
             chunks=n_chunks,
             shards=len(np.unique(chunks // per_shard, axis=0)) * self._pieces_per_row(stored),
+            runs=n_chunks,
             bytes_needed=len(row) * self.layout.row_items * item_bytes,
             bytes_read=n_chunks * math.prod(inner) * item_bytes,
+            bytes_in_memory=None,
         )
 
     def again(self) -> Callable[[Reading, IsToken], ForeignReader]:

@@ -12,6 +12,8 @@ process has mapped half as many, all sites let go of theirs, and map again what 
 
 Shortening a mapped file kills every process that reads it, by SIGBUS. Committed files are therefore
 read-only, and actstore never shortens one.
+
+Pages that are not in memory are fetched before they are touched, run by run (`pages.py`).
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actstore.arrays import index
+from actstore.arrays import index, pages
 from actstore.arrays.copying import n_threads
+from actstore.arrays.plan import Runs, cut, joined, whole_pages
 from actstore.errors import ActstoreError, Damaged
 from actstore.storage.backend import Storage
 from actstore.storage.machine import allowed_maps, limit_reached
@@ -38,6 +41,7 @@ from actstore.storage.machine import allowed_maps, limit_reached
 if TYPE_CHECKING:
     from actstore.arrays.layout import Layout
 
+NEAR = 16 << 10  # bytes between two runs that the disk reads sooner than it takes up another run
 NOWHERE = -(2**62)  # the offset of a chunk that is not mapped; it stays negative whatever is added
 REACH = 1 << 44  # bytes of addresses in a view: 16 TB, and the system maps files next to one another
 MOST_BYTES = 1 << 62  # that numpy lets an array have, by its shape
@@ -143,8 +147,10 @@ class View:
 class _Span:
     """Addresses as one array of rows, which keeps the maps among them."""
 
-    def __init__(self, address: int, n: int, item: int, row_bytes: int, maps: object) -> None:
-        self.maps = maps
+    def __init__(
+        self, address: int, n: int, item: int, row_bytes: int, maps: dict[int, tuple[np.ndarray, np.ndarray]]
+    ) -> None:
+        self.address, self.maps = address, maps
         about = {"shape": (n,), "strides": (item,), "typestr": f"|V{row_bytes}", "data": (address, True), "version": 3}
         self.__array_interface__ = about
 
@@ -212,6 +218,47 @@ class Shards:
         """Bytes of the batch's file, which is not read."""
         full = self.layout.position_axis is not None
         return self.layout.shard_bytes if full else self._place.size(self.paths[batch])
+
+    def fetch(self, windows: np.ndarray, offsets: np.ndarray) -> None:
+        """Ask the system to read the pages of rows, without waiting for them.
+
+        Args:
+            windows, offsets: as `find` returned them.
+        """
+        if not len(offsets):
+            return
+        span: _Span = windows.base  # type: ignore[assignment]
+        bases = np.sort([mapped.ctypes.data for mapped, _ in list(span.maps.values())])
+        starts = offsets * self.layout.item_bytes + span.address
+        files = np.searchsorted(bases, starts, "right") - 1
+        runs = cut(self.runs(files, starts - bases[files]), pages.LONGEST)
+        pages.fetch(bases[runs.files] + runs.starts, runs.ends - runs.starts)
+
+    def is_cold(self, windows: np.ndarray, offsets: np.ndarray) -> bool:
+        """True if pages of rows are not in memory, as far as a sample tells; see `fetch`."""
+        span: _Span | None = windows.base  # type: ignore[assignment]
+        return span is not None and pages.some_missing(span.address, offsets, self.layout.item_bytes)
+
+    def runs(self, files: np.ndarray, starts: np.ndarray) -> Runs:
+        """The runs of pages that are fetched for rows.
+
+        Args:
+            files: int64 [n]: a number for the file of each row.
+            starts: int64 [n]: the byte of that file at which the row starts.
+        """
+        ends = starts + self.layout.row_bytes
+        return joined(*whole_pages(Runs(files, starts, ends), mmap.PAGESIZE), NEAR)
+
+    def n_resident(self, runs: Runs) -> int:
+        """Bytes of runs of pages that are in memory; `files` are numbers of stored batches."""
+        n_bytes = 0
+        for batch in np.unique(runs.files).tolist():
+            view, of_batch = self._map([batch]), runs.files == batch
+            assert view, "only of stored batches"
+            address = view.maps[batch][0].ctypes.data
+            for start, end in zip(runs.starts[of_batch].tolist(), runs.ends[of_batch].tolist(), strict=True):
+                n_bytes += pages.n_resident(address + start, end - start)
+        return n_bytes
 
     def _map(self, batches: list[int]) -> View | None:
         """Returns a view in which these batches are mapped too, as far as they are stored.

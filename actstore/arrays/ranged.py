@@ -18,6 +18,7 @@ import numpy as np
 from actstore.arrays import index
 from actstore.arrays.copying import flat_rows
 from actstore.arrays.layout import CRC_BYTES, Layout
+from actstore.arrays.plan import Runs, joined
 from actstore.arrays.reader import SiteReader
 from actstore.arrays.site import Cost, IsToken, Placed, Reader, not_stored
 from actstore.errors import BadInput, Damaged
@@ -33,12 +34,12 @@ class _Plan:
     """What is read of one shard.
 
     Attributes:
-        ranges: (start, length) in bytes, in order and apart.
+        runs: what is asked for, one range each.
         offsets: int64 [n]: the byte of the shard at which each wanted row starts.
         whole: the byte at which each chunk starts that is read whole.
     """
 
-    ranges: list[tuple[int, int]]
+    runs: Runs
     offsets: np.ndarray
     whole: np.ndarray
 
@@ -92,10 +93,10 @@ class RangedReader(Placed):
         """The rows of one shard, [n, row_items], see encoding.decoded."""
         layout, path = self.layout, self.shards[batch]
         plan = self._plan(batch, row, position, token_ids)
-        parts = self._place.read_ranges(path, plan.ranges)
-        if any(len(part) != length for part, (_, length) in zip(parts, plan.ranges, strict=True)):
+        starts, lengths = plan.runs.starts, plan.runs.ends - plan.runs.starts
+        parts = self._place.read_ranges(path, list(zip(starts.tolist(), lengths.tolist(), strict=True)))
+        if [len(part) for part in parts] != lengths.tolist():
             raise self._damaged(path, "is shorter than it was")
-        starts, lengths = (np.array(values, np.int64) for values in zip(*plan.ranges, strict=True))
         content = np.frombuffer(b"".join(parts), np.uint8)
         shift = np.cumsum(lengths) - lengths - starts  # from a byte of the shard to one of what was read
         for start in (plan.whole + shift[np.searchsorted(starts, plan.whole, "right") - 1]).tolist():
@@ -124,13 +125,8 @@ class RangedReader(Placed):
         _, chunk, n_wanted = np.unique(position, return_inverse=True, return_counts=True)
         whole = (layout.chunk_bytes <= SMALL) | (2 * n_wanted[chunk] * row_bytes >= layout.chunk_bytes)
         first = np.where(whole, begins, offsets)
-        order = np.argsort(first, kind="stable")
-        last = np.maximum.accumulate(np.where(whole, begins + layout.chunk_bytes, offsets + row_bytes)[order])
-        first = first[order]
-        runs = np.flatnonzero(np.concatenate([[True], first[1:] > last[:-1] + NEAR]))
-        starts, ends = first[runs], last[np.append(runs[1:] - 1, len(last) - 1)]
-        ranges = list(zip(starts.tolist(), (ends - starts).tolist(), strict=True))
-        return _Plan(ranges, offsets, np.unique(begins[whole]))
+        last = np.where(whole, begins + layout.chunk_bytes, offsets + row_bytes)
+        return _Plan(joined(np.full(len(row), batch), first, last, NEAR), offsets, np.unique(begins[whole]))
 
     def _chunk_starts(self, batch: int) -> np.ndarray:
         """int64 [chunks_per_shard]: the byte at which each chunk starts; below 0 if missing."""
@@ -161,13 +157,15 @@ class RangedReader(Placed):
         row, position = self.places(token_ids)
         layout = self.layout
         batch = row // layout.rows_per_chunk
-        batches, n_bytes = np.unique(batch).tolist(), 0
+        batches, n_runs, n_bytes = np.unique(batch).tolist(), 0, 0
         for number in batches:
             of_batch = batch == number
             plan = self._plan(number, row[of_batch], position[of_batch], token_ids[of_batch])
-            n_bytes += sum(length for _, length in plan.ranges) + layout.index_bytes
+            n_runs += len(plan.runs.starts) + 1
+            n_bytes += plan.runs.n_bytes + layout.index_bytes
         n_chunks = len(np.unique(batch << layout.key_bits | position))
-        return Cost(n_chunks, len(batches), len(row) * layout.row_bytes, n_bytes)
+        n_needed = len(row) * layout.row_bytes
+        return Cost(n_chunks, len(batches), n_runs, n_needed, n_bytes, bytes_in_memory=0)
 
     def again(self) -> Callable[[Reading, IsToken], Reader]:
         """See site.Reader; the site is opened to read all of it, from copies of its shards."""

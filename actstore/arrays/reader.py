@@ -23,9 +23,12 @@ import numpy as np
 from actstore.arrays.copying import copy_rows, flat_rows, n_threads
 from actstore.arrays.layout import Layout
 from actstore.arrays.mapped import Shards, most_maps
+from actstore.arrays.plan import Runs, joined, whole_pages
 from actstore.arrays.site import Cost, IsToken, Placed, not_stored
 from actstore.errors import Damaged
 from actstore.storage.backend import Reading, Storage
+
+AHEAD = 128 << 20  # bytes of pages that a block of rows may touch; the next block's are fetched meanwhile
 
 
 class SiteReader(Placed):
@@ -58,7 +61,8 @@ class SiteReader(Placed):
         """Read the activations of the given tokens.
 
         Each row is copied out of its mapped shard. Ids need no sorting, though sorted ids are read
-        faster.
+        faster. Where a sample of the pages is not all in memory, the wanted pages of each block of
+        rows are fetched while the block before is copied.
 
         Args:
             token_ids: int64 [n], in any order; repeats are allowed.
@@ -83,13 +87,14 @@ class SiteReader(Placed):
                 whole[group] = self.gather(token_ids[group], some)
             return whole
         windows, offsets = self._find(token_ids)
-        if out is None and layout.dtype == "float32" and n_threads(len(offsets) * layout.row_items) == 1:
+        cold = self.files.is_cold(windows, offsets)
+        if not cold and out is None and layout.dtype == "float32" and n_threads(len(offsets) * layout.row_items) == 1:
             X = windows[offsets].view(np.float32).reshape(-1, layout.row_items)
             blank = bool(np.isnan(X[:, 0].min(initial=0)))
         else:
             whole = np.empty((len(token_ids), *layout.row_shape), np.float32) if out is None else out
             X = flat_rows(whole, len(token_ids), layout)
-            blank = copy_rows(windows, offsets, X, layout)
+            blank = (self._copy_cold if cold else copy_rows)(windows, offsets, X, layout)
         if blank:
             self.refuse_padding(token_ids, np.isnan(X[:, 0]))
         return X.reshape(-1, *layout.row_shape) if out is None else out
@@ -107,6 +112,17 @@ class SiteReader(Placed):
             return []
         group = np.searchsorted(starts, shards, "right")
         return np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
+
+    def _copy_cold(self, windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, layout: Layout) -> bool:
+        """See copy_rows. Rows are copied block by block, while the next block's pages are read."""
+        n_rows = max(AHEAD // max(layout.row_bytes, mmap.PAGESIZE), 1)
+        blank = False
+        self.files.fetch(windows, offsets[:n_rows])
+        for first in range(0, len(offsets), n_rows):
+            block = slice(first, first + n_rows)
+            self.files.fetch(windows, offsets[first + n_rows : first + 2 * n_rows])
+            blank |= copy_rows(windows, offsets[block], X[block], layout)
+        return blank
 
     def _find(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Windows and offsets, see Shards.find.
@@ -126,7 +142,9 @@ class SiteReader(Placed):
         return found
 
     def cost(self, token_ids: np.ndarray) -> Cost:
-        """The pages that a gather touches; the whole shards, if they are compared with hashes.
+        """The pages that a gather reads if none is in memory, and those that are.
+
+        A store that checks reads the whole shards.
 
         Args:
             token_ids: int64 [n], distinct.
@@ -141,14 +159,16 @@ class SiteReader(Placed):
         batches = np.unique(batch).tolist()
         n_chunks, n_bytes = len(np.unique(batch << layout.key_bits | position)), len(row) * row_bytes
         if self.files.reads_whole:
-            return Cost(n_chunks, len(batches), n_bytes, sum(map(self.files.size, batches)))
-        n_pages = 0
+            return Cost(n_chunks, len(batches), len(batches), n_bytes, sum(map(self.files.size, batches)), None)
+        starts = slot * row_bytes
         for number in batches:
             of_batch = batch == number
-            starts = self.files.chunk_starts(number)[position[of_batch]] + slot[of_batch] * row_bytes
-            index_start = np.array([self.files.size(number) - layout.index_bytes])
-            n_pages += len(np.union1d(_pages(starts, row_bytes), _pages(index_start, layout.index_bytes)))
-        return Cost(n_chunks, len(batches), n_bytes, n_pages * mmap.PAGESIZE)
+            starts[of_batch] += self.files.chunk_starts(number)[position[of_batch]]
+        ends = np.array([self.files.size(number) for number in batches], np.int64)
+        indexes = whole_pages(Runs(np.array(batches, np.int64), ends - layout.index_bytes, ends), mmap.PAGESIZE)
+        wanted = self.files.runs(batch, starts)
+        runs = joined(*map(np.concatenate, zip(wanted, indexes, strict=True)), near=0)
+        return Cost(n_chunks, len(batches), len(runs.starts), n_bytes, runs.n_bytes, self.files.n_resident(runs))
 
     def again(self) -> Callable[[Reading, IsToken], SiteReader]:
         """See site.Reader."""
@@ -160,9 +180,3 @@ def _open_again(
 ) -> SiteReader:
     return SiteReader(layout, first_token_id, shards, where, place, is_token)
 
-
-def _pages(starts: np.ndarray, n_bytes: int) -> np.ndarray:
-    """int64: numbers of the pages that stretches of n_bytes touch, each page once."""
-    first, last = starts // mmap.PAGESIZE, (starts + n_bytes - 1) // mmap.PAGESIZE
-    most = int((last - first).max(initial=0)) + 1
-    return np.unique(np.concatenate([np.minimum(first + step, last) for step in range(most)]))

@@ -24,8 +24,10 @@ class Cost:
 
     chunks: int
     shards: int
+    runs: int
     bytes_needed: int
     bytes_read: int
+    bytes_in_memory: int | None
 
 
 class Reader(Protocol):

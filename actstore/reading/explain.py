@@ -1,4 +1,4 @@
-"""Say what a read will cost before it reads: rows, chunks, shards, bytes wanted and touched."""
+"""Say what a read will cost before it reads: rows, chunks, shards, runs, bytes wanted and read."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ class Explanation:
         tokens: number of distinct tokens.
         chunks: number of chunks that hold them, over all sites.
         shards: number of files that hold them, over all sites.
+        runs: number of stretches of these files, each read in one piece.
         bytes_needed: size of the distinct tokens' activations, as stored.
-        bytes_read: bytes touched to read them: whole pages of the mapped shards and of their
-            indexes, ranges of shards in a bucket, or whole decoded chunks of an array that is read
-            through zarr-python. A disk may read ahead more. A store that checks also reads each
-            shard whole, once.
+        bytes_read: size of the runs. They are pages of mapped shards and of their indexes, small
+            gaps between pages included; ranges of shards in a bucket; or whole chunks where chunks
+            are compressed or an array is read through zarr-python. A store that checks reads whole
+            shards.
+        in_memory: share of bytes_read that the system holds in memory, [0, 1], and need not read;
+            None where that is not known. Linux alone knows, for mapped shards; it claims all of a
+            file to which this user may not write.
     """
 
     run: str
@@ -40,8 +44,10 @@ class Explanation:
     tokens: int
     chunks: int
     shards: int
+    runs: int
     bytes_needed: int
     bytes_read: int
+    in_memory: float | None
 
     @property
     def amplification(self) -> float:
@@ -55,8 +61,9 @@ class Explanation:
     def __str__(self) -> str:
         return (
             f"{self.rows:,} rows of {self.tokens:,} tokens at {', '.join(self.sites)} of run {self.run!r}: "
-            f"{self.chunks:,} chunks in {self.shards:,} shards; {_size(self.bytes_read)} to be read for "
-            f"{_size(self.bytes_needed)} of activations ({self.amplification:.2f}×)"
+            f"{self.chunks:,} chunks in {self.shards:,} shards; {_size(self.bytes_read)} in {self.runs:,} runs to be read "
+            f"for {_size(self.bytes_needed)} of activations ({self.amplification:.2f}×)"
+            + ("" if self.in_memory is None else f", {self.in_memory:.0%} in memory")
         )
 
 
@@ -74,8 +81,11 @@ def explain(
     token_ids, _ = read_ids(store, run, query, params, timeout, memory)
     tokens = np.unique(token_ids)
     of_sites = [reader.cost(tokens) for reader in readers]
-    totals = {field: sum(getattr(of_site, field) for of_site in of_sites) for field in Cost.__dataclass_fields__}
-    return Explanation(run=run, sites=tuple(sites), rows=len(token_ids), tokens=len(tokens), **totals)
+    counted = [field for field in Cost.__dataclass_fields__ if field != "bytes_in_memory"]
+    totals = {field: sum(getattr(of_site, field) for of_site in of_sites) for field in counted}
+    held = [of_site.bytes_in_memory for of_site in of_sites]
+    share = None if None in held else sum(filter(None, held)) / max(totals["bytes_read"], 1)
+    return Explanation(run, tuple(sites), len(token_ids), len(tokens), in_memory=share, **totals)
 
 
 def _size(n_bytes: int) -> str:

@@ -167,7 +167,8 @@ class SiteReader(Placed):
         ends = np.array([self.files.size(number) for number in batches], np.int64)
         indexes = whole_pages(Runs(np.array(batches, np.int64), ends - layout.index_bytes, ends), mmap.PAGESIZE)
         wanted = self.files.runs(batch, starts)
-        runs = joined(*map(np.concatenate, zip(wanted, indexes, strict=True)), near=0)
+        files, firsts, lasts = (np.concatenate(both) for both in zip(wanted, indexes, strict=True))
+        runs = joined(files, firsts, lasts, near=0)
         return Cost(n_chunks, len(batches), len(runs.starts), n_bytes, runs.n_bytes, self.files.n_resident(runs))
 
     def again(self) -> Callable[[Reading, IsToken], SiteReader]:
@@ -179,4 +180,3 @@ def _open_again(
     layout: Layout, first_token_id: int, shards: Mapping[int, str], where: str, place: Reading, is_token: IsToken
 ) -> SiteReader:
     return SiteReader(layout, first_token_id, shards, where, place, is_token)
-

@@ -13,12 +13,18 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from mmap import PAGESIZE as PAGE
 from pathlib import Path
+from unittest.mock import patch
 
 import duckdb
 import numpy as np
 import polars as pl
 
+from actstore.arrays import pages
+from actstore.arrays.mapped import NEAR, Shards
+from actstore.arrays.plan import Runs, cut, joined, whole_pages
+from actstore.arrays.reader import AHEAD
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
@@ -29,7 +35,7 @@ from tests.benchmarks.timing import Action, alternate, drop_pages, milliseconds,
 
 SITE = "resid_post.0"  # the first layer is the kindest to running the model again, which may stop there
 SMALL = 2_000  # trees of the store that is made where none is given
-COLD_ROUNDS = 5
+COLD_ROUNDS, WARM_ROUNDS = 5, 40
 DEEP = 8  # steps from root to goal
 N_LAST_EDGES = 64
 LAST_EDGES = f"""
@@ -60,7 +66,7 @@ class Selection:
     rows: np.ndarray
 
 
-def sections(path: Path) -> dict[str, list[Row]]:
+def sections(path: Path, cold_only: bool = False) -> dict[str, list[Row]]:
     """Every table of reads from the store at path, which holds one run of the shipped model.
 
     The cold reads come first: a page that is mapped cannot be dropped.
@@ -73,13 +79,18 @@ def sections(path: Path) -> dict[str, list[Row]]:
             np.save(raw, store._opened.reader(store.resolve_run(None), SITE).gather(every))
             errs = _how_it_errs(store, selections[-1])
         cold = _cold(path, raw, selections)
+        n_trees = f"{SITE} of {np.unique(every >> 8).size:,} trees"
+        of_cold = {f"Reading {n_trees}, ids at hand, cold": cold}
+        with Store(path) as store:
+            of_cold["What a look at pages costs a warm gather"] = _looks(store, selections)
+        if cold_only:
+            return of_cold
         with Store(path) as store:
             ids_at_hand, with_sql, against = _warm(store, np.load(raw, mmap_mode="r"), selections, Path(folder))
             several = [_several_sites(store, selection) for selection in selections[:2]]
-    n_trees = f"{SITE} of {np.unique(every >> 8).size:,} trees"
     return {
         f"Reading {n_trees}, ids at hand, warm ({errs})": ids_at_hand,
-        f"Reading {n_trees}, ids at hand, cold": cold,
+        **of_cold,
         "Reading with the SQL counted, warm": with_sql,
         "All sites in one call, warm": several,
         f"Peers' time over the store's, ids at hand, warm: {', '.join(s.name for s in selections)}": against,
@@ -122,25 +133,81 @@ def _how_it_errs(store: Store, last: Selection) -> str:
 
 
 def _cold(path: Path, raw: Path, selections: list[Selection]) -> list[Row]:
-    """Gather and limit with no page of either's file in memory; the limit's file is mapped already."""
+    """Gather and limit with no page of either's file in memory; the limit's file is mapped already.
+
+    The limit gets the advice that the gather gives: the same runs, as long and as far ahead. Without
+    advice, it reads as far around each page as the disk's readahead goes.
+    """
     rows = []
     for selection in selections:
-        limit, gather = zip(*[_cold_round(path, raw, selection) for _ in range(COLD_ROUNDS)], strict=True)
-        rows.append(_row(f"{selection.name}, {len(selection.ids):,} rows: gather / limit", gather, limit))
+        rounds = [_cold_round(path, raw, selection) for _ in range(COLD_ROUNDS)]
+        limit, unadvised, gather, unaware = zip(*rounds, strict=True)
+        name = f"{selection.name}, {len(selection.ids):,} rows"
+        rows.append(_row(f"{name}: gather / limit with the same advice", gather, limit, most=1.25))
+        rows.append(_row(f"{name}: gather / limit without advice", gather, unadvised))
+        faster = ratio(unaware, gather)
+        figure = f"{faster:.1f} ({milliseconds(unaware)} / {milliseconds(gather)} ms)"
+        is_few = len(selection.ids) < 1_000
+        goal, met = ("≥ 10", faster >= 10) if is_few else ("", None)
+        rows.append(Row(f"{name}: gather without advice / gather", figure, goal, met))
     return rows
 
 
-def _cold_round(path: Path, raw: Path, selection: Selection) -> tuple[float, float]:
-    """Seconds of the limit and of the gather; a store anew, since a reader that has read holds its maps."""
-    mapped = np.load(raw, mmap_mode="r")
-    with Store(path) as store:
-        reader = store._opened.reader(store.resolve_run(None), SITE)
-        files = store.sql(SHARDS, {"site": SITE})["path"].to_list()
-        drop_pages([raw, *(path / file for file in files)])
-        limit, X = timed(lambda: np.take(mapped, selection.rows, axis=0))
-        gather, same = timed(lambda: reader.gather(selection.ids))
-    np.testing.assert_array_equal(X, same)
-    return limit, gather
+def _cold_round(path: Path, raw: Path, selection: Selection) -> list[float]:
+    """Seconds of the limit and of the gather, each with advice and without; a store anew for each.
+
+    A reader that has read holds its maps, and pages that are mapped cannot be dropped.
+    """
+    seconds = []
+    limits = (_advised, lambda mapped, rows: np.take(mapped, rows, axis=0))
+    for take in limits:
+        mapped = np.load(raw, mmap_mode="r")
+        drop_pages([raw])
+        limit, X = timed(lambda take=take, mapped=mapped: take(mapped, selection.rows))
+        seconds.append(limit)
+    for looks in (pages.some_missing, lambda *about: False):
+        with Store(path) as store, patch.object(pages, "some_missing", looks):
+            reader = store._opened.reader(store.resolve_run(None), SITE)
+            drop_pages([path / file for file in store.sql(SHARDS, {"site": SITE})["path"].to_list()])
+            gather, same = timed(lambda reader=reader: reader.gather(selection.ids))
+            seconds.append(gather)
+        np.testing.assert_array_equal(X, same)
+    return seconds
+
+
+def _looks(store: Store, selections: list[Selection]) -> list[Row]:
+    """Warm gathers, against gathers that do not ask which pages are in memory."""
+    rows, reader = [], store._opened.reader(store.resolve_run(None), SITE)
+    for selection in selections:
+        seconds: dict[str, list[float]] = {"gather": [], "unaware": []}
+        reader.gather(selection.ids)
+        for number in range(WARM_ROUNDS):
+            for name in list(seconds)[:: 1 if number % 2 else -1]:
+                with patch.object(Shards, "is_cold", Shards.is_cold if name == "gather" else lambda *about: False):
+                    seconds[name].append(timed(lambda ids=selection.ids: reader.gather(ids))[0])
+        most = 1.02 if selection.name in ("all edge targets", "1 % of tokens") else None
+        rows.append(_row(f"{selection.name}: gather / the same without a look", seconds["gather"], seconds["unaware"], most))
+    return rows
+
+
+def _advised(mapped: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`np.take` from a raw file, block by block, with the next block's pages asked for as a gather asks."""
+    X = np.empty((len(rows), mapped.shape[1]), np.float32)
+    row_bytes = mapped.shape[1] * mapped.itemsize
+    before = mapped.ctypes.data % PAGE  # the file's header
+    n_rows = AHEAD // max(row_bytes, PAGE)
+
+    def fetch(some: np.ndarray) -> None:
+        starts = some * row_bytes + before
+        wanted = whole_pages(Runs(np.zeros(len(some), np.int64), starts, starts + row_bytes), PAGE)
+        runs = cut(joined(*wanted, NEAR), pages.LONGEST)
+        pages.fetch(runs.starts + mapped.ctypes.data - before, runs.ends - runs.starts)
+
+    fetch(rows[:n_rows])
+    for first in range(0, len(rows), n_rows):
+        fetch(rows[first + n_rows : first + 2 * n_rows])
+        np.take(mapped, rows[first : first + n_rows], axis=0, out=X[first : first + n_rows])
+    return X
 
 
 def _warm(
@@ -249,13 +316,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time reads from a store of the shipped model at its default sites.")
     parser.add_argument("store", type=Path, nargs="?", help="made for it if not given")
     parser.add_argument("--trees", type=int, default=SMALL, help="of the store that is made (%(default)s)")
+    parser.add_argument("--cold", action="store_true", help="time cold reads and warm gathers only")
     parser.add_argument("--json", type=Path, help="write the tables' rows to this file, and print none")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as folder:
         if given.store is None:
             given.store = Path(folder) / "small.act"
             execute(Ingest(given.store, load("reproduction"), TreeSet("reproduction", given.trees)))
-        tables = sections(given.store)
+        tables = sections(given.store, cold_only=given.cold)
     if given.json:
         given.json.write_text(json.dumps({title: [asdict(row) for row in rows] for title, rows in tables.items()}))
         return

@@ -186,7 +186,9 @@ def _looks(store: Store, selections: list[Selection]) -> list[Row]:
                 with patch.object(Shards, "is_cold", Shards.is_cold if name == "gather" else lambda *about: False):
                     seconds[name].append(timed(lambda ids=selection.ids: reader.gather(ids))[0])
         most = 1.02 if selection.name in ("all edge targets", "1 % of tokens") else None
-        rows.append(_row(f"{selection.name}: gather / the same without a look", seconds["gather"], seconds["unaware"], most))
+        rows.append(
+            _row(f"{selection.name}: gather / the same without a look", seconds["gather"], seconds["unaware"], most)
+        )
     return rows
 
 

@@ -48,8 +48,7 @@ def test_a_section_gives_figures(module, tmp_path, monkeypatch):
 
 
 def test_ingest_is_timed_and_its_memory_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(ingest, "GOALS", {20: 0.5, 30: 0.5})
-    monkeypatch.setattr(ingest, "ROUNDS", 1)
+    monkeypatch.setattr(ingest, "SIZES", {20: (0.5, 1), 30: (0.5, 2)})
     monkeypatch.chdir(tmp_path)
     assert len(ingest.speed()) == 2
     monkeypatch.undo()  # a child finds `tests` in this folder

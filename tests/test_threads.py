@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,13 @@ from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.errors import BadInput
+from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.trees.task import TreeSet
+from actstore.storage.backend import File
+from actstore.storage.local import Local
 from actstore.storage.machine import n_processors, share_processors
+from tests.test_pipeline import small_model
 
 OURS = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 
@@ -70,3 +78,19 @@ def test_more_threads_than_processors_are_refused_in_one_line(tmp_path: Path, n_
     [line] = done.output.splitlines()
     assert line.startswith(f"actstore: got {n} threads; this process may run on {n_processors()} processors")
     assert not (tmp_path / "s.act").exists()
+
+
+def test_the_last_batch_publishes_its_shards_several_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish, by = Local.publish, dict[str, str]()
+
+    def noted(self: Local, path: str, content: Any) -> File:
+        by[path] = threading.current_thread().name.partition("_")[0]
+        return publish(self, path, content)
+
+    monkeypatch.setattr(Local, "publish", noted)
+    trees = TreeSet("reproduction", 10, n_nodes=6, trees_per_shard=4)
+    job = Ingest(tmp_path / "s.act", small_model(), trees, sites=["embed", "resid_post"])
+    execute(job)
+    for batch in range(3):
+        shards = [f"{site.path(job.plan.run)}/{site.layout.shard_name(batch)}" for site in job.plan.sites]
+        assert {by[shard] for shard in shards} == {"last" if batch == 2 else "commit"}

@@ -110,8 +110,8 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
     "--threads",
     type=int,
     metavar="N",
-    help="Threads of a forward pass on the CPU; default: OMP_NUM_THREADS, or as many as there are processors. Where several "
-    "ingests share the processors, each keeps its speed best with its share of them.",
+    help="Threads of a forward pass on the CPU; default: OMP_NUM_THREADS, or as many as there are processors. Threads sleep "
+    "while they wait, so that two ingests side by side keep half their speed each, or more, with any number.",
 )
 @click.option(
     "--dtype",

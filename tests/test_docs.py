@@ -137,7 +137,7 @@ def test_every_dependency_is_pinned_and_the_version_is_one():
         for line in (ROOT / "constraints.txt").read_text().splitlines()
     }
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["bench"]]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["bench"], *extras["app"]]
     assert {re.split("[>=]", name)[0].lower().replace("_", "-") for name in wanted} <= pinned
     assert PROJECT["project"]["version"] == actstore.__version__
     assert f"## {actstore.__version__}" in (ROOT / "CHANGELOG.md").read_text()
@@ -146,8 +146,8 @@ def test_every_dependency_is_pinned_and_the_version_is_one():
 @pytest.mark.parametrize(
     ("files", "extra"),
     [
-        (("actstore/**/*.py", "ingest/**/*.py", "queries/**/*.py"), ("wandb", "export", "s3", "ray")),
-        (("tests/*.py",), ("dev", "s3", "ray")),
+        (("actstore/**/*.py", "ingest/**/*.py", "queries/**/*.py"), ("wandb", "export", "s3", "ray", "app")),
+        (("tests/*.py",), ("dev", "s3", "ray", "app")),
         (("tests/benchmarks/*.py",), ("dev", "bench")),
     ],
 )

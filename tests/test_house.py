@@ -189,6 +189,8 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "export.hugging_face": "write_text",  # the user's
     "queries": "iterdir read_text",  # the queries that are installed
     "queries.probes.baselines": "read_text",  # the user's query
+    "queries.app.serve": "open",  # a browser
+    "queries.app.widgets": "read_text",  # the scripts that are installed
     "queries.report": "mkdir",  # the user's
     "reading.files": "read_bytes",  # the user's
     "sql.process": "read_text",  # /proc

@@ -282,6 +282,30 @@ def attention(store: Path, tree: int, run: str | None, layer: int | None, head: 
     say(out)
 
 
+@main.command(name="open")
+@store_argument
+@click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="PORT", help="Default: any free port.")
+@click.option("--no-browser", is_flag=True, help="Print the address, and open no browser.")
+def open_(store: Path, port: int, no_browser: bool) -> None:
+    """Look at a store in the browser, until Ctrl-C.
+
+    The page is served on this machine alone, to who knows the token in its address. It reads the
+    store, and writes nothing. It needs the extra `actstore[app]`.
+
+    Example:
+
+    \b
+        actstore open demo.act
+        actstore open demo.act --no-browser --port 8000
+    """
+    from actstore.queries.app.serve import check_installed, serve
+    from actstore.store import Store
+
+    check_installed()
+    Store(store).close()  # a wrong store is said here, not in the page
+    serve(store, port, not no_browser, lambda address: click.echo(f"{address}\nCtrl-C ends it."))
+
+
 class Asking:
     """A store whose every query has some tables and limits, for code that queries by itself.
 

@@ -1,0 +1,150 @@
+"""What a store holds, a query that a person typed, and the words that complete it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from actstore import queries
+from actstore.errors import ActstoreError, BadInput
+
+if TYPE_CHECKING:
+    from actstore.store import Store
+
+TIMEOUT, MEMORY = 60.0, "4GB"  # limits of a typed query: it runs in a process that is killed there
+WHOLE = "all runs"  # in the place of a run's name
+NAME = re.compile(r"\$([A-Za-z_]\w*)")
+VECTOR = (pl.List, pl.Array)
+KEYWORDS = """
+select from where group by all order limit join using left on and or not in is null as distinct count avg sum min max
+between like case when then else end desc asc having with union exists list
+"""
+FUNCTIONS = (
+    "act(token_id, run, site)",
+    "attention(token_id, run, site)",
+    "logit_lens(token_id, run, site)",
+    "probe_direction(name)",
+    "activations(run, site)",
+    "dot(a, b)",
+    "norm(x)",
+    "distance(a, b)",
+    "cosine(a, b)",
+    "project(x, direction)",
+)
+FIRST = "select role, count(*) as tokens from tokens group by all order by tokens desc"
+FIRST_OF_TEXT = "select token, count(*) as tokens from tokens group by all order by tokens desc limit 100"
+COUNTS = """
+select
+    (select count(*) from sequences) as sequences,
+    (select sum(n_tokens) from sequences)::bigint as tokens,
+    (select count(*) from runs) as runs,
+    (select sum(bytes) from shards)::bigint as bytes,
+    (select count(distinct (study, run)) from results) as answers
+"""
+
+
+@dataclass(frozen=True)
+class Told:
+    """The answer to a typed query.
+
+    Attributes:
+        frame: the rows; None after an error.
+        said: one line: the number of rows, or the error.
+    """
+
+    frame: pl.DataFrame | None
+    said: str
+
+
+def counts(store: Store) -> str:
+    """What a store holds, in one sentence."""
+    row = store.sql(COUNTS).row(0, named=True)
+    return (
+        f"{_n(row['sequences'], 'sequence')} of {row['tokens'] or 0:,} tokens; {_n(row['runs'], 'run')}, with "
+        f"{(row['bytes'] or 0) / 1e9:.2f} GB of activations; {_n(row['answers'], 'answer')} of studies. Snapshot {store.snapshot}."
+    )
+
+
+def _n(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def is_text(store: Store) -> bool:
+    """Whether a store holds no tree."""
+    return not store.sql("select count(*) from trees").item()
+
+
+def words(store: Store) -> dict[str, Any]:
+    """What the SQL box completes: tables with their columns, functions, keywords and named queries.
+
+    Returns:
+        tables: name → columns; queries: name → SQL without its header; functions and keywords.
+    """
+    tables: dict[str, list[str]] = {}
+    for table, column in store.schema().select("table", "column").iter_rows():
+        tables.setdefault(table, []).append(column)
+    for view in store.tables:
+        if view not in tables:
+            tables[view] = store.sql(f'describe "{view}"')["column_name"].to_list()
+    named = {name: _body(queries.load(name).sql) for name in queries.names()}
+    return {"tables": tables, "queries": named, "functions": list(FUNCTIONS), "keywords": KEYWORDS.split()}
+
+
+def _body(sql: str) -> str:
+    lines = sql.splitlines()
+    first = next(i for i, line in enumerate(lines) if not line.startswith("--"))
+    return "\n".join(lines[first:]).strip()
+
+
+def parameters(text: str, run: str | None, given: str) -> dict[str, str]:
+    """The parameters of a query: `$run` is the chosen run, the others are given as `n=20 seed=0`.
+
+    Raises:
+        BadInput: a word is not NAME=VALUE.
+    """
+    values = {} if run is None else {"run": run}
+    try:
+        listed = shlex.split(given)
+    except ValueError as error:
+        raise BadInput(f"got the parameters {given!r} ({error}); give NAME=VALUE, such as n=20") from None
+    for word in listed:
+        name, sign, value = word.partition("=")
+        if not sign or not name:
+            raise BadInput(f"got the parameter {word!r}; give NAME=VALUE, such as n=20")
+        values[name.removeprefix("$")] = value
+    return {name: values[name] for name in dict.fromkeys(NAME.findall(text)) if name in values}
+
+
+def ask(store: Store, text: str, run: str | None = None, given: str = "") -> Told:
+    """Run a typed query with limits of time and memory; an error becomes one line.
+
+    Args:
+        text: one SELECT.
+        run: a run, in whose session the query is asked; None for the whole store.
+        given: parameters, `n=20 seed=0`.
+    """
+    text = text.strip().rstrip(";")
+    if not text:
+        return Told(None, "Type a query, and press Ctrl-Enter.")
+    try:
+        asked = store if run is None else store.of(run)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            frame = asked.sql(text, parameters(text, run, given) or None, timeout=TIMEOUT, memory=MEMORY)
+    except ActstoreError as error:
+        return Told(None, " ".join(str(error).split()))
+    return Told(frame, ". ".join([_n(len(frame), "row"), *(" ".join(str(note.message).split()) for note in notes)]))
+
+
+def vectors(frame: pl.DataFrame) -> list[str]:
+    """The columns that hold vectors of numbers."""
+    return [
+        name
+        for name, dtype in frame.schema.items()
+        if isinstance(dtype, VECTOR) and dtype.inner is not None and dtype.inner.is_numeric()
+    ]

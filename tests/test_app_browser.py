@@ -1,0 +1,140 @@
+"""The page of `actstore open` in Chromium: each panel opened, a query typed, a brush drawn, no request but to loopback."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import actstore
+from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.jobs.local import execute
+from actstore.ingest.trees.task import TreeSet
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+IMAGES = os.environ.get("ACTSTORE_IMAGES")  # a folder that takes a picture of each panel: docs/images
+STORE = os.environ.get("ACTSTORE_IMAGES_OF")  # a larger store than the test's own, for these pictures
+SERVE = "from actstore.cli import main; main()"
+
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (`apt-get install chromium`)"),
+    pytest.mark.filterwarnings("ignore"),  # of playwright
+]
+
+
+@pytest.fixture
+def shown(shipped, tmp_path):
+    """A store with answers, patterns and a recorded study."""
+    if STORE:
+        return Path(STORE)
+    store = tmp_path / "demo.act"
+    execute(Ingest(store, shipped, TreeSet("reproduction", 24), sites=["embed", "resid_post", "pattern"]))
+    actstore.study(store, "depth", check=False)
+    return store
+
+
+def test_each_panel_opens_and_no_request_leaves_loopback(shown):
+    from playwright.sync_api import sync_playwright
+
+    command = [sys.executable, "-c", SERVE, "open", str(shown), "--no-browser"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    asked: list[str] = []
+    faults: list[str] = []
+    try:
+        address = server.stdout.readline().strip()
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1200, "height": 1000})
+            page.set_default_timeout(60_000)
+            page.on("request", lambda request: asked.append(request.url))
+            page.on("websocket", lambda socket: asked.append(socket.url))
+            page.on("pageerror", lambda error: faults.append(str(error)))
+            page.goto(address.partition("?")[0])
+            assert page.get_by_text("Tables and views").count() == 0, "without the token there is no page"
+            page.goto(address)
+            look(page)
+            browser.close()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+        assert server.stderr.read() == ""
+    finally:
+        server.kill()
+        server.communicate()
+    port = re.search(r":(\d+)/", address)[1]
+    own = (f"http://127.0.0.1:{port}/", f"ws://127.0.0.1:{port}/", "data:", f"blob:http://127.0.0.1:{port}/")
+    assert len(asked) > 20
+    assert [url for url in asked if not url.startswith(own)] == []
+    assert faults == []
+
+
+def look(page):
+    """Open each panel and use it."""
+
+    def to(panel):
+        page.get_by_role("radio", name=panel).click()
+
+    page.get_by_text("Tables and views").wait_for()
+    keep(page, "holds", 620)
+
+    to("sql")
+    box = page.get_by_role("textbox", name="SQL")
+    box.fill("")
+    box.press_sequentially("select tok")
+    page.locator(".sqlbox li", has_text="token_id").first.wait_for()
+    box.fill("select * from tokens where ro")
+    box.press("End")
+    box.press_sequentially("l")
+    box.press("Tab")
+    assert box.input_value() == "select * from tokens where role"
+    box.fill("select nothing from tokens")
+    box.press("Control+Enter")
+    page.locator(".told", has_text="nothing").wait_for()
+    box.fill("select token_id, token, role, act(token_id, 'reproduction', 'resid_post.2') as x from tokens limit 500")
+    box.press("Control+Enter")
+    page.locator(".told", has_text="500 rows").wait_for()
+    page.locator("td svg").first.wait_for()
+    keep(page, "sql", 900)
+
+    to("tree")
+    page.locator(".about", has_text="Tree 0").wait_for()
+    page.locator(".picture [data-at='4']").first.click()
+    page.locator(".attended", has_text="at position 4 ").wait_for()
+    page.locator("svg[aria-label^='Each cell names']").first.wait_for()
+    keep(page, "tree", 1420)
+
+    to("map")
+    canvas = page.locator(".map canvas")
+    canvas.wait_for()
+    page.get_by_text("Draw a rectangle").wait_for()
+    at = canvas.bounding_box()
+    page.mouse.move(at["x"] + 60, at["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(at["x"] + 300, at["y"] + 200, steps=4)
+    page.mouse.move(at["x"] + 430, at["y"] + 300, steps=4)
+    page.mouse.up()
+    page.locator(".brushed", has_text="where token_id in (").wait_for()
+    keep(page, "map", 1300)
+    to("sql")
+    page.locator(".told").wait_for()
+    assert "where token_id in (" in box.input_value()
+    box.press("Control+Enter")
+    page.locator(".told:not(:has-text('500 rows'))", has_text="row").wait_for()
+
+    to("results")
+    page.get_by_alt_text("figure").first.wait_for()
+    keep(page, "results", 1300)
+
+
+def keep(page, name, height):
+    """Take a picture of a panel, if a folder is named."""
+    if IMAGES:
+        page.set_viewport_size({"width": 1200, "height": height})
+        page.wait_for_timeout(1500)
+        page.screenshot(path=Path(IMAGES) / f"open-{name}.png")
+        page.set_viewport_size({"width": 1200, "height": 1000})

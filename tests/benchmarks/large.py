@@ -28,8 +28,9 @@ from actstore.ingest.trees.rows import edge_rows, tree_rows
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import token_rows
 from actstore.store import Store
+from actstore.writing.contents import batch_contents
 from actstore.writing.plan import RunPlan, SitePlan
-from actstore.writing.writer import batch_contents, open_writer
+from actstore.writing.writer import open_writer
 from tests.benchmarks import Row, median
 from tests.benchmarks.timing import timed
 from tests.stores import all_right

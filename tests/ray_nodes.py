@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-N_TREES, PER_SHARD = 160, 4
+N_TREES, PER_SHARD = 96, 4
 SITES = "embed,resid_post.5"
 HEAD, SECOND, PORT = "127.0.0.1", "127.0.0.2", 6399  # not one of 10002 to 19999, which workers take
 ENV = {
@@ -113,7 +113,7 @@ def tested(folder: Path) -> None:
             except Busy:
                 said("a second driver waits for the first")
         try:
-            execute_on_ray(job, options | {"checkpoint": 1000}, address)
+            execute_on_ray(job, options | {"checkpoint": 1000}, address, 1)
         except BadInput as error:
             said(f"refused: {error}")
         calls = 0
@@ -125,7 +125,7 @@ def tested(folder: Path) -> None:
             if calls == 4:
                 kill([pid for pid in processes("ray::_Worker") if parent(pid) == node])
                 said(f"worker killed after {done} trees")
-            if calls == 12:
+            if calls == 10:
                 kill([node])
                 said(f"node killed after {done} trees")
 

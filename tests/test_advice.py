@@ -220,7 +220,7 @@ CASES = [
     Case("actstore/sql/functions.py:_read_direction", DIRECTION, sites),
     Case("actstore/catalog/tables.py:not_a_table", ["sql", "STORE", "select 1"], changed(VIEW)),
     Case(
-        "actstore/reading/sites.py:_impossible",
+        "actstore/reading/catalog_rows.py:impossible",
         [*EMBED, "--site", "embed"],
         changed("update sites set shape = []"),
     ),
@@ -253,6 +253,8 @@ ELSEWHERE = {
     "queries/study.py:ask",  # test_ablate.py
     "actstore/cli/ingest.py:ingest",  # below, as the rest
     "actstore/cli/ingest.py:_patch",  # test_refused_edits.py
+    "actstore/cli/ingest.py:_execute_slice",  # test_slices.py, as the next
+    "ingest/jobs/slices.py:execute_slice",
     "ingest/jobs/patched.py:_must_fit",  # test_patched_runs.py, as the next
     "actstore/writing/dropping.py:_of_run",
     "actstore/reading/opened.py:_check_log",  # below: `verify` says more, and mends nothing
@@ -277,7 +279,7 @@ ELSEWHERE = {
     "queries/scrub/donors.py:_no_tree",
     "ingest/training/card.py:write_card",
 }
-MENTIONED = re.compile(r"`actstore (models list|models add( NAME FILE)?|read)`")  # named, not spelled out
+MENTIONED = re.compile(r"`actstore (models list|models sites|models add( NAME FILE)?|read)`")  # named, not spelled out
 
 
 def written(words: list[str], store: Path, added: str = "") -> list[str]:

@@ -113,6 +113,7 @@ def execute_on_ray(
                     published = time.monotonic()
                 writer.commit_published(made.pop(done))
                 done += 1
+        log.sweep(job.store, list(writer.committed))  # what killed workers left half-done
 
 
 def anywhere(options: Mapping[str, Any]) -> dict[str, Any]:

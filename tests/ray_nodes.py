@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-N_TREES, PER_SHARD = 96, 4
+N_TREES, PER_SHARD = 240, 4
 SITES = "embed,resid_post.5"
 HEAD, SECOND, PORT = "127.0.0.1", "127.0.0.2", 6399  # not one of 10002 to 19999, which workers take
 ENV = {
@@ -84,7 +84,7 @@ def until(what: Callable[[], bool], seconds: float = 100) -> None:
     ends = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < ends, "it never came to that"
-        time.sleep(0.02)
+        time.sleep(0.005)
 
 
 def tested(folder: Path) -> None:
@@ -122,10 +122,10 @@ def tested(folder: Path) -> None:
             nonlocal calls
             calls += 1
             (node,) = processes("raylet/raylet", SECOND) or [0]
-            if calls == 4:
+            if calls == 2:
                 kill([pid for pid in processes("ray::_Worker") if parent(pid) == node])
                 said(f"worker killed after {done} trees")
-            if calls == 10:
+            if calls == 6:
                 kill([node])
                 said(f"node killed after {done} trees")
 

@@ -208,8 +208,9 @@ def _asked(store: Store, asked: Asked, seed: int) -> str:
         params = json.dumps(json.loads(first["params"]), indent=1, sort_keys=True)
         runs = [word for run in answer.of for word in ("--run", run)]
         command = advised("study", store.path.name, answer.name, *runs, "--seed", str(seed))
+        made_by = f"<code>{html.escape(command.strip('`'))}</code>"
         parts.append(
-            f'<div class="wide">{_table(answer.frame)}</div><p>{_csv(asked, answer.frame)}, made by {html.escape(command)}</p>'
+            f'<div class="wide">{_table(answer.frame)}</div><p>{_csv(asked, answer.frame)}, made by {made_by}</p>'
             f"<details><summary>The query and its parameters</summary><pre>{html.escape(first['query'])}</pre>"
             f"<pre>{html.escape(params)}</pre></details>"
         )

@@ -247,7 +247,7 @@ def _bytes(store: Store, run: str, labels: Mapping[str, str], sites: Sequence[st
 
 def _row(metric: str, values: np.ndarray, trees: np.ndarray, seed: int, **about: str) -> dict[str, Any]:
     """The mean of changes with its interval over trees: of shares, or by bootstrap of any size."""
-    if metric in ("loss_change", "moved_change"):
+    if metric in ("loss_change", "moved_change", "relative_error"):
         mean = dict(zip(ENDS, mean_over_trees(values, trees, seed), strict=True))
         return {**about, "metric": metric, **mean, "n": len(values)}
     if metric in TESTED:

@@ -108,7 +108,7 @@ def failing(which):
 @pytest.mark.parametrize("which", LACKS)
 def test_whatever_lacks_memory_says_so_in_one_line(monkeypatch, tmp_path, which):
     fake(sites=("embed",)).store(tmp_path / "s.act")
-    monkeypatch.setattr(Store, "info", failing(which))
+    monkeypatch.setattr(Store, "info_rows", failing(which))
     result = CliRunner().invoke(main, ["info", str(tmp_path / "s.act")])
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert "memory" in result.stderr

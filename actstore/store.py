@@ -121,6 +121,8 @@ class Store:
         self.close()
 
     def __repr__(self) -> str:
+        if "_opened" not in vars(self):  # for a traceback with variables, of an opening that failed
+            return "Store(not opened)"
         only = f".of({self.only!r})" if self.only is not None else ""
         try:
             return f"Store({str(self.path)!r}, snapshot={self.snapshot}, runs={self.runs()}){only}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,8 +19,23 @@ class Cutting(ThreadingHTTPServer):
     daemon_threads = True
     choose: Choose
     upstream: str
+    failing: dict[str, Fault]  # kind of request, see kind_of → its fault
+    told = ""  # what the server says beside a status that it answers with
     delay = 0.0  # seconds before each request is sent on
-    bytes_per_second = 0.0  # of an answer's body; 0: as fast as it comes
+    bytes_per_second = 0.0  # of a body, of the answer or of the request; 0: as fast as it comes
+
+
+def kind_of(method: str, path: str, headers: Mapping[str, str]) -> str:
+    """head, list, get, get_ranges, create (If-None-Match), swap (If-Match), put or delete."""
+    if method == "PUT":
+        return "create" if "If-None-Match" in headers else "swap" if "If-Match" in headers else "put"
+    if method == "GET":
+        return "list" if "list-type" in path else "get_ranges" if "Range" in headers else "get"
+    return (
+        "delete"
+        if method == "DELETE" or (method == "POST" and path.endswith(("?delete", "?delete=")))
+        else method.lower()
+    )
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -29,13 +44,14 @@ class _Handler(BaseHTTPRequestHandler):
     server: Cutting
 
     def handle_one(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.server.choose(self.command, self.path)
+        body = self._body(int(self.headers.get("Content-Length") or 0))
+        kind = kind_of(self.command, self.path, self.headers)
+        fault = self.server.choose(self.command, self.path) or self.server.failing.get(kind, "")
         time.sleep(self.server.delay)
         if fault == "refuse":
             return self._drop()
         if fault.isdigit():
-            return self._answer(int(fault), [], b"")
+            return self._answer(int(fault), [], self.server.told.encode())
         is_put = self.command == "PUT"
         upstream = http.client.HTTPConnection(self.server.upstream)
         try:
@@ -59,6 +75,15 @@ class _Handler(BaseHTTPRequestHandler):
             if name.lower() not in ("transfer-encoding", "connection")
         ]
         return self._answer(answer.status, headers, content, fault == "torn")
+
+    def _body(self, size: int) -> bytes:
+        if not (speed := self.server.bytes_per_second):
+            return self.rfile.read(size)
+        parts = []
+        for start in range(0, size, 1 << 16):
+            parts.append(self.rfile.read(min(1 << 16, size - start)))
+            time.sleep(len(parts[-1]) / speed)
+        return b"".join(parts)
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_one  # noqa: N815 - the names that the base class calls
 
@@ -96,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
 def cutting(upstream: str, choose: Choose = lambda method, path: "") -> Iterator[tuple[str, Cutting]]:
     """Run a proxy before a server, `http://127.0.0.1:port`; gives its own address, and itself."""
     with Cutting(("127.0.0.1", 0), _Handler) as server:
-        server.choose, server.upstream = choose, upstream.removeprefix("http://")
+        server.choose, server.upstream, server.failing = choose, upstream.removeprefix("http://"), {}
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}", server

@@ -34,7 +34,7 @@ class Elsewhere(Storage):
         calls["publish"] += 1
         return self._files.publish(path, content)
 
-    def swap(self, path: str, content: Content, expected: str | None = ANY) -> None:
+    def swap(self, path: str, content: Content, expected: str | None = ANY, number: int | None = None) -> None:
         calls["swap"] += 1
         self._files.swap(path, content, expected)
 

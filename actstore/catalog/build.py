@@ -93,7 +93,7 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
                 discard_beside(at(temporary.parent), temporary.name)
 
         if new or not held:
-            place.swap(CATALOG, write, expected)
+            place.swap(CATALOG, write, expected, held + len(new))
         return held + len(new)
 
 

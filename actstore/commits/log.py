@@ -21,6 +21,7 @@ from actstore.commits.manifest import MANIFEST, Dropped, Manifest, manifest_path
 from actstore.errors import ActstoreError, Damaged, advised
 from actstore.storage.at import at
 from actstore.storage.machine import limit_reached
+from actstore.storage.several import several
 
 
 def manifests(root: Path, after: int = 0, least: int = 0) -> list[Manifest]:
@@ -235,8 +236,8 @@ def sweep(root: Path, committed: list[Manifest]) -> list[str]:
         The paths removed.
     """
     place, removed = at(root), strays(root, committed)
-    for stray in removed:
-        place.delete(stray)
+    for _ in several(place.delete, removed, place.at_once):
+        pass
     place.tidy(SWAPPED, () if pending.is_open(root, live(committed)) else FOLDERS)
     return removed
 

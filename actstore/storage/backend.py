@@ -53,11 +53,13 @@ class Storage(Protocol):
 
     Attributes:
         root: the place's address, for messages and for storage.at.
+        at_once: files that are best published, read or deleted at the same time, see `several`.
         committed: hashes that each file is compared with when it is opened; None compares nothing.
         reads_ranges: True if a few rows of a file are better read by ranges than from a copy of it.
     """
 
     root: Path
+    at_once: int = 1
     committed: Mapping[str, str] | None = None
     reads_ranges: bool = False
 
@@ -101,13 +103,14 @@ class Storage(Protocol):
         """True if a file that is adopted from the other place takes no room here."""
         return False
 
-    def swap(self, path: str, content: Content, expected: str | None = ANY) -> None:
+    def swap(self, path: str, content: Content, expected: str | None = ANY, number: int | None = None) -> None:
         """Replace a file, durably, whole or not at all.
 
         Args:
             path: of the file.
             content: its new bytes, or a function that writes them to a given local path.
             expected: the present file's token, None if there must be no file, ANY for no check.
+            number: the snapshot's, of a catalog; a place may note it beside the file.
 
         Raises:
             Busy: the present file is not the expected one, and stays.

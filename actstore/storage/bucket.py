@@ -1,13 +1,14 @@
 """A bucket of an object store, through obstore: single requests, and their errors as the package's.
 
-Credentials and the endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and the
-like), which obstore reads. No message quotes what a server or obstore said: a server's answer may
-name an access key.
+Credentials and the endpoint come from the environment, see credentials.py. No message quotes what a
+server or obstore said, since a server's answer may name an access key, and no error has such an
+answer as its context.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import time
@@ -20,19 +21,30 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actstore.errors import BadInput, NotStored, Unreachable
+from actstore.storage import credentials
 
 T = TypeVar("T")
 CLASSES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}  # of obstore, by scheme
-ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # how the names of variables begin that obstore reads
 STATUS = re.compile(r"status code: (\d{3})")
 CODE = re.compile(r"<Code>(\w{1,60})</Code>")  # a word of S3's own, such as NoSuchBucket
 LOST = re.compile(r"timed? ?out|connect|connection|reset|closed|incomplete|error sending request|dns", re.IGNORECASE)
-METADATA = "169.254.169.254"  # of a cloud's machines: asked for credentials where the environment holds none
+METADATA = re.compile(
+    r"169\.254\.169\.254|metadata\.google\.internal"
+)  # of a cloud's machines: asked for credentials last
 CONFLICT = "409"  # S3: another request for the key was under way, and this one is to be sent again
+TAKEN = ("BlobAlreadyExists",)  # codes by which Azure says with a 409 what S3 says with a 412
+WHY = {  # a server refuses, by its code: what to do
+    "RequestTimeTooSkewed": "this machine's clock differs from the server's: set the clock",
+    "ExpiredToken": "the credentials have expired: get new ones",
+    "InvalidToken": "the session token is of no use: get new credentials",
+}
 CONFLICTS, LOSSES = 7, 2  # times that a request is done again which met another, or whose answer was lost
 PAUSE = 0.05  # seconds before a request that met another is done again; doubled each time
-WITHIN = {"timeout": "10min", "connect_timeout": "5s", "read_timeout": "30s"}
-RETRIES = {  # of obstore itself: 5xx and connections that fail
+STALL = 30.0  # seconds without a byte of an answer after which a request failed
+SLOWEST = 250e3  # bytes per second of the slowest link; an answer to a put comes after all of its bytes
+PART = 16 << 20  # bytes of a part of a large put
+MOST_PARTS = 9000  # S3 takes 10,000
+RETRIES: dict[str, Any] = {  # of obstore itself: 5xx and connections that fail
     "max_retries": 7,
     "retry_timeout": timedelta(seconds=60),
     "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2},
@@ -151,7 +163,10 @@ class Bucket:
 
     def put(self, path: str, content: bytes | memoryview | Path) -> None:
         """Put an object, whatever its key holds; a file is sent in pieces."""
-        self._ask(path, lambda: self._obstore.put(self._client, self.prefix + path, content, mode="overwrite"))
+        n_bytes = content.stat().st_size if isinstance(content, Path) else len(content)
+        part = max(PART, -(-n_bytes // MOST_PARTS))
+        client, key = self._client_for(min(n_bytes, part)), self.prefix + path
+        self._ask(path, lambda: self._obstore.put(client, key, content, mode="overwrite", chunk_size=part))
 
     def create(self, path: str, content: bytes | memoryview) -> bool:
         """Put an object under a key that is free (If-None-Match: *).
@@ -187,11 +202,11 @@ class Bucket:
 
         def put() -> bool:
             try:
-                self._obstore.put(self._client, self.prefix + path, content, mode=mode)
+                self._obstore.put(self._client_for(len(content)), self.prefix + path, content, mode=mode)
             except told.PreconditionError:
                 return False
             except told.AlreadyExistsError as error:
-                if _status(error) == CONFLICT:
+                if _is_conflict(error):
                     raise
                 return False
             except FileNotFoundError as error:  # what was to be replaced is gone
@@ -215,18 +230,21 @@ class Bucket:
         """
         conflicts, losses = CONFLICTS, LOSSES
         while True:
+            told = None
             try:
                 return request()
             except (TooLong, BadInput):
                 raise
             except Exception as error:
-                if _status(error) == CONFLICT and conflicts:
+                if _is_conflict(error) and conflicts:
                     conflicts -= 1
                     time.sleep(PAUSE * 2 ** (CONFLICTS - conflicts))
                 elif _is_lost(error) and losses:
                     losses -= 1
-                else:
-                    raise self._told(path, error) from None
+                elif (told := self._told(path, error)) is error:
+                    raise
+            if told is not None:  # raised here, since the error above may quote a key
+                raise told
 
     @property
     def _obstore(self) -> Any:
@@ -234,8 +252,12 @@ class Bucket:
 
     @property
     def _client(self) -> Any:
-        settings = frozenset(item for item in os.environ.items() if item[0].startswith(ENVIRONMENT[self.scheme]))
-        return _client_of(self.scheme, self.name, settings, os.getpid())
+        return self._client_for(0)
+
+    def _client_for(self, n_bytes: int) -> Any:
+        """A client that waits as long as a slow link takes to send so many bytes."""
+        longer = max(0, math.ceil(math.log2(max(n_bytes, 1) / SLOWEST / STALL)))
+        return _client_of(self.scheme, self.name, credentials.fingerprint(self.scheme), STALL * 2**longer, os.getpid())
 
     def _told(self, path: str, error: Exception) -> Exception:
         """obstore's error as the system's or the package's own; another error as it is."""
@@ -246,10 +268,14 @@ class Bucket:
             return self.no_bucket()
         if isinstance(error, FileNotFoundError):
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root / path))
-        if METADATA in said:
-            return self._refused("the environment holds none")
+        if METADATA.search(said):
+            return self._refused("there are no credentials")
+        code = CODE.search(said)
+        if code and code[1] in WHY:
+            return Unreachable(
+                f"{self._where()} refuses this access to bucket {self.name!r} ({code[1]}): {WHY[code[1]]}"
+            )
         if _status(error) in ("401", "403") or "AccessDenied" in said:
-            code = CODE.search(said)
             return self._refused(code[1] if code else "")
         return self._unreachable(path, error) if isinstance(error, (told.BaseError, OSError)) else error
 
@@ -259,8 +285,8 @@ class Bucket:
 
     def _refused(self, why: str) -> Unreachable:
         return Unreachable(
-            f"{self._where()} refuses this access to bucket {self.name!r}{f' ({why})' if why else ''}: look at the credentials in "
-            f"the environment ({ENVIRONMENT[self.scheme]}…), and at what they allow"
+            f"{self._where()} refuses this access to bucket {self.name!r}{f' ({why})' if why else ''}: look at the credentials, "
+            f"and at what they allow (in the environment, {credentials.TO_SET[self.scheme]})"
         )
 
     def _unreachable(self, path: str, error: Exception) -> Unreachable:
@@ -279,8 +305,7 @@ class Bucket:
 
     def _where(self) -> str:
         """The server, without what its address may say of a user."""
-        address = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
-        if self.scheme == "s3" and address:
+        if address := credentials.endpoint(self.scheme):
             return re.sub(r"//[^/@]*@", "//", address).split("?")[0]
         return {"s3": "S3", "gs": "Google Cloud Storage", "az": "Azure"}[self.scheme]
 
@@ -296,6 +321,12 @@ def _version(meta: Any) -> dict[str, str]:
 def _status(error: BaseException) -> str:
     found = STATUS.search(str(error))
     return found[1] if found else ""
+
+
+def _is_conflict(error: BaseException) -> bool:
+    """True if another request for the key was under way; Azure says 409 of a taken key, too."""
+    code = CODE.search(str(error))
+    return _status(error) == CONFLICT and not (code and code[1] in TAKEN)
 
 
 def _is_lost(error: BaseException) -> bool:
@@ -315,9 +346,14 @@ def _library(root: Path) -> Any:
     return obstore
 
 
-@lru_cache(maxsize=8)
-def _client_of(scheme: str, bucket: str, settings: frozenset[tuple[str, str]], process: int) -> Any:
-    """obstore's client; another one if the environment changed, or the process was forked."""
+@lru_cache(maxsize=32)
+def _client_of(scheme: str, bucket: str, fingerprint: str, stall: float, process: int) -> Any:
+    """obstore's client; another one if the environment changed, or the process was forked.
+
+    Args:
+        fingerprint: of the environment, see credentials.
+        stall: seconds that an answer may take.
+    """
     if _first_process() != process:
         raise BadInput(
             f"process {_first_process()} has asked {scheme}://{bucket}, and this process ({process}) was forked from it: the "
@@ -325,16 +361,23 @@ def _client_of(scheme: str, bucket: str, settings: frozenset[tuple[str, str]], p
         )
     from obstore import store
 
-    make = getattr(store, CLASSES[scheme])
-    endpoint = dict(settings).get("AWS_ENDPOINT_URL") or dict(settings).get("AWS_ENDPOINT") or ""
-    options: dict[str, Any] = {**WITHIN, **({"allow_http": True} if endpoint.startswith("http://") else {})}
+    credentials.check(scheme)
+    make, settings = getattr(store, CLASSES[scheme]), credentials.of_profile() if scheme == "s3" else None
+    options: dict[str, Any] = {
+        "timeout": timedelta(days=1),  # of a whole answer, however long; `read_timeout` ends one that stalls
+        "connect_timeout": timedelta(seconds=5),
+        "read_timeout": timedelta(seconds=stall),
+        **({"allow_http": True} if credentials.endpoint(scheme).startswith("http://") else {}),
+    }
+    retries = {**RETRIES, "retry_timeout": RETRIES["retry_timeout"] + timedelta(seconds=2 * stall - 2 * STALL)}
     try:
-        return make(bucket, client_options=options, retry_config=RETRIES)
+        return make(bucket, client_options=options, retry_config=retries, config=settings or None)
     except Exception:  # its message may quote a setting
-        pair = "; AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go together" if scheme == "s3" else ""
-        raise BadInput(
-            f"got {scheme}://{bucket}, and obstore refuses the settings in the environment ({ENVIRONMENT[scheme]}…){pair}"
-        ) from None
+        pass
+    raise BadInput(
+        f"got {scheme}://{bucket}, and obstore refuses the settings in the environment ({credentials.PREFIX[scheme]}…): set "
+        f"{credentials.TO_SET[scheme]}"
+    )
 
 
 @lru_cache(maxsize=1)

@@ -81,7 +81,7 @@ class Local(Storage):
             return False
         return os.stat(_existing(self.root)).st_dev == os.stat(source.root).st_dev
 
-    def swap(self, path: str, content: Content, expected: str | None = ANY) -> None:
+    def swap(self, path: str, content: Content, expected: str | None = ANY, number: int | None = None) -> None:
         """See Storage.swap."""
         target = self.root / path
         with needing_room(target):

@@ -4,8 +4,9 @@ A file is an object under its own path. What is published is created under a fre
 (`If-None-Match: *`). What is replaced is compared by its ETag (`If-Match`). A file that a function
 writes, as the catalog, is an object of its own that never changes, under `.actstore/heads`; a small
 object under the file's path, its head, says which. The head has a nonce, since an ETag is often the
-hash of the content. Readers keep such files in a cache of this machine, by their hash. A large one
-is stored as pieces (see pieces.py), and its own object lists them.
+hash of the content. Readers keep such files in a cache of this machine, by their hash. A large
+catalog is stored as pieces (see pieces.py), and its own object lists them. Another file that is too
+large for one put has a head as well, which is created under a free key.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from actstore.storage.refused import needing_room
 from actstore.storage.regular import LONGEST
 
 HEADS = f"{OWN}/heads"
-HEAD = re.compile(rb"actstore head 1\n([0-9a-f]{32}) (\d{1,19})\n([0-9a-f]{32})\n *\n")
+HEAD = re.compile(rb"actstore head 1\n([0-9a-f]{32}) (\d{1,19})\n([0-9a-f]{32})(?: (\d{1,19}))?\n *\n")
 HEAD_BYTES = 128  # of every head, so that an object of another size is none
+ONE_PUT = 5_000_000_000  # bytes that S3 and Azure take by one put; more go in parts, which no condition covers
 AT_ONCE = 32  # requests for small objects that are under way at the same time
 MOST_ASKED = 500  # objects whose sizes are asked one by one; with more, all are listed
 
@@ -49,21 +51,26 @@ class Head:
         xxh3_128: hash of the content.
         size: its bytes.
         nonce: of the swap that put it in place.
+        number: of the catalog's snapshot; None for another file.
     """
 
     xxh3_128: str
     size: int
     nonce: str
+    number: int | None = None
 
     @classmethod
     def of(cls, content: bytes) -> Head | None:
         """The head that an object is; None if it is a file's content."""
         found = HEAD.fullmatch(content) if len(content) == HEAD_BYTES else None
-        return cls(found[1].decode(), int(found[2]), found[3].decode()) if found else None
+        if not found:
+            return None
+        return cls(found[1].decode(), int(found[2]), found[3].decode(), int(found[4]) if found[4] else None)
 
     def to_bytes(self) -> bytes:
         """The head's object."""
-        text = f"actstore head 1\n{self.xxh3_128} {self.size}\n{self.nonce}\n"
+        number = "" if self.number is None else f" {self.number}"
+        text = f"actstore head 1\n{self.xxh3_128} {self.size}\n{self.nonce}{number}\n"
         return text.encode().ljust(HEAD_BYTES - 1) + b"\n"
 
     def key(self, path: str) -> str:
@@ -84,6 +91,7 @@ class Objects(Storage):
     """
 
     lease_seconds = 30.0
+    at_once = 8  # each holds a file in memory
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -94,12 +102,28 @@ class Objects(Storage):
         """See Storage.publish."""
         refuse_lost(self._bucket)
         file = File(path, len(content), xxhash.xxh3_128_hexdigest(content))
-        if not self._bucket.create(path, content) and not self._is(file):
+        put = self._put_large if len(content) > ONE_PUT else self._bucket.create
+        if not put(path, content) and not self._is(file):
             raise Damaged(
                 f"{self.root / path} exists with other content, and no commit names it: another writer is at work on this store; "
                 "if none is, remove that object"
             )
         return file
+
+    def _put_large(self, path: str, content: bytes | memoryview) -> bool:
+        """Put a file in parts under a key that no other file has, and create its head.
+
+        Returns:
+            False if the path is taken.
+        """
+        if self.has(path):
+            return False
+        head = Head(xxhash.xxh3_128_hexdigest(content), len(content), uuid4().hex)
+        self._bucket.put(head.key(path), content)
+        if self._created(path, head.to_bytes()):
+            return True
+        self._bucket.delete(head.key(path))
+        return False
 
     def _is(self, file: File) -> bool:
         try:
@@ -107,7 +131,7 @@ class Objects(Storage):
         except FileNotFoundError:
             return False
 
-    def swap(self, path: str, content: Content, expected: str | None = ANY) -> None:
+    def swap(self, path: str, content: Content, expected: str | None = ANY, number: int | None = None) -> None:
         """See Storage.swap."""
         with tempfile.TemporaryDirectory(prefix="actstore-") as folder:
             if not callable(content):
@@ -116,7 +140,7 @@ class Objects(Storage):
             written = Path(folder) / path.rpartition("/")[2]
             with needing_room(written):
                 content(written)
-                head = Head(hash_of_file(written), written.stat().st_size, uuid4().hex)
+                head = Head(hash_of_file(written), written.stat().st_size, uuid4().hex, number)
             refuse_lost(self._bucket)
             self._put(path, head, written)
             try:
@@ -169,7 +193,11 @@ class Objects(Storage):
                 self._bucket.replace(path, content, there.version) if there else self._created(path, content)
             )
             if not replaced:
-                raise Busy(f"another process changed {self.root / path} meanwhile; wait for it or stop it, then go on")
+                now = self._head(path)
+                by_now = "" if now is None or now.number is None else f" (to snapshot {now.number})"
+                raise Busy(
+                    f"another process changed {self.root / path} meanwhile{by_now}; wait for it or stop it, then go on"
+                )
         if before:
             self._discard(path, before, Head.of(bytes(content)))
             cache.drop(before.xxh3_128)
@@ -252,10 +280,17 @@ class Objects(Storage):
         """See Storage.read_ranges."""
         (size, head), asked = self.looked_at(path), list(ranges)
         kept = [(start, min(length, size - start)) for start, length in asked if start < size and length > 0]
-        if head:
+        if head and self._listed(path, head):
             content = self.read(path, size)
             return [content[start : start + length] for start, length in asked]
-        parts = iter(self._bucket.get_ranges(path, *map(list, zip(*kept, strict=True))) if kept else [])
+        starts, lengths = [start for start, _ in kept], [length for _, length in kept]
+        try:
+            parts = iter(self._bucket.get_ranges(head.key(path) if head else path, starts, lengths) if kept else [])
+        except FileNotFoundError:
+            if head is None:
+                raise
+            self._newer(path, head)  # raises if there is none
+            return self.read_ranges(path, asked)
         return [bytes(next(parts)) if start < size and length > 0 else b"" for start, length in asked]
 
     def size(self, path: str) -> int:
@@ -277,8 +312,10 @@ class Objects(Storage):
 
     def sizes(self, paths: Sequence[str]) -> Mapping[str, int]:
         """See Storage.sizes."""
+        there: dict[str, int] = {}
         if len(paths) > MOST_ASKED:
-            return self._bucket.sizes("")
+            there = self._bucket.sizes("")
+            paths = [path for path in paths if there.get(path) == HEAD_BYTES]  # its file may be longer
 
         def size(path: str) -> int | None:
             try:
@@ -288,7 +325,7 @@ class Objects(Storage):
 
         with ThreadPoolExecutor(AT_ONCE) as threads:
             found = zip(paths, threads.map(size, paths), strict=True)
-            return {path: size for path, size in found if size is not None}
+            return {**there, **{path: size for path, size in found if size is not None}}
 
     def ahead(self, paths: Sequence[str]) -> Mapping[str, bytes]:
         """See Storage.ahead."""
@@ -424,9 +461,9 @@ class Objects(Storage):
         return f"{self.root} holds other objects and is no actstore store; name a new prefix"
 
     def tidy(self, names: Iterable[str], folders: Iterable[str]) -> None:
-        """See Storage.tidy; what swaps that were interrupted put under heads."""
+        """See Storage.tidy; what interrupted swaps and publishes put under heads."""
         refuse_lost(self._bucket)
-        begins = tuple(f"{HEADS}/{name}" for name in names)
+        begins = (*(f"{HEADS}/{name}" for name in names), *(f"{HEADS}/{folder}/" for folder in folders))
         used: dict[str, set[str]] = {}
         for key in self._bucket.sizes(HEADS):
             if key.startswith(begins):

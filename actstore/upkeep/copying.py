@@ -8,7 +8,9 @@ with the rows of their datasets and models, whichever run brought them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from actstore.commits.manifest import Manifest, Part, Shard, manifest_path
 from actstore.errors import BadInput, Damaged, NotStored, advised, nearest
 from actstore.storage.at import at, check_room, place
 from actstore.storage.backend import File
+from actstore.storage.several import several
 from actstore.writing.create import create, is_store
 from actstore.writing.parts import rows_committed
 
@@ -77,15 +80,17 @@ def copy(
 
     def fill(new: Path) -> None:
         done, before = 0, None
-        for manifest in copied:
-            for file in manifest.files:
-                _copy_file(root, new, file)
-                done += file.bytes
-                advance(done, total)
-            if runs:
-                before = log.commit(new, manifest, before)
-            else:
-                at(new).publish(manifest_path(manifest.number), at(root).read(manifest_path(manifest.number)))
+        at_once = max(at(root).at_once, at(new).at_once)
+        every = [file for manifest in copied for file in manifest.files]
+        with closing(several(partial(_copy_file, root, new), every, at_once, lambda file: file.bytes)) as copies:
+            for manifest in copied:
+                for _ in manifest.files:
+                    done += next(copies)
+                    advance(done, total)
+                if runs:
+                    before = log.commit(new, manifest, before)
+                else:
+                    at(new).publish(manifest_path(manifest.number), at(root).read(manifest_path(manifest.number)))
         checkpoint.write(new, log.manifests(new))
 
     create(target, fill=fill)
@@ -102,7 +107,8 @@ def _rested_on(root: Path, committed: Sequence[Manifest], runs: Sequence[str]) -
     return tuple(found[len(runs) :])
 
 
-def _copy_file(root: Path, new: Path, file: File) -> None:
+def _copy_file(root: Path, new: Path, file: File) -> int:
+    """Copy a file and return its bytes."""
     try:
         content = at(root).read(file.path, file.bytes)
     except (FileNotFoundError, NotADirectoryError):
@@ -111,6 +117,7 @@ def _copy_file(root: Path, new: Path, file: File) -> None:
         raise Damaged(
             f"{root / file.path} is missing, or is not what was committed; mend it with {advised('repair', root)}, then copy again"
         )
+    return file.bytes
 
 
 def _of_runs(root: Path, committed: Sequence[Manifest], runs: Iterable[str]) -> list[Manifest]:

@@ -7,6 +7,7 @@ unless the same dataset is there already.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from actstore.commits.manifest import Manifest, Part, Shard
 from actstore.errors import BadInput, Damaged
 from actstore.storage.at import at, check_room, place
 from actstore.storage.backend import File
+from actstore.storage.several import several
 from actstore.upkeep.merge_plan import Commit, Source, planned
 from actstore.writing.create import create, is_store
 from actstore.writing.parts import as_parquet
@@ -87,14 +89,19 @@ def merge(
     def fill(new: Path) -> None:
         nonlocal n_bytes
         done, before = 0, None
-        for commit in plan.commits:
-            written = list[File]()
-            for source, manifest, file in commit.files:
-                written.append(_written(new, commit, source, manifest, file))
-                n_bytes += written[-1].bytes
-                done += file.bytes
-                advance(done, total)
-            before = log.commit(new, _manifest(commit, written), before)
+        at_once = max(at(root).at_once for root in (*roots, new))
+        every = [(commit, *each) for commit in plan.commits for each in commit.files]
+        with closing(
+            several(lambda each: _written(new, *each), every, at_once, lambda each: each[-1].bytes)
+        ) as published:
+            for commit in plan.commits:
+                written = list[File]()
+                for *_, file in commit.files:
+                    written.append(next(published))
+                    n_bytes += written[-1].bytes
+                    done += file.bytes
+                    advance(done, total)
+                before = log.commit(new, _manifest(commit, written), before)
         checkpoint.write(new, log.manifests(new))
 
     create(target, fill=fill)

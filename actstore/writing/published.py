@@ -6,10 +6,11 @@ published is in no store until a writer commits the manifest that it gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import polars as pl
 import xxhash
@@ -20,9 +21,12 @@ from actstore.commits.manifest import Manifest, Part, Shard
 from actstore.errors import BadInput
 from actstore.storage.at import at
 from actstore.storage.backend import File
+from actstore.storage.several import several
 from actstore.writing.contents import Content
 from actstore.writing.parts import read_part
 from actstore.writing.plan import RunPlan
+
+R = TypeVar("R")
 
 
 class Published:
@@ -63,30 +67,23 @@ class Published:
             BadInput: the batch, or the same trees by another run, are committed with other content.
             Damaged: other bytes are published under the name of a file.
         """
-        parts, shards = list[Part](), list[Shard]()
         known = {"", *part_types.every_column(), *plan.declared}
         for content in contents:
             if content.table not in known:
                 raise BadInput(
                     f"nobody declared a table {content.table}; declare it first, with the dataset that it belongs to"
                 )
+        of_parts = [content for content in contents if content.table]
         of_shards = [content for content in contents if not content.table]
-        published = (pool.map if pool else map)(lambda shard: self.file(shard.path, shard.content), of_shards)
-        for content in contents:
-            if content.table:
-                parts += self.part(content, first_sequence_id, n_sequences)
-        for content, files in zip(of_shards, published, strict=True):
-            shards += [
-                Shard(
-                    **vars(file),
-                    run=plan.run,
-                    site=content.site,
-                    batch=batch,
-                    first_tree_id=first_sequence_id,
-                    n_trees=n_sequences,
-                )
-                for file in files
-            ]
+        published = pool.map(self.other, of_shards) if pool else self.each(self.other, of_shards)
+        found = self.each(lambda part: self.part(part, first_sequence_id, n_sequences), of_parts)
+        parts = [*chain.from_iterable(found)]
+        placed: dict[str, Any] = {"batch": batch, "first_tree_id": first_sequence_id, "n_trees": n_sequences}
+        shards = [
+            Shard(**vars(file), run=plan.run, site=content.site, **placed)
+            for content, files in zip(of_shards, published, strict=True)
+            for file in files
+        ]
         return Manifest(1, kind, plan.run, batch, parts, shards)
 
     def part(self, part: Content, first_tree_id: int | None = None, n_trees: int | None = None) -> list[Part]:
@@ -110,6 +107,14 @@ class Published:
             return True
         held = read_part(self.root, part.path)  # another version may encode the same rows otherwise
         return held.equals(pl.read_parquet(bytes(part.content)))
+
+    def each(self, publish: Callable[[Content], list[R]], contents: Iterable[Content]) -> Iterator[list[R]]:
+        """What publishing each content gives, as many at a time as the place takes."""
+        return several(publish, contents, at(self.root).at_once, lambda content: len(content.content))
+
+    def other(self, content: Content) -> list[File]:
+        """Publish a file that is no part; see file."""
+        return self.file(content.path, content.content)
 
     def file(self, path: str, content: bytes | memoryview) -> list[File]:
         """Publish a file; returns [] if an earlier commit brought the same bytes."""

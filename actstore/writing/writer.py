@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,20 +142,17 @@ class Writer:
             return first
         check_tables(self.rows_of("relations").to_dicts(), plan)
         dataset = str(plan.dataset["dataset"])
-        parts = [
-            *self._published.part(part_content("models", model["weights_sha256"], [model])),
-            *self._published.part(part_content("datasets", dataset, [plan.dataset_row(first)])),
-            *(part for content in set_contents(plan) for part in self._published.part(content)),
-            *self._published.part(part_content("runs", plan.run, [plan.row(first)])),
-            *self._published.part(part_content("sites", plan.run, [site.row(plan.run) for site in plan.sites])),
-            *(
-                part
-                for table, rows in plan.of_run.items()
-                for part in self._published.part(part_content(table, plan.run, rows))
-            ),
+        rows = [
+            part_content("models", model["weights_sha256"], [model]),
+            part_content("datasets", dataset, [plan.dataset_row(first)]),
+            *set_contents(plan),
+            part_content("runs", plan.run, [plan.row(first)]),
+            part_content("sites", plan.run, [site.row(plan.run) for site in plan.sites]),
+            *(part_content(table, plan.run, rows) for table, rows in plan.of_run.items()),
         ]
-        contents = definition_contents(plan, first)
-        others = [file for content in contents for file in self._published.file(content.path, content.content)]
+        published = self._published
+        parts = [*chain.from_iterable(published.each(published.part, rows))]
+        others = [*chain.from_iterable(published.each(published.other, definition_contents(plan, first)))]
         self._commit(Manifest(len(self._log) + 1, "run", plan.run, None, parts, [], others))
         return first
 

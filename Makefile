@@ -6,7 +6,7 @@ FULL ?= full.act
 SITES := embed,resid_post,pattern
 CAUSES := embed,resid_post,attn_out,mlp_out
 
-.PHONY: help install demo full test lint torture saelens bench clean types format
+.PHONY: help install demo full test lint torture saelens bench docs clean types format
 
 # a virtual environment in .venv, with everything that constraints.txt pins
 install: .venv/installed
@@ -140,6 +140,10 @@ bench: .venv/bench
 .venv/bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
 	touch $@
+
+# the documentation as a site, build/site/index.html; a broken link fails
+docs: install
+	$(BIN)/python -m properdocs build --strict
 
 # remove .venv and build outputs
 clean:

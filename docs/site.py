@@ -123,13 +123,40 @@ def described(heading: str, name: str, of: Any, signed: bool = True) -> str:
     """A name's heading, its signature where it has one, and its docstring as it stands."""
     lines = [f"{heading} {name}\n"]
     if signed and callable(of):
-        lines.append(f"```text\n{name.rpartition('.')[2]}{inspect.signature(of)}\n```\n")
+        lines.append(f"```text\n{name.rpartition('.')[2]}{signature(of)}\n```\n")
     return "\n".join([*lines, f"```text\n{inspect.getdoc(of)}\n```\n"])
+
+
+class Bare(str):
+    """An annotation, which a signature shows without quotation marks."""
+
+    __repr__ = str.__str__
+
+
+def signature(of: Any) -> str:
+    """The signature of a function or a class; one parameter on a line where it is long."""
+    whole = inspect.signature(of)
+
+    def bare(annotation: Any) -> Any:
+        return Bare(annotation) if isinstance(annotation, str) else annotation
+
+    parameters = [one.replace(annotation=bare(one.annotation)) for one in whole.parameters.values()]
+    whole = whole.replace(parameters=parameters, return_annotation=bare(whole.return_annotation))
+    shown = str(whole)
+    if len(shown) <= WIDTH:
+        return shown
+    keyword_only = next((i for i, one in enumerate(parameters) if one.kind is one.KEYWORD_ONLY), None)
+    lines = [str(one) for one in parameters]
+    if keyword_only is not None and not any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        lines.insert(keyword_only, "*")
+    _, arrow, result = shown.rpartition(") -> ")
+    return "".join(["(\n", *(f"    {line},\n" for line in lines), ")", arrow[1:], result if arrow else ""])
 
 
 def commands() -> str:
     """The page of the commands: what `--help` prints of each."""
-    context = click.Context(main, info_name="actstore", terminal_width=WIDTH, max_content_width=WIDTH)
+    settings = {**main.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
+    context = click.Context(main, info_name="actstore", **settings)
     return "\n".join(["# Commands\n", *helps("actstore", main, context)])
 
 
@@ -140,7 +167,7 @@ def helps(name: str, command: click.Command, context: click.Context) -> Iterator
         for word in command.list_commands(context):
             inner = command.get_command(context, word)
             assert inner
-            below = click.Context(inner, info_name=word, parent=context, terminal_width=WIDTH, max_content_width=WIDTH)
+            below = click.Context(inner, info_name=word, parent=context)  # width and options are the parent's
             yield from helps(f"{name} {word}", inner, below)
 
 

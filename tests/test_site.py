@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import re
 import shlex
@@ -84,7 +85,7 @@ def test_the_tutorial_of_a_language_model_ends_with_a_figure(tmp_path, monkeypat
     assert set(names["rows"]["label"]) == {"person", "place"}
 
 
-@pytest.mark.parametrize("name", ["patch", "share", "cite"])
+@pytest.mark.parametrize("name", ["patch", "share", "cite", "dtypes"])
 def test_a_how_to_page_runs_after_the_tutorial(trees, name, monkeypatch):
     monkeypatch.chdir(trees[0])
     run(DOCS / f"how-to/{name}.md", {"--trees 2000": "--trees 40"})
@@ -167,12 +168,19 @@ def test_a_page_asks_nothing_of_another_machine(built):
             )
 
 
+def help_of(command: str) -> str:
+    done = CliRunner().invoke(main, [*command.split(), "--help"], terminal_width=80, prog_name="actstore")
+    return done.stdout.strip()
+
+
 def test_the_reference_names_all_that_is_public(built):
     python = (built / "reference/python.html").read_text()
     assert all(f">actstore.{name}<" in python for name in actstore.__all__ if name != "__version__")
     assert ">Store.read<" in python
     commands = (built / "reference/commands.html").read_text()
     assert all(f">actstore {name}<" in commands for name in main.commands)
+    assert help_of("ingest") in html.unescape(commands)
+    assert help_of("models sites") in html.unescape(commands)
     columns = (built / "reference/tables.html").read_text()
     assert all(f">{table}<" in columns for table in tables.TABLE_NAMES)
     assert columns.count("<td><code>") == len(tables.columns())

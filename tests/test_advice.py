@@ -251,6 +251,9 @@ ELSEWHERE = {
     "actstore/cli/study.py:say_it",  # test_recording.py, as the next
     "queries/studies.py:warn",
     "queries/study.py:ask",  # test_ablate.py
+    "queries/app/recorded.py:answer_of",  # test_app.py
+    "queries/report.py:_asked",  # test_report.py
+    "queries/dtype_bill.py:_others",  # test_dtype_bill.py
     "actstore/cli/ingest.py:ingest",  # below, as the rest
     "actstore/cli/ingest.py:_patch",  # test_refused_edits.py
     "actstore/cli/ingest.py:_execute_slice",  # test_slices.py, as the next

@@ -189,7 +189,7 @@ def test_a_command_line_that_lacks_something_is_told(root: Path, tmp_path: Path)
 
 def test_a_recompute_says_that_it_cannot_compute_an_appended_site(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Job:
-        of_text, patch = False, None
+        of_text, patch, asked, generator = False, None, object(), None
         plan = fake("r").plan
 
         def over(self, sites: list[str]) -> Job:

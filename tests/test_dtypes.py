@@ -3,6 +3,7 @@ command over a run that is stored so."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -440,11 +441,11 @@ def test_the_command_stores_int8_and_refuses_what_it_does_not_know(tmp_path: Pat
 
 
 def test_an_activation_beyond_float16_stops_the_ingest_and_says_what_to_do(tmp_path: Path) -> None:
-    model = small_model()
+    model = copy.deepcopy(small_model())  # the model itself is that of other tests
     with torch.no_grad():
-        weights = [weight for name, weight in model.bridge.named_parameters() if "embed" in name]
-        for weight in weights:
-            weight.mul_(1e7)
+        for name, weight in model.bridge.named_parameters():
+            if "embed" in name:
+                weight.mul_(1e7)
     job = Ingest(tmp_path / "s.act", model, trees(), "r", ["embed"], 3, dtype="float16")
     with pytest.raises(BadInput, match=r"embed of batch 0 cannot be stored as float16: .*--dtype"):
         execute(job)

@@ -310,7 +310,7 @@ def test_a_store_whose_arrays_are_compressed_reads_the_same(run: Fake, tmp_path:
         compressors=ZstdCodec(),
     )
     array[:] = run.as_stored(site)
-    monkeypatch.setattr("actstore.writing.writer.metadata", lambda *_: (tmp_path / "z" / "zarr.json").read_bytes())
+    monkeypatch.setattr("actstore.writing.contents.metadata", lambda *_: (tmp_path / "z" / "zarr.json").read_bytes())
     shards = iter([(tmp_path / "z" / layout.shard_name(batch)).read_bytes() for batch in range(3)])
     monkeypatch.setattr("actstore.arrays.pack.ShardBuffer.seal", lambda *_: memoryview(next(shards)))
     only = Fake(type(run.plan)(**{**vars(run.plan), "sites": run.plan.sites[:1]}), run.trees, run.activations)

@@ -71,6 +71,7 @@ def test_the_page_holds_every_answer_and_what_is_lacking(path, tmp_path):
     assert "--variant swap_last --sites none" in shown
     assert "--sites pattern" in shown
     assert small_model().weights_sha256 in shown
+    assert "actstore study s.act depth --run small --seed 0" in shown
 
 
 def test_no_number_and_no_interval_of_a_table_is_wrapped(path, tmp_path):

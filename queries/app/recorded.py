@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from actstore.errors import NotStored
+from actstore.errors import NotStored, advised
 from actstore.queries import study as studies
 from actstore.queries.app.sequence import Grid
 from actstore.queries.study import RESULTS, Answer
@@ -46,9 +46,8 @@ def answer_of(store: Store, study: str, run: str) -> Answer:
     """
     rows = store.sql(ROWS, {"study": study, "run": run})
     if not len(rows):
-        raise NotStored(
-            f"the study {study!r} recorded nothing of run {run!r}; run `actstore study STORE {study} --run {run}`"
-        )
+        command = advised("study", store.path, study, "--run", run)
+        raise NotStored(f"the study {study!r} recorded nothing of run {run!r}; ask it by {command}")
     return Answer(study, pl.DataFrame(), rows.select(list(RESULTS)), "")
 
 

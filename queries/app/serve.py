@@ -32,7 +32,7 @@ def check_installed() -> None:
         NotStored: a library of the extra `app` is missing.
     """
     if missing := [name for name in NEEDED if not find_spec(name)]:
-        raise NotStored(f"`actstore open` needs {', '.join(missing)}; install with `pip install 'actstore[app]'`")
+        raise NotStored(f"the page needs {', '.join(missing)}; install with `pip install 'actstore[app]'`")
 
 
 def listen(port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 
 import numpy as np
@@ -259,6 +260,7 @@ def test_open_says_what_is_wrong_before_it_serves(tmp_path, monkeypatch, answere
         done = CliRunner().invoke(main, ["open", str(answered_path), "--no-browser", "--port", port])
     assert done.exit_code == 2
     assert f"cannot listen on port {port}" in done.stderr
+    assert serve.SHOWN not in os.environ, "a later notebook would write into this store"
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     done = CliRunner().invoke(main, ["open", str(answered_path), "--no-browser"])
     assert done.exit_code == 1

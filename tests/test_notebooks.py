@@ -51,6 +51,7 @@ def test_the_notebook_of_the_reproduction_needs_no_index_arithmetic():
 
 def test_the_notebook_of_the_circuit_makes_its_own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("ACTSTORE_TREES", "90")
+    monkeypatch.delenv("ACTSTORE_STORE", raising=False)
     runs_to_its_end(NOTEBOOKS[0].with_name("circuit.ipynb"), tmp_path)
 
 

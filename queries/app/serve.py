@@ -97,9 +97,9 @@ def serve(store: Path, port: int = 0, browser: bool = True, said: Callable[[str]
     import marimo
     import uvicorn
 
-    os.environ[SHOWN] = str(store)
     token = secrets.token_urlsafe(24)
     with listen(port) as listening, as_file(files("actstore.queries.app").joinpath("app.py")) as app:
+        os.environ[SHOWN] = str(store)  # of this process from here on, which ends with the server
         at = listening.getsockname()[1]
         page = marimo.create_asgi_app(quiet=True, include_code=False, token=token).with_app(path="/", root=str(app))
         settings = uvicorn.Config(

@@ -11,11 +11,13 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
+import actstore
 from actstore.cli import main
 from actstore.errors import BadInput, NotStored
 from actstore.queries.app import asked, drawing, mapped, recorded, serve
 from actstore.queries.app import sequence as sequences
 from actstore.store import Store
+from tests import tiny_models
 from tests.planted_answers import DIRECTIONS, N_NODES, OFFSETS, PATTERN, ROOT_AT, TREES, X
 
 TREE = 4
@@ -226,6 +228,37 @@ def test_the_cells_of_a_panel_run(answered_path, monkeypatch, panel):
         "map": "PCA of resid_post.0",
         "results": "side by side",
     }[panel] in shown
+
+
+def test_the_cells_show_a_text_with_the_logit_lens_in_its_tokenizers_pieces(tmp_path, monkeypatch):
+    pytest.importorskip("marimo")
+    import marimo as mo
+
+    from actstore.queries.app.app import app
+
+    tiny_models.llama(tmp_path / "tiny")  # a model with more numbers than its tokenizer has pieces
+    root, sites = tmp_path / "t.act", ["embed", "resid_post", "pattern"]
+    text = ["the cat sat", "a <b>dog</b> ran & hid"]
+    actstore.ingest(root, str(tmp_path / "tiny"), text=text, run="t", dataset="d", sites=sites)
+    monkeypatch.setenv(serve.SHOWN, str(root))
+    with Store(root) as store:
+        first, second = store.sql("select sequence_id from sequences order by 1")["sequence_id"]
+        seen = sequences.sequence(store, "t", second)
+        grid = sequences.lens(store, seen, 1)
+        vocabulary = dict(store.sql("select number, token from vocabularies").rows())
+        logits = store.sql(
+            "select logit_lens(token_id, 't', 'resid_post.1') as x from tokens where sequence_id = $s order by token_id",
+            {"s": second},
+        )["x"].to_list()
+    best = [int(np.argmax(row)) for row in logits]
+    wanted = [sequences.spelled(vocabulary[top]) if top in vocabulary else f"#{top}" for top in best]
+    assert grid.words[grid.sites.index("resid_post.1")] == wanted
+    for panel, said in (("text", f"Sequence {first}, run t: 3 tokens"), ("map", "PCA of "), ("holds", "2 sequences")):
+        chosen = mo.ui.radio(["holds", "text", "map"], value=panel)
+        outputs, _ = app.run(defs={"panel": chosen})
+        shown = " ".join(str(output.text) for output in outputs if hasattr(output, "text"))
+        assert said in shown
+        assert "<b>dog</b>" not in shown
 
 
 def test_requests_of_other_pages_are_refused():

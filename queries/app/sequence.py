@@ -52,6 +52,11 @@ where metric = 'direction' and run = $run and site = $site and token_role is not
     where metric = 'direction' and run = $run and site = $site and token_role is not distinct from $role and label = $label
   )
 """
+PIECES = """
+select number, token from vocabularies
+where vocabulary = (select vocabulary from store.main.datasets join store.main.runs using (dataset) where run = $run)
+order by number
+"""
 LENS = """
 select token_id, logit_lens(token_id, $run, $site) as logits
 from tokens where token_id in (select unnest($ids)) order by token_id
@@ -237,7 +242,7 @@ def lens(store: Store, asked: Sequence, at: int, of: str = "likeliest") -> Grid:
             for row, top, goal in zip(p, best, goals, strict=True)
         ]
         grid["shares"].append(shares)
-        grid["words"].append([vocabulary[top] for top in best])
+        grid["words"].append([vocabulary[top] if top < len(vocabulary) else f"#{top}" for top in best])
         grid["marked"].append([goal is not None and goal != top for goal, top in zip(goals, best, strict=True)])
     what = "the likeliest token" if of == "likeliest" else "the right token"
     cut = "" if len(window) == len(asked.tokens) else f"; {len(window)} of {len(asked.tokens)} tokens, around {at}"
@@ -248,7 +253,13 @@ def lens(store: Store, asked: Sequence, at: int, of: str = "likeliest") -> Grid:
 
 
 def words_of(store: Store, run: str) -> list[str]:
-    """The spelling of each token number of a run's model, as `tokens` spells it."""
+    """The spelling of each token number of a run's model, as `tokens` spells it.
+
+    A model of text may have more numbers than its tokenizer has tokens; `lens` names these #NUMBER.
+    """
+    if len(of_text := store.of(run).sql(PIECES, {"run": run})):
+        pieces = dict(of_text.rows())
+        return [spelled(pieces.get(number, f"#{number}")) for number in range(max(pieces) + 1)]
     (words,) = store.of(run).sql("select vocabulary from models")["vocabulary"].to_list()
     of_trees = store.of(run).sql("select n_nodes from models").item() is not None
     return [f"→{word[1:]}" if of_trees and word.startswith(">") else spelled(word) for word in words or []]

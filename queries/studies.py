@@ -240,14 +240,14 @@ def as_frame(answers: Sequence[Answer]) -> pl.DataFrame:
 
 def draw(answer: Answer) -> Drawn:
     """Draw an answer for a page; the same answer gives the same bytes."""
-    drawn, said = [], ""
-    for dark in (False, True):
-        figure, content = each_study.plot(answer, dark), io.BytesIO()
+    figures = {dark: each_study.plot(answer, dark) for dark in (False, True)}
+    drawn = {}
+    for dark, figure in figures.items():
+        content = io.BytesIO()
         with style(dark):
             figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
-        drawn.append(content.getvalue())
-        said = each_study.caption(answer, figure)
-    return Drawn(drawn[0], drawn[1], said)
+        drawn[dark] = content.getvalue()
+    return Drawn(drawn[False], drawn[True], each_study.caption(answer, figures[False]))
 
 
 def save_figures(answers: Sequence[Answer], file: str | Path, caption: bool = False) -> Iterator[Path]:

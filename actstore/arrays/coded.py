@@ -17,8 +17,8 @@ from actstore.arrays import index
 from actstore.arrays.codec import decompressed
 from actstore.arrays.layout import CRC_BYTES, Layout
 from actstore.arrays.ranged import RangedReader
-from actstore.arrays.site import Cost, IsToken, Reader, not_stored
-from actstore.storage.backend import Reading, Storage
+from actstore.arrays.site import Cost, IsToken, Reader
+from actstore.storage.backend import Reading
 
 
 class CodedReader(RangedReader):
@@ -28,27 +28,13 @@ class CodedReader(RangedReader):
         layout, first_token_id, shards, where, place, is_token: see SiteReader.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        first_token_id: int,
-        shards: Mapping[int, str],
-        where: str,
-        place: Storage,
-        is_token: IsToken | None = None,
-    ) -> None:
-        super().__init__(layout, first_token_id, shards, where, place, is_token)
-        self._indexes: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # offset and length of each chunk
-
     def _rows(self, batch: int, row: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
         """See RangedReader."""
         layout, path = self.layout, self.shards[batch]
         wanted, of_chunk = np.unique(position, return_inverse=True)
-        offsets, lengths = (of_each[wanted] for of_each in self._index(batch))
-        if (offsets < 0).any():
-            if layout.position_axis is None and self.is_token and not (there := self.is_token(token_ids)).all():
-                raise not_stored(self.where, token_ids, ~there, "past the last token of its batch")
-            raise self._damaged(path, f"lacks {int((offsets < 0).sum())} chunks")
+        offsets, lengths = self._index(batch)[:, wanted]
+        if (lacking := offsets < 0).any():
+            raise self._lacking(path, int(lacking.sum()), token_ids)
         ranges = list(zip(offsets.tolist(), lengths.tolist(), strict=True))
         found, slot = np.empty(len(row), f"V{layout.row_bytes}"), row % layout.rows_per_chunk
         for number, chunk in enumerate(self._read(path, ranges)):
@@ -81,8 +67,8 @@ class CodedReader(RangedReader):
         finally:
             os.close(descriptor)
 
-    def _index(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Offset and length of each chunk of a shard, int64 [chunks_per_shard]; -1 if missing."""
+    def _index(self, batch: int) -> np.ndarray:
+        """int64 [2, chunks_per_shard]: offset and length of each chunk; -1 if there is none."""
         if batch not in self._indexes:
             path, size = self.shards[batch], self.layout.index_bytes
             try:
@@ -92,7 +78,8 @@ class CodedReader(RangedReader):
             if whole < size:
                 raise self._damaged(path, f"is {whole:,} bytes long, which is too short")
             [content] = self._read(path, [(whole - size, size)])
-            self._indexes[batch] = index.chunks(self.layout, content, whole, self._place.root / path, self.where)
+            chunks = index.chunks(self.layout, content, whole, self._place.root / path, self.where)
+            self._indexes[batch] = np.stack(chunks)
         return self._indexes[batch]
 
     def cost(self, token_ids: np.ndarray) -> Cost:

@@ -21,7 +21,7 @@ from actstore.arrays.layout import CRC_BYTES, Layout
 from actstore.arrays.plan import Runs, joined
 from actstore.arrays.reader import SiteReader
 from actstore.arrays.site import Cost, IsToken, Placed, Reader, not_stored
-from actstore.errors import BadInput, Damaged
+from actstore.errors import BadInput, Damaged, NotStored
 from actstore.storage.backend import Reading, Storage
 
 SMALL = 256 << 10  # bytes of a chunk that comes sooner than the answer to another request
@@ -62,7 +62,7 @@ class RangedReader(Placed):
     ) -> None:
         super().__init__(layout, first_token_id, shards, where, is_token)
         self._place = place
-        self._starts: dict[int, np.ndarray] = {}  # of the chunks of each shard whose index was read
+        self._indexes: dict[int, np.ndarray] = {}  # of each shard whose index was read
 
     def gather(self, token_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Read rows as SiteReader.gather does.
@@ -118,9 +118,7 @@ class RangedReader(Placed):
         row_bytes = layout.row_bytes
         begins = self._chunk_starts(batch)[position]
         if (lacking := begins < 0).any():
-            if layout.position_axis is None and self.is_token and not (there := self.is_token(token_ids)).all():
-                raise not_stored(self.where, token_ids, ~there, "past the last token of its batch")
-            raise self._damaged(self.shards[batch], f"lacks {len(np.unique(position[lacking]))} chunks")
+            raise self._lacking(self.shards[batch], len(np.unique(position[lacking])), token_ids)
         offsets = begins + row % layout.rows_per_chunk * row_bytes
         _, chunk, n_wanted = np.unique(position, return_inverse=True, return_counts=True)
         whole = (layout.chunk_bytes <= SMALL) | (2 * n_wanted[chunk] * row_bytes >= layout.chunk_bytes)
@@ -130,7 +128,7 @@ class RangedReader(Placed):
 
     def _chunk_starts(self, batch: int) -> np.ndarray:
         """int64 [chunks_per_shard]: the byte at which each chunk starts; below 0 if missing."""
-        if batch not in self._starts:
+        if batch not in self._indexes:
             layout, inside = self.layout, self.shards[batch]
             path = self._place.root / inside
             try:
@@ -139,8 +137,15 @@ class RangedReader(Placed):
                 [content] = self._place.read_ranges(inside, [(size - layout.index_bytes, layout.index_bytes)])
             except FileNotFoundError:
                 raise self._damaged(inside, "is missing") from None
-            self._starts[batch] = index.chunk_starts(layout, content, size, path, self.where) * layout.item_bytes
-        return self._starts[batch]
+            self._indexes[batch] = index.chunk_starts(layout, content, size, path, self.where) * layout.item_bytes
+        return self._indexes[batch]
+
+    def _lacking(self, path: str, n_chunks: int, token_ids: np.ndarray) -> NotStored | Damaged:
+        """Why a shard lacks chunks of some tokens: the tokens are none, or the shard is damaged."""
+        layout = self.layout
+        if layout.position_axis is None and self.is_token and not (there := self.is_token(token_ids)).all():
+            return not_stored(self.where, token_ids, ~there, "past the last token of its batch")
+        return self._damaged(path, f"lacks {n_chunks} chunks")
 
     def _damaged(self, path: str, what: str) -> Damaged:
         return Damaged(f"{self._place.root / path} of {self.where} {what}; restore it from a copy of the store")

@@ -17,13 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from actstore.errors import BadInput
+from actstore.errors import BadInput, NotStored, nearest
 from actstore.outputs import Exported, Work, silent
 from actstore.reading import activations, given
 from actstore.reading.activations import Dtype, Form
 from actstore.reading.opened import Opened
 from actstore.reading.rows import read_ids
 from actstore.sites import Site, wanted
+from actstore.sql.rows import Rows
 from actstore.storage.at import absolute
 
 if TYPE_CHECKING:
@@ -35,12 +36,21 @@ if TYPE_CHECKING:
 
     from actstore.reading.batches import Batches
     from actstore.reading.explain import Explanation
-    from actstore.sql.rows import Rows
 
 
 SCHEMA = """
 select table_name as "table", column_name as "column", data_type as type, comment
 from duckdb_columns() where database_name = 'store' order by table_oid, column_index
+"""
+
+
+TABLES = """
+select table_name as "table", if(table_name in (select name from relations), 'labels', 'table') as kind,
+    estimated_size as rows, column_count as columns
+from duckdb_tables() where database_name = 'store'
+union all
+select view_name, 'view', null, column_count from duckdb_views() where database_name = 'store' and not internal
+order by kind = 'view', kind desc, "table"
 """
 
 
@@ -276,6 +286,36 @@ class Store:
         The columns of a view of your own are those of `store.sql("describe NAME")`.
         """
         return self.whole.sql(SCHEMA)
+
+    def schema_rows(self, table: str | None = None) -> Rows:
+        """The rows of `schema` as tuples of Python's own values, see `rows`.
+
+        Args:
+            table: of this table or view alone, a view of your own, too; default: of all.
+
+        Raises:
+            NotStored: there is no such table.
+        """
+        every = self.whole.rows(SCHEMA)
+        if table is None:
+            return every
+        if len(found := every.where("table", table)):
+            return found
+        if table in self._opened.session.views:
+            described = self.whole.rows(f'describe "{table}"')
+            rows = [(table, row["column_name"], row["column_type"], None) for row in described.dicts()]
+            return Rows(every.columns, every.types, every.kinds, rows)
+        known = dict.fromkeys([*(row[0] for row in every), *self._opened.session.views])
+        raise NotStored(f"no table {table!r}{nearest(table, known)}; {self.path} has {', '.join(known)}")
+
+    def tables_rows(self) -> Rows:
+        """A row per table and view: table, kind, rows (of tables), columns; see `rows`.
+
+        `kind` is table, labels (a table of yours or of a dataset's input), view, or own view.
+        """
+        found = self.whole.rows(TABLES)
+        views = [(name, "own view", None, None) for name in self._opened.session.views]
+        return Rows(found.columns, found.types, found.kinds, [*found, *views])
 
     def info(self) -> pl.DataFrame:
         """One row per run: model, trees, sites, size, and the share of right greedy answers."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -35,6 +36,10 @@ class Readable(Protocol):
 
     def of(self, run: str) -> Readable:
         """See Store.of."""
+        ...
+
+    def resolve_run(self, run: str | None) -> str:
+        """See Store.resolve_run."""
         ...
 
 
@@ -97,7 +102,8 @@ def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
     Args:
         store: an open store.
         name: name of the query, or the path of an .sql file of your own, which needs no header.
-        params: a value for each parameter of the query.
+        params: a value for each parameter of the query; `run` may be left out if the store holds
+            one run.
 
     Returns:
         A frame with the columns in the header's section `yields`.
@@ -109,13 +115,23 @@ def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
     """
     if name.endswith(".sql"):
         sql = read_sql(name, "query")
+        params = _with_the_one_run(store, params, bool(re.search(r"\$run\b", sql)))
     else:
         query = load(name)
+        params = _with_the_one_run(store, params, "run" in query.params)
         check_names(f"query {name!r}", params, query.params, query.params)
         sql = query.sql
     if "run" in params:
         store = store.of(params["run"])  # refuses an unknown run; SQL would just find no rows
     return store.sql(sql, params or None)
+
+
+def _with_the_one_run(store: Readable, params: dict[str, Any], takes_run: bool) -> dict[str, Any]:
+    """The parameters with the store's one run, if a query takes a run and none is given."""
+    if takes_run and "run" not in params:
+        with suppress(BadInput, NotStored):  # there are several, or none
+            return {**params, "run": store.resolve_run(None)}
+    return params
 
 
 def read_sql(file: str | Path, what: str) -> str:

@@ -26,8 +26,10 @@ README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_the_readme_names_every_command_and_no_other():
+def test_the_readme_and_the_page_of_the_command_line_name_every_command_and_no_other():
+    page = (ROOT / "docs/how-to/command-line.md").read_text()
     named = set(re.findall(r"^    actstore (\w+)", README, re.MULTILINE))
+    named |= set(re.findall(r"^actstore (\w+)", page, re.MULTILINE))
     assert named == set(main.commands)
 
 

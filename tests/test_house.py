@@ -172,6 +172,8 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "catalog.hash_note": "hashing.hash_of hashing.hash_of_file",  # a descriptor, and the new catalog
     "catalog.tables": "regular.check_regular shutil.copyfile read_text",  # what the place lends, and schema.sql
     "cli.activation_files": "open",  # the user's
+    "cli.complete": "iterdir",  # folders that a word may mean
+    "cli.prompt": "mkdir open",  # the history
     "cli.terminal": "os.open shutil.get_terminal_size shutil.which",  # /dev/null, and a pager
     "commits.format": "glob iterdir",  # the names of stores beside, for a message
     "ingest.corpus.documents": "glob open read_bytes",  # the user's

@@ -88,7 +88,7 @@ def test_the_tutorial_of_a_language_model_ends_with_a_figure(tmp_path, monkeypat
     assert set(names["rows"]["label"]) == {"person", "place"}
 
 
-@pytest.mark.parametrize("name", ["patch", "share", "cite", "dtypes"])
+@pytest.mark.parametrize("name", ["patch", "share", "cite", "dtypes", "command-line"])
 def test_a_how_to_page_runs_after_the_tutorial(trees, name, monkeypatch):
     monkeypatch.chdir(trees[0])
     run(DOCS / f"how-to/{name}.md", {"--trees 2000": "--trees 40"})

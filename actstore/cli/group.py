@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from actstore.cli import terminal
+from actstore.cli import complete, terminal
 from actstore.errors import ActstoreError, ComputedOtherwise, HalvedBatch, SeveralRuns
 from actstore.outputs import printable
 from actstore.storage.cache import FOLDER
@@ -23,10 +23,57 @@ def say(text: str, err: bool = False) -> None:
     click.echo(printable(text), err=err)
 
 
+def note(text: str, err: bool = False) -> None:
+    """Print a line that says what was done, and not with --quiet."""
+    if not terminal.QUIET[0]:
+        say(text, err)
+
+
+def _be_quiet(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    terminal.QUIET[0] |= value
+
+
+QUIET = click.Option(
+    ["-q", "--quiet"],
+    is_flag=True,
+    expose_value=False,
+    callback=_be_quiet,
+    help="Print results, warnings and errors alone: no progress, and no line that says what was done.",
+)
+STORE = "ACTSTORE"  # environment: the store of commands that name none
+
+
 class Command(click.Command):
     """A command; click answers `--help` before `invoke`."""
 
     runs_models = False
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's parameters, and --quiet."""
+        return [*super().get_params(ctx), QUIET]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse a command line, whose store is $ACTSTORE if it names none."""
+        told = os.environ.get(STORE)
+        if told and self.params and self.params[0].name == "store" and not self._names_a_store(ctx, args):
+            args = [told, *args]
+        return super().parse_args(ctx, args)
+
+    def _names_a_store(self, ctx: click.Context, args: list[str]) -> bool:
+        """True if the first argument is the store, and not what follows a store."""
+        if any(option in args for option in ctx.help_option_names):
+            return True
+        of_options = click.Command(None, params=[param for param in self.params if isinstance(param, click.Option)])
+        try:
+            _, words, _ = of_options.make_parser(ctx).parse_args(list(args))
+        except click.UsageError:  # click will say so
+            return True
+        takes = [param for param in self.params if isinstance(param, click.Argument)]
+        if len(words) < sum(param.required for param in takes):
+            return bool(words) and complete.is_store(words[0])
+        if len(words) >= len(takes) and all(param.nargs == 1 for param in takes):
+            return True
+        return bool(words) and complete.is_store(words[0])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Check that there is memory enough for the libraries, then run the command."""
@@ -54,6 +101,7 @@ class Commands(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command line; the exit code is 1 if help cannot be printed."""
         terminal.prepare()
+        terminal.QUIET[0] = False
         try:
             return super().main(*args, **extra)
         except OSError as error:  # an error of printing help; `invoke` handles a command's own errors
@@ -101,7 +149,28 @@ def _goes_on(ctx: click.Context) -> str:
     return ""
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+EPILOG = """
+\b
+Environment:
+    ACTSTORE            the store of commands that name none
+    ACTSTORE_MODELS     a folder of models by name
+    ACTSTORE_CACHE      where catalogs of stores in buckets are kept
+    NO_COLOR, PAGER     no colours; the pager of long tables
+
+\b
+Exit codes:
+    0   done
+    1   what was asked for is not there or cannot be done now: not stored,
+        damaged, no room, busy, at a limit, stopped by Ctrl-C
+    2   the command, the query or an argument has no meaning
+"""
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EPILOG,
+)
 @click.version_option(__version__, prog_name="actstore")
 @click.option(
     "--cache",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from actstore.cli.group import KEPT, ModelCommand, main, say
+from actstore.cli import complete
+from actstore.cli.group import KEPT, ModelCommand, main, note, say
 from actstore.cli.options import (
     checkpoint_option,
     engine_options,
@@ -36,6 +37,7 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
 @store_argument
 @click.option(
     "--model",
+    shell_complete=complete.models,
     help="A model's name (`actstore models list`), or the path of a checkpoint, a .gguf, or a model's folder.",
 )
 @click.option(
@@ -70,9 +72,11 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
     "--trees-from", type=click.Path(), metavar="FILE", help="Trees of your own: a table of edges, root, goal and path."
 )
 @click.option(
-    "--dataset", help="Name of the set of trees or text: a stored set, or a new set as the options above say."
+    "--dataset",
+    shell_complete=complete.datasets,
+    help="Name of the set of trees or text: a stored set, or a new set as the options above say.",
 )
-@click.option("--run", help="Name of the run; default: the model's name.")
+@click.option("--run", shell_complete=complete.runs, help="Name of the run; default: the model's name.")
 @click.option(
     "--sites",
     help="embed, resid_post and so on, one layer (resid_post.0), or any hook (`actstore models sites`), separated by "
@@ -134,7 +138,10 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
     "--allow-nan", is_flag=True, help="With --from-arrays: accept NaN (not as a row's first number) and infinity."
 )
 @click.option(
-    "--base", metavar="RUN", help="Instead of a model: run this stored run again, with activations edited (--patch)."
+    "--base",
+    metavar="RUN",
+    shell_complete=complete.runs,
+    help="Instead of a model: run this stored run again, with activations edited (--patch).",
 )
 @click.option(
     "--patch",
@@ -150,7 +157,12 @@ SPELLED = {"patches": "patch", "params": "param", "tables": "table", "donor_site
     metavar="HOW",
     help="With --patch: replace (the default), add, project, zero, mean, knockout.",
 )
-@click.option("--donors", metavar="RUN", help="With --patch: the run that donor_token_id is of; default: --base.")
+@click.option(
+    "--donors",
+    metavar="RUN",
+    shell_complete=complete.runs,
+    help="With --patch: the run that donor_token_id is of; default: --base.",
+)
 @click.option(
     "--donor-site", metavar="SITE", help="With --patch: the site that the donors are read from; default: --at."
 )
@@ -240,7 +252,7 @@ def ingest(
     else:
         n_sequences, job = _execute(job)
     look = advised("info", store)
-    say(f"{store}: run {job.plan.run} holds {n_sequences:,} {job.unit}; look with {look}")
+    note(f"{store}: run {job.plan.run} holds {n_sequences:,} {job.unit}; look with {look}")
 
 
 def _take(threads: int) -> None:
@@ -263,7 +275,7 @@ def _execute(job: Ingest, how: Callable[[Callable[[int], None]], None] | None = 
     from actstore.ingest.jobs.local import execute
 
     click.get_current_context().meta[KEPT] = job.kept
-    say(job.announcement())
+    note(job.announcement())
     n_sequences = job.sequences.n_sequences
     with progress(f"ingest {job.plan.run}", n_sequences, job.unit) as advance:
         how(advance) if how else execute(job, advance)
@@ -357,7 +369,7 @@ def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> No
     _execute(job)
     assert job.patch is not None
     look = advised("sql", store, f"from predictions where run = '{job.plan.run}'")
-    say(f"{store}: run {job.plan.run} holds {len(job.patch.numbers):,} edited {job.unit}; look with {look}")
+    note(f"{store}: run {job.plan.run} holds {len(job.patch.numbers):,} edited {job.unit}; look with {look}")
 
 
 def _query(given: str) -> str:
@@ -377,4 +389,4 @@ def _append(
         raise click.UsageError("--from-arrays needs the stored --run, and the name of the new --site")
     said = {"file": Path(file).name} | ({"what": lineage} if lineage else {})
     n = verbs.append(store, run, site, *read_arrays(Path(file)), said, allow_nan, wait)
-    say(f"{store}: site {site} of run {run} holds {n:,} tokens")
+    note(f"{store}: site {site} of run {run} holds {n:,} tokens")

@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from actstore.cli.group import main, say
+from actstore.cli.group import main, note
 from actstore.cli.options import store_argument, wait_option
 
 
@@ -57,7 +57,7 @@ def label(
         raise click.UsageError("choose one of --replace and --add")
     rows = verbs.label(store, name, Path(file), on, wait, replace=replace, add=add)
     key = rows.columns[0]
-    say(f"{store}: table {name} labels {len(rows):,} {key}s; join it with `join {name} using ({key})`")
+    note(f"{store}: table {name} labels {len(rows):,} {key}s; join it with `join {name} using ({key})`")
 
 
 @main.command()
@@ -81,4 +81,4 @@ def view(store: Path, name: str, query: str, replace: bool, wait: float) -> None
     from actstore import verbs
 
     verbs.view(store, name, query, wait, replace=replace)
-    say(f"{store}: view {name} is stored; read it with `from {name}`")
+    note(f"{store}: view {name} is stored; read it with `from {name}`")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from actstore.cli.group import ModelCommand, main, say
+from actstore.cli.group import ModelCommand, main, note, say
 from actstore.cli.options import model_options, output_options
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def models_add(name: str, weights: str, config: str | None, system: str | None, 
 
     model = add(name, weights, config, system, into)
     target = (into or own_folder()) / f"{name}.safetensors"
-    say(f"{target}: {model.config.system}, weights sha256 {model.weights_sha256}")
+    note(f"{target}: {model.config.system}, weights sha256 {model.weights_sha256}")
     found = by_name().get(name)
     if found is None or not found.samefile(target):
         meant = f"here the name {name} means {found}" if found else f"the name {name} is not looked up there"

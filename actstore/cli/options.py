@@ -9,12 +9,15 @@ from typing import Any
 
 import click
 
+from actstore.cli import complete
+
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+FORMATS = ("table", "csv", "json", "jsonl", "md", "parquet")  # see output.Output
 
 
 def store_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the argument STORE, the first argument of every command that takes a store."""
-    return click.argument("store", callback=_place)(command)
+    return click.argument("store", callback=_place, shell_complete=complete.stores)(command)
 
 
 def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> Path:
@@ -24,22 +27,40 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> Path:
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --csv, --json and --parquet FILE; default: a table."""
+    """Add -o FORMAT, and --csv, --json and --parquet FILE; default: a table."""
+    return _output_options(command, "-o", "--output")
 
+
+def long_output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the same to a command whose -o is something else."""
+    return _output_options(command, "--output")
+
+
+def _output_options(command: Callable[..., Any], *names: str) -> Callable[..., Any]:
     @wraps(command)
-    def wrapped(*args: Any, as_csv: bool, as_json: bool, parquet: str | None, **options: Any) -> Any:
+    def wrapped(
+        *args: Any, output_format: str | None, as_csv: bool, as_json: bool, parquet: str | None, **options: Any
+    ) -> Any:
         from actstore.cli.output import Output
         from actstore.outputs import check_file
 
         check_file(parquet, "--parquet")
-        if as_csv + as_json + bool(parquet) > 1:
-            raise click.UsageError("choose one of --csv, --json and --parquet")
-        return command(*args, output=Output("csv" if as_csv else "json" if as_json else "table", parquet), **options)
+        if bool(output_format) + as_csv + as_json + bool(parquet) > 1:
+            raise click.UsageError(f"choose one of {names[-1]}, --csv, --json and --parquet")
+        chosen = output_format or ("csv" if as_csv else "json" if as_json else "table")
+        return command(*args, output=Output(chosen, parquet), **options)
 
     for option in (
         click.option("--parquet", metavar="FILE", help="Write the rows to a Parquet file."),
         click.option("--json", "as_json", is_flag=True, help="Print rows as JSON."),
         click.option("--csv", "as_csv", is_flag=True, help="Print rows as CSV."),
+        click.option(
+            *names,
+            "output_format",
+            type=click.Choice(FORMATS),
+            metavar="FORMAT",
+            help="table (the default), csv, json, jsonl (a row a line), md (Markdown) or parquet, to stdout.",
+        ),
     ):
         wrapped = option(wrapped)
     return wrapped

@@ -17,7 +17,6 @@ from actstore.sql.rows import Rows, of_frame
 if TYPE_CHECKING:
     import polars as pl
 
-FORMATS = ("table", "csv", "json", "jsonl", "md", "parquet")
 AT_ONCE = 1000  # rows that are printed in one go
 FLOATS = ("FLOAT", "DOUBLE")
 
@@ -27,7 +26,7 @@ class Output:
     """The form in which a command prints rows.
 
     Attributes:
-        format: one of FORMATS.
+        format: one of options.FORMATS.
         parquet: a file to write instead.
     """
 

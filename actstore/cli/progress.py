@@ -6,9 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
+from actstore.cli import terminal
 from actstore.outputs import printable
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def progress(what: str, total: int | None, unit: str) -> Iterator[Advance]:
         A function to call with the units done so far, and optionally the total and the name of the
         part just done.
     """
-    if sys.stderr.isatty():
+    if terminal.QUIET[0]:
+        yield lambda *done, **more: None
+    elif sys.stderr.isatty():
         with _bar(what, total, unit) as advance:
             yield advance
     else:
@@ -70,7 +73,9 @@ def waiting(what: str) -> Iterator[None]:
         what: text beside the spinner, or in the lines. The first line comes after five seconds,
             each later line after twice the time.
     """
-    with _spinner(what) if sys.stderr.isatty() else _waiting_lines(what):
+    shown: AbstractContextManager[None]
+    shown = nullcontext() if terminal.QUIET[0] else _spinner(what) if sys.stderr.isatty() else _waiting_lines(what)
+    with shown:
         yield
 
 

@@ -1,14 +1,16 @@
-"""The commands that read a store: info, sql, read, export, query, show, attention."""
+"""The commands that read a store: info, sql, tables, schema, read, export, query, show, attention."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from actstore.cli.group import main, say
+from actstore.cli import complete
+from actstore.cli.group import main, note, say
 from actstore.cli.options import (
     check_option,
     limit_options,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from actstore.cli.output import Output
     from actstore.reading.activations import Dtype
+    from actstore.sql.rows import Rows
     from actstore.store import Store
 
 
@@ -46,17 +49,34 @@ def info(store: Path, output: Output) -> None:
 
 @main.command()
 @store_argument
-@click.argument("query")
-@click.option("--run", help="Ask in the session of this run, in which every table holds only this run's rows.")
+@click.argument("query", required=False)
+@click.option(
+    "-f", "--file", type=click.Path(), metavar="FILE", help="Read the query from a file; `-`: from standard input."
+)
+@click.option(
+    "--run",
+    shell_complete=complete.runs,
+    help="Ask in the session of this run, in which every table holds only this run's rows.",
+)
 @param_option
 @table_option
 @limit_options
 @check_option
 @output_options
 def sql(
-    store: Path, query: str, run: str | None, params: dict[str, str], check: bool, output: Output, **more: Any
+    store: Path,
+    query: str | None,
+    file: str | None,
+    run: str | None,
+    params: dict[str, str],
+    check: bool,
+    output: Output,
+    **more: Any,
 ) -> None:
-    """Run SQL over a store's tables, vectors included.
+    """Run SQL over a store's tables, vectors included; without a QUERY, open a prompt.
+
+    QUERY may be `-`, which reads standard input. A query that is piped in is read without it. The
+    prompt completes tables, columns and named queries, and keeps its history; `.help` says more.
 
     Example:
 
@@ -66,23 +86,86 @@ def sql(
         actstore sql demo.act "select avg(greedy_right::int) from outcomes" --run reproduction
         actstore sql demo.act "select act(token_id, run, 'embed') as x from predictions limit 5" --timeout 10 --memory 2GB
         actstore sql demo.act "from tokens join mine using (token_id)" --table mine=labels.csv
+        actstore sql demo.act -f mine.sql -o md
+        echo "from runs" | actstore sql demo.act - -o jsonl
+        actstore sql demo.act
     """
     from actstore.cli.progress import waiting
     from actstore.store import Store
 
-    with Store(store, check) as opened, waiting("sql"):
+    if query is not None and file is not None:
+        raise click.UsageError("got a QUERY and --file; leave one out")
+    with Store(store, check) as opened:
         asked = opened if run is None else opened.of(run)
-        rows = asked.rows(query, params, **more) if output.takes_rows else asked.sql(query, params, **more)
+
+        def answer(text: str) -> pl.DataFrame | Rows:
+            with waiting("sql"):
+                return asked.rows(text, params, **more) if output.takes_rows else asked.sql(text, params, **more)
+
+        if query is None and file is None and sys.stdin.isatty():
+            from actstore.cli import prompt
+
+            prompt.converse(asked, answer, output)
+            return
+        rows = answer(_text(query, file))
     output.write(rows)
+
+
+def _text(query: str | None, file: str | None) -> str:
+    """The text of a query: the argument, a file, or standard input."""
+    if query not in (None, "-"):
+        return str(query)
+    if file in (None, "-"):
+        return sys.stdin.read()
+    from actstore.queries import read_sql
+
+    return read_sql(str(file), "query")
+
+
+@main.command()
+@store_argument
+@output_options
+def tables(store: Path, output: Output) -> None:
+    """List a store's tables and views, with their rows and columns.
+
+    Example:
+
+    \b
+        actstore tables demo.act
+    """
+    from actstore.store import Store
+
+    with Store(store) as opened:
+        output.write(opened.tables_rows())
+
+
+@main.command()
+@store_argument
+@click.argument("table", required=False, shell_complete=complete.tables)
+@output_options
+def schema(store: Path, table: str | None, output: Output) -> None:
+    """List the columns of a store's tables, or of TABLE: names, types, and what they hold.
+
+    Example:
+
+    \b
+        actstore schema demo.act
+        actstore schema demo.act edge_targets
+    """
+    from actstore.store import Store
+
+    with Store(store) as opened:
+        output.write(opened.schema_rows(table))
 
 
 @main.command()
 @store_argument
 @click.argument("query")
-@click.option("--run", help="The run to read; required if the store holds several runs.")
+@click.option("--run", shell_complete=complete.runs, help="The run to read; required if the store holds several runs.")
 @click.option(
     "--site",
     "sites",
+    shell_complete=complete.sites,
     multiple=True,
     default=("resid_post.0",),
     show_default=True,
@@ -148,7 +231,7 @@ def read(
             X, rows = opened.read(query, run, dtype=dtype, columns=lambda names: check_columns(names, out), **where)
     if out:
         save_activations(out, X, rows)
-        say(f"{out}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
+        note(f"{out}: X {X.dtype} {list(X.shape)} and {', '.join(rows.columns)}")
     else:
         output.write(rows.with_columns(pl.Series("x", X)))
 
@@ -156,8 +239,10 @@ def read(
 @main.command()
 @store_argument
 @click.argument("out", type=click.Path())
-@click.option("--run", help="The run to read; required if the store holds several runs.")
-@click.option("--site", default="resid_post.0", show_default=True, help="Where in the network.")
+@click.option("--run", shell_complete=complete.runs, help="The run to read; required if the store holds several runs.")
+@click.option(
+    "--site", shell_complete=complete.sites, default="resid_post.0", show_default=True, help="Where in the network."
+)
 @click.option("--query", help="A SELECT with a column token_id; default: every token that the run holds at the site.")
 @click.option(
     "--format",
@@ -203,12 +288,12 @@ def export(
 
     asked: dict[str, Any] = {"format": format, "context": context, "dtype": dtype, **more}
     with Store(store, check) as opened:
-        say(str(opened.export(out, query, run, site, params, progress=progress, **asked)))
+        note(str(opened.export(out, query, run, site, params, progress=progress, **asked)))
 
 
 @main.command()
 @store_argument
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete.queries)
 @param_option
 @table_option
 @limit_options
@@ -221,6 +306,7 @@ def query(store: Path, name: str | None, params: dict[str, str], check: bool, ou
 
     \b
         actstore query demo.act
+        actstore query demo.act accuracy_by_depth
         actstore query demo.act accuracy_by_depth -p run reproduction
         actstore query demo.act mine.sql --table mine=labels.csv
     """
@@ -256,7 +342,7 @@ def show(store: Path, tree: int) -> None:
 @main.command()
 @store_argument
 @click.argument("tree", type=int)
-@click.option("--run", help="The run to draw; required if the store holds several runs.")
+@click.option("--run", shell_complete=complete.runs, help="The run to draw; required if the store holds several runs.")
 @click.option("--layer", type=int, help="One layer; default: all layers.")
 @click.option("--head", default=0, show_default=True, help="The head that a figure shows; a page shows all heads.")
 @click.option(
@@ -279,7 +365,7 @@ def attention(store: Path, tree: int, run: str | None, layer: int | None, head: 
     check_file(out, "--out", ENDINGS)
     with Store(store, check) as opened:
         save(opened, opened.resolve_run(run), tree, out, layer, head)
-    say(out)
+    note(out)
 
 
 @main.command(name="open")

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from actstore.cli.group import main, say
+from actstore.cli import complete
+from actstore.cli.group import main, note, say
 from actstore.cli.options import (
     engine_options,
+    long_output_options,
     no_check_option,
     no_record_option,
-    output_options,
     param_option,
     store_argument,
     table_option,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 seed_option = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 confirm_option = click.option(
     "--confirm",
+    shell_complete=complete.datasets,
     metavar="DATASET",
     help="Test the findings again on this stored set of trees, drawn apart from the run's own.",
 )
@@ -55,8 +57,10 @@ def _kept(store: Path) -> Callable[[Path], None]:
 
 @main.command()
 @store_argument
-@click.argument("name")
-@click.option("--run", "runs", multiple=True, help="The run to study; default: every run that fits.")
+@click.argument("name", shell_complete=complete.studies)
+@click.option(
+    "--run", "runs", multiple=True, shell_complete=complete.runs, help="The run to study; default: every run that fits."
+)
 @seed_option
 @click.option(
     "-o", "--option", "options", type=(str, str), multiple=True, metavar="NAME VALUE", help="An option of the study."
@@ -75,7 +79,7 @@ def _kept(store: Path) -> Callable[[Path], None]:
 @no_record_option
 @wait_option
 @no_check_option
-@output_options
+@long_output_options
 def study(
     store: Path,
     name: str,
@@ -201,7 +205,7 @@ def study(
         for line in "\n".join([one.sentence for one in answers] + [one.sentence for one in confirmed]).splitlines():
             say(wrapped(line) if as_table else line, err=not as_table)
         for file in studies.save_figures(answers, plot, caption) if plot else ():
-            say(f"{'caption' if file.suffix == CAPTION else 'figure'}: {file}", err=True)
+            note(f"{'caption' if file.suffix == CAPTION else 'figure'}: {file}", err=True)
     finally:
         if not no_record:
             studies.record(opened, asked, wait, _kept(store))
@@ -214,7 +218,13 @@ def study(
 @main.command()
 @store_argument
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--run", "runs", multiple=True, help="A run to study; default: every run over drawn trees.")
+@click.option(
+    "--run",
+    "runs",
+    multiple=True,
+    shell_complete=complete.runs,
+    help="A run to study; default: every run over drawn trees.",
+)
 @seed_option
 @confirm_option
 @no_record_option
@@ -258,7 +268,7 @@ def report(
         if not no_record:
             _look_before(store, wait)
         made = make(opened, out, runs, seed, confirm, advance)
-    say(str(made))
+    note(str(made))
     for fault in made.faults:
         say(f"actstore: {fault}", err=True)
     if not no_record:
@@ -282,4 +292,4 @@ def record(store: Path, files: tuple[Path, ...], wait: float) -> None:
     from actstore import verbs
 
     results = verbs.record(store, files, wait)
-    say(f"{store}: {len(results)} answers recorded, {sum(map(len, results)):,} rows of `results`")
+    note(f"{store}: {len(results)} answers recorded, {sum(map(len, results)):,} rows of `results`")

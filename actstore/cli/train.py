@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from actstore.cli.group import KEPT, ModelCommand, main, say
+from actstore.cli.group import KEPT, ModelCommand, main, note
 from actstore.cli.options import checkpoint_option, output_options
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def train(name: str, out: Path, **options: Any) -> None:
     click.get_current_context().meta[KEPT] = lambda: kept(out)
     weights, graded = verbs.train(name, out, **options, progress=progress)
     Output().write(graded.frame)
-    say(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
+    note(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
 
 
 @main.command(cls=ModelCommand)
@@ -83,4 +83,4 @@ def evaluate(model: str, output: Output, **options: Any) -> None:
 
     answer = verbs.evaluate(model, **options, progress=progress)
     output.write(answer.frame, answer.to_dict())
-    say(answer.sentence(), err=True)
+    note(answer.sentence(), err=True)

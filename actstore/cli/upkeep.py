@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from actstore.cli.group import main, say
+from actstore.cli import complete
+from actstore.cli.group import main, note
 from actstore.cli.options import output_options, store_argument, wait_option
 from actstore.errors import advised
 from actstore.storage.machine import check_memory
@@ -51,7 +52,7 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
     report = verbs.verify(store, quick, recompute, seed, progress)
     if report.findings or (recompute is None and output.is_for_a_program):
         output.write(report.as_frame())
-    say(f"{store}: {report.n_files:,} files, {report.n_bytes / 1e9:.2f} GB, {len(report.damage)} damaged", err=True)
+    note(f"{store}: {report.n_files:,} files, {report.n_bytes / 1e9:.2f} GB, {len(report.damage)} damaged", err=True)
     raise_if_damaged(report, store)
     if recompute is not None:
         output.write(difference.as_frame(report.differences))
@@ -81,16 +82,24 @@ def repair(store: Path, wait: float, output: Output) -> None:
     done = verbs.repair(store, wait, progress)
     if done.mended or done.left or output.is_for_a_program:
         output.write(as_frame(done))
-    say(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended", err=True)
+    note(f"{store}: catalog rebuilt from {done.snapshot:,} commits, {len(done.mended)} files mended", err=True)
     if done.left:
         raise Damaged(f"{len(done.left)} files could not be mended, the first {done.left[0].path}: {done.left[0].what}")
 
 
 @main.command()
 @store_argument
-@click.option("--run", help="A run, with its arrays, answers and recorded results; its dataset stays.")
-@click.option("--dataset", help="A dataset that no run is left over, with its sequences and tokens.")
-@click.option("--label", help="Labels, by the name of their table.")
+@click.option(
+    "--run",
+    shell_complete=complete.runs,
+    help="A run, with its arrays, answers and recorded results; its dataset stays.",
+)
+@click.option(
+    "--dataset",
+    shell_complete=complete.datasets,
+    help="A dataset that no run is left over, with its sequences and tokens.",
+)
+@click.option("--label", shell_complete=complete.labels, help="Labels, by the name of their table.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @wait_option
 def drop(store: Path, run: str | None, dataset: str | None, label: str | None, yes: bool, wait: float) -> None:
@@ -115,13 +124,19 @@ def drop(store: Path, run: str | None, dataset: str | None, label: str | None, y
         size = f"{len(planned.files):,} files, {n_bytes / 1e6:,.1f} MB"
         click.confirm(f"Drop {kind} {name} from {store} ({size})?", abort=True, err=True)
     files = verbs.drop(store, run, dataset, label, wait)
-    say(f"{store}: {kind} {name} is dropped, {len(files):,} files; {advised('repair', store)} frees the bytes")
+    note(f"{store}: {kind} {name} is dropped, {len(files):,} files; {advised('repair', store)} frees the bytes")
 
 
 @main.command()
 @store_argument
 @click.argument("out", type=click.Path())
-@click.option("--run", "runs", multiple=True, help="A run to copy, with its dataset and model; default: everything.")
+@click.option(
+    "--run",
+    "runs",
+    multiple=True,
+    shell_complete=complete.runs,
+    help="A run to copy, with its dataset and model; default: everything.",
+)
 def copy(store: Path, out: str, runs: tuple[str, ...]) -> None:
     """Copy a store, or some of its runs, into a new store.
 
@@ -139,7 +154,7 @@ def copy(store: Path, out: str, runs: tuple[str, ...]) -> None:
 
     done = verbs.copy(store, out, runs, progress)
     with_it = f"; with {', '.join(done.also)}, on which edits rest" if done.also else ""
-    say(f"{done.out}: {done.commits:,} commits, {done.n_files:,} files, {done.n_bytes / 1e9:.2f} GB{with_it}")
+    note(f"{done.out}: {done.commits:,} commits, {done.n_files:,} files, {done.n_bytes / 1e9:.2f} GB{with_it}")
 
 
 @main.command()
@@ -173,4 +188,4 @@ def merge(store: Path, others: tuple[str, ...], out: str, rename: tuple[tuple[st
 
     done = verbs.merge([store, *others], out, rename, progress)
     once = f"; held once: {', '.join(done.shared)}" if done.shared else ""
-    say(f"{done.out}: {done.commits:,} commits, {done.n_files:,} files, {done.n_bytes / 1e9:.2f} GB{once}")
+    note(f"{done.out}: {done.commits:,} commits, {done.n_files:,} files, {done.n_bytes / 1e9:.2f} GB{once}")

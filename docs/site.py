@@ -11,6 +11,8 @@ import logging
 import posixpath
 import re
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,9 @@ def relinked(markdown: str, page: str) -> tuple[str, list[str]]:
     fenced, lines = False, []
     for line in markdown.split("\n"):
         fenced ^= line.lstrip().startswith("```")
-        lines.append(line if fenced or line.startswith("    ") else LINK.sub(replace, line))
-    return "\n".join(lines), missing
+        lines.append((fenced or line.startswith("    "), line))
+    parts = [(is_code, "\n".join(line for _, line in of)) for is_code, of in groupby(lines, itemgetter(0))]
+    return "\n".join(part if is_code else LINK.sub(replace, part) for is_code, part in parts), missing
 
 
 def python() -> str:
@@ -157,7 +160,10 @@ def commands() -> str:
     """The page of the commands: what `--help` prints of each."""
     settings = {**main.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
     context = click.Context(main, info_name="actstore", **settings)
-    return "\n".join(["# Commands\n", *helps("actstore", main, context)])
+    said = {name: main.commands[name].get_short_help_str(limit=200) for name in main.list_commands(context)}
+    rows = [f"| [`{name}`](#actstore-{name}) | {text} |" for name, text in said.items()]
+    table = "\n".join(["| command | what it does |", "|---|---|", *rows])
+    return "\n".join([f"# Commands\n\n{table}\n", *helps("actstore", main, context)])
 
 
 def helps(name: str, command: click.Command, context: click.Context) -> Iterator[str]:

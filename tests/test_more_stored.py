@@ -1,4 +1,4 @@
-"""What is stored later changes no number: the README's Python, the tour and every named query, on a store before and after."""
+"""What is stored later changes no number: the pages' Python, the tour and every named query, on a store before and after."""
 
 import json
 import re
@@ -120,7 +120,8 @@ def pages():
     tour = json.loads((ROOT / "queries/notebooks/tour.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in tour["cells"] if cell["cell_type"] == "code"]
     yield pytest.param("\n".join(cells), 20, id="tour")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs/how-to/patch.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     yield pytest.param("\n".join(blocks), 5, id="README")  # each goes on where the one before it ended
 
 

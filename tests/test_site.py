@@ -22,14 +22,21 @@ from tests import tiny_models
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-WRITTEN = [path for folder in (".", "tutorials", "how-to") for path in sorted((DOCS / folder).glob("*.md"))]
+README = ROOT / "README.md"
+WRITTEN = [README, *(path for folder in (".", "tutorials", "how-to") for path in sorted((DOCS / folder).glob("*.md")))]
+FEWER = {
+    "--trees 2000": "--trees 40",
+    "trees=2000": "trees=40",
+    "seed0-2000": "seed0-40",
+    "ablate --run reproduction": "ablate --run reproduction -o sites attn_out.0 -o roles root -o how zero",
+}
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
 def blocks(page: Path, marked: bool = False) -> list[tuple[str, str]]:
     """(kind, code) of the blocks of a page that can run, or of those that are marked as not run."""
     found = [(m["kind"], m["code"]) for m in BLOCK.finditer(page.read_text()) if bool(m["why"]) == marked]
-    assert {kind for kind, _ in found} <= {"bash", "python"}
+    assert {kind for kind, _ in found} <= {"bash", "python", "console", "text"}  # text is what is printed
     return found
 
 
@@ -46,33 +53,34 @@ def lines(code: str) -> list[list[str]]:
     return [command for command in commands if command]
 
 
-def run(page: Path, replaced: dict[str, str]) -> dict[str, object]:
-    """Run the blocks of a page in order, in the working folder; the names of its Python."""
+def run(page: Path, replaced: dict[str, str]) -> tuple[dict[str, object], list[str]]:
+    """Run the blocks of a page in order, in the working folder; the names of its Python, and what each command prints."""
     names: dict[str, object] = {}
+    printed = []
     for kind, code in blocks(page):
         for old, new in replaced.items():
             code = code.replace(old, new)
         if kind == "python":
             exec(compile(code, page.name, "exec"), names)
-            continue
-        for program, *words in lines(code):
+        for program, *words in lines(code) if kind == "bash" else []:
             assert program == "actstore", f"{page.name}: {program}"
             done = CliRunner().invoke(main, words)
             assert done.exit_code == 0, f"{page.name}: {words}: {done.output}"
-    return names
+            printed.append(done.stdout)
+    return names, printed
 
 
 @pytest.fixture(scope="module")
-def trees(tmp_path_factory) -> tuple[Path, dict[str, object]]:
+def trees(tmp_path_factory) -> tuple[Path, dict[str, object], list[str]]:
     """The folder in which the tutorial of trees ran, with fewer trees, and the names of its Python."""
     folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return folder, run(DOCS / "tutorials/trees.md", {"--trees 2000": "--trees 40"})
+        return folder, *run(DOCS / "tutorials/trees.md", FEWER)
 
 
 def test_the_tutorial_of_trees_ends_with_a_figure(trees):
-    folder, names = trees
+    folder, names, _ = trees
     assert (folder / "probes.png").stat().st_size > 10_000
     assert len(names["X"]) == len(names["rows"]) == 40 * 15
     (query,) = re.findall(r'"(select site, label, value.*)"', (DOCS / "tutorials/trees.md").read_text())
@@ -83,22 +91,75 @@ def test_the_tutorial_of_trees_ends_with_a_figure(trees):
 def test_the_tutorial_of_a_language_model_ends_with_a_figure(tmp_path, monkeypatch):
     tiny_models.llama(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    names = run(DOCS / "tutorials/language-model.md", {"smollm2.gguf": "model"})
+    names, _ = run(DOCS / "tutorials/language-model.md", {"smollm2.gguf": "model"})
     assert (tmp_path / "names.png").stat().st_size > 10_000
     assert set(names["rows"]["label"]) == {"person", "place"}
+    with actstore.Store(tmp_path / "text.act") as store:
+        info = store.info().row(0, named=True)
+        assert info["sequences"] == info["planned"] == 54
+        assert store.sql("select count(*) from results where study = 'probe'").item() > 0
 
 
-@pytest.mark.parametrize("name", ["patch", "share", "cite", "dtypes", "command-line"])
+def test_the_readmes_python_runs_as_it_stands(trees, monkeypatch, capsys):
+    monkeypatch.chdir(trees[0])
+    names, _ = run(README, FEWER)
+    assert 0 <= float(capsys.readouterr().out) <= 1
+    assert names["wrong"].columns == ["path", "greedy_path", "failure"]
+
+
+def test_the_readme_shows_what_a_terminal_of_80_columns_shows(trees, monkeypatch, capsys):
+    """The command as it stands, and of its output what does not depend on how many trees there are."""
+    ((_, code),) = [block for block in blocks(README) if block[0] == "console"]
+    command, *shown = code.splitlines()
+    monkeypatch.chdir(trees[0])
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main(shlex.split(command.removeprefix("$ actstore ")), standalone_mode=False)
+    printed = [line.rstrip() for line in click.unstyle(capsys.readouterr().out).splitlines()]
+    assert shown[:4] == printed[:4]
+    assert [line.split()[0] for line in shown[4:-1]] == [line.split()[0] for line in printed[4:7]]
+    assert shown[-1] == "…"
+
+
+@pytest.mark.parametrize("name", ["share", "cite", "read", "ask", "script", "dtypes", "command-line"])
 def test_a_how_to_page_runs_after_the_tutorial(trees, name, monkeypatch):
     monkeypatch.chdir(trees[0])
-    run(DOCS / f"how-to/{name}.md", {"--trees 2000": "--trees 40"})
+    run(DOCS / f"how-to/{name}.md", FEWER)
+
+
+def test_the_page_of_patches_takes_answers_away_and_gives_a_donors(trees, monkeypatch, capsys):
+    """The patched run is joined with its base, and the patched forward pass answers for the other tree."""
+    monkeypatch.chdir(trees[0])
+    names, printed = run(DOCS / "how-to/patch.md", FEWER)
+    counted = [line.split() for line in printed[1].splitlines()[2:]]  # as_before, as_donor, trees
+    assert sum(int(n) for *_, n in counted) == 39, "the last tree has no next one"
+    before, donor = (sum(int(row[2]) for row in counted if row[place] == "True") for place in (0, 1))
+    assert donor > before
+    (path,) = names["store"].sql("select path from trees where tree_id = 1")["path"]
+    assert capsys.readouterr().out.split()[-1] == f"→{path[0]}"
+    all_steps = "select avg(p_target) as p_right, count(*) as steps from predictions"
+    (lost,), (before,) = (frame.rows(named=True) for frame in (names["lost"], names["store"].sql(all_steps)))
+    assert lost["steps"] == before["steps"]
+    assert lost["p_right"] < 0.5 < before["p_right"]
+    assert Path("ablate.png").exists()
+
+
+def test_what_the_page_of_studies_finds_is_confirmed_on_a_second_set(trees, monkeypatch):
+    page = DOCS / "how-to/study.md"
+    (shown,) = [code for kind, code in blocks(page) if kind == "text"]
+    claim = " ".join(shown.split()).partition(" (+")[0]
+    monkeypatch.chdir(trees[0])
+    _, printed = run(page, FEWER)
+    assert claim.endswith(": found here")
+    (last,) = [text.splitlines()[-1] for text in printed if "confirmed there (" in text]
+    assert last.startswith(claim)
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
 def test_each_command_of_a_page_exists_and_takes_its_options(page):
     code = "".join(code for marked in (False, True) for kind, code in blocks(page, marked) if kind == "bash")
     commands = [words[1:] for words in lines(code) if words[0] == "actstore"]
-    commands += [shlex.split(line) for line in re.findall(r"^    actstore (.*)$", page.read_text(), re.M)]
+    commands += [shlex.split(line) for line in re.findall(r"^(?:    |\$ )actstore (.*)$", page.read_text(), re.M)]
     assert commands or page.stem in ("index", "names")
     for words in commands:
         parse(words)
@@ -206,6 +267,10 @@ def test_links_that_leave_the_pages_are_led_back_or_become_text(site):
     text, missing = site.relinked(said, "design/README.md")
     assert text == "[a](../promises.md#the-chain) b [c](001-manifests.md) [d](https://x.org/)"
     assert missing == []
+
+
+def test_a_link_may_go_on_in_the_next_line(site):
+    assert site.relinked("[a\nb](../../data/README.md)", "design/README.md") == ("[a\nb](../data.md)", [])
 
 
 def test_a_link_to_a_file_that_is_not_there_is_told(site):

@@ -6,7 +6,7 @@ FULL ?= full.act
 SITES := embed,resid_post,pattern
 CAUSES := embed,resid_post,attn_out,mlp_out
 
-.PHONY: help install demo full test lint torture saelens bench docs clean types format
+.PHONY: help install demo full test lint torture saelens bench docs notebooks clean types format
 
 # a virtual environment in .venv, with everything that constraints.txt pins
 install: .venv/installed
@@ -144,6 +144,10 @@ bench: .venv/bench
 # the documentation as a site, build/site/index.html; a broken link fails
 docs: install
 	$(BIN)/python -m properdocs build --strict
+
+# the notebooks for Jupyter, with outputs, from the marimo files beside them and the store of `make demo`
+notebooks: install
+	$(BIN)/python -m tests.jupyter tour $(dir $(abspath $(STORE)))
 
 # remove .venv and build outputs
 clean:

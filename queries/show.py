@@ -1,8 +1,9 @@
-"""One tree for a reader: a drawing, its prompt, and the answer of each run."""
+"""One tree for a reader: on a terminal with prompt and answers, and as a figure."""
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.text import Text
@@ -10,7 +11,11 @@ from rich.tree import Tree
 
 from actstore.errors import NotStored
 from actstore.outputs import printable
+from actstore.queries.figures import COLOURS, heading, panels, style
 from actstore.store import Store
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_tree(store: Store, tree_id: int) -> Group:
@@ -19,17 +24,7 @@ def draw_tree(store: Store, tree_id: int) -> Group:
     Raises:
         NotStored: the store holds no such tree.
     """
-    found = store.sql("select * from trees where tree_id = $tree", {"tree": tree_id}).to_dicts()
-    if not found:
-        n, last = store.sql("select count(*), max(tree_id) from trees").row(0)
-        raise NotStored(
-            f"no tree {tree_id}: {store.path} holds {n:,} trees" + (f", numbered up to {last}" if n else "")
-        )
-    tree = found[0]
-    edges = store.sql("select source, target from edges where tree_id = $tree order by edge", {"tree": tree_id}).rows()
-    children: dict[int, list[int]] = {}
-    for source, target in edges:
-        children.setdefault(source, []).append(target)
+    tree, children = _tree(store, tree_id)
     on_path = {tree["root"], *tree["path"]}
     drawing = Tree(_node(tree["root"], on_path, tree["goal"]), guide_style="dim")
     _hang(drawing, tree["root"], children, on_path, tree["goal"])
@@ -68,3 +63,66 @@ def _answers(store: Store, tree: dict[str, Any]) -> list[Text]:
 
 def _steps(labels: list[int]) -> str:
     return " →".join(str(label) for label in labels)
+
+
+def plot_tree(store: Store, tree_id: int) -> Figure:
+    """Draw a tree as a graph: the path in black, a ring around the goal.
+
+    Raises:
+        NotStored: the store holds no such tree.
+    """
+    tree, children = _tree(store, tree_id)
+    path = [tree["root"], *tree["path"]]
+    steps, place = set(pairwise(path)), _places(tree["root"], children)
+    with style():
+        figure, (axis,) = panels(1, 0.42 * (1 - min(y for _, y in place.values())) + 0.3)
+        axis.axis("off")
+        axis.set_ylim(min(y for _, y in place.values()) - 0.5, 0.5)
+        for source, targets in children.items():
+            for target in targets:
+                on_path = (source, target) in steps
+                ends = zip(place[source], place[target], strict=True)
+                axis.plot(*ends, color="black" if on_path else "0.7", linewidth=2 if on_path else 1, zorder=1)
+        for node, at in place.items():
+            if node == tree["goal"]:
+                axis.scatter(*at, s=330, facecolor="none", edgecolor=COLOURS[0], linewidth=1.8, zorder=2)
+            on_path = node in path
+            axis.scatter(*at, s=170, facecolor="black" if on_path else "white", edgecolor="black", zorder=3)
+            ink = "white" if on_path else "black"
+            axis.text(*at, str(node), color=ink, ha="center", va="center_baseline", zorder=4)
+        said = f"tree {tree_id}; black: the path of {len(steps)} steps from the root; ring: the goal"
+        heading(figure, f"The path from {tree['root']} to {tree['goal']}", said)
+        figure.draw_without_rendering()
+    return figure
+
+
+def _tree(store: Store, tree_id: int) -> tuple[dict[str, Any], dict[int, list[int]]]:
+    """A tree's row of `trees`, and node → its children in the order of the list."""
+    found = store.sql("select * from trees where tree_id = $tree", {"tree": tree_id}).to_dicts()
+    if not found:
+        n, last = store.sql("select count(*), max(tree_id) from trees").row(0)
+        raise NotStored(
+            f"no tree {tree_id}: {store.path} holds {n:,} trees" + (f", numbered up to {last}" if n else "")
+        )
+    edges = store.sql("select source, target from edges where tree_id = $tree order by edge", {"tree": tree_id}).rows()
+    children: dict[int, list[int]] = {}
+    for source, target in edges:
+        children.setdefault(source, []).append(target)
+    return found[0], children
+
+
+def _places(root: int, children: dict[int, list[int]]) -> dict[int, tuple[float, float]]:
+    """Node → x, y: leaves from left to right, a parent above the middle of its children."""
+    place: dict[int, tuple[float, float]] = {}
+    leaves = 0
+
+    def put(node: int, depth: int) -> float:
+        nonlocal leaves
+        below = [put(child, depth + 1) for child in sorted(children.get(node, []))]
+        leaves += not below
+        x = sum(below) / len(below) if below else float(leaves)
+        place[node] = x, -float(depth)
+        return x
+
+    put(root, 0)
+    return place

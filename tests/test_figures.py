@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import actstore
+from actstore.errors import NotStored
 from actstore.queries import figures, study
 from actstore.queries.attention.page import draw_patterns
 from actstore.store import Store
@@ -144,3 +146,22 @@ def _luminance(colour: object) -> float:
 
 def _contrast(one: float, other: float) -> float:
     return (max(one, other) + 0.05) / (min(one, other) + 0.05)
+
+
+def test_a_tree_is_drawn_with_every_node_its_edges_and_the_path(demo_store):
+    from actstore.queries.show import plot_tree
+
+    edges = demo_store.sql("select source, target from edges where tree_id = 3").rows()
+    (axis,) = plot_tree(demo_store, 3).axes
+    at = {int(text.get_text()): tuple(text.get_position()) for text in axis.texts}
+    drawn = {tuple(zip(*line.get_data(), strict=True)): line.get_linewidth() for line in axis.lines}
+    assert sorted(at) == list(range(16))
+    assert len(set(at.values())) == 16
+    assert drawn.keys() == {(at[source], at[target]) for source, target in edges}
+    assert all(at[source][1] == at[target][1] + 1 for source, target in edges), "a child is one row lower"
+    tree = demo_store.sql("select root, path from trees where tree_id = 3").row(0)
+    path = [tree[0], *tree[1]]
+    steps = {(at[source], at[target]) for source, target in pairwise(path)}
+    assert {ends for ends, width in drawn.items() if width == max(drawn.values())} == steps
+    with pytest.raises(NotStored, match="no tree 4711"):
+        plot_tree(demo_store, 4711)

@@ -1,25 +1,25 @@
-"""The notebooks run from top to bottom, on a small store, and are kept with the outputs of a large one."""
+"""The notebooks run from top to bottom, in Jupyter and in marimo alike, and are kept with the outputs of a large store."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from dataclasses import replace
-from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from matplotlib import rc_context
 
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.variants import CHANGES
+from tests import jupyter
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "queries" / "notebooks").glob("*.ipynb"))
-
-
-OVER_A_DEMO = [path for path in NOTEBOOKS if path.stem not in ("circuit", "reproduction")]
+NOTEBOOKS = sorted(jupyter.NOTEBOOKS.glob("*.ipynb"))
+SOURCES = sorted(jupyter.NOTEBOOKS.glob("*.py"))
+ROWS, COLUMNS = 12, 8  # of a frame that a reader takes in
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,11 @@ def every_run(shipped, tmp_path_factory):
 
 def test_the_notebook_of_the_reproduction_runs_over_every_run(every_run, monkeypatch):
     monkeypatch.setenv("ACTSTORE_STORE", str(every_run))
-    runs_to_its_end(NOTEBOOKS[0].with_name("reproduction.ipynb"), every_run.parent)
+    shows_as_kept(kept("reproduction"), every_run.parent)
 
 
 def test_the_notebook_of_the_reproduction_needs_no_index_arithmetic():
-    notebook = nbformat.read(NOTEBOOKS[0].with_name("reproduction.ipynb"), as_version=4)
-    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    code = "\n".join(cell.source for cell in kept("reproduction").cells if cell.cell_type == "code")
     assert "arange" not in code
     assert len(code.splitlines()) < 120
 
@@ -52,7 +51,33 @@ def test_the_notebook_of_the_reproduction_needs_no_index_arithmetic():
 def test_the_notebook_of_the_circuit_makes_its_own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("ACTSTORE_TREES", "90")
     monkeypatch.delenv("ACTSTORE_STORE", raising=False)
-    runs_to_its_end(NOTEBOOKS[0].with_name("circuit.ipynb"), tmp_path)
+    shows_as_kept(kept("circuit"), tmp_path)
+
+
+def test_the_tour_runs_in_jupyter_where_a_demo_store_is(demo_path):
+    shows_as_kept(kept("tour"), demo_path.parent)
+
+
+def test_the_tour_runs_in_marimo_and_shows_the_same(demo_path, monkeypatch):
+    monkeypatch.chdir(demo_path.parent)
+    shows_in_marimo("tour")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_both_forms_of_a_notebook_have_the_same_cells(source):
+    made = [(cell.cell_type, cell.source) for cell in jupyter.of(source).cells]
+    assert [(cell.cell_type, cell.source) for cell in kept(source.stem).cells] == made, "run `make notebooks`"
+    assert made[1] == ("code", jupyter.JUPYTER)
+    assert jupyter.MARIMO not in dict(made).values()
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_a_notebook_shows_figures_and_no_walls_of_frames(source):
+    outputs = [output for cell in code_of(kept(source.stem)) for output in cell.outputs if "data" in output]
+    frames = [found for output in outputs if (found := re.match(r"shape: \((\d+), (\d+)\)", output.data["text/plain"]))]
+    assert all(int(frame[1]) <= ROWS and int(frame[2]) <= COLUMNS for frame in frames)
+    assert sum("image/png" in output.data for output in outputs) > 2 * len(frames)
+    assert source.with_suffix(".ipynb").stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -62,16 +87,26 @@ def test_a_notebook_holds_no_times_and_no_folders_of_the_machine_that_ran_it(pat
     assert not re.search(r"/(work|tmp|home|root)/", path.read_text())
 
 
-@pytest.mark.parametrize("path", OVER_A_DEMO, ids=lambda path: path.stem)
-def test_a_notebook_runs_where_a_demo_store_is(path, demo_path):
-    runs_to_its_end(path, demo_path.parent)
+def kept(name):
+    return nbformat.read(jupyter.NOTEBOOKS / f"{name}.ipynb", as_version=4)
 
 
-def runs_to_its_end(path, folder):
+def code_of(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def shows_as_kept(notebook, folder):
     """Execute a copy; the cells that show something must be those that the kept one shows something of."""
-    notebook = nbformat.read(path, as_version=4)
-    kept = [bool(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    assert [bool(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"] == kept
-    texts = [str(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert not any("'output_type': 'error'" in text for text in texts)
+    expected = [bool(cell.outputs) for cell in code_of(notebook)]
+    jupyter.run(notebook, folder)
+    assert [bool(cell.outputs) for cell in code_of(notebook)] == expected
+    assert not any(output.output_type == "error" for cell in code_of(notebook) for output in cell.outputs)
+
+
+def shows_in_marimo(name):
+    """Run the marimo form as `python NAME.py` does; a cell shows something where the kept Jupyter cell does."""
+    with rc_context():
+        shown, _ = runpy.run_path(str(jupyter.NOTEBOOKS / f"{name}.py"))["app"].run()
+    assert [
+        cell.cell_type == "markdown" or any("data" in output for output in cell.outputs) for cell in kept(name).cells
+    ] == [output is not None for output in shown]

@@ -823,8 +823,10 @@ class Store:
         pages of a window or two, which the system can take back. Without `shuffle` the order is the
         query's: give the query an ORDER BY.
 
-        In a DataLoader (with batch_size=None), worker w of n reads batches w, w + n, …, and the
-        batches come in the same order as without workers. `len()` counts the batches to come.
+        A DataLoader takes the batches with `batch_size=None`, since they are batches already; with
+        a batch_size of its own it would stack them, which is refused. Worker w of n reads batches
+        w, w + n, …, and the batches come in the same order as without workers. `len()` counts the
+        batches to come.
 
         Args:
             query: see `read`. The query runs now, on this store's snapshot; the store may be closed

@@ -10,13 +10,14 @@ continue at a batch, and each of several workers knows its own batches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from actstore.arrays.site import Reader, not_stored
 from actstore.errors import BadInput, Damaged
@@ -32,9 +33,38 @@ if TYPE_CHECKING:
     from actstore.reading.opened import Opened
 
 ROWS_AT_ONCE = 2**14
-Batch = tuple[torch.Tensor, dict[str, Any]]
 SIGNED: dict[Any, Any] = {pl.UInt16: pl.Int32, pl.UInt32: pl.Int64}  # torch can hardly compute with these
 TENSORS = (pl.Boolean, pl.UInt8, pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt64, pl.Float32, pl.Float64)
+
+
+class Batch(NamedTuple):
+    """What an iteration yields: `for X, columns in batches`.
+
+    Attributes:
+        X: float32 [b, …], the activations.
+        columns: each column of the query: a tensor [b, …], or a list of b values.
+    """
+
+    X: torch.Tensor
+    columns: dict[str, Any]
+
+
+def _refuse_stacking(batches: Sequence[Batch], *, collate_fn_map: object = None) -> NoReturn:
+    """Refuse what a DataLoader with a batch_size of its own does: stack batches into [64, b, …].
+
+    torch calls this function, in a worker too, with the batches to stack.
+
+    Raises:
+        BadInput: always.
+    """
+    raise BadInput(
+        "a DataLoader with a batch_size stacks whole batches, and these are batches already: write "
+        "DataLoader(batches, batch_size=None), and say how many rows a batch has where it is made, "
+        "store.batches(…, batch_size=64)"
+    )
+
+
+default_collate_fn_map[Batch] = _refuse_stacking  # torch's documented place for types of one's own
 
 
 class Batches(IterableDataset):
@@ -118,7 +148,7 @@ class Batches(IterableDataset):
                 if order.window_at(first) != window:  # release the old window's maps, and their pages
                     window, readers = order.window_at(first), [again(folder, _are_tokens) for again in self._again]
                 rows = order.rows(first, stop)
-                yield self._read(readers, rows), {name: column[rows] for name, column in self._columns.items()}
+                yield Batch(self._read(readers, rows), {name: column[rows] for name, column in self._columns.items()})
         finally:
             folder.close()
 

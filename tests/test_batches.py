@@ -236,7 +236,8 @@ def test_a_data_loader_that_would_stack_batches_says_what_to_write(store, form):
     with pytest.raises(BadInput, match=r"write DataLoader\(batches, batch_size=None\).*store\.batches\(…, batch_size=64"):
         next(iter(DataLoader(batches, timeout=60 if "num_workers" in form else 0, **form)))
     X, columns = next(iter(DataLoader(batches, batch_size=None)))  # what it says to write
-    assert X.shape == (10, D_MODEL) and len(columns["token_id"]) == 10
+    assert X.shape == (10, D_MODEL)
+    assert len(columns["token_id"]) == 10
     (one,) = next(iter(DataLoader(batches, batch_size=1, collate_fn=list)))  # one's own collation is one's own affair
     assert one.X.shape == X.shape
 

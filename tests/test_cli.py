@@ -97,11 +97,12 @@ def test_read_writes_activations_beside_their_rows(demo_store, tmp_path, suffix)
         with np.load(out) as saved:
             found, ids, texts = saved["X"], saved["token_id"], saved["role_text"].tolist()
     elif suffix == "safetensors":
-        from safetensors import safe_open
+        from safetensors.torch import load_file
 
-        with safe_open(out, "numpy") as saved:
-            found, ids = saved.get_tensor("X"), saved.get_tensor("token_id")
-            texts = json.loads(saved.metadata()["role_text"])
+        saved = load_file(out)
+        found, ids, codes = saved["X"].numpy(), saved["token_id"], saved["role_text"].tolist()
+        vocabulary = json.loads(bytes(saved["role_text.vocabulary"].tolist()))
+        texts = [vocabulary[code] for code in codes]
     else:
         saved = pl.read_parquet(out)
         found, ids, texts = saved["x"].to_numpy(), saved["token_id"].to_numpy(), saved["role_text"].to_list()

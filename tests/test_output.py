@@ -20,6 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from actstore.cli import main, progress
 from actstore.cli.activation_files import save_activations
@@ -45,16 +47,19 @@ NESTED = [
     ("{'x': '-inf'::double}", {"x": None}),
     ("map {date '2020-01-31': 1}", {"2020-01-31": 1}),
 ]
-# a SQL value, how .npz holds it beside a NULL, and how .safetensors does (an array, or JSON in the metadata)
+# a SQL value, and how .npz holds it beside a NULL; .safetensors holds the same numbers, or codes of the texts
 PLAIN = [
-    ("true", ["True", "None"], "[true, null]"),
-    ("1.25::decimal(5, 2)", [1.25, math.nan], [1.25, math.nan]),
-    ("7::hugeint", [7.0, math.nan], [7.0, math.nan]),
-    ("7::uhugeint", [7.0, math.nan], [7.0, math.nan]),
-    ("3::smallint", [3.0, math.nan], [3.0, math.nan]),
-    ("'ab'::blob", ["6162", "None"], '["6162", null]'),
-    ("[[1], null]", ["[[1], null]", "None"], "[[[1], null], null]"),
-    ("{'a': [date '2020-01-31']}", ['{"a": ["2020-01-31"]}', "None"], '[{"a": ["2020-01-31"]}, null]'),
+    ("true", ["True", "None"]),
+    ("1.25::decimal(5, 2)", [1.25, math.nan]),
+    ("7::hugeint", [7.0, math.nan]),
+    ("7::uhugeint", [7.0, math.nan]),
+    ("3::smallint", [3.0, math.nan]),
+    ("'é'", ["é", "None"]),
+    ("date '2020-01-31'", ["2020-01-31", "None"]),
+    ("'ab'::blob", ["6162", "None"]),
+    ("[[1], null]", ["[[1], null]", "None"]),
+    ("[1, 2]::float[2]", ["[1.0, 2.0]", "None"]),
+    ("{'a': [date '2020-01-31']}", ['{"a": ["2020-01-31"]}', "None"]),
 ]
 
 
@@ -123,29 +128,53 @@ def test_json_keeps_every_finite_number_and_says_null_for_the_others(values, pla
 # Columns beside activations.
 
 
-@pytest.mark.parametrize(("value", "npz", "safetensors"), PLAIN, ids=[value for value, _, _ in PLAIN])
-def test_every_type_of_column_is_saved_and_loads_without_pickle(session, tmp_path, value, npz, safetensors):
-    from safetensors import safe_open
-
+@pytest.mark.parametrize(("value", "expected"), PLAIN, ids=[value for value, _ in PLAIN])
+def test_every_type_of_column_is_saved_and_loads_without_pickle(session, tmp_path, value, expected):
     rows = beside_null(session, value)
     save_activations(str(tmp_path / "x.npz"), X, rows)
     with np.load(tmp_path / "x.npz", allow_pickle=False) as saved:
         assert sorted(saved.files) == ["X", "c"]
         np.testing.assert_array_equal(saved["X"], X)
-        np.testing.assert_array_equal(saved["c"], npz)
-    save_activations(str(tmp_path / "x.safetensors"), X, rows)
-    with safe_open(tmp_path / "x.safetensors", "numpy") as saved:
-        np.testing.assert_array_equal(saved.get_tensor("X"), X)
-        if isinstance(safetensors, str):
-            assert strict_json(saved.metadata()["c"]) == json.loads(safetensors)
-        else:
-            np.testing.assert_array_equal(saved.get_tensor("c"), safetensors)
+        np.testing.assert_array_equal(saved["c"], expected)
+    save_activations(out := str(tmp_path / "x.safetensors"), X, rows)
+    tensors = load_file(out)
+    np.testing.assert_array_equal(tensors["X"], X)
+    if isinstance(expected[0], float):
+        np.testing.assert_array_equal(tensors["c"], expected)
+    else:
+        assert tensors["c"].tolist() == [0, -1]
+        assert vocabulary(tensors, "c") == expected[:1]
+    with safe_open(out, "numpy") as saved:
+        assert not saved.metadata()
+
+
+def vocabulary(tensors: dict[str, np.ndarray], name: str) -> list[str]:
+    return json.loads(bytes(tensors[f"{name}.vocabulary"].tolist()))
+
+
+def test_text_in_safetensors_is_codes_of_the_sorted_texts_and_vectors_are_a_matrix(session, tmp_path):
+    query = "select ['b', 'a', null, 'b'][i + 1] as c, [i, -i]::float[2] as v from range(4) r(i) order by i"
+    rows = session.sql(query)
+    save_activations(out := str(tmp_path / "x.safetensors"), np.zeros((4, 3), np.float32), rows)
+    tensors = load_file(out)
+    assert tensors["c"].dtype == np.int64, "what torch's cross_entropy takes"
+    known = [*vocabulary(tensors, "c"), None]
+    assert [known[code] for code in tensors["c"].tolist()] == rows["c"].to_list() == ["b", "a", None, "b"]
+    assert vocabulary(tensors, "c") == ["a", "b"]
+    assert tensors["v"].dtype == np.float32
+    assert tensors["v"].tolist() == rows["v"].to_list()
+    save_activations(out := str(tmp_path / "x.npz"), np.zeros((4, 3), np.float32), rows)
+    assert np.load(out)["v"].tolist() == rows["v"].to_list()
+
+
+def test_a_column_named_as_the_vocabulary_of_another_is_refused(tmp_path):
+    taken = pl.DataFrame({"c": ["a", "b"], "c.vocabulary": [1, 2]})
+    with pytest.raises(BadInput, match=r"yields a column c\.vocabulary.*rename it"):
+        save_activations(str(tmp_path / "x.safetensors"), X, taken)
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_booleans_without_null_stay_booleans(session, tmp_path, suffix):
-    from safetensors.numpy import load_file
-
     save_activations(out := str(tmp_path / f"x.{suffix}"), X, session.sql("select i = 0 as c from range(2) r(i)"))
     c = (np.load(out) if suffix == "npz" else load_file(out))["c"]
     assert c.dtype == bool
@@ -198,8 +227,6 @@ def test_a_name_is_refused_in_python_as_on_the_command_line(tmp_path, suffix, na
     ("suffix", "name"), [("npz", "x"), ("safetensors", "x"), ("safetensors", "file"), ("npz", "a b")]
 )
 def test_a_name_that_is_free_is_kept(tmp_path, suffix, name):
-    from safetensors.numpy import load_file
-
     save_activations(out := str(tmp_path / f"x.{suffix}"), X, pl.DataFrame({name: [1, 2]}))
     saved = np.load(out) if suffix == "npz" else load_file(out)
     np.testing.assert_array_equal(saved["X"], X)

@@ -13,16 +13,25 @@ from actstore.errors import BadInput
 from actstore.outputs import check_ending, replacing
 
 ACTIVATION_FILES = (".npz", ".safetensors", ".parquet")
+VOCABULARY = ".vocabulary"  # end of the name of a tensor: the texts that a column's codes mean
 ARGUMENTS = ("file", "allow_pickle")  # np.savez takes arrays by keyword beside its own
 
 
 def save_activations(path: str, X: np.ndarray, rows: pl.DataFrame) -> None:
     """Write activations and their rows into one file, whole or not at all.
 
-    A .npz file holds X and one array per column; booleans with NULLs, dates and the like are text,
-    lists and structs JSON text. A .safetensors file holds X, the columns of numbers, and those of
-    booleans without NULLs; the other columns are JSON in the metadata. In both, DECIMAL and HUGEINT
-    become float64. A .parquet file holds the rows, and X as a fixed-size list column `x`.
+    A .npz and a .safetensors file hold X and one array per column. Columns of numbers, of booleans
+    and of FLOAT[k] are what they are; DECIMAL and HUGEINT become float64, and a NULL among numbers
+    is NaN. Any other column is text: booleans with NULLs, dates and the like as text, lists and
+    structs as JSON. A .npz file holds the text itself, and `None` for NULL. A .safetensors file,
+    which has no text, holds the column NAME as codes, int64 [n]: places in the sorted list of the
+    texts, -1 for NULL. The list is JSON in UTF-8, the uint8 tensor NAME.vocabulary:
+
+        tensors = safetensors.torch.load_file("x.safetensors")
+        vocabulary = json.loads(bytes(tensors["role.vocabulary"].tolist()))
+        roles = [vocabulary[code] for code in tensors["role"].tolist()]
+
+    A .parquet file holds the rows, and X as a fixed-size list column `x`.
 
     Args:
         path: the file; its ending says the format.
@@ -59,7 +68,9 @@ def check_columns(columns: Sequence[str], path: str | None) -> None:
         elif suffix == ".npz":
             taken = name in ("X", *ARGUMENTS) or name.endswith(".npy")  # numpy takes `X.npy` for X
         else:
-            taken = name in ("X", "__metadata__")
+            taken = name in ("X", "__metadata__") or (
+                name.endswith(VOCABULARY) and name.removesuffix(VOCABULARY) in columns
+            )
         if taken:
             what = f"{suffix} file" if path else "printed row"
             raise BadInput(
@@ -86,8 +97,19 @@ def _plain_array(column: pl.Series) -> np.ndarray:
 
 
 def _numbers(column: pl.Series) -> np.ndarray | None:
-    """A column as an array of numbers or booleans; None if no such array holds it."""
+    """A column as an array of numbers or booleans; None if no such array holds it.
+
+    Returns:
+        [n], or [n, k] of a column FLOAT[k].
+    """
     dtype = column.dtype
+    if isinstance(dtype, pl.Array):
+        values = column
+        while isinstance(values.dtype, pl.Array):
+            if values.null_count():
+                return None
+            values = values.explode()
+        return None if _numbers(values) is None or values.null_count() else column.to_numpy()
     if dtype == pl.Boolean:
         return None if column.null_count() else column.to_numpy()
     if not dtype.is_numeric():
@@ -99,7 +121,19 @@ def _numbers(column: pl.Series) -> np.ndarray | None:
 def _save_safetensors(target: Path, X: np.ndarray, rows: pl.DataFrame) -> None:
     from safetensors.numpy import save_file
 
-    arrays = {name: _numbers(rows[name]) for name in rows.columns}
-    tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
-    others = {name: as_json(rows[name].to_list()) for name, array in arrays.items() if array is None}
-    save_file({"X": X, **tensors}, target, metadata=others or None)
+    tensors = {"X": X}
+    for column in rows.iter_columns():
+        if (numbers := _numbers(column)) is not None:
+            tensors[column.name] = np.ascontiguousarray(numbers)
+        else:
+            tensors[column.name], tensors[column.name + VOCABULARY] = _codes(column)
+    save_file(tensors, target)
+
+
+def _codes(column: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+    """A column of text as codes, int64 [n], and the texts that they mean, uint8 [n_bytes]."""
+    texts = [None if value is None else str(value) for value in flat(column.to_frame()).to_series().to_list()]
+    vocabulary = sorted({text for text in texts if text is not None})
+    code = {text: place for place, text in enumerate(vocabulary)} | {None: -1}
+    said = np.frombuffer(as_json(vocabulary).encode(), np.uint8)
+    return np.array([code[text] for text in texts], np.int64), said

@@ -199,6 +199,10 @@ def read(
 ) -> None:
     """Read the activations of the tokens that a query names, row for row.
 
+    --out keeps X and each column of the query as arrays of their own. In .safetensors, a column of
+    text is codes, -1 for NULL, and NAME.vocabulary the JSON list of the texts that they mean, as
+    bytes.
+
     Example:
 
     \b

@@ -6,7 +6,7 @@
 
 Row i of X is the activation of row i of rows, always. Each command has a function of its name:
 
-    actstore.ingest("demo.act", model="reproduction", trees=2000)
+    actstore.ingest("demo.act", model="reproduction", trees=2000, progress=actstore.progress)
 """
 
 from importlib import import_module
@@ -31,6 +31,7 @@ from actstore.errors import (
 from actstore.version import __version__
 
 if TYPE_CHECKING:
+    from actstore.cli.progress import progress
     from actstore.ingest.jobs.verb import ingest as ingest
     from actstore.interventions import Edit
     from actstore.store import Store
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
         view,
     )
 
-_LATER = {"Store": "actstore.store", "Edit": "actstore.interventions"}
+_LATER = {"Store": "actstore.store", "Edit": "actstore.interventions", "progress": "actstore.cli.progress"}
 _VERBS = (
     "commit",
     "copy",
@@ -96,6 +97,7 @@ __all__ = [
     "label",
     "merge",
     "patch",
+    "progress",
     "record",
     "repair",
     "report",

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 FIGURES = (".png", ".svg", ".pdf")
 CAPTION = ".txt"  # of the file beside a figure
 
-# Shows progress. Called with (name, total or None, unit in the plural) per piece of work; yields a
-# function to call with the units done and, optionally, the total and the part just done.
+# Shows progress, as `actstore.progress` does. Called with (name, total or None, unit in the plural)
+# per piece of work; yields a function to call with the units done and, optionally, the total and
+# the part just done.
 Work = Callable[[str, int | None, str], AbstractContextManager[Callable[..., None]]]
 
 

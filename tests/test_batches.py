@@ -233,7 +233,9 @@ def test_a_data_loaders_workers_yield_the_same_batches_in_the_same_order(path, c
 @pytest.mark.parametrize("form", [{}, {"batch_size": 64}, {"batch_size": 64, "num_workers": 1}, {"drop_last": True}])
 def test_a_data_loader_that_would_stack_batches_says_what_to_write(store, form):
     batches = store.batches("select token_id from tokens", batch_size=10)
-    with pytest.raises(BadInput, match=r"write DataLoader\(batches, batch_size=None\).*store\.batches\(…, batch_size=64"):
+    with pytest.raises(
+        BadInput, match=r"write DataLoader\(batches, batch_size=None\).*store\.batches\(…, batch_size=64"
+    ):
         next(iter(DataLoader(batches, timeout=60 if "num_workers" in form else 0, **form)))
     X, columns = next(iter(DataLoader(batches, batch_size=None)))  # what it says to write
     assert X.shape == (10, D_MODEL)

@@ -57,6 +57,7 @@ NAMED_OTHERWISE = {"no_record": "record", "file": "labels"}  # of a command's op
 OF_A_COMMAND = {
     "as_csv",
     "as_json",
+    "output_format",
     "parquet",
     "yes",
     "threads",

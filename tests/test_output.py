@@ -14,12 +14,15 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
+import nbformat
 import numpy as np
 import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
+from nbclient import NotebookClient
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -362,6 +365,94 @@ def test_every_query_command_says_that_it_waits_and_prints_its_rows_after(root, 
     assert result.exit_code == 0, result.output
     assert waited == [(named, 0), ("done", 0)]
     assert result.stdout
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_the_rate_of_a_resumed_piece_of_work_is_of_what_is_done_now(clock):
+    pace = progress.Pace(20_000, "trees")
+    clock.now += 3
+    pace.at(15_000, None)  # were there before
+    assert (pace.per_second, pace.seconds_left) == (None, None)
+    clock.now += 10
+    pace.at(16_000, None)
+    assert (pace.per_second, pace.seconds_left) == (100, 40)
+    assert pace.line("resid_post.0") == "16,000 of 20,000 trees, 100 trees/s, 13 s, 40 s left, resid_post.0"
+    for _ in range(10):  # and of the last minute
+        clock.now += 10
+        pace.at(pace.done + 100, None)
+    assert pace.per_second == 10
+
+
+@pytest.mark.parametrize(
+    ("unit", "done", "total", "said"),
+    [
+        ("bytes", 150_000_000, 4_000_000_000, "0.1 of 4.0 GB, 8 MB/s, 20 s, 9 min left"),
+        ("parts", 2, 5, "2 of 5 parts, 6.0 parts/min, 20 s, 30 s left"),
+        ("trees", 90, 90, "90 of 90 trees, 4.5 trees/s, 20 s"),
+        ("steps", 40, 40_000, "40 of 40,000 steps, 2.0 steps/s, 20 s, 5.5 h left"),
+    ],
+)
+def test_progress_is_said_in_units_that_can_be_read(clock, unit, done, total, said):
+    pace = progress.Pace(None, unit)
+    pace.at(0, total)
+    clock.now += 20
+    pace.at(done, None)
+    assert pace.line(None) == said
+
+
+def test_a_log_gets_ever_fewer_lines_and_one_at_the_end(monkeypatch, clock):
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_LINE", 5.0)
+    monkeypatch.setattr("sys.stderr", said := io.StringIO())
+    with progress.progress("ingest r", 86_400, "trees") as advance:
+        for second in range(86_401):
+            clock.now = 1000.0 + second
+            advance(second)
+        advance(second)
+    lines = said.getvalue().splitlines()
+    assert 50 < len(lines) < 250
+    assert lines[0] == "ingest r: 5 of 86,400 trees, 1.0 trees/s, 5 s, 24.0 h left"
+    assert [line.startswith("ingest r: 86,400 of 86,400") for line in lines].count(True) == 1
+
+
+def test_a_terminals_bar_says_the_rate_and_what_is_left_in_80_columns(monkeypatch, quick):
+    monkeypatch.setattr("sys.stderr", said := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress.progress("ingest reproduction", 20_000, "trees") as advance:
+        advance(15_000)
+        time.sleep(0.01)
+        advance(15_001)
+        until(lambda: "left" in click.unstyle(said.getvalue()))
+    assert re.search(r"15,001 of 20,000 trees, \d+ trees/s", said.getvalue())
+    assert max(len(line) for line in click.unstyle(said.getvalue()).splitlines()) <= 80
+
+
+def test_a_notebook_has_one_line_of_progress_that_changes():
+    cell = (
+        "import actstore, time\n"
+        "from actstore.cli import progress\n"
+        "progress.SECONDS_BEFORE_A_BAR = 0\n"
+        "with actstore.progress('ingest r', 3, 'trees') as advance:\n"
+        "    for done in range(4):\n"
+        "        advance(done); time.sleep(0.4)"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    NotebookClient(notebook, timeout=60).execute()
+    (output,) = notebook.cells[0].outputs
+    assert output.output_type == "display_data"
+    assert output.data["text/plain"].startswith("ingest r: 3 of 3 trees, ")
 
 
 # A study's table on a terminal of 80 columns.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,23 @@ def test_the_last_slice_commits_and_leaves_byte_for_byte_what_a_local_ingest_lea
     assert contents(root) == contents(local)  # with the log: no trace of the slices is left
     assert catalog_rows(root / "catalog.duckdb") == catalog_rows(local / "catalog.duckdb")
     assert verify(root).findings == []
+
+
+def test_progress_counts_what_is_there_before_any_work_and_a_slice_its_own_batches(root: Path, model: Model) -> None:
+    said: list[tuple[int, int]] = []
+    job = Ingest(root, model, trees(N_TREES), sites=SITES, batch_size=2)
+    assert execute_slice(job, Slice.parse("2/2"), lambda *done: said.append(done)).n_batches == 3
+    assert (said[0], said[-1]) == ((0, 10), (10, 10))  # batches 1, 3 and 5, which has two trees
+    said.clear()
+    execute_slice(job, Slice.parse("2/2"), lambda *done: said.append(done))
+    assert said == [(10, 10)]
+    commit(root)
+    said.clear()
+    execute(job, lambda *done: said.append(done))
+    assert said[0] == (10, 22), "what was there, before any work"
+    assert said[-1] == (22, 22)
+    steps = [after - before for (before, _), (after, _) in pairwise(said)]
+    assert max(steps) <= 2, "nothing but what was computed"
 
 
 def test_slices_that_overlap_or_run_twice_change_nothing(root: Path, model: Model, local: Path) -> None:

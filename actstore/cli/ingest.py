@@ -26,6 +26,7 @@ from actstore.errors import advised
 
 if TYPE_CHECKING:
     from actstore.ingest.jobs.job import Ingest
+    from actstore.ingest.jobs.local import Advance
     from actstore.ingest.jobs.slices import Slice
 
 OF_PATCH = ("base", "patches", "at", "how", "donors", "donor_site", "params", "tables")  # parameters, of --base
@@ -265,11 +266,11 @@ def _take(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _execute(job: Ingest, how: Callable[[Callable[[int], None]], None] | None = None) -> tuple[int, Ingest]:
+def _execute(job: Ingest, how: Callable[[Advance], None] | None = None) -> tuple[int, Ingest]:
     """Store a run, with its cost before it and its progress.
 
     Args:
-        how: stores it, given what is called with the sequences done; default: this process does.
+        how: stores it, given what is told how far it is; default: this process does.
     """
     from actstore.cli.progress import progress
     from actstore.ingest.jobs.local import execute

@@ -1,13 +1,18 @@
-"""Progress of long work, on stderr: a bar or a spinner on a terminal, else a line now and then."""
+"""Progress of long work: a bar on a terminal, a line that changes in a notebook, lines in a log.
+
+All of it goes to stderr, or into the notebook's cell, so that stdout holds results alone.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actstore.cli import terminal
 from actstore.outputs import printable
@@ -20,28 +25,116 @@ Advance = Callable[..., None]  # (done, total=None, what=None): units done; a to
 
 SECONDS_BEFORE_A_BAR = 2.0  # shorter work prints only its result
 SECONDS_BEFORE_A_LINE = 5.0
+SECONDS_OF_A_RATE = 60.0  # the rate is of the last minute, in which several batches end
+LINES_PER_TIME = 10  # a line comes after another tenth of the time so far: eighty lines in a day
+LONGEST_SILENCE = 600.0  # seconds between lines: who reads a log sees that it lives
+BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (0, "kB"))
+
+
+class Pace:
+    """How far a piece of work is, how fast it goes, and how long the rest takes.
+
+    The rate is measured from the first call of `at` on: what was done before that counts as done,
+    and not as speed.
+
+    Args:
+        total: number of units; None if it is not known yet.
+        unit: plural noun, "trees"; "bytes" are said in kB to TB.
+    """
+
+    def __init__(self, total: int | None, unit: str) -> None:
+        self.done, self.total, self._unit = 0, total, unit
+        self.started = time.monotonic()
+        self._samples: deque[tuple[float, int]] = deque()  # (when, units done then)
+
+    def at(self, done: int, total: int | None) -> None:
+        """Take note of how far the work is now."""
+        now = time.monotonic()
+        if self._samples and done < self._samples[-1][1]:  # another piece began
+            self._samples.clear()
+        self.done, self.total = done, total or self.total
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and self._samples[1][0] <= now - SECONDS_OF_A_RATE:
+            self._samples.popleft()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.started
+
+    @property
+    def per_second(self) -> float | None:
+        """Units per second; None if nothing was done since the first call."""
+        if not self._samples:
+            return None
+        (began, before), (now, done) = self._samples[0], self._samples[-1]
+        return (done - before) / (now - began) if done > before and now > began else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds that the rest takes at this rate; None if that cannot be known."""
+        rate = self.per_second
+        return None if rate is None or self.total is None else max(self.total - self.done, 0) / rate
+
+    def counted(self) -> str:
+        """What is done: `1,200 of 2,000 trees, 310 trees/s`."""
+        goal, rate = self.total or self.done, self.per_second
+        if self._unit == "bytes":
+            size, unit = next((size or 1e3, unit) for size, unit in BYTES if goal >= size)
+            said = f"{self.done / size:,.1f} of {goal / size:,.1f} {unit}"
+            return said if rate is None else f"{said}, {rate / 1e6:,.0f} MB/s"
+        said = f"{self.done:,} of {goal:,} {self._unit}"
+        if rate is None:
+            return said
+        return (
+            f"{said}, {_rounded(rate)} {self._unit}/s"
+            if rate >= 1
+            else f"{said}, {_rounded(rate * 60)} {self._unit}/min"
+        )
+
+    def line(self, part: str | None) -> str:
+        """All of it in words: `1,200 of 2,000 trees, 310 trees/s, 4 s, 3 s left`."""
+        left = self.seconds_left if self.done != self.total else None
+        said = [self.counted(), _time(self.seconds), *([] if left is None else [f"{_time(left)} left"])]
+        return ", ".join([*said, *([part] if part else [])])
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
 def progress(what: str, total: int | None, unit: str) -> Iterator[Advance]:
-    """Show how far a piece of work is.
+    """Show how far a piece of work is, how fast it goes, and when it ends.
+
+    A terminal gets a bar, after two seconds. A Jupyter notebook gets one line, which changes and
+    stays with its last words. Otherwise lines are printed: one after five seconds, and each later
+    one after another tenth of the time so far, so that a day of work makes some eighty.
 
     Args:
         what: text in front of the bar.
         total: number of units; None if the work itself will say.
-        unit: plural noun, "trees".
+        unit: plural noun, "trees"; "bytes" are said in kB to TB.
 
     Yields:
         A function to call with the units done so far, and optionally the total and the name of the
-        part just done.
+        part just done. A first call before any work says what was done before; it is no speed.
     """
     if terminal.QUIET[0]:
         yield lambda *done, **more: None
     elif sys.stderr.isatty():
         with _bar(what, total, unit) as advance:
             yield advance
+    elif (cell := _cell()) is not None:
+        yield _in_a_cell(what, Pace(total, unit), cell)
     else:
-        yield _lines(what, total, unit)
+        yield _lines(what, Pace(total, unit))
 
 
 @contextmanager
@@ -51,18 +144,49 @@ def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
     from rich.live import Live
     from rich.text import Text
 
-    counted = (rich.BarColumn(), rich.MofNCompleteColumn(), rich.TextColumn(unit))
-    timed = (rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn())
+    timed = (rich.TimeElapsedColumn(), rich.TextColumn("{task.fields[left]}"))
     console, details = Console(stderr=True), Text(style="dim")  # below the bar, where a long line leaves it its room
-    bars = rich.Progress(rich.TextColumn("{task.description}", markup=False), *counted, *timed, console=console)
-    task = bars.add_task(printable(what), total=total)
+    columns = (rich.TextColumn("{task.description}", markup=False), rich.BarColumn(bar_width=30), *timed)
+    bars, pace = rich.Progress(*columns, console=console), Pace(total, unit)
+    task = bars.add_task(printable(what), total=total, left="")
 
-    def advance(done: int, total: int | None = None, part: str | None = None) -> None:
-        bars.update(task, completed=done, total=total)
-        details.plain = printable(part or "")
+    def advance(done: int, changed: int | None = None, part: str | None = None) -> None:
+        pace.at(done, changed)
+        left = pace.seconds_left
+        bars.update(task, completed=done, total=pace.total, left="" if left is None else f"{_time(left)} left")
+        details.plain = printable("  ".join(filter(None, [pace.counted(), part])))
 
     with _shown_late(Live(Group(bars, details), console=console)):
         yield advance
+
+
+def _cell() -> Callable[[str], None] | None:
+    """Shows a line in a Jupyter notebook's cell, in place of the line before; None elsewhere."""
+    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if not hasattr(shell, "kernel"):
+        return None
+    publish = shell.display_pub.publish
+    place, shown = {"display_id": uuid.uuid4().hex}, [False]
+
+    def show(line: str) -> None:
+        publish({"text/plain": line}, {}, transient=place, update=shown[0])
+        shown[0] = True
+
+    return show
+
+
+def _in_a_cell(what: str, pace: Pace, show: Callable[[str], None]) -> Advance:
+    last = 0.0  # seconds after the beginning
+
+    def advance(done: int, total: int | None = None, part: str | None = None) -> None:
+        nonlocal last
+        pace.at(done, total)
+        is_last = pace.done == pace.total and last > 0
+        if is_last or (pace.seconds >= SECONDS_BEFORE_A_BAR and pace.seconds - last >= 1):
+            last = pace.seconds
+            show(printable(f"{what}: {pace.line(part)}"))
+
+    return advance
 
 
 @contextmanager
@@ -124,16 +248,17 @@ def _waiting_lines(what: str) -> Iterator[None]:
         thread.join()
 
 
-def _lines(what: str, total: int | None, unit: str) -> Advance:
-    started = last = time.monotonic()
+def _lines(what: str, pace: Pace) -> Advance:
+    last, said = 0.0, -1  # seconds after the beginning, and units, at the last line
 
-    def advance(done: int, changed: int | None = None, part: str | None = None) -> None:
-        nonlocal last
-        now, goal = time.monotonic(), changed or total or done
-        if now - last >= SECONDS_BEFORE_A_LINE or (done == goal and now - started >= SECONDS_BEFORE_A_LINE):
-            last = now
-            said = f"{what}: {done:,} of {goal:,} {unit}, {now - started:.0f} s" + (f", {part}" if part else "")
-            _say(said)
+    def advance(done: int, total: int | None = None, part: str | None = None) -> None:
+        nonlocal last, said
+        pace.at(done, total)
+        seconds, goal = pace.seconds, pace.total or done
+        wait = max(SECONDS_BEFORE_A_LINE, min(last / LINES_PER_TIME, LONGEST_SILENCE))
+        if seconds - last >= wait or (said != done == goal and seconds >= SECONDS_BEFORE_A_LINE):
+            last, said = seconds, done
+            _say(f"{what}: {pace.line(part)}")
 
     return advance
 

@@ -87,13 +87,13 @@ def run_batch(
         first: the first ids of the whole set.
         originals: see Batch.
         buffers: receive the activations, one for each site or more; default: new buffers.
-        advance: called with the number of sequences of the set done so far.
+        advance: called with the number of sequences of the batch done so far.
     """
     drawn = job.sequences.drawn(number)
     layouts = {site.site: site.layout for site in job.plan.sites}
     into = buffers_on(layouts, job.device) if buffers is None else buffers
     of_batch = first.of_batch(job.plan.dataset, number, drawn.start)
-    answers = job.answers(drawn, of_batch, into, advance)
+    answers = job.answers(drawn, of_batch, into, lambda done: advance(done - drawn.start))
     for site in layouts:
         into[site].hand_over()
     return Batch(job, number, of_batch, originals, drawn, answers, into)

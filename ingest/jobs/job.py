@@ -211,6 +211,13 @@ class Ingest:
         """Numbers of the batches that lack rows or one of the sites; reads the store."""
         return list(lacking(self.plan, self.held()))
 
+    def n_of(self, batches: Collection[int]) -> int:
+        """Number of sequences of some batches; of text, an estimate unless they are all or none."""
+        if self.of_text:
+            return self.sequences.n_sequences * len(batches) // self.n_batches
+        per_batch = int(self.plan.dataset["trees_per_shard"])
+        return sum(min(per_batch, self.sequences.n_sequences - batch * per_batch) for batch in batches)
+
     @cached_property
     def n_tokens(self) -> int:
         """Token rows of the whole set; of trees, estimated from the first 1,000."""

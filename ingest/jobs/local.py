@@ -29,11 +29,12 @@ from actstore.writing.writer import Writer, open_writer
 
 N_LAST = 4  # threads that publish the last batch: one waits for the disk while another hashes
 Kind = Literal["batch", "site"]
+Advance = Callable[[int, int], None]  # (sequences done, of how many); first with those that were there before
 # stores a batch: its files, its kind, the batch before, and who publishes several shards at once
 Store = Callable[[Batch, "Future[list[Content]]", Kind, "Future[None] | None", "Executor | None"], None]
 
 
-def execute(job: Ingest, advance: Callable[[int], None] = lambda sequences: None) -> None:
+def execute(job: Ingest, advance: Advance = lambda done, total: None) -> None:
     """Store what of a run is not stored yet: whole batches, or further sites of a finished run.
 
     The answers of a finished run stay as they are. Those of the first batch are computed again and
@@ -41,7 +42,8 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda sequences: None
     says so.
 
     Args:
-        advance: called with the number of sequences done so far.
+        advance: called with the number of sequences done so far, and of all. The first call, before
+            any work, says how many were there already.
 
     Raises:
         NoRoom: the disk has less free space than the run needs; nothing was written.
@@ -59,7 +61,36 @@ def execute(job: Ingest, advance: Callable[[int], None] = lambda sequences: None
         held = writer.sites_of(job.plan.run)
         commits = _Commits(writer, job.publish_every)
         left = lacking(job.plan, held)
-        run_batches(job, left, held, first, originals, commits.commit, partial(compare, writer.agrees), advance)
+        done = Done(job, range(job.n_batches), left, advance)
+        run_batches(job, left, held, first, originals, commits.commit, partial(compare, writer.agrees), done)
+
+
+class Done:
+    """How many sequences of some batches are done, those that were there before among them.
+
+    Args:
+        batches: numbers of the batches.
+        left: numbers of those that are not there yet.
+        advance: see execute; called now, and whenever more is done.
+    """
+
+    def __init__(self, job: Ingest, batches: Collection[int], left: Collection[int], advance: Advance) -> None:
+        self._job, self._advance = job, advance
+        self._there = [batch for batch in batches if batch not in left]
+        self._total = job.n_of(batches)
+        self._n = job.n_of(self._there)
+        advance(self._n, self._total)
+
+    def within(self, number: int) -> Callable[[int], None]:
+        """A function to call with how many sequences of a batch are done."""
+        before, after = self._n, self._job.n_of([*self._there, number])
+        return lambda done: self._advance(min(before + done, after), self._total)
+
+    def whole(self, number: int) -> None:
+        """Take note that a batch is done."""
+        self._there.append(number)
+        self._n = self._job.n_of(self._there)
+        self._advance(self._n, self._total)
 
 
 def run_batches(
@@ -70,7 +101,7 @@ def run_batches(
     originals: int | None,
     store: Store,
     compare: Callable[[Batch], None],
-    advance: Callable[[int], None],
+    progress: Done,
 ) -> None:
     """Compute batches one after another, while one thread stores those before.
 
@@ -81,7 +112,7 @@ def run_batches(
         originals: see Batch.
         store: stores a batch.
         compare: called with the first batch, if sites are added to it.
-        advance: see execute.
+        progress: is told how far the batches are.
     """
     needed = {name for sites in left.values() for name in sites}
     # a GPU computes ahead of this process, so that threads of their own encode for it
@@ -95,7 +126,8 @@ def run_batches(
                 done[turn - len(sets)].result()  # its buffers are filled again
             is_added = number in held
             of_these = job.over(sites, grades=turn == 0) if is_added else job
-            batch = run_batch(of_these, number, first, originals, sets[turn % len(sets)], advance)
+            batch = run_batch(of_these, number, first, originals, sets[turn % len(sets)], progress.within(number))
+            progress.whole(number)
             if turn == 0 and is_added:
                 compare(batch)
             contents = (encoding or storing).submit(batch.shards if is_added else batch.contents)

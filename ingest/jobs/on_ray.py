@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from actstore.ingest.jobs.batch import run_batch
 from actstore.ingest.jobs.environment import environment
 from actstore.ingest.jobs.gpu import buffer_sets
 from actstore.ingest.jobs.job import Ingest
+from actstore.ingest.jobs.local import Advance, Done
 from actstore.ingest.jobs.prepare import prepare
 from actstore.storage.at import absolute, at, check_room
 from actstore.writing.committed import lacking
@@ -64,7 +65,7 @@ def execute_on_ray(
     options: Mapping[str, Any],
     address: str | None = None,
     workers: int | None = None,
-    advance: Callable[[int], None] = lambda sequences: None,
+    advance: Advance = lambda done, total: None,
 ) -> None:
     """Store what of a run is not stored yet, by the workers of a Ray cluster.
 
@@ -75,7 +76,7 @@ def execute_on_ray(
         address: see cluster.connected.
         workers: how many; default: as many as the cluster has room for. Each has as many threads
             as this process.
-        advance: called with the number of sequences done so far.
+        advance: see `local.execute`.
 
     Raises:
         BadInput: Ray is not installed, or the cluster has too little room; a worker has other
@@ -102,11 +103,11 @@ def execute_on_ray(
         where, given = str(absolute(job.store)), anywhere(options)
         asked = Asked(where, given, defined.xxh3_128, first, originals, needed, environment(job))
         tasks = [(number, sites, number in held) for number, sites in left.items()]
+        progress = Done(job, range(job.n_batches), left, advance)
         made, done, published = dict[int, Manifest](), 0, time.monotonic()
         for turn, content in cluster.spread(ray, partial(Worker, asked), n, threads, tasks, AT_ONCE, n_gpus):
             made[turn] = Manifest.from_json(content, job.store)
-            n_there = job.n_batches - len(left) + done + len(made)
-            advance(job.sequences.n_sequences * n_there // job.n_batches)
+            progress.whole(tasks[turn][0])
             while done in made:  # in the order of a local ingest
                 if time.monotonic() - published > job.publish_every:
                     writer.publish()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from actstore.ingest.jobs.batch import Batch
 from actstore.ingest.jobs.environment import environment
 from actstore.ingest.jobs.gpu import fitting
 from actstore.ingest.jobs.job import Ingest
-from actstore.ingest.jobs.local import Kind, compare, run_batches
+from actstore.ingest.jobs.local import Advance, Done, Kind, compare, run_batches
 from actstore.storage.at import at, check_room
 from actstore.writing.committed import lacking, new_sites, sites_of, stored_dataset, stored_run
 from actstore.writing.contents import Content
@@ -125,14 +125,14 @@ class _Found:
         return lacking(job.plan, there)
 
 
-def execute_slice(job: Ingest, which: Slice, advance: Callable[[int], None] = lambda sequences: None) -> Sliced:
+def execute_slice(job: Ingest, which: Slice, advance: Advance = lambda done, total: None) -> Sliced:
     """Publish the batches of a slice that are neither committed nor published whole.
 
     The first slice of a run defines it, for which it takes the lease for a moment. A slice that
     finds all batches of the run whole commits them.
 
     Args:
-        advance: see `local.execute`.
+        advance: see `local.execute`; called with the sequences of the slice's batches alone.
 
     Raises:
         NoRoom: the disk has less free space than the slice needs.
@@ -144,6 +144,7 @@ def execute_slice(job: Ingest, which: Slice, advance: Callable[[int], None] = la
     root, plan = job.store, job.plan
     found = _defined(job)
     mine = {number: sites for number, sites in found.left(job).items() if which.has(number)}
+    every = [number for number in range(job.n_batches) if which.has(number)]
     check_room(root, job.bytes_of(len(mine)) if mine else 0, f"slice {which} of run {plan.run!r}")
     here = environment(job)
     with pending.at_work(root, found.defined, str(plan.dataset["dataset"]), here) as first:
@@ -159,14 +160,13 @@ def execute_slice(job: Ingest, which: Slice, advance: Callable[[int], None] = la
             job.originals(found.datasets),
             partial(_publish, published, found.defined),
             partial(compare, published.agrees),
-            advance,
+            Done(job, every, mine, advance),
         )
-    n_batches = sum(map(which.has, range(job.n_batches)))
     found = _Found.of(job) or found
     n_left = len(found.left(job))
     if not n_left and plan.run in pending.runs(root):
         commit(root, max(job.wait, LEAST_WAIT))
-    return Sliced(len(mine), n_batches, n_left, not job.left())
+    return Sliced(len(mine), len(every), n_left, not job.left())
 
 
 def kept(job: Ingest, which: Slice) -> str:

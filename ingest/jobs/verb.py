@@ -11,6 +11,7 @@ from actstore.ingest.jobs.local import execute
 from actstore.ingest.jobs.on_ray import execute_on_ray
 from actstore.ingest.jobs.prepare import prepare
 from actstore.ingest.jobs.slices import Slice, execute_slice
+from actstore.outputs import Work, silent
 
 
 def ingest(
@@ -19,6 +20,7 @@ def ingest(
     engine: str | None = None,
     address: str | None = None,
     workers: int | None = None,
+    progress: Work = silent,
     **options: Any,
 ) -> str:
     """Store a run, as `actstore ingest` does, and return its name.
@@ -28,16 +30,18 @@ def ingest(
             `actstore commit`.
         engine: `ray`: the batches are computed by a Ray cluster; default: by this process.
         address, workers: of the cluster, see on_ray.execute_on_ray.
+        progress: shows how far it is: `actstore.progress`.
     """
     which, of_ray = asked(slice, engine, address, workers)
     job = prepare(*args, **options)
-    if which is not None:
-        execute_slice(job, which)
-    elif of_ray:
-        given = inspect.signature(prepare).bind(*args, **options).arguments
-        execute_on_ray(job, {name: given[name] for name in given if name != "store"}, address, workers)
-    else:
-        execute(job)
+    with progress(f"ingest {job.plan.run}", job.sequences.n_sequences, job.unit) as advance:
+        if which is not None:
+            execute_slice(job, which, advance)
+        elif of_ray:
+            given = inspect.signature(prepare).bind(*args, **options).arguments
+            execute_on_ray(job, {name: given[name] for name in given if name != "store"}, address, workers, advance)
+        else:
+            execute(job, advance)
     return job.plan.run
 
 

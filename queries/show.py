@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -17,9 +18,17 @@ from actstore.store import Store
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WHOLE = "\0"  # a blank within an edge
 
-def draw_tree(store: Store, tree_id: int) -> Group:
+
+def draw_tree(store: Store, tree_id: int, width: int | None = None) -> Group:
     """Draw a tree with its path in bold, its prompt, and the greedy answer of each run.
+
+    Args:
+        store: an open store.
+        tree_id: the tree.
+        width: columns after which the prompt and the answers go on in the next line, between edges
+            and steps; default: they are a line each.
 
     Raises:
         NotStored: the store holds no such tree.
@@ -34,7 +43,17 @@ def draw_tree(store: Store, tree_id: int) -> Group:
     facts = (
         f"tree {tree_id} of {tree['dataset']}: depth {tree['depth']}, {tree['n_leaves']} leaves, split {tree['split']}"
     )
-    return Group(Text(printable(facts)), drawing, Text("prompt  " + " ".join(words)), *_answers(store, tree))
+    prompt = _line("prompt", " ".join(words).replace(" →", WHOLE + "→").replace(" ,", WHOLE + ","), width)
+    return Group(Text(printable(facts)), drawing, prompt, *_answers(store, tree, width))
+
+
+def _line(head: str, text: str, width: int | None) -> Text:
+    """A name and what it has, in lines below each other; no line ends at WHOLE."""
+    indent = " " * min(len(head) + 2, 16)
+    lines = [f"{head}  {text}"]
+    if width:
+        lines = wrap(lines[0], width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return Text(printable("\n".join(lines).replace(WHOLE, " ")))
 
 
 def _node(label: int, on_path: set[int], goal: int) -> Text:
@@ -47,17 +66,17 @@ def _hang(branch: Tree, node: int, children: dict[int, list[int]], on_path: set[
         _hang(branch.add(_node(child, on_path, goal)), child, children, on_path, goal)
 
 
-def _answers(store: Store, tree: dict[str, Any]) -> list[Text]:
+def _answers(store: Store, tree: dict[str, Any], width: int | None) -> list[Text]:
     answers = store.sql(
         """select run, greedy_path, greedy_right, teacher_forced_right, failure, first_wrong_step, min(p_target) as p
         from outcomes left join predictions using (run, tree_id) where tree_id = $tree group by all order by run""",
         {"tree": tree["tree_id"]},
     )
-    lines = [Text("path    " + _steps([tree["root"], *tree["path"]]))]
+    lines = [_line("path  ", _steps([tree["root"], *tree["path"]]), width)]
     for row in answers.to_dicts():
         verdict = "right" if row["greedy_right"] else f"wrong at step {row['first_wrong_step']}: {row['failure']}"
         answer = _steps([tree["root"], *row["greedy_path"]])
-        lines.append(Text(printable(f"{row['run']}  {answer}  {verdict}; least sure step p = {row['p']:.4f}")))
+        lines.append(_line(row["run"], f"{answer}  {verdict}; least sure step p = {row['p']:.4f}", width))
     return lines
 
 

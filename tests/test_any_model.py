@@ -174,6 +174,16 @@ def test_the_command_lists_each_hook_once(folders):
     assert len(names) == len(set(names))
 
 
+def test_a_table_names_a_hook_of_every_layer_once(folders):
+    done = CliRunner().invoke(main, ["models", "sites", str(folders["llama"])], catch_exceptions=False)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    n_layers = len({name for row in rows for name in row if name == "resid_post.L"})
+    assert n_layers == 1
+    (row,) = [row for row in rows if row[0] == "resid_post.L"]
+    assert row[1:4] == ["0-1", "resid", "d_model"]
+    assert next(row for row in rows if row[0] == "embed")[:3] == ["embed", "resid", "d_model"]
+
+
 # what is written down
 
 

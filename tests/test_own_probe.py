@@ -16,6 +16,7 @@ from actstore.errors import BadInput, NotStored
 from actstore.ingest.trees.draw import draw
 from actstore.ingest.trees.tokens import n_positions
 from actstore.queries import studies, study
+from actstore.queries.probes import own_figures
 from actstore.queries.probes.labelled import labelled
 from actstore.queries.study import mean_row
 from actstore.store import Store
@@ -165,6 +166,14 @@ def test_a_parameter_whose_name_begins_like_one_of_the_studys_is_the_users(store
     commas = "select token_id, token = $runner as label from tokens"
     answer = study.ask(store, "probe", "text", query=commas, params={"runner": ","}, baselines=file, sites="embed")
     assert value(answer, "embed", "baseline_commas") == 1
+
+
+def test_of_many_sites_the_first_the_lowest_and_the_highest_are_said(found, monkeypatch):
+    monkeypatch.setattr(own_figures, "SITES_SAID", 1)
+    said = own_figures.sentence(found.results, found.tests)
+    assert "The probe exceeds its best baseline at 1 of 2 sites, and is below it at 0;" in said
+    assert said.count("the accuracy is") == 2, "the first is the lowest"
+    assert said.replace(said[said.index("The probe exceeds") : said.index("At embed")], "") == found.sentence
 
 
 def test_the_table_begins_with_what_the_sentence_says(found):

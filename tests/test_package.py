@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import actstore
+from actstore import queries
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"actstore": "actstore", **{top: f"actstore/{top}" for top in ("ingest", "queries", "data")}}
@@ -20,7 +21,9 @@ NOT_INSTALLED = (".ipynb", ".png", ".csv")  # and the folders' README.md; a mode
 BUILD = "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_sdist(out); b.build_wheel(out)"
 RUN = """
 import sys, actstore
-from actstore.cli import main
+from importlib.metadata import distribution
+(command,) = distribution("actstore").entry_points.select(name="actstore")  # as pip, pipx and uv make it
+main = command.load()
 print(actstore.__file__)
 for line in sys.argv[1:]:
     main(line.split(), standalone_mode=False)
@@ -77,7 +80,9 @@ def test_the_wheel_stores_and_studies_outside_of_any_checkout(built, tmp_path):
         "--version",
         "ingest s.act --model reproduction --trees 8 --sites embed",
         "info s.act",
+        "query s.act",
         "query s.act role_counts",
+        "models list",
         "study s.act depth",
     )
     command = [sys.executable, "-c", RUN, *lines]
@@ -85,4 +90,5 @@ def test_the_wheel_stores_and_studies_outside_of_any_checkout(built, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path / 'site' / 'actstore' / '__init__.py'}\n")
     assert f"version {actstore.__version__}" in done.stdout
+    assert all(name in done.stdout for name in queries.names())
     assert "by greedy decoding" in done.stdout

@@ -183,6 +183,25 @@ def test_a_sentence_is_broken_between_words_at_the_end_of_the_line(monkeypatch):
     assert wrapped(words) == words
 
 
+def test_a_command_to_be_copied_and_a_line_under_a_caret_are_not_broken(monkeypatch):
+    narrow(monkeypatch)
+    command = "`actstore ingest demo.act --model reproduction --trees 2000`"
+    assert wrapped(f"run r holds no site embed; it holds resid_post.0: {command}").splitlines()[1] == command
+    shown = f"the query was refused\nLINE 1: select {'a, ' * 40}b\n{' ' * 90}^"
+    assert wrapped(shown).splitlines()[1] == shown.splitlines()[1]
+
+
+def test_a_tree_is_as_narrow_as_the_terminal(demo_store, monkeypatch, capsys):
+    narrow(monkeypatch)
+    main(["show", str(demo_store.path), "3"], standalone_mode=False)
+    shown = click.unstyle(capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 80
+    prompt = shown.partition("prompt  ")[2].partition("path  ")[0]
+    assert not any(line.strip().startswith("→") for line in prompt.splitlines())
+    words = demo_store.sql("select token::varchar as t from tokens where tree_id = 3 order by position")["t"]
+    assert prompt.split() == " ".join(words).split()
+
+
 @pytest.mark.parametrize("text", ["\x1b[31m", "\x9b31m", "\x07", "\r", "\x00", "\u202e", "\u2028", "\x7f"])
 def test_what_would_steer_a_terminal_is_written_out(demo_path, capsys, text):
     print_table(pl.DataFrame({text: [text], "list": [[text]]}))

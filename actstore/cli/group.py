@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -19,8 +20,8 @@ KEPT = "actstore.kept"  # key of a resumable command's function that says how fa
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print a line for a person to read."""
-    click.echo(printable(text), err=err)
+    """Print text for a person to read, broken between words where a terminal ends."""
+    click.echo(terminal.wrapped(printable(text), sys.stderr if err else sys.stdout), err=err)
 
 
 def note(text: str, err: bool = False) -> None:

@@ -96,7 +96,8 @@ def models_sites(
     """List what can be stored of a model: each hook, and what it gives.
 
     MODEL is a name, a folder of transformers, a .gguf file, or a checkpoint with its YAML. One
-    forward pass over a few tokens tells the shapes.
+    forward pass over a few tokens tells the shapes. The table names a hook of every layer once,
+    with L for the layer; the other formats have a row for each.
 
     Example:
 
@@ -104,7 +105,8 @@ def models_sites(
         actstore models sites reproduction
         actstore models sites path/to/model-folder
     """
-    from actstore.ingest.models.load import load, sites
+    from actstore.ingest.models.load import layers_as_one, load, sites
 
     loaded = load(model, config, hub=hub, revision=revision, untrained=untrained, tokenizer=tokenizer)
-    output.write(sites(loaded))
+    found = sites(loaded)
+    output.write(layers_as_one(found) if output.is_table else found, fold=True)

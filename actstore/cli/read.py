@@ -339,8 +339,9 @@ def show(store: Path, tree: int) -> None:
     from actstore.queries.show import draw_tree
     from actstore.store import Store
 
+    console = Console(soft_wrap=True, highlight=False)
     with Store(store) as opened:
-        Console(soft_wrap=True, highlight=False).print(draw_tree(opened, tree))
+        console.print(draw_tree(opened, tree, console.width if console.is_terminal else None))
 
 
 @main.command()

@@ -20,7 +20,6 @@ from actstore.cli.options import (
     table_option,
     wait_option,
 )
-from actstore.cli.terminal import wrapped
 from actstore.errors import advised
 from actstore.storage.machine import check_memory
 
@@ -203,7 +202,7 @@ def study(
         if not as_table:
             output.write(*rows(studies.as_frame(answers), confirmed))
         for line in "\n".join([one.sentence for one in answers] + [one.sentence for one in confirmed]).splitlines():
-            say(wrapped(line) if as_table else line, err=not as_table)
+            say(line, err=not as_table)
         for file in studies.save_figures(answers, plot, caption) if plot else ():
             note(f"{'caption' if file.suffix == CAPTION else 'figure'}: {file}", err=True)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -114,12 +115,25 @@ def page(text: str, command: list[str]) -> None:
                 process.wait()
 
 
-def wrapped(text: str) -> str:
-    """Break a line between words where stdout's terminal ends; without a terminal, leave it."""
-    if not sys.stdout.isatty():
+def wrapped(text: str, stream: TextIO | None = None) -> str:
+    """Break lines between words where a stream's terminal ends; without a terminal, leave them.
+
+    What stands in backticks, a command to be copied, is not broken, nor is a line of DuckDB's,
+    under which a caret points at a column.
+
+    Args:
+        stream: default: stdout.
+    """
+    if not (stream or sys.stdout).isatty():
         return text
     columns = shutil.get_terminal_size().columns
-    return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if line.startswith("LINE ") else _filled(line, columns) for line in text.split("\n"))
+
+
+def _filled(line: str, columns: int) -> str:
+    """Break a line into lines of so many columns; NUL stands for a blank that is not a place to break."""
+    kept = re.sub("`[^`]*`", lambda found: found[0].replace(" ", "\0"), line)
+    return textwrap.fill(kept, columns, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
 
 
 def place_of(error: OSError) -> str:

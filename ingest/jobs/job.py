@@ -256,18 +256,22 @@ class Ingest:
         resumed = f"; {done} of {self.n_batches} batches are there" if done else ""
         about = "about " * (not self.of_text)
         if self.patch is not None:
-            return f"run {self.plan.run}: {self.patch.said()}, {len(self.specs)} sites{room}{resumed}"
+            return f"run {self.plan.run}: {self.patch.said()}, {self._n_sites}{room}{resumed}"
         return (
             f"run {self.plan.run}: {self.sequences.n_sequences:,} {self.unit} ({self.plan.dataset['dataset']}), "
             f"{about}{self.n_tokens:,} tokens, {self._sites_said(left, held)}; {self._bytes(left, held) / 1e9:.2f} GB to "
             f"write{room.replace(';', ',')}{resumed}"
         )
 
+    @property
+    def _n_sites(self) -> str:
+        return f"{len(self.specs)} site{'s' * (len(self.specs) != 1)}"
+
     def _sites_said(self, left: Mapping[int, Sequence[str]], held: Collection[int]) -> str:
         """How many sites are stored; or which are added to a run, and which it has."""
         added = {site for batch, sites in left.items() if batch in held for site in sites}
         if not added:
-            return f"{len(self.specs)} sites"
+            return self._n_sites
         more = [spec.short for spec in self.specs if spec.name in added]
         there = [spec.short for spec in self.specs if spec.name not in added]
         skipped = f" ({', '.join(there)} {'is' if len(there) == 1 else 'are'} there already)" if there else ""

@@ -90,6 +90,34 @@ def sites(model: Model) -> pl.DataFrame:
     )
 
 
+def layers_as_one(found: pl.DataFrame) -> pl.DataFrame:
+    """Fold the layers of a list of hooks: a row for those that differ in the layer's number alone.
+
+    Args:
+        found: see `sites`.
+
+    Returns:
+        short, with L for the layer; layers, `0-5` or a list, empty without one; kind, axes, shape.
+    """
+    layers: dict[tuple[Any, ...], list[int]] = {}
+    for row in found.iter_rows(named=True):
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "L", row["short"], count=1)
+        numbers = layers.setdefault((name, row["kind"], tuple(row["axes"]), tuple(row["shape"])), [])
+        numbers += map(int, re.findall(r"(?<=\.)\d+(?=\.|$)", row["short"])[:1])
+    rows = [
+        {"short": name, "layers": _span(numbers), "kind": kind, "axes": list(axes), "shape": list(shape)}
+        for (name, kind, axes, shape), numbers in layers.items()
+    ]
+    return pl.DataFrame(
+        rows, schema={"short": pl.String, "layers": pl.String, **found.select("kind", "axes", "shape").schema}
+    )
+
+
+def _span(numbers: list[int]) -> str:
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1)) if numbers else False
+    return f"{numbers[0]}-{numbers[-1]}" if whole and len(numbers) > 1 else ",".join(map(str, numbers))
+
+
 def check_device(device: str) -> None:
     """Refuse a device that does not exist; torch is imported only for `cuda`.
 

@@ -15,6 +15,7 @@ from actstore.queries.study import Answer, Test, adjustment, p_shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SITES_SAID = 8  # sites that have a sentence each; more are no longer read
 EMBED = "embed"  # the site that is a control of the others
 CAVEAT = (
     "The intervals are over test {}. The fitted probes are held fixed, and the model is one training with one seed."
@@ -48,7 +49,7 @@ def as_frame(results: pl.DataFrame) -> pl.DataFrame:
 
 def _more(of_site: pl.DataFrame) -> dict[str, Any]:
     """The columns that only this study has, of one site."""
-    found = {row["metric"]: row for row in of_site.filter(pl.col("metric") != "direction").iter_rows(named=True)}
+    found = _by_metric(of_site)
     row: dict[str, Any] = {"n": found["accuracy"]["n"], "exceeds it": _verdict(found)[0]}
     above = found.get("above_embed")
     row["above the embedding, points"] = (
@@ -69,14 +70,18 @@ def _verdict(found: dict[str, dict[str, Any]]) -> tuple[str, str]:
 
 
 def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
-    """What was probed; a sentence per site; what the controls give, and what the intervals hold."""
+    """What was probed; a sentence per site; what the controls give, and what the intervals hold.
+
+    Of more than SITES_SAID sites, a sentence counts the verdicts, and the first, the lowest and the
+    highest site have one each.
+    """
     first, params = results.row(0, named=True), params_of(results)
     accuracy = results.filter(metric="accuracy")
     head = (
         f"Linear probes read {first['label']!r} ({len(params['classes'])} classes) in run {first['run']!r}, from "
         f"{params['n_train']:,} training rows of {params['n_train_units']:,} {params['units_are']}."
     )
-    parts = [head, *(_of_site(results.filter(site=site), params) for site in accuracy["site"])]
+    parts = [head, *_of_sites(results, params)]
     shuffled = 100 * results.filter(metric="shuffled_accuracy")["value"].to_numpy()
     parts.append(f"Shuffled labels give {shuffled.min():.2f} to {shuffled.max():.2f} %.")
     if len(embedding := results.filter(metric="embed_accuracy")):
@@ -94,8 +99,26 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
     return " ".join([*parts, CAVEAT.format(params["units_are"])])
 
 
+def _of_sites(results: pl.DataFrame, params: dict[str, Any]) -> list[str]:
+    accuracy = results.filter(metric="accuracy")
+    sites, values = accuracy["site"].to_list(), accuracy["value"].to_list()
+    if len(sites) <= SITES_SAID:
+        return [_of_site(results.filter(site=site), params) for site in sites]
+    verdicts = [_verdict(_by_metric(results.filter(site=site)))[0] for site in sites]
+    counted = (
+        f"The probe exceeds its best baseline at {verdicts.count('yes')} of {len(sites)} sites, and is below it at "
+        f"{verdicts.count('below')}; the sentences that follow are about the first site, the lowest and the highest."
+    )
+    said = {0, values.index(min(values)), values.index(max(values))}
+    return [counted, *(_of_site(results.filter(site=sites[place]), params) for place in sorted(said))]
+
+
+def _by_metric(of_site: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    return {row["metric"]: row for row in of_site.filter(pl.col("metric") != "direction").iter_rows(named=True)}
+
+
 def _of_site(of_site: pl.DataFrame, params: dict[str, Any]) -> str:
-    found = {row["metric"]: row for row in of_site.filter(pl.col("metric") != "direction").iter_rows(named=True)}
+    found = _by_metric(of_site)
     right, above, (value, name) = found["accuracy"], found["above_baseline"], best_baseline(of_site)
     ends = " to ".join(f"{100 * right[end]:.2f}" for end in ("low", "high"))
     around = " to ".join(f"{100 * above[end]:+.2f}" for end in ("low", "high"))

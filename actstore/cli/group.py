@@ -82,6 +82,14 @@ class Command(click.Command):
         return super().invoke(ctx)
 
 
+class LightCommand(Command):
+    """A command that runs with any limit of memory, since it loads no large library by itself."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        return click.Command.invoke(self, ctx)
+
+
 class ModelCommand(Command):
     """A command that runs a model."""
 

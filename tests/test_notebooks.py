@@ -125,7 +125,8 @@ def shows_as_kept(notebook, folder):
 def shows_in_marimo(name):
     """Run the marimo form as `python NAME.py` does; a cell shows something where the kept Jupyter cell does."""
     with rc_context(), pl.Config():
-        shown, _ = runpy.run_path(str(jupyter.NOTEBOOKS / f"{name}.py"))["app"].run()
+        shown, names = runpy.run_path(str(jupyter.NOTEBOOKS / f"{name}.py"))["app"].run()
+    names["store"].close()
     assert [
         cell.cell_type == "markdown" or any("data" in output for output in cell.outputs) for cell in kept(name).cells
     ] == [output is not None for output in shown]

@@ -31,7 +31,6 @@ from actstore.errors import (
 from actstore.version import __version__
 
 if TYPE_CHECKING:
-    from actstore.checkup import doctor
     from actstore.cli.progress import progress
     from actstore.ingest.jobs.verb import ingest as ingest
     from actstore.interventions import Edit
@@ -53,12 +52,7 @@ if TYPE_CHECKING:
         view,
     )
 
-_LATER = {
-    "Store": "actstore.store",
-    "Edit": "actstore.interventions",
-    "progress": "actstore.cli.progress",
-    "doctor": "actstore.checkup",
-}
+_LATER = {"Store": "actstore.store", "Edit": "actstore.interventions", "progress": "actstore.cli.progress"}
 _VERBS = (
     "commit",
     "copy",
@@ -97,7 +91,6 @@ __all__ = [
     "__version__",
     "commit",
     "copy",
-    "doctor",
     "drop",
     "evaluate",
     "ingest",

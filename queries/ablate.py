@@ -49,6 +49,7 @@ from actstore.queries.study import (
     p_shown,
     result_rows,
     shown,
+    significant,
     test_rows,
 )
 
@@ -286,7 +287,7 @@ def plot(answer: Answer) -> Figure:
         [role for role in ROLES if role in found["token_role"]],
     )
     layers, largest = sorted(found["layer"].unique()), max(1e-3, *found["value"].abs().to_list())
-    significant = {test.key for test in answer.tests if test.found}
+    framed = significant(answer.results)
     pairs = [(how, part) for how in hows for part in parts]
     is_wide = len(pairs) > STACKED
     height = 0.75 + 0.19 * len(layers)
@@ -301,7 +302,7 @@ def plot(answer: Answer) -> Figure:
         marked = [
             [
                 (layer, role) in shown_at
-                and (shown_at[layer, role]["site"], role, shown_at[layer, role]["label"]) in significant
+                and (shown_at[layer, role]["site"], role, shown_at[layer, role]["label"]) in framed
                 for role in roles
             ]
             for layer in layers

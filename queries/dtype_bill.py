@@ -33,7 +33,7 @@ from actstore.intervals import change_over_trees, sign_flip
 from actstore.interventions import Edit
 from actstore.queries import load
 from actstore.queries.causes import ENDS, TOKENS, answered, by_tree, log, mean_over_trees, some
-from actstore.queries.figures import points, side_by_side
+from actstore.queries.figures import GREY, by_site, entitle, heading, legend, most, panels, points
 from actstore.queries.pairs import BEFORE, Contrast, pairs_of
 from actstore.queries.probes.fit import MAX_ITER, Whitening, fit_all
 from actstore.queries.probes.study import QUERY, check_enough, labels_by_role, sites_to_probe
@@ -73,6 +73,11 @@ TESTED = {  # metric → the change in words, and whether it is a share
     "predicted_right_change": ("accuracy of predictions from what is stored, less float32's", True),
     "loss_change": ("log-loss in nats of predictions from what is stored, less float32's", False),
     "moved_change": ("share of an answer that donors move, less float32's", True),
+}
+TITLES = {  # metrics that are drawn
+    "accuracy_change": "accuracy of the probe",
+    "predicted_right_change": "accuracy of predictions",
+    "moved_change": "share of an answer that donors move",
 }
 SHOWN = {
     "probes, points": "accuracy_change",
@@ -412,18 +417,34 @@ def sentence(results: pl.DataFrame, tests: Sequence[Test]) -> str:
 
 
 def plot(answer: Answer) -> Figure:
-    """Probes, predictions and outcomes at each site: the change against float32, with intervals."""
-    panels = {"accuracy_change": "probes", "predicted_right_change": "predictions", "moved_change": "donors move"}
-    figure, axes = side_by_side(len(panels))
+    """The change against float32 at each site with its interval, a panel per probe and measure.
+
+    A run whose numbers are float32's own lies on the grey line at 0.
+    """
     results = answer.results.filter(pl.col("site").is_not_null())
-    names = list(dict.fromkeys(results["site"]))
-    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
-        of_metric = results.filter(metric=metric).unique(["site", "label"], keep="first", maintain_order=True)
-        for turn, label in enumerate(dict.fromkeys(of_metric["label"])):
-            rows = of_metric.filter(label=label)
-            points(axis, [names.index(site) for site in rows["site"]], rows, label, turn)
-        axis.axhline(0, color="0.7", linewidth=0.8)
-        axis.set_xticks(range(len(names)), names, rotation=60, fontsize=7)
-        axis.set_title(f"{title}, points against float32", fontsize=9)
-    axes[0].legend(frameon=False, fontsize=7)
+    sites = results["site"].unique(maintain_order=True).to_list()
+    shares = answer.results.filter(metric="share_of_bytes").filter(pl.col("label") != "float32")
+    named = {
+        label: f"{label}, {100 * share:.0f} % of the bytes" for label, share in shares.select("label", "value").rows()
+    }
+    roles = [
+        (of, role) for of in TITLES for role in results.filter(metric=of)["token_role"].unique(maintain_order=True)
+    ]
+    figure, axes = panels(len(roles) or 1, 1.25, sharex=True)
+    for axis, (metric, role) in zip(axes, roles, strict=False):
+        rows = results.filter(pl.col("token_role").eq_missing(pl.lit(role)), metric=metric)
+        for turn, label in enumerate(named):
+            mine = rows.filter(label=label)
+            if len(mine):
+                points(axis, [sites.index(site) for site in mine["site"]], mine, named[label], turn)
+        entitle(axis, f"{TITLES[metric]}{f': {role}' * (role is not None)}, n = {most(rows['n']):,}")
+    for axis in axes:
+        axis.axhline(0, color=GREY, linewidth=0.8)
+    changed = set(results.filter(pl.col("metric").is_in(list(TITLES)))["label"])
+    for label in (label for label in named if label not in changed):
+        axes[0].plot([], [], color=GREY, linewidth=0.8, label=f"{named[label]}, its numbers equal")
+    axes[len(axes) // 2].set_ylabel("change against float32 (points)")
+    by_site(axes[-1], sites)
+    legend(figure, *axes)
+    heading(figure, "What smaller activations change", f"run {results['run'][0]}; bars are 95 % intervals over trees")
     return figure

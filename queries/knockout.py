@@ -35,6 +35,7 @@ from actstore.queries.study import (
     p_shown,
     result_rows,
     shown,
+    significant,
     test_rows,
 )
 
@@ -357,7 +358,7 @@ def _lost(results: pl.DataFrame, test: Test) -> str:
 def plot(answer: Answer) -> Figure:
     """Heat maps, layers × classes: accuracy and log-loss, of the classes and of random keys."""
     results = answer.results
-    found = {test.key for test in answer.tests if test.found}
+    found = significant(results)
     sites = results.filter(metric="accuracy_change")["site"].unique(maintain_order=True).to_list()
     labels = results.filter(metric="keys")["label"].to_list()
     figure, axes = panels(4, 0.5 + 0.22 * len(labels), sharex=True)
@@ -365,6 +366,7 @@ def plot(answer: Answer) -> Figure:
     for measure, scale, unit in (("accuracy", 100, "points"), ("loss", 1, "nats")):
         grids = [_grid(results, f"{measure}_{metric}", sites, labels) * scale for metric in ("change", "control")]
         largest = max(np.abs(grid).max() for grid in grids) or 1.0
+        more = _grid(results, f"{measure}_beyond", sites, labels) > 0
         for grid, title in zip(grids, ("these keys", CONTROL), strict=True):
             axis = next(drawn)
             axis.grid(False)
@@ -376,7 +378,7 @@ def plot(answer: Answer) -> Figure:
             for y, x in np.ndindex(grid.shape):
                 key = (sites[x], results["token_role"][0], labels[y] + ", loss" * (measure == "loss"))
                 text = f"{grid[y, x] + 0.0:.{0 if scale > 1 else 1}f}".replace("-0.0", "0.0")
-                bold = "bold" if title != CONTROL and key in found else "normal"
+                bold = "bold" if title != CONTROL and more[y, x] and key in found else "normal"
                 dark = abs(grid[y, x]) > 0.6 * largest
                 colour = "white" if dark else "black" if bold == "bold" else GREY
                 axis.text(x, y, text, ha="center", va="center", fontsize=6, color=colour, weight=bold)

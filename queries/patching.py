@@ -27,7 +27,18 @@ from actstore.interventions import Edit
 from actstore.queries.causes import ENDS, check_stored, mean_over_trees, roles_of, shape_of, sites_of
 from actstore.queries.figures import COLUMN, PAGE, STACKED, colour_bar, entitle, heading, heat, most, panels
 from actstore.queries.pairs import BEFORE, DIRECTIONS, Contrast, pairs_of
-from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
+from actstore.queries.study import (
+    Answer,
+    Progress,
+    Test,
+    adjusted,
+    adjustment,
+    p_shown,
+    result_rows,
+    shown,
+    significant,
+    test_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -214,7 +225,7 @@ def plot(answer: Answer) -> Figure:
     roles = [role for role in BEFORE if role in results["token_role"]]
     layers = sorted(results["layer"].unique(), key=int)
     back = results["label"][0] == "noise"
-    significant = {(test.site, test.token_role) for test in answer.tests if test.found}
+    framed = {(site, role) for site, role, _ in significant(results, "moved_beyond_control")}
     metrics = ("recovered", "moved_beyond_control")
     drawn = [(metric, family) for metric in metrics for family in families]
     is_wide = len(drawn) > STACKED
@@ -226,7 +237,7 @@ def plot(answer: Answer) -> Figure:
         value = {(layer, role): 1 - share if turned else share for layer, role, share in rows}
         values = [[value.get((layer, role)) for role in roles] for layer in layers]
         beyond = metric != "recovered"
-        marked = [[beyond and (f"{family}.{layer}", role) in significant for role in roles] for layer in layers]
+        marked = [[beyond and (f"{family}.{layer}", role) in framed for role in roles] for layer in layers]
         image = heat(axis, values, marked, roles, layers, 1.0)
         entitle(axis, f"{FAMILIES[family]}{', beyond a donor with the same answer' * beyond}")
     colour_bar(figure, image, axes, "logit difference moved to the donor's answer (%)")

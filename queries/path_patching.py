@@ -34,7 +34,18 @@ from actstore.queries.causes import MOST, check_stored, names_in, roles_of, shap
 from actstore.queries.figures import COLUMN, PAGE, STACKED, colour_bar, entitle, heading, heat, most, panels
 from actstore.queries.pairs import BEFORE, Contrast, pairs_of
 from actstore.queries.patching import CONTROL, LISTED, check_direction, compared, percent
-from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
+from actstore.queries.study import (
+    Answer,
+    Progress,
+    Test,
+    adjusted,
+    adjustment,
+    p_shown,
+    result_rows,
+    shown,
+    significant,
+    test_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -302,14 +313,14 @@ def plot(answer: Answer) -> Figure:
     """
     panels_of: dict[tuple[str, str], dict[tuple[int, str], float]] = {}
     marked: set[tuple[str, str, int, str]] = set()
-    significant = {test.key for test in answer.tests if test.found}
+    framed = significant(answer.results, "moved_beyond_control")
     for row in answer.results.filter(metric="moved_beyond_control").iter_rows(named=True):
         sender, receiver = _named(row)
         family, _, rest = sender.partition(".")
         layer, _, head = rest.partition(" ")
         key = receiver, f"{head or FAMILIES[family]}"
         panels_of.setdefault(key, {})[int(layer), row["token_role"]] = row["value"]
-        if (row["site"], row["token_role"], row["label"]) in significant:
+        if (row["site"], row["token_role"], row["label"]) in framed:
             marked.add((*key, int(layer), row["token_role"]))
     cells = [cell for panel in panels_of.values() for cell in panel]
     layers = sorted({layer for layer, _ in cells})

@@ -307,9 +307,14 @@ HEAD = """<!doctype html>
     nav, details { display: none; }
     body { margin: 0; max-width: none; font-size: 10pt; }
     figure, tr { break-inside: avoid; }
+    figure { max-width: none; }
+    img { width: auto; max-width: 100%; max-height: 8.5in; }  /* as wide as a column, its text 6 to 8 points */
+    figcaption { max-width: 30rem; }
+    h2 { margin-top: 1.5rem; }
     h2, h3 { break-after: avoid; }
+    p { orphans: 3; widows: 3; }
     .wide { overflow: visible; }
-    table { font-size: 7pt; }
-    td { white-space: normal; }
+    table { font-size: 6.5pt; }
+    th, td { padding: .12rem .35rem; }
   }
 </style></head><body>"""

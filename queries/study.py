@@ -465,6 +465,20 @@ def test_rows(tests: Iterable[Test]) -> list[dict[str, Any]]:
     ]
 
 
+def significant(results: pl.DataFrame, above: str = "") -> set[tuple[str | None, str | None, str]]:
+    """Site, token role and label of the tests that are significant after Holm's correction.
+
+    A figure marks these, since it can be drawn again from recorded rows alone.
+
+    Args:
+        results: rows of one answer.
+        above: a metric that has to be above 0, for tests whose estimate has to exceed something.
+    """
+    key = ("site", "token_role", "label")
+    found = set(results.filter(pl.col("value") < LEVEL, metric="p_holm").select(key).rows())
+    return found & set(results.filter(pl.col("value") > 0, metric=above).select(key).rows()) if above else found
+
+
 def adjustment(tests: Sequence[Test]) -> str:
     """The note on p and intervals that every answer ends with."""
     n = len(tests)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -137,6 +139,21 @@ def test_a_typed_query_gives_rows_or_one_line(answered):
         assert "\n" not in told.said
 
 
+def test_a_long_answer_is_cut_and_says_so_unless_the_query_has_a_limit(answered):
+    query = "select token_id, tree_id from tokens order by token_id desc"
+    every = answered.sql(query)
+    told = asked.ask(answered, query, most=100)
+    assert told.frame.equals(every[:100])
+    assert (told.said, told.is_whole) == ("the first 100 rows, and there are more: the Parquet file has all", False)
+    assert pl.read_parquet(asked.whole(answered, query)).equals(every)
+    for typed, n in ((f"{query} limit 300", 300), ("select 1 -- one", 1), (f"from ({query} limit 7)", 7)):
+        told = asked.ask(answered, typed, most=100)
+        assert (len(told.frame), told.is_whole) == (n, True)
+    assert asked.ask(answered, "describe tokens", most=1).frame["column_name"][0] == "token_id"
+    with pytest.raises(BadInput, match="nope"):
+        asked.whole(answered, "select nope from tokens")
+
+
 def test_the_box_completes_tables_columns_and_named_queries(answered):
     words = asked.words(answered)
     assert words["tables"].keys() == set(answered.tables)
@@ -165,6 +182,39 @@ def test_a_map_samples_what_is_more_than_it_draws_and_says_so(answered):
         mapped.plane(answered, "select tree_id from trees", "tiny", "resid_post.0")
     with pytest.raises(BadInput, match="takes 3 or more"):
         mapped.plane(answered, f"{query} limit 2", "tiny", "resid_post.0")
+
+
+def test_umap_places_few_rows_or_says_what_to_install(answered, monkeypatch):
+    query = "select token_id, source from edge_targets order by token_id limit 60"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "umap", None)
+        with pytest.raises(NotStored, match=r"pip install 'actstore\[umap\]'"):
+            mapped.plane(answered, query, "tiny", "resid_post.0", mapped.UMAP)
+    asked_of = []
+
+    class Umap:
+        def __init__(self, **options):
+            asked_of.append(options)
+
+        def fit_transform(self, X):
+            asked_of.append(X.shape)
+            return X[:, :2]
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Umap))
+    drawn = mapped.plane(answered, query, "tiny", "resid_post.0", mapped.UMAP, n=10, seed=3)
+    assert asked_of == [{"n_neighbors": 9, "random_state": 3, "n_jobs": 1}, (10, X.shape[2])]
+    assert drawn.said == "10 of 60 rows, sampled by seed 3; UMAP of resid_post.0"
+    assert drawn.axes == ("UMAP 1", "UMAP 2")
+
+
+def test_umap_itself_gives_each_row_the_same_place_twice(answered):
+    pytest.importorskip("umap", reason="umap-learn is not installed (`pip install 'actstore[umap]'`)")
+    query = "select token_id, source from edge_targets where source < 2 order by token_id"
+    drawn = mapped.plane(answered, query, "tiny", "resid_post.0", mapped.UMAP)
+    assert drawn.places.shape == (len(drawn.rows), 2)
+    assert np.isfinite(drawn.places).all()
+    again = mapped.plane(answered, query, "tiny", "resid_post.0", mapped.UMAP)
+    np.testing.assert_array_equal(drawn.places, again.places)
 
 
 def test_a_brush_becomes_a_query_that_runs(answered):

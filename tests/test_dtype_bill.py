@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
-from click.testing import CliRunner
 
 from actstore.arrays import encoding
-from actstore.cli import main
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.jobs.prepare import prepare
 from actstore.queries import study
-from actstore.queries.dtype_bill import plot
 from actstore.queries.study import Answer
 from actstore.store import Store
 from actstore.verbs import patching
 from tests.hops import TREES, hops
+from tests.test_figures import assert_legible
 
 MODEL = hops({1: ("goal", "root")})
 SITES = ["resid_post.1", "resid_post.2"]
@@ -133,14 +135,25 @@ def test_the_command_prints_records_and_draws(path: Path, tmp_path: Path) -> Non
         "trees",
         "20",
     ]
-    done = CliRunner().invoke(main, args)
-    assert done.exit_code == 0, done.output
-    assert "int8" in done.output
+    done = subprocess.run([sys.executable, "-m", "actstore", *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "int8" in done.stdout
+    said = [line for line in done.stderr.splitlines() if not line.startswith(("figure: ", "study dtype-bill"))]
+    assert said == [], "DuckDB says at exit what is still held"
     assert (tmp_path / "bill.png").stat().st_size > 10_000
     with Store(path) as store:
         assert store.sql("select count(*) from results where study = 'dtype-bill' and metric = 'p_holm'").item() == 8
 
 
 def test_the_figure_has_a_panel_for_each_question(answer: Answer) -> None:
-    assert len(plot(answer).axes) == 3
+    figure = study.plot(answer)
+    assert_legible(figure)
+    probes = answer.results.filter(metric="accuracy_change").drop_nulls("site")["token_role"].n_unique()
+    assert len(figure.axes) == probes + 2
+    assert "95 % intervals" in " ".join(figure.get_suptitle().split())
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(named) == 3
+    assert sum("% of the bytes, its numbers equal" in name for name in named) == 1
+    alone = answer.results.filter(pl.col("label").is_in(["float32", "float32 zstd"]))
+    assert_legible(study.plot(replace(answer, results=alone)))
     assert np.isfinite(answer.results.filter(metric="accuracy_change")["value"].to_numpy()).all()

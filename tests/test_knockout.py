@@ -1,6 +1,7 @@
 """The study `knockout`, of a model that copies its goal: attention to the goal in layer 0 carries every answer."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -14,7 +15,7 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.trees.task import TreeSet
 from actstore.queries import study
-from actstore.queries.knockout import CLASSES, PAIRS, layer_groups, random_keys
+from actstore.queries.knockout import CLASSES, PAIRS, layer_groups, plot, random_keys
 from actstore.store import Store
 from actstore.verbs import patching
 from tests.copying import copies, copying_model
@@ -65,6 +66,18 @@ def test_the_one_class_that_carries_the_answer_is_found_where_it_does(answer):
     assert "costs more accuracy than as many random keys: goal (100.00 points" in answer.sentence.replace(
         "cost ", "costs "
     )
+
+
+def test_the_figure_is_bold_where_something_was_found_and_needs_recorded_rows_alone(answer):
+    bold = {True: [], False: []}
+    for is_recorded in bold:
+        figure = plot(replace(answer, tests=()) if is_recorded else answer)
+        for axis in figure.axes:
+            bold[is_recorded].append([text.get_weight() == "bold" for text in axis.texts])
+    found = [test for test in answer.tests if test.found]
+    assert len(found) == sum(sum(cells) for cells in bold[True]) > 0
+    assert bold[True] == bold[False]
+    assert [any(cells) for cells in bold[True]] == [True, False, True, False], "random keys are never found"
 
 
 def test_random_keys_that_hold_the_goal_cost_something_and_never_count_as_found(answer):

@@ -112,7 +112,7 @@ def test_shares_that_scatter_as_the_controls_do_are_not_found():
 
 def test_the_table_fits_a_terminal_and_the_figure_frames_what_was_found(answer, monkeypatch):
     assert max(map(len, lines_at_80(answer.frame, monkeypatch))) <= 80
-    panels = [axis for axis in module.plot(answer).axes if axis.get_title("left")]
+    panels = [axis for axis in module.plot(replace(answer, tests=())).axes if axis.get_title("left")]
     assert [len(axis.patches) for axis in panels] == [0, 0, 0, 3, 1, 0]
 
 

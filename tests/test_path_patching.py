@@ -205,7 +205,11 @@ def test_a_path_patch_is_that_of_two_passes_with_frozen_hooks(path, sender, rece
 
 def test_the_table_fits_a_terminal_and_the_figure_frames_what_was_found(answer, monkeypatch):
     assert max(map(len, lines_at_80(answer.frame, monkeypatch))) <= 80
-    panels = {axis.get_title("left"): len(axis.patches) for axis in module.plot(answer).axes if axis.get_title("left")}
+    panels = {
+        axis.get_title("left"): len(axis.patches)
+        for axis in module.plot(replace(answer, tests=())).axes
+        if axis.get_title("left")
+    }
     assert {title for title, n in panels.items() if n} == {"attention to attn_out.1 at root", "attention to logits"}
     assert panels["MLP to logits"] == 0
 

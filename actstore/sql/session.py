@@ -47,7 +47,8 @@ SEARCH = (
 )
 READ_ONLY = "begin transaction read only"  # for each cursor: the database in memory is not to be written, either
 T = TypeVar("T")
-Fetch = Callable[[duckdb.DuckDBPyConnection, duckdb.DuckDBPyRelation, str, dict[str, Any] | None], T]
+# the classes as words: `typing` keeps what it is given, and DuckDB would call that a leak at exit
+Fetch = Callable[["duckdb.DuckDBPyConnection", "duckdb.DuckDBPyRelation", str, dict[str, Any] | None], T]
 Check = Callable[[list[str], list[str]], None]  # takes names and SQL types of a prepared query's columns
 LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and cannot be interrupted then
 EXPLAIN = re.compile(  # the words before an explained statement, as DuckDB returns them: without a comment

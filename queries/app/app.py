@@ -12,8 +12,8 @@ app = marimo.App(width="full", app_title="actstore")
 
 @app.cell
 def _():
+    import functools
     import html
-    import io
     import os
     import zlib
 
@@ -34,8 +34,8 @@ def _():
         Store,
         asked,
         drawing,
+        functools,
         html,
-        io,
         mapped,
         mo,
         np,
@@ -97,16 +97,12 @@ def _(box, given, mo, panel, sql_run):
 
 
 @app.cell
-def _(asked, box, drawing, given, html, io, mo, panel, sql_run, store):
+def _(asked, box, drawing, functools, given, html, mo, panel, sql_run, store):
     mo.stop(panel.value != "sql" or not box.value["times"])
-    told = asked.ask(store, box.value["asked"], None if sql_run.value == asked.WHOLE else sql_run.value, given.value)
+    _typed = box.value["asked"], None if sql_run.value == asked.WHOLE else sql_run.value, given.value
+    told = asked.ask(store, *_typed)
     mo.stop(told.frame is None, mo.Html(f'<p class="told" style="color:#b03000">{html.escape(told.said)}</p>'))
     _rows = told.frame
-
-    def _parquet():
-        buffer = io.BytesIO()
-        _rows.write_parquet(buffer)
-        return buffer.getvalue()
 
     mo.vstack(
         [
@@ -117,7 +113,9 @@ def _(asked, box, drawing, given, html, io, mo, panel, sql_run, store):
                 page_size=15,
                 format_mapping={name: lambda x: mo.Html(drawing.bars(x)) for name in asked.vectors(_rows)},
             ),
-            mo.download(_parquet, filename="rows.parquet", label="Parquet, all rows"),
+            mo.download(
+                functools.partial(asked.whole, store, *_typed), filename="rows.parquet", label="Parquet, all rows"
+            ),
         ]
     )
     return
@@ -233,7 +231,7 @@ def _(ActstoreError, at, drawing, html, mo, panel, probe, seen, sequences, store
 def _(Map, mapped, mo, runs):
     plane = mo.ui.anywidget(Map())
     map_run = mo.ui.dropdown(runs, value=runs[0], label="run")
-    method = mo.ui.dropdown(mapped.methods(), value=mapped.PCA, label="by")
+    method = mo.ui.dropdown(mapped.METHODS, value=mapped.PCA, label="by")
     most = mo.ui.number(100, 20_000, step=100, value=mapped.MOST, label="at most rows")
     return map_run, method, most, plane
 

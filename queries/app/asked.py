@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ from actstore.errors import ActstoreError, BadInput
 if TYPE_CHECKING:
     from actstore.store import Store
 
+MOST_ROWS = 10_000  # rows of an answer that are shown, unless the query has a LIMIT of its own
+LIMITED = re.compile(r"\blimit\b", re.IGNORECASE)
 TIMEOUT, MEMORY = 60.0, "4GB"  # limits of a typed query: it runs in a process that is killed there
 WHOLE = "all runs"  # in the place of a run's name
 NAME = re.compile(r"\$([A-Za-z_]\w*)")
@@ -55,10 +59,12 @@ class Told:
     Attributes:
         frame: the rows; None after an error.
         said: one line: the number of rows, or the error.
+        is_whole: whether the query has no further rows.
     """
 
     frame: pl.DataFrame | None
     said: str
+    is_whole: bool = True
 
 
 def counts(store: Store) -> str:
@@ -120,25 +126,52 @@ def parameters(text: str, run: str | None, given: str) -> dict[str, str]:
     return {name: values[name] for name in dict.fromkeys(NAME.findall(text)) if name in values}
 
 
-def ask(store: Store, text: str, run: str | None = None, given: str = "") -> Told:
+def ask(store: Store, text: str, run: str | None = None, given: str = "", most: int | None = MOST_ROWS) -> Told:
     """Run a typed query with limits of time and memory; an error becomes one line.
 
     Args:
         text: one SELECT.
         run: a run, in whose session the query is asked; None for the whole store.
         given: parameters, `n=20 seed=0`.
+        most: the most rows of a query without a LIMIT of its own; None for all.
     """
     text = text.strip().rstrip(";")
     if not text:
         return Told(None, "Type a query, and press Ctrl-Enter.")
     try:
         asked = store if run is None else store.of(run)
+        values = parameters(text, run, given) or None
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
-            frame = asked.sql(text, parameters(text, run, given) or None, timeout=TIMEOUT, memory=MEMORY)
+            frame = None
+            if most is not None and not LIMITED.search(text):
+                with suppress(BadInput):  # what takes no LIMIT (DESCRIBE), or is wrong, which is said below
+                    frame = asked.sql(f"{text}\nlimit {most + 1}", values, timeout=TIMEOUT, memory=MEMORY)
+            if frame is None:
+                notes.clear()
+                frame, most = asked.sql(text, values, timeout=TIMEOUT, memory=MEMORY), None
     except ActstoreError as error:
         return Told(None, " ".join(str(error).split()))
-    return Told(frame, ". ".join([_n(len(frame), "row"), *(" ".join(str(note.message).split()) for note in notes)]))
+    further = most is not None and len(frame) > most
+    said = (
+        f"the first {most:,} rows, and there are more: the Parquet file has all" if further else _n(len(frame), "row")
+    )
+    told = ". ".join([said, *(" ".join(str(note.message).split()) for note in notes)])
+    return Told(frame[:most] if further else frame, told, not further)
+
+
+def whole(store: Store, text: str, run: str | None = None, given: str = "") -> bytes:
+    """Every row of a typed query, as a Parquet file.
+
+    Raises:
+        BadInput: the query cannot be answered; it reaches a limit, say.
+    """
+    told = ask(store, text, run, given, most=None)
+    if told.frame is None:
+        raise BadInput(told.said)
+    buffer = io.BytesIO()
+    told.frame.write_parquet(buffer)
+    return buffer.getvalue()
 
 
 def vectors(frame: pl.DataFrame) -> list[str]:

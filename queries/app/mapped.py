@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
-from actstore.errors import BadInput
+from actstore.errors import BadInput, NotStored
 
 if TYPE_CHECKING:
     from actstore.store import Store
 
 MOST = 5_000  # rows that are drawn unless told
 MOST_CLASSES = 16  # a column with more values is coloured by its order, if it has one
-PCA, UMAP = "PCA", "UMAP"
+PCA, UMAP = METHODS = ("PCA", "UMAP")
+MOST_OF_UMAP = 2_000  # rows: more take longer than one waits
 LONGEST_LIST = 5_000  # ids that a query names; a longer list fills the box
 
 
@@ -53,11 +54,6 @@ class Coloured:
     ends: list[str]
 
 
-def methods() -> list[str]:
-    """The ways to draw activations on a plane that are installed."""
-    return [PCA, UMAP] if find_spec("umap") else [PCA]
-
-
 def first(store: Store, run: str) -> str:
     """The query that a map begins with: the targets of edges, or every token of a text."""
     if store.of(run).sql("select count(*) from trees").item():
@@ -83,12 +79,16 @@ def plane(store: Store, query: str, run: str, site: str, method: str = PCA, n: i
     Args:
         query: a SELECT with a column token_id.
         method: PCA or UMAP.
-        n: the most rows to draw; more are sampled by the seed, in the query's order.
+        n: the most rows to draw; more are sampled by the seed, in the query's order. UMAP draws
+            MOST_OF_UMAP at most.
         seed: of the sample, and of UMAP.
 
     Raises:
-        NotStored, BadInput: see Store.read; or there are fewer than three rows.
+        NotStored, BadInput: see Store.read; or there are fewer than three rows; or umap-learn is
+            not installed.
     """
+    if method == UMAP:
+        umap, n = _umap(), min(n, MOST_OF_UMAP)
     rows = store.of(run).sql(query.strip().rstrip(";"))
     if "token_id" not in rows.columns:
         raise BadInput(f"got a query without a column token_id; its columns are {', '.join(rows.columns)}")
@@ -101,11 +101,26 @@ def plane(store: Store, query: str, run: str, site: str, method: str = PCA, n: i
     flat = X.reshape(len(X), -1).astype(np.float64)
     sampled = f"{len(rows):,} of {n_rows:,} rows, sampled by seed {seed}" if n_rows > n else f"all {n_rows:,} rows"
     if method == UMAP:
-        placed = import_module("umap").UMAP(random_state=seed, n_jobs=1).fit_transform(flat)
+        neighbours = min(15, len(flat) - 1)
+        placed = umap.UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(flat)
         return Plane(rows, placed.astype(np.float32), ("UMAP 1", "UMAP 2"), f"{sampled}; UMAP of {site}")
     placed, shares = principal(flat)
     axes = f"PC 1 ({100 * shares[0]:.1f} % of the variance)", f"PC 2 ({100 * shares[1]:.1f} %)"
     return Plane(rows, placed.astype(np.float32), axes, f"{sampled}; PCA of {site}, of the rows drawn")
+
+
+def _umap() -> ModuleType:
+    """The library umap-learn.
+
+    Raises:
+        NotStored: it is not installed.
+    """
+    try:
+        return import_module("umap")
+    except ModuleNotFoundError as error:
+        raise NotStored(
+            f"UMAP needs {error.name}; install with `pip install 'actstore[umap]'`, or draw by PCA"
+        ) from None
 
 
 def principal(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -152,7 +152,7 @@ PAGE = """<!doctype html>
 <style>
   :root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --line: #ccc; --most: #0072B2; --chosen: #D55E00; }
   @media (prefers-color-scheme: dark) {
-    :root { --paper: #16181d; --ink: #e8e8e8; --line: #555; --most: #56B4E9; --chosen: #E69F00; }
+    :root:not(.printed) { --paper: #16181d; --ink: #e8e8e8; --line: #555; --most: #56B4E9; --chosen: #E69F00; }
   }
   body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
   body { color: var(--ink); background: var(--paper); }
@@ -168,6 +168,13 @@ PAGE = """<!doctype html>
   #said { min-height: 3em; }
   .key { display: inline-block; width: 8rem; height: .8rem; border: 1px solid var(--line); vertical-align: middle; }
   .key { background: linear-gradient(90deg, var(--paper), var(--most)); }
+  .tokens button, .key { print-color-adjust: exact; }
+  @media print {
+    body { margin: 0; font-size: 10pt; }
+    label:has(input:not(:checked)) { display: none; }
+    .wide { overflow: visible; break-inside: avoid; }
+    canvas { width: 100%; height: auto; }
+  }
 </style>
 </head>
 <body>
@@ -247,6 +254,8 @@ function matrix() {
   if (turned.checked) draw.strokeRect(edge + at * side, edge, side, n * side);
   else draw.strokeRect(edge, edge + at * side, n * side, side);
 }
+for (const [event, printed] of [["beforeprint", true], ["afterprint", false]])  // paper is light, and so is the matrix on it
+  addEventListener(event, () => { document.documentElement.classList.toggle("printed", printed); show(); });
 dark.addEventListener("change", show);
 site.addEventListener("change", show);
 turned.addEventListener("change", show);

@@ -145,9 +145,10 @@ bench: .venv/bench
 docs: install
 	$(BIN)/python -m properdocs build --strict
 
-# the notebooks for Jupyter, with outputs, from the marimo files beside them and the store of `make demo`
+# the notebooks for Jupyter, with outputs, from the marimo files beside them and the stores of `demo` and `full`
 notebooks: install
 	$(BIN)/python -m tests.jupyter tour $(dir $(abspath $(STORE)))
+	ACTSTORE_STORE=$(abspath $(FULL)) $(BIN)/python -m tests.jupyter reproduction .
 
 # remove .venv and build outputs
 clean:

@@ -31,6 +31,7 @@ from actstore.errors import (
 from actstore.version import __version__
 
 if TYPE_CHECKING:
+    from actstore.checkup import doctor
     from actstore.cli.progress import progress
     from actstore.ingest.jobs.verb import ingest as ingest
     from actstore.interventions import Edit
@@ -52,7 +53,12 @@ if TYPE_CHECKING:
         view,
     )
 
-_LATER = {"Store": "actstore.store", "Edit": "actstore.interventions", "progress": "actstore.cli.progress"}
+_LATER = {
+    "Store": "actstore.store",
+    "Edit": "actstore.interventions",
+    "progress": "actstore.cli.progress",
+    "doctor": "actstore.checkup",
+}
 _VERBS = (
     "commit",
     "copy",
@@ -91,6 +97,7 @@ __all__ = [
     "__version__",
     "commit",
     "copy",
+    "doctor",
     "drop",
     "evaluate",
     "ingest",

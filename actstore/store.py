@@ -106,6 +106,14 @@ class Store:
         return self._opened.check
 
     @property
+    def catalog_is_older(self) -> bool:
+        """True if an earlier version made the catalog, which each opening then builds anew.
+
+        `actstore repair` brings it up to date.
+        """
+        return self._opened.was_built
+
+    @property
     def snapshot(self) -> int:
         """Number of the last commit that this store shows."""
         return self._opened.snapshot

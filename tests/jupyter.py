@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parents[1] / "queries" / "notebooks"
 MARIMO = "import marimo as mo"  # a cell that only marimo needs; in its place stands what only Jupyter needs:
 JUPYTER = "%matplotlib inline"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -37,7 +38,10 @@ def run(notebook: nbformat.NotebookNode, folder: Path, timeout: int = 600) -> No
         notebook, timeout=timeout, record_timing=False, resources={"metadata": {"path": str(folder)}}
     )
     client.execute()
-    notebook.metadata.pop("widgets", None)  # bars of progress
+    notebook.metadata.pop("widgets", None)  # bars of progress, which show nothing later
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
 
 
 def main(name: str, folder: str) -> None:

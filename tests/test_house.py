@@ -13,7 +13,7 @@ FOLDERS = {"actstore": ROOT / "actstore", "actstore.ingest": ROOT / "ingest", "a
 
 # what each room may import, beside itself; CONTRIBUTING.md says what each is for
 MAY = {
-    "actstore": "verbs ingest.jobs store interventions errors version cli.progress",
+    "actstore": "verbs ingest.jobs store checkup interventions errors version cli.progress",
     "errors": "",
     "version": "",
     "intervals": "",
@@ -31,6 +31,7 @@ MAY = {
     "reading": "sql catalog sites advice arrays commits storage errors",
     "writing": "catalog arrays named outputs commits storage errors version",
     "store": "reading sql sites advice outputs arrays commits storage errors",
+    "checkup": "store commits storage errors version",
     "export": "store sites outputs errors",
     "upkeep": "interventions writing catalog arrays named commits storage errors",
     "ingest": "ingest.jobs",
@@ -178,6 +179,7 @@ NO_STORE_OF_ITS_OWN = {  # files that touch others, and by what: none of it is a
     "catalog.build": "regular.check_regular shutil.copyfile unlink touch",  # what the place lends
     "catalog.hash_note": "hashing.hash_of hashing.hash_of_file",  # a descriptor, and the new catalog
     "catalog.tables": "regular.check_regular shutil.copyfile read_text",  # what the place lends, and schema.sql
+    "checkup": "glob read_text os.open os.link write_bytes",  # /proc, /sys, and a temporary folder
     "cli.activation_files": "open",  # the user's
     "cli.complete": "iterdir",  # folders that a word may mean
     "cli.prompt": "mkdir open",  # the history

@@ -167,3 +167,14 @@ def test_split_says_shard_chunk_and_slot(bits: int, local: list[int], stride_bit
     grid = Layout((2**20, 2**stride_bits, 1), 1, 3, stride=2**stride_bits)
     np.testing.assert_array_equal(np.stack(grid.split(ids.copy())), np.divmod(ids, 2**stride_bits))
     np.testing.assert_array_equal(grid.shard_of(ids), ids // 2**stride_bits // 3)
+
+
+def test_a_shards_memory_is_private_to_the_process() -> None:
+    buffer = ShardBuffer(Layout((64, 63, 128), 1, 64))
+    at = buffer.bytes.ctypes.data
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, _, rest = line.partition("-")
+        last, access, *_ = rest.split()
+        if int(first, 16) <= at < int(last, 16):
+            break
+    assert access == "rw-p"

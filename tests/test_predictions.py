@@ -14,13 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from actstore.arrays.address import Ids
 from actstore.catalog.tables import ADDED
+from actstore.ingest.answers import tree_paths
 from actstore.ingest.answers.tree_paths import FAILURES, Answers, answer, outcome_rows, prediction_rows
+from actstore.ingest.jobs.batch import run_batch
+from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.config import ModelConfig
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model, from_bytes
 from actstore.ingest.models.weights import canonical
 from actstore.ingest.trees.draw import Trees, concatenate, draw
+from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import COMMA, encode, token_rows
 from tests.reference import one_thread, random_state, reference, weights  # noqa: F401
 
@@ -270,3 +275,27 @@ def test_batches_one_after_another_are_one_large_batch():
         assert one.dtype == other.dtype
         np.testing.assert_allclose(one.astype(float), other.astype(float), rtol=1e-4)
     assert len(parts) == 30
+
+
+def test_wrong_answers_of_all_passes_of_a_batch_are_continued_at_once_and_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, n_trees, per_pass = stepping_model(SMALL[0]), 20, 8
+    sizes: list[int] = []
+
+    def counted(model: Model, ids: Tensor, *rest: object) -> Tensor:
+        sizes.append(len(ids))
+        return forward(model, ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tree_paths, "forward", counted)
+    job = Ingest(
+        tmp_path / "s.act", model, TreeSet("reproduction", n_trees, n_nodes=8), sites=["embed"], batch_size=per_pass
+    )
+    made = run_batch(job, 0, Ids(0, 0)).answers
+    together = sizes.copy()
+    trees = draw("reproduction", 0, 0, n_trees, 8)
+    alone = concatenate([answers(model, trees[at : at + per_pass]) for at in range(0, n_trees, per_pass)])
+    assert made["outcomes"].equals(outcome_rows(alone, job.plan.run, 0))
+    assert made["predictions"].drop("p_target").equals(prediction_rows(alone, job.plan.run, 0).drop("p_target"))
+    assert max(together) == per_pass
+    assert len(together) < len(sizes) - len(together)

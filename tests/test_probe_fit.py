@@ -7,7 +7,7 @@ from scipy.optimize import approx_fprime
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 
-from actstore.queries.probes import fit
+from actstore.queries.probes import fit, newton
 from actstore.queries.probes.asked import Asked
 
 
@@ -65,9 +65,14 @@ def objective(w, X, y):
     return (logsumexp(logits, axis=1) - logits[np.arange(len(y)), place]).mean() + squared / (2 * fit.C * len(y))
 
 
-def oracle(X, y):
+def probabilities(w, X):
+    logits = X @ w[:, :-1].T + w[:, -1]
+    return np.exp(logits - logsumexp(logits, axis=1)[:, None])
+
+
+def oracle(X, y, tol=1e-9):
     """scikit-learn's weights with intercepts, [K, d + 1], at a tolerance that leaves nothing."""
-    found = LogisticRegression(C=fit.C, tol=1e-9, max_iter=20000).fit(np.asarray(X, np.float64), y)
+    found = LogisticRegression(C=fit.C, tol=tol, max_iter=20000).fit(np.asarray(X, np.float64), y)
     w = np.column_stack([found.coef_, found.intercept_])
     return (np.vstack([-w, w]) / 2 if len(w) == 1 else w), found
 
@@ -112,37 +117,122 @@ def test_the_two_classes_of_a_fit_differ_by_scikit_learns_weights():
 @pytest.mark.parametrize("n_classes", [2, 5])
 def test_the_gradient_is_that_of_the_objective_of_all_blocks_of_rows(n_classes, monkeypatch):
     """The objective is written out above in float64, and differentiated numerically."""
-    monkeypatch.setattr(fit, "AT_ONCE", 16 * n_classes)
+    monkeypatch.setattr(newton, "AT_ONCE", 16 * n_classes)
     rng = np.random.default_rng(n_classes)
     X, y = rng.normal(size=(40, 3)).astype(np.float32), rng.permutation(np.arange(40) % n_classes)
     w = rng.normal(size=(n_classes, 4))
     w -= w.mean(axis=0)  # of two classes scikit-learn knows the difference alone
-    value, gradient = fit.Objective(X, y, n_classes)(w)
+    value, gradient, curvature = newton.Objective(fit.with_ones(X), y, n_classes)(w)
     assert value == pytest.approx(objective(w, X, y), rel=1e-6)
     numeric = approx_fprime(w.ravel(), lambda flat: objective(flat.reshape(w.shape), X, y)).reshape(w.shape)
     np.testing.assert_allclose(gradient, numeric, atol=2e-6)
+    np.testing.assert_allclose(curvature, 1 - (probabilities(w, X) ** 2).sum(axis=1), atol=1e-6)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss():
+    X, y = drawn(n=100, strength=0)
+    w = 30 * np.random.default_rng(0).normal(size=(4, 13))
+    value, _, _ = newton.Objective(fit.with_ones(X), y, 4)(w)
+    assert value == pytest.approx(objective(w, X, y), rel=1e-6)
+
+
+def at_some_weights(n=12000, n_classes=8):
+    """An objective of types, weights at which it is not minimal, and a sample drawn there."""
+    X, y = told_by_types(n=n, d=6, n_classes=n_classes)
+    w = np.random.default_rng(0).normal(size=(n_classes, 7))
+    whole = newton.Objective(fit.with_ones(X), y, n_classes)
+    return whole, w, newton.Sample.of(whole, whole(w)[2], np.random.default_rng(0))
+
+
+def test_a_sample_is_a_part_of_the_rows_and_stands_for_all():
+    whole, w, sample = at_some_weights()
+    assert len(sample.X) == newton.FEWEST < len(whole.X) / 2
+    value, gradient, _ = whole(w)
+    model, slope, _ = sample.at(w)
+    assert model == pytest.approx(value, rel=0.05)
+    assert np.abs(slope - gradient).max() < 0.2 * np.abs(gradient).max()
+    assert sample.weight.sum() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(("n", "tolerance"), [(2000, 1e-3), (12000, 0.15)])
+def test_curvature_is_the_second_derivative_of_all_rows_or_about_that_of_a_sample(n, tolerance):
+    whole, w, sample = at_some_weights(n)
+    v, step = np.random.default_rng(1).normal(size=w.shape), 1e-3
+    product = newton.Curvature(sample, sample.at(w)[2]) @ v
+    numeric = (whole(w + step * v)[1] - whole(w - step * v)[1]) / (2 * step)
+    np.testing.assert_allclose(product, numeric, atol=tolerance * np.abs(numeric).max())
 
 
 def test_blocks_are_those_of_the_second_derivative():
-    X, y = told_by_types(n=3000, d=6)
-    w = np.random.default_rng(0).normal(size=(8, 7))
-    inverse = fit.Objective(X, y, 8).inverse_blocks(w)
-    rows = np.column_stack([X, np.ones(len(X))]).astype(np.float64)
-    logits = rows @ w.T
-    p = np.exp(logits - logsumexp(logits, axis=1)[:, None])
-    for of_class, found in zip(p.T, inverse, strict=True):
+    whole, w, sample = at_some_weights(2000)
+    inverse = newton.Curvature(sample, sample.at(w)[2]).inverse_blocks(np.random.default_rng(0))
+    rows = whole.X.astype(np.float64)
+    for of_class, found in zip(probabilities(w, rows[:, :-1]).T, inverse, strict=True):
         exact = (rows.T * (of_class * (1 - of_class))) @ rows / len(rows)
         ratios = np.linalg.eigvals(exact @ found).real
         assert 0.3 < ratios.min() < ratios.max() < 3, "of a sample, and with a ridge"
 
 
-def test_blocks_save_most_iterations_where_types_are_told_apart_and_leave_the_minimum(monkeypatch):
-    X, y = fit.Whitening.of(CASES["types"][0])(CASES["types"][0]), CASES["types"][1]
-    train = sides(X)
+def counted(monkeypatch, owner, name):
+    """Count the calls of a method from here on."""
+    calls, method = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: calls.append(name) or method(*args))
+    return calls
+
+
+def with_one_row_of_a_class():
+    X, y = told_by_types(n=12000, d=30, n_types=300)
+    y[0] = 8  # a training row
+    return X, y
+
+
+def copied():
+    """Each row twice or more, and each column, too."""
+    X, y = told_by_types(n=3000, d=15, n_types=300)
+    return np.tile(np.hstack([X, X]), (4, 1)), np.tile(y, 4)
+
+
+LARGE = {
+    "types": told_by_types(n=12000, d=30, n_types=300),
+    "one row of a class": with_one_row_of_a_class(),
+    "noise": drawn(n=12000, d=30, strength=0),
+    "separable": drawn(n=12000, d=30, strength=3),
+    "nearly separable": drawn(n=12000, d=30, strength=1, n_classes=8),
+    "copies of rows and columns": copied(),
+    "two classes": drawn(n=12000, d=30, strength=0.1, n_classes=2),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_sample_of_rows_leads_to_the_minimum_of_all_in_few_passes(name, monkeypatch):
+    X, y = LARGE[name]
+    passes = counted(monkeypatch, newton.Objective, "__call__")
+    made, X, train = both(X, y, True)
+    expected, probe = oracle(X[train], y[train], tol=1e-6)
+    w = np.column_stack([made.weights, made.intercepts]).astype(np.float64)
+    assert made.converged
+    assert len(passes) <= 10, "L-BFGS takes 20 to 40 where types are told apart"
+    assert objective(w, X[train], y[train]) == pytest.approx(objective(expected, X[train], y[train]), rel=5e-5)
+    theirs = probe.predict(X[~train].astype(np.float64)) == y[~train]
+    assert abs(int(made.right.sum()) - int(theirs.sum())) <= 0.001 * len(theirs)
+
+
+def test_noise_draws_no_sample(monkeypatch):
+    samples = counted(monkeypatch, newton.Models, "step")
+    made, _, _ = both(*LARGE["noise"], True)
+    assert made.converged
+    assert not samples
+
+
+def test_blocks_save_products_where_columns_differ_and_leave_the_minimum(monkeypatch):
+    X, y = LARGE["types"]
+    X, train = X * np.geomspace(1, 0.05, X.shape[1]), sides(X)
+    products = counted(monkeypatch, newton.Curvature, "__matmul__")
     (with_blocks,) = fit.fit_all([(X, y)], train)
-    monkeypatch.setattr(fit, "MOST_BLOCKS", 0)
+    n_with = len(products)
+    monkeypatch.setattr(newton, "MANY_PRODUCTS", newton.MOST_PRODUCTS + 1)
     (without,) = fit.fit_all([(X, y)], train)
-    assert fit.FIRST_BLOCKS < with_blocks.n_iter < 0.7 * without.n_iter
+    assert n_with < 0.7 * (len(products) - n_with)
     values = [
         objective(np.column_stack([made.weights, made.intercepts]).astype(np.float64), X[train], y[train])
         for made in (with_blocks, without)
@@ -152,12 +242,12 @@ def test_blocks_save_most_iterations_where_types_are_told_apart_and_leave_the_mi
 
 def test_a_fit_that_is_stopped_has_not_converged():
     X, y = CASES["types"]
-    made = fit.fit_all([(X, y)], sides(X), max_iter=3)[0]
-    assert (made.n_iter, made.converged) == (3, False)
+    made = fit.fit_all([(X, y)], sides(X), max_iter=2)[0]
+    assert (made.n_iter, made.converged) == (2, False)
 
 
 def test_a_fit_is_the_same_alone_and_among_others():
-    X, y = CASES["types"]
+    X, y = LARGE["types"]
     train, other = sides(X), X[:, :5]
     together = fit.fit_all([(X, y), (X, np.roll(y, 1)), (other, y)], train)
     for job, made in zip([(X, y), (X, np.roll(y, 1)), (other, y)], together, strict=True):

@@ -55,6 +55,7 @@ def store(root):
         ["sql", "STORE", "select count(*) from outcomes", "--run", "r", "--csv"],
         ["sql", "STORE", "select $a as a", "-p", "a", "b"],
         ["info", "STORE"],
+        ["doctor", "STORE"],
     ],
     ids=" ".join,
 )

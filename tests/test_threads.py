@@ -1,8 +1,9 @@
-"""Threads of a model: they sleep while they wait, so that two processes share their processors, and can be fewer."""
+"""What runs beside a model: threads that sleep while they wait, and memory that is used again."""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -94,3 +95,33 @@ def test_the_last_batch_publishes_its_shards_several_at_a_time(tmp_path: Path, m
     for batch in range(3):
         shards = [f"{site.path(job.plan.run)}/{site.layout.shard_name(batch)}" for site in job.plan.sites]
         assert {by[shard] for shard in shards} == {"last" if batch == 2 else "commit"}
+
+
+KEEPS = """
+import sys
+from resource import RUSAGE_SELF, getrusage
+
+import numpy as np
+from click.testing import CliRunner
+
+from actstore.cli import main
+
+assert CliRunner().invoke(main, ["models", "list"]).exit_code == 0
+for _ in range(2):
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    held = [np.ones(1 << 20) for _ in range(12)]  # 100 MB in pieces of 8
+    print(getrusage(RUSAGE_SELF).ru_minflt - before)
+    del held
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries take no such setting")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_TRIM_THRESHOLD_": "100000"}])
+def test_a_command_uses_freed_memory_again_unless_the_user_set_the_allocator(own: dict[str, str]) -> None:
+    of_user = ("GLIBC_TUNABLES", "MALLOC_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(of_user)}
+    environment |= {"NUMPY_MADVISE_HUGEPAGE": "0", **own}  # small pages, as torch's, so that the first use counts
+    done = subprocess.run([sys.executable, "-c", KEEPS], env=environment, capture_output=True, text=True, check=True)
+    first, again = map(int, done.stdout.split())
+    assert first > 20_000  # pages
+    assert (again < 1000) == (not own)

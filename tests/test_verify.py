@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 
+import duckdb
 import numpy as np
 
 from actstore.catalog import build, hash_note, tables
@@ -64,14 +65,38 @@ def test_quick_does_not_read_what_chunks_hold(store):
 
 
 def test_a_catalog_that_was_put_in_place_and_is_not_what_its_parts_say_is_found(store):
-    import duckdb
-
-    os.chmod(store / tables.CATALOG, 0o644)
-    with duckdb.connect(str(store / tables.CATALOG)) as connection:
-        connection.execute("update edges set source = target, target = source where tree_id = 3 and edge = 2")
-    (store / tables.HASHES).write_text(json.dumps({"xxh3_128": [_hash(store / tables.CATALOG)]}))
+    _edit_catalog(store, "update edges set source = target, target = source where tree_id = 3 and edge = 2")
     whats = [finding.what for finding in verify(store).damage]
     assert whats == ["the parts lack 1 rows of table edges", "it lacks 1 rows of table edges"]
+
+
+def test_a_role_that_the_catalog_tells_otherwise_is_found(store):
+    """Roles are an ENUM there and text in the parts, and are compared as text."""
+    _edit_catalog(store, "update tokens set role = 'root' where token_id = (select min(token_id) from tokens)")
+    whats = [finding.what for finding in verify(store).damage]
+    assert whats == ["the parts lack 1 rows of table tokens", "it lacks 1 rows of table tokens"]
+
+
+def test_rows_of_a_table_that_no_commit_filled_are_found(store):
+    _edit_catalog(store, "insert into vocabularies values ('v', 0, 'a')")
+    whats = [finding.what for finding in verify(store).damage]
+    assert whats[-1] == "the parts lack 1 rows of table vocabularies"
+
+
+def test_verify_opens_the_catalog_once(damageable, monkeypatch):
+    """Each opening takes 20 ms, as long as hashing 300 MB."""
+    opened, connect = [], duckdb.connect
+    monkeypatch.setattr(duckdb, "connect", lambda *about, **more: opened.append(about) or connect(*about, **more))
+    assert verify(damageable).findings == []
+    assert len(opened) == 1
+
+
+def _edit_catalog(store, change):
+    """Change a catalog, and note the hash that it then has, so that it passes for what was put in place."""
+    os.chmod(store / tables.CATALOG, 0o644)
+    with duckdb.connect(str(store / tables.CATALOG)) as connection:
+        connection.execute(change)
+    (store / tables.HASHES).write_text(json.dumps({"xxh3_128": [_hash(store / tables.CATALOG)]}))
 
 
 def _hash(path):

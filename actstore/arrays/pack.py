@@ -28,7 +28,7 @@ class ShardBuffer:
     def __init__(self, layout: Layout, memory: np.ndarray | None = None) -> None:
         self.layout = layout
         self.n_put = 0  # sequences (or rows) since the last seal
-        self.bytes = np.frombuffer(mmap.mmap(-1, layout.shard_bytes), np.uint8) if memory is None else memory
+        self.bytes = _fresh(layout.shard_bytes) if memory is None else memory
         shards = self.bytes[: -layout.index_bytes]
         self._chunks = shards.reshape(layout.chunks_per_shard, layout.chunk_bytes)
         numbers = self._chunks[:, :-CRC_BYTES].view(encoding.numpy_dtype(layout.dtype))
@@ -171,6 +171,15 @@ class ShardBuffer:
         """Whether a number that was put since the last call was too large for the dtype."""
         found, self._overflows = self._overflows, None
         return found is not None and bool(found)
+
+
+def _fresh(n_bytes: int) -> np.ndarray:
+    """uint8 [n_bytes], page-aligned.
+
+    The memory is private: the first use of shared memory, which is Python's default, takes twice as
+    long. Huge pages are not asked for, since the system may move other pages about to make them.
+    """
+    return np.frombuffer(mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 
 
 def _crc(content: bytes) -> bytes:

@@ -60,6 +60,7 @@ def in_use(error: Exception, root: Path) -> Busy | None:
 CATALOG = "catalog.duckdb"
 HASHES = "catalog.json"  # hashes of the catalog's bytes
 REPLAYED = (".wal", ".wal.checkpoint", ".wal.recovery")  # DuckDB adds these to a database, even to read it
+NO_CATALOG = (duckdb.Error, FileNotFoundError, Damaged, IndexError, KeyError, TypeError, ValueError)
 COLUMN = re.compile(r"^    (\w+) ([^-]*), -- (.+)$")
 TABLE = re.compile(r"^create table (\w+)")
 TABLES_ATTACHED = "select table_name from duckdb_tables() where database_name = 'there'"  # see attached
@@ -150,14 +151,16 @@ def built_from(root: Path) -> tuple[int, str | None]:
         BadInput: DuckDB cannot open the store's path, or this process was forked from one that had
             opened a store.
     """
+    with attached_if_whole(root) as connection:
+        return snapshot_if_whole(root, connection)
+
+
+def snapshot_if_whole(root: Path, connection: duckdb.DuckDBPyConnection | None) -> tuple[int, str | None]:
+    """Read what built_from returns from a connection of attached_if_whole."""
     try:
-        with attached(root) as connection:
-            return snapshot_of(connection)
-    except BadInput:  # a ValueError, too
-        raise
-    except (duckdb.Error, FileNotFoundError, Damaged, IndexError, KeyError, TypeError, ValueError) as error:
-        if reached := limit_reached(error, f"cannot open {root / CATALOG}"):
-            raise reached from error
+        return snapshot_of(connection) if connection else (0, None)
+    except NO_CATALOG as error:
+        _raise_if_asked_wrongly(root, error)
         return 0, None
 
 
@@ -210,6 +213,31 @@ def attached(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         if wrong := {name for (name,) in views.fetchall()} & {table for table, _ in column_comments()}:
             raise Damaged(not_a_table(root, min(wrong)))
         yield connection
+
+
+@contextmanager
+def attached_if_whole(root: Path) -> Iterator[duckdb.DuckDBPyConnection | None]:
+    """See attached; gives None where the catalog is missing or damaged.
+
+    Raises:
+        BadInput: see built_from.
+        LimitReached: the system allows this process no more.
+    """
+    with ExitStack() as stack:
+        try:
+            connection = stack.enter_context(attached(root))
+        except NO_CATALOG as error:
+            _raise_if_asked_wrongly(root, error)
+            connection = None
+        yield connection
+
+
+def _raise_if_asked_wrongly(root: Path, error: Exception) -> None:
+    """Raise unless an error says that there is no catalog that can be read."""
+    if isinstance(error, BadInput):  # a ValueError, too
+        raise error
+    if reached := limit_reached(error, f"cannot open {root / CATALOG}"):
+        raise reached from error
 
 
 def not_a_table(root: Path, name: str) -> str:

@@ -110,39 +110,40 @@ def _may_bring(manifest: Manifest, part: Part) -> bool:
     return of_batch and (part.table not in OF_RUN or part.owner == manifest.run)
 
 
-def conflicts(root: Path, manifests: list[Manifest]) -> Iterator[str]:
+def conflicts(root: Path, manifests: list[Manifest], connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
     """Compare a catalog with the manifests, without reading parts.
 
     Args:
         root: a store whose catalog has a noted hash.
         manifests: all of them, each whole.
+        connection: has the catalog attached, see tables.attached.
 
     Yields:
         One sentence per difference.
     """
-    with tables.attached(root) as connection:
-        held, hash_of_log = tables.snapshot_of(connection)
-        committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
-        if held > len(committed):
-            yield f"the catalog says that it holds {held:,} commits, and there are {len(committed):,} manifests"
-        if hash_of_log is not None and log_hash(committed) != hash_of_log:
-            yield f"the catalog was built from manifests of hash {hash_of_log}, and these have {log_hash(committed)}"
-        committed = log.live(committed)
-        named = {shard.path: shard.xxh3_128 for manifest in committed for shard in manifest.shards}
-        rows = {"shards": len(named)}
-        for part in [part for manifest in committed for part in manifest.parts]:
-            rows[part.table] = rows.get(part.table, 0) + part.rows
-        for table in tables_held(connection):
-            n = connection.execute(f"select count(*) from there.{identifier(table)}").fetchall()[0][0]
-            if n != rows.get(table, 0):
-                yield f"the catalog holds {n:,} rows of table {table}, and the manifests name {rows.get(table, 0):,}"
-        if lacking := [table for table in rows if table not in (*tables_held(connection), *part_types.tables())]:
-            yield f"the catalog has no table {lacking[0]}, and the manifests name {rows[lacking[0]]:,} rows of it"
-        for path, hashed in connection.execute("select path, xxh3_128 from there.shards order by path").fetchall():
-            if named.get(path) != hashed:
-                what = f"hash {named[path]}" if path in named else "no such file"
-                yield f"the catalog holds {path} with hash {hashed}, and the manifests name {what}"
-                break
+    held, hash_of_log = tables.snapshot_of(connection)
+    committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
+    if held > len(committed):
+        yield f"the catalog says that it holds {held:,} commits, and there are {len(committed):,} manifests"
+    if hash_of_log is not None and log_hash(committed) != hash_of_log:
+        yield f"the catalog was built from manifests of hash {hash_of_log}, and these have {log_hash(committed)}"
+    committed = log.live(committed)
+    named = {shard.path: shard.xxh3_128 for manifest in committed for shard in manifest.shards}
+    rows = {"shards": len(named)}
+    for part in [part for manifest in committed for part in manifest.parts]:
+        rows[part.table] = rows.get(part.table, 0) + part.rows
+    held_tables = tables_held(connection)
+    for table in held_tables:
+        n = connection.execute(f"select count(*) from there.{identifier(table)}").fetchall()[0][0]
+        if n != rows.get(table, 0):
+            yield f"the catalog holds {n:,} rows of table {table}, and the manifests name {rows.get(table, 0):,}"
+    if lacking := [table for table in rows if table not in (*held_tables, *part_types.tables())]:
+        yield f"the catalog has no table {lacking[0]}, and the manifests name {rows[lacking[0]]:,} rows of it"
+    for path, hashed in connection.execute("select path, xxh3_128 from there.shards order by path").fetchall():
+        if named.get(path) != hashed:
+            what = f"hash {named[path]}" if path in named else "no such file"
+            yield f"the catalog holds {path} with hash {hashed}, and the manifests name {what}"
+            break
 
 
 def tables_held(connection: duckdb.DuckDBPyConnection) -> list[str]:
@@ -190,7 +191,8 @@ def conflict(root: Path, committed: list[Manifest]) -> str:
     held, hash_of_log = tables.built_from(root)
     if hash_of_log is None or log_hash(committed[:held]) == hash_of_log or not hash_note.is_whole(root):
         return ""
-    return "; ".join(conflicts(root, committed))
+    with tables.attached(root) as connection:
+        return "; ".join(conflicts(root, committed, connection))
 
 
 def refuse_conflict(root: Path, committed: list[Manifest]) -> None:

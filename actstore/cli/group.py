@@ -13,7 +13,7 @@ from actstore.cli import complete, terminal
 from actstore.errors import ActstoreError, ComputedOtherwise, HalvedBatch, SeveralRuns
 from actstore.outputs import printable
 from actstore.storage.cache import FOLDER
-from actstore.storage.machine import check_memory, limit_reached, raise_descriptors, share_processors
+from actstore.storage.machine import check_memory, keep_freed_memory, limit_reached, raise_descriptors, share_processors
 from actstore.version import __version__
 
 KEPT = "actstore.kept"  # key of a resumable command's function that says how far the work is
@@ -80,6 +80,14 @@ class Command(click.Command):
         """Check that there is memory enough for the libraries, then run the command."""
         check_memory(self.runs_models)
         return super().invoke(ctx)
+
+
+class LightCommand(Command):
+    """A command that runs with any limit of memory, since it loads no large library by itself."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        return click.Command.invoke(self, ctx)
 
 
 class ModelCommand(Command):
@@ -191,5 +199,6 @@ def main(cache: str | None) -> None:
     """
     raise_descriptors()
     share_processors()
+    keep_freed_memory()
     if cache is not None:
         os.environ[FOLDER] = os.path.abspath(cache)  # of this process, and of those that it starts

@@ -1,4 +1,4 @@
-"""The commands that look after a store: verify, repair, drop, copy and merge."""
+"""The commands that look after a store: doctor, verify, repair, drop, copy and merge."""
 
 from __future__ import annotations
 
@@ -8,13 +8,52 @@ from typing import TYPE_CHECKING
 import click
 
 from actstore.cli import complete
-from actstore.cli.group import main, note
+from actstore.cli.group import LightCommand, main, note, say
 from actstore.cli.options import output_options, store_argument, wait_option
 from actstore.errors import advised
 from actstore.storage.machine import check_memory
 
 if TYPE_CHECKING:
     from actstore.cli.output import Output
+
+
+def _place_or_none(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+    from actstore.storage.at import place
+
+    return None if value is None else place(value)
+
+
+@main.command(cls=LightCommand)
+@click.argument("store", required=False, callback=_place_or_none, shell_complete=complete.stores)
+@output_options
+def doctor(store: Path | None, output: Output) -> None:
+    """Say what versions, limits and disks there are, and what would be slow here.
+
+    With a STORE, its disk is looked at, its size and its state. A line with a `!` is something to
+    look at, and says what to do. The exit code is 0 whatever is found.
+
+    Example:
+
+    \b
+        actstore doctor
+        actstore doctor demo.act
+        actstore doctor demo.act -o json
+    """
+    from actstore.checkup import doctor as examine
+    from actstore.sql.rows import Rows
+
+    facts = examine(store)
+    if not output.is_table:
+        names = ["about", "what", "found", "advice"]
+        rows = [(fact.about, fact.what, fact.found, fact.advice) for fact in facts]
+        output.write(Rows(names, ["VARCHAR"] * 4, ["text"] * 4, rows))
+        return
+    for turn, fact in enumerate(facts):
+        if not turn or facts[turn - 1].about != fact.about:
+            say(fact.about)
+        say(f"{'!' if fact.advice else ' '} {fact}")
+    n = sum(fact.advice is not None for fact in facts)
+    say(f"{n} to look at, marked with !" if n else "nothing to look at")
 
 
 @main.command()

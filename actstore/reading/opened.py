@@ -56,7 +56,7 @@ class Opened:
         self.path, self.check = place(path), check
         self._readers: dict[tuple[str, str], Reader] = {}
         self.run_names: list[str] | None = None
-        self._built = False  # True if the catalog was built from the parts at opening
+        self.was_built = False  # True if the catalog was built from the parts at opening
         self._functions: list[Vectors] = []  # one after the first query; shared with the stores of runs
         self._adding_functions = threading.Lock()
         self.only: str | None = None  # the run whose rows this shows, see `of`
@@ -90,7 +90,7 @@ class Opened:
             self.snapshot, hash_of_log = self._snapshot()
         committed = self._check_log(hash_of_log, summed)
         hashes |= {file.path: file.xxh3_128 for manifest in committed for file in manifest.files}
-        if self.check and self._built:
+        if self.check and self.was_built:
             for part in [part for manifest in committed for part in manifest.parts]:
                 self.folder.read(part.path, part.bytes)
         self.folder.check()  # or the session and the arrays may belong to two stores
@@ -149,7 +149,7 @@ class Opened:
         """Open a catalog that is built from the parts: the store's own lacks tables or columns."""
         from actstore.catalog import build
 
-        self._built = True
+        self.was_built = True
         with build.of_older(self.path) as built:
             return Session(built, self.path)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import duckdb
 import google_crc32c
 import polars as pl
 
@@ -113,8 +114,9 @@ def verify(path: str | Path, quick: bool = False, advance: Advance = lambda done
     except Damaged as error:
         wrong.append(Finding("store.json", "store.json", str(error)))
     summed = checkpoint.content(root)  # before the manifests: a writer may go on
-    manifests, broken = read_manifests(root)
-    report = verify_files(root, manifests, broken, summed, is_older, quick, advance)
+    with tables.attached_if_whole(root) as catalog:
+        manifests, broken = read_manifests(root, catalog=catalog)
+        report = verify_files(root, manifests, broken, summed, is_older, quick, advance, catalog)
     return replace(report, findings=wrong + report.findings)
 
 
@@ -126,6 +128,7 @@ def verify_files(
     is_older: bool,
     quick: bool,
     advance: Advance,
+    catalog: duckdb.DuckDBPyConnection | None = None,
 ) -> Report:
     """Look for damage in a store whose manifests were read.
 
@@ -134,6 +137,8 @@ def verify_files(
         summed: the checkpoint's bytes, read before the manifests.
         is_older: an earlier version made the store.
         quick, advance: see verify.
+        catalog: has the catalog attached, from before the manifests were read; default: attached
+            when the catalog is compared.
     """
     findings = list(broken)
     if not broken and summed is not None and not checkpoint.fits(summed, manifests):
@@ -147,7 +152,8 @@ def verify_files(
     findings += [Finding(path, "link", what) for path, what in led_astray(root, (file.path for _, file in jobs))]
     parts_are_whole = not any(finding.kind == "part" for finding in findings)
     with ThreadPoolExecutor(1) as beside:  # DuckDB compares the rows while the shards are hashed
-        of_catalog = beside.submit(_catalog, root, None if broken else manifests, is_older, parts_are_whole, quick)
+        known = None if broken else manifests
+        of_catalog = beside.submit(_catalog, root, known, is_older, parts_are_whole, quick, catalog)
         shards = [job for job in jobs if isinstance(job[1], Shard)]
         findings += _files(root, shards, quick, lambda n: advance(done + n, total))
         findings += _group(root)
@@ -158,10 +164,15 @@ def verify_files(
 
 
 def _catalog(
-    root: Path, manifests: list[Manifest] | None, is_older: bool, parts_are_whole: bool, quick: bool
+    root: Path,
+    manifests: list[Manifest] | None,
+    is_older: bool,
+    parts_are_whole: bool,
+    quick: bool,
+    catalog: duckdb.DuckDBPyConnection | None,
 ) -> list[Finding]:
     if not quick:
-        wrong = verify_catalog.wrong_with(root, manifests, is_older, parts_are_whole)
+        wrong = verify_catalog.wrong_with(root, manifests, is_older, parts_are_whole, catalog)
         return [Finding(path, kind, what) for path, kind, what in wrong]
     found = [Finding(path, verify_catalog.CATALOG, what) for path, what in verify_catalog.lacking_or_added(root)]
     if not found and manifests is not None and (what := witness.conflict(root, manifests)):
@@ -170,16 +181,21 @@ def _catalog(
 
 
 def read_manifests(
-    root: Path, instead: Mapping[str, bytes] = MappingProxyType({})
+    root: Path,
+    instead: Mapping[str, bytes] = MappingProxyType({}),
+    catalog: duckdb.DuckDBPyConnection | None = None,
 ) -> tuple[list[Manifest], list[Finding]]:
     """The manifests that can be read, and findings about the others.
 
     Args:
         instead: path → bytes to take in place of the file's own.
+        catalog: has the catalog attached; default: attached here.
     """
     found: list[Manifest] = []
     broken: list[Finding] = []
-    held, hash_of_log = tables.built_from(root)  # before the manifests: a writer may go on
+    held, hash_of_log = (
+        tables.snapshot_if_whole(root, catalog) if catalog else tables.built_from(root)
+    )  # before the manifests: a writer may go on
     there = log.numbers(root)
     for expected, number in zip([1, *(number + 1 for number in there)], there, strict=False):
         if number > expected:

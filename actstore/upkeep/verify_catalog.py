@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import duckdb
@@ -27,7 +27,11 @@ CATALOG, CONFLICT = (
 
 
 def wrong_with(
-    root: Path, manifests: list[Manifest] | None, is_older: bool, parts_are_whole: bool
+    root: Path,
+    manifests: list[Manifest] | None,
+    is_older: bool,
+    parts_are_whole: bool,
+    connection: duckdb.DuckDBPyConnection | None = None,
 ) -> Iterator[tuple[str, str, str]]:
     """Look for damage of the catalog.
 
@@ -35,6 +39,7 @@ def wrong_with(
         manifests: all manifests if they are whole; None leaves out the comparison.
         is_older: an earlier version made the store, which noted no hash.
         parts_are_whole: if false, rows are counted and not compared.
+        connection: has the catalog attached, see tables.attached; default: one for this call.
 
     Yields:
         (file, kind of finding, what is wrong with the file).
@@ -55,7 +60,7 @@ def wrong_with(
     if not is_noted:
         yield tables.CATALOG, CATALOG, "its content is not what was put in place"
     elif manifests is not None:
-        yield from ((tables.CATALOG, *found) for found in _differing(root, manifests, parts_are_whole))
+        yield from ((tables.CATALOG, *found) for found in _differing(root, manifests, parts_are_whole, connection))
 
 
 def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
@@ -90,15 +95,18 @@ def _is_noted(root: Path) -> bool:
                 return is_noted
 
 
-def _differing(root: Path, manifests: list[Manifest], parts_are_whole: bool) -> Iterator[tuple[str, str]]:
+def _differing(
+    root: Path, manifests: list[Manifest], parts_are_whole: bool, given: duckdb.DuckDBPyConnection | None
+) -> Iterator[tuple[str, str]]:
     """(kind of finding, difference between catalog and manifests).
 
     Rows that cannot be compared are damage.
     """
     try:
-        yield from ((CONFLICT, what) for what in witness.conflicts(root, manifests))
-        if parts_are_whole:
-            yield from ((CONFLICT, what) for what in _rows_that_differ(root, manifests))
+        with nullcontext(given) if given else tables.attached(root) as connection:
+            yield from ((CONFLICT, what) for what in witness.conflicts(root, manifests, connection))
+            if parts_are_whole:
+                yield from ((CONFLICT, what) for what in _rows_that_differ(root, manifests, connection))
     except (duckdb.Error, Damaged, LookupError, TypeError, ValueError) as error:
         if isinstance(error, duckdb.OutOfMemoryException):
             raise LimitReached(f"to verify the catalog of {root} takes more memory than there is: {error}") from error
@@ -107,13 +115,9 @@ def _differing(root: Path, manifests: list[Manifest], parts_are_whole: bool) -> 
         yield CATALOG, f"it cannot be compared with its parts ({tables.in_use(error, root) or one_line(error)})"
 
 
-def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
+def _rows_that_differ(root: Path, manifests: list[Manifest], connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
     """Compare every row of every table with the parts, for as many commits as the catalog holds."""
-    with (
-        tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder,
-        tables.attached(root) as connection,
-        ExitStack() as copies,
-    ):
+    with tempfile.TemporaryDirectory(prefix="actstore-verify-") as folder, ExitStack() as copies:
         connection.execute(f"set temp_directory = {tables.quoted(folder)}")  # or DuckDB would use the working folder
         held = int(connection.execute("select snapshot from there.snapshot").fetchall()[0][0])
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
@@ -122,47 +126,37 @@ def _rows_that_differ(root: Path, manifests: list[Manifest]) -> Iterator[str]:
         types = dict(part_types.tables()["shards"])
         connection.register("shards_committed", pl.DataFrame(shards, schema=types))
         for table in witness.tables_held(connection):
-            yield from _differences(connection, table, _committed_rows(root, connection, table, committed, copies))
+            paths = [part.path for manifest in committed for part in manifest.parts if part.table == table]
+            parts = list(copies.enter_context(at(root).local(paths)))
+            if parts or (table == "shards" and shards):
+                source = "shards_committed" if table == "shards" else None
+                source = source or tables.source(connection, table, parts, "there.datasets")
+                yield from _differences(connection, table, source)
+            elif n := connection.execute(f"select count(*) from there.{identifier(table)}").fetchall()[0][0]:
+                yield f"the parts lack {n:,} rows of table {table}"
 
 
-def _committed_rows(
-    root: Path, connection: duckdb.DuckDBPyConnection, table: str, committed: list[Manifest], copies: ExitStack
-) -> str:
-    """SQL for a table's rows in the parts, with the catalog's columns and types."""
-    paths = [part.path for manifest in committed for part in manifest.parts if part.table == table]
-    parts = list(copies.enter_context(at(root).local(paths)))
-    if table == "shards":
-        source = "shards_committed"
-    elif parts:
-        source = tables.source(connection, table, parts, "there.datasets")
-    else:
-        return f"(from there.{identifier(table)} limit 0)"
-    held = tables.names_of(connection, source)
-    columns = [(name, identifier(name), dtype) for name, dtype in _columns(connection, table)]
-    selected = ", ".join(
-        f"{as_sql if name in held else 'null'}::{dtype} as {as_sql}" for name, as_sql, dtype in columns
-    )
-    return f"(select {selected} from {source})"
-
-
-def _columns(connection: duckdb.DuckDBPyConnection, table: str) -> list[tuple[str, str]]:
-    """Name and SQL type of each column of a table of the catalog."""
-    described = connection.execute(f"describe there.{identifier(table)}").fetchall()
-    return [(name, dtype) for name, dtype, *_ in described]
-
-
-def _differences(connection: duckdb.DuckDBPyConnection, table: str, committed: str) -> Iterator[str]:
+def _differences(connection: duckdb.DuckDBPyConnection, table: str, source: str) -> Iterator[str]:
     """Number of a table's rows that only the catalog or only the parts hold.
 
     A sum over hashes of the rows, which needs no memory, says whether rows differ. Only then are
-    they counted.
+    they counted. An ENUM is compared as text, since to find a text's ENUM takes longer.
+
+    Args:
+        source: SQL for the table's rows in the parts.
     """
-    columns = ", ".join(identifier(name) for name, _ in _columns(connection, table))
-    row = f"hash({columns})"
+    there = tables.names_of(connection, source)
+    described = connection.execute(f"describe there.{identifier(table)}").fetchall()
+    columns = [
+        (name in there, identifier(name), "varchar" if dtype.startswith("ENUM") else dtype)
+        for name, dtype, *_ in described
+    ]
+    of_parts = ", ".join(f"{name if has else 'null'}::{dtype} as {name}" for has, name, dtype in columns)
+    of_catalog = ", ".join(f"{name}::{dtype} as {name}" for _, name, dtype in columns)
+    committed, held = f"(select {of_parts} from {source})", f"(select {of_catalog} from there.{identifier(table)})"
+    row = f"hash({', '.join(name for _, name, _ in columns)})"
     digest = f"select count(*), sum(({row} >> 1)::bigint), bit_xor({row}) from"  # integers, so in any order the same
-    held = f"there.{identifier(table)}"
-    of_catalog, of_parts = (connection.execute(f"{digest} {rows}").fetchall() for rows in (held, committed))
-    if of_catalog == of_parts:
+    if len({connection.execute(f"{digest} {rows}").fetchall()[0] for rows in (held, committed)}) == 1:
         return
     for left, right, what in ((held, committed, "the parts lack"), (committed, held, "it lacks")):
         n = connection.execute(f"select count(*) from (from {left} except all from {right})").fetchall()[0][0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import polars as pl
@@ -56,27 +55,49 @@ class Answers:
 
 
 def answer(model: Model, words: np.ndarray, logits: Tensor) -> Answers:
-    """Grade a batch of trees.
+    """Grade a batch of trees, of one forward pass.
 
     Args:
         words: uint8 [n_trees, 4n-1] word numbers, see `tokens.encode`.
         logits: float32 [n_trees, 4n-1, d_vocab], on the model's device.
     """
-    # the root predicts step 0; the last step of the longest path predicts nothing
-    return graded(model, words, logits[:, root_at(n_nodes_of(words)) : -1], partial(_next_word, model))
+    given = predictions(model, words, of_steps(words, logits))
+    return graded(words, *given, next_words(model, max(1, len(words))))
 
 
-def graded(model: Model, words: np.ndarray, of_steps: Tensor, next_word: NextWord | None) -> Answers:
-    """Grade a batch of trees, given the logits of each step.
+def of_steps(words: np.ndarray, logits: Tensor) -> Tensor:
+    """The logits of each step, [n_trees, n - 1, d_vocab], among those of each position."""
+    return logits[:, root_at(n_nodes_of(words)) : -1]  # the root predicts step 0; the last step predicts nothing
+
+
+def predictions(model: Model, words: np.ndarray, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What a model predicts for each step after the right steps so far.
+
+    Args:
+        words: uint8 [n_trees, 4n-1] word numbers.
+        logits: float32 [n_trees, n - 1, d_vocab], of each step, on the model's device.
+
+    Returns:
+        `predicted` and `p_target`, see Answers.
+    """
+    target = words[:, path_at(n_nodes_of(words)) :]
+    vocabulary, past_end = model.config.vocabulary, target == PAD
+    ids = torch.from_numpy(vocabulary.encode(target)).to(logits.device)
+    p_target = torch.softmax(logits, dim=-1).gather(2, ids[:, :, None])[:, :, 0].cpu().numpy()
+    likeliest = vocabulary.decode(logits.argmax(dim=-1).cpu().numpy())
+    return np.where(past_end, PAD, likeliest).astype(np.uint8), np.where(past_end, np.float32("nan"), p_target)
+
+
+def graded(words: np.ndarray, predicted: np.ndarray, p_target: np.ndarray, next_word: NextWord | None) -> Answers:
+    """Grade a batch of trees.
 
     Args:
         words: uint8 [n_trees, 4n-1] word numbers, see `tokens.encode`.
-        of_steps: float32 [n_trees, n - 1, d_vocab], on the model's device.
+        predicted, p_target: see `predictions`.
         next_word: continues greedily from wrong answers; None leaves `greedy` at the first wrong
             step.
     """
     target = words[:, path_at(n_nodes_of(words)) :]
-    predicted, p_target = _predictions(model, target, of_steps)
     wrong = predicted != target
     failed = np.flatnonzero(wrong.any(axis=1))
     first = wrong[failed].argmax(axis=1)
@@ -88,15 +109,6 @@ def graded(model: Model, words: np.ndarray, of_steps: Tensor, next_word: NextWor
     failure[failed] = _failures(words[failed], first, predicted[failed, first])
     greedy = np.where(is_arrow(spoken), word_label(spoken), NO_NODE).astype(np.uint8)
     return Answers(target, predicted, p_target, greedy, first_wrong_step, failure)
-
-
-def _predictions(model: Model, target: np.ndarray, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Likeliest word per step, uint8, and p of the right word, float32: [n_trees, n - 1]."""
-    vocabulary, past_end = model.config.vocabulary, target == PAD
-    ids = torch.from_numpy(vocabulary.encode(target)).to(logits.device)
-    p_target = torch.softmax(logits, dim=-1).gather(2, ids[:, :, None])[:, :, 0].cpu().numpy()
-    likeliest = vocabulary.decode(logits.argmax(dim=-1).cpu().numpy())
-    return np.where(past_end, PAD, likeliest).astype(np.uint8), np.where(past_end, np.float32("nan"), p_target)
 
 
 def _greedy(
@@ -128,7 +140,23 @@ def _greedy(
     return spoken
 
 
-def _next_word(model: Model, rows: np.ndarray, words: np.ndarray, stood_on: np.ndarray) -> np.ndarray:
+def next_words(model: Model, per_pass: int) -> NextWord:
+    """How a model continues trees greedily.
+
+    Args:
+        per_pass: most trees of a forward pass. A pass of few trees takes nearly as long as one of
+            many, so that trees of a whole batch are best continued at once.
+    """
+
+    def likeliest(rows: np.ndarray, words: np.ndarray, stood_on: np.ndarray) -> np.ndarray:
+        parts = range(0, len(words), per_pass)
+        found = [_likeliest(model, words[at : at + per_pass], stood_on[at : at + per_pass]) for at in parts]
+        return np.concatenate(found)
+
+    return likeliest
+
+
+def _likeliest(model: Model, words: np.ndarray, stood_on: np.ndarray) -> np.ndarray:
     """uint8 [n_trees]: the likeliest word after position `stood_on`, intp [n_trees]."""
     vocabulary = model.config.vocabulary
     device = next(model.bridge.parameters()).device

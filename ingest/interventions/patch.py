@@ -159,7 +159,8 @@ class Patch:
 
             of_steps = self._steps(model, specs, words[some], start + some, changes, take)
             next_word = partial(self._next_word, model, start + some) if self.greedy else None
-            answers.append(tree_paths.graded(model, words[some], of_steps, next_word))
+            given = tree_paths.predictions(model, words[some], of_steps)
+            answers.append(tree_paths.graded(words[some], *given, next_word))
             others.append(self._others(model, words[some], of_steps, first_tree_id + some))
             advance(start + at + len(some))
         _blank(into, np.setdiff1d(np.arange(len(words)), chosen), np.ones(len(words), np.intp))

@@ -312,7 +312,7 @@ class Ingest:
         from actstore.ingest.answers import tree_paths
 
         ids = torch.from_numpy(self.model.config.vocabulary.encode(drawn.words)).to(self.device)
-        answers = []
+        given = []
         for rows in self._passes(len(ids)):
 
             def take(spec: SiteSpec, activations: torch.Tensor, at: int = rows.start) -> None:
@@ -320,13 +320,16 @@ class Ingest:
 
             if self.grades and self.asked is not None:
                 logits = forward(self.model, ids[rows], self.specs, take)
-                answers.append(tree_paths.answer(self.model, drawn.words[rows], logits))
+                words = drawn.words[rows]
+                given.append(tree_paths.predictions(self.model, words, tree_paths.of_steps(words, logits)))
             else:
                 activations_of(self.model, ids[rows], self.specs, take)
             advance(drawn.start + rows.stop)
-        if not answers:
+        if not given:
             return {}
-        graded = concatenate(answers)
+        predicted, p_target = map(np.concatenate, zip(*given, strict=True))
+        next_word = tree_paths.next_words(self.model, self.per_pass)
+        graded = tree_paths.graded(drawn.words, predicted, p_target, next_word)
         return {
             "predictions": tree_paths.prediction_rows(graded, self.plan.run, first_tree_id),
             "outcomes": tree_paths.outcome_rows(graded, self.plan.run, first_tree_id),

@@ -1,50 +1,26 @@
 """A linear probe, multinomial logistic regression on whitened rows, and the data of its controls.
 
-A probe has a weight w_k and an intercept b_k for each of K classes. Of n rows x_i with classes y_i,
-it minimises the objective of scikit-learn's LogisticRegression(C=C), divided by C n:
-
-    f = mean_i (log sum_k exp(l_ik) - l_iy) + penalty / 2 * sum_k |w_k|²,    l_ik = w_k · x_i + b_k
-
-The penalty is 1 / (C n), or 2 / (C n) for two classes, since scikit-learn then penalises the
-difference of the two weights alone. With p_ik, the probability of class k at row i, the gradient is
-
-    df/dw_k = mean_i (p_ik - [y_i = k]) x_i + penalty * w_k,    df/db_k = mean_i (p_ik - [y_i = k])
-
-L-BFGS starts at 0 and corrects an approximate inverse of the second derivative. Whitened rows make
-K times the identity exact there, and end a fit without a signal after three iterations. A fit that
-goes on takes the inverse of each class's block of the second derivative instead,
-
-    block_k = mean_i p_ik (1 - p_ik) x_i x_iᵀ + penalty * identity
-
-The blocks are estimated from a sample of rows, and again each time the number of iterations has
-doubled. With blocks, a control task takes about 20 iterations instead of 100.
-
-Every fit runs on one BLAS thread, with several fits in parallel. The numbers therefore do not
-depend on the number of cores, and BLAS threads do not wait for each other on a busy machine.
+What a fit minimises, and how, is said in newton.py. Every fit runs on one BLAS thread, with several
+fits in parallel. The numbers therefore do not depend on the number of cores, and BLAS threads do
+not wait for each other on a busy machine.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-C = 1.0  # weight of the data against the L2 penalty, scikit-learn's default
-TOL = 1e-4  # largest gradient of a converged fit, scikit-learn's default
-GAP = 1e-6  # share of the objective that a converged fit leaves by its own estimate
-MAX_ITER = 300  # a fit takes about 10 iterations
-MEMORY = 10  # steps that L-BFGS remembers, as in scikit-learn
-ENOUGH, SHORTEST = 1e-4, 1e-6  # of a step: share of the promised fall that suffices; share of the step itself
-FIRST_BLOCKS = 8  # iterations after which blocks pay; a power of two
-MOST_BLOCKS = 4  # squared width per row: blocks of wider rows cost more than the iterations that they save
-ROWS_PER_WIDTH = 8  # sampled rows of a block, per coordinate
-RIDGE = 0.02  # share of the mean curvature added to a block, since a sample misses directions
-AT_ONCE = 1 << 17  # numbers computed at once: they stay in the processor's cache
+from actstore.queries.probes import newton
+
+C, TOL = newton.C, newton.TOL
+MAX_ITER = 300  # a fit takes about 5 iterations
+AT_ONCE = 1 << 17  # numbers whitened at once: they stay in the processor's cache
 SMALLEST_VARIANCE = 1e-7  # share of the largest; less is float32's rounding, which whitening would amplify
 ROUNDING = 1e-6  # share of the largest number; float32's error in a mean of equal rows
 
@@ -55,7 +31,7 @@ class Fit:
 
     Attributes:
         right: bool [n_test], test rows that the probe gets right.
-        n_iter: iterations of L-BFGS.
+        n_iter: iterations.
         converged: gradient and estimated gap are below their tolerances, so more iterations would
             change little.
         weights: float32 [n_classes, d], logit of each class per whitened coordinate; their sum over
@@ -111,175 +87,63 @@ class Whitening:
         return whitened
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The objective of a probe, see the module's docstring; K is 2 or more.
-
-    Attributes:
-        X: float32 [n, d].
-        y: intp [n], classes from 0 to K - 1.
-        n_classes: K.
-    """
-
-    X: np.ndarray
-    y: np.ndarray
-    n_classes: int
-
-    @property
-    def penalty(self) -> float:
-        """Weight of half the squared weights."""
-        return (2 if self.n_classes == 2 else 1) / (C * len(self.X))
-
-    def __call__(self, w: np.ndarray) -> tuple[float, np.ndarray]:
-        """The objective and its gradient at w, both float64 [K, d + 1] with intercepts last.
-
-        Products are float32, sums over blocks of rows float64.
-        """
-        n, step = len(self.X), max(1, AT_ONCE // self.n_classes)
-        loss, gradient = 0.0, np.zeros_like(w)
-        for start in range(0, n, step):
-            X, y = self.X[start : start + step], self.y[start : start + step]
-            rows = np.arange(len(y))
-            p = _logits(w, X)
-            own = p[y, rows]
-            total = _normalise(p)
-            loss += float((np.log(total) - own).sum(dtype=np.float64))
-            p[y, rows] -= 1
-            gradient[:, :-1] += p @ X
-            gradient[:, -1] += p.sum(axis=1, dtype=np.float64)
-        gradient /= n
-        gradient[:, :-1] += self.penalty * w[:, :-1]
-        return loss / n + self.penalty / 2 * float((w[:, :-1] ** 2).sum()), gradient
-
-    def inverse_blocks(self, w: np.ndarray) -> np.ndarray:
-        """float64 [K, d + 1, d + 1]: the inverse of each class's block of the second derivative.
-
-        A block is estimated from rows drawn as often as they curve the objective, in proportion to
-        p (1 - p), one from each of as many strata. The draw is the same in every call.
-        """
-        n, d = self.X.shape
-        p = _logits(w, self.X)
-        _normalise(p)
-        n_drawn = ROWS_PER_WIDTH * (d + 1)
-        drawn = (np.arange(n_drawn) + np.random.default_rng(0).random(n_drawn)) / n_drawn
-        X = np.ones((n_drawn, d + 1), np.float32)
-        blocks = np.empty((self.n_classes, d + 1, d + 1))
-        for block, of_class in zip(blocks, p, strict=True):
-            curvature = np.cumsum(of_class * (1 - of_class), dtype=np.float64)
-            row = np.searchsorted(curvature, drawn * curvature[-1]).clip(max=n - 1)
-            X[:, :-1] = self.X[row]
-            block[:] = X.T @ X * (curvature[-1] / (n_drawn * n))
-            block.flat[:: d + 2] += self.penalty + RIDGE * curvature[-1] / n
-        return np.linalg.inv(blocks)
-
-
-def _logits(w: np.ndarray, X: np.ndarray) -> np.ndarray:
-    """float32 [K, n]: logits less the largest of each row of X."""
-    logits = w[:, :-1].astype(np.float32) @ X.T
-    logits += w[:, -1:].astype(np.float32)
-    logits -= logits.max(axis=0)
-    return logits
-
-
-def _normalise(logits: np.ndarray) -> np.ndarray:
-    """Turn logits into probabilities, in place; return the sums of exponentials, float32 [n]."""
-    total = np.exp(logits, out=logits).sum(axis=0)
-    logits /= total
-    return total
-
-
-Pair = tuple[np.ndarray, np.ndarray]  # a step of L-BFGS and the change of the gradient along it
-
-
-def minimise(objective: Objective, max_iter: int) -> tuple[np.ndarray, int, bool]:
-    """L-BFGS from 0: weights with intercepts, float64 [K, d + 1]; iterations; whether it converged.
-
-    The gap to the minimum is estimated as half the product of gradient and step. A fit also ends
-    where float32 allows no further step; its gradient then tells whether it converged.
-    """
-    (n, d), n_classes = objective.X.shape, objective.n_classes
-    w = np.zeros((n_classes, d + 1))
-    value, gradient = objective(w)
-    pairs: deque[Pair] = deque(maxlen=MEMORY)
-    inverse = n_classes * np.ones((n_classes, 1, 1))
-    for n_iter in range(max_iter + 1):
-        if n_iter >= FIRST_BLOCKS and n_iter & (n_iter - 1) == 0 and d * d <= MOST_BLOCKS * n:
-            inverse = objective.inverse_blocks(w)
-        step = _step(gradient, pairs, inverse)
-        slope = float((gradient * step).sum())
-        small = bool(np.abs(gradient).max() <= TOL)
-        if small and -slope / 2 <= GAP * value:
-            return w, n_iter, True
-        found = _search(objective, w, step, value, slope) if n_iter < max_iter else None
-        if found is None:
-            break
-        pairs.append((found[0] - w, found[2] - gradient))
-        w, value, gradient = found
-    return w, n_iter, small and n_iter < max_iter
-
-
-def _step(gradient: np.ndarray, pairs: Sequence[Pair], inverse: np.ndarray) -> np.ndarray:
-    """The step of L-BFGS, float64 [K, d + 1]; `inverse` is a block or a number per class.
-
-    https://doi.org/10.1007/BF01589116
-    """
-
-    def start(v: np.ndarray) -> np.ndarray:
-        v = (inverse @ v[:, :, None])[:, :, 0] if inverse.shape[1] > 1 else inverse[:, 0] * v
-        return v - v.mean(axis=0)  # what all classes share changes no probability
-
-    left, shares = gradient, []
-    for moved, change in reversed(pairs):
-        shares.append((moved * left).sum() / (moved * change).sum())
-        left = left - shares[-1] * change
-    step = start(left)
-    if pairs:
-        moved, change = pairs[-1]
-        step *= (moved * change).sum() / (change * start(change)).sum()
-    for (moved, change), share in zip(pairs, reversed(shares), strict=True):
-        step += moved * (share - (change * step).sum() / (moved * change).sum())
-    return -step
-
-
-def _search(
-    objective: Objective, w: np.ndarray, step: np.ndarray, value: float, slope: float
-) -> tuple[np.ndarray, float, np.ndarray] | None:
-    """The first of ever shorter steps that lowers the objective enough; None at float32's limit.
-
-    Returns:
-        Weights, objective and gradient there.
-    """
-    scale = 1.0
-    while scale > SHORTEST:
-        there = w + scale * step
-        found, gradient = objective(there)
-        if found <= value + ENOUGH * scale * slope:
-            return there, found, gradient
-        bend = found - value - scale * slope
-        scale *= min(0.5, max(0.1, -scale * slope / (2 * bend)))  # to the minimum of a parabola
-    return None
-
-
 def fit(X: np.ndarray, y: np.ndarray, X_test: np.ndarray, y_test: np.ndarray, max_iter: int = MAX_ITER) -> Fit:
     """Fit a probe to training rows and score it on test rows.
 
     Args:
         X, X_test: float32 [n, d] and [n_test, d], whitened.
         y, y_test: int64 [n] and [n_test], labels.
-        max_iter: largest number of iterations of L-BFGS.
+        max_iter: largest number of iterations.
     """
+    return fit_with_ones(with_ones(X), y, with_ones(X_test), y_test, max_iter)
+
+
+def fit_with_ones(X: np.ndarray, y: np.ndarray, X_test: np.ndarray, y_test: np.ndarray, max_iter: int) -> Fit:
+    """As `fit`, of rows with a last column of ones, float32 [n, d + 1] and [n_test, d + 1]."""
     classes, y = np.unique(y, return_inverse=True)
     if len(classes) == 1:
-        return Fit(y_test == classes[0], 0, True, np.zeros((1, X.shape[1]), np.float32), np.zeros(1, np.float32))
-    w, n_iter, converged = minimise(Objective(X, y, len(classes)), max_iter)
-    right = classes[_logits(w, X_test).argmax(axis=0)] == y_test
+        return Fit(y_test == classes[0], 0, True, np.zeros((1, X.shape[1] - 1), np.float32), np.zeros(1, np.float32))
+    w, n_iter, converged = newton.minimise(newton.Objective(X, y, len(classes)), max_iter)
+    right = classes[newton.logits(w, X_test).argmax(axis=1)] == y_test
     w = w.astype(np.float32)
     return Fit(right, n_iter, converged, w[:, :-1], w[:, -1])
+
+
+def with_ones(X: np.ndarray) -> np.ndarray:
+    """float32 [n, d + 1]: the rows of X, float [n, d], with a last column of ones."""
+    made = np.ones((len(X), X.shape[1] + 1), np.float32)
+    made[:, :-1] = X
+    return made
 
 
 def one_thread() -> threadpool_limits:
     """Limit BLAS and OpenMP to one thread in a with block; covers only libraries loaded before."""
     return threadpool_limits(1)
+
+
+@contextmanager
+def fitting() -> Iterator[Executor]:
+    """Threads for fits, one per core, each on one BLAS thread; fits still waiting are dropped."""
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    with one_thread():
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def start_all(
+    pool: Executor, jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, max_iter: int = MAX_ITER
+) -> list[Future[Fit]]:
+    """As `fit_all`, without waiting; rows are copied before, so the caller need not keep any."""
+    shared = {id(X): X for X, _ in jobs}
+    sides = {at: [with_ones(X[side]) for side in (train, ~train)] for at, X in shared.items()}
+
+    def start(X: np.ndarray, y: np.ndarray) -> Future[Fit]:
+        of_training, of_test = sides[id(X)]
+        return pool.submit(fit_with_ones, of_training, y[train], of_test, y[~train], max_iter)
+
+    return [start(X, y) for X, y in jobs]
 
 
 def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, max_iter: int = MAX_ITER) -> list[Fit]:
@@ -290,17 +154,10 @@ def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, ma
             Jobs may share one X. Where long fits come first, cores end together.
         train: bool [n], training rows; the others are test rows. All rows of one tree must be on
             one side.
-        max_iter: largest number of iterations of L-BFGS.
+        max_iter: largest number of iterations.
     """
-    shared = {id(X): X for X, _ in jobs}
-    sides = {at: [np.asarray(X[side], np.float32) for side in (train, ~train)] for at, X in shared.items()}
-
-    def fitted(job: tuple[np.ndarray, np.ndarray]) -> Fit:
-        (X, X_test), y = sides[id(job[0])], job[1]
-        return fit(X, y[train], X_test, y[~train], max_iter)
-
-    with one_thread(), ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-        return list(pool.map(fitted, jobs))
+    with fitting() as pool:
+        return [fitted.result() for fitted in start_all(pool, jobs, train, max_iter)]
 
 
 def random_directions(X: np.ndarray, k: int, seed: int) -> np.ndarray:

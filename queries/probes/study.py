@@ -1,7 +1,7 @@
 """The study `probes`: at which sites can a linear probe read an edge or the path from a token?
 
 There is one probe per site, token and label: multinomial logistic regression (L2 with C = 1,
-L-BFGS, float32) on whitened rows, see fit.py. A probe is fitted on training trees and scored
+float32) on whitened rows, see newton.py. A probe is fitted on training trees and scored
 on test trees, since rows of one tree are dependent.
 
 Each probe has four comparisons. Baselines guess from the tree alone (see baselines.py); the
@@ -20,7 +20,8 @@ one training of one seed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,9 +47,10 @@ from actstore.queries.probes.fit import (
     Fit,
     Whitening,
     control_labels,
-    fit_all,
+    fitting,
     random_directions,
     shuffle_within,
+    start_all,
 )
 from actstore.queries.probes.places import place_rows
 from actstore.queries.probes.protocols import notebook_rows
@@ -100,7 +102,8 @@ def study(
 ) -> Answer:
     """Probe sites of a run.
 
-    Memory is three copies of one site's rows: per tree of 16 nodes, 15 rows of 4 * d_model bytes.
+    Memory is four copies of one site's rows: per tree of 16 nodes, 15 rows of 4 * d_model bytes. A
+    site is read and whitened while the previous site's probes are fitted.
 
     Args:
         store: an open store.
@@ -114,7 +117,7 @@ def study(
             next_node.
         sites: names of sites, or of a family (`resid_post`) for all its layers; default: every
             residual site.
-        max_iter: largest number of iterations of L-BFGS; a fit stopped there is reported.
+        max_iter: largest number of iterations; a fit stopped there is reported.
         protocol: `ours`, or `notebook`, which adds the notebook's protocol, see protocols.py.
         by: `place` adds the accuracy at each place in the list of edges, see places.py.
         baseline: path of an .sql file with an additional baseline, see baselines.py.
@@ -151,7 +154,7 @@ def study(
         its[role] = _of_tokens(tokens, its_labels, guessed, about["n_nodes"])
     prober = Prober(its, run, seed, max_iter, by, protocol)
     tasks = [(role, site) for role in its for site in sites]
-    found = dict[int, tuple[list[dict[str, Any]], list[Test]]]()
+    found = dict[int, Found]()
     for done, (task, outcome) in enumerate(_outcomes(store, prober, tasks, engine, address, workers), 1):
         found[task], (role, site) = outcome, tasks[task]
         progress(done, len(tasks), site if len(asked) == 1 else f"{role} {site}")
@@ -164,6 +167,9 @@ def study(
             "ask for tokens and labels that it guesses (token_role, labels)"
         )
     return _answer(store, run, seed, query, recorded, adjusted(tests), n_test_trees)
+
+
+Found = tuple[list[dict[str, Any]], list[Test]]  # rows of `results`, and tests
 
 
 @dataclass(frozen=True)
@@ -182,14 +188,24 @@ class Prober:
     by: str | None
     protocol: str
 
-    def probe(self, store: Store, role: str, site: str) -> tuple[list[dict[str, Any]], list[Test]]:
+    def probe(self, store: Store, role: str, site: str) -> Found:
         """Rows of `results` and tests of a site at the tokens of a role."""
+        with fitting() as pool:
+            return self.start(pool, store, role, site)()
+
+    def start(self, pool: Executor, store: Store, role: str, site: str) -> Callable[[], Found]:
+        """Begin `probe`; the function returned waits for the fits, and ends it."""
         its, at = self.asked[role], {"run": self.run, "site": site, "token_role": role}
         X, _ = store.read(its.tokens, run=self.run, site=site)
-        rows, tests = probe_site(X, its, at, self.seed, self.max_iter, self.by)
-        if self.protocol == "notebook":
-            rows = rows + notebook_rows(X, its.tokens, list(its.labels), at, self.seed, self.max_iter)
-        return rows, tests
+        finish = start_site(pool, X, its, at, self.seed, self.max_iter, self.by)
+        if self.protocol != "notebook":
+            return finish
+
+        def finish_both() -> Found:
+            rows, tests = finish()
+            return rows + notebook_rows(X, its.tokens, list(its.labels), at, self.seed, self.max_iter), tests
+
+        return finish_both
 
 
 class Worker:
@@ -209,7 +225,7 @@ class Worker:
         cluster.refuse_otherwise(cluster.worker_here(), cluster.versions(*PACKAGES), "this process", alike)
         self._prober, self._store = prober, store
 
-    def task(self, role: str, site: str) -> tuple[list[dict[str, Any]], list[Test]]:
+    def task(self, role: str, site: str) -> Found:
         """See Prober.probe."""
         return self._prober.probe(self._store, role, site)
 
@@ -221,11 +237,17 @@ def _outcomes(
     engine: str | None,
     address: str | None,
     workers: int | None,
-) -> Iterator[tuple[int, tuple[list[dict[str, Any]], list[Test]]]]:
+) -> Iterator[tuple[int, Found]]:
     """Number of each task with what was found, as they end."""
     if engine != "ray":
-        for number, (role, site) in enumerate(tasks):
-            yield number, prober.probe(store, role, site)
+        with fitting() as pool:
+            begun: Callable[[], Found] | None = None
+            for number, (role, site) in enumerate(tasks):
+                ended, begun = begun, prober.start(pool, store, role, site)
+                if ended:
+                    yield number - 1, ended()
+            if begun:
+                yield len(tasks) - 1, begun()
         return
     with cluster.connected(address) as ray:
         threads = cluster.n_processors(ray)
@@ -392,10 +414,27 @@ def _where(store: Store, run: str, lacking: list[str]) -> str:
 
 def probe_site(
     X: np.ndarray, asked: Asked, where: dict[str, str], seed: int, max_iter: int, by: str | None = None
-) -> tuple[list[dict[str, Any]], list[Test]]:
-    """Probe one site for each label, with controls; return rows of `results` and tests.
+) -> Found:
+    """Probe one site for each label, with controls; for the arguments see start_site."""
+    with fitting() as pool:
+        return start_site(pool, X, asked, where, seed, max_iter, by)()
+
+
+def start_site(
+    pool: Executor,
+    X: np.ndarray,
+    asked: Asked,
+    where: dict[str, str],
+    seed: int,
+    max_iter: int,
+    by: str | None = None,
+) -> Callable[[], Found]:
+    """Begin to probe one site for each label, with controls.
+
+    The function returned waits for the fits, and returns rows of `results` and tests.
 
     Args:
+        pool: threads for fits, see fit.fitting.
         X: float32 [n, d_model], as stored.
         asked: the n rows.
         where: run, site and, where tokens have roles, token_role.
@@ -403,9 +442,23 @@ def probe_site(
         max_iter: see `study`.
         by: see `study`.
     """
+    whiten = Whitening.of(X[asked.train])
+    fits = start_all(pool, jobs_of(whiten(X), asked, seed), asked.train, max_iter)
+    by_place = X if by == BY else None  # other rows need not be kept
+    return lambda: _site((fitted.result() for fitted in fits), whiten, by_place, asked, where, seed, max_iter)
+
+
+def _site(
+    fits: Iterator[Fit],
+    whiten: Whitening,
+    X: np.ndarray | None,
+    asked: Asked,
+    where: dict[str, str],
+    seed: int,
+    max_iter: int,
+) -> Found:
+    """Rows of `results` and tests of one site, from its fits; by place if there are rows X."""
     train = asked.train
-    whiten = Whitening.of(X[train])
-    fits = iter(fit_all(jobs_of(whiten(X), asked, seed), train, max_iter))
     rows: list[dict[str, Any]] = []
     tests: list[Test] = []
     for label, y in asked.labels.items():
@@ -418,7 +471,7 @@ def probe_site(
         named = asked.names[label][classes] if label in asked.names else classes
         directions = _directions(made["accuracy"], named, whiten, about)
         rows += [{**about, "n": int(train.sum()), **row} for row in directions]
-        if by == BY:
+        if X is not None:
             its_rows, its_tests = place_rows(X, made["accuracy"].right, asked, about, seed, max_iter)
             rows += its_rows
             tests += its_tests

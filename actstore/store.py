@@ -717,7 +717,7 @@ class Store:
         form = activations.check_form(dtype, out)
         run = self.resolve_run(run)
         names = wanted(self._opened, run, site, sites)
-        readers = [self._opened.reader(run, name) for name in names]
+        readers = self._opened.readers(run, names)
         activations.same_row_shape(readers, names)
         token_ids, rows = read_ids(self._opened.beside(tables), run, query, params, timeout, memory, columns)
         return activations.read_activations(readers, token_ids, sites is None, form, out), rows

@@ -21,6 +21,7 @@ class Cutting(ThreadingHTTPServer):
     upstream: str
     failing: dict[str, Fault]  # kind of request, see kind_of → its fault
     told = ""  # what the server says beside a status that it answers with
+    count: Callable[[str], None]  # takes the kind of each request, see kind_of
     delay = 0.0  # seconds before each request is sent on
     bytes_per_second = 0.0  # of a body, of the answer or of the request; 0: as fast as it comes
 
@@ -46,6 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one(self) -> None:
         body = self._body(int(self.headers.get("Content-Length") or 0))
         kind = kind_of(self.command, self.path, self.headers)
+        self.server.count(kind)
         fault = self.server.choose(self.command, self.path) or self.server.failing.get(kind, "")
         time.sleep(self.server.delay)
         if fault == "refuse":
@@ -122,6 +124,7 @@ def cutting(upstream: str, choose: Choose = lambda method, path: "") -> Iterator
     """Run a proxy before a server, `http://127.0.0.1:port`; gives its own address, and itself."""
     with Cutting(("127.0.0.1", 0), _Handler) as server:
         server.choose, server.upstream, server.failing = choose, upstream.removeprefix("http://"), {}
+        server.count = lambda kind: None
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}", server

@@ -16,7 +16,7 @@ import numpy as np
 from actstore.arrays import index
 from actstore.arrays.codec import decompressed
 from actstore.arrays.layout import CRC_BYTES, Layout
-from actstore.arrays.ranged import RangedReader
+from actstore.arrays.ranged import Plan, RangedReader
 from actstore.arrays.site import Cost, IsToken, Reader
 from actstore.storage.backend import Reading
 
@@ -28,16 +28,20 @@ class CodedReader(RangedReader):
         layout, first_token_id, shards, where, place, is_token: see SiteReader.
     """
 
-    def _rows(self, batch: int, row: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    def _plan(self, batch: int, row: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> Plan:
+        """See RangedReader; the chunks of the wanted positions, whole."""
+        wanted = np.unique(position)
+        offsets, lengths = self._chunks(batch)[:, wanted]
+        if (lacking := offsets < 0).any():
+            raise self._lacking(self.shards[batch], int(lacking.sum()), token_ids)
+        return Plan(list(zip(offsets.tolist(), lengths.tolist(), strict=True)), offsets, offsets)
+
+    def _rows(self, batch: int, plan: Plan, row: np.ndarray, position: np.ndarray) -> np.ndarray:
         """See RangedReader."""
         layout, path = self.layout, self.shards[batch]
-        wanted, of_chunk = np.unique(position, return_inverse=True)
-        offsets, lengths = self._index(batch)[:, wanted]
-        if (lacking := offsets < 0).any():
-            raise self._lacking(path, int(lacking.sum()), token_ids)
-        ranges = list(zip(offsets.tolist(), lengths.tolist(), strict=True))
+        _, of_chunk = np.unique(position, return_inverse=True)
         found, slot = np.empty(len(row), f"V{layout.row_bytes}"), row % layout.rows_per_chunk
-        for number, chunk in enumerate(self._read(path, ranges)):
+        for number, chunk in enumerate(self._read(path, plan.ranges)):
             of_this = of_chunk == number
             found[of_this] = self._decoded(chunk, path)[slot[of_this]]
         return layout.decoded(found)
@@ -54,10 +58,15 @@ class CodedReader(RangedReader):
                 return np.frombuffer(rows, f"V{layout.row_bytes}")
         raise self._damaged(path, "has a chunk that is not what was committed")
 
+    @property
+    def _is_compared(self) -> bool:
+        """Whether files are compared with their hashes, of which ranges are read of copies then."""
+        return self._place.committed is not None and self._place.reads_ranges
+
     def _read(self, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         """Ranges of a file; of one that is compared with its hash if the place compares."""
         try:
-            if self._place.committed is None or not self._place.reads_ranges:
+            if not self._is_compared:
                 return [bytes(part) for part in self._place.read_ranges(path, ranges)]
             descriptor = self._place.descriptor(path)
         except FileNotFoundError:
@@ -67,17 +76,20 @@ class CodedReader(RangedReader):
         finally:
             os.close(descriptor)
 
-    def _index(self, batch: int) -> np.ndarray:
+    def _chunks(self, batch: int) -> np.ndarray:
         """int64 [2, chunks_per_shard]: offset and length of each chunk; -1 if there is none."""
         if batch not in self._indexes:
             path, size = self.shards[batch], self.layout.index_bytes
             try:
-                whole = self._place.size(path)
+                if self._is_compared:
+                    whole = self._place.size(path)
+                    [content] = self._read(path, [(max(whole - size, 0), size)])
+                else:
+                    whole, content = self._place.end(path, size)
             except FileNotFoundError:
                 raise self._damaged(path, "is missing") from None
             if whole < size:
                 raise self._damaged(path, f"is {whole:,} bytes long, which is too short")
-            [content] = self._read(path, [(whole - size, size)])
             chunks = index.chunks(self.layout, content, whole, self._place.root / path, self.where)
             self._indexes[batch] = np.stack(chunks)
         return self._indexes[batch]
@@ -93,11 +105,11 @@ class CodedReader(RangedReader):
         """
         row, position = self.places(token_ids)
         batch, n_chunks, n_bytes = row // self.layout.rows_per_chunk, 0, 0
-        batches = np.unique(batch).tolist()
+        batches = self.look_at(batch)
         for number in batches:
             chunks = np.unique(position[batch == number])
             n_chunks += len(chunks)
-            n_bytes += int(self._index(number)[1][chunks].clip(min=0).sum()) + self.layout.index_bytes
+            n_bytes += int(self._chunks(number)[1][chunks].clip(min=0).sum()) + self.layout.index_bytes
         n_runs, n_needed = n_chunks + len(batches), len(row) * self.layout.row_bytes
         return Cost(n_chunks, len(batches), n_runs, n_needed, n_bytes, bytes_in_memory=None)
 

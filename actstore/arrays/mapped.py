@@ -45,6 +45,7 @@ NEAR = 16 << 10  # bytes between two runs that the disk reads sooner than it tak
 NOWHERE = -(2**62)  # the offset of a chunk that is not mapped; it stays negative whatever is added
 REACH = 1 << 44  # bytes of addresses in a view: 16 TB, and the system maps files next to one another
 MOST_BYTES = 1 << 62  # that numpy lets an array have, by its shape
+COPIED_AT_ONCE = 8  # shards that are copied out of a bucket at the same time, and mapped
 SHARE = 2  # one in so many of the maps that the system allows is for shards
 _there: set[int] = set()  # addresses of this process's maps
 _every: dict[int, weakref.ref[Shards]] = {}  # those that are open, by id; a dict is changed in one step
@@ -291,7 +292,8 @@ class Shards:
         """Map shards, with threads if they are hashed; one map costs less than a thread."""
         paths = [self.paths[batch] for batch in batches]
         n_floats = len(paths) * math.prod(self.layout.shard_shape) if self.reads_whole else 0
-        if (threads_wanted := n_threads(n_floats)) == 1:
+        threads_wanted = COPIED_AT_ONCE if self._place.reads_ranges else n_threads(n_floats)
+        if threads_wanted == 1 or len(paths) < 2:
             return dict(zip(batches, map(self._map_one, paths), strict=True))
         with ThreadPoolExecutor(threads_wanted) as threads:
             return dict(zip(batches, threads.map(self._map_one, paths), strict=True))

@@ -36,6 +36,7 @@ class Reader(Protocol):
     layout: Layout
     first_token_id: int
     where: str
+    sites_at_once: int  # that are read beside each other: 1 where no answer takes long
 
     @property
     def of_what(self) -> str:
@@ -62,6 +63,9 @@ class Reader(Protocol):
 class Placed:
     """A site's array, and which of its batches are stored.
 
+    Attributes:
+        sites_at_once: see Reader.
+
     Args:
         layout: the array's layout on the disk.
         first_token_id: the first id of the array's span.
@@ -75,6 +79,7 @@ class Placed:
     ) -> None:
         self.layout, self.first_token_id, self.shards, self.where = layout, first_token_id, dict(shards), where
         self.is_token = is_token
+        self.sites_at_once = 1
 
     @property
     def of_what(self) -> str:

@@ -20,6 +20,7 @@ from actstore.storage.at import at, check_path
 from actstore.storage.backend import Storage
 from actstore.storage.machine import limit_reached, refuse_forked
 from actstore.storage.regular import check_regular
+from actstore.storage.several import several
 
 
 def in_parts(error: Exception) -> tuple[str, list[str]]:
@@ -273,8 +274,8 @@ def refuse_replayed(root: Path, catalog: Path) -> None:
 
 def discard_beside(place: Storage, path: str) -> None:
     """Remove what DuckDB may have left beside a database: logs, and its temporary folder."""
-    for ending in (*REPLAYED, ".tmp"):
-        place.delete(path + ending)
+    for _ in several(place.delete, [path + ending for ending in (*REPLAYED, ".tmp")], place.at_once):
+        pass
 
 
 def rows_of(parts: list[Path]) -> str:

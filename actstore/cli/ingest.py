@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -367,8 +368,9 @@ def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> No
         options["dtype"],
         options["codec"],
     )
-    _execute(job)
     assert job.patch is not None
+    with closing(job.patch):
+        _execute(job)
     look = advised("sql", store, f"from predictions where run = '{job.plan.run}'")
     note(f"{store}: run {job.plan.run} holds {len(job.patch.numbers):,} edited {job.unit}; look with {look}")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from actstore.errors import BadInput
+from actstore.storage.several import several
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,8 +65,12 @@ def read_activations(readers: Sequence[Reader], token_ids: np.ndarray, one_site:
     import numpy as np
 
     X = np.empty(shape, dtype)
-    for place, reader in enumerate(readers):
-        reader.gather(token_ids, out=X[:, place])
+
+    def gather(place: int) -> None:
+        readers[place].gather(token_ids, out=X[:, place])
+
+    for _ in several(gather, range(len(readers)), max((reader.sites_at_once for reader in readers), default=1)):
+        pass
     X = X[:, 0] if one_site else X
     return _as_torch(X) if out == "torch" else X
 

@@ -77,7 +77,7 @@ def explain(
     memory: str | int | None,
 ) -> Explanation:
     """See Store.explain."""
-    readers = [store.reader(run, site) for site in sites]
+    readers = store.readers(run, sites)
     token_ids, _ = read_ids(store, run, query, params, timeout, memory)
     tokens = np.unique(token_ids)
     of_sites = [reader.cost(tokens) for reader in readers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -316,6 +316,14 @@ class Opened:
         """A file or folder of the store as a path of this machine, until the store is closed."""
         [found] = self._opened.enter_context(at(self.path).local([path]))
         return found
+
+    def readers(self, run: str, sites: Sequence[str]) -> list[Reader]:
+        """The readers of several sites, see `reader`; what they need is read together."""
+        if self.folder.reads_ranges and len(new := [site for site in sites if (run, site) not in self._readers]) > 1:
+            query = "select path from sites where run = $run and short in (select unnest($sites::varchar[]))"
+            paths = self._texts(query, {"run": run, "sites": new})
+            self.folder.ahead([f"{path}/zarr.json" for (path,) in paths])
+        return [self.reader(run, site) for site in sites]
 
     def reader(self, run: str, site: str) -> Reader:
         """The reader of a site; the same object at each call.

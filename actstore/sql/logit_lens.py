@@ -12,6 +12,7 @@ import numpy as np
 from actstore.commits.format import unembedding_path, weights_path
 from actstore.errors import Damaged, NotStored, Unreachable
 from actstore.storage.at import at
+from actstore.storage.backend import ENDLESS
 from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def read_unembedding(store: Snapshot, weights_sha256: str) -> Unembedding:
             "unembedding; read the site itself with act()"
         )
     try:
-        content = place.read(name, place.size(name))
+        content = place.read(name, ENDLESS)
         about = _metadata(content) if is_small else {}
         held = load(content)
         digest = hashlib.sha256(

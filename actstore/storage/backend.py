@@ -18,7 +18,7 @@ from actstore.storage.content import Hash, Size
 
 Content = bytes | memoryview | Callable[[Path], object]  # a function writes to the path it is given
 ANY = "*"  # in place of a token: whatever stands there
-ENDLESS = 1 << 60  # bytes of free room where nothing ends
+ENDLESS = 1 << 60  # bytes of free room, or of a file, where nothing ends
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,18 @@ class Storage(Protocol):
         """xxh3-128, hexadecimal, of a file's content, for `swap`; None if there is no file."""
 
     def read(self, path: str, longest: int = ...) -> bytes:
-        """The content of a file; a file of more than `longest` bytes is Damaged."""
+        """The content of a file; a file of more than `longest` bytes is Damaged.
+
+        ENDLESS for `longest` takes a file of any size.
+        """
 
     def read_ranges(self, path: str, ranges: Iterable[tuple[int, int]]) -> Sequence[bytes]:
         """The bytes of each (start, length), in that order; a range ends with the file."""
+
+    def end(self, path: str, n_bytes: int) -> tuple[int, bytes]:
+        """The size of a file, in bytes, and its last bytes; all of a shorter file."""
+        size = self.size(path)
+        return size, bytes(self.read_ranges(path, [(max(size - n_bytes, 0), n_bytes)])[0])
 
     def size(self, path: str) -> int:
         """Size of a file, in bytes."""
@@ -161,7 +169,8 @@ class Storage(Protocol):
     def ahead(self, paths: Sequence[str]) -> Mapping[str, bytes]:
         """Contents of small files, where reading each takes long; default: none.
 
-        A file that cannot be read is left out.
+        A file that cannot be read is left out. A place that is held for reading may keep them
+        until each is read.
         """
         return {}
 
@@ -199,7 +208,7 @@ class Storage(Protocol):
         if (descriptor := self.open_for_map(path)) is not None:
             return descriptor
         with tempfile.TemporaryFile() as copy:
-            copy.write(self.read(path, self.size(path)))
+            copy.write(self.read(path, ENDLESS))
             copy.flush()
             return os.dup(copy.fileno())
 
@@ -296,5 +305,5 @@ def _copies(place: Storage, paths: Iterable[str]) -> Iterator[Sequence[Path]]:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place.root / path))
             for found in inside:
                 (copy := Path(folder, found)).parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(place.read(found, place.size(found)))
+                copy.write_bytes(place.read(found, ENDLESS))
         yield [Path(folder, path) for path in wanted]

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ METADATA = re.compile(
     r"169\.254\.169\.254|metadata\.google\.internal"
 )  # of a cloud's machines: asked for credentials last
 CONFLICT = "409"  # S3: another request for the key was under way, and this one is to be sent again
+NO_SUCH_RANGE = "416"
 TAKEN = ("BlobAlreadyExists",)  # codes by which Azure says with a 409 what S3 says with a 412
 WHY = {  # a server refuses, by its code: what to do
     "RequestTimeTooSkewed": "this machine's clock differs from the server's: set the clock",
@@ -134,6 +136,20 @@ class Bucket:
         found = self._ask(path, lambda: self._obstore.get_ranges(self._client, key, starts=starts, lengths=lengths))
         return [memoryview(part) for part in found]
 
+    def end(self, path: str, n_bytes: int) -> tuple[int, bytes]:
+        """The size of an object, and its last bytes, by one request; raises as `size`."""
+
+        def read() -> tuple[int, bytes]:
+            try:
+                found = self._obstore.get(self._client, self.prefix + path, options={"range": {"suffix": n_bytes}})
+            except self._obstore.exceptions.BaseError as error:
+                if _status(error) == NO_SUCH_RANGE:  # an empty object has no last byte
+                    return 0, b""
+                raise
+            return int(found.meta["size"]), bytes(found.bytes())
+
+        return self._ask(path, read)
+
     def size(self, path: str) -> int:
         """Size of an object, in bytes.
 
@@ -150,13 +166,18 @@ class Bucket:
     def _about(self, path: str) -> Any:
         return self._ask(path, lambda: self._obstore.head(self._client, self.prefix + path))
 
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Path inside the prefix → size of every object under a folder; "" for all."""
+    def sizes(self, folder: str, most_requests: int | None = None) -> dict[str, int]:
+        """Path inside the prefix → size of every object under a folder; "" for all.
+
+        Args:
+            folder: inside the prefix.
+            most_requests: after which the rest is left out; each lists 1,000. Default: none is.
+        """
         inside = (self.prefix + folder).rstrip("/")
 
         def listed() -> dict[str, int]:
             some = self._obstore.list(self._client, prefix=inside or None, chunk_size=1000)
-            every = ((meta["path"], int(meta["size"])) for part in some for meta in part)
+            every = ((meta["path"], int(meta["size"])) for part in islice(some, most_requests) for meta in part)
             return {key[len(self.prefix) :]: size for key, size in every if key.startswith(self.prefix)}
 
         return self._ask(folder, listed)

@@ -34,13 +34,14 @@ from actstore.storage.lease_object import OWN, LeaseObject, refuse_lost
 from actstore.storage.pieces import Pieces
 from actstore.storage.refused import needing_room
 from actstore.storage.regular import LONGEST
+from actstore.storage.several import several
 
 HEADS = f"{OWN}/heads"
 HEAD = re.compile(rb"actstore head 1\n([0-9a-f]{32}) (\d{1,19})\n([0-9a-f]{32})(?: (\d{1,19}))?\n *\n")
 HEAD_BYTES = 128  # of every head, so that an object of another size is none
 ONE_PUT = 5_000_000_000  # bytes that S3 and Azure take by one put; more go in parts, which no condition covers
 AT_ONCE = 32  # requests for small objects that are under way at the same time
-MOST_ASKED = 500  # objects whose sizes are asked one by one; with more, all are listed
+SUFFIXES = ("s3",)  # schemes whose servers give an object's last bytes and its size by one request
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,14 @@ class Objects(Storage):
             return self.read_ranges(path, asked)
         return [bytes(next(parts)) if start < size and length > 0 else b"" for start, length in asked]
 
+    def end(self, path: str, n_bytes: int) -> tuple[int, bytes]:
+        """See Storage.end."""
+        if self._bucket.scheme in SUFFIXES:
+            size, content = self._bucket.end(path, n_bytes)
+            if size != HEAD_BYTES:
+                return size, content
+        return super().end(path, n_bytes)  # what is asked of a head is of its file
+
     def size(self, path: str) -> int:
         """See Storage.size."""
         return self.looked_at(path)[0]
@@ -311,11 +320,11 @@ class Objects(Storage):
             return None
 
     def sizes(self, paths: Sequence[str]) -> Mapping[str, int]:
-        """See Storage.sizes."""
+        """See Storage.sizes; they are listed, as far as that takes no more turns than to ask."""
         there: dict[str, int] = {}
-        if len(paths) > MOST_ASKED:
-            there = self._bucket.sizes("")
-            paths = [path for path in paths if there.get(path) == HEAD_BYTES]  # its file may be longer
+        if (turns := -(-len(paths) // AT_ONCE)) > 1:
+            there = self._bucket.sizes("", turns)
+            paths = [path for path in paths if there.get(path, HEAD_BYTES) == HEAD_BYTES]  # its file may be longer
 
         def size(path: str) -> int | None:
             try:
@@ -359,7 +368,10 @@ class Objects(Storage):
     def delete(self, path: str) -> None:
         """See Storage.delete."""
         refuse_lost(self._bucket)
-        head = self._head(path)
+        try:
+            _, head = self.looked_at(path)
+        except FileNotFoundError:
+            return
         self._bucket.delete(path)
         if head:
             self._discard(path, head)
@@ -460,6 +472,11 @@ class Objects(Storage):
             return ""
         return f"{self.root} holds other objects and is no actstore store; name a new prefix"
 
+    def unnamed(self, folders: Iterable[str], named: Iterable[str]) -> Sequence[str]:
+        """See Storage.unnamed; the folders are listed beside each other."""
+        listed = several(self.list, [f"{folder}/" for folder in folders], self.at_once)
+        return sorted({path for found in listed for path in found}.difference(named))
+
     def tidy(self, names: Iterable[str], folders: Iterable[str]) -> None:
         """See Storage.tidy; what interrupted swaps and publishes put under heads."""
         refuse_lost(self._bucket)
@@ -490,6 +507,7 @@ class HeldObjects(Objects, Reading):
         super().__init__(root)
         self.committed = committed
         self._known: dict[str, tuple[int, Head | None]] = {}
+        self._ahead: dict[str, bytes] = {}  # of committed files, until they are read
 
     def looked_at(self, path: str) -> tuple[int, Head | None]:
         """Each file is asked about once; a head may change."""
@@ -499,6 +517,23 @@ class HeldObjects(Objects, Reading):
                 return found
             self._known[path] = found
         return self._known[path]
+
+    def end(self, path: str, n_bytes: int) -> tuple[int, bytes]:
+        """See Storage.end; the size is not asked for again."""
+        size, content = super().end(path, n_bytes)
+        if size != HEAD_BYTES:
+            self._known.setdefault(path, (size, None))
+        return size, content
+
+    def ahead(self, paths: Sequence[str]) -> Mapping[str, bytes]:
+        """See Storage.ahead; the next `read` of each file gives what was read here."""
+        self._ahead |= (found := super().ahead(paths))
+        return found
+
+    def read(self, path: str, longest: int = LONGEST) -> bytes:
+        """See Storage.read."""
+        content = self._ahead.pop(path, None)
+        return super().read(path, longest) if content is None else content
 
     def close(self) -> None:
         """See Reading.close."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -15,7 +16,9 @@ from actstore.commits.log import live
 from actstore.commits.manifest import Manifest
 from actstore.errors import ActstoreError, BadInput, Damaged, advised
 from actstore.storage.at import at
+from actstore.storage.backend import ENDLESS
 from actstore.storage.machine import limit_reached
+from actstore.storage.several import several
 
 GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
 NEVER_NULL = {  # columns by which rows are found and counted
@@ -36,11 +39,13 @@ def rows_committed(root: Path, committed: Sequence[Manifest], table: str) -> pl.
     Raises:
         Damaged: a part does not hold rows of the table, or a row lacks its key.
     """
-    parts = [part for manifest in live(committed) for part in manifest.parts if part.table == table]
+    parts = [part.path for manifest in live(committed) for part in manifest.parts if part.table == table]
     if not parts:
         return pl.DataFrame()
     try:
-        rows = as_stored(table, pl.concat([read_part(root, part.path) for part in parts], how="diagonal_relaxed"))
+        rows = as_stored(
+            table, pl.concat(several(partial(read_part, root), parts, at(root).at_once), how="diagonal_relaxed")
+        )
     except (BadInput, pl.exceptions.PolarsError) as error:
         raise Damaged(
             f"the parts of {table} in {root} hold no rows of it ({error}); see {advised('verify', root)}"
@@ -59,9 +64,8 @@ def read_part(root: Path, path: str) -> pl.DataFrame:
     Raises:
         Damaged: the file is not Parquet.
     """
-    place = at(root)
     try:
-        return pl.read_parquet(place.read(path, place.size(path)))
+        return pl.read_parquet(at(root).read(path, ENDLESS))
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         if isinstance(error, ActstoreError):
             raise

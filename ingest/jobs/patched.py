@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Base:
         self.root, self.run, self.device = root, run, device
         committed = manifests(root) if committed is None else committed
         rows = {name: rows_committed(root, committed, name).to_dicts() for name in ("runs", "models", "datasets")}
-        found = next((row for row in rows["runs"] if row["run"] == run), None)
+        self._runs: list[Row] = rows["runs"]
+        found = next((row for row in self._runs if row["run"] == run), None)
         if found is None:
             raise NotStored(f"{root} holds no run {run!r}, from which edits start; restore it from a copy")
         self.about: Row = found
@@ -129,7 +131,7 @@ class Base:
 
     def noted_of(self, run: str) -> Mapping[str, Any]:
         """What a run noted beside its versions."""
-        about = row_where(rows_committed(self.root, self._committed, "runs").to_dicts(), "run", run, "runs")
+        about = row_where(self._runs, "run", run, "runs")
         found: Mapping[str, Any] = json.loads(about["versions"])
         return found
 
@@ -193,30 +195,33 @@ def prepare_patch(
         name = run or f"{base}-{edits[0].how}-{specs[0].short}"
         is_taken = name in opened.runs()
         stored = opened.sql("select * from interventions where run = $run order by edit", {"run": name}).to_dicts()
-    noted = None
-    if stored:
-        _must_agree(origin, stored, edits, specs)
-        patch, noted = stored_patch(origin, name, stored), origin.noted_of(name)
-        answers = answers or ANSWERS[not patch.greedy]
-        batch_size = noted["batch_size"] if batch_size is None else batch_size
-        dtype, codec = dtype or noted.get("dtype"), codec or noted.get("codec")
-        must_agree(
-            f"run {name!r}", {"answers": ANSWERS[not patch.greedy]}, {"answers": answers}, "name a new run (--run)"
-        )
-        own = [row["short"] for row in origin.site_rows if row["run"] == name and row.get("lineage") is None]
-        wanted = _sites(origin, own if sites is None else sites)
-        _must_fit(origin, patch, wanted)
-    elif is_taken:
+    if not stored and is_taken:
         raise BadInput(f"run {name!r} is stored, and holds no edits; name the new run otherwise (--run)")
-    elif not edits:
+    if not stored and not edits:
         raise NotStored(f"{root} holds no run {name!r} with edits; give its edits (--patch), or name another (--run)")
-    else:
-        patch, wanted = _asked(origin, edits, specs), _sites(origin, sites or [])
-        patch.greedy = answers != "next"
-        patch.whole = not fits_window(origin, specs, wanted)
-    how = dtype or "float32", codec or "none"
-    job = job_of(origin, patch, name, [spec.short for spec in wanted], batch_size, wait, *how, noted)
-    check_plan(root, job.plan)
+    with ExitStack() as undone:
+        undone.callback(origin.close)
+        noted = None
+        if stored:
+            _must_agree(origin, stored, edits, specs)
+            patch, noted = stored_patch(origin, name, stored), origin.noted_of(name)
+            answers = answers or ANSWERS[not patch.greedy]
+            batch_size = noted["batch_size"] if batch_size is None else batch_size
+            dtype, codec = dtype or noted.get("dtype"), codec or noted.get("codec")
+            must_agree(
+                f"run {name!r}", {"answers": ANSWERS[not patch.greedy]}, {"answers": answers}, "name a new run (--run)"
+            )
+            own = [row["short"] for row in origin.site_rows if row["run"] == name and row.get("lineage") is None]
+            wanted = _sites(origin, own if sites is None else sites)
+            _must_fit(origin, patch, wanted)
+        else:
+            patch, wanted = _asked(origin, edits, specs), _sites(origin, sites or [])
+            patch.greedy = answers != "next"
+            patch.whole = not fits_window(origin, specs, wanted)
+        how = dtype or "float32", codec or "none"
+        job = job_of(origin, patch, name, [spec.short for spec in wanted], batch_size, wait, *how, noted)
+        check_plan(root, job.plan)
+        undone.pop_all()
     return job
 
 

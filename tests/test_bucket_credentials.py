@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import pickle
+import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
-from actstore.errors import ActstoreError, BadInput
+from actstore.errors import ActstoreError, BadInput, Unreachable
 from actstore.storage import bucket as requests
 from actstore.storage import credentials
 from actstore.storage.at import at
@@ -133,6 +134,46 @@ def test_what_a_profile_lacks_is_told(
     assert SECRET not in shown
     assert KEY not in shown
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """A server that takes connections and never answers, as an address that leads nowhere."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield server
+
+
+def test_without_credentials_a_machines_own_are_asked_for_once_and_not_waited_for(
+    profiles: Profiles, kept: Path, silent: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, obstore and its caller asked again and again: three minutes where no answer comes."""
+    profiles()
+    monkeypatch.setattr(credentials, "METADATA_SECONDS", 0.1)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    result = CliRunner().invoke(main, ["info", str(kept)])
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert "there are no credentials for s3://tests: look at the credentials" in result.output
+    silent.accept()[0].close()
+    with pytest.raises(BlockingIOError):
+        silent.accept()
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(Unreachable, match="there are no credentials"):
+        at(kept).has("store.json")
+    with pytest.raises(BlockingIOError):
+        silent.accept()
+
+
+def test_a_web_identity_that_cannot_be_used_is_told(
+    profiles: Profiles, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiles()
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    with pytest.raises(BadInput, match="token, which cannot be read; name the file of the token"):
+        at(kept).has("store.json")
+    (tmp_path / "token").write_text("x")
+    with pytest.raises(BadInput, match="without AWS_ROLE_ARN; set the role"):
+        at(kept).has("store.json")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ STATUS = re.compile(r"status code: (\d{3})")
 CODE = re.compile(r"<Code>(\w{1,60})</Code>")  # a word of S3's own, such as NoSuchBucket
 LOST = re.compile(r"timed? ?out|connect|connection|reset|closed|incomplete|error sending request|dns", re.IGNORECASE)
 METADATA = re.compile(
-    r"169\.254\.169\.254|metadata\.google\.internal"
+    r"169\.254\.169\.254|metadata\.google\.internal|/latest/(api/token|meta-data)"
 )  # of a cloud's machines: asked for credentials last
 CONFLICT = "409"  # S3: another request for the key was under way, and this one is to be sent again
 NO_SUCH_RANGE = "416"
@@ -260,7 +260,7 @@ class Bucket:
                 if _is_conflict(error) and conflicts:
                     conflicts -= 1
                     time.sleep(PAUSE * 2 ** (CONFLICTS - conflicts))
-                elif _is_lost(error) and losses:
+                elif _is_lost(error) and losses and not METADATA.search(str(error)):
                     losses -= 1
                 elif (told := self._told(path, error)) is error:
                     raise
@@ -322,7 +322,10 @@ class Bucket:
             what = "did not answer in time"
         else:
             what = "dropped the connection" if _is_lost(error) else f"could not be asked ({type(error).__name__})"
-        return Unreachable(f"{self.root / path}: {self._where()} {what}; nothing that was committed is lost: try again")
+        where = (
+            "the service that gives tokens for a web identity (STS)" if "POST REDACTED" in str(error) else self._where()
+        )
+        return Unreachable(f"{self.root / path}: {where} {what}; nothing that was committed is lost: try again")
 
     def _where(self) -> str:
         """The server, without what its address may say of a user."""
@@ -383,6 +386,11 @@ def _client_of(scheme: str, bucket: str, fingerprint: str, stall: float, process
     from obstore import store
 
     credentials.check(scheme)
+    if not credentials.there_are(scheme):
+        raise Unreachable(
+            f"there are no credentials for {scheme}://{bucket}: look at the credentials in the environment "
+            f"({credentials.TO_SET[scheme]})"
+        )
     make, settings = getattr(store, CLASSES[scheme]), credentials.of_profile() if scheme == "s3" else None
     options: dict[str, Any] = {
         "timeout": timedelta(days=1),  # of a whole answer, however long; `read_timeout` ends one that stalls

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import configparser
 import hashlib
+import http.client
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from actstore.errors import BadInput, nearest
 
@@ -33,7 +35,11 @@ KEYS = {  # of a profile, and obstore's names for them
 FOREIGN = re.compile(
     r"sso_|credential_process|role_arn|source_profile|credential_source|login_session"
 )  # keys that AWS's own tools fetch
-OWN = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_WEB_IDENTITY_TOKEN_FILE")  # they come before a profile
+WEB_IDENTITY = "AWS_WEB_IDENTITY_TOKEN_FILE"
+OWN = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", WEB_IDENTITY)  # they come before a profile
+CONTAINER = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+METADATA = "http://169.254.169.254"  # of a machine of Amazon's, whose keys obstore asks for if there are no others
+METADATA_SECONDS = 2.0  # a machine of Amazon's is answered in milliseconds; elsewhere obstore would wait for minutes
 
 
 class Settings(dict[str, str]):
@@ -75,6 +81,44 @@ def check(scheme: str) -> None:
     if not SERVER.fullmatch(endpoint(scheme) or "https://cloud"):  # in no variable, which a traceback may show
         named = next((name for name in ENDPOINTS[scheme] if os.environ.get(name)), "endpoint_url")
         raise BadInput(f"the setting {named} is no address of a server; write it as https://HOST or http://HOST:PORT")
+
+
+def there_are(scheme: str) -> bool:
+    """Whether anything gives credentials; where nothing else does, a machine of Amazon's may.
+
+    Raises:
+        BadInput: the token of a web identity cannot be read, or comes without a role; see
+            of_profile.
+    """
+    if scheme != "s3" or os.environ.get("AWS_SKIP_SIGNATURE", "").lower() == "true":
+        return True
+    if (token := os.environ.get(WEB_IDENTITY)) and not os.environ.get("AWS_ACCESS_KEY_ID"):
+        if not os.access(token, os.R_OK):
+            raise BadInput(
+                f"the setting {WEB_IDENTITY} names {token}, which cannot be read; name the file of the token"
+            )
+        if not os.environ.get("AWS_ROLE_ARN"):
+            raise BadInput(f"got {WEB_IDENTITY} without AWS_ROLE_ARN; set the role that the token is for, too")
+    if any(os.environ.get(name) for name in (*OWN, *CONTAINER)) or "access_key_id" in of_profile():
+        return True
+    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+        return False
+    return _answers(os.environ.get("AWS_METADATA_ENDPOINT") or METADATA)
+
+
+def _answers(address: str) -> bool:
+    """Whether a server of metadata answers, whatever it says."""
+    try:
+        where = urlsplit(address)
+        asked = http.client.HTTPConnection(where.hostname or "", where.port or 80, timeout=METADATA_SECONDS)
+        try:
+            asked.request("PUT", "/latest/api/token", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+            asked.getresponse()
+        finally:
+            asked.close()
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    return True
 
 
 def of_profile() -> Settings:

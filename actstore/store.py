@@ -326,7 +326,11 @@ class Store:
         return Rows(found.columns, found.types, found.kinds, [*found, *views])
 
     def info(self) -> pl.DataFrame:
-        """One row per run: model, trees, sites, size, and the share of right greedy answers."""
+        """One row per run: model, trees, sites, size, and the share of right greedy answers.
+
+        `stored_as` names the dtype and codec of the run's sites, such as `float16` or `int8, zstd`;
+        NULL for float32 without a codec.
+        """
         return self.info_rows().frame()
 
     def info_rows(self) -> Rows:

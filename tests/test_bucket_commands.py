@@ -146,6 +146,7 @@ def test_opening_asks_for_each_manifest_and_lists_the_rest(kept: Path, asked: Co
 def test_a_query_asks_for_nothing_and_a_read_for_two_ranges_of_a_shard(kept: Path, asked: Counter[str]) -> None:
     last = "select token_id from edge_targets where is_last"
     with Store(kept) as store:
+        assert store.info()["stored_as"].to_list() == [None]
         assert counted(asked, lambda: store.sql("select count(*) from tokens")) == {}
         one = {"get": 1, "get_ranges": 2 * N_SHARDS}
         assert counted(asked, lambda: store.read(last, site="resid_post.0")) == one, "metadata, then index and rows"
@@ -162,8 +163,9 @@ def test_a_query_asks_for_nothing_and_a_read_for_two_ranges_of_a_shard(kept: Pat
 
 def test_a_compressed_site_is_read_by_as_few_requests(asked: Counter[str]) -> None:
     trees = TreeSet("deep", 8, n_nodes=6, name="d", trees_per_shard=4)
-    execute(Ingest(root := address("coded"), tiny(), trees, "coded", ["embed"], codec="zstd"))
+    execute(Ingest(root := address("coded"), tiny(), trees, "coded", ["embed"], dtype="float16", codec="zstd"))
     with Store(root) as store:
+        assert store.info()["stored_as"].to_list() == ["float16, zstd"]
         read = counted(asked, lambda: store.read("from tokens where position = 3", site="embed"))
     assert read == {"get": 1, "get_ranges": 4}
 

@@ -144,7 +144,7 @@ def test_stopped_it_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
     def job(root: Path) -> Ingest:
         return Ingest(root, small_model(), trees(), "r", ["resid_post"], 3, dtype="int8", codec="blosc")
 
-    def stop(done: int) -> None:
+    def stop(done: int, total: int) -> None:
         if done > 4:
             raise KeyboardInterrupt
 

@@ -336,7 +336,7 @@ def test_stopped_between_batches_the_same_command_ends_with_the_same_bytes(tmp_p
     def job(root: Path) -> Ingest:
         return Ingest(root, small_model(), trees(), "r", ["resid_post"], 3, dtype="int8")
 
-    def stop(done: int) -> None:
+    def stop(done: int, total: int) -> None:
         if done > 4:
             raise KeyboardInterrupt
 

@@ -229,7 +229,7 @@ def test_other_weights_sequences_or_passes_are_refused_and_nothing_is_touched(
 def test_a_run_that_is_not_finished_is_finished_first(makes: dict[str, Make], tmp_path: Path) -> None:
     root, make = tmp_path / "s.act", makes["trees"]
 
-    def stop(done: int) -> None:
+    def stop(done: int, total: int) -> None:
         if done > 4:
             raise KeyboardInterrupt
 
@@ -282,7 +282,7 @@ def test_a_site_that_is_half_added_is_said_and_the_rest_compared(
     root, make = copied(task, "own"), makes[task]
     batches = []
 
-    def stop(done: int) -> None:
+    def stop(done: int, total: int) -> None:
         batches.append(done)
         if len(batches) > 3:
             raise KeyboardInterrupt

@@ -244,7 +244,7 @@ def test_stopped_between_batches_it_goes_on_with_the_edits_that_are_stored(made:
         "select token_id from tokens where role = 'root' and tree_id < (select count(*) from store.main.datasets) + 4"
     )
 
-    def stop(done: int) -> None:
+    def stop(done: int, total: int) -> None:
         if done > 4:
             raise KeyboardInterrupt
 

@@ -37,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     execute(Ingest(root, tiny(), trees[1], "other", ["embed"]))
     execute(Ingest(root, tiny(), trees[0], "dreams", prompt="tree"))
 
-    def stop(done: int) -> None:
+    def stop(done: int, total: int) -> None:
         if done > 3:
             raise KeyboardInterrupt
 

@@ -268,7 +268,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(folder, model, tmp_pa
 
 
 def test_a_ctrl_c_keeps_the_batches_that_are_done(folder, model, tmp_path):
-    def stop(done: int) -> None:
+    def stop(done: int, total: int) -> None:
         if done > 30:
             raise KeyboardInterrupt
 

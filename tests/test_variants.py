@@ -93,7 +93,7 @@ def test_an_interrupted_variant_goes_on_to_the_same_bytes(stored, tmp_path):
     execute(Ingest(root, model, base, sites=["embed"]))
     varied = replace(base, name="base-swap_last", variant_of="base", change="swap_last")
 
-    def stop(done):
+    def stop(done, total):
         if done > 16:
             raise KeyboardInterrupt
 

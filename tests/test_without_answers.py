@@ -124,7 +124,7 @@ def test_sites_are_added_to_a_finished_run_by_passes_that_end_after_them(tmp_pat
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(stored: Path, tmp_path: Path) -> None:
-    def stop(done: int) -> None:
+    def stop(done: int, total: int) -> None:
         if done > 16:
             raise KeyboardInterrupt
 

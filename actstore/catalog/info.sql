@@ -31,6 +31,10 @@ select
     datasets.n_sequences::integer as planned,
     coalesce(counted.n_tokens, 0) as dataset_tokens,
     sites,
+    nullif(concat_ws(', ',  -- dtype and codec of the run's own sites; null for float32 without a codec
+        nullif(regexp_extract(versions, '"dtype": "([a-z0-9]+)"', 1), ''),
+        nullif(regexp_extract(versions, '"codec": "([a-z0-9]+)"', 1), '')
+    ), '') as stored_as,
     round(coalesce(bytes, 0) / 1e9, 3) as gigabytes,
     round(100 * graded.right, 2) as greedy_right_percent
 from runs

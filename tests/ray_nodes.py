@@ -15,10 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 N_TREES, PER_SHARD = 240, 4
 SITES = "embed,resid_post.5"
+DERIVED = {"catalog.duckdb", "catalog.json", "store.json"}
 HEAD, SECOND, PORT = "127.0.0.1", "127.0.0.2", 6399  # not one of 10002 to 19999, which workers take
 ENV = {
     "RAY_AUTH_MODE": "token",
@@ -36,15 +38,21 @@ def main(folder: Path) -> None:
     os.environ.update(ENV)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     where = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the paths of Ray's sockets have 107 bytes at most
+    from tests.bucket_server import server
+
+    servers = ExitStack()
     try:
+        os.environ.update(servers.enter_context(server(folder / "s3")))  # of every node
         began = time.monotonic()
         start(
             "--head", f"--node-ip-address={HEAD}", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={where}"
         )
         start(f"--address={HEAD}:{PORT}", f"--node-ip-address={SECOND}")
         said(f"two nodes after {time.monotonic() - began:.1f} s")
+        in_a_bucket(folder)
         tested(folder)
     finally:
+        servers.close()
         shutil.rmtree(where, ignore_errors=True)
 
 
@@ -85,6 +93,37 @@ def until(what: Callable[[], bool], seconds: float = 100) -> None:
     while not what():
         assert time.monotonic() < ends, "it never came to that"
         time.sleep(0.005)
+
+
+def in_a_bucket(folder: Path) -> None:
+    """A run into a bucket, of which a worker is killed; its objects are the files of the local run."""
+    from actstore import cluster
+    from actstore.ingest.jobs.on_ray import execute_on_ray
+    from actstore.ingest.jobs.prepare import prepare
+    from actstore.storage.at import at
+    from actstore.storage.backend import ENDLESS
+    from tests.bucket_server import BUCKET
+    from tests.test_pipeline import contents
+    from tests.test_ray import defined
+
+    root = defined(Path(f"s3://{BUCKET}/ray.act")).store
+    options = {"model": "reproduction", "dataset": "d", "run": "r", "sites": SITES}
+    calls = 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            kill(processes("ray::_Worker")[:1])
+            said(f"a worker into the bucket killed after {done} trees")
+
+    began = time.monotonic()
+    with cluster.connected(f"{HEAD}:{PORT}"):
+        execute_on_ray(prepare(root, **options), options, f"{HEAD}:{PORT}", None, advance)
+    there = {path: at(root).read(path, ENDLESS) for path in at(root).list("")}
+    local = contents(folder / "local.act")
+    equal = {path: there.get(path) for path in local} == local and there.keys() - local.keys() <= DERIVED
+    said(f"the bucket is {'equal' if equal else 'otherwise'}, {time.monotonic() - began:.1f} s")
 
 
 def tested(folder: Path) -> None:

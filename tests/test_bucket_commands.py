@@ -43,6 +43,7 @@ def commands(store: Path, folder: Path) -> Iterator[tuple[object, ...]]:
     """Commands in an order in which each finds what it needs."""
     base, last = ("--run", "base"), "select token_id from edge_targets where is_last"
     yield "info", store
+    yield "doctor", store
     yield "sql", store, "select role, count(*) from tokens group by all"
     yield "sql", store, "select act(token_id, run, 'embed') as x from predictions order by x[1] limit 2", *base
     yield "sql", store, "select count(*) from tokens", "--timeout", 60

@@ -71,6 +71,8 @@ def test_driver_worker_and_node_are_killed_and_the_store_ends_as_a_local_ingest_
     assert "a second driver waits for the first" in done.stdout
     assert "refused: run 'r' is stored with weights_sha256" in done.stdout
     assert "probes are equal" in done.stdout
+    assert "a worker into the bucket killed" in done.stdout
+    assert "the bucket is equal" in done.stdout
     assert contents(tmp_path / "ray.act") == contents(tmp_path / "local.act")
 
 

@@ -254,7 +254,7 @@ class Bucket:
             told = None
             try:
                 return request()
-            except (TooLong, BadInput):
+            except (TooLong, BadInput, Unreachable):
                 raise
             except Exception as error:
                 if _is_conflict(error) and conflicts:

@@ -20,7 +20,7 @@ from actstore.queries.probes import newton
 
 C, TOL = newton.C, newton.TOL
 MAX_ITER = 300  # a fit takes about 5 iterations
-AT_ONCE = 1 << 17  # numbers whitened at once: they stay in the processor's cache
+AT_ONCE = 1 << 17  # numbers whitened or copied at once: they stay in the processor's cache
 SMALLEST_VARIANCE = 1e-7  # share of the largest; less is float32's rounding, which whitening would amplify
 ROUNDING = 1e-6  # share of the largest number; float32's error in a mean of equal rows
 
@@ -109,10 +109,15 @@ def fit_with_ones(X: np.ndarray, y: np.ndarray, X_test: np.ndarray, y_test: np.n
     return Fit(right, n_iter, converged, w[:, :-1], w[:, -1])
 
 
-def with_ones(X: np.ndarray) -> np.ndarray:
-    """float32 [n, d + 1]: the rows of X, float [n, d], with a last column of ones."""
-    made = np.ones((len(X), X.shape[1] + 1), np.float32)
-    made[:, :-1] = X
+def with_ones(X: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """float32 [n, d + 1]: rows of X, float [.., d], with a last column of ones.
+
+    `rows` is a mask; default: all rows.
+    """
+    at = np.arange(len(X)) if rows is None else np.flatnonzero(rows)
+    made, step = np.ones((len(at), X.shape[1] + 1), np.float32), max(1, AT_ONCE // X.shape[1])
+    for start in range(0, len(at), step):
+        made[start : start + step, :-1] = X[at[start : start + step]]
     return made
 
 
@@ -137,7 +142,7 @@ def start_all(
 ) -> list[Future[Fit]]:
     """As `fit_all`, without waiting; rows are copied before, so the caller need not keep any."""
     shared = {id(X): X for X, _ in jobs}
-    sides = {at: [with_ones(X[side]) for side in (train, ~train)] for at, X in shared.items()}
+    sides = {at: [with_ones(X, side) for side in (train, ~train)] for at, X in shared.items()}
 
     def start(X: np.ndarray, y: np.ndarray) -> Future[Fit]:
         of_training, of_test = sides[id(X)]

@@ -14,6 +14,9 @@ A fit starts at weights of 0 and the intercepts of the classes' shares. The seco
 whitened rows is known there. Its steps end a fit without a signal, and are taken as long as they
 are small and f falls as they promise.
 
+A fit with a signal begins with one row in four, until what is left is about what these rows
+cannot tell: their objective is cheap, and they stay in the cache.
+
 A fit that goes on asks all rows once per iteration, for f and df at w. Between two such passes it
 minimises a model, f of a sample of rows with the gradient of all rows at w:
 
@@ -42,12 +45,15 @@ C = 1.0  # weight of the data against the L2 penalty, scikit-learn's default
 TOL = 1e-4  # largest gradient of a converged fit, scikit-learn's default
 GAP = 1e-5  # share of the objective that a converged fit leaves by its own estimate
 AT_ONCE = 1 << 17  # numbers computed at once: they stay in the processor's cache
+LEAST_COLUMNS = 32  # for which blocks of rows are made: more rows would not stay in the cache either
 LARGEST = 40  # of a logit whose exponential float32 can divide by another's
 ENOUGH, SHORTEST = 1e-4, 1e-6  # of a step: share of the promised fall that suffices; share of the step itself
 NEAR = 0.1  # share of f that a step takes, and of the step that f misses, while the start's curvature holds
-SAMPLED, FEWEST = 8, 2048  # one row in so many is sampled, but no fewer rows than this
+PART, PAYS = 4, 1.0  # one row in so many is in the part; promised share of f from which on the part pays
+SAMPLED, SAMPLED_OF_PART = 8, 4  # one row in so many is sampled, of all and of the part
+FEWEST = 2048  # rows of a sample or a part
 FLOOR = 0.1  # share of the mean curvature with which a row is drawn at least
-MODEL_STEPS, MODEL_FALL = 3, 0.04  # Newton steps in one model; share of the squared gradient that is small enough
+MODEL_STEPS, MODEL_FALL = 2, 0.04  # Newton steps in one model; share of the squared gradient that is small enough
 SOLVED, SOLVED_AT_LAST = 0.3, 0.5  # share of a gradient that conjugate gradients leave; where only the gap is asked for
 MOST_PRODUCTS = 100  # of one solution by conjugate gradients
 MANY_PRODUCTS = 8  # after which blocks pay
@@ -81,10 +87,12 @@ class Objective:
         the trace of its second derivative by its logits. Products are float32, sums over blocks of
         rows float64.
         """
-        n, step = len(self.X), max(1, AT_ONCE // self.n_classes)
+        n, step = len(self.X), max(1, AT_ONCE // max(self.n_classes, LEAST_COLUMNS))
         loss, gradient, curvature = 0.0, np.zeros_like(w), np.empty(n, np.float32)
+        near = np.empty((min(n, step), self.X.shape[1]), np.float32)
         for start in range(0, n, step):
             X, own = self.X[start : start + step], _places(self.y[start : start + step], self.n_classes)
+            X = _copied(X, near)  # which loads rows into the cache faster than a product does
             p, losses = _probabilities(w, X, own)
             loss += float(losses.sum(dtype=np.float64))
             curvature[start : start + step] = 1 - (p * p) @ np.ones(self.n_classes, np.float32)
@@ -92,6 +100,13 @@ class Objective:
             gradient += p.T @ X
         value, slope = _penalty(self.penalty, w)
         return loss / n + value, gradient / n + slope, curvature.clip(min=0)
+
+
+def _copied(X: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """The first rows of `to`, after X was copied there."""
+    there = to[: len(X)]
+    there[:] = X
+    return there
 
 
 def _places(y: np.ndarray, n_classes: int) -> np.ndarray:
@@ -143,10 +158,9 @@ class Sample:
     shift: np.ndarray
 
     @classmethod
-    def of(cls, objective: Objective, curvature: np.ndarray, rng: np.random.Generator) -> Sample:
-        """Draw rows, one from each of as many strata of equal curvature; the shift is 0."""
+    def of(cls, objective: Objective, curvature: np.ndarray, m: int, rng: np.random.Generator) -> Sample:
+        """Draw m rows, one from each of m strata of equal curvature; the shift is 0."""
         n, n_classes, shift = len(objective.X), objective.n_classes, np.zeros((objective.n_classes, 1))
-        m = max(FEWEST, n // SAMPLED)
         if m >= n:
             weight = np.full(n, 1 / n, np.float32)
             return cls(objective.X, _places(objective.y, n_classes), weight, objective.penalty, shift)
@@ -213,13 +227,15 @@ class Models:
     """The models of one fit, and what is kept from one to the next.
 
     Attributes:
-        objective: of all rows.
+        objective: of all rows, or of the part.
+        sampled: one row in so many is sampled.
         blocks: float32 [K, d + 1, d + 1], the last inverse blocks; None before there are any.
         n_products: of the last solution by conjugate gradients.
         rng: of samples; every fit draws from one seed.
     """
 
     objective: Objective
+    sampled: int = SAMPLED
     blocks: np.ndarray | None = None
     n_products: int = 0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
@@ -232,7 +248,8 @@ class Models:
         The gap is estimated as half the product of the gradient and the model's first Newton step.
         There is no other step if w has converged. For the arguments see Objective.
         """
-        sample = Sample.of(self.objective, curvature, self.rng)
+        m = max(FEWEST, len(self.objective.X) // self.sampled)
+        sample = Sample.of(self.objective, curvature, m, self.rng)
         model, of_sample, p = sample.at(w)
         sample = replace(sample, shift=gradient - of_sample)
         model += float((sample.shift * w).sum())
@@ -253,6 +270,34 @@ class Models:
                 scale /= 2
             u, (model, slope, p) = u + scale * step, found
         return u - w, gap
+
+    @property
+    def error_of_part(self) -> float:
+        """About what the minimum of the part of the rows misses of all rows' minimum."""
+        n, width = self.objective.X.shape
+        return PART * width * (self.objective.n_classes - 1) / (2 * n)
+
+    def over_part(self, w: np.ndarray, step: np.ndarray, max_iter: int) -> np.ndarray:
+        """About the minimum of the part of the rows, from w, where all rows promise a step.
+
+        The part has one of each PART rows in turn. Its blocks are kept.
+        """
+        whole, n_part = self.objective, len(self.objective.X) // PART
+        rows = PART * np.arange(n_part) + self.rng.integers(PART, size=n_part)
+        part, enough = Objective(whole.X[rows], whole.y[rows], whole.n_classes), self.error_of_part
+        self.objective, self.sampled = part, SAMPLED_OF_PART
+        value, gradient, curvature = part(w)
+        for _ in range(max_iter):
+            found = _search(part, w, step - step.mean(axis=0), value, float((gradient * step).sum()))
+            if found is None:
+                break
+            w, value, gradient, curvature = found
+            step, gap = self.step(w, value, gradient, curvature)
+            if gap <= min(enough, NEAR * value):
+                w = w + step
+                break
+        self.objective, self.sampled = whole, SAMPLED
+        return w
 
     def _solve(self, second: Curvature, gradient: np.ndarray, small: float) -> np.ndarray:
         """The Newton step, by conjugate gradients; `small` is the gap of a converged fit."""
@@ -293,8 +338,8 @@ def converged(gap: float, value: float, gradient: np.ndarray) -> bool:
 def minimise(objective: Objective, max_iter: int) -> tuple[np.ndarray, int, bool]:
     """Weights with intercepts, float64 [K, d + 1]; number of iterations; whether the fit converged.
 
-    A fit also ends where float32 allows no further step; its gradient then tells whether it
-    converged.
+    Iterations over the part of the rows are not counted. A fit also ends where float32 allows no
+    further step; its gradient then tells whether it converged.
     """
     n, width = objective.X.shape
     share = np.bincount(objective.y) / n
@@ -305,6 +350,8 @@ def minimise(objective: Objective, max_iter: int) -> tuple[np.ndarray, int, bool
     inverse = 1 / (share + width / n)[:, None]  # of the start's second derivative; small classes are not fitted at once
     step = -inverse * gradient
     gap = -float((gradient * step).sum()) / 2
+    if gap > PAYS * value and n >= PART * FEWEST:
+        as_at_start, step = False, models.over_part(w, step, max_iter) - w
     for n_iter in range(max_iter + 1):
         if converged(gap, value, gradient):
             return w, n_iter, True

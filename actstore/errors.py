@@ -29,11 +29,15 @@ from pathlib import PurePath
 def advised(*words: object) -> str:
     """Quote a command of actstore for a message, so that it can be typed as it stands.
 
-    Words with blanks are quoted. A path that begins with a dash gets a `./`, or it would be an
-    option.
+    Words with blanks are quoted, by marks that need no escape where there are such. A path that
+    begins with a dash gets a `./`, or it would be an option.
     """
     typed = [f"./{word}" if isinstance(word, PurePath) and str(word).startswith("-") else str(word) for word in words]
-    return f"`actstore {shlex.join(typed)}`"
+    return f"`actstore {' '.join(map(_quoted, typed))}`"
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

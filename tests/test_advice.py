@@ -37,10 +37,17 @@ def advised_commands(message: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "words", [["repair", "s.act"], ["ingest", "my store/s.act", "--run", "a b"], ["sql", "s", "it's $x"]]
+    "words",
+    [
+        ["repair", "s.act"],
+        ["ingest", "my store/s.act", "--run", "a b"],
+        ["sql", "s", "it's $x"],
+        ["sql", "s", "run = 'r'"],
+    ],
 )
 def test_a_command_is_quoted_as_a_shell_needs_it(words):
     assert advised_commands(f"wrong; {advised(*words)} mends it") == [words]
+    assert "'\"'\"'" not in advised("sql", "s", "run = 'r'"), "what a person can read"
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,16 @@
 """Evaluation: planted answers counted exactly, intervals against scipy, and trees that training saw left out."""
 
 import json
+import sys
 
+import click
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from scipy.stats import binomtest
 
+from actstore.cli.tables import print_table
 from actstore.errors import BadInput
 from actstore.ingest.models import load
 from actstore.ingest.models.config import ModelConfig
@@ -141,6 +144,19 @@ def test_the_intervals_are_the_exact_ones_over_trees(monkeypatch):
     of_tree = (trees.depth - wrong) / trees.depth
     assert (row["token_low"], row["token_high"]) == over_trees(of_tree, np.arange(100), weights)
     assert row["token_low"] < row["token"] < row["token_high"]
+
+
+def test_a_terminal_of_80_columns_has_a_line_for_each_row_and_the_answers_first(monkeypatch, capsys):
+    found = evaluate(untrained("reproduction"), "reproduction", n_trees=20, seed=SEED)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_table(found.shown(), fold=True)
+    lines = [line.rstrip() for line in click.unstyle(capsys.readouterr().out).splitlines()]
+    assert max(map(len, lines)) <= 80
+    rows = [line for line in lines if line.startswith("reproduction")]
+    assert len(rows) == len(found.frame)
+    row = found.frame.row(0, named=True)
+    assert f"[{100 * row['greedy_low']:.2f}, {100 * row['greedy_high']:.2f}]" in rows[0]
 
 
 def test_what_cannot_be_evaluated_is_refused():

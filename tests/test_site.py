@@ -121,6 +121,17 @@ def test_the_readme_shows_what_a_terminal_of_80_columns_shows(trees, monkeypatch
     assert shown[-1] == "…"
 
 
+def test_the_tutorial_shows_the_tree_that_a_terminal_of_80_columns_shows(trees, monkeypatch, capsys):
+    """The first trees are the same, however many are drawn."""
+    shown = next(code for kind, code in blocks(DOCS / "tutorials/trees.md") if kind == "text")
+    monkeypatch.chdir(trees[0])
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main(["show", "demo.act", "1"], standalone_mode=False)
+    printed = click.unstyle(capsys.readouterr().out).partition("path    ")
+    assert printed[0] == shown.replace("seed0-2000", "seed0-40").partition("path    ")[0]
+
+
 @pytest.mark.parametrize("name", ["share", "cite", "read", "ask", "script", "dtypes", "command-line"])
 def test_a_how_to_page_runs_after_the_tutorial(trees, name, monkeypatch):
     monkeypatch.chdir(trees[0])

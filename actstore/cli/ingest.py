@@ -214,8 +214,7 @@ def ingest(
         actstore ingest demo.act --from-arrays sae.npz --run reproduction --site sae.3 --lineage "SAE of resid_post.3"
         actstore ingest text.act --model path/to/model-folder --text notes.txt --context 512 --sites resid_post
         actstore ingest text.act --model path/to/other-folder --dataset notes --run other
-        actstore ingest demo.act --base reproduction --patch "select token_id from edge_targets where is_last" \
-            --at resid_post.2 --how mean
+        actstore ingest demo.act --base reproduction --patch "from edge_targets where is_last" --at resid_post.2 --how mean
         actstore ingest demo.act --model reproduction --trees 100000 --engine ray --address auto
         sbatch --array=1-8 --wrap 'actstore ingest demo.act --model reproduction --slice $SLURM_ARRAY_TASK_ID/8'
     """

@@ -49,7 +49,7 @@ def train(name: str, out: Path, **options: Any) -> None:
 
     click.get_current_context().meta[KEPT] = lambda: kept(out)
     weights, graded = verbs.train(name, out, **options, progress=progress)
-    Output().write(graded.frame)
+    Output().write(graded.shown(), fold=True)
     note(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
 
 
@@ -82,5 +82,5 @@ def evaluate(model: str, output: Output, **options: Any) -> None:
     from actstore.cli.progress import progress
 
     answer = verbs.evaluate(model, **options, progress=progress)
-    output.write(answer.frame, answer.to_dict())
+    output.write(answer.shown() if output.is_table else answer.frame, answer.to_dict(), fold=True)
     note(answer.sentence(), err=True)

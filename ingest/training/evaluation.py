@@ -69,6 +69,21 @@ class Evaluation:
         about = vars(self) | {"distributions": list(self.distributions)}
         return about | {"table": about.pop("frame").to_dicts()}
 
+    def shown(self) -> pl.DataFrame:
+        """The frame for a reader: shares in percent, the answers first, and intervals as text."""
+        columns: list[pl.Expr | pl.Series] = [
+            pl.col("distribution"),
+            pl.col("edges"),
+            pl.col("depth"),
+            pl.col("n_trees").alias("trees"),
+        ]
+        words = {name: name.replace("_", " ") for name in reversed(MEASURES)}
+        columns += [(100 * pl.col(name)).round(2).alias(f"{said} %") for name, said in words.items()]
+        for name, said in words.items():
+            ends = self.frame.select(f"{name}_low", f"{name}_high").rows()
+            columns.append(pl.Series(f"{said} 95 %", [f"[{100 * low:.2f}, {100 * high:.2f}]" for low, high in ends]))
+        return self.frame.select(columns)
+
     def sentence(self) -> str:
         """One line: model, trees, and trees left out."""
         left_out = "what its training saw is not known"

@@ -29,10 +29,10 @@ def _(mo):
     - **Goals.** Neither model makes up a goal. Without one, `baseline` stops at once, and `reproduction`
       walks down the tree as if a goal stood there.
     - **Edges.** Both models gather the source of an edge at its target token in the first layer: there a
-      linear probe reads every source. At the separator after the edge it reads 19.04 % there, less than
-      the tree alone tells, and at most 40.64 % after later layers.
-    - **The last edge.** A path through it is not harder. A small drop of `reproduction` on 20,000 trees
-      is not confirmed on 20,000 others. Attention to the last edge does not stand out either.
+      linear probe reads every source. At the separator after the edge, a probe of `reproduction` reads
+      19.04 % there, less than the tree alone tells, and at most 40.64 % after later layers.
+    - **The last edge.** No drop at a path through it was seen twice: a small one of `reproduction` on
+      20,000 trees is not confirmed on 20,000 others. Attention to the last edge does not stand out either.
 
     Each claim stands beside a control, a number of trees and a 95 % interval. Holm's correction covers
     all tests of a study. Two sets of 20,000 trees hold no tree in common: `trees` is asked, and `fresh`
@@ -549,9 +549,9 @@ def _(
 def _(mo):
     mo.md(r"""
     **At the target token the source stands from layer 0 on**, in both models: 100 % of 19,290 edges, where
-    the tree alone gives 25.2 %. **At the separator it does not**: 19.04 % after layer 0, below the 26.26 %
-    that the tree alone gives, and at most 40.64 % after any layer. The research notebook's model read
-    93.52 % there. A model can thus do the task without gathering an edge at its separator.
+    the tree alone gives 25.2 %. **At the separator of `reproduction` it does not**: 19.04 % after layer 0,
+    below the 26.26 % that the tree alone gives, and at most 40.64 % after any layer. The research
+    notebook's model read 93.52 % after layer 0. A model can thus do the task without gathering an edge at its separator.
 
     Is the other protocol the cause? The research notebook split its data by row, so that edges of one tree
     stood on both sides, and left out the last edge. Here are the same probes under both protocols, step by
@@ -623,8 +623,8 @@ def _(mo):
 
     ## Where next?
 
-    Reading is not using. The notebook `circuit` changes what the models hold, and finds how they climb
-    from the goal to the root.
+    Reading is not using. The notebook `circuit` changes what the models hold, and asks how they find the
+    path.
     """)
     return
 

@@ -298,8 +298,7 @@ def _(figures, np, store):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    Two edges of one node share a direction, and other edges do not. The probe above reads this
-    direction.
+    The targets of two edges of one node point in similar directions, and those of other edges do not.
 
     Many questions have a name already: `actstore queries` lists them. The query `nearest` finds the
     tokens whose vectors are nearest to a given one, here to the first target of tree 1:
@@ -457,7 +456,7 @@ def _(X, figures, np, store, torch):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    A few batches suffice, as the source stands in the stream as a direction.
+    A few batches suffice.
 
     ## Does the model use what it holds?
 

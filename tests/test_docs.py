@@ -14,6 +14,7 @@ import pytest
 import actstore
 from actstore import queries
 from actstore.catalog import tables
+from actstore.cli import main
 from actstore.queries.study import STUDIES
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,13 @@ def imported(tree: ast.Module) -> set[str]:
     plain = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     other = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     return {name.partition(".")[0] for name in plain | other}
+
+
+def test_every_command_that_a_page_or_a_notebook_names_exists():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("queries/notebooks/*.*")]
+    pages += [ROOT / "actstore/README.md", ROOT / "data/README.md", ROOT / "tests/benchmarks/README.md"]
+    for page in pages:
+        assert set(re.findall(r"`actstore ([a-z][\w-]*)", page.read_text())) <= set(main.commands), page
 
 
 def test_the_data_page_names_every_file_of_data():

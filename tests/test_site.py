@@ -132,7 +132,17 @@ def test_the_tutorial_shows_the_tree_that_a_terminal_of_80_columns_shows(trees, 
     assert printed[0] == shown.replace("seed0-2000", "seed0-40").partition("path    ")[0]
 
 
-@pytest.mark.parametrize("name", ["share", "cite", "read", "ask", "script", "dtypes", "command-line"])
+RUN_HERE = ["share", "cite", "read", "ask", "script", "dtypes", "command-line"]
+
+
+def test_each_how_to_page_with_blocks_is_run():
+    with_blocks = {
+        page.stem for page in (DOCS / "how-to").glob("*.md") if {kind for kind, _ in blocks(page)} - {"text"}
+    }
+    assert with_blocks == {*RUN_HERE, "patch", "study"}
+
+
+@pytest.mark.parametrize("name", RUN_HERE)
 def test_a_how_to_page_runs_after_the_tutorial(trees, name, monkeypatch):
     monkeypatch.chdir(trees[0])
     run(DOCS / f"how-to/{name}.md", FEWER)

@@ -300,7 +300,7 @@ def _(mo):
     mo.md(r"""
     The targets of two edges of one node point in similar directions, and those of other edges do not.
 
-    Many questions have a name already: `actstore queries` lists them. The query `nearest` finds the
+    Many questions have a name already: `actstore query demo.act` lists them. The query `nearest` finds the
     tokens whose vectors are nearest to a given one, here to the first target of tree 1:
     """)
     return

@@ -715,7 +715,7 @@ class Store:
             BadInput: the query is refused, has two columns of one name, yields no integer token_id
                 without NULLs, or renames another id to token_id; the sites' rows differ in shape;
                 dtype or out is unknown; or an activation is too large for the dtype.
-            LimitReached: the query reached a limit.
+            LimitReached: the query reached a limit, or X takes more memory than is free.
             Damaged: a file is not what was committed, or another store is in this one's place.
         """
         form = activations.check_form(dtype, out)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 
+MANY_SEQUENCES = 20_000  # over all questions: the linear probes of 13 sites take a minute on two processors
 OF_QUERIES = ("query", "baselines", "baseline", "pairs", "donors")  # options that are SQL or name its file
 
 
@@ -88,6 +89,26 @@ class Asked:
         return f"{type(self.error).__name__}: {self.error} ({where}); this is a fault of actstore"
 
 
+def announcement(store: Store, names: Sequence[str], runs: Sequence[str] = (), **options: Any) -> str:
+    """One sentence: what studies ask, where that is much; else "".
+
+    Args:
+        names: names of the studies.
+        runs, options: see `study.questions`.
+    """
+    asked = [question for name in names for question in questions(store, name, runs or (), **options)]
+    rows = store.rows("select run, n_sequences from runs join datasets using (dataset)")
+    sizes: dict[str, int] = {str(run): int(n) for run, n in rows}
+    n = sum(sizes.get(question.run, 0) for question in asked)
+    if n < MANY_SEQUENCES:
+        return ""
+    of = ", ".join(dict.fromkeys(question.of for question in asked))
+    return (
+        f"{len(asked)} question{'s' * (len(asked) > 1)} to {of}, {n:,} sequences in all: this may take minutes; "
+        "--run names one run, and `actstore study --help` has options that ask less"
+    )
+
+
 def answer(
     store: Store,
     name: str,
@@ -132,8 +153,9 @@ def answer(
     if confirm is not None:
         asked = confirming.of_other_sets(store, asked, confirm, bool(runs))
     found = []
-    for question in asked:
-        with progress(f"study {name} {question.of}", None, "parts") as advance:
+    for turn, question in enumerate(asked, 1):
+        which = f" ({turn} of {len(asked)})" if len(asked) > 1 else ""
+        with progress(f"study {name} {question.of}{which}", None, "parts") as advance:
             apart = look(store, question, confirm)
             if isinstance(apart, Exception):  # reported before anything is computed
                 found.append(Asked(question, error=apart))

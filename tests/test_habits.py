@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
+from actstore.queries import studies
 from tests.stores import fake
 from tests.test_cli import commands
 
@@ -133,6 +134,18 @@ def test_help_fits_80_columns_but_for_examples(path):
     shown = run(*path, "--help", env={"COLUMNS": "80"}).output.partition("Example:")
     rest = shown[2].partition("\nOptions:")[2]
     assert [line for line in (shown[0] + rest).splitlines() if len(line) > 80] == []
+
+
+def test_a_study_of_much_says_what_it_asks_before_it_begins(demo_path, monkeypatch):
+    asked = ["study", demo_path, "depth", "--no-record", "--csv"]
+    small = run(*asked)
+    assert "may take minutes" not in small.stderr
+    monkeypatch.setattr(studies, "MANY_SEQUENCES", 40)
+    large = run(*asked)
+    assert large.stderr.startswith("1 question to reproduction, 40 sequences in all: this may take minutes")
+    assert large.stdout == small.stdout
+    assert "may take minutes" not in run(*asked, "--quiet").stderr
+    assert run(*asked, "--run", "nope").stderr.startswith("actstore: ")
 
 
 # What a terminal gets.

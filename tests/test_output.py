@@ -426,6 +426,17 @@ def test_a_log_gets_ever_fewer_lines_and_one_at_the_end(monkeypatch, clock):
     assert [line.startswith("ingest r: 86,400 of 86,400") for line in lines].count(True) == 1
 
 
+def test_a_log_shows_that_work_goes_on_before_its_first_part_is_done(monkeypatch, quick):
+    monkeypatch.setattr("sys.stderr", said := io.StringIO())
+    with progress.progress("study probes r", None, "parts") as advance:
+        until(lambda: said.getvalue().count("\n") >= 2)
+        advance(1, 3, "embed")
+        until(lambda: said.getvalue().count("1 of 3 parts") >= 2)
+    lines = said.getvalue().splitlines()
+    assert re.fullmatch(r"study probes r: no parts yet, \d+ s", lines[0])
+    assert lines[-1].endswith("embed")
+
+
 def test_a_terminals_bar_says_the_rate_and_what_is_left_in_80_columns(monkeypatch, quick):
     monkeypatch.setattr("sys.stderr", said := Terminal())
     monkeypatch.setenv("TERM", "xterm")

@@ -22,9 +22,11 @@ from actstore.arrays.foreign import ForeignReader
 from actstore.arrays.layout import Layout
 from actstore.arrays.metadata import as_written, metadata
 from actstore.arrays.reader import SiteReader
-from actstore.errors import BadInput, Damaged, NotStored
+from actstore.errors import BadInput, Damaged, LimitReached, NotStored
+from actstore.reading import activations
+from actstore.storage.machine import free_memory
 from actstore.store import Store
-from tests.stores import Fake, fake
+from tests.stores import D_MODEL, Fake, fake
 
 SITES = ("embed", "resid_post.0", "resid_post.1", "pattern.0")
 EVERY = "select token_id, tree_id, position from tokens order by hash(token_id)"
@@ -56,6 +58,19 @@ def planted(run: Fake, short: str, rows: pl.DataFrame) -> np.ndarray:
 
 
 # Sites, dtypes, numpy and torch.
+
+
+def test_an_x_that_memory_cannot_hold_is_refused_before_it_is_made(store, monkeypatch):
+    wanted = store.sql(EVERY).height * 2 * D_MODEL * 4
+    for free, fits in [(wanted, True), (wanted - 1, False), (None, True)]:
+        monkeypatch.setattr(activations, "LOOKED_AT", 0)
+        monkeypatch.setattr(activations, "free_memory", lambda free=free: free)
+        if fits:
+            assert store.read(EVERY, sites=["embed", "resid_post.0"])[0].nbytes == wanted
+        else:
+            with pytest.raises(LimitReached, match=r"takes 0\.0 GB, and 0\.0 GB of memory are free.*Store\.batches"):
+                store.read(EVERY, sites=["embed", "resid_post.0"])
+    assert 1e8 < free_memory() < 1e15
 
 
 def test_several_sites_come_in_one_array_in_the_order_asked(store: Store, run: Fake) -> None:

@@ -26,7 +26,7 @@ Advance = Callable[..., None]  # (done, total=None, what=None): units done; a to
 SECONDS_BEFORE_A_BAR = 2.0  # shorter work prints only its result
 SECONDS_BEFORE_A_LINE = 5.0
 SECONDS_OF_A_RATE = 60.0  # the rate is of the last minute, in which several batches end
-LINES_PER_TIME = 10  # a line comes after another tenth of the time so far: eighty lines in a day
+LINES_PER_TIME = 10  # a line comes after another tenth of the time so far: some two hundred lines in a day
 LONGEST_SILENCE = 600.0  # seconds between lines: who reads a log sees that it lives
 BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (0, "kB"))
 
@@ -79,6 +79,8 @@ class Pace:
     def counted(self) -> str:
         """What is done: `1,200 of 2,000 trees, 310 trees/s`."""
         goal, rate = self.total or self.done, self.per_second
+        if not goal:
+            return f"no {self._unit} yet"
         if self._unit == "bytes":
             size, unit = next((size or 1e3, unit) for size, unit in BYTES if goal >= size)
             said = f"{self.done / size:,.1f} of {goal / size:,.1f} {unit}"
@@ -134,7 +136,8 @@ def progress(what: str, total: int | None, unit: str) -> Iterator[Advance]:
     elif (cell := _cell()) is not None:
         yield _in_a_cell(what, Pace(total, unit), cell)
     else:
-        yield _lines(what, Pace(total, unit))
+        with _lines(what, Pace(total, unit)) as advance:
+            yield advance
 
 
 @contextmanager
@@ -248,19 +251,48 @@ def _waiting_lines(what: str) -> Iterator[None]:
         thread.join()
 
 
-def _lines(what: str, pace: Pace) -> Advance:
-    last, said = 0.0, -1  # seconds after the beginning, and units, at the last line
+@contextmanager
+def _lines(what: str, pace: Pace) -> Iterator[Advance]:
+    """Lines of a log: also while no part is done, so that nobody takes long work for dead."""
+    last, said, ended, one_at_a_time = (
+        0.0,
+        -1,
+        threading.Event(),
+        threading.Lock(),
+    )  # seconds, and units, at the last line
+    part_now: str | None = None
+
+    def wait() -> float:
+        """Seconds from the last line to the next."""
+        return max(SECONDS_BEFORE_A_LINE, min(last / LINES_PER_TIME, LONGEST_SILENCE))
+
+    def say() -> None:
+        nonlocal last, said
+        last, said = pace.seconds, pace.done
+        _say(f"{what}: {pace.line(part_now)}")
 
     def advance(done: int, total: int | None = None, part: str | None = None) -> None:
-        nonlocal last, said
-        pace.at(done, total)
-        seconds, goal = pace.seconds, pace.total or done
-        wait = max(SECONDS_BEFORE_A_LINE, min(last / LINES_PER_TIME, LONGEST_SILENCE))
-        if seconds - last >= wait or (said != done == goal and seconds >= SECONDS_BEFORE_A_LINE):
-            last, said = seconds, done
-            _say(f"{what}: {pace.line(part)}")
+        nonlocal part_now
+        with one_at_a_time:
+            pace.at(done, total)
+            part_now = part
+            ends = said != done == (pace.total or done) and pace.seconds >= SECONDS_BEFORE_A_LINE
+            if ends or pace.seconds - last >= wait():
+                say()
 
-    return advance
+    def wake() -> None:
+        while not ended.wait(max(last + wait() - pace.seconds, 0.01)):
+            with one_at_a_time:
+                if pace.seconds - last >= wait():
+                    say()
+
+    waker = threading.Thread(target=wake, daemon=True)
+    waker.start()
+    try:
+        yield advance
+    finally:
+        ended.set()
+        waker.join()
 
 
 def _say(line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,12 @@ from actstore.cli.options import (
     table_option,
     wait_option,
 )
-from actstore.errors import advised
+from actstore.errors import ActstoreError, advised
 from actstore.storage.machine import check_memory
 
 if TYPE_CHECKING:
     from actstore.cli.output import Output
+    from actstore.store import Store
 
 
 seed_option = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
@@ -42,6 +44,15 @@ def _look_before(store: Path, wait: float) -> None:
 
     if why := recording.wait_until_free(store, wait):
         say(f"actstore: {store} cannot be written ({why}): the answers are printed, and not recorded in it", err=True)
+
+
+def _announce(store: Store, names: list[str], runs: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Say what is asked, before it is computed, where it may take minutes."""
+    from actstore.queries import studies
+
+    with suppress(ActstoreError):  # which the study itself will say
+        if said := studies.announcement(store, names, runs, **options):
+            note(said, err=True)
 
 
 def _kept(store: Path) -> Callable[[Path], None]:
@@ -188,6 +199,7 @@ def study(
     with Store(store, check) as opened, patching(opened) as patch:
         if not no_record:
             _look_before(store, wait)
+        _announce(opened, [name], runs, chosen)
         asked = studies.answer(opened, name, runs, seed, chosen, confirm, progress, patch, tables)
     answers = [one.answer for one in asked if one.answer]
     confirmed = [one.confirmation for one in asked if one.confirmation]
@@ -258,7 +270,7 @@ def report(
     from actstore.cli.progress import progress
     from actstore.outputs import check_file
     from actstore.queries import studies
-    from actstore.queries.report import PAGE
+    from actstore.queries.report import PAGE, TITLES
     from actstore.queries.report import report as make
     from actstore.store import Store
 
@@ -266,6 +278,7 @@ def report(
     with Store(store, check) as opened, progress("report", None, "questions") as advance:
         if not no_record:
             _look_before(store, wait)
+        _announce(opened, list(TITLES), runs, {})
         made = make(opened, out, runs, seed, confirm, advance)
     note(str(made))
     for fault in made.faults:

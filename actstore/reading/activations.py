@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from actstore.errors import BadInput
+from actstore.errors import BadInput, LimitReached
+from actstore.storage.machine import free_memory
 from actstore.storage.several import several
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "float16", "float64", "bfloat16"]
 Form = Literal["numpy", "torch"]
 DTYPES = get_args(Dtype)
+ITEM_BYTES = {"float32": 4, "float16": 2, "float64": 8, "bfloat16": 2}
+LOOKED_AT = 500_000_000  # bytes of X: below them, nobody asks the system what is free
 
 
 def check_form(dtype: Any, out: str) -> str:
@@ -47,11 +51,12 @@ def read_activations(readers: Sequence[Reader], token_ids: np.ndarray, one_site:
         one_site: leave out the axis of sites.
         dtype, out: see Store.read.
     """
+    shape = (len(token_ids), len(readers), *readers[0].layout.row_shape)
+    _check_room(shape, dtype)
     if dtype == "float32" and len(readers) == 1:
         X = readers[0].gather(token_ids)
         X = X if one_site else X[:, None]
         return _as_torch(X) if out == "torch" else X
-    shape = (len(token_ids), len(readers), *readers[0].layout.row_shape)
     if dtype == "bfloat16":
         import torch
 
@@ -73,6 +78,21 @@ def read_activations(readers: Sequence[Reader], token_ids: np.ndarray, one_site:
         pass
     X = X[:, 0] if one_site else X
     return _as_torch(X) if out == "torch" else X
+
+
+def _check_room(shape: tuple[int, ...], dtype: str) -> None:
+    """Refuse an X that memory cannot hold: the system would end the process, without a word.
+
+    Raises:
+        LimitReached: says how much there is.
+    """
+    wanted = math.prod(shape) * ITEM_BYTES[dtype]
+    free = free_memory() if wanted > LOOKED_AT else None
+    if free is not None and wanted > free:
+        raise LimitReached(
+            f"X {list(shape)} in {dtype} takes {wanted / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free: read fewer "
+            "rows or sites, or float16; Store.batches reads any number in turn, and `actstore export` writes them to a file"
+        )
 
 
 def _as_torch(X: np.ndarray) -> Any:

@@ -18,6 +18,8 @@ from typing import Any
 from actstore.errors import BadInput, LimitReached
 
 MAPS = Path("/proc/sys/vm/max_map_count")
+GROUP = Path("/sys/fs/cgroup")  # of this process, in a container
+FREE = re.compile(r"^(?:MemAvailable|SwapFree):\s+(\d+) kB", re.MULTILINE)
 LEAST_MEMORY = 2_000_000_000  # bytes of addresses: 1.5e9 are too few with two cores, and each thread takes more
 LEAST_FOR_MODELS = 4_000_000_000  # with less, torch and transformers end the process or wait for ever
 OUT_OF_MEMORY = re.compile(  # in the words of Python, DuckDB, Arrow, the C++ library and the dynamic linker
@@ -81,6 +83,17 @@ def raise_descriptors() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # some systems have a lower limit than they report
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def free_memory() -> int | None:
+    """Bytes of memory, with swap, that this process may take; None if the system does not say."""
+    with suppress(OSError, ValueError):
+        free = sum(int(kilobytes) * 1024 for kilobytes in FREE.findall(Path("/proc/meminfo").read_text()))
+        with suppress(OSError, ValueError):  # what a control group leaves; files that it holds in memory can go
+            held = re.search(r"^anon (\d+)$", (GROUP / "memory.stat").read_text(), re.MULTILINE)
+            free = min(free, int((GROUP / "memory.max").read_text()) - (int(held[1]) if held else 0))
+        return free
+    return None
 
 
 def check_memory(models: bool = False) -> None:

@@ -174,6 +174,11 @@ def _listed(tests: Sequence[Test]) -> str:
     return f"depth {names[0]}" if len(names) == 1 else f"depths {', '.join(names[:-1])} and {names[-1]}"
 
 
+def _short(count: int) -> str:
+    """`370`, `4.3k`: a dozen of them stand beside each other in a column."""
+    return str(count) if count < 1000 else f"{count / 1000:.1f}k"
+
+
 def plot(answer: Answer) -> Figure:
     """Accuracy by goal depth, a panel per measure; depths of few trees are hollow."""
     by_depth = answer.results.filter(pl.col("label") != "all")
@@ -188,8 +193,8 @@ def plot(answer: Answer) -> Figure:
         percents(axis, max(0.0, 100 * float(many["low"].cast(pl.Float64).to_numpy().min()) - 1))
         entitle(axis, name)
     axes[1].set_ylabel("right (%)")
-    axes[-1].set_xticks(depths, [f"{depth}\n{count:,}" for depth, count in zip(depths, n, strict=True)])
-    axes[-1].set_xlabel("depth of the goal in steps; below, how many trees")
+    axes[-1].set_xticks(depths, [f"{depth}\n{_short(count)}" for depth, count in zip(depths, n, strict=True)])
+    axes[-1].set_xlabel("goal's depth in steps; below, trees (k: 1,000)")
     said = f"run {answer.results['run'][0]}; bars are 95 % intervals"
     hollow = f"; hollow: fewer than {FEW} trees, whose bars may leave the panel" if any(few) else ""
     heading(figure, "Accuracy by the goal's depth", said + hollow)

@@ -437,13 +437,13 @@ def plot(answer: Answer) -> Figure:
             mine = rows.filter(label=label)
             if len(mine):
                 points(axis, [sites.index(site) for site in mine["site"]], mine, named[label], turn)
-        entitle(axis, f"{TITLES[metric]}{f': {role}' * (role is not None)}, n = {most(rows['n']):,}")
+        entitle(axis, f"{TITLES[metric]}{f': {role}' * (role is not None)}, n\u00a0=\u00a0{most(rows['n']):,}")
     for axis in axes:
         axis.axhline(0, color=GREY, linewidth=0.8)
     changed = set(results.filter(pl.col("metric").is_in(list(TITLES)))["label"])
     for label in (label for label in named if label not in changed):
         axes[0].plot([], [], color=GREY, linewidth=0.8, label=f"{named[label]}, its numbers equal")
-    axes[len(axes) // 2].set_ylabel("change against float32 (points)")
+    figure.supylabel("change against float32 (points)", fontsize=8)
     by_site(axes[-1], sites)
     legend(figure, *axes)
     heading(figure, "What smaller activations change", f"run {results['run'][0]}; bars are 95 % intervals over trees")

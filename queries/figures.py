@@ -28,6 +28,7 @@ FEW = 30  # rows; a share of fewer is drawn hollow, and does not stretch its axi
 PER_INCH = 16  # characters of 8 points
 SHORT = 14  # characters of a site that is turned half
 LINE = 0.145  # inches, of 8 points
+MARK = 0.47  # inches of a name's mark in a legend, with the room around it
 STYLE: dict[str, Any] = {
     **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8},
     **{"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False},
@@ -86,10 +87,20 @@ def legend(figure: Figure, *axes: Axes) -> None:
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
-    fits = int(1.15 * PER_INCH * figure.get_figwidth() / (max(map(len, handles)) + 5))
-    columns = min(max(1, fits), len(handles))
+    room = figure.get_figwidth() - 0.15
+    columns = max(n for n in range(1, len(handles) + 1) if n == 1 or _across(list(handles), n) <= room)
     _lengthen(figure, -(-len(handles) // columns) + 0.5)
     figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns)
+
+
+def _across(names: Sequence[str], columns: int) -> float:
+    """Inches of a legend in columns."""
+    from matplotlib import rcParams
+    from matplotlib.textpath import TextPath
+
+    size = rcParams["legend.fontsize"]
+    inches = [TextPath((0, 0), name, size=size).get_extents().width / 72 for name in names]
+    return sum(max(part) + MARK for part in np.array_split(inches, columns))
 
 
 def _lengthen(figure: Figure, n_lines: float) -> None:

@@ -76,7 +76,7 @@ def test_a_recorded_probe_is_read_at_each_token_and_compared_where_the_label_is_
     assert drawn.count("<title>resid_post.0,") == len(seen.tokens)
 
 
-def test_the_logit_lens_of_the_last_layer_is_what_the_model_answered(demo_store):
+def test_the_logit_lens_of_the_last_layer_is_what_the_model_answered(demo_store, monkeypatch):
     seen = sequences.sequence(demo_store, "reproduction", 1)
     grid = sequences.lens(demo_store, seen, seen.asked, "right")
     last = dict(zip(grid.positions, grid.words[-1], strict=True))
@@ -85,6 +85,12 @@ def test_the_logit_lens_of_the_last_layer_is_what_the_model_answered(demo_store)
     stored = [right[at] for at in seen.answers["position"]]
     np.testing.assert_allclose(stored, seen.answers["p_target"].to_numpy(), atol=1e-4)
     assert right[0] is None, "nothing is right after the first token"
+    monkeypatch.setattr(sequences, "MOST_LOGITS", 1)
+    cut = sequences.lens(demo_store, seen, seen.asked)
+    assert len(cut.positions) == sequences.FEWEST
+    assert seen.asked in cut.positions
+    assert f"{sequences.FEWEST} of {len(seen.tokens)} tokens, around {seen.asked}" in cut.said
+    monkeypatch.undo()
     likeliest = sequences.lens(demo_store, seen, seen.asked)
     assert min(share for row in likeliest.shares for share in row) > 1 / 40
 

@@ -16,6 +16,7 @@ import actstore
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.trees.task import TreeSet
+from tests import tiny_models
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 IMAGES = os.environ.get("ACTSTORE_IMAGES")  # a folder that takes a picture of each panel: docs/images
@@ -30,12 +31,15 @@ pytestmark = [
 
 @pytest.fixture
 def shown(shipped, tmp_path):
-    """A store with answers, patterns and a recorded study."""
+    """A store of trees and texts with answers and patterns, and a study of two runs."""
     if STORE:
         return Path(STORE)
-    store = tmp_path / "demo.act"
-    execute(Ingest(store, shipped, TreeSet("reproduction", 24), sites=["embed", "resid_post", "pattern"]))
-    actstore.study(store, "depth", check=False)
+    store, sites = tmp_path / "demo.act", ["embed", "resid_post", "pattern"]
+    execute(Ingest(store, shipped, TreeSet("reproduction", 24), sites=sites))
+    execute(Ingest(store, shipped, TreeSet("reproduction", 24, seed=1, name="others"), "again", sites=[]))
+    actstore.study(store, "depth", ["reproduction", "again"], check=False)
+    model = tiny_models.llama(tmp_path / "tiny")
+    actstore.ingest(store, str(model), text=["the cat <b>sat</b>", "a dog ran"], run="t", dataset="texts", sites=sites)
     return store
 
 
@@ -108,6 +112,20 @@ def look(page):
     page.locator("svg[aria-label^='Each cell names']").first.wait_for()
     keep(page, "tree", 1420)
 
+    to("text")
+    page.locator(".about", has_text="Sequence ").wait_for()
+    words = page.locator(".picture span[data-at]")
+    words.nth(2).click()
+    page.locator(".attended", has_text="at position 2 attends to").wait_for()
+    darkest = "els => Math.min(...els.map(el => getComputedStyle(el).backgroundColor.match(/\\d+/g)[0]))"
+    assert words.evaluate_all(darkest) < 250, "no token is blue"
+    assert page.locator(".picture b").count() == 0, "what a text says became a part of the page"
+    cells = page.locator("svg[aria-label^='Each cell names'] g[data-at='2'] title")
+    cells.first.wait_for(state="attached")
+    spelled = words.nth(2).inner_text().replace("\xa0", " ").strip() or "␣"
+    assert f", {spelled} (2): " in cells.first.text_content(), "the lens is not at the token in its tokenizer's piece"
+    keep(page, "text", 900)
+
     to("map")
     canvas = page.locator(".map canvas")
     canvas.wait_for()
@@ -127,7 +145,13 @@ def look(page):
     page.locator(".told:not(:has-text('500 rows'))", has_text="row").wait_for()
 
     to("results")
-    page.get_by_alt_text("figure").first.wait_for()
+    figures = page.get_by_alt_text("figure")
+    figures.nth(1).wait_for()
+    boxes = [figures.nth(turn).bounding_box() for turn in (0, 1)]
+    assert abs(boxes[0]["y"] - boxes[1]["y"]) < 2, "two runs do not stand beside each other"
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] + 1
+    assert boxes[0]["width"] > 300
+    assert boxes[1]["x"] + boxes[1]["width"] <= 1200, "the second run leaves the page"
     keep(page, "results", 1300)
 
 

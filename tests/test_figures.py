@@ -109,6 +109,22 @@ def test_long_names_are_wrapped_and_make_the_figure_longer():
     assert figure.get_figheight() > before
 
 
+def test_a_legend_has_as_many_columns_as_its_names_leave_room_for():
+    for names, columns in (
+        (["mmmmmmmmmmmmmmmmmmmmmmm"] * 4, 1),
+        (["source", "target"], 2),
+        (["iiiiiiiiiiiiiiiiiiiiii"] * 4, 3),
+    ):
+        with figures.style():
+            figure, (axis,) = figures.panels(1)
+            for turn, name in enumerate(names):
+                axis.plot(range(5), label=name + "." * turn)
+            figures.legend(figure, axis)
+            figure.draw_without_rendering()
+        assert figure.legends[0]._ncols == columns
+        assert_legible(figure)
+
+
 def test_percents_end_at_100():
     for low in (0.0, 90.0, None):
         with figures.style():

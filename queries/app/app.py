@@ -316,24 +316,22 @@ def _(answers, mo, recorded, store, study):
 def _(ActstoreError, beside, drawing, html, metric, mo, panel, recorded, store, study):
     mo.stop(panel.value != "results")
     mo.stop(study.value is None, mo.md("No study is recorded: `actstore study STORE NAME` records one."))
-    _parts = []
+    _columns = []
     for _run in beside.value:
         try:
             _grid = recorded.probe_grid(store, study.value, _run)
-            _parts.append([mo.md(f"**{_run}**"), drawing.image(recorded.figure(store, study.value, _run))])
-            if _grid:
-                _parts[-1].insert(1, mo.Html(drawing.heat(*_grid)))
+            _drawn = drawing.image(recorded.figure(store, study.value, _run))
+            _drawn = drawing.heat(*_grid) + _drawn if _grid else _drawn
         except ActstoreError as _error:
-            _parts.append([mo.md(f"**{_run}**"), mo.Html(f"<p>{html.escape(str(_error))}</p>")])
+            _drawn = f"<p>{html.escape(str(_error))}</p>"
+        _columns.append(f"<b>{html.escape(_run)}</b>{_drawn}")
     _table = (
         [] if metric.value is None else [mo.ui.table(recorded.beside(store, study.value, metric.value), selection=None)]
     )
     mo.vstack(
         [
             mo.hstack([study, beside], justify="start"),
-            mo.hstack(
-                [mo.vstack([part if not isinstance(part, str) else mo.Html(part) for part in one]) for one in _parts]
-            ),
+            mo.Html(drawing.beside(_columns)),
             metric,
             *_table,
         ]

@@ -200,7 +200,8 @@ def heat(grid: Grid, words: Listed[str], at: int | None = None) -> str:
     longest = max((len(word) for row in [*grid.words, names] for word in row), default=1)
     wide = max(30, 8 + 7 * min(longest, 9))
     turned = max(len(name) for name in names) > 5
-    top, left = (16 + 6 * min(14, max(len(name) for name in names))) if turned else 24, 112
+    top = (16 + 6 * min(14, max(len(name) for name in names))) if turned else 24
+    left = max(112, 20 + round(7.3 * max(map(len, grid.sites))))
     parts = []
     for i, (name, pale) in enumerate(zip(names, grid.dim, strict=True)):
         x, y = left + (i + 0.5) * wide, top - 6
@@ -259,6 +260,14 @@ def bars(vector: Listed[float] | None) -> str:
         drawn.append(f'<rect x="{3 * i}" y="{y:.1f}" width="2.4" height="{tall:.1f}" fill="{colour}"/>')
     title = f"{len(numbers)} numbers, {numbers.min():.3g} to {numbers.max():.3g}, norm {np.linalg.norm(numbers):.3g}"
     return _svg(3 * len(heights), 20, [f"<title>{title}</title>", *drawn], title)
+
+
+def beside(columns: Listed[str]) -> str:
+    """HTML in columns of one width; what is wider scrolls within its own column."""
+    cells = "".join(f'<div style="overflow-x:auto">{column}</div>' for column in columns)
+    return (
+        f'<div style="display:grid;grid-template-columns:repeat({len(columns)},minmax(0,1fr));gap:16px">{cells}</div>'
+    )
 
 
 def image(svg: str) -> str:

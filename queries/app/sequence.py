@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 WIDEST = 64  # tokens that a heat map shows: more cannot be read
+MOST_LOGITS, FEWEST = 10_000_000, 8  # logits of one heat map, so that it comes within a second; tokens in any case
 MEAN = "mean of the heads"
 BLANKS = {"Ġ": " ", "▁": " ", "Ċ": "⏎", "<0x0A>": "⏎"}  # how tokenizers spell a blank and a line's end
 OF_TREES = ("edge_source", "edge_target", "separator", "path")  # roles whose labels `probe_tokens` knows
@@ -98,10 +99,10 @@ class Sequence:
         at = self.tokens["role"].to_list().index("root") if self.tree else len(self.tokens) // 2
         return min(at, len(self.tokens) - 1)
 
-    def window(self, at: int) -> range:
+    def window(self, at: int, widest: int = WIDEST) -> range:
         """The positions around a token that fit into one heat map."""
-        first = max(0, min(at - WIDEST // 2, len(self.tokens) - WIDEST))
-        return range(first, min(first + WIDEST, len(self.tokens)))
+        first = max(0, min(at - widest // 2, len(self.tokens) - widest))
+        return range(first, min(first + widest, len(self.tokens)))
 
 
 @dataclass(frozen=True)
@@ -225,14 +226,14 @@ def lens(store: Store, asked: Sequence, at: int, of: str = "likeliest") -> Grid:
     sites = residuals(store, asked.run)
     if not sites:
         raise NotStored(f"run {asked.run!r} holds no resid_post; ingest it again with `--sites embed,resid_post`")
-    window = asked.window(at)
-    ids = asked.tokens["token_id"].gather(list(window))
     vocabulary = words_of(store, asked.run)
+    window = asked.window(at, min(WIDEST, max(FEWEST, MOST_LOGITS // (len(sites) * max(1, len(vocabulary))))))
+    ids = asked.tokens["token_id"].gather(list(window))
     right = _right(asked, vocabulary)
     grid: dict[str, list[list[Any]]] = {"shares": [], "words": [], "marked": []}
     for site in sites:
         found = store.sql(LENS, {"run": asked.run, "site": site, "ids": ids})
-        logits = np.array(found["logits"].to_list(), float)
+        logits = found["logits"].explode().to_numpy().reshape(len(found), -1)
         p = np.exp(logits - logits.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         best = p.argmax(1)

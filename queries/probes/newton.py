@@ -25,8 +25,8 @@ minimises a model, f of a sample of rows with the gradient of all rows at w:
 Newton's method minimises the model, and conjugate gradients solve for its steps. A step to the
 model's minimum is shortened until it lowers f of all rows. The sample has one row in eight, each
 drawn as often as it curves f: in proportion to 1 - sum_k p_ik², with a floor, and weighed by the
-inverse. An iteration therefore costs two to three passes over all rows; L-BFGS, which the fits took
-before, needs four to six passes for the same progress.
+inverse. The labels of the notebook's grid take 5 iterations in the median and 11 at most; by L-BFGS
+they took 11 and 23.
 
 Conjugate gradients are preconditioned by the mean curvature of each class, a number on whitened
 rows. Where a solution takes long, it is preconditioned by the inverse of each class's block of the

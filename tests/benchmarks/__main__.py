@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command `actstore`
 from rich.console import Console
 from rich.table import Table
 
+from actstore.storage.machine import keep_freed_memory
 from tests.benchmarks import (
     Row,
     cache,
@@ -58,6 +59,7 @@ BY_NAME = {"large": ("Stores of 10,000 to 1,000,000 trees", large.rows)}  # 17 G
 
 def main() -> None:
     """Run all sections, or those that are named; each one's figures are kept as soon as they are there."""
+    keep_freed_memory()  # as the command has it
     if sys.argv[1:]:
         for name in sys.argv[1:]:
             title, section = (SECTIONS | BY_NAME)[name]

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from actstore.storage.machine import n_processors, share_processors
+from actstore.storage.machine import keep_freed_memory, n_processors, share_processors
 from tests.benchmarks import Row, median
 
 N_TREES = 3000
@@ -86,4 +86,5 @@ def _ingest(store: Path, n_trees: int, threads: int) -> None:
 
 if __name__ == "__main__":
     share_processors()
+    keep_freed_memory()
     _ingest(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -329,6 +329,19 @@ def test_a_shard_whose_index_is_not_its_own_is_damaged_and_named(folder: Path, w
         SiteReader(layout, 0, {0: what}, "a site", Local(folder)).gather(np.array([0]))
 
 
+def test_an_index_that_leads_past_the_end_of_a_short_shard_is_damaged(folder: Path) -> None:
+    """It is the index of a whole shard; to read by it would end the process."""
+    layout = Layout((256 * 2, 3), None, 2)
+    whole = ShardBuffer(layout)
+    whole.put(0, torch.ones(512, 3))
+    content = bytes(whole.seal(np.array([512])))
+    (folder / "whole").write_bytes(content)
+    (folder / "short").write_bytes(content[layout.chunk_bytes :])
+    assert SiteReader(layout, 0, {0: "whole"}, "a site", Local(folder)).gather(np.array([511])).tolist() == [[1] * 3]
+    with pytest.raises(Damaged, match=f"index of {folder / 'short'}"):
+        SiteReader(layout, 0, {0: "short"}, "a site", Local(folder)).gather(np.array([0]))
+
+
 def test_readers_in_many_threads_map_shards_while_others_copy(run: Fake, root: Path) -> None:
     layout = run.plan.sites[0].layout
     paths = {b: f"activations.zarr/r/{RESID}/{layout.shard_name(b)}" for b in COMMITTED}

@@ -220,7 +220,7 @@ def test_a_shard_is_mapped_without_a_descriptor_until_the_last_array_goes(tmp_pa
     layout, path = shard(tmp_path)
     reader = SiteReader(layout, 0, {0: "shard"}, "a site", Local(tmp_path))
     X = reader.gather(np.array([0]))
-    windows, offsets = reader.files.find(np.array([0]), np.array([0]))
+    windows, offsets, _ = reader.files.find(np.array([0]), np.array([0]))
 
     def is_mapped() -> bool:
         gc.collect()

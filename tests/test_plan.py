@@ -7,6 +7,7 @@ import mmap
 import os
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from actstore.arrays.mapped import NEAR
 from actstore.arrays.pack import ShardBuffer
 from actstore.arrays.plan import Runs, cut, joined, whole_pages
 from actstore.arrays.reader import SiteReader
+from actstore.errors import NotStored
 from actstore.storage.local import Local
 from tests.test_explain import drop, resident
 
@@ -104,13 +106,63 @@ def test_a_cold_gather_reads_what_explain_says_and_no_more(reader, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_blocks_of_a_cold_gather_join_to_the_same_rows(reader, monkeypatch, dtype):
     asked, fetched = IDS[::-1].copy(), []
-    monkeypatch.setattr("actstore.arrays.reader.AHEAD", 5 * PAGE)
+    monkeypatch.setattr("actstore.arrays.reader.BLOCK", 5 * PAGE)
+    monkeypatch.setattr("actstore.arrays.mapped.MOST_UNREAD", 0)
     monkeypatch.setattr(pages, "some_missing", lambda *about: True)
     monkeypatch.setattr(pages, "fetch", lambda addresses, lengths: fetched.append(len(addresses)))
     X = reader.gather(asked, out=np.empty((len(asked), 512), dtype))
     np.testing.assert_array_equal(X, reader.gather(asked))
     np.testing.assert_array_equal(X[:, 0], EXPECTED[::-1].astype(dtype))
     assert len(fetched) >= 2 * (len(asked) // 5)
+
+
+def events_of(reader: SiteReader, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a gather of IDS does, in order, where no page is in memory; its numbers are checked."""
+    events, pread = [], os.pread
+    monkeypatch.setattr(pages, "some_missing", lambda *about: True)
+    monkeypatch.setattr(pages, "fetch", lambda addresses, lengths: events.append(f"fetch {len(addresses)}"))
+    monkeypatch.setattr(os, "pread", lambda *about: events.append("pread") or pread(*about))
+    np.testing.assert_array_equal(reader.gather(IDS)[:, 0], EXPECTED)
+    return events
+
+
+def test_indexes_and_few_rows_are_asked_for_at_once_and_before_an_index_is_read(reader, monkeypatch):
+    n_runs = reader.cost(IDS).runs - 2
+    reader.files.let_go()
+    assert events_of(reader, monkeypatch) == [f"fetch {2 + n_runs}", "pread", "pread"]
+
+
+def test_many_rows_are_asked_for_block_by_block_after_the_indexes(reader, monkeypatch):
+    monkeypatch.setattr("actstore.arrays.mapped.MOST_UNREAD", len(IDS) - 1)
+    monkeypatch.setattr("actstore.arrays.reader.BLOCK", len(IDS) * PAGE)
+    n_runs = reader.cost(IDS).runs - 2
+    reader.files.let_go()
+    assert events_of(reader, monkeypatch) == ["fetch 2", "pread", "pread", f"fetch {n_runs}"]
+
+
+def test_rows_of_a_shard_that_is_mapped_already_are_asked_for_too(reader, monkeypatch):
+    reader.gather(IDS[:1])
+    assert events_of(reader, monkeypatch)[1:] == ["pread", f"fetch {reader.cost(IDS).runs - 2}"]
+
+
+def test_chunks_in_another_order_are_asked_for_where_they_lie(reader, tmp_path, monkeypatch):
+    for name in "01":
+        content = bytearray((tmp_path / name).read_bytes())
+        chunks = np.frombuffer(content, np.uint8)[: -LAYOUT.index_bytes].reshape(4, -1)
+        index = np.frombuffer(content, "<u8", 8, len(content) - LAYOUT.index_bytes).reshape(4, 2)
+        chunks[:], index[:] = chunks[::-1].copy(), index[::-1].copy()
+        content[-4:] = google_crc32c.value(bytes(content[-LAYOUT.index_bytes : -4])).to_bytes(4, "little")
+        (tmp_path / name).write_bytes(content)
+    n_runs = reader.cost(IDS).runs - 2
+    reader.files.let_go()
+    assert events_of(reader, monkeypatch)[1:] == ["pread", "pread", f"fetch {n_runs}"]
+
+
+@pytest.mark.parametrize("wrong", [5, 255, 600 * 256, -1])
+def test_what_is_not_stored_is_refused_where_nothing_is_in_memory(reader, monkeypatch, wrong):
+    monkeypatch.setattr(pages, "some_missing", lambda *about: True)
+    with pytest.raises(NotStored, match=str(wrong)):
+        reader.gather(np.append(IDS, wrong))
 
 
 def test_a_warm_gather_asks_for_nothing(reader, monkeypatch):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import google_crc32c
 import numpy as np
 
-from actstore.arrays.layout import NO_CHUNK
+from actstore.arrays.layout import CRC_BYTES, NO_CHUNK
 from actstore.errors import Damaged
 
 if TYPE_CHECKING:
@@ -55,6 +55,18 @@ def chunks(layout: Layout, index: bytes, size: int, path: Path, where: str) -> t
 def _check(index: bytes, fits: bool, path: Path, where: str) -> None:
     if google_crc32c.value(index[:-4]).to_bytes(4, "little") != index[-4:] or not fits:
         raise Damaged(f"the index of {path} of {where} is not what was committed; restore it from a copy of the store")
+
+
+def packed(layout: Layout) -> tuple[bytes, np.ndarray]:
+    """The index of a whole shard that actstore packed, and where its chunks start.
+
+    Returns:
+        The last layout.index_bytes bytes of the shard, and int64 [chunks_per_shard], see
+        chunk_starts.
+    """
+    starts = np.arange(layout.chunks_per_shard) * layout.chunk_bytes
+    index = np.stack([starts, np.full(len(starts), layout.chunk_bytes)], axis=1).astype("<u8").tobytes()
+    return index + google_crc32c.value(index).to_bytes(CRC_BYTES, "little"), starts // layout.item_bytes
 
 
 def chunk_starts(layout: Layout, index: bytes, size: int, path: Path, where: str) -> np.ndarray:

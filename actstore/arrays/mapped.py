@@ -19,14 +19,16 @@ Pages that are not in memory are fetched before they are touched, run by run (`p
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from contextlib import ExitStack
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +48,8 @@ NOWHERE = -(2**62)  # the offset of a chunk that is not mapped; it stays negativ
 REACH = 1 << 44  # bytes of addresses in a view: 16 TB, and the system maps files next to one another
 MOST_BYTES = 1 << 62  # that numpy lets an array have, by its shape
 COPIED_AT_ONCE = 8  # shards that are copied out of a bucket at the same time, and mapped
+OPEN_AT_ONCE = 32  # shards whose indexes are asked for together; each takes a descriptor meanwhile
+MOST_UNREAD = 1 << 12  # rows that are asked for before the indexes are read; of more, that wait is a small part
 SHARE = 2  # one in so many of the maps that the system allows is for shards
 _there: set[int] = set()  # addresses of this process's maps
 _every: dict[int, weakref.ref[Shards]] = {}  # those that are open, by id; a dict is changed in one step
@@ -179,15 +183,18 @@ class Shards:
         self._view: View | None = None
         _every[id(self)] = weakref.ref(self, partial(_forget, id(self)))
 
-    def find(self, row: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    def find(self, row: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool] | None:
         """Locate rows, after mapping the shards that hold them.
+
+        Where the indexes of these shards are not in memory, the system is asked for all of them at
+        once, and with them for the pages of the rows, if these are few.
 
         Args:
             row, position: int64 [n], see Layout.split; overwritten.
 
         Returns:
-            (windows, offsets): View.windows, and int64 [n] into it. None if a row lies in no shard
-            or no chunk.
+            (windows, offsets, is_fetched): View.windows, int64 [n] into it, and True if the pages
+            of all rows were asked for. None if a row lies in no shard or no chunk.
 
         Raises:
             Damaged: a shard cannot be mapped, has another length than was committed, or has a wrong
@@ -199,14 +206,17 @@ class Shards:
         key <<= bits
         key |= position
         row *= layout.row_numbers
+        unread = None
         for view in (self._view, None):
-            view = view or self._map(np.unique(key >> bits).tolist())
             if view is None:
-                return None if len(key) else (np.empty(0, f"V{layout.row_bytes}"), key)
+                unread = _Unread(layout, key, row)
+                view = self._map(np.unique(key >> bits).tolist(), unread)
+            if view is None:
+                return None if len(key) else (np.empty(0, f"V{layout.row_bytes}"), key, True)
             offsets = view.table.take(key)
             offsets += row
             if offsets.min(initial=0) >= 0:
-                return view.windows, offsets
+                return view.windows, offsets, unread is not None and unread.n_fetched == len(key)
         return None
 
     def chunk_starts(self, batch: int) -> np.ndarray:
@@ -220,35 +230,26 @@ class Shards:
         full = self.layout.position_axis is not None
         return self.layout.shard_bytes if full else self._place.size(self.paths[batch])
 
-    def fetch(self, windows: np.ndarray, offsets: np.ndarray) -> None:
-        """Ask the system to read the pages of rows, without waiting for them.
+    def fetcher(self, windows: np.ndarray) -> Callable[[np.ndarray], None]:
+        """A function that asks the system to read the pages of rows, without waiting for them.
 
         Args:
-            windows, offsets: as `find` returned them.
+            windows: as `find` returned it; the function takes such offsets, int64 [n].
         """
-        if not len(offsets):
-            return
         span: _Span = windows.base  # type: ignore[assignment]
         bases = np.sort([mapped.ctypes.data for mapped, _ in list(span.maps.values())])
-        starts = offsets * self.layout.item_bytes + span.address
-        files = np.searchsorted(bases, starts, "right") - 1
-        runs = cut(self.runs(files, starts - bases[files]), pages.LONGEST)
-        pages.fetch(bases[runs.files] + runs.starts, runs.ends - runs.starts)
+
+        def fetch(offsets: np.ndarray) -> None:
+            starts = offsets * self.layout.item_bytes + span.address
+            files = np.searchsorted(bases, starts, "right") - 1
+            pages.fetch(*_pieces(bases, row_pages(self.layout, files, starts - bases[files])))
+
+        return fetch
 
     def is_cold(self, windows: np.ndarray, offsets: np.ndarray) -> bool:
-        """True if pages of rows are not in memory, as far as a sample tells; see `fetch`."""
+        """True if pages of rows are not in memory, as far as a sample tells; see `fetcher`."""
         span: _Span | None = windows.base  # type: ignore[assignment]
         return span is not None and pages.some_missing(span.address, offsets, self.layout.item_bytes)
-
-    def runs(self, files: np.ndarray, starts: np.ndarray) -> Runs:
-        """The runs of pages that are fetched for rows.
-
-        Args:
-            files: int64 [n]: a number for the file of each row.
-            starts: int64 [n]: the byte of that file at which the row starts.
-        """
-        ends = starts + self.layout.row_bytes
-        return joined(*whole_pages(Runs(files, starts, ends), mmap.PAGESIZE), NEAR)
 
     def n_resident(self, runs: Runs) -> int:
         """Bytes of runs of pages that are in memory; `files` are numbers of stored batches."""
@@ -261,10 +262,13 @@ class Shards:
                 n_bytes += pages.n_resident(address + start, end - start)
         return n_bytes
 
-    def _map(self, batches: list[int]) -> View | None:
+    def _map(self, batches: list[int], unread: _Unread | None = None) -> View | None:
         """Returns a view in which these batches are mapped too, as far as they are stored.
 
         Returns None if nothing is mapped.
+
+        Args:
+            unread: rows in these batches, which are read next.
         """
         with self._lock:
             view = self._view
@@ -274,7 +278,7 @@ class Shards:
                 _let_go()
                 view = None
             held = view.maps if view else {}
-            found = self._map_all([batch for batch in batches if batch in self.paths and batch not in held])
+            found = self._map_all([batch for batch in batches if batch in self.paths and batch not in held], unread)
             if view is None or not all(view.reaches(mapped) for mapped, _ in found.values()):
                 found = {**held, **found}
                 view = View(self.layout, [mapped for mapped, _ in found.values()]) if found else None
@@ -288,31 +292,118 @@ class Shards:
         """Unmap all shards, but for those that are being read."""
         self._view = None
 
-    def _map_all(self, batches: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    def _map_all(self, batches: list[int], unread: _Unread | None) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Map shards, with threads if they are hashed; one map costs less than a thread."""
-        paths = [self.paths[batch] for batch in batches]
-        n_floats = len(paths) * math.prod(self.layout.shard_shape) if self.reads_whole else 0
+        n_floats = len(batches) * math.prod(self.layout.shard_shape) if self.reads_whole else 0
         threads_wanted = COPIED_AT_ONCE if self._place.reads_ranges else n_threads(n_floats)
-        if threads_wanted == 1 or len(paths) < 2:
-            return dict(zip(batches, map(self._map_one, paths), strict=True))
-        with ThreadPoolExecutor(threads_wanted) as threads:
-            return dict(zip(batches, threads.map(self._map_one, paths), strict=True))
+        map_group = partial(self._map_group, unread=unread)
+        if threads_wanted > 1 and len(batches) > 1:
+            with ThreadPoolExecutor(threads_wanted) as threads:
+                return dict(itertools.chain.from_iterable(threads.map(map_group, ([batch] for batch in batches))))
+        groups = (batches[first : first + OPEN_AT_ONCE] for first in range(0, len(batches), OPEN_AT_ONCE))
+        return dict(itertools.chain.from_iterable(map(map_group, groups)))
 
-    def _map_one(self, inside: str) -> tuple[np.ndarray, np.ndarray]:
-        path = self._place.root / inside
+    def _map_group(self, batches: list[int], unread: _Unread | None) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+        """Map a few shards; their indexes are read, and checked, after all were asked for."""
+        layout, found, inside = self.layout, [], ""
+        (packed, starts), whole = self._packed, layout.shard_bytes
         try:
-            descriptor = self._place.descriptor(inside)
-            try:
-                size = os.fstat(descriptor).st_size
-                index.check_size(self.layout, size, path, self.where)
-                mapped = np.asarray(_Map(descriptor, size))
-                end = os.pread(descriptor, self.layout.index_bytes, size - self.layout.index_bytes)
-            finally:
-                os.close(descriptor)
+            with ExitStack() as opened:
+                descriptors, maps = [], []
+                for batch in batches:
+                    inside = self.paths[batch]
+                    descriptors.append(self._place.descriptor(inside))
+                    opened.callback(os.close, descriptors[-1])
+                    size = os.fstat(descriptors[-1]).st_size
+                    if size != whole:
+                        index.check_size(layout, size, self._place.root / inside, self.where)
+                    maps.append(np.asarray(_Map(descriptors[-1], size)))
+                n_asked = unread.fetch(batches, maps) if unread else 0
+                for batch, descriptor, mapped in zip(batches, descriptors, maps, strict=True):
+                    inside, size, chunks = self.paths[batch], len(mapped), starts
+                    end = os.pread(descriptor, layout.index_bytes, size - layout.index_bytes)
+                    if end != packed or size != whole:
+                        chunks = index.chunk_starts(layout, end, size, self._place.root / inside, self.where)
+                        if ((chunks != starts) & (chunks >= 0)).any():
+                            n_asked = 0  # for other pages than those of the rows
+                    found.append((batch, (mapped, chunks)))
         except (ActstoreError, MemoryError):
             raise
         except (OSError, ValueError) as error:
-            raise limit_reached(error, f"cannot map {path} of {self.where}") or Damaged(
-                f"cannot map {path} of {self.where} ({error}); restore it from a copy of the store"
+            what = f"cannot map {self._place.root / inside} of {self.where}"
+            raise limit_reached(error, what) or Damaged(
+                f"{what} ({error}); restore it from a copy of the store"
             ) from error
-        return mapped, index.chunk_starts(self.layout, end, size, path, self.where)
+        if unread:
+            unread.n_fetched += n_asked
+        return found
+
+    @cached_property
+    def _packed(self) -> tuple[bytes, np.ndarray]:
+        """The index of a whole shard that actstore packed, and see index.chunk_starts."""
+        return index.packed(self.layout)
+
+
+class _Unread:
+    """Rows whose shards are being mapped.
+
+    Args:
+        layout: the array's layout on the disk.
+        key, row: int64 [n]: see `Shards.find`: batch and chunk, and row times row_numbers.
+
+    Attributes:
+        n_fetched: number of rows whose pages were asked for.
+    """
+
+    def __init__(self, layout: Layout, key: np.ndarray, row: np.ndarray) -> None:
+        self._layout, self._key, self._row, self.n_fetched = layout, key, row, 0
+
+    def fetch(self, batches: list[int], maps: list[np.ndarray]) -> int:
+        """Ask for the indexes of shards, if not in memory, and for the rows, if these are few.
+
+        The rows are asked for where they lie in a shard that actstore packed. Whoever reads the
+        index then sees whether they do.
+
+        Args:
+            batches: ascending.
+            maps: of each batch's shard.
+
+        Returns:
+            Number of rows that were asked for.
+        """
+        layout = self._layout
+        bases, sizes = np.array([(mapped.ctypes.data, len(mapped)) for mapped in maps], np.int64).reshape(-1, 2).T
+        if not pages.some_missing(0, bases + sizes - layout.index_bytes, 1):
+            return 0
+        ends = bases + sizes  # the system takes whole pages, up to the end of a map
+        first = (ends - layout.index_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        asked = [(first, ends - first)]  # first the indexes, which are waited for first
+        n_asked = 0
+        if len(self._key) <= MOST_UNREAD:
+            batch = self._key >> layout.key_bits
+            files = np.searchsorted(batches, batch)
+            files[files == len(maps)] = 0
+            in_batch = self._row - batch * layout.rows_per_chunk * layout.row_numbers
+            starts = (self._key - (batch << layout.key_bits)) * layout.chunk_bytes + in_batch * layout.item_bytes
+            inside = starts + layout.row_bytes <= sizes[files] - layout.index_bytes
+            inside &= np.asarray(batches)[files] == batch
+            asked.append(_pieces(bases, row_pages(layout, files[inside], starts[inside])))
+            n_asked = int(inside.sum())
+        pages.fetch(*map(np.concatenate, zip(*asked, strict=True)))
+        return n_asked
+
+
+def row_pages(layout: Layout, files: np.ndarray, starts: np.ndarray) -> Runs:
+    """The runs of pages that are fetched for rows.
+
+    Args:
+        files: int64 [n]: a number for the file of each row.
+        starts: int64 [n]: the byte of that file at which the row starts.
+    """
+    return joined(*whole_pages(Runs(files, starts, starts + layout.row_bytes), mmap.PAGESIZE), NEAR)
+
+
+def _pieces(bases: np.ndarray, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
+    """Addresses and lengths for pages.fetch, given the address of each file's map."""
+    pieces = cut(runs, pages.LONGEST)
+    return bases[pieces.files] + pieces.starts, pieces.ends - pieces.starts

@@ -57,6 +57,8 @@ def whole_pages(runs: Runs, page: int) -> Runs:
 
 def cut(runs: Runs, longest: int) -> Runs:
     """Runs of at most `longest` bytes each, which cover the same."""
+    if (runs.ends - runs.starts).max(initial=0) <= longest:
+        return runs
     n_parts = -(-(runs.ends - runs.starts) // longest)
     before = np.repeat(np.cumsum(n_parts) - n_parts, n_parts)
     starts = np.repeat(runs.starts, n_parts) + (np.arange(len(before)) - before) * longest

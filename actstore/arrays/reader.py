@@ -22,13 +22,14 @@ import numpy as np
 
 from actstore.arrays.copying import copy_rows, flat_rows, n_threads
 from actstore.arrays.layout import Layout
-from actstore.arrays.mapped import Shards, most_maps
+from actstore.arrays.mapped import Shards, most_maps, row_pages
 from actstore.arrays.plan import Runs, joined, whole_pages
 from actstore.arrays.site import Cost, IsToken, Placed, not_stored
 from actstore.errors import Damaged
 from actstore.storage.backend import Reading, Storage
 
-AHEAD = 128 << 20  # bytes of pages that a block of rows may touch; the next block's are fetched meanwhile
+BLOCK = 16 << 20  # bytes of pages that a block of rows may touch
+AHEAD = 2  # blocks whose pages are asked for before one is copied
 
 
 class SiteReader(Placed):
@@ -62,7 +63,7 @@ class SiteReader(Placed):
 
         Each row is copied out of its mapped shard. Ids need no sorting, though sorted ids are read
         faster. Where a sample of the pages is not all in memory, the wanted pages of each block of
-        rows are fetched while the block before is copied.
+        rows are fetched while the blocks before are copied.
 
         Args:
             token_ids: int64 [n], in any order; repeats are allowed.
@@ -86,8 +87,8 @@ class SiteReader(Placed):
                 some = np.empty((len(group), *layout.row_shape), whole.dtype)
                 whole[group] = self.gather(token_ids[group], some)
             return whole
-        windows, offsets = self._find(token_ids)
-        cold = self.files.is_cold(windows, offsets)
+        windows, offsets, is_fetched = self._find(token_ids)
+        cold = not is_fetched and self.files.is_cold(windows, offsets)
         if not cold and out is None and layout.dtype == "float32" and n_threads(len(offsets) * layout.row_items) == 1:
             X = windows[offsets].view(np.float32).reshape(-1, layout.row_items)
             blank = bool(np.isnan(X[:, 0].min(initial=0)))
@@ -114,18 +115,20 @@ class SiteReader(Placed):
         return np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
 
     def _copy_cold(self, windows: np.ndarray, offsets: np.ndarray, X: np.ndarray, layout: Layout) -> bool:
-        """See copy_rows. Rows are copied block by block, while the next block's pages are read."""
-        n_rows = max(AHEAD // max(layout.row_bytes, mmap.PAGESIZE), 1)
-        blank = False
-        self.files.fetch(windows, offsets[:n_rows])
-        for first in range(0, len(offsets), n_rows):
-            block = slice(first, first + n_rows)
-            self.files.fetch(windows, offsets[first + n_rows : first + 2 * n_rows])
-            blank |= copy_rows(windows, offsets[block], X[block], layout)
+        """See copy_rows. Rows are copied block by block, while the next blocks' pages are read."""
+        n_rows = max(BLOCK // max(layout.row_bytes, mmap.PAGESIZE), 1)
+        blocks = [slice(first, first + n_rows) for first in range(0, len(offsets), n_rows)]
+        fetch, blank = self.files.fetcher(windows), False
+        for number in range(-AHEAD, len(blocks)):
+            if number + AHEAD < len(blocks):
+                fetch(offsets[blocks[number + AHEAD]])
+            if number >= 0:
+                block = blocks[number]
+                blank |= copy_rows(windows, offsets[block], X[block], layout)
         return blank
 
-    def _find(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Windows and offsets, see Shards.find.
+    def _find(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """See Shards.find.
 
         A row costs two dozen nanoseconds in all, so each pass over the ids counts.
         """
@@ -166,7 +169,7 @@ class SiteReader(Placed):
             starts[of_batch] += self.files.chunk_starts(number)[position[of_batch]]
         ends = np.array([self.files.size(number) for number in batches], np.int64)
         indexes = whole_pages(Runs(np.array(batches, np.int64), ends - layout.index_bytes, ends), mmap.PAGESIZE)
-        wanted = self.files.runs(batch, starts)
+        wanted = row_pages(layout, batch, starts)
         files, firsts, lasts = (np.concatenate(both) for both in zip(wanted, indexes, strict=True))
         runs = joined(files, firsts, lasts, near=0)
         return Cost(n_chunks, len(batches), len(runs.starts), n_bytes, runs.n_bytes, self.files.n_resident(runs))

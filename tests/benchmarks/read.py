@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from mmap import PAGESIZE as PAGE
 from pathlib import Path
 from unittest.mock import patch
@@ -22,9 +23,10 @@ import numpy as np
 import polars as pl
 
 from actstore.arrays import pages
+from actstore.arrays.layout import Layout
 from actstore.arrays.mapped import NEAR, Shards
 from actstore.arrays.plan import Runs, cut, joined, whole_pages
-from actstore.arrays.reader import AHEAD
+from actstore.arrays.reader import AHEAD, BLOCK
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
@@ -77,8 +79,9 @@ def sections(path: Path, cold_only: bool = False) -> dict[str, list[Row]]:
             selections = _selections(store, every)
             raw = Path(folder) / "raw.npy"
             np.save(raw, store._opened.reader(store.resolve_run(None), SITE).gather(every))
+            in_place = _write_in_place(store, Path(folder) / "shards.bin")
             errs = _how_it_errs(store, selections[-1])
-        cold = _cold(path, raw, selections)
+        cold = _cold(path, raw, Path(folder) / "shards.bin", in_place, selections)
         n_trees = f"{SITE} of {np.unique(every >> 8).size:,} trees"
         of_cold = {f"Reading {n_trees}, ids at hand, cold": cold}
         with Store(path) as store:
@@ -132,18 +135,42 @@ def _how_it_errs(store: Store, last: Selection) -> str:
     return f"{last.name}: of trees of depth {DEEP} and more, {wrong} answered wrong{stand_ins}"
 
 
-def _cold(path: Path, raw: Path, selections: list[Selection]) -> list[Row]:
-    """Gather and limit with no page of either's file in memory; the limit's file is mapped already.
+def _write_in_place(store: Store, to: Path) -> tuple[Layout, int, np.ndarray]:
+    """Write the shards one after another to one file.
 
-    The limit gets the advice that the gather gives: the same runs, as long and as far ahead. Without
-    advice, it reads as far around each page as the disk's readahead goes.
+    Returns:
+        The layout, the first id, and int64 [batch, chunk]: the byte of the file at which each chunk starts.
+    """
+    reader = store._opened.reader(store.resolve_run(None), SITE)
+    starts = np.zeros((reader.layout.n_shards, reader.layout.chunks_per_shard), np.int64)
+    with to.open("wb") as file:
+        for batch, shard in sorted(reader.shards.items()):
+            starts[batch] = file.tell() + reader.files.chunk_starts(batch)
+            file.write((store.path / shard).read_bytes())
+    return reader.layout, reader.first_token_id, starts
+
+
+def _cold(
+    path: Path, raw: Path, shards: Path, in_place: tuple[Layout, int, np.ndarray], selections: list[Selection]
+) -> list[Row]:
+    """Gather and limits with no page of any's file in memory; a limit's file is mapped already.
+
+    A limit gets the advice that the gather gives: the same runs, as long and as far ahead. Without
+    advice, it reads as far around each page as the disk's readahead goes. One limit is of the rows in
+    the order of tokens, one of the shards' own bytes in one file: rows lie there as in the store,
+    and nothing is to be opened, mapped or read of an index.
     """
     rows = []
+    layout, first, starts = in_place
     for selection in selections:
-        rounds = [_cold_round(path, raw, selection) for _ in range(COLD_ROUNDS)]
-        limit, unadvised, gather, unaware = zip(*rounds, strict=True)
+        row, position = layout.split(selection.ids - first)
+        batch, slot = np.divmod(row, layout.rows_per_chunk)
+        lies = starts[batch, position] + slot * layout.row_bytes
+        rounds = [_cold_round(path, raw, shards, lies, selection) for _ in range(COLD_ROUNDS)]
+        limit, of_shards, unadvised, gather, unaware = zip(*rounds, strict=True)
         name = f"{selection.name}, {len(selection.ids):,} rows"
         rows.append(_row(f"{name}: gather / limit with the same advice", gather, limit, most=1.25))
+        rows.append(_row(f"{name}: gather / the same limit, rows as in the shards", gather, of_shards, most=1.25))
         rows.append(_row(f"{name}: gather / limit without advice", gather, unadvised))
         faster = ratio(unaware, gather)
         figure = f"{faster:.1f} ({milliseconds(unaware)} / {milliseconds(gather)} ms)"
@@ -153,17 +180,34 @@ def _cold(path: Path, raw: Path, selections: list[Selection]) -> list[Row]:
     return rows
 
 
-def _cold_round(path: Path, raw: Path, selection: Selection) -> list[float]:
-    """Seconds of the limit and of the gather, each with advice and without; a store anew for each.
+def _cold_round(path: Path, raw: Path, shards: Path, lies: np.ndarray, selection: Selection) -> list[float]:
+    """Seconds of the limits and of the gather, each with advice and without; a store anew for each.
 
     A reader that has read holds its maps, and pages that are mapped cannot be dropped.
     """
     seconds = []
-    limits = (_advised, lambda mapped, rows: np.take(mapped, rows, axis=0))
-    for take in limits:
-        mapped = np.load(raw, mmap_mode="r")
-        drop_pages([raw])
-        limit, X = timed(lambda take=take, mapped=mapped: take(mapped, selection.rows))
+    mapped = np.load(raw, mmap_mode="r")
+    row_bytes, before = mapped.shape[1] * mapped.itemsize, mapped.offset
+    del mapped
+
+    def in_order(mapped: np.ndarray, some: slice = slice(None)) -> np.ndarray:
+        return np.take(mapped[before:].view(np.float32).reshape(-1, row_bytes // 4), selection.rows[some], axis=0)
+
+    def in_place(mapped: np.ndarray, some: slice) -> np.ndarray:
+        every = np.ndarray((len(mapped) - row_bytes) // 4 + 1, f"V{row_bytes}", mapped, strides=(4,))
+        return every[lies[some] // 4].view(np.float32).reshape(-1, row_bytes // 4)
+
+    at = selection.rows * row_bytes + before
+    limits: list[tuple[Path, Callable[[np.ndarray], np.ndarray]]] = [
+        (raw, lambda mapped: _advised(mapped, at, row_bytes, partial(in_order, mapped))),
+        (shards, lambda mapped: _advised(mapped, lies, row_bytes, partial(in_place, mapped))),
+        (raw, in_order),
+    ]
+    for file, take in limits:
+        mapped = np.memmap(file, np.uint8, mode="r")
+        drop_pages([file])
+        limit, X = timed(lambda take=take, mapped=mapped: take(mapped))
+        del mapped
         seconds.append(limit)
     for looks in (pages.some_missing, lambda *about: False):
         with Store(path) as store, patch.object(pages, "some_missing", looks):
@@ -192,23 +236,28 @@ def _looks(store: Store, selections: list[Selection]) -> list[Row]:
     return rows
 
 
-def _advised(mapped: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`np.take` from a raw file, block by block, with the next block's pages asked for as a gather asks."""
-    X = np.empty((len(rows), mapped.shape[1]), np.float32)
-    row_bytes = mapped.shape[1] * mapped.itemsize
-    before = mapped.ctypes.data % PAGE  # the file's header
-    n_rows = AHEAD // max(row_bytes, PAGE)
+def _advised(mapped: np.ndarray, starts: np.ndarray, row_bytes: int, take: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """Rows of a mapped file, block by block, with the next blocks' pages asked for as a gather asks.
+
+    Args:
+        mapped: uint8 [bytes of the file].
+        starts: int64 [n]: the byte at which each row starts.
+        take: copies some of the rows.
+    """
+    X = np.empty((len(starts), row_bytes // 4), np.float32)
+    n_rows = BLOCK // max(row_bytes, PAGE)
+    blocks = [slice(first, first + n_rows) for first in range(0, len(starts), n_rows)]
 
     def fetch(some: np.ndarray) -> None:
-        starts = some * row_bytes + before
-        wanted = whole_pages(Runs(np.zeros(len(some), np.int64), starts, starts + row_bytes), PAGE)
+        wanted = whole_pages(Runs(np.zeros(len(some), np.int64), some, some + row_bytes), PAGE)
         runs = cut(joined(*wanted, NEAR), pages.LONGEST)
-        pages.fetch(runs.starts + mapped.ctypes.data - before, runs.ends - runs.starts)
+        pages.fetch(runs.starts + mapped.ctypes.data, runs.ends - runs.starts)
 
-    fetch(rows[:n_rows])
-    for first in range(0, len(rows), n_rows):
-        fetch(rows[first + n_rows : first + 2 * n_rows])
-        np.take(mapped, rows[first : first + n_rows], axis=0, out=X[first : first + n_rows])
+    for number in range(-AHEAD, len(blocks)):
+        if number + AHEAD < len(blocks):
+            fetch(starts[blocks[number + AHEAD]])
+        if number >= 0:
+            X[blocks[number]] = take(blocks[number])
     return X
 
 

@@ -117,6 +117,7 @@ def test_a_lack_of_descriptors_is_told_and_over_once_there_are_some(path):
     assert {batching, process}  # imported before: importing opens files, too
     with Store(path) as store:
         store.read("select token_id from tokens where tree_id = 0")
+        store.sql("select norm(act(token_id, 'r', 'embed')) from tokens where tree_id = 0")  # imports the functions
         with no_descriptor_left():
             for call in (
                 lambda: store.read("select token_id from tokens"),

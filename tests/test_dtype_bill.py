@@ -145,6 +145,22 @@ def test_the_command_prints_records_and_draws(path: Path, tmp_path: Path) -> Non
         assert store.sql("select count(*) from results where study = 'dtype-bill' and metric = 'p_holm'").item() == 8
 
 
+def test_what_a_dtype_loses_is_confirmed_on_a_second_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, whole = tmp_path / "s.act", encoding.quantised
+    sets = {"": TREES, "2": replace(TREES, seed=77, name="second")}
+    for of_set, trees in sets.items():
+        execute(Ingest(path, MODEL, trees, f"r{of_set}", SITES))
+    words = ["study", str(path), "dtype-bill", "--run", "r", "-o", "repeats", "0", "-o", "trees", "40"]
+    words += ["--confirm", "second"]
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "quantised", lambda X: whole(torch.ones_like(X)))
+        for of_set, trees in sets.items():
+            execute(Ingest(path, MODEL, trees, f"lost{of_set}", SITES, dtype="int8"))
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert "4 of 4 are confirmed on 'second'" in done.output
+
+
 def test_the_figure_has_a_panel_for_each_question(answer: Answer) -> None:
     figure = study.plot(answer)
     assert_legible(figure)

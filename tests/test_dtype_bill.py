@@ -11,8 +11,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from click.testing import CliRunner
 
 from actstore.arrays import encoding
+from actstore.cli import main
 from actstore.errors import BadInput, NotStored
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute

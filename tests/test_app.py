@@ -90,6 +90,9 @@ def test_the_logit_lens_of_the_last_layer_is_what_the_model_answered(demo_store,
     assert len(cut.positions) == sequences.FEWEST
     assert seen.asked in cut.positions
     assert f"{sequences.FEWEST} of {len(seen.tokens)} tokens, around {seen.asked}" in cut.said
+    assert "direction:ltr" in drawing.heat(cut, seen.words, seen.asked), (
+        "a map of few tokens is not pushed to the right"
+    )
     monkeypatch.undo()
     likeliest = sequences.lens(demo_store, seen, seen.asked)
     assert min(share for row in likeliest.shares for share in row) > 1 / 40

@@ -236,7 +236,7 @@ def heat(grid: Grid, words: Listed[str], at: int | None = None) -> str:
             f'<rect x="{x}" y="{top}" width="{wide}" height="{len(grid.sites) * CELL}" fill="none" stroke="#1a1a1a" '
             'stroke-width="2" pointer-events="none"/>'
         )
-    late = at is not None and at > grid.positions[-1] - 10  # then the view begins at the right end
+    late = at is not None and at > grid.positions[-1] - 10 and len(names) > 20  # then the view begins at the right end
     return f'<div style="overflow-x:auto;direction:{"rtl" if late else "ltr"}">{_svg(width, height, parts, grid.said)}</div>'
 
 

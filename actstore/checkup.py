@@ -41,10 +41,8 @@ OVER_A_NETWORK = re.compile(r"nfs\d?|cifs|smb\d?|smbfs|lustre|gpfs|beegfs|ceph|g
 FEW_FILES, FEW_MAPS = 4096, 65_530  # open files of a store of many sites; Linux's own number of maps
 LITTLE_MEMORY, LITTLE_ROOM = 4e9, 5e9  # bytes: what a small language model, and a small ingest, take
 NO_LIMIT = 1 << 60
-PAGES, SLOW_PAGE = (
-    32,
-    0.002,
-)  # of the file that is tried; seconds: a local disk takes a tenth of that, and one that turns more
+PAGES = 32  # of the file that is tried
+SLOW_PAGE = 0.002  # seconds: a local disk takes a tenth of that, and one that turns more
 DIRECT: int | None = getattr(os, "O_DIRECT", None)  # not on every system
 
 

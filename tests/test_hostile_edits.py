@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,44 @@ def test_edits_share_a_token_and_leave_batches_without_any(store: Path, tmp_path
     assert patched(copied, *words).exit_code == 0
     assert committed_files(copied) == before
     assert not verify(copied).findings
+
+
+CUT = """
+import os, resource, signal, sys
+from actstore.cli import main
+from actstore.storage.local import Local
+
+blow, left, publish = int(sys.argv[1]), int(sys.argv[2]), Local.publish
+
+def cut(self, *args, **more):
+    global left
+    left -= 1
+    if left == 0:
+        if blow:
+            os.kill(os.getpid(), blow)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    return publish(self, *args, **more)
+
+Local.publish = cut
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+main(sys.argv[3:])
+"""
+STOPPED = {signal.SIGINT: (1, "stopped"), signal.SIGTERM: (-signal.SIGTERM, ""), 0: (1, "no room")}
+
+
+@pytest.mark.parametrize("blow", STOPPED)
+def test_edits_that_are_stopped_or_find_no_room_go_on_to_the_same_bytes(store: Path, tmp_path: Path, blow: int) -> None:
+    cut, whole = (actstore.copy(store, tmp_path / name).out for name in ("cut.act", "whole.act"))
+    more = ("--run", "x", "--sites", "resid_post")
+    words = ["ingest", str(cut), "--base", "base", "--patch", ROOTS, "--at", "embed", "--how", "zero", *more]
+    command = [sys.executable, "-c", CUT, str(int(blow)), "12", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    code, said = STOPPED[blow]
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert {finding.kind for finding in verify(cut).findings} <= {"stray"}, "files that no commit names yet"
+    for each in (cut, whole):
+        assert patched(each, ROOTS, *more).exit_code == 0
+    assert committed_files(cut) == committed_files(whole)
+    assert not verify(cut).findings

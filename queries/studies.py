@@ -27,7 +27,7 @@ from actstore.queries import study as each_study
 from actstore.queries.confirm import Confirmation
 from actstore.queries.figures import style
 from actstore.queries.second import Second
-from actstore.queries.study import Answer, Progress, Question, questions
+from actstore.queries.study import Answer, Progress, Question, check_options, questions
 from actstore.writing import recording
 
 if TYPE_CHECKING:
@@ -89,14 +89,23 @@ class Asked:
         return f"{type(self.error).__name__}: {self.error} ({where}); this is a fault of actstore"
 
 
-def announcement(store: Store, names: Sequence[str], runs: Sequence[str] = (), **options: Any) -> str:
+def announcement(
+    store: Store, names: Sequence[str], runs: Sequence[str] = (), options: Mapping[str, Any] | None = None
+) -> str:
     """One sentence: what studies ask, where that is much; else "".
 
     Args:
         names: names of the studies.
         runs, options: see `study.questions`.
+
+    Raises:
+        NotStored: there is no such study or run.
+        BadInput: a study has no such option.
     """
-    asked = [question for name in names for question in questions(store, name, runs or (), **options)]
+    if options:
+        for name in names:
+            check_options(name, options)
+    asked = [question for name in names for question in questions(store, name, runs or (), **(options or {}))]
     rows = store.rows("select run, n_sequences from runs join datasets using (dataset)")
     sizes: dict[str, int] = {str(run): int(n) for run, n in rows}
     n = sum(sizes.get(question.run, 0) for question in asked)

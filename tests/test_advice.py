@@ -260,6 +260,7 @@ ELSEWHERE = {
     "queries/study.py:ask",  # test_ablate.py
     "queries/app/recorded.py:answer_of",  # test_app.py
     "queries/report.py:_asked",  # test_report.py
+    "actstore/checkup.py:_store",  # test_doctor.py
     "queries/dtype_bill.py:_others",  # test_dtype_bill.py
     "actstore/cli/ingest.py:ingest",  # below, as the rest
     "actstore/cli/ingest.py:_patch",  # test_refused_edits.py

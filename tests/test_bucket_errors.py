@@ -151,6 +151,9 @@ def test_each_kind_of_request_is_done_again_when_it_fails(
     with Store(root) as store:
         X, rows = store.read("select token_id, tree_id from tokens", site="resid_post.0")
         assert (X[:, 0] == rows["tree_id"].to_numpy()).all()
+    for number in range(5):
+        at(root).publish(name := f"parts/left-{number}", b"of nobody")
+        at(root).delete(name)
     proxy.choose = lambda asked, path: ""
     assert set(METHODS) <= {method for method, times in seen.items() if times >= 5}
     assert not verify(root).findings

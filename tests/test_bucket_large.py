@@ -112,11 +112,12 @@ def test_of_eight_that_publish_a_large_file_one_wins_and_the_rest_is_swept(root:
     assert len(Bucket(root).sizes("")) == 2
 
 
-@pytest.mark.parametrize("most_asked", [0, 500])
+@pytest.mark.parametrize("at_a_time", [1, 32])
 def test_a_store_of_large_files_is_like_any_other(
-    large: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, most_asked: int
+    large: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at_a_time: int
 ) -> None:
-    monkeypatch.setattr(objects, "MOST_ASKED", most_asked)
+    """Sizes are listed, or asked for one by one."""
+    monkeypatch.setattr(objects, "AT_ONCE", at_a_time)
     RUN.store(root := address("large"))
     assert head(root, shards(root)[0])
     RUN.store(beside := tmp_path / "beside.act")

@@ -18,6 +18,7 @@ import actstore
 from actstore import checkup
 from actstore.cli import main
 from tests.stores import fake, files
+from tests.test_old_stores import unpack
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -143,6 +144,32 @@ def test_an_extra_that_is_missing_says_how_to_install_it(monkeypatch):
     assert extras["s3"].found == "not installed (obstore); pip install 'actstore[s3]'"
     assert extras["s3"].advice is None, "nobody needs every extra"
     assert "pip install duckdb" in found(facts, "versions", "duckdb").advice
+
+
+def test_a_store_of_an_older_format_is_brought_up_to_date_as_it_is_said(tmp_path):
+    root = unpack("format-1", tmp_path)
+    assert f"`actstore repair {root}`" in found(actstore.doctor(root), "store", "format").advice
+    assert run("repair", root).exit_code == 0
+    facts = actstore.doctor(root)
+    assert [fact for fact in facts if fact.about == "store" and fact.advice and fact.what != "health"] == []
+
+
+def test_slices_that_are_not_committed_are_told_with_the_command_that_commits_them(tmp_path):
+    words = (
+        "ingest",
+        root := tmp_path / "s.act",
+        "--model",
+        "reproduction",
+        "--trees",
+        3,
+        "--sites",
+        "none",
+        "--slice",
+    )
+    assert run(*words, "2/2").exit_code == 0
+    assert f"`actstore commit {root}`" in found(actstore.doctor(root), "store", "slices").advice
+    assert run("commit", root).exit_code == 0
+    assert not [fact for fact in actstore.doctor(root) if fact.what == "slices"]
 
 
 def test_an_older_catalog_is_said_to_be_built_anew_at_each_opening(root, monkeypatch):

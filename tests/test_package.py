@@ -18,6 +18,7 @@ from actstore import queries
 ROOT = Path(__file__).parents[1]
 PLACES = {"actstore": "actstore", **{top: f"actstore/{top}" for top in ("ingest", "queries", "data")}}
 NOT_INSTALLED = (".ipynb", ".png", ".csv")  # and the folders' README.md; a model's card is installed
+NOTEBOOKS = ROOT / "queries" / "notebooks"  # are for those who have the checkout
 BUILD = "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_sdist(out); b.build_wheel(out)"
 RUN = """
 import sys, actstore
@@ -37,7 +38,7 @@ def shipped() -> dict[str, str]:
         for path in (ROOT / top).rglob("*"):
             if path.is_dir() or "__pycache__" in path.parts or path.name == "README.md":
                 continue
-            if path.suffix not in NOT_INSTALLED:
+            if path.suffix not in NOT_INSTALLED and path.parent != NOTEBOOKS:
                 found[path.relative_to(ROOT).as_posix()] = f"{place}/{path.relative_to(ROOT / top).as_posix()}"
     return found
 

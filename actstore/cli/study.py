@@ -51,7 +51,7 @@ def _announce(store: Store, names: list[str], runs: tuple[str, ...], options: di
     from actstore.queries import studies
 
     with suppress(ActstoreError):  # which the study itself will say
-        if said := studies.announcement(store, names, runs, **options):
+        if said := studies.announcement(store, names, runs, options):
             note(said, err=True)
 
 

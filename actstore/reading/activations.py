@@ -91,7 +91,7 @@ def _check_room(shape: tuple[int, ...], dtype: str) -> None:
     if free is not None and wanted > free:
         raise LimitReached(
             f"X {list(shape)} in {dtype} takes {wanted / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free: read fewer "
-            "rows or sites, or float16; Store.batches reads any number in turn, and `actstore export` writes them to a file"
+            "rows or sites, or float16; Store.batches reads any number in turn, and Store.export writes them to a file"
         )
 
 

@@ -299,8 +299,12 @@ class Objects(Storage):
         if self._bucket.scheme in SUFFIXES:
             size, content = self._bucket.end(path, n_bytes)
             if size != HEAD_BYTES:
+                self._saw_no_head(path, size)
                 return size, content
         return super().end(path, n_bytes)  # what is asked of a head is of its file
+
+    def _saw_no_head(self, path: str, size: int) -> None:
+        """A file has this size, in bytes, and no head."""
 
     def size(self, path: str) -> int:
         """See Storage.size."""
@@ -518,12 +522,9 @@ class HeldObjects(Objects, Reading):
             self._known[path] = found
         return self._known[path]
 
-    def end(self, path: str, n_bytes: int) -> tuple[int, bytes]:
-        """See Storage.end; the size is not asked for again."""
-        size, content = super().end(path, n_bytes)
-        if size != HEAD_BYTES:
-            self._known.setdefault(path, (size, None))
-        return size, content
+    def _saw_no_head(self, path: str, size: int) -> None:
+        """The size is not asked for again."""
+        self._known[path] = size, None
 
     def ahead(self, paths: Sequence[str]) -> Mapping[str, bytes]:
         """See Storage.ahead; the next `read` of each file gives what was read here."""

@@ -20,6 +20,7 @@ from actstore.store import Store
 from tests.stores import fake
 
 HEAVY = {"numpy", "polars", "pyarrow", "pandas", "torch", "zarr", "scipy", "matplotlib", "prompt_toolkit"}
+HEAVY |= {"configparser", "http", "ssl"}  # what a bucket needs
 SCRIPT = """
 import json, sys
 from actstore.cli import main

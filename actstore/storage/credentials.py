@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import configparser
 import hashlib
-import http.client
 import os
 import re
 from pathlib import Path
@@ -108,6 +107,8 @@ def there_are(scheme: str) -> bool:
 
 def _answers(address: str) -> bool:
     """Whether a server of metadata answers, whatever it says."""
+    import http.client  # takes 10 ms, and few need it
+
     try:
         where = urlsplit(address)
         asked = http.client.HTTPConnection(where.hostname or "", where.port or 80, timeout=METADATA_SECONDS)

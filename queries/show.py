@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,7 @@ def plot_tree(store: Store, tree_id: int) -> Figure:
     """
     tree, children = _tree(store, tree_id)
     path = [tree["root"], *tree["path"]]
-    steps, place = set(pairwise(path)), _places(tree["root"], children)
+    steps, place = set(pairwise(path)), places(tree["root"], children)
     with style():
         figure, (axis,) = panels(1, 0.42 * (1 - min(y for _, y in place.values())) + 0.3)
         axis.axis("off")
@@ -124,14 +125,22 @@ def _tree(store: Store, tree_id: int) -> tuple[dict[str, Any], dict[int, list[in
             f"no tree {tree_id}: {store.path} holds {n:,} trees" + (f", numbered up to {last}" if n else "")
         )
     edges = store.sql("select source, target from edges where tree_id = $tree order by edge", {"tree": tree_id}).rows()
+    return found[0], children_of(edges)
+
+
+def children_of(edges: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    """Node → its children, in the order of the edges, (source, target)."""
     children: dict[int, list[int]] = {}
     for source, target in edges:
         children.setdefault(source, []).append(target)
-    return found[0], children
+    return children
 
 
-def _places(root: int, children: dict[int, list[int]]) -> dict[int, tuple[float, float]]:
-    """Node → x, y: leaves from left to right, a parent above the middle of its children."""
+def places(root: int, children: dict[int, list[int]]) -> dict[int, tuple[float, float]]:
+    """Node → x, y: leaves from left to right, a parent above the middle of its children.
+
+    Neighbouring leaves are 1 apart, and so are neighbouring depths; the root has y = 0.
+    """
     place: dict[int, tuple[float, float]] = {}
     leaves = 0
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actstore.queries.figures import COLOURS
+from actstore.queries.show import children_of, places
 
 if TYPE_CHECKING:
     from actstore.queries.app.sequence import Grid, Sequence
@@ -71,23 +72,9 @@ def tree(asked: Sequence, at: int, weights: np.ndarray | None = None) -> str:
 
 
 def _places(root: int, edges: Listed[tuple[int, int]]) -> dict[int, tuple[int, int]]:
-    """Node → x, y: leaves from left to right, a parent in the middle of its children."""
-    children: dict[int, list[int]] = {}
-    for source, target in edges:
-        children.setdefault(source, []).append(target)
-    place: dict[int, tuple[int, int]] = {}
-    leaves = 0
-
-    def put(node: int, depth: int) -> int:
-        nonlocal leaves
-        below = [put(child, depth + 1) for child in sorted(children.get(node, []))]
-        leaves += not below
-        x = round(sum(below) / len(below)) if below else leaves * STEP_X
-        place[node] = x, STEP_Y // 2 + depth * STEP_Y
-        return x
-
-    put(root, 0)
-    return place
+    """Node → x, y in pixels, see show.places."""
+    found = places(root, children_of(edges))
+    return {node: (round(STEP_X * x), STEP_Y // 2 + round(-STEP_Y * y)) for node, (x, y) in found.items()}
 
 
 def _attended(asked: Sequence, at: int, weights: np.ndarray, place: dict[int, tuple[int, int]]) -> list[str]:

@@ -27,7 +27,15 @@ from actstore.errors import ActstoreError, advised
 from actstore.storage.at import at, place, scheme
 from actstore.storage.backend import ENDLESS
 from actstore.storage.cache import folder as cache_folder
-from actstore.storage.machine import LEAST_FOR_MODELS, allowed_maps, check_memory, n_processors
+from actstore.storage.machine import (
+    GROUP,
+    LEAST_FOR_MODELS,
+    MEMORY,
+    allowed_maps,
+    check_memory,
+    free_memory,
+    n_processors,
+)
 from actstore.store import Store
 from actstore.version import __version__
 
@@ -135,11 +143,13 @@ def _machine(memory: int) -> Iterator[Fact]:
     )
     load = os.getloadavg()[0]
     yield about("load", f"{load:.1f} in the last minute", _if(load > n, "other processes take the processors now"))
-    free = _meminfo("MemAvailable")
+    free, with_swap = free_memory(swap=False), free_memory()
     little = "a language model may not fit: smaller --batch-size, fewer --sites"
-    yield about(
-        "memory", f"{_size(memory)}, {_size(min(free, memory))} free", _if(min(free, memory) < LITTLE_MEMORY, little)
-    )
+    if free is None or with_swap is None:
+        yield about("memory", _size(memory))
+    else:
+        swap = f", {_size(with_swap)} with swap" if with_swap > free else ""
+        yield about("memory", f"{_size(memory)}, {_size(free)} free{swap}", _if(free < LITTLE_MEMORY, little))
     most = resource.getrlimit(resource.RLIMIT_AS)[0]
     limit = most != resource.RLIM_INFINITY
     tight = f"models need {_size(LEAST_FOR_MODELS)}: ulimit -v unlimited"
@@ -162,19 +172,14 @@ def _size(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"
 
 
-def _meminfo(name: str) -> int:
-    """Bytes that /proc/meminfo names; NO_LIMIT if it does not."""
-    with suppress(OSError):
-        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else NO_LIMIT
-    return NO_LIMIT
-
-
 def _memory() -> int:
     """Bytes of memory: the machine's, or what a control group leaves this process."""
+    total = NO_LIMIT
     with suppress(OSError, ValueError):
-        return min(_meminfo("MemTotal"), int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return _meminfo("MemTotal")
+        found = re.search(r"^MemTotal:\s+(\d+) kB", MEMORY.read_text(), re.MULTILINE)
+        total = int(found[1]) * 1024 if found else NO_LIMIT
+        return min(total, int((GROUP / "memory.max").read_text()))
+    return total
 
 
 def _share_of_processors() -> float | None:

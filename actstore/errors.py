@@ -41,9 +41,9 @@ def _quoted(word: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint `; did you mean 'x'?` for a misspelt name; "" if no known name is near."""
+    """The hint ` (did you mean 'x'?)` to follow a misspelt name; "" if no known name is near."""
     near = get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class ActstoreError(Exception):

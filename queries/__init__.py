@@ -11,7 +11,7 @@ A header is `-- NAME: SUMMARY`, then the sections `grain` (columns that no two r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -36,6 +36,10 @@ class Readable(Protocol):
 
     def of(self, run: str) -> Readable:
         """See Store.of."""
+        ...
+
+    def runs(self) -> list[str]:
+        """See Store.runs."""
         ...
 
     def resolve_run(self, run: str | None) -> str:
@@ -115,23 +119,34 @@ def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
     """
     if name.endswith(".sql"):
         sql = read_sql(name, "query")
-        params = _with_the_one_run(store, params, bool(re.search(r"\$run\b", sql)))
+        takes = ["run"] if re.search(r"\$run\b", sql) else []
     else:
         query = load(name)
-        params = _with_the_one_run(store, params, "run" in query.params)
-        check_names(f"query {name!r}", params, query.params, query.params)
-        sql = query.sql
+        sql, takes = query.sql, [*query.params]
+    params = _with_the_one_run(store, params, takes)
+    to_name = _to_name(store) if "run" in takes and "run" not in params else ""
+    if not name.endswith(".sql"):
+        check_names(f"query {name!r}", params, takes, takes, to_name)
+    elif to_name:
+        raise BadInput(f"query {name!r} lacks run{to_name}")
     if "run" in params:
         store = store.of(params["run"])  # refuses an unknown run; SQL would just find no rows
     return store.sql(sql, params or None)
 
 
-def _with_the_one_run(store: Readable, params: dict[str, Any], takes_run: bool) -> dict[str, Any]:
+def _with_the_one_run(store: Readable, params: dict[str, Any], takes: Collection[str]) -> dict[str, Any]:
     """The parameters with the store's one run, if a query takes a run and none is given."""
-    if takes_run and "run" not in params:
+    if "run" in takes and "run" not in params:
         with suppress(BadInput, NotStored):  # there are several, or none
             return {**params, "run": store.resolve_run(None)}
     return params
+
+
+def _to_name(store: Readable) -> str:
+    """The end of a message: the runs to choose from, and how to name one."""
+    held = store.runs()
+    how = f": name one (-p run {held[0]}, in Python run={held[0]!r})" if held else ""
+    return f"; the store holds {', '.join(held) or 'no run'}{how}"
 
 
 def read_sql(file: str | Path, what: str) -> str:
@@ -152,8 +167,13 @@ def read_sql(file: str | Path, what: str) -> str:
         ) from None
 
 
-def check_names(what: str, given: Iterable[str], required: Iterable[str], known: Iterable[str]) -> None:
+def check_names(
+    what: str, given: Iterable[str], required: Iterable[str], known: Iterable[str], advice: str = ""
+) -> None:
     """Refuse missing and unknown names, in one message.
+
+    Args:
+        advice: the end of the message.
 
     Raises:
         BadInput: lists the missing, unknown and known names.
@@ -165,7 +185,7 @@ def check_names(what: str, given: Iterable[str], required: Iterable[str], known:
         return
     faults = [f"lacks {', '.join(missing)}"] * bool(missing)
     faults += [f"takes no {name!r}{nearest(name, known)}" for name in unknown]
-    raise BadInput(f"{what} {' and '.join(faults)}; it takes {', '.join(known) if known else 'no parameters'}")
+    raise BadInput(f"{what} {' and '.join(faults)}; it takes {', '.join(known) if known else 'no parameters'}{advice}")
 
 
 def parse(name: str, sql: str) -> Query:

@@ -138,7 +138,7 @@ def test_any_hook_is_a_site_with_its_axes(models):
 @pytest.mark.parametrize(
     ("site", "said"),
     [
-        ("resid_posd.0", r"no site 'resid_posd.0'; did you mean 'resid_post.0'\?"),
+        ("resid_posd.0", r"no site 'resid_posd.0' \(did you mean 'resid_post.0'\?\)"),
         ("blocks.0.mlp.hook_oot", "did you mean 'blocks.0.mlp.hook_out'"),
         ("resid_post.2", "no site 'resid_post.2'"),
         ("rotary_emb.hook_cos", r"gives \[1, 3, 8\], and a site has a row per token, \[2, 3, …\]"),
@@ -483,7 +483,7 @@ def test_what_is_no_model_is_refused_on_one_line(made, said, tmp_path, folders):
         ("transformer_lens: {n_layers: 2}", "transformer_lens.d_model is None"),
         (
             ATTENTION_ONLY.replace("attn_only", "attn_onl"),
-            "unknown key 'transformer_lens.attn_onl'; did you mean 'attn_only'",
+            r"unknown key 'transformer_lens.attn_onl' \(did you mean 'attn_only'\?\)",
         ),
         (ATTENTION_ONLY + "seed: 3", "unknown key 'seed'"),
         (ATTENTION_ONLY.replace("attn_only: true", "act_fn: nothing"), "builds no such model"),

@@ -104,7 +104,7 @@ def test_variables_come_before_a_profile(
             f"[works]\n{GOOD}",
             "[profile home]\n",
             "work",
-            "got AWS_PROFILE 'work'; did you mean 'works'.* hold home, works",
+            r"got AWS_PROFILE 'work' \(did you mean 'works'.* hold home, works",
         ),
         ("", "", "work", "hold no profile"),
         (

@@ -255,7 +255,7 @@ def test_a_query_with_order_params_and_ctes_of_its_own_is_read_the_same_where_no
             r"variants of 'd', and not reproduction trees of 6 nodes\): name another set \(--confirm\): fresh, others$",
         ),
         ("a b", r"no set of trees 'a b'; there are d, [^`]*$"),
-        ("frseh", r"no set of trees 'frseh'; did you mean 'fresh'\?; there are d, "),
+        ("frseh", r"no set of trees 'frseh' \(did you mean 'fresh'\?\); there are d, "),
     ],
 )
 def test_a_set_that_is_not_apart_is_refused(path, dataset, said):

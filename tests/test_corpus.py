@@ -334,7 +334,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no such column": (
         pl.DataFrame({"texts": ["a"], "n": [1]}),
         {},
-        r"the frame has no column 'text'; did you mean 'texts'\?; it has texts, n \(--column\)",
+        r"the frame has no column 'text' \(did you mean 'texts'\?\); it has texts, n \(--column\)",
     ),
     "numbers": (pl.DataFrame({"text": [1]}), {}, r"column 'text' of the frame is Int64; texts are strings"),
     "ours": (pl.DataFrame({"text": ["a"], "Token_ID": [1]}), {}, r"has a column 'Token_ID', the name of a column of"),
@@ -345,7 +345,11 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"context": 2, "cut": "error"},
         r"1 documents of the frame are longer than 2 tokens, the first being row 1 of \d+; raise --context",
     ),
-    "no cut": (["a"], {"cut": "spilt"}, r"got --cut 'spilt'; did you mean 'split'\?; there are split, truncate, error"),
+    "no cut": (
+        ["a"],
+        {"cut": "spilt"},
+        r"got --cut 'spilt' \(did you mean 'split'\?\); there are split, truncate, error",
+    ),
     "no context": (["a"], {"context": 0}, r"got a context of 0 tokens; this model takes 1 to 64"),
     "a long context": (["a"], {"context": 65}, r"got a context of 65 tokens; this model takes 1 to 64"),
     "no documents": ([], {}, r"the frame holds no document|is Null"),

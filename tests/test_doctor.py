@@ -17,6 +17,7 @@ from click.testing import CliRunner
 import actstore
 from actstore import checkup
 from actstore.cli import main
+from actstore.storage import machine
 from tests.stores import fake, files
 from tests.test_old_stores import unpack
 
@@ -79,6 +80,22 @@ def test_what_is_unfinished_is_said(tmp_path):
 def test_a_store_larger_than_the_memory_is_said_to_be(root, monkeypatch):
     monkeypatch.setattr(checkup, "_memory", lambda: 1000)
     assert "larger than the memory" in found(actstore.doctor(root), "store", "size").advice
+
+
+def test_free_memory_is_what_a_group_leaves_and_swap_is_said_apart(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\nSwapFree: 1000000 kB\n")
+    for module in (checkup, machine):
+        monkeypatch.setattr(module, "MEMORY", tmp_path / "meminfo")
+        monkeypatch.setattr(module, "GROUP", tmp_path)
+    of_machine = found(actstore.doctor(), "machine", "memory")
+    assert of_machine.found == "16.4 GB, 8.2 GB free, 9.2 GB with swap"
+    assert of_machine.advice is None
+    (tmp_path / "memory.max").write_text("6000000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5000000000\nfile 3\n")
+    of_group = found(actstore.doctor(), "machine", "memory")
+    assert of_group.found == "6.0 GB, 1.0 GB free"
+    assert "may not fit" in of_group.advice
+    assert machine.free_memory() == 1_000_000_000
 
 
 @pytest.mark.parametrize("harm", ["shard", "store.json", "folder"])

@@ -163,7 +163,7 @@ def test_a_site_that_is_not_held_is_told_with_the_ingest_that_adds_it(path):
     ("options", "said"),
     [
         ({"draws": 0}, "got draws 0; it is a number, 1 or more"),
-        ({"labels": "gaol"}, "no label 'gaol'; did you mean 'goal'"),
+        ({"labels": "gaol"}, "no label 'gaol' (did you mean 'goal'"),
         ({"query": ROOT, "label": "my label"}, "got 'my label' for the label's name"),
         ({"label_s": 1}, "takes no 'label_s'"),
     ],

@@ -242,7 +242,7 @@ REFUSED = {
     # runs
     "run misspelt": (
         lambda s: s.read(SOME, run="reproductoin"),
-        *(NotStored, "no run 'reproductoin'; did you mean 'reproduction'?", "holds reproduction"),
+        *(NotStored, "no run 'reproductoin' (did you mean 'reproduction'?); ", "holds reproduction"),
     ),
     "run in capitals": (lambda s: s.sites("Reproduction"), NotStored, "did you mean 'reproduction'?"),
     "run in SQL": (

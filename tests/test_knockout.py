@@ -177,7 +177,7 @@ def test_findings_are_confirmed_on_a_second_set_and_drawn(path, tmp_path):
 def test_the_command_takes_from_which_is_a_word_of_python(path):
     done = CliRunner().invoke(main, ["study", str(path), "knockout", "--run", "a", "-o", "from", "rot", "--no-record"])
     assert done.exit_code != 0
-    assert "no role 'rot' to take attention from; did you mean 'root'?" in re.sub(r"\s+", " ", done.output)
+    assert "no role 'rot' to take attention from (did you mean 'root'?)" in re.sub(r"\s+", " ", done.output)
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def test_rows_are_added_to_labels(root: Path) -> None:
             "have the columns token_id, y, kind, and the new rows token_id, y",
         ),
         ({"token_id": [4], "y": [[1]], "kind": ["x"]}, "mine", BadInput, "do not fit labels mine"),
-        ({"token_id": [4], "y": [1]}, "mime", NotStored, "no labels 'mime'; did you mean 'mine'"),
+        ({"token_id": [4], "y": [1]}, "mime", NotStored, r"no labels 'mime' \(did you mean 'mine'"),
     ]
     for frame, name, error, said in refused:
         with pytest.raises(error, match=said):

@@ -149,7 +149,7 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(section, key):
     misspelt = key + key[-1]
     where[misspelt] = where.pop(key, 1)
     said = refusal(ModelConfig.from_mapping, mapping, "conf.yaml")
-    assert f"unknown key '{section and section + '.'}{misspelt}'; did you mean '{key}'?" in said
+    assert f"unknown key '{section and section + '.'}{misspelt}' (did you mean '{key}'?)" in said
     assert ", ".join(CONFIG_KEYS[section]) in said
 
 
@@ -395,7 +395,7 @@ def whole_numbers(key: str, tensors: dict[str, Tensor]) -> None:
             "weight 'unembed.W_U' is missing; expected the state dict of a HookedTransformer with 2 layers",
         ),
         (drop, "blocks.1.attn.b_K", "weight 'blocks.1.attn.b_K' is missing"),
-        (rename, "blocks.0.mlp.W_in", "unknown weight 'blocks.0.mlp.W_ins'; did you mean 'blocks.0.mlp.W_in'?"),
+        (rename, "blocks.0.mlp.W_in", "unknown weight 'blocks.0.mlp.W_ins' (did you mean 'blocks.0.mlp.W_in'?)"),
         (transpose, "embed.W_E", "weight 'embed.W_E' is float32 [8, 12], which the configuration makes float [12, 8]"),
         (transpose, "blocks.0.attn.W_Q", "is float32 [2, 6, 8], which the configuration makes float [2, 8, 6]"),
         (spoil, "blocks.1.mlp.W_out", "weight 'blocks.1.mlp.W_out' holds 1 NaN or infinite numbers"),
@@ -536,7 +536,7 @@ def test_a_system_may_be_told_where_the_yaml_does_not_say_but_not_against_it(tmp
 def test_a_name_that_no_model_has_is_refused_with_those_there_are(tmp_path, models):
     add("mine", write_checkpoint(tmp_path, random_state(TINY)), None, None, models)
     with pytest.raises(
-        NotStored, match="no model 'mime'; did you mean 'mine'\\?; there are baseline, mine, reproduction"
+        NotStored, match="no model 'mime' \\(did you mean 'mine'\\?\\); there are baseline, mine, reproduction"
     ) as refused:
         load("mime")
     assert "\n" not in str(refused.value)

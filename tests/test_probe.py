@@ -313,7 +313,7 @@ def test_a_run_that_was_defined_and_not_ingested_is_refused(tmp_path):
 
 
 def test_unknown_sites_and_roles_are_refused_with_what_there_is(store):
-    with pytest.raises(NotStored, match=r"no site 'resid_pst.0'; did you mean 'resid_post.0'\?.*embed"):
+    with pytest.raises(NotStored, match=r"no site 'resid_pst.0' \(did you mean 'resid_post.0'\?.*embed"):
         study.ask(store, "probes", sites=["resid_pst.0"])
     with pytest.raises(NotStored, match=r"no site 'pattern\.0' to probe"):
         study.ask(store, "probes", sites=["pattern.0"])

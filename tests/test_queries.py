@@ -234,8 +234,8 @@ def test_a_query_of_a_run_that_is_not_there_names_those_that_are(store):
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        ({}, ["lacks run"]),
-        ({"rum": "tiny"}, ["lacks run", "no 'rum'", "did you mean 'run'?"]),
+        ({}, ["lacks run", "holds tiny, half: name one (-p run tiny, in Python run='tiny')"]),
+        ({"rum": "tiny"}, ["lacks run", "-p run tiny", "no 'rum'", "did you mean 'run'?"]),
         ({"run": "tiny", "split": "train"}, ["no 'split'", "takes run"]),
     ],
 )
@@ -244,6 +244,13 @@ def test_parameters_are_checked_by_name_both_ways(store, params, words):
         queries.select(store, "accuracy_by_depth", **params)
     assert all(word in str(error.value) for word in words)
     assert "\n" not in str(error.value)
+
+
+def test_a_query_of_ones_own_without_its_run_names_those_that_are(store, tmp_path):
+    (tmp_path / "own.sql").write_text("select count(*) as n from predictions where run = $run")
+    with pytest.raises(BadInput, match=r"own\.sql' lacks run; the store holds tiny, half: name one \(-p run tiny, "):
+        queries.select(store, str(tmp_path / "own.sql"))
+    assert len(queries.select(store, str(tmp_path / "own.sql"), run="half")) == 1
 
 
 @pytest.mark.parametrize(("name", "param"), [("last_edge", "split"), ("edge_tokens", "token_role")])
@@ -316,7 +323,7 @@ def test_the_columns_of_a_study_are_those_of_the_results_table():
 def test_an_unknown_study_or_option_is_refused_with_what_there_is(store):
     with pytest.raises(NotStored, match="did you mean 'probes'"):
         study.ask(store, "prbes", run="tiny")
-    with pytest.raises(BadInput, match=r"no 'token_rule'; did you mean 'token_role'"):
+    with pytest.raises(BadInput, match=r"no 'token_rule' \(did you mean 'token_role'"):
         study.ask(store, "probes", run="tiny", token_rule="separator")
 
 

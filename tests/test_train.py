@@ -335,7 +335,7 @@ def test_a_configuration_that_contradicts_itself_is_refused_in_one_line(tmp_path
 
 def test_what_cannot_be_trained_on_or_written_to_is_refused_in_one_line(tiny, tmp_path, monkeypatch):
     with pytest.raises(
-        BadInput, match=r"no configuration 'reproductoin'; did you mean 'reproduction'.*baseline, reproduction"
+        BadInput, match=r"no configuration 'reproductoin' \(did you mean 'reproduction'\?\).*baseline, reproduction"
     ):
         train("reproductoin", tmp_path / "out")
     with pytest.raises(BadInput, match="use cpu or cuda"):

@@ -405,7 +405,7 @@ class Asking:
     """
 
     def __init__(self, store: Store, more: Mapping[str, Any]) -> None:
-        self.resolve_run, self._store, self._more = store.resolve_run, store, more
+        self.resolve_run, self.runs, self._store, self._more = store.resolve_run, store.runs, store, more
 
     def of(self, run: str) -> Asking:
         """See Store.of."""

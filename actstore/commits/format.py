@@ -116,7 +116,7 @@ def _no_store(root: Path) -> NotStored:
     with suppress(OSError):
         beside = [folder.parent.name for folder in islice(root.absolute().parent.glob("*/store.json"), MOST_BESIDE)]
         if near := get_close_matches(root.name, beside, 1, cutoff=0.75):
-            return NotStored(f"{root} {what}; did you mean {root.with_name(near[0])}, beside it?")
+            return NotStored(f"{root} {what} (did you mean {root.with_name(near[0])}, beside it?)")
         if is_taken(root):
             return NotStored(f"{root} {what}; name the folder of a store, or a new folder to make one")
     return NotStored(f"{root} {what}; make one with {advised('ingest', root, '--model', 'reproduction')}")

@@ -18,8 +18,9 @@ from typing import Any
 from actstore.errors import BadInput, LimitReached
 
 MAPS = Path("/proc/sys/vm/max_map_count")
+MEMORY = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")  # of this process, in a container
-FREE = re.compile(r"^(?:MemAvailable|SwapFree):\s+(\d+) kB", re.MULTILINE)
+FREE = re.compile(r"^(MemAvailable|SwapFree):\s+(\d+) kB", re.MULTILINE)
 LEAST_MEMORY = 2_000_000_000  # bytes of addresses: 1.5e9 are too few with two cores, and each thread takes more
 LEAST_FOR_MODELS = 4_000_000_000  # with less, torch and transformers end the process or wait for ever
 OUT_OF_MEMORY = re.compile(  # in the words of Python, DuckDB, Arrow, the C++ library and the dynamic linker
@@ -85,10 +86,14 @@ def raise_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def free_memory() -> int | None:
-    """Bytes of memory, with swap, that this process may take; None if the system does not say."""
+def free_memory(swap: bool = True) -> int | None:
+    """Bytes of memory that this process may take; None if the system does not say.
+
+    Args:
+        swap: count swap, too, which holds what memory does not, and is slow.
+    """
     with suppress(OSError, ValueError):
-        free = sum(int(kilobytes) * 1024 for kilobytes in FREE.findall(Path("/proc/meminfo").read_text()))
+        free = sum(int(kB) * 1024 for kind, kB in FREE.findall(MEMORY.read_text()) if swap or kind != "SwapFree")
         with suppress(OSError, ValueError):  # what a control group leaves; files that it holds in memory can go
             held = re.search(r"^anon (\d+)$", (GROUP / "memory.stat").read_text(), re.MULTILINE)
             free = min(free, int((GROUP / "memory.max").read_text()) - (int(held[1]) if held else 0))

@@ -835,6 +835,10 @@ class Store:
         pages of a window or two, which the system can take back. Without `shuffle` the order is the
         query's: give the query an ORDER BY.
 
+        Of a store in a bucket, shards are copied whole into this machine's cache (ACTSTORE_CACHE).
+        A later epoch fetches none, as long as the shards fit under the cache's limit, 20 GB by
+        default (ACTSTORE_CACHE_SIZE).
+
         A DataLoader takes the batches with `batch_size=None`, since they are batches already; with
         a batch_size of its own it would stack them, which is refused. Worker w of n reads batches
         w, w + n, …, and the batches come in the same order as without workers. `len()` counts the

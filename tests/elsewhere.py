@@ -77,7 +77,7 @@ class Elsewhere(Storage):
         calls["open_for_map"] += 1
         self.size(path)  # raises for what is not there
 
-    def hold(self, committed: Mapping[str, str] | None = None) -> HeldElsewhere:
+    def hold(self, committed: Mapping[str, str] | None = None, kept: Mapping[str, str] | None = None) -> HeldElsewhere:
         return HeldElsewhere(self.root, committed)
 
 

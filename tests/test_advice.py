@@ -274,7 +274,7 @@ ELSEWHERE = {
     "actstore/reading/scope.py:_note",  # test_scope.py: a note, which refuses nothing
     "actstore/catalog/tables.py:in_use",  # test_beside_catalog.py: another process has the catalog open
     "actstore/storage/objects.py:_newer",  # test_bucket_store.py, as the next two
-    "actstore/storage/objects.py:_cached",
+    "actstore/storage/objects.py:_mending",
     "actstore/storage/objects.py:_compare",
     "actstore/catalog/witness.py:doubt",  # test_repair_pairs.py: a file is removed before
     "actstore/catalog/witness.py:in_conflict",  # test_witness.py: only who looks can know which of the two is right

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from click.testing import CliRunner
 
 from actstore.cli import main
+from actstore.errors import Damaged
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.jobs.patched import patching
 from actstore.ingest.trees.task import TreeSet
 from actstore.interventions import Edit
+from actstore.storage import cache
+from actstore.storage.at import at
 from actstore.store import Store
+from actstore.upkeep.verify import verify
 from tests import tiny_models
-from tests.cut_proxy import cutting
+from tests.cut_proxy import Cutting, cutting
+from tests.stores import fake
+from tests.test_bucket_store import flip, shards
 from tests.test_interventions import tiny
 from tests.test_objects import address
 
@@ -122,14 +131,19 @@ def test_every_command_works_on_a_store_in_a_bucket(tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture
-def asked(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def proxy(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cutting]:
+    """A proxy that all requests go through."""
+    with cutting(s3["AWS_ENDPOINT_URL"]) as (url, server):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        yield server
+
+
+@pytest.fixture
+def asked(proxy: Cutting) -> Counter[str]:
     """Counts requests by kind, see cut_proxy.kind_of."""
     found: Counter[str] = Counter()
-
-    with cutting(s3["AWS_ENDPOINT_URL"]) as (url, server):
-        server.count = lambda kind: found.update([kind])
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        yield found
+    proxy.count = lambda kind: found.update([kind])
+    return found
 
 
 def counted(asked: Counter[str], act: Callable[[], object]) -> dict[str, int]:
@@ -158,8 +172,105 @@ def test_a_query_asks_for_nothing_and_a_read_for_two_ranges_of_a_shard(kept: Pat
         assert explained == {"get": 1, "get_ranges": N_SHARDS}, "the indexes that were not read"
         vectors = "select act(token_id, 'base', 'embed') as x from edge_targets where is_last"
         assert counted(asked, lambda: store.sql(vectors)) == {"get_ranges": N_SHARDS}
+
+
+@pytest.mark.parametrize(("codec", "check"), [("none", False), ("zstd", False), ("zstd", True)])
+def test_an_epoch_fetches_each_shard_once_and_later_ones_and_other_processes_none(
+    s3: dict[str, str], asked: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, check: bool
+) -> None:
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "cache"))
+    trees = TreeSet("deep", 4 * N_SHARDS, n_nodes=6, name="d", trees_per_shard=4)
+    execute(Ingest(root := address("epochs"), tiny(), trees, "r", ["embed"], codec=codec))
+    with Store(root, check) as store:
+        batches = store.batches("from tokens", site="embed", batch_size=16)
+        first = counted(asked, lambda: list(batches))
+        assert first == {"get": N_SHARDS}, "whole shards, and nothing twice"
+        batches.set_epoch(1)
+        assert counted(asked, lambda: list(batches)) == {}
+        (changed, gone, *others) = (tmp_path / "cache").glob("*.shard")
+        assert len(others) == N_SHARDS - 2
+        changed.chmod(0o600)
+        changed.write_bytes(changed.read_bytes()[:-1] + b"?")
+        gone.unlink()
+        assert counted(asked, lambda: list(batches)) == {"get": 2}, "a copy is hashed before its rows are read"
+    with Store(root, check) as store:  # another process does the same
+        again = store.batches("from tokens", site="embed", batch_size=16)
+        assert counted(asked, lambda: list(again)) == {}
+        monkeypatch.setenv(cache.LIMIT, "0")
+        assert [len(each.X) for each in again] == [len(each.X) for each in batches]
+        cache.put(xxhash.xxh3_128_hexdigest(b"x"), lambda path: path.write_bytes(b"x"))
+        assert not list((tmp_path / "cache").glob("*.shard")), "what nobody has open gives way"
+
+
+def test_a_copy_that_is_not_what_was_committed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path))
+    fake(n_trees=2, trees_per_shard=1, sites=("resid_post.0",)).store(root := address("copies"))
+    with Store(root) as store:
         batches = store.batches("from tokens", site="resid_post.0")
-        assert counted(asked, lambda: list(batches)) == {"get": N_SHARDS}
+        flip(root, path := shards(root)[0])
+        with pytest.raises(Damaged, match=rf"{path}: its content is not .*; mend it with `actstore repair") as told:
+            list(batches)
+    assert "\n" not in str(told.value)
+    assert not list(tmp_path.glob(".*")), "nothing unfinished is left"
+
+
+def overlapping(proxy: Cutting, act: Callable[[], object]) -> tuple[Counter[str], int]:
+    """Paths of the shards that were asked for whole; most of these requests that were under way at the same time.
+
+    Each waits until four are under way.
+    """
+    paths, lock, met, under_way, most = Counter[str](), threading.Lock(), threading.Event(), 0, 0
+
+    def choose(method: str, path: str) -> str:
+        nonlocal under_way, most
+        if "/c/" in path:
+            with lock:
+                paths[path] += 1
+                under_way += 1
+                most = max(most, under_way)
+            if most >= 4 or not met.wait(5):
+                met.set()
+            time.sleep(0.01)  # so that more would overlap if there were more
+            with lock:
+                under_way -= 1
+        return ""
+
+    proxy.choose = choose
+    act()
+    proxy.choose = lambda method, path: ""
+    return paths, most
+
+
+def test_verify_reads_several_shards_at_a_time_and_each_once(kept: Path, proxy: Cutting) -> None:
+    paths, most = overlapping(proxy, lambda: verify(kept))
+    assert len(paths) == N_SHARDS * N_SITES
+    assert set(paths.values()) == {1}
+    assert 4 <= most <= at(kept).at_once
+
+
+def test_a_quick_verify_asks_for_the_ends_of_shards_alone(kept: Path, asked: Counter[str]) -> None:
+    n_files = verify(kept).n_files
+    whole, quick = (counted(asked, lambda quick=quick: verify(kept, quick)) for quick in (False, True))
+    assert quick["get_ranges"] == n_files
+    assert quick["get"] < n_files < whole["get"]
+    assert "get_ranges" not in whole
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_verify_reports_of_a_bucket_what_it_reports_of_a_folder(tmp_path: Path, quick: bool) -> None:
+    run = fake(n_trees=5, trees_per_shard=1, sites=("resid_post.0",))
+    found = []
+    for root in (address("report"), tmp_path / "s.act"):
+        run.store(root)
+        place, (one, two, three, four, _) = at(root), shards(root)
+        for path, content in ((one, place.read(one)[:-1]), (two, place.read(two)[:-1] + b"?"), (three, b"")):
+            place.swap(path, content)
+        place.delete(four)
+        part = next(path for path in place.list("parts/trees/"))
+        place.swap(part, place.read(part) + b"?")
+        found.append([(each.path, each.kind, each.what, each.trees) for each in verify(root, quick).findings])
+    assert found[0] == found[1]
+    assert len(found[0]) >= 5
 
 
 def test_a_compressed_site_is_read_by_as_few_requests(asked: Counter[str]) -> None:

@@ -35,6 +35,7 @@ class Reader(Protocol):
 
     layout: Layout
     first_token_id: int
+    shards: dict[int, str]  # see Placed
     where: str
     sites_at_once: int  # that are read beside each other: 1 where no answer takes long
 

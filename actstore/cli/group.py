@@ -163,7 +163,7 @@ EPILOG = """
 Environment:
     ACTSTORE            the store of commands that name none
     ACTSTORE_MODELS     a folder of models by name
-    ACTSTORE_CACHE      where catalogs of stores in buckets are kept
+    ACTSTORE_CACHE      where files of stores in buckets are kept
     NO_COLOR, PAGER     no colours; the pager of long tables
 
 \b
@@ -185,7 +185,7 @@ Exit codes:
     "--cache",
     type=click.Path(),
     metavar="DIR",
-    help="Catalogs of stores in buckets are kept here; default: ACTSTORE_CACHE, or ~/.cache/actstore.",
+    help="Files of stores in buckets are kept here; default: ACTSTORE_CACHE, or ~/.cache/actstore.",
 )
 def main(cache: str | None) -> None:
     """Residual streams of path-finding transformers in Zarr, their meaning in DuckDB, SQL studies.

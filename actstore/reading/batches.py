@@ -23,7 +23,7 @@ from actstore.arrays.site import Reader, not_stored
 from actstore.errors import BadInput, Damaged
 from actstore.reading import activations
 from actstore.reading.rows import read_ids
-from actstore.reading.sites import open_site
+from actstore.reading.sites import open_site, shard_hashes
 from actstore.storage.at import absolute, at
 from actstore.storage.backend import Reading
 from actstore.storage.machine import limit_reached
@@ -103,6 +103,7 @@ class Batches(IterableDataset):
         self._again, self._one_site = [reader.again() for reader in readers], one_site
         self._path, self._identity = absolute(store.path), store.folder.identity()
         self._committed = store.folder.committed
+        self._kept = shard_hashes(store, run, readers) if store.folder.reads_ranges else None
         store.folder.check()
         self._order = _Shuffled(ids, readers[0], seed, window) if shuffle else _AsAsked(len(ids), window)
         self._batch_size, self.n_rows = batch_size, len(ids)
@@ -163,7 +164,7 @@ class Batches(IterableDataset):
             Damaged: another folder is in its place.
         """
         try:
-            folder = at(self._path).hold(self._committed)
+            folder = at(self._path).hold(self._committed, self._kept)
         except OSError as error:
             raise limit_reached(error, f"cannot open {self._path}") or Damaged(
                 f"{self._path} cannot be opened ({error}); make the batches again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from actstore.arrays.site import Reader, not_stored
 from actstore.errors import ActstoreError, Damaged
 from actstore.reading.catalog_rows import catalog_rows, impossible
 from actstore.sites import not_held
-from actstore.storage.content import Count, Positive, Text, check_inside, json_object
+from actstore.storage.content import Count, Hash, Positive, Text, check_inside, json_object
 from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
@@ -96,6 +97,14 @@ def open_site(store: Snapshot, run: str, site: str) -> Reader:
     return kind(written, first, paths, where, store.folder, is_token)
 
 
+def shard_hashes(store: Snapshot, run: str, readers: Sequence[Reader]) -> dict[str, str]:
+    """xxh3-128 of each shard of some sites of a run, by the shard's path."""
+    rows = store.session.look_up("select batch, path, xxh3_128 from shards where run = $run", {"run": run})
+    paths = {path for reader in readers for path in reader.shards.values()}
+    found = {row.path: row.xxh3_128 for row in catalog_rows(store, HashedRow, rows)}
+    return {path: found[path] for path in paths if path in found}
+
+
 @dataclass(frozen=True)
 class ShardRow:
     """A shard's row in the catalog."""
@@ -105,6 +114,13 @@ class ShardRow:
 
     def __post_init__(self) -> None:
         check_inside(self.path)
+
+
+@dataclass(frozen=True)
+class HashedRow(ShardRow):
+    """A shard's row in the catalog, with the hash of the shard."""
+
+    xxh3_128: Hash
 
 
 @dataclass(frozen=True)

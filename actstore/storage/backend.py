@@ -15,6 +15,7 @@ import xxhash
 
 from actstore.errors import Damaged
 from actstore.storage.content import Hash, Size
+from actstore.storage.hashing import hash_of
 
 Content = bytes | memoryview | Callable[[Path], object]  # a function writes to the path it is given
 ANY = "*"  # in place of a token: whatever stands there
@@ -53,7 +54,7 @@ class Storage(Protocol):
 
     Attributes:
         root: the place's address, for messages and for storage.at.
-        at_once: files that are best published, read or deleted at the same time, see `several`.
+        at_once: files that are best published, hashed or deleted at the same time, see `several`.
         committed: hashes that each file is compared with when it is opened; None compares nothing.
         reads_ranges: True if a few rows of a file are better read by ranges than from a copy of it.
     """
@@ -155,6 +156,14 @@ class Storage(Protocol):
         size = self.size(path)
         return size, bytes(self.read_ranges(path, [(max(size - n_bytes, 0), n_bytes)])[0])
 
+    def hashed(self, path: str) -> tuple[int, str]:
+        """The size of a file, in bytes, and its xxh3-128, hexadecimal, by the place's own bytes."""
+        descriptor = self.descriptor(path)
+        try:
+            return os.fstat(descriptor).st_size, hash_of(descriptor)
+        finally:
+            os.close(descriptor)
+
     def size(self, path: str) -> int:
         """Size of a file, in bytes."""
 
@@ -222,11 +231,13 @@ class Storage(Protocol):
         """
         return _copies(self, paths)
 
-    def hold(self, committed: Mapping[str, str] | None = None) -> Reading:
+    def hold(self, committed: Mapping[str, str] | None = None, kept: Mapping[str, str] | None = None) -> Reading:
         """Open the place for reading; the caller closes it.
 
         Args:
             committed: xxh3-128 of each file that may be opened, which is compared; default: none.
+            kept: xxh3-128 of files that are best read from whole copies, which a place may keep on
+                this machine; default: none.
 
         Raises:
             OSError: there is no such place.

@@ -21,6 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import xxhash
+
 from actstore.errors import BadInput, NotStored, Unreachable
 from actstore.storage import credentials
 
@@ -124,6 +126,18 @@ class Bucket:
                     file.write(block)
 
         self._ask(path, write)
+
+    def hashed(self, path: str) -> tuple[int, str]:
+        """Size of an object, in bytes, and its xxh3-128, hexadecimal; it is read piece by piece."""
+
+        def read() -> tuple[int, str]:
+            size, digest = 0, xxhash.xxh3_128()
+            for block in self._obstore.get(self._client, self.prefix + path):
+                size += len(block)
+                digest.update(block)
+            return size, digest.hexdigest()
+
+        return self._ask(path, read)
 
     def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
         """Bytes of an object; near ranges are fetched by one request, and several requests at once.

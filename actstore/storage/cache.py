@@ -1,7 +1,8 @@
 """Large files of object stores on this machine, each under the hash of its content.
 
-All processes of a user share the folder. A file that is open is locked (flock) and not removed;
-when the folder grows beyond its limit, the files that were used longest ago go.
+They are catalogs, and the shards that `batches` reads. All processes of a user share the folder,
+and one of them fetches a file. A file that is open is locked (flock) and not removed; when the
+folder grows beyond its limit, the files that were used longest ago go.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from actstore.storage.refused import DISK_FULL, needing_room
 
 FOLDER, LIMIT = "ACTSTORE_CACHE", "ACTSTORE_CACHE_SIZE"  # names of the environment
 MOST_GB = 20.0
-ENDING = ".duckdb"
+CATALOG, SHARD = ".duckdb", ".shard"  # endings of names
 MOST_NEAR = 3  # files in which pieces of another are looked for
 LEFT_FOR = 86400.0  # seconds after which an unfinished file is that of a process that was killed
+UNFINISHED = (".*.tmp", ".*.lock")
 
 
 def folder() -> Path:
@@ -34,34 +36,54 @@ def folder() -> Path:
 
 @contextmanager
 def cached(name: str, fetch: Callable[[Path], object]) -> Iterator[Path]:
-    """A file of the cache, fetched if it is not there or not whole; it stays in the context.
+    """The path of a catalog in the cache; it stays in the context. See `opened`."""
+    descriptor = opened(name, fetch)
+    try:
+        yield folder() / (name + CATALOG)
+    finally:
+        os.close(descriptor)
+
+
+def opened(name: str, fetch: Callable[[Path], object], ending: str = CATALOG, check: bool = True) -> int:
+    """A descriptor of a file of the cache, which is fetched if it is not there or not whole.
+
+    The file stays until the caller closes the descriptor.
 
     Args:
         name: xxh3-128 of the content, hexadecimal.
         fetch: writes the content to a path.
+        ending: CATALOG or SHARD.
+        check: False leaves out the comparison of a file that is there with its hash.
 
     Raises:
         BadInput: the cache's folder cannot be written.
         Damaged: what was fetched has another hash.
         NoRoom: the cache's disk is full.
     """
-    path = folder() / (name + ENDING)
+    path = folder() / (name + ending)
     with needing_room(path):
-        descriptor = _opened(path, name)
+        descriptor = _opened(path, name, check)
         if descriptor is None:
-            put(name, fetch)
-            descriptor = _opened(path, name)
-    if descriptor is None:
-        raise Damaged(f"{path} does not keep what is written to it; name another folder for the cache ({FOLDER})")
-    try:
-        yield path
-    finally:
-        os.close(descriptor)
+            _make_folder(path)
+            with _alone(path):  # or another process has fetched it meanwhile
+                descriptor = _opened(path, name, check)
+                descriptor = _put(path, name, fetch) if descriptor is None else descriptor
+        return descriptor
 
 
 def put(name: str, fetch: Callable[[Path], object]) -> None:
-    """Put a file into the cache, and remove what is beyond the limit; raises as `cached`."""
-    path = folder() / (name + ENDING)
+    """Put a catalog into the cache, and remove what is beyond the limit; raises as `opened`."""
+    path = folder() / (name + CATALOG)
+    _make_folder(path)
+    os.close(_put(path, name, fetch))
+
+
+def _make_folder(path: Path) -> None:
+    """Make the cache's folder, in which a path is.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -72,34 +94,61 @@ def put(name: str, fetch: Callable[[Path], object]) -> None:
         raise BadInput(
             f"the cache {path.parent} cannot be written ({error.strerror}); name another folder (`--cache DIR`, {FOLDER})"
         ) from error
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other processes from fetching the same file meanwhile."""
+    lock = path.with_name(f".{path.name}.lock")
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _put(path: Path, name: str, fetch: Callable[[Path], object]) -> int:
+    """Put a file in place, and remove what is beyond the limit; gives a locked descriptor of it."""
     temporary = path.with_name(f".{name}.{uuid4().hex}.tmp")
     try:
-        fetch(temporary)
-        with open(temporary, "rb") as file:
-            if hash_of(file.fileno()) != name:
+        try:
+            fetch(temporary)
+        except OSError as error:
+            if error.errno not in DISK_FULL or not _shrink(path, 0):
+                raise
+            fetch(temporary)
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # before another process can remove it
+            if hash_of(descriptor) != name:
                 raise Damaged("its content is not what was put in place")
-        os.chmod(temporary, 0o400)
-        os.replace(temporary, path)
+            os.chmod(temporary, 0o400)
+            os.replace(temporary, path)
+            _shrink(path, limit())
+        except BaseException:
+            os.close(descriptor)
+            raise
     finally:
         temporary.unlink(missing_ok=True)
-    _shrink(path)
+    return descriptor
 
 
 def recent() -> list[Path]:
-    """The files that were used last, the last first; their content may be any."""
+    """The catalogs that were used last, the last first; their content may be any."""
     found = []
-    for path in folder().glob(f"*{ENDING}"):
+    for path in folder().glob(f"*{CATALOG}"):
         with suppress(OSError):
             found.append((path.stat().st_mtime, path))
     return [path for _, path in sorted(found, reverse=True)[:MOST_NEAR]]
 
 
 def drop(name: str) -> None:
-    """Remove a file that no place has any more, unless somebody has it open."""
-    _removed(folder() / (name + ENDING))
+    """Remove a catalog that no place has any more, unless somebody has it open."""
+    _removed(folder() / (name + CATALOG))
 
 
-def _opened(path: Path, name: str) -> int | None:
+def _opened(path: Path, name: str, check: bool) -> int | None:
     """A locked descriptor of a whole file of the cache; None if there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -107,7 +156,7 @@ def _opened(path: Path, name: str) -> int | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if _is_still(path, descriptor) and hash_of(descriptor) == name:
+        if _is_still(path, descriptor) and (not check or hash_of(descriptor) == name):
             with suppress(OSError):
                 os.utime(descriptor)  # used now
             return descriptor
@@ -125,23 +174,32 @@ def _is_still(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _shrink(kept: Path) -> None:
-    """Remove the files that were used longest ago, as far as nobody has them open."""
-    files = []
-    for unfinished in kept.parent.glob(".*.tmp"):
+def _shrink(kept: Path, most: float) -> bool:
+    """Remove the files that were used longest ago, as far as nobody has them open.
+
+    Args:
+        kept: a file that stays.
+        most: bytes that may stay.
+
+    Returns:
+        True if a file was removed.
+    """
+    files, are_removed = [], False
+    for unfinished in [path for pattern in UNFINISHED for path in kept.parent.glob(pattern)]:
         with suppress(OSError):
             if unfinished.stat().st_mtime < time.time() - LEFT_FOR:
                 unfinished.unlink()
-    for path in kept.parent.glob(f"*{ENDING}"):
+    for path in [path for ending in (CATALOG, SHARD) for path in kept.parent.glob(f"*{ending}")]:
         with suppress(OSError):
             about = path.stat()
             files.append((about.st_mtime, about.st_size, path))
     left = sum(size for _, size, _ in files)
     for _, size, path in sorted(files):
-        if left <= limit():
-            return
+        if left <= most:
+            break
         if path != kept and _removed(path):
-            left -= size
+            left, are_removed = left - size, True
+    return are_removed
 
 
 def _removed(path: Path) -> bool:

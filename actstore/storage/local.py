@@ -136,6 +136,15 @@ class Local(Storage):
         finally:
             os.close(descriptor)
 
+    def end(self, path: str, n_bytes: int) -> tuple[int, bytes]:
+        """See Storage.end."""
+        descriptor = self.open_for_map(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            return size, os.pread(descriptor, n_bytes, max(size - n_bytes, 0))
+        finally:
+            os.close(descriptor)
+
     def size(self, path: str) -> int:
         """See Storage.size."""
         found = os.stat(f"{self.root}/{path}")  # not Path, which takes longer than the system
@@ -188,7 +197,7 @@ class Local(Storage):
         """See Storage.local; the files themselves, which need not exist."""
         return nullcontext([self.root / path for path in paths])
 
-    def hold(self, committed: Mapping[str, str] | None = None) -> Folder:
+    def hold(self, committed: Mapping[str, str] | None = None, kept: Mapping[str, str] | None = None) -> Folder:
         """See Storage.hold."""
         return Folder(self.root) if committed is None else CheckedFolder(self.root, committed)
 

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -306,6 +307,12 @@ class Objects(Storage):
     def _saw_no_head(self, path: str, size: int) -> None:
         """A file has this size, in bytes, and no head."""
 
+    def hashed(self, path: str) -> tuple[int, str]:
+        """See Storage.hashed; a file without a head is hashed as it comes, and is not kept."""
+        size, found = self._bucket.hashed(path)
+        is_file = size != HEAD_BYTES or self._head(path) is None
+        return (size, found) if is_file else super().hashed(path)
+
     def size(self, path: str) -> int:
         """See Storage.size."""
         return self.looked_at(path)[0]
@@ -427,11 +434,18 @@ class Objects(Storage):
         while True:
             try:
                 fetch = partial(self._fetch_content, path, head, near=cache.recent())
-                return stack.enter_context(cache.cached(head.xxh3_128, fetch))
+                with self._mending(path):
+                    return stack.enter_context(cache.cached(head.xxh3_128, fetch))
             except FileNotFoundError:
                 head = self._newer(path, head)
-            except Damaged as error:
-                raise Damaged(f"{self.root / path}: {error}; mend it with {advised('repair', self.root)}") from None
+
+    @contextmanager
+    def _mending(self, path: str) -> Iterator[None]:
+        """Say which file the cache found to be damaged, and what to do."""
+        try:
+            yield
+        except Damaged as error:
+            raise Damaged(f"{self.root / path}: {error}; mend it with {advised('repair', self.root)}") from None
 
     def descriptor(self, path: str) -> int:
         """See Storage.descriptor; the bytes are those in the bucket, and never the cache's."""
@@ -464,9 +478,9 @@ class Objects(Storage):
         else:
             self._bucket.fetch(head.key(path), to)
 
-    def hold(self, committed: Mapping[str, str] | None = None) -> HeldObjects:
-        """See Storage.hold."""
-        return HeldObjects(self.root, committed)
+    def hold(self, committed: Mapping[str, str] | None = None, kept: Mapping[str, str] | None = None) -> HeldObjects:
+        """See Storage.hold; copies are kept in the cache."""
+        return HeldObjects(self.root, committed, kept or {})
 
     def unusable(self) -> str:
         """See Storage.unusable."""
@@ -502,14 +516,23 @@ class Objects(Storage):
         return {head.key(path), *(_piece(path, name) for name in (listed.hashes if listed else []))}
 
 
+_copying = threading.BoundedSemaphore(Objects.at_once)  # files that this process copies at the same time
+
+
 class HeldObjects(Objects, Reading):
-    """A prefix that is read from; nothing is held, since committed objects do not change."""
+    """A prefix that is read from; nothing is held, since committed objects do not change.
+
+    Args:
+        root: the address.
+        committed, kept: see Storage.hold.
+    """
 
     reads_ranges = True
 
-    def __init__(self, root: Path, committed: Mapping[str, str] | None) -> None:
+    def __init__(self, root: Path, committed: Mapping[str, str] | None, kept: Mapping[str, str]) -> None:
         super().__init__(root)
-        self.committed = committed
+        self.committed, self._kept = committed, kept
+        self._hashed: set[str] = set()  # paths of kept files whose copies were hashed
         self._known: dict[str, tuple[int, Head | None]] = {}
         self._ahead: dict[str, bytes] = {}  # of committed files, until they are read
 
@@ -535,6 +558,40 @@ class HeldObjects(Objects, Reading):
         """See Storage.read."""
         content = self._ahead.pop(path, None)
         return super().read(path, longest) if content is None else content
+
+    def descriptor(self, path: str) -> int:
+        """See Storage.descriptor; of a file that is kept, its copy."""
+        return self._copy(path) if path in self._kept else super().descriptor(path)
+
+    def read_ranges(self, path: str, ranges: Iterable[tuple[int, int]]) -> Sequence[bytes]:
+        """See Storage.read_ranges, and descriptor."""
+        if path not in self._kept:
+            return super().read_ranges(path, ranges)
+        with os.fdopen(self._copy(path), "rb") as copy:
+            return [os.pread(copy.fileno(), length, start) for start, length in ranges]
+
+    def end(self, path: str, n_bytes: int) -> tuple[int, bytes]:
+        """See Storage.end, and descriptor."""
+        return Storage.end(self, path, n_bytes) if path in self._kept else super().end(path, n_bytes)
+
+    def size(self, path: str) -> int:
+        """See Storage.size, and descriptor."""
+        if path not in self._kept:
+            return super().size(path)
+        with os.fdopen(self._copy(path), "rb") as copy:
+            return os.fstat(copy.fileno()).st_size
+
+    def _copy(self, path: str) -> int:
+        """A descriptor of a file's copy in the cache, which is hashed when it is first read."""
+
+        def fetch(to: Path) -> None:
+            with _copying:
+                self._fetch(path, to)
+
+        with self._mending(path):
+            copy = cache.opened(self._kept[path], fetch, cache.SHARD, path not in self._hashed)
+        self._hashed.add(path)
+        return copy
 
     def close(self) -> None:
         """See Reading.close."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,6 @@ from actstore.commits.manifest import Manifest, Part, Shard, manifest_path
 from actstore.errors import Damaged, TooNew, Unreachable, advised
 from actstore.storage.at import at, place
 from actstore.storage.backend import File
-from actstore.storage.hashing import hash_of
 from actstore.storage.machine import limit_reached, n_processors
 from actstore.upkeep import verify_catalog
 from actstore.writing.parts import GROUP
@@ -197,12 +195,13 @@ def read_manifests(
         tables.snapshot_if_whole(root, catalog) if catalog else tables.built_from(root)
     )  # before the manifests: a writer may go on
     there = log.numbers(root)
+    known = {**at(root).ahead([manifest_path(number) for number in there]), **instead}
     for expected, number in zip([1, *(number + 1 for number in there)], there, strict=False):
         if number > expected:
             gap = _gap(root, expected, number - 1)
             broken.append(replace(gap, what=gap.what + log.foreign(root, there, expected) * (expected > held)))
         try:
-            manifest = log.read_manifest(root, number, instead.get(manifest_path(number)))
+            manifest = log.read_manifest(root, number, known.get(manifest_path(number)))
             before = found[-1] if found and found[-1].number == number - 1 else None
             if (before or number == 1) and (what := log.breaks_chain(before, manifest)):
                 broken.append(Finding(manifest_path(max(number - 1, 1)), "manifest", what))
@@ -233,7 +232,7 @@ def _files(
     """Hash every file, several at a time: hashing releases the interpreter and outruns one read."""
     positions = _positions(root, jobs) if quick else {}
     done = 0
-    with ThreadPoolExecutor(n_processors()) as pool:
+    with ThreadPoolExecutor(max(n_processors(), at(root).at_once)) as pool:
         for (manifest, file), what in zip(
             jobs, pool.map(lambda job: _wrong_with(root, job[1], quick, positions), jobs), strict=True
         ):
@@ -281,27 +280,31 @@ def _finding(manifest: Manifest, file: File, what: str) -> Finding:
 
 def _wrong_with(root: Path, file: File, quick: bool, positions: dict[tuple[str, str], int]) -> str:
     """What is wrong with a committed file; "" if the file is whole."""
+    index, found = b"", file.xxh3_128
+    n_chunks = positions.get((file.run, file.site)) if isinstance(file, Shard) else None
     try:
-        with os.fdopen(at(root).descriptor(file.path), "rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            if size != file.bytes:
-                return f"is {size:,} bytes long, not {file.bytes:,}"
-            if quick:
-                whole = not isinstance(file, Shard) or _index_is_whole(opened.fileno(), file, positions)
-                return "" if whole else "its index is not what was committed"
-            if hash_of(opened.fileno()) != file.xxh3_128:
-                return "its content is not what was committed"
+        if quick:
+            size, index = at(root).end(file.path, 16 * (n_chunks or 0) + 4)
+        else:
+            size, found = at(root).hashed(file.path)
     except OSError as error:
         return _unreadable(error, root, file.path)
-    return ""
+    if size != file.bytes:
+        return f"is {size:,} bytes long, not {file.bytes:,}"
+    if quick and n_chunks is not None and not _index_is_whole(index, n_chunks):
+        return "its index is not what was committed"
+    return "" if found == file.xxh3_128 else "its content is not what was committed"
 
 
 def _positions(root: Path, jobs: list[tuple[Manifest, File]]) -> dict[tuple[str, str], int]:
     """Chunks per shard of each (run, site), from the arrays' own metadata."""
     found = {}
-    for run, site in {(file.run, file.site) for _, file in jobs if isinstance(file, Shard)}:
+    shards = [file for _, file in jobs if isinstance(file, Shard)]
+    sites = {(shard.run, shard.site): f"{ARRAYS}/{shard.run}/{shard.site}/zarr.json" for shard in shards}
+    known = at(root).ahead(list(sites.values()))
+    for (run, site), path in sites.items():
         try:
-            about = json.loads(at(root).read(f"{ARRAYS}/{run}/{site}/zarr.json"))
+            about = json.loads(known[path] if path in known else at(root).read(path))
             outer = about["chunk_grid"]["configuration"]["chunk_shape"]
             inner = about["codecs"][0]["configuration"]["chunk_shape"]
             n = math.prod(-(-int(large) // int(small)) for large, small in zip(outer, inner, strict=True))
@@ -311,15 +314,10 @@ def _positions(root: Path, jobs: list[tuple[Manifest, File]]) -> dict[tuple[str,
     return found
 
 
-def _index_is_whole(descriptor: int, shard: Shard, positions: dict[tuple[str, str], int]) -> bool:
-    n = positions.get((shard.run, shard.site))
-    if n is None:
-        return True
-    size = 16 * n + 4
-    if not 4 < size <= shard.bytes:
-        return False
-    index = os.pread(descriptor, size, shard.bytes - size)
-    return google_crc32c.value(index[:-4]).to_bytes(4, "little") == index[-4:]
+def _index_is_whole(index: bytes, n_chunks: int) -> bool:
+    """True if the end of a shard is an index of so many chunks, with its crc32c."""
+    is_long_enough = n_chunks > 0 and len(index) == 16 * n_chunks + 4
+    return is_long_enough and google_crc32c.value(index[:-4]).to_bytes(4, "little") == index[-4:]
 
 
 def _strays(root: Path, manifests: list[Manifest]) -> Iterator[Finding]:

@@ -44,11 +44,14 @@ def wrong_with(
     Yields:
         (file, kind of finding, what is wrong with the file).
     """
-    yield from ((path, CATALOG, what) for path, what in lacking_or_added(root))
-    if _lacking(root):
+    yield from ((path, CATALOG, what) for path, what in _added(root))
+    try:
+        descriptor = at(root).descriptor(tables.CATALOG)
+    except (FileNotFoundError, Damaged) as error:
+        yield tables.CATALOG, CATALOG, _said(error)
         return
     try:
-        is_noted = _is_noted(root)
+        is_noted = _is_noted(root, descriptor)
     except FileNotFoundError:
         if not is_older:
             yield tables.HASHES, CATALOG, "is missing"
@@ -65,34 +68,37 @@ def wrong_with(
 
 def lacking_or_added(root: Path) -> Iterator[tuple[str, str]]:
     """(file, what is wrong) by names alone: a missing catalog, or files that DuckDB would add."""
+    yield from _added(root)
+    try:
+        os.close(at(root).descriptor(tables.CATALOG))
+    except (FileNotFoundError, Damaged) as error:
+        yield tables.CATALOG, _said(error)
+
+
+def _said(error: OSError) -> str:
+    return str(error) if isinstance(error, Damaged) else "is missing"
+
+
+def _added(root: Path) -> Iterator[tuple[str, str]]:
     with suppress(FileNotFoundError, Damaged), at(root).local([tables.CATALOG]) as [catalog]:
         for left in tables.replayed(catalog):
             where = left.name if os.path.samefile(left.parent, catalog.parent) else tables.CATALOG
             yield where, f"{left} is no part of the store, and each read would take its changes for committed"
-    if what := _lacking(root):
-        yield tables.CATALOG, what
 
 
-def _lacking(root: Path) -> str:
-    """What is wrong if no file has the catalog's name; "" if one has."""
-    try:
-        os.close(at(root).descriptor(tables.CATALOG))
-    except FileNotFoundError:
-        return "is missing"
-    except Damaged as error:
-        return str(error)
-    return ""
-
-
-def _is_noted(root: Path) -> bool:
+def _is_noted(root: Path, descriptor: int) -> bool:
     """True if the catalog's hash is in catalog.json.
 
     Retries if a writer replaces the catalog during the check.
+
+    Args:
+        descriptor: of the catalog; it is closed.
     """
     while True:
-        with os.fdopen(at(root).descriptor(tables.CATALOG), "rb") as opened:
+        with os.fdopen(descriptor, "rb") as opened:
             if (is_noted := hash_note.is_noted(root, opened.fileno())) is not None:
                 return is_noted
+        descriptor = at(root).descriptor(tables.CATALOG)
 
 
 def _differing(

@@ -156,14 +156,58 @@ def test_a_narrow_terminal_cuts_no_number_and_no_text(monkeypatch, capsys):
     assert {*" ".join(MANY["text"]).split()} <= {*shown.split()}
 
 
-def test_rows_too_wide_to_be_narrowed_are_blocks(monkeypatch, capsys):
+def test_rows_too_wide_to_be_narrowed_come_in_parts_each_after_the_first_column(monkeypatch, capsys):
     narrow(monkeypatch)
     wide = MANY.select("n", "name", *(pl.col("n").alias(f"number{i}") for i in range(9)))
     print_table(pl.concat([wide] * 6))
     shown = click.unstyle(capsys.readouterr().out)
     assert max(map(len, shown.splitlines())) <= 80
-    assert shown.count("1234567") == 5 * 10  # of 60 rows that are shown
-    assert "… 12 more of 72 rows" in shown
+    parts = [part.splitlines() for part in shown.rstrip().split("\n\n")]
+    assert parts.pop() == ["… 12 more of 72 rows (--csv, --json and --parquet give all)"]
+    headers = [part[0].split() for part in parts]
+    assert all(header[0] == "n" for header in headers)
+    assert [name for header in headers for name in header[1:]] == wide.columns[1:] * 3, "20 rows of 60 are together"
+    rows = [row.split()[0] for part in parts for row in part[2:] if part[0].split()[1] == "name"]
+    assert rows == [str(n) for n in [*MANY["n"]] * 5]
+
+
+def test_a_narrowed_table_keeps_words_whole_and_gives_the_longest_text_the_most_room(monkeypatch, capsys):
+    narrow(monkeypatch)
+    names = [f"a_name_without_a_blank_{i:02}" for i in range(12)]  # of 25 characters
+    print_table(
+        pl.DataFrame(
+            {
+                "name": names,
+                "short": ["run, token_role, site, and a label"] * 12,
+                "text": [f"{text} and on" for text in MANY["text"]],
+            }
+        )
+    )
+    lines = click.unstyle(capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[2:] if line[0] != " "] == names
+    header = lines[0]
+    assert len(header) - header.index("text") > header.index("text") - header.index("short")
+
+
+def test_a_row_alone_is_a_block_and_two_are_a_table_in_parts_that_cuts_nothing(monkeypatch, capsys):
+    narrow(monkeypatch)
+    wide = pl.DataFrame({"id": [1, 2], "x": [[0.123456] * 16] * 2, "text": [" ".join(MANY["text"])] * 2, "n": [7, 8]})
+    print_table(wide)
+    of_two = click.unstyle(capsys.readouterr().out)
+    assert max(map(len, of_two.splitlines())) <= 80
+    assert [line.split() for line in of_two.splitlines() if line.startswith("id")] == [
+        ["id", "x"],
+        ["id", "text"],
+        ["id", "n"],
+    ]
+    assert of_two.count("0.123456") == 2 * 16
+    assert "…" not in of_two
+    assert of_two.split().count("begins7") == 2
+    print_table(wide.head(1))
+    assert [
+        line.split()[0] for line in click.unstyle(capsys.readouterr().out).splitlines() if line[:1].strip()
+    ] == wide.columns
 
 
 def test_a_long_list_alone_is_cut(monkeypatch, capsys):

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 ROWS_SHOWN = 60  # rows of a printed table; the other formats give every row
 ROWS_PAGED = 2000  # rows of a table in a pager
-ROWS_AS_BLOCKS = 10  # more are easier to compare in a table with wrapped cells
+ROWS_WITH_WHOLE_LISTS = 10  # in more, a list that is too long is cut, and stays a cell of one line
+ROWS_TOGETHER = 20  # of a table in parts: the other columns of a row come soon after
 LEAST_WIDTH = 16  # of a column that is narrowed: an interval, `[99.05, 100.00]`, stays whole
 GAP = 3  # between two columns
 FOLDED_GAP = 2  # the same in a folded table
@@ -25,12 +26,14 @@ MORE = "--csv, --json and --parquet"  # formats that leave nothing out
 
 
 def print_table(frame: pl.DataFrame | Rows, fold: bool = False) -> None:
-    """Print rows as a table, or as one block of lines per row.
+    """Print rows as a table, a table in parts, or a block of lines.
 
-    Few rows that are wider than the terminal become blocks. In more rows, long texts are wrapped
-    and long lists cut short; the rows become blocks if that does not suffice. Numbers and short
-    texts are always whole. Without a terminal, lines are as long as they need to be. On a terminal,
-    what is longer than the screen goes through a pager, see terminal.page.
+    One row that is wider than the terminal becomes a block, a line for each column. In several
+    rows, long texts are wrapped; in more than ROWS_WITH_WHOLE_LISTS, long lists are cut short. If
+    that does not suffice, the table comes in parts: some of the columns, then the next ones, each
+    part after the first column. Numbers and short texts are always whole. Without a terminal, lines
+    are as long as they need to be. On a terminal, what is longer than the screen goes through a
+    pager, see terminal.page.
 
     Args:
         fold: if the table is too wide, fold the headers and leave out columns that do not fit, the
@@ -58,10 +61,8 @@ def _print(console: Console, rows: Rows, n_rows: int, fold: bool) -> None:
     is_wide = Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width
     if is_wide and fold:
         _print_folded(console, rows)
-    elif is_wide and (n_rows <= ROWS_AS_BLOCKS or not _narrowed(table, rows, console.width)):
-        for row in rows:
-            console.print(_block(rows.columns, row))
-            console.print()
+    elif is_wide and (n_rows == 1 or not _narrowed(table, rows, console.width, n_rows)):
+        _print_in_parts(console, rows)
     else:
         console.print(table)
     if n_rows > len(rows):
@@ -70,23 +71,69 @@ def _print(console: Console, rows: Rows, n_rows: int, fold: bool) -> None:
         console.print("(no rows)")
 
 
-def _narrowed(table: Table, rows: Rows, width: int) -> bool:
-    """Narrow the columns of long texts and lists until a table fits; False if it cannot fit."""
+def _print_in_parts(console: Console, rows: Rows) -> None:
+    """Print columns that do not fit beside each other as tables, or as a block if that is shorter."""
     from rich.cells import cell_len
 
     widths = [max(map(cell_len, column)) for column in _columns(rows)]
+    if len(rows) == 1 or widths[0] > console.width // 2:
+        for row in rows:
+            console.print(_block(rows.columns, row))
+            console.print()
+        return
+    most = console.width - widths[0] - GAP
+    parts, room = [[0]], most
+    for place in range(1, len(widths)):
+        if len(parts[-1]) > 1 and widths[place] > room:
+            parts.append([0])
+            room = most
+        parts[-1].append(place)
+        room -= widths[place] + GAP
+    for start in range(0, len(rows), ROWS_TOGETHER):
+        together = Rows(rows.columns, rows.types, rows.kinds, [*rows][start : start + ROWS_TOGETHER])
+        for part in parts:
+            table = _table(together, part)
+            for place, column in zip(part, table.columns, strict=True):
+                column.width, column.overflow = min(widths[place], most) if place else widths[0], "fold"
+            console.print(table)
+            console.print()
+
+
+def _narrowed(table: Table, rows: Rows, width: int, n_rows: int) -> bool:
+    """Narrow the columns of long texts and lists until a table fits; False if it cannot fit.
+
+    Args:
+        n_rows: rows that there are, of which `rows` are shown.
+    """
+    from rich.cells import cell_len
+
+    texts = _columns(rows)
+    widths = [max(map(cell_len, column)) for column in texts]
     long = [
         place for place, kind in enumerate(rows.kinds) if widths[place] > LEAST_WIDTH and kind not in ("number", "time")
     ]
     room = width - GAP * (len(widths) - 1) - sum(widths) + sum(widths[place] for place in long)
-    if room < LEAST_WIDTH * len(long) or not long:
+    has_lists = any(rows.kinds[place] == "list" for place in long)
+    least = {
+        place: LEAST_WIDTH if rows.kinds[place] == "list" else _longest_word(texts[place], width) for place in long
+    }
+    more, wanted = room - sum(least.values()), sum(widths[place] - least[place] for place in long)
+    if more < 0 or not wanted or (has_lists and n_rows <= ROWS_WITH_WHOLE_LISTS):
         return False
-    for turn, place in enumerate(sorted(long, key=widths.__getitem__)):
-        column, given = table.columns[place], min(widths[place], room // (len(long) - turn))
-        column.max_width, column.no_wrap = given, rows.kinds[place] == "list"
+    for place in long:  # each gets what its longest word takes, and shares the rest by its length
+        column = table.columns[place]
+        column.max_width = least[place] + more * (widths[place] - least[place]) // wanted
+        column.no_wrap = rows.kinds[place] == "list"
         column.overflow = "ellipsis" if column.no_wrap else "fold"
-        room -= given
     return True
+
+
+def _longest_word(texts: list[str], width: int) -> int:
+    """Cells of a column's longest word; LEAST_WIDTH if a line of some width has too many such words."""
+    from rich.cells import cell_len
+
+    longest = max((cell_len(word) for text in texts for word in text.split()), default=0)
+    return max(longest, LEAST_WIDTH) if longest <= width // 2 else LEAST_WIDTH
 
 
 def _columns(rows: Rows) -> list[list[str]]:

@@ -88,8 +88,10 @@ def verify(
     if recompute is None or report.damage:
         return report
     from actstore.ingest.replay import compare
+    from actstore.ingest.replay.asked import planned
 
-    with progress("recompute", None, "runs") as advance:
+    asked = planned(root, recompute)
+    with progress("recompute", asked.n, asked.unit) as advance:
         return replace(report, differences=compare.compare(root, recompute, seed, advance))
 
 
@@ -107,14 +109,22 @@ def repair(store: str | Path | Store, wait: float = 10.0, progress: Work = silen
     """
     from actstore.upkeep import repair as repairing
 
-    def recompute(*asked: Any) -> dict[str, bytes]:
-        check_memory(models=True)
-        from actstore.ingest.replay.remake import files_of
+    with progress("repair", None, "bytes") as advance:
+        read = (0, 0)  # bytes, and of how many
 
-        return files_of(*asked)
+        def told(*done: int) -> None:
+            nonlocal read
+            read = done[0], done[1]
+            advance(*read)
 
-    with progress("verify", None, "bytes") as advance:
-        return repairing.repair(_path(store), recompute, advance, wait)
+        def recompute(root: Path, manifests: Any, run: str, batch: int | None) -> dict[str, bytes]:
+            check_memory(models=True)
+            from actstore.ingest.replay.remake import files_of
+
+            advance(*read, f"makes run {run} again" + (f", batch {batch}" if batch is not None else ""))
+            return files_of(root, manifests, run, batch)
+
+        return repairing.repair(_path(store), recompute, told, wait)
 
 
 def commit(store: str | Path | Store, wait: float = 10.0) -> list[Taken]:

@@ -165,7 +165,7 @@ def test_a_notebook_does_what_the_commands_do(tmp_path):
     assert [each.kind for each in actstore.verify(root, recompute=2).damage] == ["part"]
     assert actstore.repair(root, progress=progress).left == []
     assert part.read_bytes() == whole
-    assert shown == [("study depth r", "parts"), ("verify", "bytes"), ("recompute", "runs"), ("verify", "bytes")]
+    assert shown == [("study depth r", "parts"), ("verify", "bytes"), ("recompute", "trees"), ("repair", "bytes")]
 
 
 def test_what_could_not_be_recorded_is_kept_and_a_warning_names_the_file(tmp_path, monkeypatch):

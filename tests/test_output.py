@@ -342,6 +342,68 @@ def test_long_waiting_spins_on_a_terminal_with_the_time_and_leaves_nothing_on_st
     assert out.getvalue() == ""
 
 
+def test_the_rest_of_long_work_is_foretold_once_as_soon_as_it_is_known(clock, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_LINE", 5.0)
+    said, shown = [], []
+    advance = progress.foretelling(lambda *done: shown.append(done), said.append)
+    advance(2_000, 20_000)  # were there before
+    clock.now += 4
+    advance(2_100)
+    assert said == [], "four seconds are too few"
+    clock.now += 6
+    advance(2_200, 20_000, "batch 3")
+    assert said == ["15 min"]
+    clock.now += 10
+    advance(2_300)
+    assert said == ["15 min"]
+    assert shown == [(2_000, 20_000, None), (2_100, None, None), (2_200, 20_000, "batch 3"), (2_300, None, None)]
+    short = progress.foretelling(lambda *done: None, said.append)
+    short(0, 100)
+    clock.now += 10
+    short(50)
+    assert said == ["15 min"]
+
+
+def test_an_ingest_says_how_long_it_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_LINE", 0.0)
+    monkeypatch.setattr(progress, "LONG", 0.0)
+    words = [
+        "ingest",
+        tmp_path / "s.act",
+        "--model",
+        "reproduction",
+        "--trees",
+        "20",
+        "--batch-size",
+        "5",
+        "--sites",
+        "none",
+    ]
+    said = run(*words, "--run", "r").stderr
+    assert said.count("the rest takes about") == 1
+    assert "Ctrl-C keeps" in said
+    assert "about" not in run(*words, "--run", "q", "--quiet").stderr
+
+
+@pytest.mark.parametrize("command", [["label", "mine", "mine.csv"], ["drop", "--label", "mine", "--yes"]], ids=" ".join)
+def test_what_may_take_long_says_that_it_waits(tmp_path, monkeypatch, command):
+    waited = []
+
+    @contextmanager
+    def waiting(what):
+        waited.append(what)
+        yield
+
+    fake().store(root := tmp_path / "s.act")
+    monkeypatch.chdir(tmp_path)
+    Path("mine.csv").write_text("token_id,y\n0,1\n")
+    if command[0] == "drop":
+        assert run("label", root, "mine", "mine.csv").exit_code == 0
+    monkeypatch.setattr(progress, "waiting", waiting)
+    assert run(command[0], root, *command[1:]).exit_code == 0
+    assert waited == [command[0]]
+
+
 @pytest.mark.parametrize(
     ("command", "named"),
     [

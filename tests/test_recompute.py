@@ -3,13 +3,16 @@
 import numpy as np
 import polars as pl
 import pytest
+from click.testing import CliRunner
 
 from actstore.cli import main
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import Model
 from actstore.ingest.replay import compare
+from actstore.ingest.replay.asked import planned
 from actstore.ingest.trees.tokens import PAD, word_label
+from actstore.store import Store
 from actstore.upkeep.verify import verify
 from actstore.writing import contents
 from tests.damaged import TREES
@@ -27,6 +30,32 @@ def test_a_store_of_what_its_weights_give_agrees(damageable):
         *("vocabulary", "trees", "edges", "tokens", "embed", "pattern.0", "resid_post.1", "predictions", "outcomes"),
     }
     assert {"generations", "probabilities"} <= {of.what for of in found}
+
+
+def test_a_rerun_says_what_it_will_run_and_how_far_it_is(damageable, monkeypatch):
+    asked, told = planned(damageable, 12), []
+    with Store(damageable) as store:
+        runs = store.runs()
+    assert list(asked.n_of) == runs
+    assert (asked.unit, set(asked.n_of.values())) == ("trees", {12})
+    assert planned(damageable, 10_000).n_of.keys() == asked.n_of.keys()
+    assert max(planned(damageable, 10_000).n_of.values()) < 10_000
+    compare.compare(damageable, 12, advance=lambda *done: told.append(done))
+    done = [n for n, _, _ in told]
+    assert done == sorted(done)
+    assert (done[0], done[-1], {total for _, total, _ in told}) == (0, asked.n, {asked.n})
+    assert len(set(done)) > len(runs) + 1, "a run is not one step"
+    assert list(dict.fromkeys(run for _, _, run in told)) == runs
+
+
+def test_a_rerun_is_announced_before_it_begins(damageable, monkeypatch):
+    monkeypatch.setattr("actstore.verbs.verify", lambda *asked: exit(7))
+    said = CliRunner().invoke(main, ["verify", str(damageable), "--recompute", "3"]).stderr
+    n = len(planned(damageable, 3).n_of)
+    assert said.startswith(f"recompute: if the files are whole, {3 * n} trees of {n} runs go through the model")
+    assert "small" in said
+    quiet = CliRunner().invoke(main, ["verify", str(damageable), "--recompute", "3", "--quiet"])
+    assert "recompute" not in quiet.stderr
 
 
 def planted(root, monkeypatch, change):

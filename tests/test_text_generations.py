@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,12 @@ def test_they_are_verified_repaired_and_computed_again(folder: Path, tmp_path: P
     import shutil
 
     root = Path(shutil.copytree(folder / "s.act", tmp_path / "s.act"))
-    report = actstore.verify(root, recompute=3)
+    told = []
+    report = actstore.verify(
+        root, recompute=3, progress=lambda *what: nullcontext(lambda *done: told.append((*what, *done)))
+    )
+    of_rerun = [(unit, done, total) for name, _, unit, done, total, *_ in told if name == "recompute"]
+    assert (of_rerun[0], of_rerun[-1]) == (("sequences", 0, 3), ("sequences", 3, 3))
     assert [(found.what, found.agrees, found.n > 0) for found in report.differences] == [("generations", True, True)]
     [part] = (root / "parts" / "generations").glob("*.parquet")
     content = part.read_bytes()

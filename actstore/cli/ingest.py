@@ -272,26 +272,35 @@ def _execute(job: Ingest, how: Callable[[Advance], None] | None = None) -> tuple
     Args:
         how: stores it, given what is told how far it is; default: this process does.
     """
-    from actstore.cli.progress import progress
+    from actstore.cli.progress import foretelling, progress
     from actstore.ingest.jobs.local import execute
 
     click.get_current_context().meta[KEPT] = job.kept
     note(job.announcement())
     n_sequences = job.sequences.n_sequences
-    with progress(f"ingest {job.plan.run}", n_sequences, job.unit) as advance:
+    with progress(f"ingest {job.plan.run}", n_sequences, job.unit) as shown:
+        advance = foretelling(shown, _foretell)
         how(advance) if how else execute(job, advance)
     return n_sequences, job
 
 
+def _foretell(left: str) -> None:
+    """Say how long an ingest is likely to take, once that is known."""
+    note(
+        f"at this rate the rest takes about {left}; Ctrl-C keeps the batches that are whole, and the same command goes on",
+        err=True,
+    )
+
+
 def _execute_slice(job: Ingest, which: Slice) -> None:
     """Publish a slice of a run, with its cost before it and its progress."""
-    from actstore.cli.progress import progress
+    from actstore.cli.progress import foretelling, progress
     from actstore.ingest.jobs.slices import execute_slice, kept
 
     click.get_current_context().meta[KEPT] = partial(kept, job, which)
     say(f"{job.announcement()}; slice {which}")
-    with progress(f"ingest {job.plan.run} {which}", job.sequences.n_sequences, job.unit) as advance:
-        done = execute_slice(job, which, advance)
+    with progress(f"ingest {job.plan.run} {which}", job.sequences.n_sequences, job.unit) as shown:
+        done = execute_slice(job, which, foretelling(shown, _foretell))
     of_slice = f"{job.store}: slice {which} of run {job.plan.run}: {done.n_published} of its {done.n_batches} batches published now"
     if done.is_committed:
         say(f"{of_slice}; the run is whole, and committed; look with {advised('info', job.store)}")
@@ -316,8 +325,10 @@ def commit(store: Path, wait: float) -> None:
         actstore commit demo.act
     """
     from actstore import verbs
+    from actstore.cli.progress import waiting
 
-    found = verbs.commit(store, wait)
+    with waiting("commit"):
+        found = verbs.commit(store, wait)
     for of in found:
         working = f"; slices at work: {len(of.at_work)}" if of.at_work else ""
         again = "" if of.n_committed == of.n_batches or of.at_work else "; run the slices again for the others"

@@ -52,10 +52,12 @@ def label(
         actstore label demo.act entities entities.jsonl --on span
     """
     from actstore import verbs
+    from actstore.cli.progress import waiting
 
     if replace and add:
         raise click.UsageError("choose one of --replace and --add")
-    rows = verbs.label(store, name, Path(file), on, wait, replace=replace, add=add)
+    with waiting("label"):
+        rows = verbs.label(store, name, Path(file), on, wait, replace=replace, add=add)
     key = rows.columns[0]
     note(f"{store}: table {name} labels {len(rows):,} {key}s; join it with `join {name} using ({key})`")
 

@@ -64,6 +64,7 @@ def models_add(name: str, weights: str, config: str | None, system: str | None, 
         actstore models add mine checkpoints/6L_step=220000.pt --config conf/6L.yaml
         actstore models add baseline model.pt --system baseline
     """
+    from actstore.cli.progress import waiting
     from actstore.ingest.models.load import add
     from actstore.named import by_name, own_folder
     from actstore.outputs import check_folder
@@ -71,7 +72,8 @@ def models_add(name: str, weights: str, config: str | None, system: str | None, 
     if into:
         check_folder(into, "--into")
 
-    model = add(name, weights, config, system, into)
+    with waiting("add"):
+        model = add(name, weights, config, system, into)
     target = (into or own_folder()) / f"{name}.safetensors"
     note(f"{target}: {model.config.system}, weights sha256 {model.weights_sha256}")
     found = by_name().get(name)
@@ -105,8 +107,9 @@ def models_sites(
         actstore models sites reproduction
         actstore models sites path/to/model-folder
     """
+    from actstore.cli.progress import waiting
     from actstore.ingest.models.load import layers_as_one, load, sites
 
-    loaded = load(model, config, hub=hub, revision=revision, untrained=untrained, tokenizer=tokenizer)
-    found = sites(loaded)
+    with waiting("sites"):
+        found = sites(load(model, config, hub=hub, revision=revision, untrained=untrained, tokenizer=tokenizer))
     output.write(layers_as_one(found) if output.is_table else found, fold=True)

@@ -27,6 +27,7 @@ SECONDS_BEFORE_A_BAR = 2.0  # shorter work prints only its result
 SECONDS_BEFORE_A_LINE = 5.0
 SECONDS_OF_A_RATE = 60.0  # the rate is of the last minute, in which several batches end
 LINES_PER_TIME = 10  # a line comes after another tenth of the time so far: some two hundred lines in a day
+LONG = 60.0  # seconds that a piece of work has left: worth a line of its own
 LONGEST_SILENCE = 600.0  # seconds between lines: who reads a log sees that it lives
 BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (0, "kB"))
 
@@ -138,6 +139,32 @@ def progress(what: str, total: int | None, unit: str) -> Iterator[Advance]:
     else:
         with _lines(what, Pace(total, unit)) as advance:
             yield advance
+
+
+def foretelling(advance: Advance, say: Callable[[str], None]) -> Advance:
+    """Say once how long the rest of a long piece of work takes, as soon as that is known.
+
+    It is known after five seconds of work. Less than a minute is not said.
+
+    Args:
+        advance: is told how far the work is, see `progress`.
+        say: called with the time, "12 min".
+
+    Returns:
+        A function to call in place of `advance`, first before any work.
+    """
+    pace, is_known = Pace(None, ""), False
+
+    def told(done: int, total: int | None = None, part: str | None = None) -> None:
+        nonlocal is_known
+        advance(done, total, part)
+        pace.at(done, total)
+        if not is_known and pace.seconds_left is not None and pace.seconds >= SECONDS_BEFORE_A_LINE:
+            is_known = True
+            if pace.seconds_left >= LONG:
+                say(_time(pace.seconds_left))
+
+    return told
 
 
 @contextmanager

@@ -302,6 +302,8 @@ def record(store: Path, files: tuple[Path, ...], wait: float) -> None:
         actstore record demo.act results-3f9c0a1b2d4e.parquet
     """
     from actstore import verbs
+    from actstore.cli.progress import waiting
 
-    results = verbs.record(store, files, wait)
+    with waiting("record"):
+        results = verbs.record(store, files, wait)
     note(f"{store}: {len(results)} answers recorded, {sum(map(len, results)):,} rows of `results`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import click
 from actstore.cli import complete
 from actstore.cli.group import LightCommand, main, note, say
 from actstore.cli.options import output_options, store_argument, wait_option
-from actstore.errors import advised
+from actstore.errors import ActstoreError, advised
 from actstore.storage.machine import check_memory
 
 if TYPE_CHECKING:
@@ -85,9 +86,13 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
     from actstore import verbs
     from actstore.cli.progress import progress
     from actstore.ingest.replay import difference
+    from actstore.ingest.replay.asked import planned
     from actstore.upkeep.verify import raise_if_damaged
 
     check_memory(models=recompute is not None)
+    if recompute is not None:
+        with suppress(ActstoreError):  # which `verify` itself will say
+            note(str(planned(store, recompute)), err=True)
     report = verbs.verify(store, quick, recompute, seed, progress)
     if report.findings or (recompute is None and output.is_for_a_program):
         output.write(report.as_frame())
@@ -155,6 +160,7 @@ def drop(store: Path, run: str | None, dataset: str | None, label: str | None, y
         actstore drop demo.act --label sentiment --yes
     """
     from actstore import verbs
+    from actstore.cli.progress import waiting
     from actstore.writing import dropping
 
     kind, name = verbs.dropped_name(run, dataset, label)
@@ -162,7 +168,8 @@ def drop(store: Path, run: str | None, dataset: str | None, label: str | None, y
     if not yes:
         size = f"{len(planned.files):,} files, {n_bytes / 1e6:,.1f} MB"
         click.confirm(f"Drop {kind} {name} from {store} ({size})?", abort=True, err=True)
-    files = verbs.drop(store, run, dataset, label, wait)
+    with waiting("drop"):
+        files = verbs.drop(store, run, dataset, label, wait)
     note(f"{store}: {kind} {name} is dropped, {len(files):,} files; {advised('repair', store)} frees the bytes")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from actstore.ingest.answers.tree_paths import answer, of_trees, outcome_rows, p
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.models.forward import activations, forward
 from actstore.ingest.models.sites import SiteSpec
+from actstore.ingest.replay.asked import planned
 from actstore.ingest.replay.compare_edited import compare_edited
 from actstore.ingest.replay.compare_text import compare_text
 from actstore.ingest.replay.difference import (
@@ -57,17 +59,25 @@ def compare(
         path: path of the store.
         n_trees: trees or sequences per run, drawn among the committed ones.
         seed: seed of the draw.
-        advance: called with (runs done, runs in all, the run just done).
+        advance: called with (sequences done, sequences in all, the run that is run again).
     """
-    root = Path(path)
+    root, asked, before = Path(path), planned(path, n_trees), 0
     found: list[Difference] = []
     with Store(root) as store:
         committed = manifests(root)[: store.snapshot]
-        datasets, runs = rows_committed(root, committed, "datasets"), store.runs()
-        for done, run in enumerate(runs, start=1):
-            found += _of_run(store, committed, run, n_trees, seed, datasets)
-            advance(done, len(runs), run)
+        datasets = rows_committed(root, committed, "datasets")
+        for run, n in asked.n_of.items():
+            step = partial(_within, advance, before, n, asked.n, run)
+            step(0)
+            found += _of_run(store, committed, run, n_trees, seed, datasets, step)
+            step(n)
+            before += n
     return found
+
+
+def _within(advance: Callable[[int, int, str], None], before: int, n: int, total: int, run: str, done: int) -> None:
+    """Say how many sequences of one run are done, of all that are run again."""
+    advance(before + min(done, n), total, run)
 
 
 def _appended(store: Store, run: str) -> list[Difference]:
@@ -95,9 +105,19 @@ def _unfinished(job: Ingest, held: Mapping[int, Collection[str]]) -> dict[str, D
 
 
 def _of_run(
-    store: Store, committed: list[Manifest], run: str, n_sequences: int, seed: int, datasets: pl.DataFrame
+    store: Store,
+    committed: list[Manifest],
+    run: str,
+    n_sequences: int,
+    seed: int,
+    datasets: pl.DataFrame,
+    step: Callable[[int], None],
 ) -> list[Difference]:
-    """Compare one run; what the store alone cannot make again is said."""
+    """Compare one run; what the store alone cannot make again is said.
+
+    Args:
+        step: called with the number of the run's sequences that are done.
+    """
     found = _appended(store, run)
     try:
         job, about = rehydrate(store.path, committed, run)
@@ -105,17 +125,18 @@ def _of_run(
         return [*found, not_compared(run, "model", str(error))]
     if job.patch is not None:
         row = datasets.filter(pl.col("dataset") == about["dataset"]).to_dicts()[0]
-        return found + compare_edited(store, job, Ids.of_dataset(row), batches_of(committed, run), n_sequences, seed)
+        batches_held = batches_of(committed, run)
+        return found + compare_edited(store, job, Ids.of_dataset(row), batches_held, n_sequences, seed, step)
     unfinished = _unfinished(job, sites_of(committed, run))
     found += unfinished.values()
     job = job.over([site.site for site in job.plan.sites if site.site not in unfinished])
     if job.of_text:
         row = datasets.filter(pl.col("dataset") == about["dataset"]).to_dicts()[0]
         batches = sorted(batches_of(committed, run))
-        return found + compare_text(store, job, Ids.of_dataset(row), batches, n_sequences, seed)
+        return found + compare_text(store, job, Ids.of_dataset(row), batches, n_sequences, seed, step)
     held = _tree_ids(store, job, int(about["first_tree_id"]), batches_of(committed, run))
     return found + _compare_run(
-        store, job, int(about["first_tree_id"]), held, n_sequences, seed, job.originals(datasets)
+        store, job, int(about["first_tree_id"]), held, n_sequences, seed, job.originals(datasets), step
     )
 
 
@@ -131,7 +152,14 @@ def _tree_ids(store: Store, job: Ingest, first_tree_id: int, batches: Collection
 
 
 def _compare_run(
-    store: Store, job: Ingest, first_tree_id: int, held: np.ndarray, n_trees: int, seed: int, originals: int | None
+    store: Store,
+    job: Ingest,
+    first_tree_id: int,
+    held: np.ndarray,
+    n_trees: int,
+    seed: int,
+    originals: int | None,
+    step: Callable[[int], None],
 ) -> list[Difference]:
     """Compare some trees, drawn among those of `held`."""
     run = job.plan.run
@@ -146,8 +174,8 @@ def _compare_run(
     for name in ("trees", "edges", "tokens"):
         found.append(_rows(store, run, name, pl.concat([frames[name] for frames in rows]), chosen + first_tree_id))
     if job.generator:
-        return [*found, *_generations(store, job, chosen, first_tree_id)]
-    return found + _answers(store, job, trees, chosen + first_tree_id)
+        return [*found, *_generations(store, job, chosen, first_tree_id, step)]
+    return found + _answers(store, job, trees, chosen + first_tree_id, step)
 
 
 def _ids(tree_id: int) -> Ids:
@@ -188,7 +216,7 @@ class _Rerun:
     outcomes: pl.DataFrame = field(default_factory=pl.DataFrame)
 
 
-def _run(job: Ingest, words: np.ndarray, tree_ids: np.ndarray) -> _Rerun:
+def _run(job: Ingest, words: np.ndarray, tree_ids: np.ndarray, step: Callable[[int], None]) -> _Rerun:
     """Run the model over word numbers, uint8 [tree, position]."""
     ids = torch.from_numpy(job.model.config.vocabulary.encode(words)).to(job.device)
     sites: dict[str, list[np.ndarray]] = {spec.name: [] for spec in job.specs}
@@ -201,10 +229,11 @@ def _run(job: Ingest, words: np.ndarray, tree_ids: np.ndarray) -> _Rerun:
         batch = slice(start, start + AT_ONCE)
         if job.asked is None:
             activations(job.model, ids[batch], job.specs, take)
-            continue
-        logits = forward(job.model, ids[batch], job.specs, take)
-        answers.append(answer(job.model, words[batch], logits))
-        p.append(_probabilities(logits[:, first_step:-1]))
+        else:
+            logits = forward(job.model, ids[batch], job.specs, take)
+            answers.append(answer(job.model, words[batch], logits))
+            p.append(_probabilities(logits[:, first_step:-1]))
+        step(batch.stop)
     rerun = _Rerun({name: np.concatenate(found) for name, found in sites.items()})
     if not answers:
         return rerun
@@ -217,10 +246,12 @@ def _probabilities(logits: Tensor) -> np.ndarray:
     return torch.softmax(logits, dim=-1).cpu().numpy()
 
 
-def _answers(store: Store, job: Ingest, trees: Trees, tree_ids: np.ndarray) -> list[Difference]:
+def _answers(
+    store: Store, job: Ingest, trees: Trees, tree_ids: np.ndarray, step: Callable[[int], None]
+) -> list[Difference]:
     """Compare every site at every token, every prediction and every outcome of the chosen trees."""
     words = encode(trees)
-    rerun = _run(job, words, tree_ids)
+    rerun = _run(job, words, tree_ids, step)
     found = [_site(store, job.plan.run, site, words, tree_ids, rerun) for site in job.plan.sites]
     if job.asked is None:
         return found
@@ -310,13 +341,16 @@ def _is_greedy(job: Ingest, words: np.ndarray, held: dict[str, Any]) -> bool:
     return is_best and len(path) <= depth and stored == follows
 
 
-def _generations(store: Store, job: Ingest, chosen: np.ndarray, first_tree_id: int) -> list[Difference]:
+def _generations(
+    store: Store, job: Ingest, chosen: np.ndarray, first_tree_id: int, step: Callable[[int], None]
+) -> list[Difference]:
     """Compare every continuation, greedy and sampled."""
     assert isinstance(job.generator, Generator)
     run, frames = job.plan.run, []
-    for i in chosen.tolist():  # one tree at a time, since draws depend on the tree's own index
+    for done, i in enumerate(chosen.tolist(), start=1):  # one at a time, since draws depend on the tree's own index
         generated = job.generator.go_on(job.trees.between(i, i + 1).words, i)
         frames.append(generation_rows(generated, run, first_tree_id + i))
+        step(done)
     ours = pl.concat(frames)
     held = _stored(store, "generations", run, chosen + first_tree_id, "tree_id, sample, position").cast(ours.schema)
     of = ["tree_id", "sample"]

@@ -6,6 +6,7 @@ with the forward pass that it stands for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,13 @@ from actstore.store import Store
 
 
 def compare_edited(
-    store: Store, job: Ingest, first: Ids, batches: set[int], n_sequences: int, seed: int
+    store: Store,
+    job: Ingest,
+    first: Ids,
+    batches: set[int],
+    n_sequences: int,
+    seed: int,
+    step: Callable[[int], None] = lambda done: None,
 ) -> list[Difference]:
     """Compare the edits' donors, each site, and each prediction.
 
@@ -29,6 +36,7 @@ def compare_edited(
         batches: numbers of the run's committed batches.
         n_sequences: edited sequences to draw.
         seed: seed of the draw.
+        step: called with the number of sequences done.
     """
     assert job.patch is not None
     run, patch, found = job.plan.run, job.patch, list[Difference]()
@@ -46,7 +54,7 @@ def compare_edited(
     kept = {spec.name: Kept(site.layout) for spec, site in zip(job.specs, job.plan.sites, strict=True)}
     ours = list[pl.DataFrame]()
     apart, tolerance = dict.fromkeys(kept, 0.0), dict.fromkeys(kept, TOLERANCE)
-    n_tokens = 0
+    n_tokens = n_done = 0
     for batch in sorted(batches):
         drawn = job.sequences.drawn(batch)
         edited = some.edited(drawn.start, len(drawn))
@@ -67,6 +75,7 @@ def compare_edited(
                 largest = float(np.nanmax(np.abs(given)))
                 apart[spec.name] = max(apart[spec.name], float(worst / max(largest, 1e-30)))
                 tolerance[spec.name] = max(tolerance[spec.name], of_site(job.dtype, largest))
+        step(n_done := n_done + len(edited))
     for spec in job.specs:
         found.append(
             Difference(run, spec.short, apart[spec.name], tolerance[spec.name], n_tokens, "an edited sequence")

@@ -6,8 +6,9 @@ all that the model makes of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -31,7 +32,13 @@ KEYS = {"listed_sequences": "sequence_id", "tokens": "token_id"}
 
 
 def compare_text(
-    store: Store, job: Ingest, first: Ids, batches: Sequence[int], n_sequences: int, seed: int
+    store: Store,
+    job: Ingest,
+    first: Ids,
+    batches: Sequence[int],
+    n_sequences: int,
+    seed: int,
+    step: Callable[[int], None] = lambda done: None,
 ) -> list[Difference]:
     """Run random sequences again, and compare each site, and each prediction.
 
@@ -40,6 +47,7 @@ def compare_text(
         batches: numbers of the run's committed batches.
         n_sequences: sequences to draw among those of these batches.
         seed: seed of the draw.
+        step: called with the number of sequences done.
     """
     if not batches:
         return []
@@ -49,10 +57,16 @@ def compare_text(
     chosen = np.random.default_rng(seed).choice(len(every), min(n_sequences, len(every)), replace=False)
     for batch, sequence in every[np.sort(chosen)].tolist():
         found.setdefault(batch, []).append(sequence)
-    of_batches = [
-        _compare_batch(store, job, job.sequences.drawn(b), first, b, np.array(some)) for b, some in found.items()
-    ]
+    of_batches, n_done = list[list[Difference]](), 0
+    for b, some in found.items():
+        within = partial(_after, step, n_done)
+        of_batches.append(_compare_batch(store, job, job.sequences.drawn(b), first, b, np.array(some), within))
+        step(n_done := n_done + len(some))
     return [_worst([differences[i] for differences in of_batches]) for i in range(len(of_batches[0]))]
+
+
+def _after(step: Callable[[int], None], before: int, done: int) -> None:
+    step(before + done)
 
 
 def _starts(store: Store, job: Ingest, first: Ids) -> dict[int, int]:
@@ -78,12 +92,19 @@ def _worst(differences: list[Difference]) -> Difference:
 
 
 def _compare_batch(
-    store: Store, job: Ingest, drawn: object, first: Ids, batch: int, chosen: np.ndarray
+    store: Store,
+    job: Ingest,
+    drawn: object,
+    first: Ids,
+    batch: int,
+    chosen: np.ndarray,
+    step: Callable[[int], None],
 ) -> list[Difference]:
     """Compare some sequences of one batch.
 
     Args:
         chosen: intp [n], numbers of the sequences in the batch, ascending.
+        step: called with the number of these sequences that are done.
     """
     assert isinstance(drawn, Drawn)
     run, dataset = job.plan.run, str(job.plan.dataset["dataset"])
@@ -102,7 +123,7 @@ def _compare_batch(
         )
         query += "sequence_id in (select unnest($ids)) order by token_id"
         held = store.sql(query, {"run": run, "ids": sequence_ids.tolist()})
-    rerun = _run(job, drawn, chosen, held)
+    rerun = _run(job, drawn, chosen, held, step)
     for site in job.plan.sites:
         found.append(_site(store, run, site, rerun.sites[site.site], token_ids))
     if held is not None:
@@ -168,13 +189,16 @@ class _Rerun:
     most: np.ndarray = field(default_factory=_none)
 
 
-def _run(job: Ingest, drawn: Drawn, chosen: np.ndarray, held: pl.DataFrame | None) -> _Rerun:
+def _run(
+    job: Ingest, drawn: Drawn, chosen: np.ndarray, held: pl.DataFrame | None, step: Callable[[int], None]
+) -> _Rerun:
     """Run the model over some sequences of a batch.
 
     Args:
         held: the stored predictions of these sequences, by token_id.
+        step: called with the number of these sequences that are done.
     """
-    lengths = drawn.lengths[chosen]
+    n_done, lengths = 0, drawn.lengths[chosen]
     rows: dict[str, list[Tensor]] = {spec.name: [torch.empty(0)] * len(chosen) for spec in job.specs}
     answers: list[list[np.ndarray]] = [[]] * len(chosen)
     number = {piece: i for i, piece in enumerate(drawn.pieces)}
@@ -194,6 +218,8 @@ def _run(job: Ingest, drawn: Drawn, chosen: np.ndarray, held: pl.DataFrame | Non
                 kept = as_rows(activations[row], spec, int(lengths[i]), shapes[spec.name])
                 rows[spec.name][i] = kept.cpu().clone()
 
+        step(n_done)
+        n_done += len(some)
         if held is None:
             activations_of(job.model, ids, job.specs, take, lengths[some])
             continue

@@ -37,7 +37,7 @@ from actstore.queries.causes import (
     sites_of,
     some,
 )
-from actstore.queries.figures import COLUMN, PAGE, STACKED, colour_bar, entitle, heading, heat, most, panels
+from actstore.queries.figures import FRAMED, colour_bar, entitle, heading, heat, maps, most
 from actstore.queries.last_edge import interval
 from actstore.queries.study import (
     Answer,
@@ -289,9 +289,7 @@ def plot(answer: Answer) -> Figure:
     layers, largest = sorted(found["layer"].unique()), max(1e-3, *found["value"].abs().to_list())
     framed = significant(answer.results)
     pairs = [(how, part) for how in hows for part in parts]
-    is_wide = len(pairs) > STACKED
-    height = 0.75 + 0.19 * len(layers)
-    figure, axes = panels(len(pairs), height, 1 + is_wide, PAGE if is_wide else COLUMN)
+    figure, axes = maps([len(layers)] * len(pairs))
     for axis, (how, part) in zip(axes, pairs, strict=True):
         cells = found.filter(how=how, part=part)
         shown_at = {(row["layer"], row["token_role"]): row for row in cells.iter_rows(named=True)}
@@ -313,6 +311,6 @@ def plot(answer: Answer) -> Figure:
     heading(
         figure,
         "What the answers need at the tokens of a role",
-        f"run {answer.results['run'][0]}; up to {most(found['n']):,} steps per cell; framed: significant (Holm)",
+        f"run {answer.results['run'][0]}; up to {most(found['n']):,} steps per cell; {FRAMED}",
     )
     return figure

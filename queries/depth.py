@@ -17,7 +17,7 @@ from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.intervals import difference, over_trees, share
 from actstore.queries import load
-from actstore.queries.figures import FEW, entitle, heading, panels, percents, points
+from actstore.queries.figures import FEW, below, entitle, heading, panels, percents, points
 from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
 
 if TYPE_CHECKING:
@@ -185,17 +185,20 @@ def plot(answer: Answer) -> Figure:
     trees = by_depth.filter(metric="greedy")
     depths, n = [int(label.split()[1]) for label in trees["label"]], trees["n"].to_list()
     figure, axes = panels(len(MEASURES), 1.3, sharex=True)
+    under = False
     for turn, (axis, (measure, name)) in enumerate(zip(axes, MEASURES.items(), strict=True)):
         rows = by_depth.filter(metric=measure)
         few = [count < FEW for count in n]
-        points(axis, depths, rows, name, turn, few=few)
+        points(axis, depths, rows, name, turn, few=few, shift=0)
         many = rows.filter(pl.Series(few, dtype=pl.Boolean).not_()) if not all(few) else rows
-        percents(axis, max(0.0, 100 * float(many["low"].cast(pl.Float64).to_numpy().min()) - 1))
+        low = max(0.0, 100 * float(many["low"].cast(pl.Float64).to_numpy().min()) - 1)
+        percents(axis, low)
+        under |= below(axis, depths, (100 * rows["value"].cast(pl.Float64).to_numpy()).tolist(), low, turn)
         entitle(axis, name)
     axes[1].set_ylabel("right (%)")
     axes[-1].set_xticks(depths, [f"{depth}\n{_short(count)}" for depth, count in zip(depths, n, strict=True)])
     axes[-1].set_xlabel("goal's depth in steps; below, trees (k: 1,000)")
     said = f"run {answer.results['run'][0]}; bars are 95 % intervals"
     hollow = f"; hollow: fewer than {FEW} trees, whose bars may leave the panel" if any(few) else ""
-    heading(figure, "Accuracy by the goal's depth", said + hollow)
+    heading(figure, "Accuracy by the goal's depth", f"{said}{hollow}{' (number: a point below it)' * under}")
     return figure

@@ -419,6 +419,6 @@ def plot(answer: Answer) -> Figure:
     heading(
         figure,
         "Read and used? What erasing a label costs",
-        f"run {results['run'][0]}; {n:,} trees; bars are 95 % intervals over trees",
+        f"run {results['run'][0]}; {n:,} steps; bars are 95 % intervals over trees",
     )
     return figure

@@ -1,7 +1,8 @@
 """Shared parts of the studies' figures: one style, panels, colour-blind-safe points and intervals.
 
 A figure is as wide as one column of a paper, and its text is 6 to 8 points there. More panels make
-a figure longer, and never smaller.
+a figure longer, and never smaller; heat maps that would be longer than a page stand in two columns,
+as wide as a page.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ COLUMN, PAGE = 3.5, 7.2  # inches: one column of a paper, and the width of its p
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
 MARKERS = "osD^v"
 GREY = "0.45"
-STACKED = 4  # heat maps in one column; more stand in two columns, page-wide
+ROW, HEAD, FOOT = 0.155, 0.27, 1.4  # inches: a row of a heat map, what stands over a map, and all around the maps
+TALLEST = 9.0  # inches of text on a page: longer columns of heat maps stand in two columns, page-wide
+MARGIN = 0.06  # of an axis of percents, beyond its ends: room for the marks there
+VIEWED = {False: (0.0, 0.75), True: (0.3, 1.0)}  # the part of viridis that stands out, on light and on dark paper
 FEW = 30  # rows; a share of fewer is drawn hollow, and does not stretch its axis
 PER_INCH = 16  # characters of 8 points
 SHORT = 14  # characters of a site that is turned half
@@ -36,6 +40,7 @@ STYLE: dict[str, Any] = {
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "text.parse_math": False},
     **{"figure.dpi": 200, "savefig.dpi": 300, "pdf.fonttype": 42, "ps.fonttype": 42, "svg.hashsalt": "actstore"},
 }
+FRAMED = "framed: significant (Holm); 95 % intervals: in the table"  # what a heat map says of its cells
 DARK, LIGHT = "#16181d", "#e8e8e8"  # background and text of a figure on a dark page
 
 
@@ -71,6 +76,20 @@ def panels(
     for axis in axes[:n]:
         plain(axis)
     return figure, axes[:n]
+
+
+def maps(rows: Sequence[int]) -> tuple[Figure, list[Axes]]:
+    """A figure of heat maps over the same columns, whose names stand once, under the lowest maps.
+
+    Args:
+        rows: of each map.
+    """
+    heights = [HEAD + ROW * max(n, 2) for n in rows]
+    columns, width = (1, COLUMN) if FOOT + sum(heights) <= TALLEST else (2, PAGE)
+    heights = [max(heights[first : first + columns]) for first in range(0, len(heights), columns)]
+    figure, axes = panels(len(rows), sum(heights) / len(heights), columns, width, sharex=True, height_ratios=heights)
+    _lengthen(figure, (FOOT - 0.9) / LINE)
+    return figure, axes
 
 
 def heading(figure: Figure, what: str, said: str) -> None:
@@ -131,9 +150,38 @@ def percents(axis: Axes, low: float | None = 0.0) -> None:
     from matplotlib.ticker import MaxNLocator
 
     low = max(0.0, axis.get_ylim()[0]) if low is None else low
-    axis.set_ylim(low - 0.04 * (100 - low), 100 + 0.04 * (100 - low))
+    axis.set_ylim(low - MARGIN * (100 - low), 100 + MARGIN * (100 - low))
     ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, 100)
     axis.set_yticks([tick for tick in ticks if low <= tick <= 100])
+
+
+def below(axis: Axes, x: Sequence[float], values: Sequence[float], low: float, turn: int = 0) -> bool:
+    """Mark points below an axis of percents: a hollow mark at its lower end, with its number.
+
+    Args:
+        x, values: of every point, values in percent; points from `low` on stay as they are.
+        low: percent where the axis begins.
+        turn: see `points`.
+
+    Returns:
+        Whether there is such a point.
+    """
+    there = [(at, value) for at, value in zip(x, values, strict=True) if value < low]
+    look: dict[str, Any] = {"color": COLOURS[turn % len(COLOURS)], "mfc": axis.get_facecolor(), "zorder": 3}
+    beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 6}
+    for at, value in there:
+        axis.plot([at], [low], "v", **look)
+        axis.annotate(f"{value:.0f}", (at, low), (-4, 0), **beside)
+    return bool(there)
+
+
+def shades(axis: Axes, n: int) -> list[tuple[float, ...]]:
+    """Colours of n series in an order, such as layers, that stand out on the axis' ground."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
+
+    low, high = VIEWED[sum(to_rgb(axis.get_facecolor())) < 1.5]
+    return [colormaps["viridis"](share) for share in np.linspace(low, high, n)]
 
 
 def whole_numbers(axis: Axes) -> None:
@@ -174,6 +222,7 @@ def points(
     line: bool = True,
     scale: float = 100.0,
     few: Sequence[bool] = (),
+    shift: float | None = None,
 ) -> None:
     """Plot points with their intervals.
 
@@ -181,17 +230,17 @@ def points(
         x: position of each row.
         rows: columns `value`, `low` and `high`; a null end has no bar.
         name: name in the legend.
-        turn: number of the series; chooses colour, marker and a shift that keeps equal points
-            apart.
+        turn: number of the series; chooses colour, marker and shift.
         line: whether a line joins the points.
         scale: factor of the values; the default shows percent.
         few: rows whose points are hollow.
+        shift: along x, which keeps equal points of several series apart; default: 0.09 per turn.
     """
     value, low, high = (scale * rows[column].cast(pl.Float64).to_numpy() for column in ("value", "low", "high"))
     bars = np.clip(np.nan_to_num([value - low, high - value]), 0, None)
     style = f"{'-' if line else ''}{MARKERS[turn % len(MARKERS)]}"
     colour = COLOURS[turn % len(COLOURS)]
-    shifted = np.asarray(x, float) + 0.09 * turn
+    shifted = np.asarray(x, float) + (0.09 * turn if shift is None else shift)
     axis.errorbar(shifted, value, bars, fmt=style, color=colour, capsize=2, elinewidth=0.8, label=name)
     if any(few):
         there = np.asarray(few, bool)

@@ -23,7 +23,7 @@ import polars as pl
 from actstore.errors import BadInput, nearest
 from actstore.interventions import Edit
 from actstore.queries.effects import MEASURES, Effects
-from actstore.queries.figures import GREY, entitle, heading, most, panels
+from actstore.queries.figures import GREY, entitle, heading, maps, most
 from actstore.queries.probes.labelled import parameters, sql_of
 from actstore.queries.study import (
     Answer,
@@ -361,7 +361,7 @@ def plot(answer: Answer) -> Figure:
     found = significant(results)
     sites = results.filter(metric="accuracy_change")["site"].unique(maintain_order=True).to_list()
     labels = results.filter(metric="keys")["label"].to_list()
-    figure, axes = panels(4, 0.5 + 0.22 * len(labels), sharex=True)
+    figure, axes = maps([len(labels)] * 4)
     drawn = iter(axes)
     for measure, scale, unit in (("accuracy", 100, "points"), ("loss", 1, "nats")):
         grids = [_grid(results, f"{measure}_{metric}", sites, labels) * scale for metric in ("change", "control")]
@@ -377,17 +377,18 @@ def plot(answer: Answer) -> Figure:
             axis.set_yticks(range(len(labels)), labels)
             for y, x in np.ndindex(grid.shape):
                 key = (sites[x], results["token_role"][0], labels[y] + ", loss" * (measure == "loss"))
-                text = f"{grid[y, x] + 0.0:.{0 if scale > 1 else 1}f}".replace("-0.0", "0.0")
+                digits = 0 if scale > 1 else 1
+                text = f"{round(float(grid[y, x]), digits) + 0.0:.{digits}f}"  # no -0
                 bold = "bold" if title != CONTROL and more[y, x] and key in found else "normal"
                 dark = abs(grid[y, x]) > 0.6 * largest
                 colour = "white" if dark else "black" if bold == "bold" else GREY
                 axis.text(x, y, text, ha="center", va="center", fontsize=6, color=colour, weight=bold)
-    axes[-1].set_xlabel("layers that lose it (1 on: layer 1 and later ones)")
+    axes[-1].set_xlabel("layers that lose it (1 on: layers from 1)")
     heading(
         figure,
         f"Attention from {results['token_role'][0]} taken away",
-        f"run {results['run'][0]}; {most(results.filter(metric='accuracy_change')['n']):,} trees; bold: more than random keys "
-        "(Holm)",
+        f"run {results['run'][0]}; {most(results.filter(metric='accuracy_change')['n']):,} steps; bold: more than random keys "
+        "(Holm); 95 % intervals: in the table",
     )
     return figure
 

@@ -25,7 +25,7 @@ from actstore.errors import BadInput, nearest
 from actstore.intervals import sign_flip
 from actstore.interventions import Edit
 from actstore.queries.causes import ENDS, check_stored, mean_over_trees, roles_of, shape_of, sites_of
-from actstore.queries.figures import COLUMN, PAGE, STACKED, colour_bar, entitle, heading, heat, most, panels
+from actstore.queries.figures import FRAMED, colour_bar, entitle, heading, heat, maps, most
 from actstore.queries.pairs import BEFORE, DIRECTIONS, Contrast, pairs_of
 from actstore.queries.study import (
     Answer,
@@ -228,9 +228,7 @@ def plot(answer: Answer) -> Figure:
     framed = {(site, role) for site, role, _ in significant(results, "moved_beyond_control")}
     metrics = ("recovered", "moved_beyond_control")
     drawn = [(metric, family) for metric in metrics for family in families]
-    is_wide = len(drawn) > STACKED
-    height = 0.75 + 0.19 * len(layers)
-    figure, axes = panels(len(drawn), height, 1 + is_wide, PAGE if is_wide else COLUMN)
+    figure, axes = maps([len(layers)] * len(drawn))
     for axis, (metric, family) in zip(axes, drawn, strict=True):
         rows = results.filter(family=family, metric=metric).select("layer", "token_role", "value").rows()
         turned = metric == "recovered" and back
@@ -244,7 +242,6 @@ def plot(answer: Answer) -> Figure:
     heading(
         figure,
         "What carries the first step",
-        f"run {answer.results['run'][0]}; up to {most(results.filter(metric='recovered')['n']):,} pairs per cell; framed: "
-        "significant (Holm)",
+        f"run {answer.results['run'][0]}; up to {most(results.filter(metric='recovered')['n']):,} pairs per cell; {FRAMED}",
     )
     return figure

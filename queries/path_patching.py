@@ -31,7 +31,7 @@ import polars as pl
 from actstore.errors import BadInput
 from actstore.interventions import Edit
 from actstore.queries.causes import MOST, check_stored, names_in, roles_of, shape_of, sites_of, sites_read
-from actstore.queries.figures import COLUMN, PAGE, STACKED, colour_bar, entitle, heading, heat, most, panels
+from actstore.queries.figures import FRAMED, colour_bar, entitle, heading, heat, maps, most
 from actstore.queries.pairs import BEFORE, Contrast, pairs_of
 from actstore.queries.patching import CONTROL, LISTED, check_direction, compared, percent
 from actstore.queries.study import (
@@ -325,20 +325,21 @@ def plot(answer: Answer) -> Figure:
     cells = [cell for panel in panels_of.values() for cell in panel]
     layers = sorted({layer for layer, _ in cells})
     roles = [role for role in BEFORE if role in {role for _, role in cells}]
-    order = sorted(panels_of, key=lambda key: list(dict.fromkeys(sender for _, sender in panels_of)).index(key[1]))
-    is_wide = len(order) > STACKED
-    height = 0.75 + 0.19 * len(layers)
-    figure, axes = panels(len(order), height, 1 + is_wide, PAGE if is_wide else COLUMN)
+    senders = list(dict.fromkeys(sender for _, sender in panels_of))
+    receivers = list(dict.fromkeys(receiver for receiver, _ in panels_of))  # a receiver's maps, as long, side by side
+    order = sorted(panels_of, key=lambda key: (receivers.index(key[0]), senders.index(key[1])))
+    held = {key: [layer for layer in layers if layer in {layer for layer, _ in panels_of[key]}] for key in order}
+    figure, axes = maps([len(held[key]) for key in order])
     for axis, key in zip(axes, order, strict=True):
-        values = [[panels_of[key].get((layer, role)) for role in roles] for layer in layers]
-        frames = [[(*key, layer, role) in marked for role in roles] for layer in layers]
-        image = heat(axis, values, frames, roles, layers, 1.0)
+        values = [[panels_of[key].get((layer, role)) for role in roles] for layer in held[key]]
+        frames = [[(*key, layer, role) in marked for role in roles] for layer in held[key]]
+        image = heat(axis, values, frames, roles, held[key], 1.0)
         entitle(axis, f"{key[1]} to {key[0]}")
     colour_bar(figure, image, axes, "logit difference moved beyond the control (%)")
     n = most(answer.results.filter(metric="moved_beyond_control")["n"])
     heading(
         figure,
         "Which direct paths carry the first step",
-        f"run {answer.results['run'][0]}; up to {n:,} pairs per cell; framed: significant (Holm)",
+        f"run {answer.results['run'][0]}; up to {n:,} pairs per cell; {FRAMED}",
     )
     return figure

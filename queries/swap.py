@@ -21,7 +21,7 @@ from actstore.advice import ingest_more
 from actstore.errors import NotStored
 from actstore.intervals import change_over_trees, paired, sign_flip
 from actstore.queries.depth import unanswered
-from actstore.queries.figures import GREY, entitle, heading, legend, most, panels, points
+from actstore.queries.figures import FEW, GREY, entitle, heading, legend, most, panels, points
 from actstore.queries.last_edge import direction, interval
 from actstore.queries.study import Answer, Progress, Test, adjusted, adjustment, p_shown, result_rows, shown, test_rows
 
@@ -312,13 +312,13 @@ def plot(answer: Answer) -> Figure:
     figure, axes = panels(2, 1.9, sharex=True)
     names = {"change": "accuracy, whole path", "p_change": "probability of the moved edge's step"}
     depths: set[int] = set()
+    by_depth = answer.results.filter(pl.col("label").str.contains(", depth ") & pl.col("metric").is_in(list(names)))
+    least = next((n for n in (LEAST_DRAWN, FEW) if n <= most(by_depth["n"])), 1)
     for axis, (metric, name) in zip(axes, names.items(), strict=True):
         for turn, (kind, kind_name) in enumerate(KINDS.items()):
-            rows = answer.results.filter(
-                pl.col("label").str.starts_with(f"{kind}, depth")
-                & (pl.col("metric") == metric)
-                & (pl.col("n") >= min(LEAST_DRAWN, most(answer.results["n"])))
-            )
+            rows = by_depth.filter(pl.col("label").str.starts_with(f"{kind}, ") & (pl.col("n") >= least), metric=metric)
+            if not len(rows):
+                continue
             x = [int(label.split()[-1]) for label in rows["label"]]
             points(axis, x, rows, kind_name, turn, line=False)
             depths.update(x)
@@ -326,13 +326,13 @@ def plot(answer: Answer) -> Figure:
         entitle(axis, f"change of the {name}")
         axis.set_ylabel("points")
     axes[-1].set_xticks(sorted(depths))
-    axes[-1].set_xlabel("depth of the goal")
+    axes[-1].set_xlabel("depth of the goal (steps)")
     legend(figure, *axes)
     pairs = most(answer.results.filter(pl.col("label").is_in(list(KINDS)) & (pl.col("metric") == "change"))["n"])
     n = f"up to {pairs:,} pairs; " if pairs else ""
     heading(
         figure,
         "The same trees, two edges swapped",
-        f"run {answer.results['run'][0]}; {n}bars are 95 % intervals; depths of {LEAST_DRAWN} pairs and more",
+        f"run {answer.results['run'][0]}; {n}bars are 95 % intervals; depths of {least:,} pairs and more",
     )
     return figure

@@ -17,9 +17,11 @@ from actstore.ingest.trees import tokens
 from actstore.interventions import Edit
 from actstore.queries import ablate, causes, study
 from actstore.queries.ablate import with_donors
+from actstore.queries.figures import COLUMN
 from actstore.store import Store
 from actstore.verbs import patching
 from tests.hops import TREES, hops, stored
+from tests.test_figures import assert_legible
 from tests.test_output import lines_at_80
 
 MODEL = hops({1: ("goal", "root")})
@@ -148,12 +150,14 @@ def test_the_finding_is_confirmed_on_a_second_set_that_lacks_the_shared_trees(pa
 
 
 def test_the_figure_frames_what_was_found_and_needs_recorded_rows_alone(answer):
-    figure = ablate.plot(replace(answer, tests=()))
+    figure = study.plot(replace(answer, tests=()))
     panels = [axis for axis in figure.axes if axis.get_title("left")]
     assert [axis.get_title("left") for axis in panels] == [
         f"{part}, {how}" for how in ("zero", "mean", "resample") for part in ("attention", "MLP")
     ]
     assert [len(axis.patches) for axis in panels] == [1, 0] * 3
+    assert figure.get_figwidth() == COLUMN
+    assert_legible(figure)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from actstore.store import Store
 from actstore.verbs import patching
 from tests.copying import copies, copying_model
 from tests.reference import one_thread  # noqa: F401
+from tests.test_figures import assert_legible
 
 ROOT = "select token_id, root as label from answer_tokens where dataset = $dataset"
 NOISE = "select token_id, hash(token_id) % 3 as label from answer_tokens"
@@ -126,6 +127,9 @@ def test_what_the_unembedding_reads_is_used(path):
     assert value(answer, "accuracy_random")["value"] < 0.1
     assert value(answer, "loss_probe")["value"] > 2
     assert value(answer, "rank")["value"] == 5
+    figure = study.plot(answer)
+    assert_legible(figure)
+    assert f"; {value(answer, 'accuracy_leace')['n']:,} steps; " in " ".join(figure.get_suptitle().split())
     assert (
         "The next node on the path at tokens path is used at resid_post.0 and resid_post.1, most at" in answer.sentence
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -73,6 +74,29 @@ def test_a_figure_of_a_study_is_legible_in_one_column(answered: Store, name: str
     assert "\n" not in said
 
 
+def test_few_trees_leave_no_panel_empty_and_no_point_unseen(answered: Store):
+    swapped = study.plot(study.ask(answered, "swap", run="reproduction"))
+    assert all(axis.lines[:-1] for axis in swapped.axes), "a panel with the line at 0 alone"
+    depth = study.ask(answered, "depth", run="reproduction")
+    few = depth.results.with_columns(
+        n=pl.when(pl.col("label") == "depth 5").then(2).otherwise("n"),
+        value=pl.when(pl.col("label") == "depth 5").then(0.5).otherwise("value"),
+    )
+    figure = study.plot(replace(depth, results=few))
+    for axis in figure.axes:
+        assert [text.get_text() for text in axis.texts] == ["50"]
+        assert axis.get_ylim()[0] < axis.texts[0].xy[1], "its mark is in the panel"
+    assert "number: a point below it" in " ".join(figure.get_suptitle().split())
+    assert_legible(figure)
+
+
+def test_distances_and_lengths_are_whole_numbers(answered: Store):
+    figure = study.plot(study.ask(answered, "attention", run="reproduction", by="ancestor"))
+    assert_legible(figure)
+    for axis in figure.axes:
+        assert all(float(tick).is_integer() for tick in axis.get_xticks())
+
+
 def test_patterns_of_a_whole_tree_name_each_token(answered: Store):
     figure = draw_patterns(answered, "reproduction", 3)
     assert_legible(figure)
@@ -133,8 +157,38 @@ def test_percents_end_at_100():
             figures.percents(axis, low)
             figure.canvas.draw()
         assert max(axis.get_yticks()) == 100
-        assert axis.get_ylim()[1] < 105
+        assert axis.get_ylim()[1] < 107
         assert axis.get_ylim()[0] < 90
+
+
+def test_layers_in_order_stand_out_on_light_and_dark_paper():
+    for dark in (False, True):
+        with figures.style(dark):
+            figure, (axis,) = figures.panels(1)
+            ground = _luminance(figure.get_facecolor())
+            shown = [_luminance(colour) for colour in figures.shades(axis, 7)]
+        assert all(_contrast(one, ground) > 2 for one in shown)
+        assert shown == sorted(shown)
+        assert len(set(shown)) == 7
+
+
+def test_heat_maps_longer_than_a_page_stand_in_two_columns():
+    for rows, width in (([6] * 6, figures.COLUMN), ([1, 2, 3, 4, 5, 6], figures.COLUMN), ([12] * 6, figures.PAGE)):
+        with figures.style():
+            figure, axes = figures.maps(rows)
+            for axis, n in zip(axes, rows, strict=True):
+                cells = [[0.004] * 8] * n
+                image = figures.heat(axis, cells, [[True] * 8] * n, ["edge_source"] * 8, range(n), 1.0)
+                figures.entitle(axis, "MLP")
+            figures.colour_bar(figure, image, axes, "points")
+            figures.heading(figure, "What", f"run r; {figures.FRAMED}")
+            figure.draw_without_rendering()
+        assert_legible(figure)
+        assert figure.get_figwidth() == width
+        assert figure.get_figheight() <= figures.TALLEST
+        named = [any(label.get_visible() for label in axis.get_xticklabels()) for axis in axes]
+        columns = 1 if width == figures.COLUMN else 2
+        assert named == [False] * (len(rows) - columns) + [True] * columns, "names stand once"
 
 
 def test_a_dark_figure_has_light_text_that_stands_out():

@@ -15,11 +15,12 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.trees.task import TreeSet
 from actstore.queries import study
-from actstore.queries.knockout import CLASSES, PAIRS, layer_groups, plot, random_keys
+from actstore.queries.knockout import CLASSES, PAIRS, layer_groups, random_keys
 from actstore.store import Store
 from actstore.verbs import patching
 from tests.copying import copies, copying_model
 from tests.reference import one_thread  # noqa: F401
+from tests.test_figures import assert_legible
 from tests.test_pipeline import small_model
 
 NEEDED = """
@@ -71,13 +72,24 @@ def test_the_one_class_that_carries_the_answer_is_found_where_it_does(answer):
 def test_the_figure_is_bold_where_something_was_found_and_needs_recorded_rows_alone(answer):
     bold = {True: [], False: []}
     for is_recorded in bold:
-        figure = plot(replace(answer, tests=()) if is_recorded else answer)
+        figure = study.plot(replace(answer, tests=()) if is_recorded else answer)
         for axis in figure.axes:
             bold[is_recorded].append([text.get_weight() == "bold" for text in axis.texts])
     found = [test for test in answer.tests if test.found]
     assert len(found) == sum(sum(cells) for cells in bold[True]) > 0
     assert bold[True] == bold[False]
     assert [any(cells) for cells in bold[True]] == [True, False, True, False], "random keys are never found"
+    assert_legible(figure)
+    said = " ".join(figure.get_suptitle().split())
+    (n,) = {row["n"] for row in answer.results.filter(metric="accuracy_change").to_dicts()}
+    assert f"; {n:,} steps; " in said
+    assert "95 % intervals" in said
+    assert not [
+        text
+        for axis in figure.axes
+        for text in axis.texts
+        if text.get_text().strip("-0.") == "" and "-" in text.get_text()
+    ]
 
 
 def test_random_keys_that_hold_the_goal_cost_something_and_never_count_as_found(answer):

@@ -16,11 +16,13 @@ from actstore.cli import main
 from actstore.errors import BadInput, NotStored
 from actstore.queries import patching as module
 from actstore.queries import study
+from actstore.queries.figures import COLUMN
 from actstore.queries.pairs import pairs_of
 from actstore.queries.study import adjusted
 from actstore.store import Store
 from actstore.verbs import patching
 from tests.hops import TREES, hops, stored
+from tests.test_figures import assert_legible
 from tests.test_output import lines_at_80
 
 MODEL = hops({1: ("goal", "root")})
@@ -112,8 +114,11 @@ def test_shares_that_scatter_as_the_controls_do_are_not_found():
 
 def test_the_table_fits_a_terminal_and_the_figure_frames_what_was_found(answer, monkeypatch):
     assert max(map(len, lines_at_80(answer.frame, monkeypatch))) <= 80
-    panels = [axis for axis in module.plot(replace(answer, tests=())).axes if axis.get_title("left")]
+    figure = study.plot(replace(answer, tests=()))
+    panels = [axis for axis in figure.axes if axis.get_title("left")]
     assert [len(axis.patches) for axis in panels] == [0, 0, 0, 3, 1, 0]
+    assert figure.get_figwidth() == COLUMN
+    assert_legible(figure)
 
 
 def test_the_findings_are_confirmed_on_a_second_set_that_lacks_the_shared_trees(path, tmp_path):

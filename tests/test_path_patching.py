@@ -18,12 +18,14 @@ from actstore.ingest.models.weights import canonical
 from actstore.ingest.trees.tokens import WORDS
 from actstore.queries import path_patching as module
 from actstore.queries import study
+from actstore.queries.figures import TALLEST
 from actstore.queries.pairs import Contrast, pairs_of
 from actstore.queries.path_patching import Paths, Place
 from actstore.store import Store
 from actstore.verbs import patching
 from tests.hops import N_NODES, PLACES, TREES, hops, stored
 from tests.reference import weights
+from tests.test_figures import assert_legible
 from tests.test_output import lines_at_80
 
 MODEL = hops({0: ("goal", "colon"), 1: ("colon", "root")})
@@ -205,13 +207,16 @@ def test_a_path_patch_is_that_of_two_passes_with_frozen_hooks(path, sender, rece
 
 def test_the_table_fits_a_terminal_and_the_figure_frames_what_was_found(answer, monkeypatch):
     assert max(map(len, lines_at_80(answer.frame, monkeypatch))) <= 80
-    panels = {
-        axis.get_title("left"): len(axis.patches)
-        for axis in module.plot(replace(answer, tests=())).axes
-        if axis.get_title("left")
-    }
+    figure = study.plot(replace(answer, tests=()))
+    panels = {axis.get_title("left"): len(axis.patches) for axis in figure.axes if axis.get_title("left")}
     assert {title for title, n in panels.items() if n} == {"attention to attn_out.1 at root", "attention to logits"}
     assert panels["MLP to logits"] == 0
+    assert_legible(figure)
+    assert figure.get_figheight() <= TALLEST
+    rows = {
+        axis.get_title("left"): axis.images[0].get_array().shape[0] for axis in figure.axes if axis.get_title("left")
+    }
+    assert rows["attention to attn_out.1 at root"] == 1, "a receiver's map has the layers before it alone"
 
 
 def test_the_findings_are_confirmed_on_a_second_set_that_lacks_the_shared_trees(path, tmp_path):

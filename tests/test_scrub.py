@@ -25,10 +25,12 @@ from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import root_at
 from actstore.interventions import Edit
 from actstore.queries import studies, study
+from actstore.queries.figures import COLUMN
 from actstore.queries.scrub.donors import drawn, trees_of
 from actstore.queries.scrub.sums import kept_keys, patched, sums
 from actstore.store import Store
 from tests.reference import one_thread  # noqa: F401
+from tests.test_figures import assert_legible
 from tests.test_pipeline import small_model
 
 N_NODES, LAYER = 6, 2
@@ -158,6 +160,10 @@ def test_the_tests_find_the_layer_and_nothing_else(answer):
     assert "60 clean trees whose first step is wrong are left out" in answer.sentence
     figure = study.plot(answer)
     assert [axis.get_title("left") for axis in figure.axes] == ["layer 0", "layer 1", "layer 2"]
+    assert_legible(figure)
+    assert figure.get_figwidth() == COLUMN
+    at = [np.asarray(line.lines[0].get_xdata()) for line in figure.axes[0].containers]
+    assert np.abs(np.diff(at, axis=0)).min() > 0.2, "hypotheses of one share lie upon each other"
 
 
 def test_one_hypothesis_alone_gives_its_own_numbers(path, answer):

@@ -17,7 +17,18 @@ import numpy as np
 import polars as pl
 
 from actstore.intervals import sign_flip
-from actstore.queries.figures import FEW, GREY, entitle, heading, legend, most, panels, percents, points
+from actstore.queries.figures import (
+    FEW,
+    GREY,
+    entitle,
+    heading,
+    legend,
+    most,
+    panels,
+    percents,
+    points,
+    whole_numbers,
+)
 from actstore.queries.study import Answer, Progress, Test, adjustment, mean_row, p_shown
 
 if TYPE_CHECKING:
@@ -154,7 +165,8 @@ def plot(answer: Answer) -> Figure:
         entitle(axis, site)
     percents(axes[0])
     for axis in axes[-2:]:
-        axis.set_xlabel("distance from the goal")
+        whole_numbers(axis)
+        axis.set_xlabel("edges from the goal")
     figure.supylabel("attention of the root token (%)", fontsize=8)
     legend(figure, axes[0])
     n = most(results.filter(metric="attention")["n"])

@@ -33,7 +33,18 @@ from actstore.queries import load
 from actstore.queries.compare.controls import CONTROLS, best_control, map_controls, random_features, words_of
 from actstore.queries.compare.sequences import compare_sequences, draw_cka, is_of_sequences, plot_sequences
 from actstore.queries.compare.similarity import cka, cka_interval
-from actstore.queries.figures import GREY, by_site, entitle, heading, legend, most, panels, percents, points
+from actstore.queries.figures import (
+    GREY,
+    by_site,
+    entitle,
+    heading,
+    legend,
+    most,
+    panels,
+    percents,
+    points,
+    whole_numbers,
+)
 from actstore.queries.probes.figures import CAVEAT
 from actstore.queries.probes.fit import one_thread
 from actstore.queries.study import (
@@ -436,6 +447,7 @@ def _plot_outcomes(results: pl.DataFrame) -> Figure:
     rows = results.filter((pl.col("metric") == "other_less_run") & (pl.col("label") != "all"))
     points(axis, [int(label.split()[1]) for label in rows["label"]], rows, "the second less the first", line=False)
     axis.axhline(0, color=GREY, linewidth=1)
+    whole_numbers(axis)
     axis.set_xlabel("depth of the goal (steps of the path)")
     axis.set_ylabel("right answers, second less first (points)")
     other = str(results["params"].str.json_path_match("$.other")[0])

@@ -199,5 +199,5 @@ def _goals(axis: Axes, results: pl.DataFrame, what: str) -> None:
         x = [int(metric.split()[1]) for metric in rows["metric"]]
         axis.plot(x, 100 * rows["value"].to_numpy(), style, color=GREY, label=shown)
     whole_numbers(axis)
-    axis.set_xlabel("depth of the goal" if what == "depth" else "place in the list of the edge to the goal")
+    axis.set_xlabel("depth of the goal (steps)" if what == "depth" else "place in the list of the edge to the goal")
     entitle(axis, "share of the made-up goals")

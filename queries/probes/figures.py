@@ -23,6 +23,7 @@ from actstore.queries.figures import (
     legend,
     panels,
     percents,
+    shades,
     whole_numbers,
 )
 from actstore.queries.study import LEVEL, Answer, Test, adjustment, p_shown
@@ -410,18 +411,15 @@ def _params(results: pl.DataFrame) -> dict[str, Any]:
 
 def _draw_places(places: pl.DataFrame) -> Figure:
     """One panel per token and label: accuracy by place, one line per site, the best baseline."""
-    from matplotlib import colormaps
-
     asked = _in_order(places, "token_role", "asked")
     figure, axes = panels(len(asked), 1.7, sharex=True)
     for axis, ((role, label), of_label) in zip(axes, asked, strict=True):
         sites = _sites(of_label)
-        for place, site in enumerate(sites):
+        for place, (site, colour) in enumerate(zip(sites, shades(axis, len(sites)), strict=True)):
             rows = of_label.filter(site=site, metric="accuracy").sort("edge")
             value, low, high = (100 * rows[column].to_numpy() for column in ("value", "low", "high"))
             bars = np.clip([value - low, high - value], 0, None)
-            colour = colormaps["viridis"](0.9 * place / max(1, len(sites) - 1))
-            x = rows["edge"].to_numpy() + 0.3 * (place / max(1, len(sites) - 1) - 0.5)
+            x = rows["edge"].to_numpy() + 0.6 * (place / max(1, len(sites) - 1) - 0.5)
             axis.errorbar(
                 x, value, bars, fmt=f"-{MARKERS[place % len(MARKERS)]}", color=colour, elinewidth=0.8, label=site
             )

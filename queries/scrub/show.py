@@ -138,7 +138,7 @@ def plot(answer: Answer) -> Figure:
     """Recovered against path length: a panel per layer, a line per hypothesis, controls in grey."""
     found = shares(answer.results)
     contrast, layers = contrast_of(found), sorted(found["layer"].unique())
-    figure, axes = panels(len(layers), 1.4, columns=2, sharex=True)
+    figure, axes = panels(len(layers), 1.2, sharex=True)
     for axis, layer in zip(axes, layers, strict=True):
         for level in (0, 100):
             axis.axhline(level, color=GREY, linewidth=0.5)
@@ -149,11 +149,17 @@ def plot(answer: Answer) -> Figure:
             name = f"{hypothesis}, {contrast} donors"
             axis.plot(control["length"], 100 * control["value"], style, color=GREY, linewidth=1, label=name)
             matched = of_line.filter(kind=MATCHED)
-            points(axis, matched["length"].to_list(), matched, f"{hypothesis}, matched donors", turn)
+            points(
+                axis,
+                matched["length"].to_list(),
+                matched,
+                f"{hypothesis}, matched donors",
+                turn,
+                shift=0.22 * (turn - 1),
+            )
         entitle(axis, f"layer {layer}")
-    for axis in axes[-2:]:
-        axis.set_xlabel("path length")
-        whole_numbers(axis)
+    whole_numbers(axes[-1])
+    axes[-1].set_xlabel("path length (steps)")
     figure.supylabel("recovered (%)", fontsize=8)
     legend(figure, axes[0])
     n = found.filter(kind=MATCHED)["n"]

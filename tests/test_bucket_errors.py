@@ -28,7 +28,7 @@ from actstore.writing.writer import open_writer
 from tests.bucket_server import BUCKET, KEY, READER, READER_SECRET, SECRET
 from tests.cut_proxy import Cutting, cutting
 from tests.stores import Fake, fake
-from tests.test_objects import address
+from tests.test_objects import address, copied
 
 pytestmark = pytest.mark.usefixtures("s3")
 
@@ -38,23 +38,23 @@ def run() -> Fake:
     return fake(n_trees=2, trees_per_shard=1, sites=("resid_post.0",))
 
 
-@pytest.fixture
-def root(run: Fake) -> Path:
-    run.store(root := address("errors"))
-    return root
-
-
 @pytest.fixture(scope="module")
 def kept(s3: dict[str, str], run: Fake) -> Path:
-    """The same store; not to be changed."""
+    """A store that is not to be changed."""
     run.store(root := address("kept"))
     return root
 
 
 @pytest.fixture
+def root(kept: Path) -> Path:
+    return copied(kept)
+
+
+@pytest.fixture
 def proxy(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cutting]:
-    """A proxy that all requests go through, with retries that give up soon."""
-    monkeypatch.setattr(requests, "RETRIES", {**requests.RETRIES, "max_retries": 1})
+    """A proxy that all requests go through, with retries that come at once and give up soon."""
+    quick = {"init_backoff": timedelta(seconds=0.001), "max_backoff": timedelta(seconds=0.01), "base": 2}
+    monkeypatch.setattr(requests, "RETRIES", {**requests.RETRIES, "max_retries": 1, "backoff": quick})
     monkeypatch.setattr(requests, "PAUSE", 0.001)
     with cutting(s3["AWS_ENDPOINT_URL"]) as (url, server):
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
@@ -138,8 +138,7 @@ def test_each_kind_of_request_is_done_again_when_it_fails(
     run: Fake, proxy: Cutting, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every fifth request of a kind fails; the store comes out whole."""
-    quick = {"init_backoff": timedelta(seconds=0.001), "max_backoff": timedelta(seconds=0.01), "base": 2}
-    monkeypatch.setattr(requests, "RETRIES", {**requests.RETRIES, "max_retries": 9, "backoff": quick})
+    monkeypatch.setattr(requests, "RETRIES", {**requests.RETRIES, "max_retries": 9})
     seen = Counter[str]()
 
     def choose(asked: str, path: str) -> str:
@@ -332,7 +331,7 @@ def test_a_put_takes_as_long_as_a_slow_link_needs(proxy: Cutting, monkeypatch: p
     """An answer to a put comes after its last byte, later than an answer to another request may."""
     monkeypatch.setattr(requests, "STALL", 0.3)
     proxy.bytes_per_second = 2e6
-    content = bytes(3_000_000)  # 1.5 seconds
+    content = bytes(1_200_000)  # 0.6 seconds
     assert Bucket(root := address("slow")).create("x", content)
     proxy.bytes_per_second = 0.0
     assert Bucket(root).get("x").content == content
@@ -413,7 +412,8 @@ def test_an_address_is_shown_as_it_is_typed(kept: Path) -> None:
         assert str(place(text) / "log/x") == f"{typed}/log/x"
         with Store(text) as store:
             assert f"'{typed}'" in repr(store)
-            assert store.sql("select 1 as one", timeout=60)["one"].item() == 1
+    with Store(typed) as store:
+        assert store.sql("select 1 as one", timeout=60)["one"].item() == 1, "a process is given the address"
     assert typed.replace("kept", "none") in said("info", typed.replace("kept", "none"))
 
 

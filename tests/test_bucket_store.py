@@ -21,7 +21,7 @@ from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
 from actstore.writing.writer import open_writer
 from tests.stores import TABLES, Fake, fake, files
-from tests.test_objects import address
+from tests.test_objects import address, copied
 
 SITES = ("resid_post.0", "pattern.0")
 
@@ -34,17 +34,17 @@ def run() -> Fake:
     return fake(n_trees=8, trees_per_shard=3)
 
 
-@pytest.fixture
-def root(run: Fake) -> Path:
-    run.store(root := address("store"))
-    return root
-
-
 @pytest.fixture(scope="module")
 def kept(s3: dict[str, str], run: Fake) -> Path:
-    """The same store; not to be changed."""
+    """A store that is not to be changed."""
     run.store(root := address("kept"))
     return root
+
+
+@pytest.fixture
+def root(kept: Path) -> Path:
+    """A copy of it."""
+    return copied(kept)
 
 
 @pytest.fixture

@@ -179,6 +179,15 @@ class StorageContract(ABC):
             place.swap("y", b"late", stale)
         assert (place.read("x"), place.list("")) == (b"two", ["x"])
 
+    def test_a_file_that_another_replaced_by_one_of_its_size_is_not_swapped(self, place: Storage) -> None:
+        place.swap("x", b"one")
+        token = place.token("x")
+        for late in (b"two", b"six"):
+            at(place.root).swap("x", late)
+            with pytest.raises(Busy, match="x meanwhile"):
+                place.swap("x", b"own", token)
+            assert place.read("x") == late
+
     def test_a_swap_of_any_takes_whatever_is_there(self, place: Storage) -> None:
         for content in (b"one", b"two", b""):
             place.swap("x", content)
@@ -334,6 +343,7 @@ class StorageContract(ABC):
         for path in ("a/x", "a/b/y", "a/z", "c/x", "top"):
             place.publish(path, b"")
         assert list(place.unnamed(["a", "no"], ["a/z", "c/x"])) == ["a/b/y", "a/x"]
+        assert list(place.unnamed(["a"], ["a/z", "a/x", "a/b/y"])) == []
         place.tidy(["top"], ["a", "no"])
         assert place.list("") == ["a/b/y", "a/x", "a/z", "c/x", "top"]
         assert not place.linked(["a/x"])

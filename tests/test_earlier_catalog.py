@@ -6,14 +6,17 @@ import errno
 import fcntl
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
 import duckdb
+import polars as pl
 import pytest
 
-from actstore.catalog import build
-from actstore.storage import earlier
+from actstore.catalog import build, tables
+from actstore.catalog.declared import declare
+from actstore.storage import earlier, hashing, local
 from actstore.store import Store
 from actstore.writing.writer import open_writer
 from tests.stores import Fake, catalog_rows, fake
@@ -69,6 +72,37 @@ def test_two_files_take_turns_and_none_is_copied(tmp_path: Path, copies: list[Pa
     assert Path(root / "catalog.duckdb").stat().st_mode & 0o777 == 0o444
     with Store(root, check=True) as store:
         assert store.sql("select count(*) from trees").item() == 2 * N_BATCHES
+
+
+def test_a_commit_hashes_each_of_its_three_catalogs_once_and_attaches_the_present_one_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is there, the one that is kept, and the new one; a writer's opening, and its publish."""
+    root = tmp_path / "s.act"
+    commit(root, 0, 1, 2)
+    hashed, attached = list[int](), list[Path]()
+
+    def hash_of(descriptor: int) -> str:
+        hashed.append(os.fstat(descriptor).st_ino)
+        return hash_of_all(descriptor)
+
+    def attach(root: Path) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        attached.append(root)
+        return attach_there(root)
+
+    hash_of_all, attach_there = hashing.hash_of, tables.attached
+    for module in (hashing, local, earlier):
+        monkeypatch.setattr(module, "hash_of", hash_of)
+    for of_module in (tables, build):
+        monkeypatch.setattr(of_module, "attached", attach)
+    with open_writer(root) as writer:
+        assert attached == [root]
+        inodes = {os.stat(root / name).st_ino for name in ("catalog.duckdb", KEPT)}
+        numbers = pl.DataFrame({"token_id": [0], "x": [1]})
+        relation = declare("marks", "token", "labels", "marks", numbers)
+        writer.label(relation, relation.fit(numbers))
+    assert attached == [root, root]
+    assert sorted(hashed) == sorted([*inodes, os.stat(root / "catalog.duckdb").st_ino])
 
 
 def test_a_reader_keeps_its_snapshot_while_catalogs_follow_one_another(tmp_path: Path) -> None:

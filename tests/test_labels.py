@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import duckdb
 import numpy as np
 import polars as pl
 import pytest
@@ -20,6 +21,7 @@ from actstore.catalog.declared import declare
 from actstore.cli import main
 from actstore.commits import log
 from actstore.errors import BadInput, LimitReached, NotStored
+from actstore.reading.opened import Opened
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
@@ -118,6 +120,26 @@ def test_labels_are_joined_verified_and_part_of_the_snapshot(root: Path) -> None
 
 def before_snapshot(root: Path) -> int:
     return len(list((root / "log").iterdir()))
+
+
+def test_labels_are_compared_with_the_tokens_between_their_own(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison with all tokens takes time that follows what is stored."""
+    asked, ask = list[tuple[str, Any]](), Opened.sql
+
+    def sql(store: Opened, query: str, params: Any = None, *args: Any) -> pl.DataFrame:
+        asked.append((query, params))
+        return ask(store, query, params, *args)
+
+    monkeypatch.setattr(Opened, "sql", sql)
+    given = pl.DataFrame({"token_id": [2, 0, 1], "x": 1})
+    verbs.label(root, "marks", given)
+    [(query, params)] = [one for one in asked if "given_labels" in one[0]]
+    with duckdb.connect(str(root / tables.CATALOG), read_only=True) as connection:
+        connection.register("given_labels", given.to_arrow())
+        [(_, profile)] = connection.execute(f"explain (analyze, format json) {query}", params).fetchall()
+        n_tokens = connection.execute("select count(*) from tokens").fetchall()[0][0]
+    assert json.loads(profile)["query"]["total_intermediate_rows"] == 2 * len(given), "no other token leaves the scan"
+    assert n_tokens > len(given)
 
 
 def test_labels_of_sequences_come_from_any_file(root: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from actstore.catalog import tables
 from actstore.commits.manifest import manifest_path
 from actstore.errors import Damaged
 from actstore.ingest.replay.remake import files_of
+from actstore.storage import links
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
@@ -73,6 +74,24 @@ def test_a_link_to_a_folder_of_the_store_itself_keeps_it(root, beside):
     assert not (root / "activations.zarr/moved-not").exists()
     assert verify(root).findings == []
     assert read(root) == before
+
+
+def test_a_name_of_another_folder_may_lead_to_a_file_of_this_one(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("kept", "stray"):
+        (tmp_path / "a" / name).write_text("")
+    (tmp_path / "b").symlink_to("a")
+    assert links.unnamed(tmp_path, ["a"], ["b/kept"]) == ["a/stray"]
+
+
+def test_named_files_are_not_looked_at_one_by_one_for_links(root, monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        links.os.path, "islink", lambda path, islink=os.path.islink: looked.append(path) or islink(path)
+    )
+    named = [path for path in files(root) if path.startswith("parts/")]
+    assert links.unnamed(root, ["parts"], named) == []
+    assert looked == [f"{os.path.realpath(root)}/parts"], "the scan of a folder says what is a link"
 
 
 def test_a_store_that_a_link_leads_to(root, tmp_path):

@@ -153,13 +153,16 @@ def tables_held(connection: duckdb.DuckDBPyConnection) -> list[str]:
     return own + sorted(set(there) - part_types.tables().keys())
 
 
-def least(root: Path) -> int:
+def least(root: Path, built_from: tuple[int, str | None] | None = None) -> int:
     """The number of commits that the log must hold: the catalog's, unless the number is damaged.
 
     The catalog holds the hash of its log, too. Where that is the hash of the manifests that are
     there, they are all, and the number is wrong.
+
+    Args:
+        built_from: what tables.built_from says of the root; default: it is asked.
     """
-    held, hash_of_log = tables.built_from(root)
+    held, hash_of_log = built_from or tables.built_from(root)
     n_there = len(log.numbers(root))
     with suppress(Damaged, FileNotFoundError):
         if held > n_there and log_hash(log.manifests(root)) == hash_of_log:
@@ -181,27 +184,35 @@ def doubt(root: Path, n_there: int) -> str:
     )
 
 
-def conflict(root: Path, committed: list[Manifest]) -> str:
+def conflict(root: Path, committed: list[Manifest], built_from: tuple[int, str | None] | None = None) -> str:
     """Compare a whole catalog with the manifests by their hash.
+
+    Args:
+        committed: all manifests.
+        built_from: see least.
 
     Returns:
         The differences; "" if there are none. Also "" if the catalog is no witness: it is damaged,
         or of a format that recorded no hash.
     """
-    held, hash_of_log = tables.built_from(root)
+    held, hash_of_log = built_from or tables.built_from(root)
     if hash_of_log is None or log_hash(committed[:held]) == hash_of_log or not hash_note.is_whole(root):
         return ""
     with tables.attached(root) as connection:
         return "; ".join(conflicts(root, committed, connection))
 
 
-def refuse_conflict(root: Path, committed: list[Manifest]) -> None:
+def refuse_conflict(root: Path, committed: list[Manifest], built_from: tuple[int, str | None] | None = None) -> None:
     """Check that the catalog was built from these manifests, before unnamed files are removed.
+
+    Args:
+        committed: all manifests.
+        built_from: see least.
 
     Raises:
         Damaged: the catalog is whole and was built from other manifests.
     """
-    if what := conflict(root, committed):
+    if what := conflict(root, committed, built_from):
         raise Damaged(in_conflict(root, what))
 
 

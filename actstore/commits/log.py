@@ -188,7 +188,7 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
     known = place.sizes([file.path for manifest in there for file in manifest.files])
     for manifest in there:
         for file in manifest.files:
-            what, path = "", root / file.path
+            what = ""
             try:
                 size = known[file.path] if file.path in known else place.size(file.path)
                 if size != file.bytes:
@@ -197,17 +197,19 @@ def check_sizes(root: Path, committed: list[Manifest]) -> None:
                 what = "is missing"
                 if link := place.broken(file.path):
                     raise Damaged(
-                        f"{path} is missing, since {link}; bring that back (mount its disk), or put it in the place of the "
-                        f"link: commit {manifest.number} names it"
+                        f"{root / file.path} is missing, since {link}; bring that back (mount its disk), or put it in the "
+                        f"place of the link: commit {manifest.number} names it"
                     ) from None
             except OSError as error:
                 if isinstance(error, ActstoreError):
                     raise
-                if reached := limit_reached(error, f"cannot look at {path}"):
+                if reached := limit_reached(error, f"cannot look at {root / file.path}"):
                     raise reached from error
                 what = f"cannot be looked at ({error.strerror})"
             if what:
-                raise Damaged(f"{path} {what}; commit {manifest.number} names it: restore it from a copy of the store")
+                raise Damaged(
+                    f"{root / file.path} {what}; commit {manifest.number} names it: restore it from a copy of the store"
+                )
 
 
 def commit(root: Path, manifest: Manifest, before: Manifest | None = None) -> Manifest:

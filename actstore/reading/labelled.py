@@ -97,7 +97,11 @@ def _refuse_unknown(store: Opened, keys: pl.Series) -> None:
     key = keys.name
     table = {"token_id": "tokens", "sequence_id": "sequences"}[key]
     asked = store.beside({"given_labels": keys.to_frame()})
-    unknown = asked.sql(f"select {key} from given_labels anti join {table} using ({key}) order by {key}")[key]
+    known = f"select {key} from {table} where {key} between $first and $last"  # or DuckDB would scan the whole table
+    unknown = asked.sql(
+        f"select {key} from given_labels anti join ({known}) using ({key}) order by {key}",
+        {"first": keys.min(), "last": keys.max()},
+    )[key]
     if len(unknown):
         raise NotStored(
             f"{len(unknown):,} of {len(keys):,} rows of the labels have a {key} of no {table[:-1]} of {store.path}, the first "

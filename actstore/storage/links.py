@@ -68,12 +68,15 @@ def unnamed(root: Path, folders: Iterable[str], named: Iterable[str]) -> list[st
     Returns:
         Paths inside the store, sorted.
     """
-    top, named = os.path.realpath(root), set(named)
+    top, folders, named = os.path.realpath(root), list(folders), set(named)
     kept = {f"{top}/{path}" for path in named}
-    if linked(root, {*named, *folders}):
+    links = [f"{top}/{folder}" for folder in folders if os.path.islink(f"{top}/{folder}")]
+    entered = [place for folder in folders if (place := f"{top}/{folder}") not in links]
+    found = [path for place in entered for path in _files(place, links)]
+    inside = tuple(f"{folder}/" for folder in folders)
+    if links or not all(path.startswith(inside) for path in named):
         kept = {place for path in kept for place in way(path)}
-    found = [path for folder in folders for path in _files(os.path.join(top, folder)) if path not in kept]
-    return sorted(path[len(top) + 1 :] for path in found)
+    return sorted(path[len(top) + 1 :] for path in found if path not in kept)
 
 
 def remove_empty(folder: str) -> bool:
@@ -95,13 +98,18 @@ def remove_empty(folder: str) -> bool:
     return False
 
 
-def _files(folder: str) -> Iterator[str]:
-    """Paths of the files and links in a folder and in the folders below it; none of a link."""
-    if os.path.islink(folder):
-        return
+def _files(folder: str, links: list[str]) -> Iterator[str]:
+    """Paths of the files and links in a folder and in the folders below it; no link is entered.
+
+    Args:
+        folder: no link.
+        links: gets the links among them.
+    """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in list(entries):
             if entry.is_dir(follow_symlinks=False):
-                yield from _files(entry.path)
-            else:
-                yield entry.path
+                yield from _files(entry.path, links)
+                continue
+            if entry.is_symlink():
+                links.append(entry.path)
+            yield entry.path

@@ -32,6 +32,7 @@ class Local(Storage):
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._hashed: dict[str, tuple[str, tuple[int, ...]]] = {}  # by path: a file's token, and its state at that time
 
     def publish(self, path: str, content: bytes | memoryview) -> File:
         """See Storage.publish."""
@@ -95,11 +96,17 @@ class Local(Storage):
         try:
             with suppress(OSError):  # some file systems lock no folder; the lease still keeps others out
                 fcntl.flock(folder, fcntl.LOCK_EX)
-            if self.token(path) != expected:
+            if not self._is_still(path, expected) and self.token(path) != expected:
                 raise Busy(f"another process changed {self.root / path} meanwhile; wait for it or stop it, then go on")
             yield
         finally:
             os.close(folder)
+
+    def _is_still(self, path: str, expected: str | None) -> bool:
+        """True if a file had the token, and the system says that no other took its place."""
+        with suppress(OSError):
+            return self._hashed.get(path) == (expected, _state(os.stat(self.root / path)))
+        return False
 
     def keep_earlier(self, path: str) -> None:
         """See Storage.keep_earlier; see earlier.py for which files."""
@@ -120,7 +127,10 @@ class Local(Storage):
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
-            return hash_of(descriptor)
+            state = _state(os.fstat(descriptor))
+            hashed = hash_of(descriptor)
+            self._hashed[path] = hashed, state
+            return hashed
         finally:
             os.close(descriptor)
 
@@ -371,6 +381,11 @@ class CheckedFolder(Folder):
                 f"{advised('verify', self.root)}, then mend it with {advised('repair', self.root)}"
             )
         self._whole[path] = state
+
+
+def _state(about: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from one that takes its place; a further name does not change it."""
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def _unless_gone(error: OSError) -> None:

@@ -86,12 +86,13 @@ class Writer:
     def __init__(self, root: Path, lease: Held) -> None:
         self.root, self._lease = root, lease
         # before anything is swept: is the log whole?
-        self._log = log.manifests(root, least=witness.least(root))
+        built_from = catalog_tables.built_from(root)
+        self._log = log.manifests(root, least=witness.least(root, built_from))
         log.check_sizes(root, self._log)
         refuse_astray(root, self._log)
-        witness.refuse_conflict(root, self._log)
+        witness.refuse_conflict(root, self._log, built_from)
         last_drop = max((manifest.number for manifest in self._log if manifest.dropped), default=0)
-        if last_drop and last_drop > catalog_tables.snapshot(root):
+        if last_drop and last_drop > built_from[0]:
             build.publish(root)  # or the catalog would name files that the sweep removes
         log.sweep(root, self._log)
         catalog_tables.discard_beside(at(root), catalog_tables.CATALOG)

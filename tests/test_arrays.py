@@ -199,6 +199,13 @@ def test_a_flipped_bit_in_a_chunk_is_found_by_a_foreign_reader(run: Fake, tmp_pa
 # The gather.
 
 
+@pytest.fixture(params=["by descriptor", "mapped"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways in which a few rows are read: the first time, and each time after that."""
+    if request.param == "mapped":
+        monkeypatch.setattr("actstore.arrays.mapped.FEW", 0)
+
+
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
@@ -299,7 +306,7 @@ def test_nan_that_the_model_computed_is_read_and_padding_is_refused(folder: Path
     assert asked == [[1, 0], [1, 2]]
 
 
-def test_chunks_in_another_order_are_found_by_the_shards_index(folder: Path) -> None:
+def test_chunks_in_another_order_are_found_by_the_shards_index(folder: Path, way: None) -> None:
     """Any Zarr writer may put a shard's chunks as it likes."""
     layout = Layout((4, 5, 3), 1, 4)
     values, lengths = planted(layout, 0)[0], np.full(4, 5)
@@ -315,7 +322,7 @@ def test_chunks_in_another_order_are_found_by_the_shards_index(folder: Path) -> 
 
 
 @pytest.mark.parametrize("what", ["flipped", "beyond", "absent"])
-def test_a_shard_whose_index_is_not_its_own_is_damaged_and_named(folder: Path, what: str) -> None:
+def test_a_shard_whose_index_is_not_its_own_is_damaged_and_named(folder: Path, what: str, way: None) -> None:
     layout = Layout((4, 5, 3), 1, 4)
     shard = bytearray(pack(layout, planted(layout, 0)[0], np.full(4, 5))[0])
     start = len(shard) - layout.index_bytes
@@ -329,7 +336,7 @@ def test_a_shard_whose_index_is_not_its_own_is_damaged_and_named(folder: Path, w
         SiteReader(layout, 0, {0: what}, "a site", Local(folder)).gather(np.array([0]))
 
 
-def test_an_index_that_leads_past_the_end_of_a_short_shard_is_damaged(folder: Path) -> None:
+def test_an_index_that_leads_past_the_end_of_a_short_shard_is_damaged(folder: Path, way: None) -> None:
     """It is the index of a whole shard; to read by it would end the process."""
     layout = Layout((256 * 2, 3), None, 2)
     whole = ShardBuffer(layout)
@@ -420,7 +427,7 @@ def test_nothing_asked_for_is_an_empty_matrix(reader: SiteReader) -> None:
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -1, None])
 def test_a_shard_cut_short_or_gone_is_damaged_and_named(
-    run: Fake, root: Path, tmp_path: Path, keep: int | None
+    run: Fake, root: Path, tmp_path: Path, keep: int | None, way: None
 ) -> None:
     layout, shard = run.plan.sites[0].layout, tmp_path / "cut"
     if keep is not None:

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 
 from actstore.arrays import pages
 from actstore.arrays.layout import Layout
-from actstore.arrays.mapped import NEAR
 from actstore.arrays.pack import ShardBuffer
-from actstore.arrays.plan import Runs, cut, joined, whole_pages
+from actstore.arrays.plan import NEAR, Runs, cut, joined, whole_pages
 from actstore.arrays.reader import SiteReader
-from actstore.errors import NotStored
+from actstore.errors import Damaged, NotStored
 from actstore.storage.local import Local
 from tests.test_explain import drop, resident
 
@@ -91,7 +90,15 @@ IDS = np.array([tree * 256 + position for tree in range(3, 600, 37) for position
 EXPECTED = IDS // 256 * 4 + IDS % 256
 
 
-def test_a_cold_gather_reads_what_explain_says_and_no_more(reader, tmp_path):
+@pytest.fixture(params=["by descriptor", "mapped"])
+def way(request, monkeypatch) -> str:
+    """The two ways in which a few rows are read: the first time, and each time after that."""
+    if request.param == "mapped":
+        monkeypatch.setattr("actstore.arrays.mapped.FEW", 0)
+    return request.param
+
+
+def test_a_cold_gather_reads_what_explain_says_and_no_more(reader, tmp_path, way):
     """Linux alone would read around each page, as far as the disk's readahead goes."""
     if not hasattr(os, "posix_fadvise") or any(map(drop, map(tmp_path.joinpath, "01"))):
         pytest.skip("the system keeps these files in memory (tmpfs, say), so what a read touches cannot be seen")
@@ -107,7 +114,7 @@ def test_a_cold_gather_reads_what_explain_says_and_no_more(reader, tmp_path):
 def test_blocks_of_a_cold_gather_join_to_the_same_rows(reader, monkeypatch, dtype):
     asked, fetched = IDS[::-1].copy(), []
     monkeypatch.setattr("actstore.arrays.reader.BLOCK", 5 * PAGE)
-    monkeypatch.setattr("actstore.arrays.mapped.MOST_UNREAD", 0)
+    monkeypatch.setattr("actstore.arrays.mapped.FEW", 0)
     monkeypatch.setattr(pages, "some_missing", lambda *about: True)
     monkeypatch.setattr(pages, "fetch", lambda addresses, lengths: fetched.append(len(addresses)))
     X = reader.gather(asked, out=np.empty((len(asked), 512), dtype))
@@ -122,44 +129,71 @@ def events_of(reader: SiteReader, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(pages, "some_missing", lambda *about: True)
     monkeypatch.setattr(pages, "fetch", lambda addresses, lengths: events.append(f"fetch {len(addresses)}"))
     monkeypatch.setattr(os, "pread", lambda *about: events.append("pread") or pread(*about))
+    if hasattr(os, "posix_fadvise"):
+        asks = {os.POSIX_FADV_WILLNEED: ["ask"]}
+        monkeypatch.setattr(os, "posix_fadvise", lambda *about: events.extend(asks.get(about[3], [])))
     np.testing.assert_array_equal(reader.gather(IDS)[:, 0], EXPECTED)
     return events
 
 
-def test_indexes_and_few_rows_are_asked_for_at_once_and_before_an_index_is_read(reader, monkeypatch):
-    n_runs = reader.cost(IDS).runs - 2
-    reader.files.let_go()
-    assert events_of(reader, monkeypatch) == [f"fetch {2 + n_runs}", "pread", "pread"]
+def in_reverse(path: Path) -> None:
+    """Put a shard's chunks in the reverse order, as any writer of Zarr may."""
+    content = bytearray(path.read_bytes())
+    chunks = np.frombuffer(content, np.uint8)[: -LAYOUT.index_bytes].reshape(4, -1)
+    index = np.frombuffer(content, "<u8", 8, len(content) - LAYOUT.index_bytes).reshape(4, 2)
+    chunks[:], index[:] = chunks[::-1].copy(), index[::-1].copy()
+    content[-4:] = google_crc32c.value(bytes(content[-LAYOUT.index_bytes : -4])).to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice")
+def test_few_rows_and_the_indexes_are_asked_for_before_anything_is_read(reader, monkeypatch):
+    events = [*events_of(reader, monkeypatch)]
+    assert reader.files._view is None
+    n_runs = reader.cost(IDS).runs
+    assert events == ["ask"] * n_runs + ["pread"] * (2 + len(IDS))
+
+
+def test_shards_of_which_rows_were_read_are_mapped_at_the_next_read(reader, tmp_path):
+    for _ in range(2):
+        np.testing.assert_array_equal(reader.gather(IDS[:2])[:, 0], EXPECTED[:2])
+    assert reader.files._view.maps.keys() == {0}
+    np.testing.assert_array_equal(reader.gather(IDS)[:, 0], EXPECTED)
+    assert reader.files._view.maps.keys() == {0}
+    np.testing.assert_array_equal(reader.gather(IDS)[:, 0], EXPECTED)
+    assert reader.files._view.maps.keys() == {0, 1}
 
 
 def test_many_rows_are_asked_for_block_by_block_after_the_indexes(reader, monkeypatch):
-    monkeypatch.setattr("actstore.arrays.mapped.MOST_UNREAD", len(IDS) - 1)
+    monkeypatch.setattr("actstore.arrays.mapped.FEW", len(IDS) - 1)
     monkeypatch.setattr("actstore.arrays.reader.BLOCK", len(IDS) * PAGE)
     n_runs = reader.cost(IDS).runs - 2
     reader.files.let_go()
     assert events_of(reader, monkeypatch) == ["fetch 2", "pread", "pread", f"fetch {n_runs}"]
 
 
-def test_rows_of_a_shard_that_is_mapped_already_are_asked_for_too(reader, monkeypatch):
-    reader.gather(IDS[:1])
-    assert events_of(reader, monkeypatch)[1:] == ["pread", f"fetch {reader.cost(IDS).runs - 2}"]
-
-
-def test_chunks_in_another_order_are_asked_for_where_they_lie(reader, tmp_path, monkeypatch):
+def test_chunks_in_another_order_are_asked_for_where_they_lie(reader, tmp_path, monkeypatch, way):
     for name in "01":
-        content = bytearray((tmp_path / name).read_bytes())
-        chunks = np.frombuffer(content, np.uint8)[: -LAYOUT.index_bytes].reshape(4, -1)
-        index = np.frombuffer(content, "<u8", 8, len(content) - LAYOUT.index_bytes).reshape(4, 2)
-        chunks[:], index[:] = chunks[::-1].copy(), index[::-1].copy()
-        content[-4:] = google_crc32c.value(bytes(content[-LAYOUT.index_bytes : -4])).to_bytes(4, "little")
-        (tmp_path / name).write_bytes(content)
-    asked, *then = events_of(reader, monkeypatch)
-    assert then == ["pread", "pread", f"fetch {len(IDS)}"]  # each row's pages lie apart
-    assert asked == f"fetch {2 + len(IDS)}"
+        in_reverse(tmp_path / name)
+    events = events_of(reader, monkeypatch)
+    if way == "mapped":
+        assert events == ["fetch 2", "pread", "pread", f"fetch {len(IDS)}"]  # each row's pages lie apart
+    elif hasattr(os, "posix_fadvise"):
+        of_0 = np.count_nonzero(IDS // 256 < 300)
+        n_each = [of_0, len(IDS) - of_0]
+        then = [event for n in n_each for event in ["pread", *["ask"] * n, *["pread"] * n]]
+        assert events == ["ask"] * (2 + len(IDS)) + then
+
+
+def test_a_file_that_was_cut_while_it_was_open_is_damaged(reader, tmp_path, monkeypatch):
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, n, start: pread(file, n, start)[: n if n < 2048 else 100])
+    with pytest.raises(Damaged, match=f"cannot read {tmp_path / '0'} of a site .it ends before"):
+        reader.gather(IDS)
 
 
 @pytest.mark.parametrize("wrong", [5, 255, 600 * 256, -1])
-def test_what_is_not_stored_is_refused_where_nothing_is_in_memory(reader, monkeypatch, wrong):
+def test_what_is_not_stored_is_refused_where_nothing_is_in_memory(reader, monkeypatch, way, wrong):
     monkeypatch.setattr(pages, "some_missing", lambda *about: True)
     with pytest.raises(NotStored, match=str(wrong)):
         reader.gather(np.append(IDS, wrong))
@@ -167,12 +201,14 @@ def test_what_is_not_stored_is_refused_where_nothing_is_in_memory(reader, monkey
 
 def test_a_warm_gather_asks_for_nothing(reader, monkeypatch):
     reader.gather(IDS)
+    reader.gather(IDS)
     monkeypatch.setattr(pages, "fetch", None)
     np.testing.assert_array_equal(reader.gather(IDS)[:, 0], EXPECTED)
 
 
 def test_what_the_system_cannot_say_counts_as_in_memory(reader, tmp_path, monkeypatch):
     any(map(drop, map(tmp_path.joinpath, "01")))
+    monkeypatch.setattr("actstore.arrays.mapped.FEW", 0)
     monkeypatch.setattr(pages, "_mincore", lambda: None)
     monkeypatch.setattr(pages, "fetch", None)
     np.testing.assert_array_equal(reader.gather(IDS)[:, 0], EXPECTED)
@@ -182,6 +218,7 @@ def test_what_the_system_cannot_say_counts_as_in_memory(reader, tmp_path, monkey
 def test_pages_are_fetched_one_by_one_where_the_system_takes_no_list(reader, tmp_path, monkeypatch):
     if not hasattr(os, "posix_fadvise") or any(map(drop, map(tmp_path.joinpath, "01"))):
         pytest.skip("the system keeps these files in memory (tmpfs, say), so what a read touches cannot be seen")
+    monkeypatch.setattr("actstore.arrays.mapped.FEW", 0)
     monkeypatch.setattr(pages, "PROCESS_MADVISE", -1)  # no such call
     np.testing.assert_array_equal(reader.gather(IDS)[:, 0], EXPECTED)
     assert sum(map(resident, map(tmp_path.joinpath, "01"))) * PAGE == reader.cost(IDS).bytes_read

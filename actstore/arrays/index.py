@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ def _check(index: bytes, fits: bool, path: Path, where: str) -> None:
         raise Damaged(f"the index of {path} of {where} is not what was committed; restore it from a copy of the store")
 
 
+@lru_cache(maxsize=64)
 def packed(layout: Layout) -> tuple[bytes, np.ndarray]:
     """The index of a whole shard that actstore packed, and where its chunks start.
 

@@ -13,7 +13,8 @@ process has mapped half as many, all sites let go of theirs, and map again what 
 Shortening a mapped file kills every process that reads it, by SIGBUS. Committed files are therefore
 read-only, and actstore never shortens one.
 
-Pages that are not in memory are fetched before they are touched, run by run (`pages.py`).
+Pages that are not in memory are fetched before they are touched, run by run (`pages.py`). A few
+rows of shards that were not read before are read without a map (`unmapped.py`).
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from actstore.arrays import index, pages
 from actstore.arrays.copying import n_threads
-from actstore.arrays.plan import Runs, cut, joined, whole_pages
+from actstore.arrays.plan import Runs, cut, row_pages
+from actstore.arrays.unmapped import FEW, OPEN_AT_ONCE, read_rows
 from actstore.errors import ActstoreError, Damaged
 from actstore.storage.backend import Storage
 from actstore.storage.machine import allowed_maps, limit_reached
@@ -43,13 +45,10 @@ from actstore.storage.machine import allowed_maps, limit_reached
 if TYPE_CHECKING:
     from actstore.arrays.layout import Layout
 
-NEAR = 16 << 10  # bytes between two runs that the disk reads sooner than it takes up another run
 NOWHERE = -(2**62)  # the offset of a chunk that is not mapped; it stays negative whatever is added
 REACH = 1 << 44  # bytes of addresses in a view: 16 TB, and the system maps files next to one another
 MOST_BYTES = 1 << 62  # that numpy lets an array have, by its shape
 COPIED_AT_ONCE = 8  # shards that are copied out of a bucket at the same time, and mapped
-OPEN_AT_ONCE = 32  # shards whose indexes are asked for together; each takes a descriptor meanwhile
-MOST_UNREAD = 1 << 12  # rows that are asked for before the indexes are read; of more, that wait is a small part
 SHARE = 2  # one in so many of the maps that the system allows is for shards
 _there: set[int] = set()  # addresses of this process's maps
 _every: dict[int, weakref.ref[Shards]] = {}  # those that are open, by id; a dict is changed in one step
@@ -181,20 +180,22 @@ class Shards:
         self._place, self.reads_whole = place, place.committed is not None or place.reads_ranges
         self._lock = threading.Lock()
         self._view: View | None = None
+        self._were_read: set[int] = set()  # batches of which rows were read
         _every[id(self)] = weakref.ref(self, partial(_forget, id(self)))
 
     def find(self, row: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool] | None:
         """Locate rows, after mapping the shards that hold them.
 
-        Where the indexes of these shards are not in memory, the system is asked for all of them at
-        once, and with them for the pages of the rows, if these are few.
+        A few rows are read without a map if one of their shards was not read before. Where the
+        indexes of shards that are mapped are not in memory, the system is asked for all of them at
+        once.
 
         Args:
             row, position: int64 [n], see Layout.split; overwritten.
 
         Returns:
-            (windows, offsets, is_fetched): View.windows, int64 [n] into it, and True if the pages
-            of all rows were asked for. None if a row lies in no shard or no chunk.
+            (windows, offsets, is_read): View.windows, or V<row bytes> [n]; int64 [n] into it; True
+            if the rows were read. None if a row lies in no shard or no chunk.
 
         Raises:
             Damaged: a shard cannot be mapped, has another length than was committed, or has a wrong
@@ -206,18 +207,28 @@ class Shards:
         key <<= bits
         key |= position
         row *= layout.row_numbers
-        unread = None
         for view in (self._view, None):
             if view is None:
-                unread = _Unread(layout, key, row)
-                view = self._map(np.unique(key >> bits).tolist(), unread)
+                batches = np.flatnonzero(np.bincount(key >> bits)).tolist()
+                if len(key) <= FEW and self._are_first(batches):
+                    rows = read_rows(layout, self._place, self.paths, self.where, key, row)
+                    return None if rows is None else (rows, np.arange(len(rows)), True)
+                view = self._map(batches)
             if view is None:
                 return None if len(key) else (np.empty(0, f"V{layout.row_bytes}"), key, True)
             offsets = view.table.take(key)
             offsets += row
             if offsets.min(initial=0) >= 0:
-                return view.windows, offsets, unread is not None and unread.n_fetched == len(key)
+                return view.windows, offsets, False
         return None
+
+    def _are_first(self, batches: list[int]) -> bool:
+        """True if a shard among some, all stored, was not read before; it is now."""
+        if self.reads_whole or not all(batch in self.paths for batch in batches):
+            return False
+        are_first = not self._were_read.issuperset(batches)
+        self._were_read.update(batches)
+        return are_first
 
     def chunk_starts(self, batch: int) -> np.ndarray:
         """int64 [chunks_per_shard]: the byte of the batch's file at which each chunk starts."""
@@ -262,13 +273,10 @@ class Shards:
                 n_bytes += pages.n_resident(address + start, end - start)
         return n_bytes
 
-    def _map(self, batches: list[int], unread: _Unread | None = None) -> View | None:
+    def _map(self, batches: list[int]) -> View | None:
         """Returns a view in which these batches are mapped too, as far as they are stored.
 
         Returns None if nothing is mapped.
-
-        Args:
-            unread: rows in these batches, which are read next.
         """
         with self._lock:
             view = self._view
@@ -278,13 +286,14 @@ class Shards:
                 _let_go()
                 view = None
             held = view.maps if view else {}
-            found = self._map_all([batch for batch in batches if batch in self.paths and batch not in held], unread)
+            found = self._map_all([batch for batch in batches if batch in self.paths and batch not in held])
             if view is None or not all(view.reaches(mapped) for mapped, _ in found.values()):
                 found = {**held, **found}
                 view = View(self.layout, [mapped for mapped, _ in found.values()]) if found else None
             for batch, (mapped, chunks) in found.items():
                 assert view
                 view.add(batch, mapped, chunks)
+            self._were_read.update(found)
             self._view = view
             return view
 
@@ -292,21 +301,20 @@ class Shards:
         """Unmap all shards, but for those that are being read."""
         self._view = None
 
-    def _map_all(self, batches: list[int], unread: _Unread | None) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    def _map_all(self, batches: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Map shards, with threads if they are hashed; one map costs less than a thread."""
         n_floats = len(batches) * math.prod(self.layout.shard_shape) if self.reads_whole else 0
         threads_wanted = COPIED_AT_ONCE if self._place.reads_ranges else n_threads(n_floats)
-        map_group = partial(self._map_group, unread=unread)
         if threads_wanted > 1 and len(batches) > 1:
             with ThreadPoolExecutor(threads_wanted) as threads:
-                return dict(itertools.chain.from_iterable(threads.map(map_group, ([batch] for batch in batches))))
+                return dict(itertools.chain.from_iterable(threads.map(self._map_group, ([batch] for batch in batches))))
         groups = (batches[first : first + OPEN_AT_ONCE] for first in range(0, len(batches), OPEN_AT_ONCE))
-        return dict(itertools.chain.from_iterable(map(map_group, groups)))
+        return dict(itertools.chain.from_iterable(map(self._map_group, groups)))
 
-    def _map_group(self, batches: list[int], unread: _Unread | None) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    def _map_group(self, batches: list[int]) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
         """Map a few shards; their indexes are read, and checked, after all were asked for."""
         layout, found, inside = self.layout, [], ""
-        (packed, starts), whole = self._packed, layout.shard_bytes
+        (packed, starts), whole = index.packed(layout), layout.shard_bytes
         try:
             with ExitStack() as opened:
                 descriptors, maps = [], []
@@ -318,14 +326,12 @@ class Shards:
                     if size != whole:
                         index.check_size(layout, size, self._place.root / inside, self.where)
                     maps.append(np.asarray(_Map(descriptors[-1], size)))
-                n_asked = unread.fetch(batches, maps) if unread else 0
+                _fetch_indexes(layout, maps)
                 for batch, descriptor, mapped in zip(batches, descriptors, maps, strict=True):
                     inside, size, chunks = self.paths[batch], len(mapped), starts
                     end = os.pread(descriptor, layout.index_bytes, size - layout.index_bytes)
                     if end != packed or size != whole:
                         chunks = index.chunk_starts(layout, end, size, self._place.root / inside, self.where)
-                        if ((chunks != starts) & (chunks >= 0)).any():
-                            n_asked = 0  # for other pages than those of the rows
                     found.append((batch, (mapped, chunks)))
         except (ActstoreError, MemoryError):
             raise
@@ -334,73 +340,16 @@ class Shards:
             raise limit_reached(error, what) or Damaged(
                 f"{what} ({error}); restore it from a copy of the store"
             ) from error
-        if unread:
-            unread.n_fetched += n_asked
         return found
 
-    @cached_property
-    def _packed(self) -> tuple[bytes, np.ndarray]:
-        """The index of a whole shard that actstore packed, and see index.chunk_starts."""
-        return index.packed(self.layout)
 
-
-class _Unread:
-    """Rows whose shards are being mapped.
-
-    Args:
-        layout: the array's layout on the disk.
-        key, row: int64 [n]: see `Shards.find`: batch and chunk, and row times row_numbers.
-
-    Attributes:
-        n_fetched: number of rows whose pages were asked for.
-    """
-
-    def __init__(self, layout: Layout, key: np.ndarray, row: np.ndarray) -> None:
-        self._layout, self._key, self._row, self.n_fetched = layout, key, row, 0
-
-    def fetch(self, batches: list[int], maps: list[np.ndarray]) -> int:
-        """Ask for the indexes of shards, if not in memory, and for the rows, if these are few.
-
-        The rows are asked for where they lie in a shard that actstore packed. Whoever reads the
-        index then sees whether they do.
-
-        Args:
-            batches: ascending.
-            maps: of each batch's shard.
-
-        Returns:
-            Number of rows that were asked for.
-        """
-        layout = self._layout
-        bases, sizes = np.array([(mapped.ctypes.data, len(mapped)) for mapped in maps], np.int64).reshape(-1, 2).T
-        if not pages.some_missing(0, bases + sizes - layout.index_bytes, 1):
-            return 0
+def _fetch_indexes(layout: Layout, maps: list[np.ndarray]) -> None:
+    """Ask for the indexes of shards, if a sample of them has one that is not in memory."""
+    bases, sizes = np.array([(mapped.ctypes.data, len(mapped)) for mapped in maps], np.int64).reshape(-1, 2).T
+    if pages.some_missing(0, bases + sizes - layout.index_bytes, 1):
         ends = bases + sizes  # the system takes whole pages, up to the end of a map
         first = (ends - layout.index_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        asked = [(first, ends - first)]  # first the indexes, which are waited for first
-        n_asked = 0
-        if len(self._key) <= MOST_UNREAD:
-            batch = self._key >> layout.key_bits
-            files = np.searchsorted(batches, batch)
-            files[files == len(maps)] = 0
-            in_batch = self._row - batch * layout.rows_per_chunk * layout.row_numbers
-            starts = (self._key - (batch << layout.key_bits)) * layout.chunk_bytes + in_batch * layout.item_bytes
-            inside = starts + layout.row_bytes <= sizes[files] - layout.index_bytes
-            inside &= np.asarray(batches)[files] == batch
-            asked.append(_pieces(bases, row_pages(layout, files[inside], starts[inside])))
-            n_asked = int(inside.sum())
-        pages.fetch(*map(np.concatenate, zip(*asked, strict=True)))
-        return n_asked
-
-
-def row_pages(layout: Layout, files: np.ndarray, starts: np.ndarray) -> Runs:
-    """The runs of pages that are fetched for rows.
-
-    Args:
-        files: int64 [n]: a number for the file of each row.
-        starts: int64 [n]: the byte of that file at which the row starts.
-    """
-    return joined(*whole_pages(Runs(files, starts, starts + layout.row_bytes), mmap.PAGESIZE), NEAR)
+        pages.fetch(first, ends - first)
 
 
 def _pieces(bases: np.ndarray, runs: Runs) -> tuple[np.ndarray, np.ndarray]:

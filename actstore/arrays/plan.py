@@ -1,15 +1,20 @@
 """What is read of files: wanted stretches, joined across small gaps, as runs.
 
-A reader of maps asks the system for runs of pages (`mapped.py`). A reader of a bucket asks for
-ranges (`ranged.py`). Both make their runs here.
+Readers of files ask the system for runs of pages (`mapped.py`, `unmapped.py`). A reader of a bucket
+asks for ranges (`ranged.py`). All make their runs here.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import mmap
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from actstore.arrays.layout import Layout
+
+NEAR = 16 << 10  # bytes between two runs that the disk reads sooner than it takes up another run
 FILE_BITS = 44  # a key is a file's number and a byte of that file, below 16 TB
 
 
@@ -63,3 +68,13 @@ def cut(runs: Runs, longest: int) -> Runs:
     before = np.repeat(np.cumsum(n_parts) - n_parts, n_parts)
     starts = np.repeat(runs.starts, n_parts) + (np.arange(len(before)) - before) * longest
     return Runs(np.repeat(runs.files, n_parts), starts, np.minimum(starts + longest, np.repeat(runs.ends, n_parts)))
+
+
+def row_pages(layout: Layout, files: np.ndarray, starts: np.ndarray) -> Runs:
+    """The runs of pages that are fetched for rows.
+
+    Args:
+        files: int64 [n]: a number for the file of each row.
+        starts: int64 [n]: the byte of that file at which the row starts.
+    """
+    return joined(*whole_pages(Runs(files, starts, starts + layout.row_bytes), mmap.PAGESIZE), NEAR)

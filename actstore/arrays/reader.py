@@ -22,8 +22,8 @@ import numpy as np
 
 from actstore.arrays.copying import copy_rows, flat_rows, n_threads
 from actstore.arrays.layout import Layout
-from actstore.arrays.mapped import Shards, most_maps, row_pages
-from actstore.arrays.plan import Runs, joined, whole_pages
+from actstore.arrays.mapped import Shards, most_maps
+from actstore.arrays.plan import Runs, joined, row_pages, whole_pages
 from actstore.arrays.site import Cost, IsToken, Placed, not_stored
 from actstore.errors import Damaged
 from actstore.storage.backend import Reading, Storage
@@ -63,7 +63,8 @@ class SiteReader(Placed):
 
         Each row is copied out of its mapped shard. Ids need no sorting, though sorted ids are read
         faster. Where a sample of the pages is not all in memory, the wanted pages of each block of
-        rows are fetched while the blocks before are copied.
+        rows are fetched while the blocks before are copied. A few rows of shards that were not read
+        before are read by descriptors, all at once.
 
         Args:
             token_ids: int64 [n], in any order; repeats are allowed.
@@ -87,8 +88,8 @@ class SiteReader(Placed):
                 some = np.empty((len(group), *layout.row_shape), whole.dtype)
                 whole[group] = self.gather(token_ids[group], some)
             return whole
-        windows, offsets, is_fetched = self._find(token_ids)
-        cold = not is_fetched and self.files.is_cold(windows, offsets)
+        windows, offsets, is_read = self._find(token_ids)
+        cold = not is_read and self.files.is_cold(windows, offsets)
         if not cold and out is None and layout.dtype == "float32" and n_threads(len(offsets) * layout.row_items) == 1:
             X = windows[offsets].view(np.float32).reshape(-1, layout.row_items)
             blank = bool(np.isnan(X[:, 0].min(initial=0)))

@@ -362,7 +362,8 @@ def test_another_store_in_its_place_is_never_read_for_it(run: Fake, tmp_path: Pa
     run.store(path)
     other.store(tmp_path / "other.act")
     with Store(path) as store:
-        X, rows = store.read("select token_id, tree_id, position from tokens where tree_id < 3")
+        for _ in range(2):  # the second maps the shard
+            X, rows = store.read("select token_id, tree_id, position from tokens where tree_id < 3")
         os.rename(path, tmp_path / "gone.act")
         os.rename(tmp_path / "other.act", path)
         if removed:

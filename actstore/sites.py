@@ -106,6 +106,12 @@ def not_held(store: Held, run: str, site: str) -> NotStored:
     return NotStored(f"{said}; {holds}: name one of them")
 
 
+def by_family(names: Sequence[str]) -> list[str]:
+    """Sites with the layers of one family together, by the first of each family."""
+    families = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    return sorted(names, key=lambda name: families.index(name.partition(".")[0]))
+
+
 def in_short(names: Sequence[str]) -> str:
     """`embed, resid_post.0 to resid_post.5`: three or more successive layers become a range."""
     parts: list[list[str]] = []

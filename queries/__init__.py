@@ -125,10 +125,12 @@ def select(store: Readable, name: str, /, **params: Any) -> pl.DataFrame:
         sql, takes = query.sql, [*query.params]
     params = _with_the_one_run(store, params, takes)
     to_name = _to_name(store) if "run" in takes and "run" not in params else ""
-    if not name.endswith(".sql"):
-        check_names(f"query {name!r}", params, takes, takes, to_name)
-    elif to_name:
-        raise BadInput(f"query {name!r} lacks run{to_name}")
+    if name.endswith(".sql"):
+        if to_name:
+            raise BadInput(f"query {name!r} lacks run{to_name}")
+    else:
+        meant = [f"; -p {lacking} …: {query.params[lacking]}" for lacking in takes if lacking not in {*params, "run"}]
+        check_names(f"query {name!r}", params, takes, takes, to_name + "".join(meant))
     if "run" in params:
         store = store.of(params["run"])  # refuses an unknown run; SQL would just find no rows
     return store.sql(sql, params or None)

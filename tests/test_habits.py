@@ -136,6 +136,25 @@ def test_help_fits_80_columns_but_for_examples(path):
     assert [line for line in (shown[0] + rest).splitlines() if len(line) > 80] == []
 
 
+@pytest.mark.parametrize("group", [[], ["models"]], ids=["actstore", "models"])
+def test_a_list_of_commands_says_a_whole_sentence_of_each(group):
+    listed = run(*group, "--help", env={"COLUMNS": "80"}).output.partition("Commands:")[2].partition("Environment:")[0]
+    lines = [line for line in listed.splitlines() if line.strip()]
+    assert len(lines) >= 3
+    assert [line for line in lines if "..." in line or not line.endswith(".")] == []
+
+
+def test_info_and_schema_are_short_in_a_table_and_whole_elsewhere(demo_path):
+    table, whole = run("info", demo_path).stdout, run("info", demo_path, "-o", "csv").stdout
+    assert "embed, resid_post.0 to resid_post.5" in table
+    assert "embed resid_post.0 resid_post.1 resid_post.2" in whole
+    table, whole = run("schema", demo_path, "tokens").stdout, run("schema", demo_path, "tokens", "-o", "csv").stdout
+    assert "ENUM('<PAD>', ',', '|', ':', '0', '→0', '1', '→1', … 132 in all)" in table
+    assert "'→63'" not in table
+    assert "'→63'" in whole
+    assert "'separator', 'bar', 'goal', 'colon', 'root', 'path')" in table, "few values are named"
+
+
 def test_a_study_of_much_says_what_it_asks_before_it_begins(demo_path, monkeypatch):
     asked = ["study", demo_path, "depth", "--no-record", "--csv"]
     small = run(*asked)

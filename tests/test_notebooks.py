@@ -62,6 +62,13 @@ def test_the_reproduction_tells_no_number_that_it_does_not_show():
     assert {number for number in told if not re.search(rf"(?<!\d){re.escape(number)}", shown)} == set()
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_words_of_a_notebook_count_no_rows_of_the_store(source):
+    words = [cell.source for cell in kept(source.stem).cells if cell.cell_type == "markdown"]
+    code = re.compile(r"^ {4,}\S.*$|`[^`]*`", re.M)  # a command, which makes the store that it counts
+    assert re.findall(r"\d{1,3}(?:,\d{3})+", code.sub("", "\n".join(words))) == []
+
+
 def test_the_notebook_of_the_reproduction_needs_no_index_arithmetic():
     code = "\n".join(cell.source for cell in kept("reproduction").cells if cell.cell_type == "code")
     assert "arange" not in code

@@ -246,6 +246,11 @@ def test_parameters_are_checked_by_name_both_ways(store, params, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_query_that_lacks_a_parameter_says_what_the_parameter_is(store):
+    with pytest.raises(BadInput, match=r"lacks split; it takes run, split; -p split …: 'train' or 'test'$"):
+        queries.select(store, "last_edge", run="tiny")
+
+
 def test_a_query_of_ones_own_without_its_run_names_those_that_are(store, tmp_path):
     (tmp_path / "own.sql").write_text("select count(*) as n from predictions where run = $run")
     with pytest.raises(BadInput, match=r"own\.sql' lacks run; the store holds tiny, half: name one \(-p run tiny, "):

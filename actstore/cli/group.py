@@ -188,7 +188,7 @@ Exit codes:
     help="Files of stores in buckets are kept here; default: ACTSTORE_CACHE, or ~/.cache/actstore.",
 )
 def main(cache: str | None) -> None:
-    """Residual streams of path-finding transformers in Zarr, their meaning in DuckDB, SQL studies.
+    """Activations of transformers in Zarr, what they mean in DuckDB, studies by SQL.
 
     Example:
 

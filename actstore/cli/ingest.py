@@ -190,9 +190,9 @@ def ingest(
     workers: int | None,
     **options: Any,
 ) -> None:
-    """Run a model over trees or text, and store its activations and answers.
+    """Run a model over trees or text, and store what it computes.
 
-    If the command is stopped or killed, the same command continues after the last commit, and ends
+    That is activations and answers. If the command is stopped or killed, the same command continues after the last commit, and ends
     with the same bytes. With further --sites, it adds them to the run: it runs the model over the
     same batches again, and stores only what is not there.
 
@@ -235,6 +235,7 @@ def ingest(
         raise click.UsageError(f"--{SPELLED.get(given[0], given[0])} comes with --base, the stored run that is edited")
     if site or lineage or allow_nan:
         raise click.UsageError("--site, --lineage and --allow-nan come with --from-arrays (a model's sites: --sites)")
+    from actstore.cli.progress import waiting
     from actstore.ingest.jobs.prepare import prepare
 
     which, of_ray = None, False
@@ -243,9 +244,12 @@ def ingest(
 
         which, of_ray = asked(slice, engine, address, workers)
     if which is not None:
-        _execute_slice(prepare(store, **options), which)
+        with waiting("model and input"):
+            job = prepare(store, **options)
+        _execute_slice(job, which)
         return
-    job = prepare(store, **options)
+    with waiting("model and input"):
+        job = prepare(store, **options)
     if of_ray:
         from actstore.ingest.jobs.on_ray import execute_on_ray
 
@@ -313,11 +317,11 @@ def _execute_slice(job: Ingest, which: Slice) -> None:
 @store_argument
 @wait_option
 def commit(store: Path, wait: float) -> None:
-    """Commit what slices of a run published (`actstore ingest --slice`).
+    """Commit what slices of a run have published.
 
-    The last slice does that by itself. Before it, or where a slice failed, this takes the batches
-    that are whole; the slices may be at work meanwhile. Where none is, what was published and is
-    not whole is freed, and the slices compute it again.
+    `actstore ingest --slice` makes slices, and the last one commits by itself. Before it, or where a
+    slice failed, this takes the batches that are whole; the slices may be at work meanwhile. Where
+    none is, what was published and is not whole is freed, and the slices compute it again.
 
     Example:
 
@@ -340,6 +344,7 @@ def commit(store: Path, wait: float) -> None:
 
 def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> None:
     """Store a run with edited activations."""
+    from actstore.cli.progress import waiting
     from actstore.ingest.jobs.patched import prepare_patch
     from actstore.ingest.jobs.prepare import parse_sites
     from actstore.interventions import Edit
@@ -365,19 +370,20 @@ def _patch(store: Path, of_patch: dict[str, Any], options: dict[str, Any]) -> No
         Edit(text, at, how, params=named_in(text, of_patch["params"]) or {}, **shared)
         for text, at, how in zip(texts, cycle(sites), cycle(hows), strict=False)
     ]
-    job = prepare_patch(
-        store,
-        of_patch["base"],
-        edits,
-        options["run"],
-        parse_sites(options["sites"]),
-        options["batch_size"],
-        options["answers"],
-        options["device"],
-        options["wait"],
-        options["dtype"],
-        options["codec"],
-    )
+    with waiting("model and edits"):
+        job = prepare_patch(
+            store,
+            of_patch["base"],
+            edits,
+            options["run"],
+            parse_sites(options["sites"]),
+            options["batch_size"],
+            options["answers"],
+            options["device"],
+            options["wait"],
+            options["dtype"],
+            options["codec"],
+        )
     assert job.patch is not None
     with closing(job.patch):
         _execute(job)

@@ -54,9 +54,9 @@ def models_list(output: Output) -> None:
     help="Default: $ACTSTORE_MODELS, or the user's own folder, ~/.local/share/actstore/models.",
 )
 def models_add(name: str, weights: str, config: str | None, system: str | None, into: Path | None) -> None:
-    """Import a checkpoint: a HookedTransformer state dict (.pt), or safetensors.
+    """Import a checkpoint, .pt or safetensors, under a name.
 
-    Afterwards the model is found by its name from any folder.
+    It is the state dict of a HookedTransformer. Afterwards the model is found by its name from any folder.
 
     Example:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,22 +30,32 @@ if TYPE_CHECKING:
     from actstore.sql.rows import Rows
     from actstore.store import Store
 
+ENUM_VALUE = re.compile(r"'(?:[^']|'')*'")
+VALUES_SHOWN = 8  # of a large ENUM
+
 
 @main.command()
 @store_argument
 @output_options
 def info(store: Path, output: Output) -> None:
-    """Print what a store holds: runs, models, sets of trees, sites, sizes.
+    """Print what a store holds: runs, models, sets, sites and sizes.
+
+    A table names the layers of a site as a range. The other formats name each.
 
     Example:
 
     \b
         actstore info demo.act
     """
+    from actstore.sites import by_family, in_short
     from actstore.store import Store
 
     with Store(store) as opened:
-        output.write(opened.info_rows())
+        rows = opened.info_rows()
+    if output.is_table:
+        named = [row["sites"] for row in rows.dicts()]
+        rows = rows.with_column("sites", [names and in_short(by_family(names.split())) for names in named])
+    output.write(rows)
 
 
 @main.command()
@@ -73,10 +84,11 @@ def sql(
     output: Output,
     **more: Any,
 ) -> None:
-    """Run SQL over a store's tables, vectors included; without a QUERY, open a prompt.
+    """Run SQL over a store's tables; without a QUERY, open a prompt.
 
-    QUERY may be `-`, which reads standard input. A query that is piped in is read without it. The
-    prompt completes tables, columns and named queries, and keeps its history; `.help` says more.
+    QUERY may be `-`, which reads standard input. A query that is piped in is read without it. A
+    vector is a value, see the last example. The prompt completes tables, columns and named queries,
+    and keeps its history; `.help` says more.
 
     Example:
 
@@ -144,7 +156,10 @@ def tables(store: Path, output: Output) -> None:
 @click.argument("table", required=False, shell_complete=complete.tables)
 @output_options
 def schema(store: Path, table: str | None, output: Output) -> None:
-    """List the columns of a store's tables, or of TABLE: names, types, and what they hold.
+    """List the columns of a store's tables, or of TABLE.
+
+    Each has its name, its type and what it holds. A table counts the values of a large ENUM, which
+    the other formats name.
 
     Example:
 
@@ -155,7 +170,17 @@ def schema(store: Path, table: str | None, output: Output) -> None:
     from actstore.store import Store
 
     with Store(store) as opened:
-        output.write(opened.schema_rows(table))
+        rows = opened.schema_rows(table)
+    if output.is_table:
+        rows = rows.with_column("type", [_short_type(row["type"]) for row in rows.dicts()])
+    output.write(rows)
+
+
+def _short_type(type: str) -> str:
+    """A type for a table: of an ENUM of many values, their number and the first ones."""
+    values = ENUM_VALUE.findall(type) if type.startswith("ENUM(") else []
+    some = ", ".join(values[:VALUES_SHOWN])
+    return type if len(values) <= 2 * VALUES_SHOWN else f"ENUM({some}, … {len(values)} in all)"
 
 
 @main.command()
@@ -197,11 +222,11 @@ def read(
     output: Output,
     **more: Any,
 ) -> None:
-    """Read the activations of the tokens that a query names, row for row.
+    """Read the activations of the tokens that a query names.
 
-    --out keeps X and each column of the query as arrays of their own. In .safetensors, a column of
-    text is codes, -1 for NULL, and NAME.vocabulary the JSON list of the texts that they mean, as
-    bytes.
+    Row i of X belongs to row i of the query. --out keeps X and each column of the query as arrays of
+    their own. In .safetensors, a column of text is codes, -1 for NULL, and NAME.vocabulary the JSON
+    list of the texts that they mean, as bytes.
 
     Example:
 
@@ -304,7 +329,7 @@ def export(
 @check_option
 @output_options
 def query(store: Path, name: str | None, params: dict[str, str], check: bool, output: Output, **more: Any) -> None:
-    """Run a named query, or the query in a file NAME.sql; without a name, list them.
+    """Run a named query, or a file NAME.sql; without a name, list them.
 
     Example:
 

@@ -110,7 +110,7 @@ def study(
     check: bool,
     output: Output,
 ) -> None:
-    """Run a study, print its table, record it in `results`, draw its figure.
+    """Run a study: print its table, record it, draw its figure.
 
     The studies are probes, depth, last-edge, swap, dreams, attention, compare and probe, and those
     of causes: ablate, patching, path-patching, knockout, scrub and erase. `dtype-bill` says what a run
@@ -251,9 +251,9 @@ def report(
     wait: float,
     check: bool,
 ) -> None:
-    """Run every study, and write one self-contained page, OUT/index.html.
+    """Run every study, and write one page of them, OUT/index.html.
 
-    If the store lacks what a study needs, the page shows the `actstore ingest` that adds it. If a
+    The page needs no other file. If the store lacks what a study needs, the page shows the `actstore ingest` that adds it. If a
     study fails, the page shows the reason, and the exit code is 1. Each pair of models over the
     same trees is compared.
 
@@ -294,7 +294,9 @@ def report(
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
 @wait_option
 def record(store: Path, files: tuple[Path, ...], wait: float) -> None:
-    """Record results that a study kept in a file while another process was writing to the store.
+    """Record results that a study kept in a file.
+
+    A study keeps them there while another process writes to the store.
 
     Example:
 

@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 )
 @click.option("--wandb", metavar="PROJECT", help="Also send the log to this project of Weights & Biases.")
 def train(name: str, out: Path, **options: Any) -> None:
-    """Train a system (reproduction, baseline) or a YAML configuration, into the folder OUT.
+    """Train a model of paths in trees, into the folder OUT.
 
-    Every 25 steps the state is saved and OUT/NAME.jsonl gets a row. After a kill, the same command
-    continues from there and ends with the same weights. OUT/NAME.md, the model card, says how good
-    the model is on trees of each distribution.
+    NAME is a system (reproduction, baseline) or a YAML configuration. Every 25 steps the state is
+    saved and OUT/NAME.jsonl gets a row. After a kill, the same command continues from there and ends
+    with the same weights. OUT/NAME.md, the model card, says how good the model is on trees of each
+    distribution.
 
     Example:
 
@@ -66,11 +67,11 @@ def train(name: str, out: Path, **options: Any) -> None:
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @output_options
 def evaluate(model: str, output: Output, **options: Any) -> None:
-    """Grade a model on fresh trees: tokens, whole paths, greedy answers; by distribution and depth.
+    """Grade a model on fresh trees, by distribution and depth.
 
-    Intervals are exact, at 95 %. Every distribution is tested, since a model that is right on its
-    own trees may fail on others. Baseline trees with edges listed backward are graded apart from
-    those with shuffled edges.
+    Tokens, whole paths and greedy answers are graded. Intervals are exact, at 95 %. Every
+    distribution is tested, since a model that is right on its own trees may fail on others. Baseline
+    trees with edges listed backward are graded apart from those with shuffled edges.
 
     Example:
 

@@ -28,10 +28,11 @@ def _place_or_none(ctx: click.Context, parameter: click.Parameter, value: str | 
 @click.argument("store", required=False, callback=_place_or_none, shell_complete=complete.stores)
 @output_options
 def doctor(store: Path | None, output: Output) -> None:
-    """Say what versions, limits and disks there are, and what would be slow here.
+    """Say what is installed, what limits hold, what would be slow.
 
-    With a STORE, its disk is looked at, its size and its state. A line with a `!` is something to
-    look at, and says what to do. The exit code is 0 whatever is found.
+    Versions, memory, processors and disks are looked at; with a STORE its disk, its size and its
+    state. A line with a `!` is something to look at, and says what to do. The exit code is 0
+    whatever is found.
 
     Example:
 
@@ -108,9 +109,9 @@ def verify(store: Path, quick: bool, recompute: int | None, seed: int, output: O
 @wait_option
 @output_options
 def repair(store: Path, wait: float, output: Output) -> None:
-    """Restore what is damaged to the committed bytes, and rebuild the catalog.
+    """Restore what is damaged to the committed bytes.
 
-    A store of an earlier version is brought up to date. Rows come from the catalog or from the
+    The catalog is built anew. A store of an earlier version is brought up to date. Rows come from the catalog or from the
     definition of the trees, activations from the run's own weights.
 
     Example:

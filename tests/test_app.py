@@ -257,12 +257,46 @@ def test_results_are_drawn_again_from_what_was_recorded(demo_path, tmp_path):
         assert recorded.listed(store).select("study", "run").rows() == [("depth", "reproduction")]
         again = recorded.answer_of(store, "depth", "reproduction")
         assert again.results.drop("snapshot", "version").equals(made.answer.results.drop("snapshot", "version"))
-        assert "<svg" in recorded.figure(store, "depth", "reproduction")
+        drawn, lacking = recorded.figures(store, "depth", ["reproduction", "x"])
+        assert "<svg" in drawn
+        assert "recorded nothing of run 'x'" in str(lacking)
         table = recorded.beside(store, "depth", recorded.metrics(store, "depth")[0])
         assert "reproduction" in table.columns
         assert recorded.probe_grid(store, "depth", "reproduction") is None
         with pytest.raises(NotStored, match="recorded nothing of run 'x'"):
             recorded.answer_of(store, "depth", "x")
+
+
+def test_figures_of_two_runs_have_one_scale(monkeypatch):
+    from matplotlib.figure import Figure
+
+    made = {}
+
+    def plot(run):
+        made[run] = figure = Figure()
+        upper, lower = figure.subplots(2)
+        upper.plot([1, 2], [0, {"a": 100, "b": -300}[run]])
+        lower.imshow([[1, 2]] * len(made))
+        return figure
+
+    monkeypatch.setattr(recorded, "answer_of", lambda store, study, run: run)
+    monkeypatch.setattr(recorded.studies, "plot", plot)
+    assert all("<svg" in figure for figure in recorded.figures(None, "scrub", ["a", "b"]))
+    (above, map_a), (also_above, map_b) = (made[run].axes for run in "ab")
+    assert above.get_ylim() == also_above.get_ylim()
+    assert above.get_ylim()[0] < -300
+    assert above.get_ylim()[1] > 100
+    assert list(above.get_yticks()) == list(also_above.get_yticks())
+    assert map_a.get_ylim() != map_b.get_ylim(), "a map keeps its rows"
+
+
+def test_numbers_stand_in_the_order_of_their_sites_and_labels():
+    rows = [("r", f"z.{layer}", None, f"H1, length {n}", 0.5, None, None, 9) for layer in (10, 2) for n in (10, 9)]
+    columns = ["run", "site", "token_role", "label", "value", "low", "high", "n"]
+    frame = pl.DataFrame(rows, columns, orient="row")
+    table = recorded.beside(SimpleNamespace(sql=lambda query, params: frame), "scrub", "recovered")
+    expected = [(f"z.{layer}", f"H1, length {n}") for layer in (2, 10) for n in (9, 10)]
+    assert table.select("site", "label").rows() == expected
 
 
 PANELS = ("holds", "sql", "tree", "map", "results")

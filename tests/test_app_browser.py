@@ -1,4 +1,4 @@
-"""The page of `actstore open` in Chromium: each panel opened, a query typed, a brush drawn, no request but to loopback."""
+"""In Chromium: each panel of the page of `actstore open`, with no request but to loopback; the report as it is printed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def shown(shipped, tmp_path):
         return Path(STORE)
     store, sites = tmp_path / "demo.act", ["embed", "resid_post", "pattern"]
     execute(Ingest(store, shipped, TreeSet("reproduction", 24), sites=sites))
-    execute(Ingest(store, shipped, TreeSet("reproduction", 24, seed=1, name="others"), "again", sites=[]))
-    actstore.study(store, "depth", ["reproduction", "again"], check=False)
+    others = TreeSet("reproduction", 24, seed=1, name="others")
+    execute(Ingest(store, shipped, others, "again", sites=["embed", "resid_post"]))
+    for study in ("depth", "probes"):
+        actstore.study(store, study, ["reproduction", "again"], check=False)
     model = tiny_models.llama(tmp_path / "tiny")
     actstore.ingest(store, str(model), text=["the cat <b>sat</b>", "a dog ran"], run="t", dataset="texts", sites=sites)
     return store
@@ -75,6 +77,46 @@ def test_each_panel_opens_and_no_request_leaves_loopback(shown):
     assert len(asked) > 20
     assert [url for url in asked if not url.startswith(own)] == []
     assert faults == []
+
+
+def test_the_report_is_printed_whole_on_white_paper(tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    from tests.answering import Answering, noise
+    from tests.test_pipeline import small_model
+
+    trees = TreeSet("reproduction", 150, n_nodes=6, name="d")
+    execute(Answering(tmp_path / "s.act", small_model(), trees, sites=[], says=noise, run="small"))
+    made = actstore.report(tmp_path / "s.act", tmp_path / "out")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 700, "height": 1000}, color_scheme="dark")
+        page.goto(made.page.as_uri())
+        white = "rgb(255, 255, 255)"
+        ground = "el => getComputedStyle(el).backgroundColor"
+        figures = page.locator("figure img")
+        assert figures.count() >= 2
+        shown = "els => els.map(el => el.currentSrc)"
+        dark = figures.evaluate_all(shown)
+        assert page.locator("body").evaluate(ground) != white, "the screen is dark"
+        page.emulate_media(media="print")
+        page.wait_for_function("src => document.querySelector('figure img').currentSrc !== src", arg=dark[0])
+        assert page.locator("body").evaluate(ground) == white
+        assert not {*dark} & {*figures.evaluate_all(shown)}, "a figure is printed light on dark"
+        assert not any(part.is_visible() for part in page.locator("nav, details").all()), "they are of no use on paper"
+        style = "(els, name) => els.map(el => getComputedStyle(el)[name])"
+        for what in ("figure", "tr"):
+            assert {*page.locator(what).evaluate_all(style, "breakInside")} == {"avoid"}
+        page_height = 96 * 9  # pixels of a letter's text
+        for box in (figure.bounding_box() for figure in figures.all()):
+            assert box["height"] < page_height
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 700
+        wide = page.locator(".wide")
+        assert {*wide.evaluate_all(style, "overflowX")} == {"visible"}, "a table is cut where one cannot scroll"
+        if IMAGES:
+            page.pdf(path=tmp_path / "report.pdf", format="Letter", print_background=True)
+        browser.close()
 
 
 def look(page):
@@ -152,6 +194,12 @@ def look(page):
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] + 1
     assert boxes[0]["width"] > 300
     assert boxes[1]["x"] + boxes[1]["width"] <= 1200, "the second run leaves the page"
+    if not STORE:
+        page.get_by_label("study").select_option("probes")
+        maps = page.locator("svg[aria-label^='Accuracy of the probes']")
+        maps.nth(1).wait_for()
+        fits = "els => els.every(el => el.scrollWidth <= el.clientWidth)"
+        assert maps.locator("..").evaluate_all(fits), "a grid of probes is cut"
     keep(page, "results", 1300)
 
 

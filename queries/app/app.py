@@ -51,7 +51,7 @@ def _(Store, asked, mo, os):
     store = Store(os.environ["ACTSTORE_STORE"])
     runs = store.runs()
     mo.stop(not runs, mo.md(f"`{store.path}` holds no run yet."))
-    texts = [run for run in runs if not store.of(run).sql("select count(*) from trees").item()]
+    texts = asked.of_text(store)
     trees = [run for run in runs if run not in texts]
     is_text = asked.is_text(store)
     return is_text, runs, store, texts, trees
@@ -252,7 +252,8 @@ def _(ActstoreError, html, map_query, map_run, map_site, mapped, method, mo, mos
     mo.stop(map_site.value is None, mo.vstack([map_run, mo.md("This run holds no site with a vector per token.")]))
     _query = map_query.value or mapped.first(store, map_run.value)
     try:
-        drawn, _said = mapped.plane(store, _query, map_run.value, map_site.value, method.value, most.value), ""
+        with mo.status.spinner(mapped.WAITING[method.value]):
+            drawn, _said = mapped.plane(store, _query, map_run.value, map_site.value, method.value, most.value), ""
         _said = drawn.said
     except ActstoreError as _error:
         drawn, _said = None, " ".join(str(_error).split())
@@ -317,13 +318,12 @@ def _(ActstoreError, beside, drawing, html, metric, mo, panel, recorded, store, 
     mo.stop(panel.value != "results")
     mo.stop(study.value is None, mo.md("No study is recorded: `actstore study STORE NAME` records one."))
     _columns = []
-    for _run in beside.value:
-        try:
+    for _run, _figure in zip(beside.value, recorded.figures(store, study.value, beside.value), strict=True):
+        if isinstance(_figure, ActstoreError):
+            _drawn = f"<p>{html.escape(str(_figure))}</p>"
+        else:
             _grid = recorded.probe_grid(store, study.value, _run)
-            _drawn = drawing.image(recorded.figure(store, study.value, _run))
-            _drawn = drawing.heat(*_grid) + _drawn if _grid else _drawn
-        except ActstoreError as _error:
-            _drawn = f"<p>{html.escape(str(_error))}</p>"
+            _drawn = (drawing.heat(*_grid, fits=True) if _grid else "") + drawing.image(_figure)
         _columns.append(f"<b>{html.escape(_run)}</b>{_drawn}")
     _table = (
         [] if metric.value is None else [mo.ui.table(recorded.beside(store, study.value, metric.value), selection=None)]

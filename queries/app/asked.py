@@ -85,6 +85,12 @@ def is_text(store: Store) -> bool:
     return not store.sql("select count(*) from trees").item()
 
 
+def of_text(store: Store) -> list[str]:
+    """The runs over sequences that are no trees."""
+    query = "select run from runs join datasets using (dataset) where coalesce(task, 'trees') <> 'trees' order by runs.rowid"
+    return store.sql(query)["run"].to_list()
+
+
 def words(store: Store) -> dict[str, Any]:
     """What the SQL box completes: tables with their columns, functions, keywords and named queries.
 

@@ -23,6 +23,7 @@ CELL = 22  # pixels of a heat map's row
 CORNER = 16, 14  # where a token that names no node attends from
 BARS = 48  # bars of a vector: further numbers share one, which shows the largest of them
 MOST_LOSS = 8.0  # nats with the darkest colour
+LEAST_FIT = 0.7  # of a map's size: its text has 12 pixels
 LEAST = 0.005  # weight of the thinnest edge of attention that is drawn
 
 
@@ -117,11 +118,12 @@ def _node(x: int, y: int, label: str, fill: str, text: str) -> str:
     )
 
 
-def _svg(width: float, height: float, parts: Listed[str], name: str) -> str:
+def _svg(width: float, height: float, parts: Listed[str], name: str, fits: bool = False) -> str:
+    sized = f"width:100%;height:auto;max-width:{width:.0f}px;min-width:{LEAST_FIT * width:.0f}px" if fits else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{html.escape(name, quote=True)}" '
-        f'style="background:#fff;direction:ltr">{"".join(parts)}</svg>'
+        f'style="background:#fff;direction:ltr;{sized}">{"".join(parts)}</svg>'
     )
 
 
@@ -175,18 +177,20 @@ def about(asked: Sequence) -> str:
     )
 
 
-def heat(grid: Grid, words: Listed[str], at: int | None = None) -> str:
+def heat(grid: Grid, words: Listed[str], at: int | None = None, fits: bool = False) -> str:
     """A heat map: a row per site, the last at the top, and a column per token.
 
     Args:
         grid: shares and words.
         words: every token of the sequence, for the columns' names.
         at: position whose column is framed.
+        fits: shrink the map to the column that it stands in, to LEAST_FIT of its size at most.
     """
     names = [words[position].strip() or "␣" for position in grid.positions]
-    longest = max((len(word) for row in [*grid.words, names] for word in row), default=1)
-    wide = max(30, 8 + 7 * min(longest, 9))
     turned = max(len(name) for name in names) > 5
+    beside = [] if turned else [names]  # a turned name needs no more than a line's height
+    longest = max((len(word) for row in [*grid.words, *beside] for word in row), default=1)
+    wide = max(30, 8 + 7 * min(longest, 9))
     top = (16 + 6 * min(14, max(len(name) for name in names))) if turned else 24
     left = max(112, 20 + round(7.3 * max(map(len, grid.sites))))
     parts = []
@@ -224,7 +228,7 @@ def heat(grid: Grid, words: Listed[str], at: int | None = None) -> str:
             'stroke-width="2" pointer-events="none"/>'
         )
     late = at is not None and at > grid.positions[-1] - 10 and len(names) > 20  # then the view begins at the right end
-    return f'<div style="overflow-x:auto;direction:{"rtl" if late else "ltr"}">{_svg(width, height, parts, grid.said)}</div>'
+    return f'<div style="overflow-x:auto;direction:{"rtl" if late else "ltr"}">{_svg(width, height, parts, grid.said, fits)}</div>'
 
 
 def _cut(word: str) -> str:

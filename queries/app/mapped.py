@@ -19,6 +19,7 @@ MOST = 5_000  # rows that are drawn unless told
 MOST_CLASSES = 16  # a column with more values is coloured by its order, if it has one
 PCA, UMAP = METHODS = ("PCA", "UMAP")
 MOST_OF_UMAP = 2_000  # rows: more take longer than one waits
+WAITING = {PCA: "PCA", UMAP: "UMAP: some seconds, and half a minute more at the first one"}
 LONGEST_LIST = 5_000  # ids that a query names; a longer list fills the box
 
 

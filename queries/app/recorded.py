@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import polars as pl
 
 from actstore.errors import NotStored, advised
 from actstore.queries import study as studies
 from actstore.queries.app.sequence import Grid
+from actstore.queries.figures import style
 from actstore.queries.study import RESULTS, Answer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from actstore.store import Store
 
 LISTED = """
@@ -29,8 +35,8 @@ order by rowid
 BESIDE = """
 select run, site, token_role, label, value, low, high, n from latest_results
 where study = $study and metric = $metric
-order by run, site, token_role, try_cast(regexp_extract(label, '[0-9]+') as integer), label
 """
+NUMBER = re.compile(r"(\d+)")
 
 
 def listed(store: Store) -> pl.DataFrame:
@@ -51,25 +57,51 @@ def answer_of(store: Store, study: str, run: str) -> Answer:
     return Answer(study, pl.DataFrame(), rows.select(list(RESULTS)), "")
 
 
-def figure(store: Store, study: str, run: str) -> str:
-    """A study's figure as SVG, drawn from what it recorded.
+def figures(store: Store, study: str, runs: Sequence[str]) -> list[str | NotStored]:
+    """A study's figures of several runs, drawn from what it recorded, on one scale.
 
-    Raises:
-        NotStored: see `answer_of`; or the rows are not enough for the study's figure.
+    Returns:
+        The figure of each run as SVG; an error where nothing is recorded, or where the rows are not
+        enough for the study's figure.
     """
-    answer = answer_of(store, study, run)
+    drawn: list[Figure | NotStored] = []
+    for run in runs:
+        try:
+            drawn.append(studies.plot(answer_of(store, study, run)))
+        except NotStored as error:
+            drawn.append(error)
+        except Exception as error:  # rows of another version of the study
+            drawn.append(NotStored(f"the figure of {study} cannot be drawn from its rows of run {run!r} ({error})"))
+    with style():
+        _on_one_scale([figure for figure in drawn if not isinstance(figure, NotStored)])
+        return [figure if isinstance(figure, NotStored) else _svg(figure) for figure in drawn]
+
+
+def _on_one_scale(drawn: Sequence[Figure]) -> None:
+    """Give panels in one place of several figures one range of y; not so maps and marked panels."""
+    if len({len(figure.axes) for figure in drawn}) != 1:
+        return
+    for axes in zip(*(figure.axes for figure in drawn), strict=True):
+        if any(axis.images or axis.texts or axis.get_subplotspec() is None for axis in axes):  # the last: a colour bar
+            continue
+        ends = np.array([axis.get_ylim() for axis in axes])
+        ticks = axes[int(np.argmax(ends[:, 1] - ends[:, 0]))].get_yticks()
+        for axis in axes:
+            axis.set_yticks(ticks)
+            axis.set_ylim(ends.min(), ends.max())
+
+
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    try:
-        studies.plot(answer).savefig(buffer, format="svg")
-    except Exception as error:  # rows of another version of the study
-        raise NotStored(f"the figure of {study} cannot be drawn from its rows of run {run!r} ({error})") from error
+    figure.savefig(buffer, format="svg")
     return buffer.getvalue()
 
 
 def metrics(store: Store, study: str) -> list[str]:
-    """The metrics of a study: accuracy first, then the most frequent."""
+    """The metrics of a study: accuracy first, then the most frequent, and p last."""
     query = """select metric from latest_results where study = $study and metric <> 'direction'
-        and not starts_with(metric, 'confirm') group by metric order by metric <> 'accuracy', count(*) desc, metric"""
+        and not starts_with(metric, 'confirm') group by metric 
+        order by metric <> 'accuracy', metric in ('p', 'p_holm'), count(*) desc, metric"""
     return store.sql(query, {"study": study})["metric"].to_list()
 
 
@@ -81,6 +113,8 @@ def beside(store: Store, study: str, metric: str) -> pl.DataFrame:
         run.
     """
     rows = store.sql(BESIDE, {"study": study, "metric": metric})
+    names = rows.select("run", "site", "token_role", "label").rows()
+    rows = rows[sorted(range(len(rows)), key=lambda row: [_natural(name) for name in names[row]])]
     shown = [
         f"{value:.4g}" + (f" [{low:.4g}, {high:.4g}]" if low is not None and high is not None else "")
         if value is not None
@@ -92,6 +126,12 @@ def beside(store: Store, study: str, metric: str) -> pl.DataFrame:
     if not keys:
         return table
     return table.pivot("run", index=keys, values="value", aggregate_function="last")
+
+
+def _natural(name: str | None) -> list[tuple[str, int]]:
+    """A name's place in an order in which resid_post.10 comes after resid_post.2."""
+    parts = NUMBER.split(name or "")
+    return [("", int(part)) if turn % 2 else (part, 0) for turn, part in enumerate(parts)]
 
 
 def probe_grid(store: Store, study: str, run: str) -> tuple[Grid, list[str]] | None:

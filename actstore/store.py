@@ -244,6 +244,18 @@ class Store:
         """
         return self._opened.beside(tables).rows(query, params, timeout, memory)
 
+    def latest(self) -> Store:
+        """This store, if nothing was committed since it was opened; else the store opened anew.
+
+        An open store shows one snapshot for good. A store opened anew has the same `check` and, if
+        this store shows one run, that run.
+
+        Raises:
+            NotStored, Damaged, Busy: see Store.
+            BadInput: this store is closed, or belongs to another process.
+        """
+        return self if self._opened.whole.is_latest() else _reopened(self.path, self.check, self.only)
+
     @property
     def whole(self) -> Store:
         """The store with every run."""

@@ -224,8 +224,7 @@ def _figure(asked: Asked) -> str:
     alternative = html.escape(f"Figure of the study {answer.name}: {answer.sentence}", quote=True)
     light, dark = (_data("image/svg+xml", content) for content in (drawn.light, drawn.dark))
     return (
-        f'<figure><picture><source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img alt="{alternative}" src="{light}"></picture>'
+        f'<figure><img class="light" alt="{alternative}" src="{light}"><img class="dark" alt="{alternative}" src="{dark}">'
         f"<figcaption>{html.escape(_without(drawn.caption, answer.sentence))}</figcaption></figure>"
     )
 
@@ -293,6 +292,11 @@ HEAD = """<!doctype html>
   h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
   figure { margin: 1rem 0; max-width: 30rem; }
   img { width: 100%; height: auto; }
+  img.dark { display: none; }  /* and no <picture>, whose choice a browser does not make again for paper */
+  @media screen and (prefers-color-scheme: dark) {
+    img.dark { display: inline; }
+    img.light { display: none; }
+  }
   figcaption { font-size: .85rem; }
   .wide { overflow-x: auto; }
   table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }

@@ -110,7 +110,7 @@ def plot_tree(store: Store, tree_id: int) -> Figure:
             axis.scatter(*at, s=170, facecolor="black" if on_path else "white", edgecolor="black", zorder=3)
             ink = "white" if on_path else "black"
             axis.text(*at, str(node), color=ink, ha="center", va="center_baseline", zorder=4)
-        said = f"tree {tree_id}; black: the path of {len(steps)} steps from the root; ring: the goal"
+        said = f"tree {tree_id}; black: the path of {len(steps)} step{'s' * (len(steps) != 1)} from the root; ring: the goal"
         heading(figure, f"The path from {tree['root']} to {tree['goal']}", said)
         figure.draw_without_rendering()
     return figure

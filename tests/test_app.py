@@ -255,6 +255,7 @@ def test_results_are_drawn_again_from_what_was_recorded(demo_path, tmp_path):
     (made,) = actstore.study(tmp_path / "s.act", "depth", check=False)
     with Store(tmp_path / "s.act") as store:
         assert recorded.listed(store).select("study", "run").rows() == [("depth", "reproduction")]
+        assert store.latest() is store
         again = recorded.answer_of(store, "depth", "reproduction")
         assert again.results.drop("snapshot", "version").equals(made.answer.results.drop("snapshot", "version"))
         drawn, lacking = recorded.figures(store, "depth", ["reproduction", "x"])
@@ -265,6 +266,28 @@ def test_results_are_drawn_again_from_what_was_recorded(demo_path, tmp_path):
         assert recorded.probe_grid(store, "depth", "reproduction") is None
         with pytest.raises(NotStored, match="recorded nothing of run 'x'"):
             recorded.answer_of(store, "depth", "x")
+    with pytest.raises(BadInput, match="closed"):
+        store.latest()
+
+
+def test_the_sessions_of_a_page_share_a_store_until_something_is_committed(demo_path, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(serve, "SHARED", {})
+    path = tmp_path / "s.act"
+    shutil.copytree(demo_path, path)
+    first = serve.shared(path)
+    assert serve.shared(str(path)) is first, "one that took seconds to open is not opened twice"
+    one_run = Store(path).of("reproduction")
+    actstore.study(path, "depth", check=False)
+    assert len(recorded.listed(first)) == 0
+    then = serve.shared(path)
+    assert len(recorded.listed(then)) == 1
+    assert then.snapshot == first.snapshot + 1
+    assert (one_run.latest().only, one_run.latest().snapshot) == ("reproduction", then.snapshot)
+    path.rename(tmp_path / "moved.act")
+    shutil.copytree(demo_path, path)
+    assert len(recorded.listed(serve.shared(path))) == 0, "another store of that name"
 
 
 def test_figures_of_two_runs_have_one_scale(monkeypatch):

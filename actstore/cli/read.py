@@ -414,11 +414,10 @@ def open_(store: Path, port: int, no_browser: bool) -> None:
         actstore open demo.act
         actstore open demo.act --no-browser --port 8000
     """
-    from actstore.queries.app.serve import check_installed, serve
-    from actstore.store import Store
+    from actstore.queries.app.serve import check_installed, serve, shared
 
     check_installed()
-    Store(store).close()  # a wrong store is said here, not in the page
+    shared(store)  # a wrong store is said here, not in the page
     serve(store, port, not no_browser, lambda address: click.echo(f"{address}\nCtrl-C ends it."))
 
 

@@ -257,6 +257,14 @@ class Opened:
         """See Store.whole."""
         return self.parent or self
 
+    def is_latest(self) -> bool:
+        """Whether the store is what was opened, and nothing was committed since."""
+        self.session.check()
+        with suppress(Damaged):  # another store in its place, say, which is judged where it is opened
+            self.folder.check()
+            return not manifests(self.path, after=self.snapshot, least=self.snapshot)
+        return False
+
     def of(self, run: str) -> Opened:
         """See Store.of."""
         run = self.resolve_run(run)

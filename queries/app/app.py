@@ -21,17 +21,15 @@ def _():
     import numpy as np
 
     from actstore.errors import ActstoreError
-    from actstore.queries.app import asked, drawing, mapped, recorded
+    from actstore.queries.app import asked, drawing, mapped, recorded, serve
     from actstore.queries.app import sequence as sequences
     from actstore.queries.app.widgets import Map, Picture, SqlBox
-    from actstore.store import Store
 
     return (
         ActstoreError,
         Map,
         Picture,
         SqlBox,
-        Store,
         asked,
         drawing,
         functools,
@@ -42,13 +40,14 @@ def _():
         os,
         recorded,
         sequences,
+        serve,
         zlib,
     )
 
 
 @app.cell
-def _(Store, asked, mo, os):
-    store = Store(os.environ["ACTSTORE_STORE"])
+def _(asked, mo, os, serve):
+    store = serve.shared(os.environ["ACTSTORE_STORE"])
     runs = store.runs()
     mo.stop(not runs, mo.md(f"`{store.path}` holds no run yet."))
     texts = asked.of_text(store)
@@ -72,6 +71,7 @@ def _(asked, mo, panel, store):
     mo.vstack(
         [
             mo.md(asked.counts(store)),
+            *([mo.md(asked.older(store))] if store.catalog_is_older else []),
             mo.md("**Runs**"),
             mo.ui.table(store.info(), selection=None, page_size=20),
             mo.md("**Tables and views**, with what each column holds"),

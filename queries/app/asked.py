@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from actstore import queries
-from actstore.errors import ActstoreError, BadInput
+from actstore.errors import ActstoreError, BadInput, advised
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -73,6 +73,14 @@ def counts(store: Store) -> str:
     return (
         f"{_n(row['sequences'], 'sequence')} of {row['tokens'] or 0:,} tokens; {_n(row['runs'], 'run')}, with "
         f"{(row['bytes'] or 0) / 1e9:.2f} GB of activations; {_n(row['answers'], 'answer')} of studies. Snapshot {store.snapshot}."
+    )
+
+
+def older(store: Store) -> str:
+    """What a store is told whose catalog an earlier version made."""
+    command = advised("repair", store.path)
+    return (
+        f"An earlier version made this store's catalog, so each start builds it anew; {command} brings it up to date."
     )
 
 

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import webbrowser
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from actstore.errors import BadInput, NotStored
+from actstore.store import Store
 
 SHOWN = "ACTSTORE_STORE"  # the store that the page shows, as for the notebooks
 LOOPBACK = "127.0.0.1"
+SHARED: dict[str, Store] = {}  # the open store of each path, see `shared`
+OPENING = threading.Lock()
 NEEDED = ("marimo", "anywidget", "uvicorn")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
@@ -33,6 +37,20 @@ def check_installed() -> None:
     """
     if missing := [name for name in NEEDED if not find_spec(name)]:
         raise NotStored(f"the page needs {', '.join(missing)}; install with `pip install 'actstore[app]'`")
+
+
+def shared(path: str | Path) -> Store:
+    """The store that all sessions of the page read: opened once, and anew after a commit.
+
+    A large store takes seconds to open if its catalog is of an earlier version.
+
+    Raises:
+        ActstoreError: see Store.
+    """
+    with OPENING:
+        key = str(path)
+        SHARED[key] = SHARED[key].latest() if key in SHARED else Store(path)
+        return SHARED[key]
 
 
 def listen(port: int) -> socket.socket:
@@ -84,7 +102,7 @@ def serve(store: Path, port: int = 0, browser: bool = True, said: Callable[[str]
     """Serve a store's page until Ctrl-C, which ends this process.
 
     Args:
-        store: the store's folder or address; the caller has opened it once.
+        store: the store's folder or address; the caller has opened it, see `shared`.
         port: 0 for any that is free.
         browser: whether to open a browser at the page.
         said: called with the page's address, which holds the token.

@@ -123,7 +123,7 @@ def test_the_page_needs_nothing_beside_itself_and_comes_out_the_same(path, tmp_p
         again = report(store, tmp_path / "two").page.read_text()
     assert first == again
     assert not re.search(r"https?://|<script|<link|@import", first.replace("http://www.w3.org", ""))
-    assert first.count('<img alt="Figure of the study') == 3
+    assert first.count('<img class="light" alt="Figure of the study') == 3
     figures = [b64decode(data) for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", first)]
     assert len(figures) == 6, "a light and a dark one of each"
     for figure in figures:

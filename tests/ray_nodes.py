@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-N_TREES, PER_SHARD = 240, 4
+N_TREES, PER_SHARD = 96, 4
 SITES = "embed,resid_post.5"
 DERIVED = {"catalog.duckdb", "catalog.json", "store.json"}
 HEAD, SECOND, PORT = "127.0.0.1", "127.0.0.2", 6399  # not one of 10002 to 19999, which workers take

@@ -36,8 +36,8 @@ SITES = ["embed", "resid_post", "pattern.0"]
 N_SHARDS, N_SITES, N_COMMITS = 5, 5, 6
 
 
-def stored(root: Path) -> Path:
-    trees = TreeSet("deep", 4 * N_SHARDS, n_nodes=6, name="d", trees_per_shard=4)
+def stored(root: Path, trees_per_shard: int = 4) -> Path:
+    trees = TreeSet("deep", 4 * N_SHARDS, n_nodes=6, name="d", trees_per_shard=trees_per_shard)
     execute(Ingest(root, tiny(), trees, "base", SITES))
     return root
 
@@ -119,7 +119,7 @@ def commands(store: Path, folder: Path) -> Iterator[tuple[object, ...]]:
 
 def test_every_command_works_on_a_store_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    store, used = stored(address("commands")), set()
+    store, used = stored(address("commands"), trees_per_shard=16), set()
     for words in commands(store, tmp_path):
         done = CliRunner().invoke(main, [str(word) for word in words])
         assert done.exit_code == 0, (words, done.output, done.exception)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -256,7 +257,27 @@ def test_a_command_of_each_slice_stores_a_run(root: Path) -> None:
             ("again", 3),
             ("reproduction", 3),
         ]
-    assert invoke("ingest", root, "--base", "reproduction", "--slice", "1/2").exit_code == 2
+
+
+OF_SEVERAL = {"--slice": "1/2", "--engine": "ray", "--address": "auto", "--workers": 2}
+
+
+@pytest.mark.parametrize("option", OF_SEVERAL)
+def test_edits_and_given_arrays_are_stored_by_one_process_alone(
+    root: Path, option: str, model: Model, tmp_path: Path
+) -> None:
+    execute(Ingest(root, model, trees(2)))
+    before = files(root)
+    np.savez(tmp_path / "own.npz", token_id=np.arange(3), X=np.ones((3, 2), np.float32))
+    edits = ("--base", "small", "--patch", "from tokens where position = 1", "--at", "embed", "--how", "zero")
+    arrays = ("--from-arrays", tmp_path / "own.npz", "--run", "small", "--site", "own.0", "--lineage", "ones")
+    for words in (edits, arrays):
+        refused = invoke("ingest", root, *words, option, OF_SEVERAL[option])
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+        assert f"got {words[0]} with {option}, and one process stores that alone; leave {option} out" in refused.stderr
+        assert files(root) == before
+    if option == "--slice":  # as the message says
+        assert [invoke("ingest", root, *words).exit_code for words in (edits, arrays)] == [0, 0]
 
 
 def test_a_slice_that_wrote_nothing_for_long_counts_as_dead(

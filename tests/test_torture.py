@@ -31,6 +31,11 @@ def test_twenty_kills_leave_no_difference(seed):
     assert said.count("0 differences") == 4
 
 
+def test_a_connection_that_ends_in_the_middle_of_a_shard_loses_nothing():
+    said = run("buckets", "--only", "shards", "--share", "0.2")
+    assert "in the middle of each shard, put and read, once and for good" in said
+
+
 def test_readers_beside_a_writer_see_one_snapshot_each():
     assert "each of one snapshot" in run("readers", "--trees", "80", "--readers", "8")
 

@@ -221,7 +221,9 @@ def ingest(
     shared = {"slice": slice, "engine": engine, "address": address, "workers": workers}
     if (of_several := [name for name in shared if shared[name] is not None]) and (from_arrays or options["base"]):
         alone = "--from-arrays" if from_arrays else "--base"
-        raise click.UsageError(f"got --{of_several[0]} and {alone}, which one process does alone; leave it out")
+        raise click.UsageError(
+            f"got {alone} with --{of_several[0]}, and one process stores that alone; leave --{of_several[0]} out"
+        )
     if from_arrays is not None:
         _append(store, from_arrays, options["run"], site, lineage, allow_nan, options["wait"])
         return

@@ -1,6 +1,6 @@
 """A real S3 server, and what happens on the way to it: kills, cut connections, slowness, races.
 
-    python -m tests.torture.buckets          # 30 kills, a tenth of all requests cut in each way, 8 publishers on 200 keys
+    python -m tests.torture.buckets          # 30 kills, each shard and a tenth of all requests cut, 8 publishers on 200 keys
     python -m tests.torture.buckets --share 0.1
 
 After each, a reader opens what is there, the same run goes on, and every object is held against a folder's file.
@@ -20,24 +20,30 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import count
+from functools import partial
+from itertools import count, product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from actstore.cli.progress import progress
 from actstore.errors import ActstoreError, Busy, Damaged, Unreachable
 from tests.bucket_server import BUCKET, server
 from tests.cut_proxy import cutting
 
+if TYPE_CHECKING:
+    from actstore.store import Store
+
 FAULTS = ("refuse", "lost", "torn", "503")
 DERIVED = ("catalog.duckdb", "catalog.json", "store.json", ".lock")
-N_KEYS, RACERS = 200, 8
+N_SHARDS, N_KEYS, RACERS = 6, 200, 8
 numbers = count()
 
 
 def write(root: Path) -> None:
-    """A run of six batches, into a store that is made."""
+    """A run of six batches, a shard each, into a store that is made."""
     from tests.stores import fake
 
     fake(n_trees=12, trees_per_shard=2, sites=("resid_post.0",)).store(root)
@@ -59,8 +65,8 @@ def look(root: Path) -> None:
         n_trees, n_shards = store.sql("select (select count(*) from trees), (select count(*) from shards)").row(0)
         assert n_trees == 2 * n_shards, f"{n_trees} trees and {n_shards} shards"
         if n_shards:
-            X, rows = store.read("select token_id, tree_id from tokens", "r", "resid_post.0")
-            assert (X[:, 0] == rows["tree_id"].to_numpy()).all()
+            rows_of(store)
+            batch_of(store)
     assert not verify(root).damage
 
 
@@ -140,6 +146,75 @@ def cuts(folder: Path, s3: str, share: float) -> None:
     os.environ["AWS_ENDPOINT_URL"] = s3
 
 
+class Cut:
+    """Ends the connection in the middle of one shard, once, or for good.
+
+    Args:
+        method: PUT or GET: whether the shard is written or read.
+        place: the requests for shards before this one.
+        for_good: every later request is refused.
+    """
+
+    def __init__(self, method: str, place: int, for_good: bool) -> None:
+        self._method, self._left, self._for_good, self._lock = method, place, for_good, threading.Lock()
+        self.is_done = False
+
+    def __call__(self, method: str, path: str) -> str:
+        with self._lock:
+            if self.is_done:
+                return "refuse" if self._for_good else ""
+            if method != self._method or "/c/" not in path:
+                return ""
+            self._left -= 1
+            self.is_done = self._left < 0
+            return "torn" if self.is_done else ""
+
+
+def in_shards(folder: Path, s3: str, share: float) -> None:
+    """The connection ends in the middle of each shard, as it is put and as it is read."""
+    from actstore.store import Store
+
+    with cutting(s3) as (url, proxy):
+        os.environ["AWS_ENDPOINT_URL"] = url
+
+        def is_told(cut: Cut, act: Callable[[], object]) -> bool:
+            """Act while the connection is cut; True if that was told."""
+            proxy.choose, told = cut, False
+            try:
+                act()
+            except (Unreachable, Busy):
+                told = True
+            proxy.choose = lambda method, path: ""
+            assert cut.is_done, "the connection was not cut"
+            return told
+
+        for place, for_good in product(range(round(N_SHARDS * share)), (False, True)):
+            root = address()
+            assert is_told(Cut("PUT", place, for_good), partial(write, root)) == for_good
+            look(root)
+            go_on(root)
+            same(root, folder)
+            os.environ["ACTSTORE_CACHE"] = str(folder.with_name(f"cache-{root.name}"))
+            for read in (rows_of, batch_of):
+                with Store(root) as store:
+                    assert is_told(Cut("GET", place, for_good), partial(read, store)) == for_good
+                    read(store)
+    os.environ["AWS_ENDPOINT_URL"] = s3
+    print("the connection ended in the middle of each shard, put and read, once and for good")
+
+
+def rows_of(store: Store) -> None:
+    """Read all rows, by ranges of the shards."""
+    X, rows = store.read("select token_id, tree_id from tokens", "r", "resid_post.0")
+    assert (X[:, 0] == rows["tree_id"].to_numpy()).all()
+
+
+def batch_of(store: Store) -> None:
+    """Read all rows as one batch, from copies of the shards."""
+    [(X, columns)] = store.batches("select token_id, tree_id from tokens", "r", "resid_post.0", batch_size=1 << 20)
+    assert (X[:, 0] == columns["tree_id"]).all()
+
+
 def go_on(root: Path) -> None:
     """The same run again; this process still lives, so its lost lease is waited for."""
     from actstore.storage.bucket import Bucket
@@ -176,7 +251,7 @@ def race(share: float) -> None:
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--share", type=float, default=1.0, help="of the kills, cuts and keys")
-    options.add_argument("--only", choices=["race", "kills", "cuts"])
+    options.add_argument("--only", choices=["race", "kills", "shards", "cuts"])
     options.add_argument("--write", help=argparse.SUPPRESS)
     asked = options.parse_args()
     if asked.write:
@@ -192,6 +267,8 @@ def main() -> None:
         if asked.only in (None, "kills"):
             kills(beside, round(30 * asked.share))
         bucket.RETRIES["max_retries"] = 1  # or each cut would take a minute
+        if asked.only in (None, "shards"):
+            in_shards(beside, env["AWS_ENDPOINT_URL"], asked.share)
         if asked.only in (None, "cuts"):
             cuts(beside, env["AWS_ENDPOINT_URL"], asked.share)
     print("nothing that was committed was lost, and every object is the file of a store that met nothing")

@@ -139,7 +139,7 @@ def test_stopped_between_files_the_same_command_goes_on_and_repeats_nothing(
     batches_left: int,
 ) -> None:
     """Files are published in this order: metadata, rows, manifest; then of each batch shard and manifest."""
-    root, make, publish, run_batch = copied("trees", "own"), makes["trees"], Local.publish, jobs.run_batch
+    root, make, publish, begin = copied("trees", "own"), makes["trees"], Local.publish, jobs.begin
     published, ran = list[str](), list[int]()
 
     def cut(place: Local, path: str, content: Any) -> Any:
@@ -150,14 +150,14 @@ def test_stopped_between_files_the_same_command_goes_on_and_repeats_nothing(
 
     def counted(job: Ingest, number: int, *more: Any) -> Any:
         ran.append(number)
-        return run_batch(job, number, *more)
+        return begin(job, number, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Local, "publish", cut)
         with pytest.raises(KeyboardInterrupt):
             execute(make(root, ["embed"]))
     assert len(published) == files_published + 1
-    monkeypatch.setattr(jobs, "run_batch", counted)
+    monkeypatch.setattr(jobs, "begin", counted)
     again = make(root, ["embed"])
     there = f"{3 - batches_left} of 3 batches are there"
     assert (there in again.announcement()) == (batches_left < 3)
@@ -187,7 +187,7 @@ def test_what_is_there_is_skipped_and_said(
     assert sum(map(len, files(root).values())) > on_disk
     assert 0.5 * estimated < sum(map(len, shards.values())) + 4_000_000 < 1.5 * estimated
     before = files(root)
-    monkeypatch.setattr(jobs, "run_batch", None)  # nothing is run
+    monkeypatch.setattr(jobs, "begin", None)  # nothing is run
     for sites in ([*OWN[task], "resid_post.1"], ["resid_post.1"], []):
         again = makes[task](root, sites)
         assert again.bytes_left() == 0

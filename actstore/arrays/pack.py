@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from typing import TYPE_CHECKING
 
 import google_crc32c
@@ -34,9 +35,12 @@ class ShardBuffer:
         numbers = self._chunks[:, :-CRC_BYTES].view(encoding.numpy_dtype(layout.dtype))
         self.rows = numbers.reshape(-1, layout.rows_per_chunk, *layout.stored_row_shape)  # [chunk, slot, *row], a view
         self._overflows: torch.Tensor | None = None  # bool []: a number that was put since the last seal was too large
+        self._counting = threading.Lock()  # several threads may put
 
     def put(self, first_row: int, activations: torch.Tensor) -> None:
-        """Copy sequences in, after the first_row sequences that were put before; or rows.
+        """Copy sequences in, so that the first of them is number first_row; or rows.
+
+        Several threads may put, each other sequences.
 
         Args:
             first_row: number of the first sequence's row, or of the first row.
@@ -56,7 +60,8 @@ class ShardBuffer:
             if by_position.shape != rows.shape:  # copy_ would broadcast
                 raise self._misfit(first_row, given)
             rows.copy_(by_position)
-        self.n_put += len(activations)
+        with self._counting:
+            self.n_put += len(activations)
 
     def _encoded(self, activations: torch.Tensor) -> torch.Tensor:
         """What is copied, which the copy rounds to float16 or bfloat16."""
@@ -65,7 +70,8 @@ class ShardBuffer:
             return encoding.quantised(activations)
         if dtype in encoding.TOO_LARGE:
             found = encoding.overflows(activations, dtype)
-            self._overflows = found if self._overflows is None else self._overflows | found
+            with self._counting:
+                self._overflows = found if self._overflows is None else self._overflows | found
         return activations
 
     def _put_rows(self, first_row: int, activations: torch.Tensor, given: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -50,11 +50,14 @@ TOKEN_WORD = re.compile(r"^create type token_word as enum \((.*?)^\);$", re.MULT
 STORAGE_VERSION = "v1.2.0"  # readable by DuckDB 1.2 and later
 
 
-def publish(root: Path, *, from_nothing: bool = False) -> int:
+def publish(root: Path, *, from_nothing: bool = False, wait: Callable[[], None] | None = None) -> int:
     """Bring the catalog up to the last commit.
 
     Args:
         from_nothing: read every part again, and do not trust the present catalog.
+        wait: called when the new catalog has the rows of the commits so far; those that are there
+            when it returns are added, and must only add batches. Not for a place that notes the
+            number of commits.
 
     Returns:
         The snapshot's number: how many commits the catalog holds.
@@ -78,6 +81,14 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
         if held and any(_changes_what_is_held(manifest) for manifest in new):
             held, new = 0, manifests(root, least=held)
 
+        later: list[Manifest] = []
+
+        def further() -> list[Manifest]:
+            if wait is not None:
+                wait()
+                later.extend(manifests(root, after=held + len(new), least=held + len(new)))
+            return later
+
         def write(temporary: Path) -> None:
             try:
                 since = _taken(root, temporary, held) if held else None
@@ -85,16 +96,16 @@ def publish(root: Path, *, from_nothing: bool = False) -> int:
                     with place.local([CATALOG]) as [catalog]:
                         shutil.copyfile(catalog, temporary)
                 temporary.touch()
-                _extend(root, temporary, new if since is None else since, create=not held)
+                _extend(root, temporary, new if since is None else since, not held, further)
                 os.chmod(temporary, 0o444)
                 note_hash(root, temporary, None if usable is None else there)  # none that is damaged
                 (place.keep_earlier if held else place.forget_earlier)(CATALOG)  # or dropped rows would be kept
             finally:
                 discard_beside(at(temporary.parent), temporary.name)
 
-        if new or not held:
+        if new or not held or wait:
             place.swap(CATALOG, write, expected, held + len(new))
-        return held + len(new)
+        return held + len(new) + len(later)
 
 
 @contextmanager
@@ -195,14 +206,30 @@ def _changes_what_is_held(manifest: Manifest) -> bool:
     return manifest.dropped is not None or any(part.table == "vocabularies" for part in manifest.parts)
 
 
-def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
-    """Insert the rows of the given commits into the catalog at path."""
+def _extend(
+    root: Path, path: Path, new: list[Manifest], create: bool, further: Callable[[], list[Manifest]] = list
+) -> None:
+    """Insert the rows of commits into the catalog at path, and then those of further commits."""
     if create:
         path.unlink(missing_ok=True)
-    with duckdb.connect() as connection, ExitStack() as stack:
+    with duckdb.connect() as connection:
         connection.execute(f"attach {located(path)} as new (storage_version '{STORAGE_VERSION}')")
         connection.execute("use new")
         connection.execute("begin")  # one transaction, comments and all: each commit is an fsync
+        _insert(root, connection, new, create)
+        if later := further():
+            _insert(root, connection, later, create=False)
+        new = [*new, *later]
+        before = connection.execute("select log_xxh3_128 from snapshot").fetchall()[0][0]
+        now = "update snapshot set snapshot = snapshot + ?, log_xxh3_128 = ?"
+        connection.execute(now, [len(new), log_hash(new, before)])
+        connection.execute("commit")
+        connection.execute("checkpoint new")
+
+
+def _insert(root: Path, connection: duckdb.DuckDBPyConnection, new: list[Manifest], create: bool) -> None:
+    """Insert the rows of the given commits into the catalog that is attached as `new`."""
+    with ExitStack() as stack:
         parts: dict[str, list[Path]] = {}
         listed = [part for manifest in live(new) for part in manifest.parts]
         for part, file in zip(listed, _parts(root, [part.path for part in listed], stack), strict=True):
@@ -221,11 +248,6 @@ def _extend(root: Path, path: Path, new: list[Manifest], create: bool) -> None:
         if shards := [shard for manifest in live(new) for shard in manifest.shards]:
             connection.register("new_shards", pl.DataFrame([vars(shard) for shard in shards]))
             connection.execute("insert into shards by name select * from new_shards")
-        before = connection.execute("select log_xxh3_128 from snapshot").fetchall()[0][0]
-        now = "update snapshot set snapshot = snapshot + ?, log_xxh3_128 = ?"
-        connection.execute(now, [len(new), log_hash(new, before)])
-        connection.execute("commit")
-        connection.execute("checkpoint new")
 
 
 def _parts(root: Path, paths: Sequence[str], stack: ExitStack) -> Sequence[Path]:

@@ -28,7 +28,7 @@ OUT_OF_MEMORY = re.compile(  # in the words of Python, DuckDB, Arrow, the C++ li
     r"|failed to map segment|can't start new thread|could not spawn threads",
     re.IGNORECASE,
 )
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of mallopt, see malloc.h
 KEPT = 1 << 30  # bytes of freed memory that a process keeps; a forward pass frees some 0.1e9
 FROM_HEAP = 32 << 20  # larger pieces come from the system each time: the most that glibc allows here
 LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of a limit, and not of the file
@@ -75,6 +75,7 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_TRIM_THRESHOLD, KEPT)
         mallopt(M_MMAP_THRESHOLD, FROM_HEAP)
+        mallopt(M_ARENA_MAX, 1)  # or each thread that runs passes frees into an arena of its own, which keeps less
 
 
 def raise_descriptors() -> None:

@@ -88,7 +88,7 @@ def batch_contents(
         of_trees: rows of `trees`, `edges`, `tokens`; empty if another run over the dataset brought
             them.
         of_run: rows of `predictions` and `outcomes`, or of `generations`.
-        arrays: the packed shard of each site, by TransformerLens' name.
+        arrays: the packed shards of sites, by TransformerLens' name.
 
     Raises:
         BadInput: the rows do not fit their tables.
@@ -96,7 +96,7 @@ def batch_contents(
     owners = ((str(plan.dataset["dataset"]), of_trees), (plan.run, of_run))
     parts = [part_content(table, owner, frame, batch) for owner, tables in owners for table, frame in tables.items()]
     names = {site.site: f"{site.path(plan.run)}/{site.layout.shard_name(batch)}" for site in plan.sites}
-    return [*parts, *(Content(path, arrays[site], site=site) for site, path in names.items())]
+    return [*parts, *(Content(path, arrays[site], site=site) for site, path in names.items() if site in arrays)]
 
 
 def part_content(

@@ -7,7 +7,7 @@ published is in no store until a writer commits the manifest that it gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -51,7 +51,7 @@ class Published:
         batch: int,
         first_sequence_id: int,
         n_sequences: int,
-        contents: Sequence[Content],
+        contents: Iterable[Content],
         kind: Literal["batch", "site"] = "batch",
         pool: Executor | None = None,
     ) -> Manifest:
@@ -68,15 +68,17 @@ class Published:
             Damaged: other bytes are published under the name of a file.
         """
         known = {"", *part_types.every_column(), *plan.declared}
-        for content in contents:
+        of_parts, of_shards, begun = list[Content](), list[Content](), list[Future[list[File]]]()
+        for content in contents:  # the pool publishes a shard while the next content is made
             if content.table not in known:
                 raise BadInput(
                     f"nobody declared a table {content.table}; declare it first, with the dataset that it belongs to"
                 )
-        of_parts = [content for content in contents if content.table]
-        of_shards = [content for content in contents if not content.table]
-        published = pool.map(self.other, of_shards) if pool else self.each(self.other, of_shards)
+            (of_parts if content.table else of_shards).append(content)
+            if pool and not content.table:
+                begun.append(pool.submit(self.other, content))
         found = self.each(lambda part: self.part(part, first_sequence_id, n_sequences), of_parts)
+        published = (each.result() for each in begun) if pool else self.each(self.other, of_shards)
         parts = [*chain.from_iterable(found)]
         placed: dict[str, Any] = {"batch": batch, "first_tree_id": first_sequence_id, "n_trees": n_sequences}
         shards = [

@@ -7,7 +7,8 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -97,6 +98,8 @@ class Writer:
         log.sweep(root, self._log)
         catalog_tables.discard_beside(at(root), catalog_tables.CATALOG)
         self._published = Published(root, self._log, lease.check)
+        self._in_catalog = 0  # commits that a catalog of this writer holds
+        self._publishing = threading.Lock()
 
     @property
     def committed(self) -> Sequence[Manifest]:
@@ -117,10 +120,30 @@ class Writer:
 
     def publish(self) -> int:
         """Bring catalog and checkpoint up to the last commit, and return its snapshot number."""
-        self._lease.check()
-        snapshot = build.publish(self.root)
-        checkpoint.write(self.root, self._log)
-        return snapshot
+        with self._publishing:
+            self._lease.check()
+            if not self._log or self._in_catalog != len(self._log):
+                self._in_catalog = build.publish(self.root)
+            checkpoint.write(self.root, self._log)
+            return self._in_catalog
+
+    def publish_after(self, wait: Callable[[], None]) -> None:
+        """Bring the catalog up to the last commit, most of it before that commit is made.
+
+        For a thread of its own; `publish` waits for it.
+
+        Args:
+            wait: called when the rows of the commits so far are in the new catalog; returns when
+                the last batch is committed. If it raises, no catalog is published.
+        """
+
+        def wait_and_check() -> None:
+            wait()
+            self._lease.check()
+
+        if at(self.root).at_once == 1:  # a bucket notes the number of commits before the catalog is made
+            with self._publishing:
+                self._in_catalog = build.publish(self.root, wait=wait_and_check)
 
     def define(self, plan: RunPlan) -> Ids:
         """Commit a run's definition; an equal definition that is committed already is kept.
@@ -187,7 +210,7 @@ class Writer:
         batch: int,
         first_sequence_id: int,
         n_sequences: int,
-        contents: Sequence[Content],
+        contents: Iterable[Content],
         kind: Literal["batch", "site"] = "batch",
         pool: Executor | None = None,
     ) -> None:

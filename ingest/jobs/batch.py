@@ -7,15 +7,18 @@ rows with the same forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import polars as pl
 
 from actstore.arrays.address import Ids
 from actstore.arrays.staged import buffers as buffers_on
 from actstore.errors import BadInput
-from actstore.ingest.jobs.job import Buffers, Ingest
+from actstore.ingest.jobs.job import Buffers, Graded, Ingest
+from actstore.ingest.models.passes import Passes
 from actstore.ingest.task import Drawn
 from actstore.writing.contents import Content, batch_contents
 from actstore.writing.plan import SitePlan
@@ -28,9 +31,8 @@ class Batch:
     Attributes:
         first: ids of the batch's first sequence.
         originals: tree_id of the first tree of the set that a variant set was made from; else None.
-        answers: the rows of `predictions` and `outcomes`, or of `generations`; none if the job does
-            not grade.
-        buffers: the activations; fill them again only after a call of `contents`.
+        graded: gives the answers, and may run passes for that.
+        buffers: the activations; fill them again only after their shards are sealed, see `shards`.
     """
 
     job: Ingest
@@ -38,24 +40,34 @@ class Batch:
     first: Ids
     originals: int | None
     drawn: Drawn
-    answers: dict[str, pl.DataFrame]
+    graded: Graded
     buffers: Buffers
 
     def __len__(self) -> int:
         return len(self.drawn)
 
-    def contents(self) -> list[Content]:
-        """Encode the batch as files: rows of its sequences and its answers, one shard per site."""
+    @cached_property
+    def answers(self) -> dict[str, pl.DataFrame]:
+        """The rows of `predictions` and `outcomes`, or of `generations`.
+
+        None if the job does not grade.
+        """
+        return self.graded()
+
+    def contents(self) -> Iterator[Content]:
+        """Encode the batch as files, one after another.
+
+        One shard per site comes first, and then the rows of its sequences and its answers.
+        """
+        yield from self.shards()
         dataset = str(self.job.plan.dataset["dataset"])
         of_set = {} if self.job.patch else self.drawn.rows(self.first, dataset, self.originals)  # the base run has them
-        return batch_contents(self.job.plan, self.number, of_set, self.answers, self._sealed())
+        yield from batch_contents(self.job.plan, self.number, of_set, self.answers, {})
 
-    def shards(self) -> list[Content]:
+    def shards(self) -> Iterator[Content]:
         """Encode the activations alone, for sites that are added to a run."""
-        return batch_contents(self.job.plan, self.number, {}, {}, self._sealed())
-
-    def _sealed(self) -> dict[str, memoryview]:
-        return {site.site: self._seal(site) for site in self.job.plan.sites}
+        for site in self.job.plan.sites:
+            yield from batch_contents(self.job.plan, self.number, {}, {}, {site.site: self._seal(site)})
 
     def _seal(self, site: SitePlan) -> memoryview:
         """The shard of one site.
@@ -71,6 +83,48 @@ class Batch:
                 f"{site.short} of batch {self.number} cannot be stored as {site.layout.dtype}: {error}; store it as {wider} "
                 f"(--dtype), under another name (--run): {self.job.kept()}"
             ) from error
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A batch whose passes are queued, or none of it is done yet; see `begin`."""
+
+    job: Ingest
+    number: int
+    drawn: Any
+    buffers: Buffers
+    passes: Passes
+    found: Iterator[Any]
+
+    def finish(
+        self, first: Ids, originals: int | None, advance: Callable[[int], None] = lambda sequences: None
+    ) -> Batch:
+        """Run the model over what is left of the batch.
+
+        Args:
+            first, originals, advance: see run_batch.
+        """
+        job, start = self.job, self.drawn.start
+        of_batch = first.of_batch(job.plan.dataset, self.number, start)
+        done = lambda sequences: advance(sequences - start)  # noqa: E731
+        graded = job.answers(self.drawn, of_batch, self.buffers, done, self.passes, self.found)
+        for site in job.plan.sites:
+            self.buffers[site.site].hand_over()
+        batch = Batch(job, self.number, of_batch, originals, self.drawn, graded, self.buffers)
+        if self.passes.at_once == 1:
+            _ = batch.answers  # by this thread, since no other may use the model
+        return batch
+
+
+def begin(job: Ingest, number: int, buffers: Buffers, passes: Passes) -> Begun:
+    """Draw a batch of sequences, and queue its passes where two run at once.
+
+    Args:
+        buffers: receive the activations, one for each site or more.
+        passes: runs them.
+    """
+    drawn = job.sequences.drawn(number)
+    return Begun(job, number, drawn, buffers, passes, job.begin(drawn, buffers, passes))
 
 
 def run_batch(
@@ -89,14 +143,9 @@ def run_batch(
         buffers: receive the activations, one for each site or more; default: new buffers.
         advance: called with the number of sequences of the batch done so far.
     """
-    drawn = job.sequences.drawn(number)
     layouts = {site.site: site.layout for site in job.plan.sites}
     into = buffers_on(layouts, job.device) if buffers is None else buffers
-    of_batch = first.of_batch(job.plan.dataset, number, drawn.start)
-    answers = job.answers(drawn, of_batch, into, lambda done: advance(done - drawn.start))
-    for site in layouts:
-        into[site].hand_over()
-    return Batch(job, number, of_batch, originals, drawn, answers, into)
+    return begin(job, number, into, Passes(job.model)).finish(first, originals, advance)
 
 
 def files(job: Ingest, number: int, first: Ids, originals: int | None = None) -> dict[str, bytes]:

@@ -10,7 +10,9 @@ from dataclasses import replace
 from actstore.arrays.address import Ids
 from actstore.arrays.staged import buffers, is_staged
 from actstore.errors import HalvedBatch, LimitReached
+from actstore.ingest.jobs.batch import begin
 from actstore.ingest.jobs.job import Buffers, Ingest
+from actstore.ingest.models.passes import Passes
 from actstore.writing.committed import committed_run
 
 N_THREADS = 6  # two wait for a batch each, and four publish: the disk is busy while one of them hashes
@@ -78,7 +80,7 @@ def _fits(job: Ingest) -> bool:
 
     try:
         sets = buffer_sets(job, {site.site for site in job.plan.sites}, min(n_sets(job), job.n_batches))
-        job.answers(job.sequences.drawn(0), Ids(0, 0), sets[0], _stop)
+        begin(job, 0, sets[0], Passes(job.model)).finish(Ids(0, 0), None, _stop)
     except _Passed:
         return True
     except torch.OutOfMemoryError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from actstore.ingest.models.config import ModelConfig, there_are
 from actstore.ingest.models.forward import activations as activations_of
 from actstore.ingest.models.forward import forward
 from actstore.ingest.models.load import Model
+from actstore.ingest.models.passes import Passes
 from actstore.ingest.models.sites import SiteSpec
 from actstore.ingest.task import Sequences
 from actstore.ingest.trees.draw import concatenate
@@ -52,6 +53,7 @@ BYTES_PER_TOKEN_ROW = {"trees": 20, "tokens": 60}  # in parts and catalog, with 
 MOST_AT_ONCE = 128  # sequences per forward pass: 64 to 128 trees are the quickest on a CPU
 TOKENS_AT_ONCE = 4096  # of a forward pass over text: logits of 50,000 words take 0.8 GB
 Buffers = Mapping[str, Any]  # TransformerLens name of a site → its ShardBuffer, or what takes its place
+Graded = Callable[[], dict[str, pl.DataFrame]]  # gives the rows of a batch's answers
 
 
 @dataclass
@@ -277,7 +279,46 @@ class Ingest:
         skipped = f" ({', '.join(there)} {'is' if len(there) == 1 else 'are'} there already)" if there else ""
         return f"adds {', '.join(more)}{skipped}"
 
-    def answers(self, drawn: Any, first: Ids, into: Buffers, advance: Callable[[int], None]) -> dict[str, pl.DataFrame]:
+    def begin(self, drawn: Any, into: Buffers, passes: Passes) -> Iterator[Any]:
+        """Queue the passes over a batch, if `passes` runs two at once.
+
+        Args:
+            drawn: the batch, as the set of sequences draws it.
+            into: receives the activations.
+            passes: runs them.
+
+        Returns:
+            What `answers` needs of each pass.
+        """
+        if self.of_text or self.patch is not None or self.generator is not None:
+            return iter(())
+        import torch
+
+        from actstore.ingest.answers import tree_paths
+
+        ids, words = torch.from_numpy(self.model.config.vocabulary.encode(drawn.words)).to(self.device), drawn.words
+
+        def run(model: Model, rows: slice) -> tuple[np.ndarray, np.ndarray] | None:
+            def take(spec: SiteSpec, activations: torch.Tensor) -> None:
+                into[spec.name].put(rows.start, activations)
+
+            if not self.grades or self.asked is None:
+                activations_of(model, ids[rows], self.specs, take)
+                return None
+            logits = forward(model, ids[rows], self.specs, take)
+            return tree_paths.predictions(model, words[rows], tree_paths.of_steps(words[rows], logits))
+
+        return passes.each(run, self._passes(len(ids)))
+
+    def answers(
+        self,
+        drawn: Any,
+        first: Ids,
+        into: Buffers,
+        advance: Callable[[int], None],
+        passes: Passes | None = None,
+        found: Iterable[Any] = (),
+    ) -> Graded:
         """Run the model over one batch.
 
         Args:
@@ -285,50 +326,45 @@ class Ingest:
             first: ids of the batch's first sequence.
             into: receives the activations.
             advance: called with the number of sequences of the set done so far.
+            passes, found: of a job without edits: what runs its passes, and what `begin` gave.
 
         Returns:
-            The rows of `predictions` and `outcomes`, or of `generations`; none without `grades`
-            or `asked`.
+            A function that gives the rows of `predictions` and `outcomes`, or of `generations`;
+            none without `grades` or `asked`.
         """
         if self.patch is not None:
             assert not isinstance(self.asked, Continued)
             patch = self.patch if self.grades else replace(self.patch, greedy=False)
             run_edited = patch.run_text if self.of_text else patch.run_trees
-            return run_edited(
+            rows = run_edited(
                 self.model, self.specs, drawn, first, self.per_pass, self.asked, self.plan.run, into, advance
             )
-        if isinstance(self.asked, Continued):
-            return self._text_continuations(drawn, first, advance)
-        if self.of_text:
+        elif isinstance(self.asked, Continued):
+            rows = self._text_continuations(drawn, first, advance)
+        elif self.of_text:
             options = (self.per_pass, self.asked if self.grades else None, self.plan.run)
-            return run_text(self.model, self.specs, drawn, first, into, *options, advance)
-        return (self._continuations if self.generator else self._predictions)(drawn, first.sequence_id, into, advance)
+            rows = run_text(self.model, self.specs, drawn, first, into, *options, advance)
+        elif self.generator:
+            rows = self._continuations(drawn, first.sequence_id, advance)
+        else:
+            assert passes is not None
+            given = []
+            for pass_over, predicted in zip(self._passes(len(drawn.words)), found, strict=True):
+                given.append(predicted)
+                advance(drawn.start + pass_over.stop)
+            return partial(self._predictions, drawn, first.sequence_id, given, passes)
+        return lambda: rows
 
     def _predictions(
-        self, drawn: TreesDrawn, first_tree_id: int, into: Buffers, advance: Callable[[int], None]
+        self, drawn: TreesDrawn, first_tree_id: int, given: Sequence[Any], passes: Passes
     ) -> dict[str, pl.DataFrame]:
-        import torch
-
+        """Grade what the passes over a batch gave."""
         from actstore.ingest.answers import tree_paths
 
-        ids = torch.from_numpy(self.model.config.vocabulary.encode(drawn.words)).to(self.device)
-        given = []
-        for rows in self._passes(len(ids)):
-
-            def take(spec: SiteSpec, activations: torch.Tensor, at: int = rows.start) -> None:
-                into[spec.name].put(at, activations)
-
-            if self.grades and self.asked is not None:
-                logits = forward(self.model, ids[rows], self.specs, take)
-                words = drawn.words[rows]
-                given.append(tree_paths.predictions(self.model, words, tree_paths.of_steps(words, logits)))
-            else:
-                activations_of(self.model, ids[rows], self.specs, take)
-            advance(drawn.start + rows.stop)
-        if not given:
+        if None in given:
             return {}
         predicted, p_target = map(np.concatenate, zip(*given, strict=True))
-        next_word = tree_paths.next_words(self.model, self.per_pass)
+        next_word = tree_paths.next_words(passes.model, self.per_pass)
         graded = tree_paths.graded(drawn.words, predicted, p_target, next_word)
         return {
             "predictions": tree_paths.prediction_rows(graded, self.plan.run, first_tree_id),
@@ -336,7 +372,7 @@ class Ingest:
         }
 
     def _continuations(
-        self, drawn: TreesDrawn, first_tree_id: int, into: Buffers, advance: Callable[[int], None]
+        self, drawn: TreesDrawn, first_tree_id: int, advance: Callable[[int], None]
     ) -> dict[str, pl.DataFrame]:
         from actstore.ingest.answers import continuations
 

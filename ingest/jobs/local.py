@@ -3,35 +3,43 @@
 While the model runs over one batch, the thread encodes and commits the batch before. The last
 batch's shards are published several at a time, since no model runs beside them. Memory holds two
 batches of the chosen sites, or three where a GPU computes them, for any number of sequences.
+
+Where two passes run at once (see models/passes.py), the passes over the next batch are queued
+before the last ones over a batch are done, the thread that commits also grades, and the first batch
+is begun while a new store is made.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 from actstore.arrays.address import Ids
 from actstore.arrays.staged import is_staged
 from actstore.errors import ComputedOtherwise
-from actstore.ingest.jobs.batch import Batch, run_batch
+from actstore.ingest.jobs.batch import Batch, Begun, begin
 from actstore.ingest.jobs.gpu import N_THREADS, buffer_sets, fitting, n_sets, within_memory
 from actstore.ingest.jobs.job import Ingest
-from actstore.storage.at import check_room
+from actstore.ingest.models.passes import Passes, side_by_side
+from actstore.storage.at import at, check_room
 from actstore.writing.committed import lacking
 from actstore.writing.contents import Content, part_content
 from actstore.writing.writer import Writer, open_writer
 
+LAST_PASSES, BATCHES_PER_PASS = 2, 4  # the last catalog is begun before so many passes; it takes four batches in one
 N_LAST = 4  # threads that publish the last batch: one waits for the disk while another hashes
 Kind = Literal["batch", "site"]
 Advance = Callable[[int, int], None]  # (sequences done, of how many); first with those that were there before
+Contents = Callable[[], Iterable[Content]]  # makes the files of a batch
 # stores a batch: its files, its kind, the batch before, and who publishes several shards at once
-Store = Callable[[Batch, "Future[list[Content]]", Kind, "Future[None] | None", "Executor | None"], None]
+Store = Callable[[Batch, Contents, Kind, "Future[None] | None", "Executor | None"], None]
 
 
 def execute(job: Ingest, advance: Advance = lambda done, total: None) -> None:
@@ -55,14 +63,33 @@ def execute(job: Ingest, advance: Advance = lambda done, total: None) -> None:
     """
     job = fitting(job)
     check_room(job.store, job.bytes_left(), f"run {job.plan.run!r}")
-    with open_writer(job.store, make=True, wait=job.wait) as writer:
-        originals = job.originals(writer.rows_of("datasets"))
-        first = writer.define(job.plan)
-        held = writer.sites_of(job.plan.run)
-        commits = _Commits(writer, job.publish_every)
-        left = lacking(job.plan, held)
-        done = Done(job, range(job.n_batches), left, advance)
-        run_batches(job, left, held, first, originals, commits.commit, partial(compare, writer.agrees), done)
+    with passes_of(job) as passes:
+        early = _early(job, passes)
+        with open_writer(job.store, make=True, wait=job.wait) as writer:
+            originals = job.originals(writer.rows_of("datasets"))
+            first = writer.define(job.plan)
+            held = writer.sites_of(job.plan.run)
+            left = lacking(job.plan, held)
+            done = Done(job, range(job.n_batches), left, advance)
+            agrees = partial(compare, writer.agrees)
+            with _Commits(writer, job.publish_every, len(left)) as commits:
+                run_batches(
+                    job, left, held, first, originals, commits.commit, agrees, done, passes, commits.begin_last, early
+                )
+
+
+def passes_of(job: Ingest) -> Passes:
+    """What runs a job's forward passes, two at once where that is quicker."""
+    is_plain = job.patch is None and job.generator is None
+    return Passes(job.model, side_by_side(job.model) if is_plain else 1)
+
+
+def _early(job: Ingest, passes: Passes) -> Begun | None:
+    """The first batch of a store that is yet to be made, with its passes queued, or none."""
+    if passes.at_once == 1 or at(job.store).has("store.json"):
+        return None
+    [buffers] = buffer_sets(job, {site.site for site in job.plan.sites}, 1)
+    return begin(job, 0, buffers, passes)
 
 
 class Done:
@@ -102,6 +129,9 @@ def run_batches(
     store: Store,
     compare: Callable[[Batch], None],
     progress: Done,
+    passes: Passes,
+    ending: Callable[[], None] = lambda: None,
+    early: Begun | None = None,
 ) -> None:
     """Compute batches one after another, while one thread stores those before.
 
@@ -113,55 +143,115 @@ def run_batches(
         store: stores a batch.
         compare: called with the first batch, if sites are added to it.
         progress: is told how far the batches are.
+        passes: runs the forward passes.
+        ending: called when few passes are left, and after each pass from then on; see LAST_PASSES.
+        early: a batch that is begun, with all sites; it is used if it is the first that is left.
     """
     needed = {name for sites in left.values() for name in sites}
+    if early is not None and (held or early.number != next(iter(left), None)):  # another process was at work
+        early = None
     # a GPU computes ahead of this process, so that threads of their own encode for it
     threads = ThreadPoolExecutor(N_THREADS, "encode") if is_staged(job.device) else nullcontext()
     last = ThreadPoolExecutor(N_LAST, "last")
     with within_memory(job), threads as encoding, last, ThreadPoolExecutor(1, "commit") as storing:
-        sets = buffer_sets(job, needed, min(n_sets(job), len(left)))
+        sets = [early.buffers] if early else []
+        sets += buffer_sets(job, needed, min(n_sets(job), len(left)) - len(sets))
         done: list[Future[None]] = []
-        for turn, (number, sites) in enumerate(left.items()):
-            if turn >= len(sets):
-                done[turn - len(sets)].result()  # its buffers are filled again
-            is_added = number in held
-            of_these = job.over(sites, grades=turn == 0) if is_added else job
-            batch = run_batch(of_these, number, first, originals, sets[turn % len(sets)], progress.within(number))
+
+        def finish(begun: Begun) -> None:
+            number, turn, is_added = begun.number, len(done), begun.number in held
+            is_last, within = turn == len(left) - 1, progress.within(number)
+
+            def advance(sequences: int) -> None:
+                within(sequences)
+                n_passes = (len(begun.drawn) - sequences) / job.per_pass
+                if is_last and n_passes <= LAST_PASSES + len(left) / BATCHES_PER_PASS:
+                    ending()
+
+            batch = begun.finish(first, originals, advance)
             progress.whole(number)
             if turn == 0 and is_added:
                 compare(batch)
-            contents = (encoding or storing).submit(batch.shards if is_added else batch.contents)
+            contents: Contents = batch.shards if is_added else batch.contents
+            if encoding:
+                contents = encoding.submit(list, contents()).result
             before = done[-1] if done else None
-            pool = encoding or (last if turn == len(left) - 1 else None)
+            pool = encoding or (last if is_last else None)
             done.append(storing.submit(store, batch, contents, "site" if is_added else "batch", before, pool))
+
+        under_way = deque[Begun]()
+        for turn, (number, sites) in enumerate(left.items()):
+            if turn >= len(sets):
+                done[turn - len(sets)].result()  # its buffers are filled again
+            if early and turn == 0:
+                under_way.append(early)
+            else:
+                of_these = job.over(sites, grades=turn == 0) if number in held else job
+                under_way.append(begin(of_these, number, sets[turn % len(sets)], passes))
+            if len(under_way) == passes.at_once:
+                finish(under_way.popleft())
+        while under_way:
+            finish(under_way.popleft())
         for stored in done:
             stored.result()
 
 
-@dataclass
 class _Commits:
-    """Commits batches one after another, and publishes the catalog from time to time."""
+    """Commits batches one after another, and publishes the catalog from time to time.
 
-    writer: Writer
-    publish_every: float
-    published: float = field(default_factory=time.monotonic)
+    A context manager.
+
+    Args:
+        writer: the store's.
+        publish_every: seconds between two catalogs.
+        n_batches: batches that will be committed.
+    """
+
+    def __init__(self, writer: Writer, publish_every: float, n_batches: int) -> None:
+        self._writer, self._publish_every, self._n_left = writer, publish_every, n_batches
+        self._published = time.monotonic()
+        self._last: Future[None] | None = None  # the catalog of the last batch
+        self._committed: Future[None] = Future()  # the last batch
+        self._thread, self._choosing = ThreadPoolExecutor(1, "catalog"), threading.Lock()
+
+    def __enter__(self) -> _Commits:
+        """Nothing is to be done."""
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Wait for the last catalog, which is discarded if the last batch was not committed.
+
+        If the catalog failed, `Writer.publish` makes it again, or says why it cannot.
+        """
+        self._committed.cancel()  # unless it is done
+        self._thread.shutdown()
+
+    def begin_last(self) -> None:
+        """Begin the last catalog, in a thread of its own, with the rows of the batches before.
+
+        DuckDB returns memory that this process freed to the system, after half a second without
+        work and when it is closed. Passes that still run then take its pages anew, so that the
+        catalog is best begun shortly before the last pass ends.
+        """
+        with self._choosing:
+            if self._last is None:
+                self._last = self._thread.submit(self._writer.publish_after, self._committed.result)
 
     def commit(
-        self,
-        batch: Batch,
-        contents: Future[list[Content]],
-        kind: Kind,
-        before: Future[None] | None,
-        pool: Executor | None,
+        self, batch: Batch, contents: Contents, kind: Kind, before: Future[None] | None, pool: Executor | None
     ) -> None:
         """Commit a batch, unless the commit before failed; see Store."""
         if before is not None:
             before.result()
-        if time.monotonic() - self.published > self.publish_every:
-            self.writer.publish()
-            self.published = time.monotonic()
+        with self._choosing:  # the last catalog waits for the last batch, and no other one may wait for that catalog
+            if self._last is None and time.monotonic() - self._published > self._publish_every:
+                self._writer.publish()
+                self._published = time.monotonic()
         plan, first = batch.job.plan, batch.first.sequence_id
-        self.writer.commit_batch(plan, batch.number, first, len(batch), contents.result(), kind, pool)
+        self._writer.commit_batch(plan, batch.number, first, len(batch), contents(), kind, pool)
+        self._n_left -= 1
+        if self._n_left == 0:
+            self._committed.set_result(None)
 
 
 def compare(agrees: Callable[[Content], bool], batch: Batch) -> None:

@@ -158,7 +158,7 @@ class Worker:
         try:
             with self._computing:
                 batch = run_batch(job, number, self._asked.first, self._asked.originals, buffers)
-                contents = batch.shards() if is_added else batch.contents()
+                contents = [*(batch.shards() if is_added else batch.contents())]
             first, kind = batch.first.sequence_id, "site" if is_added else "batch"
             made = self._published.batch(job.plan, number, first, len(batch), contents, kind)  # type: ignore[arg-type]
             return made.to_json()

@@ -476,7 +476,7 @@ def _ran(
             continue
         kept = {site.site: Kept(site.layout) for site in job.plan.sites}
         of_batch = first.of_batch(origin.dataset, batch, drawn.start)
-        yield drawn, kept, job.answers(drawn, of_batch, kept, lambda done: None)
+        yield drawn, kept, job.answers(drawn, of_batch, kept, lambda done: None)()
 
 
 def _measured(measure: pl.DataFrame) -> pl.DataFrame:

@@ -23,10 +23,9 @@ from actstore.ingest.jobs.batch import Batch
 from actstore.ingest.jobs.environment import environment
 from actstore.ingest.jobs.gpu import fitting
 from actstore.ingest.jobs.job import Ingest
-from actstore.ingest.jobs.local import Advance, Done, Kind, compare, run_batches
+from actstore.ingest.jobs.local import Advance, Contents, Done, Kind, compare, passes_of, run_batches
 from actstore.storage.at import at, check_room
 from actstore.writing.committed import lacking, new_sites, sites_of, stored_dataset, stored_run
-from actstore.writing.contents import Content
 from actstore.writing.parts import rows_committed
 from actstore.writing.published import Published
 from actstore.writing.slices import commit
@@ -152,16 +151,18 @@ def execute_slice(job: Ingest, which: Slice, advance: Advance = lambda done, tot
         cluster.refuse_otherwise(f"slice {which}", here, f"the slices of run {plan.run!r} began with", first, also)
         published = Published(root, found.committed)
         row = next(row for row in found.datasets.to_dicts() if row["dataset"] == plan.dataset["dataset"])
-        run_batches(
-            job,
-            mine,
-            found.held,
-            Ids.of_dataset(row),
-            job.originals(found.datasets),
-            partial(_publish, published, found.defined),
-            partial(compare, published.agrees),
-            Done(job, every, mine, advance),
-        )
+        with passes_of(job) as passes:
+            run_batches(
+                job,
+                mine,
+                found.held,
+                Ids.of_dataset(row),
+                job.originals(found.datasets),
+                partial(_publish, published, found.defined),
+                partial(compare, published.agrees),
+                Done(job, every, mine, advance),
+                passes,
+            )
     found = _Found.of(job) or found
     n_left = len(found.left(job))
     if not n_left and plan.run in pending.runs(root):
@@ -196,7 +197,7 @@ def _publish(
     published: Published,
     defined: Manifest,
     batch: Batch,
-    contents: Future[list[Content]],
+    contents: Contents,
     kind: Kind,
     before: Future[None] | None,
     pool: Executor | None,
@@ -205,5 +206,5 @@ def _publish(
     if before is not None:
         before.result()
     plan, first = batch.job.plan, batch.first.sequence_id
-    made = published.batch(plan, batch.number, first, len(batch), contents.result(), kind, pool)
+    made = published.batch(plan, batch.number, first, len(batch), contents(), kind, pool)
     pending.record(published.root, defined, made)

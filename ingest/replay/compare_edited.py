@@ -61,7 +61,7 @@ def compare_edited(
         if not len(edited):
             continue
         of_batch = first.of_batch(job.plan.dataset, batch, drawn.start)
-        answers = rerun.answers(drawn, of_batch, kept, lambda done: None)
+        answers = rerun.answers(drawn, of_batch, kept, lambda done: None)()
         if "predictions" in answers:
             ours.append(answers["predictions"])
         for sequence in edited.tolist():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import email.utils
 import http.client
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Fault = str  # "refuse" (nothing is sent on), "lost" (done, and no answer), "torn" (half of a body), a status such as "409", or ""
@@ -23,6 +25,7 @@ class Cutting(ThreadingHTTPServer):
     told = ""  # what the server says beside a status that it answers with
     count: Callable[[str], None]  # takes the kind of each request, see kind_of
     delay = 0.0  # seconds before each request is sent on
+    ahead = 0.0  # seconds by which the server's clock, as its answers have it, is ahead of this machine's
     bytes_per_second = 0.0  # of a body, of the answer or of the request; 0: as fast as it comes
 
 
@@ -72,11 +75,16 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "lost":
             return self._drop()
         headers = [
-            (name, value)
+            (name, self._later(value) if name.lower() == "last-modified" else value)
             for name, value in answer.getheaders()
             if name.lower() not in ("transfer-encoding", "connection")
         ]
         return self._answer(answer.status, headers, content, fault == "torn")
+
+    def _later(self, when: str) -> str:
+        return email.utils.format_datetime(
+            email.utils.parsedate_to_datetime(when) + timedelta(seconds=self.server.ahead), usegmt=True
+        )
 
     def _body(self, size: int) -> bytes:
         if not (speed := self.server.bytes_per_second):

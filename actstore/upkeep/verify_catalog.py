@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, suppress
+from itertools import islice
 from pathlib import Path
 
 import duckdb
@@ -131,9 +132,12 @@ def _rows_that_differ(root: Path, manifests: list[Manifest], connection: duckdb.
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]
         types = dict(part_types.tables()["shards"])
         connection.register("shards_committed", pl.DataFrame(shards, schema=types))
-        for table in witness.tables_held(connection):
-            paths = [part.path for manifest in committed for part in manifest.parts if part.table == table]
-            parts = list(copies.enter_context(at(root).local(paths)))
+        paths: dict[str, list[str]] = {table: [] for table in witness.tables_held(connection)}
+        for part in (part for manifest in committed for part in manifest.parts if part.table in paths):
+            paths[part.table].append(part.path)
+        there = iter(copies.enter_context(at(root).local([path for of_table in paths.values() for path in of_table])))
+        for table, of_table in paths.items():
+            parts = list(islice(there, len(of_table)))
             if parts or (table == "shards" and shards):
                 source = "shards_committed" if table == "shards" else None
                 source = source or tables.source(connection, table, parts, "there.datasets")

@@ -55,16 +55,16 @@ def rows() -> list[Row]:
             for path in sorted(root.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
     sizes = " / ".join(f"{n:,}" for n in SIZES)
-    return [Row(f"{what}, {sizes} trees", " / ".join(map(_figure, took)), "") for what, took in seconds.items()]
+    return [Row(f"{what}, {sizes} trees", " / ".join(map(figure, took)), "") for what, took in seconds.items()]
 
 
 def measured(root: Path) -> dict[str, float]:
     """Seconds of each act on a planted store, in the middle of some; the first commit, which copies, is left out."""
     found = {}
-    _label(root)
-    for what, act in {"a label, committed": _label, f"a run of {N_SMALL} trees, committed": _small}.items():
+    label(root)
+    for what, act in {"a label, committed": label, f"a run of {N_SMALL} trees, committed": _small}.items():
         found[what] = median([timed(partial(act, root))[0] for _ in range(ROUNDS)])
-    found["an opening"] = median([timed(partial(_open, root))[0] for _ in range(ROUNDS)])
+    found["an opening"] = median([timed(partial(open_and_close, root))[0] for _ in range(ROUNDS)])
     with Store(root) as store:
         some = store.sql(f"select token_id from tokens where dataset = 'd-r' using sample {N_READ} rows (reservoir, 0)")
         ids = some["token_id"].sort().to_numpy()
@@ -79,15 +79,18 @@ def measured(root: Path) -> dict[str, float]:
     return found
 
 
-def _figure(seconds: float) -> str:
+def figure(seconds: float) -> str:
+    """Milliseconds, as a table shows them."""
     return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.0095 else f"{1e3 * seconds:.1f} ms"
 
 
-def _open(root: Path) -> None:
+def open_and_close(root: Path) -> None:
+    """An opening of a store."""
     Store(root).close()
 
 
-def _label(root: Path) -> None:
+def label(root: Path) -> None:
+    """Label two tokens, in one commit."""
     with Store(root) as store:
         store.label(f"label_{next(_numbers)}", store.sql("select token_id, 1 as x from tokens limit 2"))
 
@@ -139,4 +142,4 @@ if __name__ == "__main__":
         plant(path, int(sys.argv[2]))
     else:
         for what, took in measured(path).items():
-            print(f"{what}: {_figure(took)}")
+            print(f"{what}: {figure(took)}")

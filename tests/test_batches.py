@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -325,6 +326,33 @@ def test_trees_that_are_not_ingested_yet_are_refused(tmp_path):
     second.store(tmp_path / "s.act", [0])
     with Store(tmp_path / "s.act") as store, pytest.raises(NotStored, match="not ingested yet"):
         store.batches("select token_id from tokens", "b")
+
+
+@pytest.mark.parametrize("query", [QUERY, QUERY.replace("order by place", "order by token_id")])
+def test_ids_are_looked_up_in_blocks_and_the_order_is_that_of_one_block(store, query, monkeypatch):
+    whole = list(store.batches(query, batch_size=50, window=60))
+    monkeypatch.setattr(batching, "IDS_AT_ONCE", 7)
+    assert same(whole, list(store.batches(query, batch_size=50, window=60)))
+    for wrong in (99, 199):
+        with pytest.raises(
+            NotStored, match=f"for 2 of {len(store.sql(query)) + 2:,} token ids, the first being {wrong * 256} "
+        ):
+            store.batches(f"select token_id from ({query}) union all select {wrong} * 256 union all select 199 * 256")
+    with pytest.raises(NotStored, match=r"for 1 of 21 token ids, the first being 18 .*padding"):
+        store.batches("select tree_id * 256 as token_id from trees union all select 18")
+
+
+def test_an_ids_share_of_memory_is_small(store, monkeypatch):
+    """A hundred million ids are to fit: before, what is computed of them on the way took 80 bytes each."""
+    monkeypatch.setattr(batching, "IDS_AT_ONCE", 2**12)
+    ids = np.repeat(store.sql("select token_id from tokens order by token_id")["token_id"].to_numpy(), 1000)
+    store.batches(ids[:10])
+    tracemalloc.start()
+    try:
+        store.batches(ids)
+        assert tracemalloc.get_traced_memory()[1] / len(ids) < 16
+    finally:
+        tracemalloc.stop()
 
 
 MEMORY = """

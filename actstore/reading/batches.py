@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from actstore.arrays.site import Reader, not_stored
-from actstore.errors import BadInput, Damaged
+from actstore.errors import BadInput, Damaged, NotStored
 from actstore.reading import activations
 from actstore.reading.rows import read_ids
 from actstore.reading.sites import open_site, shard_hashes
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from actstore.reading.opened import Opened
 
 ROWS_AT_ONCE = 2**14
+IDS_AT_ONCE = 2**20  # that are looked up: what is computed of them on the way takes 50 bytes each
 SIGNED: dict[Any, Any] = {pl.UInt16: pl.Int32, pl.UInt32: pl.Int64}  # torch can hardly compute with these
 TENSORS = (pl.Boolean, pl.UInt8, pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt64, pl.Float32, pl.Float64)
 
@@ -233,10 +234,21 @@ class _Shuffled:
 
     def __init__(self, ids: np.ndarray, site: Reader, seed: int, window: int) -> None:
         self.seed, self.window = seed, window
-        self.by_id = np.argsort(ids, kind="stable")
-        shard = site.layout.shard_of(ids[self.by_id] - site.first_token_id)
-        self.starts = np.flatnonzero(np.diff(shard, prepend=-1))
+        self.by_id = None if np.all(ids[:-1] <= ids[1:]) else np.argsort(ids, kind="stable")  # None: in order already
+        self.starts = self._starts(ids, site)
         self.lengths = np.diff(self.starts, append=len(ids))
+
+    def _starts(self, ids: np.ndarray, site: Reader) -> np.ndarray:
+        """int64 [n_shards]: the place of each shard's first id among the sorted ids."""
+        found, last = [np.empty(0, np.int64)], -1
+        for start in range(0, len(ids), IDS_AT_ONCE):
+            places = slice(start, start + IDS_AT_ONCE)
+            shard = site.layout.shard_of(
+                ids[places if self.by_id is None else self.by_id[places]] - site.first_token_id
+            )
+            found.append(start + np.flatnonzero(np.diff(shard, prepend=last)))
+            last = int(shard[-1])
+        return np.concatenate(found)
 
     def epoch(self, epoch: int) -> _Epoch:
         return _ShuffledEpoch(self, epoch)
@@ -256,7 +268,8 @@ class _ShuffledEpoch(_Epoch):
         lengths = self._order.lengths[shards]
         begins = np.cumsum(lengths) - lengths
         places = np.repeat(self._order.starts[shards] - begins, lengths) + np.arange(end - start)
-        return self._order.by_id[places[_permutation(end - start, self._order.seed, self._epoch, 1 + window)]]
+        drawn = places[_permutation(end - start, self._order.seed, self._epoch, 1 + window)]
+        return drawn if self._order.by_id is None else self._order.by_id[drawn]
 
 
 def _permutation(n: int, seed: int, epoch: int, draw: int) -> np.ndarray:
@@ -307,16 +320,24 @@ def _refuse_what_is_not_there(store: Opened, readers: Sequence[Reader], ids: np.
     """
     if not len(ids):
         return
+    blocks = [slice(start, start + IDS_AT_ONCE) for start in range(0, len(ids), IDS_AT_ONCE)]
     for reader in readers:
-        reader.places(ids)
+        try:
+            for block in blocks:
+                reader.places(ids[block])
+        except NotStored:
+            reader.places(ids)  # which counts them all
+            raise
     known = store.sql(
         "select first_token_id, first_token_id + n_tokens from sequences where first_token_id + n_tokens > $first "
         "and first_token_id <= $last order by first_token_id",
         {"first": int(ids.min()), "last": int(ids.max())},
     )
     first, stop = (known[:, column].to_numpy() for column in (0, 1))
-    before = np.searchsorted(first, ids, "right") - 1
-    padding = (before < 0) | (ids >= stop[before]) if len(first) else np.ones(len(ids), bool)
+    padding = np.ones(len(ids), bool)
+    for block in blocks if len(first) else []:
+        before = np.searchsorted(first, ids[block], "right") - 1
+        padding[block] = (before < 0) | (ids[block] >= stop[before])
     if padding.any():
         raise not_stored(readers[0].where, ids, padding, f"padding, past its {readers[0].of_what}'s last token")
 

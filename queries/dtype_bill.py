@@ -35,7 +35,7 @@ from actstore.queries import load
 from actstore.queries.causes import ENDS, TOKENS, answered, by_tree, log, mean_over_trees, some
 from actstore.queries.figures import GREY, by_site, entitle, heading, legend, most, panels, points
 from actstore.queries.pairs import BEFORE, Contrast, pairs_of
-from actstore.queries.probes.fit import MAX_ITER, Whitening, fit_all
+from actstore.queries.probes.fit import MAX_ITER, Sides, fit_all
 from actstore.queries.probes.study import QUERY, check_enough, labels_by_role, sites_to_probe
 from actstore.queries.study import (
     Answer,
@@ -312,7 +312,7 @@ class _Base:
 
     def _probed(self, X: np.ndarray, role: str, train: np.ndarray) -> dict[str, np.ndarray]:
         """Label → bool [n_test]: which test rows a probe of these rows gets right."""
-        whitened, tokens = Whitening.of(X[train])(X), self._asked.tokens[role]
+        whitened, tokens = Sides.whitened(X, train), self._asked.tokens[role]
         jobs = [(whitened, tokens[label].to_numpy().astype(np.int64)) for label in self._asked.labels[role]]
         return {label: fit.right for label, fit in zip(self._asked.labels[role], fit_all(jobs, train), strict=True)}
 

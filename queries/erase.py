@@ -37,7 +37,7 @@ from actstore.queries.last_edge import interval
 from actstore.queries.leace import Erasure
 from actstore.queries.probes.asked import Asked
 from actstore.queries.probes.figures import LABELS
-from actstore.queries.probes.fit import MAX_ITER, Whitening, control_labels, fit_all
+from actstore.queries.probes.fit import MAX_ITER, Sides, Whitening, control_labels, fit_all
 from actstore.queries.probes.labelled import Labelled, labelled, parameters, sql_of
 from actstore.queries.probes.study import labels_by_role, sites_to_probe
 from actstore.queries.study import (
@@ -245,7 +245,7 @@ def _read_again(
     jobs = []
     for erasure in by_method.values():
         erased = erasure(X)
-        jobs.append((Whitening.of(erased[train])(erased), y))
+        jobs.append((Sides.whitened(erased, train), y))
     return {method: fit.right for method, fit in zip(by_method, fit_all(jobs, train, max_iter), strict=True)}
 
 

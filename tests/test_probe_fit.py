@@ -30,11 +30,11 @@ def with_rare_classes():
     return X, y
 
 
-def told_by_types(n=900, d=30, n_types=60, n_classes=8, seed=1):
+def told_by_types(n=900, d=30, n_types=60, n_classes=8, seed=1, noise=0.2):
     """As of a control task: each type of token has a class and a direction of its own, in some noise."""
     rng = np.random.default_rng(seed)
     kind, centres = rng.integers(n_types, size=n), rng.normal(size=(n_types, d))
-    return (centres[kind] + 0.2 * rng.normal(size=(n, d))).astype(np.float32), rng.integers(n_classes, size=n_types)[
+    return (centres[kind] + noise * rng.normal(size=(n, d))).astype(np.float32), rng.integers(n_classes, size=n_types)[
         kind
     ]
 
@@ -127,6 +127,18 @@ def test_the_gradient_is_that_of_the_objective_of_all_blocks_of_rows(n_classes, 
     numeric = approx_fprime(w.ravel(), lambda flat: objective(flat.reshape(w.shape), X, y)).reshape(w.shape)
     np.testing.assert_allclose(gradient, numeric, atol=2e-6)
     np.testing.assert_allclose(curvature, 1 - (probabilities(w, X) ** 2).sum(axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_the_start_is_the_objective_at_the_shares_of_the_classes(n_classes, monkeypatch):
+    monkeypatch.setattr(newton, "AT_ONCE", 16 * newton.LEAST_COLUMNS)
+    X, y = drawn(n=90, n_classes=n_classes)
+    whole = newton.Objective(fit.with_ones(X), y, n_classes)
+    w, value, gradient = whole.start()
+    np.testing.assert_allclose(probabilities(w, X), np.tile(np.bincount(y) / len(y), (len(y), 1)), atol=1e-12)
+    expected, slope, _ = whole(w)
+    assert value == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(gradient, slope, atol=1e-6)
 
 
 def test_large_logits_neither_overflow_nor_lose_the_loss():
@@ -222,6 +234,23 @@ def test_a_sample_of_rows_leads_to_the_minimum_of_all_in_few_passes(name, monkey
     assert abs(int(made.right.sum()) - int(theirs.sum())) <= 0.001 * len(theirs)
 
 
+def test_steps_before_correct_the_curvature_that_a_sample_missed(monkeypatch):
+    X, y = told_by_types(n=24000, d=60, n_types=300, n_classes=16, noise=0.5)
+    passes = counted(monkeypatch, newton.Objective, "__call__")
+    made, X, train = both(X, y, True)
+    n_passes = len(passes)
+    monkeypatch.setattr(newton, "KEPT", -np.inf)
+    without = both(X, y, False)[0]
+    assert made.converged
+    assert without.converged
+    assert n_passes < 0.8 * (len(passes) - n_passes)
+    values = [
+        objective(np.column_stack([its.weights, its.intercepts]).astype(np.float64), X[train], y[train])
+        for its in (made, without)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=5e-5)
+
+
 def test_noise_draws_no_sample(monkeypatch):
     samples = counted(monkeypatch, newton.Models, "step")
     made, _, _ = both(*LARGE["noise"], True)
@@ -275,6 +304,25 @@ def test_rows_of_a_side_are_copied_in_blocks_with_a_column_of_ones(monkeypatch):
     monkeypatch.setattr(fit, "AT_ONCE", 7 * X.shape[1])
     np.testing.assert_array_equal(fit.with_ones(X, sides(X)), np.column_stack([X[::2], np.ones(30, np.float32)]))
     np.testing.assert_array_equal(fit.with_ones(X)[:, :-1], X)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_whitened_sides_are_the_rows_whitened_by_those_of_training(dtype):
+    X = drawn(n=60)[0].astype(dtype)
+    divided, whiten = fit.Sides.whitened(X, sides(X)), fit.Whitening.of(X[sides(X)])
+    for rows, side in ((divided.training, sides(X)), (divided.test, ~sides(X))):
+        np.testing.assert_allclose(rows, np.column_stack([whiten(X)[side], np.ones(30)]), atol=1e-5)
+    directions = fit.random_directions(12, 3, seed=0)
+    np.testing.assert_allclose(
+        divided.projected(directions).test, np.column_stack([whiten(X)[1::2] @ directions, np.ones(30)]), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("like", [1.1, 1e-30, 3e4])
+def test_equal_rows_have_one_coordinate_of_0(like):
+    whiten = fit.Whitening.of(np.full((5000, 3), like, np.float32))
+    assert whiten.axes.shape == (3, 1)
+    assert not whiten.axes.any()
 
 
 def test_whitening_in_blocks_of_rows_is_whitening(monkeypatch):

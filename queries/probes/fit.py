@@ -22,7 +22,7 @@ C, TOL = newton.C, newton.TOL
 MAX_ITER = 300  # a fit takes about 5 iterations
 AT_ONCE = 1 << 17  # numbers whitened or copied at once: they stay in the processor's cache
 SMALLEST_VARIANCE = 1e-7  # share of the largest; less is float32's rounding, which whitening would amplify
-ROUNDING = 1e-6  # share of the largest number; float32's error in a mean of equal rows
+ROUNDING = 1e-6  # share of the largest mean; float32's error in equal rows
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,26 @@ class Whitening:
     axes: np.ndarray
 
     @classmethod
-    def of(cls, X: np.ndarray) -> Whitening:
-        """Fit the map to float32 [n, d_model]; d is smaller if rows span fewer dimensions.
+    def of(cls, X: np.ndarray, rows: np.ndarray | None = None) -> Whitening:
+        """Fit the map to rows of X, float [n, d_model]; d is smaller if rows span fewer dimensions.
 
-        The axes are the principal components, in falling order of variance; the largest entry of
-        each is positive. Equal rows (a separator's embedding) have one coordinate, which is 0.
+        `rows` is a mask; default: all rows. The axes are the principal components, in falling order
+        of variance; the largest entry of each is positive. Equal rows (a separator's embedding)
+        have one coordinate, which is 0.
         """
-        mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
-        centred = X - mean
-        if max(centred.max(), -centred.min()) <= ROUNDING * max(X.max(), -X.min()):
-            return cls(mean, np.zeros((X.shape[1], 1), np.float32))
+        n, width, first = len(X) if rows is None else int(rows.sum()), X.shape[1], np.float32(X[0])
+        beyond, products = np.zeros(width), np.zeros((width, width))
         with one_thread():
-            variance, axes = np.linalg.eigh(centred.T @ centred / np.float32(max(len(X) - 1, 1)))
+            for _, block in _blocks(X, rows):
+                block -= first  # of equal rows, nothing is left to round
+                beyond += np.ones(len(block), np.float32) @ block
+            mean = (first + beyond / n).astype(np.float32)
+            for _, block in _blocks(X, rows):
+                block -= mean
+                products += block.T @ block
+            if np.trace(products) <= n * width * (ROUNDING * np.abs(mean).max()) ** 2:
+                return cls(mean, np.zeros((width, 1), np.float32))
+            variance, axes = np.linalg.eigh((products / max(n - 1, 1)).astype(np.float32))
         variance, axes = variance[::-1], axes[:, ::-1]
         kept = variance > SMALLEST_VARIANCE * variance[0]
         variance, axes = variance[kept], axes[:, kept]
@@ -78,13 +86,65 @@ class Whitening:
         return cls(mean, axes * np.sign(largest) / np.sqrt(variance))
 
     def __call__(self, X: np.ndarray) -> np.ndarray:
-        """float32 [n, d]: the coordinates of rows, float32 [n, d_model]."""
+        """float32 [n, d]: the coordinates of rows, float [n, d_model]."""
         whitened = np.empty((len(X), self.axes.shape[1]), np.float32)
-        step = max(1, AT_ONCE // X.shape[1])
-        with one_thread():
-            for start in range(0, len(X), step):
-                np.matmul(X[start : start + step] - self.mean, self.axes, out=whitened[start : start + step])
+        self.fill(whitened, X)
         return whitened
+
+    def fill(self, out: np.ndarray, X: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Write the coordinates of rows into `out`, float32 [n, d]; for rows see `of`."""
+        with one_thread():
+            for at, block in _blocks(X, rows):
+                block -= self.mean
+                np.matmul(block, self.axes, out=out[at])
+
+
+def _blocks(X: np.ndarray, rows: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+    """Copies of rows, float32 [.., d_model], block by block, and where they lie among the rows.
+
+    A copy lasts until the next. `rows` is a mask; default: all rows.
+    """
+    at = None if rows is None else np.flatnonzero(rows)
+    n, step = len(X) if at is None else len(at), max(1, AT_ONCE // X.shape[1])
+    copies = np.empty((min(n, step), X.shape[1]), np.float32)
+    for start in range(0, n, step):
+        some, block = slice(start, min(start + step, n)), copies[: n - start]
+        block[:] = X[some if at is None else at[some]]
+        yield some, block
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Rows of fits, divided; each float32 [.., d + 1], with a last column of ones.
+
+    Attributes:
+        training: rows to fit.
+        test: rows to score.
+    """
+
+    training: np.ndarray
+    test: np.ndarray
+
+    @classmethod
+    def of(cls, X: np.ndarray, train: np.ndarray, whiten: Whitening | None = None) -> Sides:
+        """Divide rows of X, float [n, d_model], by a mask; `whiten` maps them first."""
+        return cls(with_ones(X, train, whiten), with_ones(X, ~train, whiten))
+
+    @classmethod
+    def whitened(cls, X: np.ndarray, train: np.ndarray) -> Sides:
+        """As `of`, by the whitening of the training rows."""
+        return cls.of(X, train, Whitening.of(X, train))
+
+    def projected(self, directions: np.ndarray) -> Sides:
+        """The rows' products with directions, float32 [d, k]."""
+        return Sides(_projected(self.training, directions), _projected(self.test, directions))
+
+
+def _projected(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    made = np.ones((len(rows), directions.shape[1] + 1), np.float32)
+    with one_thread():
+        np.matmul(rows[:, :-1], directions, out=made[:, :-1])
+    return made
 
 
 def fit(X: np.ndarray, y: np.ndarray, X_test: np.ndarray, y_test: np.ndarray, max_iter: int = MAX_ITER) -> Fit:
@@ -109,15 +169,19 @@ def fit_with_ones(X: np.ndarray, y: np.ndarray, X_test: np.ndarray, y_test: np.n
     return Fit(right, n_iter, converged, w[:, :-1], w[:, -1])
 
 
-def with_ones(X: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+def with_ones(X: np.ndarray, rows: np.ndarray | None = None, whiten: Whitening | None = None) -> np.ndarray:
     """float32 [n, d + 1]: rows of X, float [.., d], with a last column of ones.
 
-    `rows` is a mask; default: all rows.
+    `rows` is a mask; default: all rows. `whiten` maps them first, to its own d.
     """
-    at = np.arange(len(X)) if rows is None else np.flatnonzero(rows)
-    made, step = np.ones((len(at), X.shape[1] + 1), np.float32), max(1, AT_ONCE // X.shape[1])
-    for start in range(0, len(at), step):
-        made[start : start + step, :-1] = X[at[start : start + step]]
+    n, width = len(X) if rows is None else int(rows.sum()), X.shape[1] if whiten is None else whiten.axes.shape[1]
+    made = np.empty((n, width + 1), np.float32)
+    made[:, -1] = 1
+    if whiten is not None:
+        whiten.fill(made[:, :-1], X, rows)
+    else:
+        for at, block in _blocks(X, rows):
+            made[at, :-1] = block
     return made
 
 
@@ -137,26 +201,27 @@ def fitting() -> Iterator[Executor]:
             pool.shutdown(cancel_futures=True)
 
 
-def start_all(
-    pool: Executor, jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, max_iter: int = MAX_ITER
-) -> list[Future[Fit]]:
+Job = tuple[np.ndarray | Sides, np.ndarray]  # rows and labels, see fit_all
+
+
+def start_all(pool: Executor, jobs: Sequence[Job], train: np.ndarray, max_iter: int = MAX_ITER) -> list[Future[Fit]]:
     """As `fit_all`, without waiting; rows are copied before, so the caller need not keep any."""
     shared = {id(X): X for X, _ in jobs}
-    sides = {at: [with_ones(X, side) for side in (train, ~train)] for at, X in shared.items()}
+    sides = {at: X if isinstance(X, Sides) else Sides.of(X, train) for at, X in shared.items()}
 
-    def start(X: np.ndarray, y: np.ndarray) -> Future[Fit]:
-        of_training, of_test = sides[id(X)]
-        return pool.submit(fit_with_ones, of_training, y[train], of_test, y[~train], max_iter)
+    def start(rows: Sides, y: np.ndarray) -> Future[Fit]:
+        return pool.submit(fit_with_ones, rows.training, y[train], rows.test, y[~train], max_iter)
 
-    return [start(X, y) for X, y in jobs]
+    return [start(sides[id(X)], y) for X, y in jobs]
 
 
-def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, max_iter: int = MAX_ITER) -> list[Fit]:
+def fit_all(jobs: Sequence[Job], train: np.ndarray, max_iter: int = MAX_ITER) -> list[Fit]:
     """Fit a probe per job, in order, with one fit per core at a time.
 
     Args:
-        jobs: rows X, float [n, d], whitened, computed with as float32; and labels y, int64 [n].
-            Jobs may share one X. Where long fits come first, cores end together.
+        jobs: whitened rows, divided by `train` or float [n, d], computed with as float32; and
+            labels y, int64 [n]. Jobs may share their rows. Where long fits come first, cores end
+            together.
         train: bool [n], training rows; the others are test rows. All rows of one tree must be on
             one side.
         max_iter: largest number of iterations.
@@ -165,11 +230,10 @@ def fit_all(jobs: Sequence[tuple[np.ndarray, np.ndarray]], train: np.ndarray, ma
         return [fitted.result() for fitted in start_all(pool, jobs, train, max_iter)]
 
 
-def random_directions(X: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """float32 [n, k]: rows projected on k orthogonal random directions, or on d if d is less."""
+def random_directions(d: int, k: int, seed: int) -> np.ndarray:
+    """float32 [d, k]: orthogonal random directions, one per column; d columns if k is more."""
     rng = np.random.default_rng(seed)
-    directions = rng.standard_normal((X.shape[1], min(k, X.shape[1])))
-    return X @ np.linalg.qr(directions)[0].astype(np.float32)
+    return np.linalg.qr(rng.standard_normal((d, min(k, d))))[0].astype(np.float32)
 
 
 def shuffle_within(train: np.ndarray, seed: int) -> np.ndarray:

@@ -28,6 +28,10 @@ drawn as often as it curves f: in proportion to 1 - sum_k p_ik², with a floor, 
 inverse. The labels of the notebook's grid take 5 iterations in the median and 11 at most; by L-BFGS
 they took 11 and 23.
 
+Where a step lowers f by less than half of what its model promised, the sample has missed much of
+the curvature. The last steps, and what each changed of df, then correct the step of the sample's
+curvature, as in L-BFGS (https://doi.org/10.1007/BF01589116).
+
 Conjugate gradients are preconditioned by the mean curvature of each class, a number on whitened
 rows. Where a solution takes long, it is preconditioned by the inverse of each class's block of the
 second derivative instead,
@@ -57,6 +61,8 @@ MODEL_STEPS, MODEL_FALL = 2, 0.04  # Newton steps in one model; share of the squ
 SOLVED, SOLVED_AT_LAST = 0.3, 0.5  # share of a gradient that conjugate gradients leave; where only the gap is asked for
 MOST_PRODUCTS = 100  # of one solution by conjugate gradients
 MANY_PRODUCTS = 8  # after which blocks pay
+KEPT = 0.5  # share of its promise that a model has to keep, or pairs are kept
+MEMORY = 8  # pairs
 ROWS_PER_WIDTH = 8  # sampled rows of a block, per coordinate
 RIDGE = 0.02  # share of the mean curvature added to a block, since a sample misses directions
 
@@ -79,6 +85,23 @@ class Objective:
     def penalty(self) -> float:
         """Weight of half the squared weights."""
         return (2 if self.n_classes == 2 else 1) / (C * len(self.X))
+
+    def start(self) -> tuple[np.ndarray, float, np.ndarray]:
+        """Weights of 0 with intercepts of the classes' shares, and objective and gradient there.
+
+        All rows have the same probabilities, so sums of each class's rows are enough.
+        """
+        n, step = len(self.X), max(1, AT_ONCE // max(self.n_classes, LEAST_COLUMNS))
+        sums = np.zeros((self.n_classes, self.X.shape[1]))
+        for first in range(0, n, step):
+            y = self.y[first : first + step]
+            of_class = np.zeros((len(y), self.n_classes), np.float32)
+            of_class.reshape(-1)[_places(y, self.n_classes)] = 1
+            sums += of_class.T @ self.X[first : first + step]
+        share = sums[:, -1] / n
+        w = np.zeros_like(sums)
+        w[:, -1] = np.log(share) - np.log(share).mean()
+        return w, -float((share * np.log(share)).sum()), (share[:, None] * sums.sum(axis=0) - sums) / n
 
     def __call__(self, w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """Objective, gradient and curvature of each row at w, float64 [K, d + 1], intercepts last.
@@ -231,6 +254,9 @@ class Models:
         sampled: one row in so many is sampled.
         blocks: float32 [K, d + 1, d + 1], the last inverse blocks; None before there are any.
         n_products: of the last solution by conjugate gradients.
+        promised: fall of the objective by the last step, as its model has it; 0 without a model.
+        pairs: the last steps, and what each changed of the gradient; none before a model promised
+            too much.
         rng: of samples; every fit draws from one seed.
     """
 
@@ -238,6 +264,8 @@ class Models:
     sampled: int = SAMPLED
     blocks: np.ndarray | None = None
     n_products: int = 0
+    promised: float = 0.0
+    pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def step(
@@ -253,7 +281,11 @@ class Models:
         model, of_sample, p = sample.at(w)
         sample = replace(sample, shift=gradient - of_sample)
         model += float((sample.shift * w).sum())
-        u, slope, gap, least = w, gradient, 0.0, 0.0
+        if self.pairs:
+            step = self._corrected(Curvature(sample, p), gradient, GAP * value)
+            self.promised = -float((gradient * step).sum()) / 2
+            return step, self.promised
+        u, at_w, slope, gap, least = w, model, gradient, 0.0, 0.0
         for n_steps in range(MODEL_STEPS):
             second = Curvature(sample, p)
             size = float((slope**2 / second.of_class).sum())
@@ -269,7 +301,29 @@ class Models:
             while (found := sample.at(u + scale * step))[0] > model - ENOUGH * scale * fall and scale > SHORTEST:
                 scale /= 2
             u, (model, slope, p) = u + scale * step, found
+        self.promised = at_w - model
         return u - w, gap
+
+    def learn(self, moved: np.ndarray, turned: np.ndarray, fell: float) -> None:
+        """Keep a step and what it changed of the gradient, once a model promised too much.
+
+        Args:
+            moved, turned: the step, and the gradient after it less that before, [K, d + 1].
+            fell: the objective before the step, less that after it.
+        """
+        if (self.pairs or fell < KEPT * self.promised) and (moved * turned).sum() > 0:
+            self.pairs = [*self.pairs, (moved, turned)][-MEMORY:]
+
+    def _corrected(self, second: Curvature, gradient: np.ndarray, small: float) -> np.ndarray:
+        """The Newton step of the sample, corrected by the pairs as L-BFGS does; see _solve."""
+        left, shares = gradient, list[float]()
+        for moved, turned in reversed(self.pairs):
+            shares.append(float((moved * left).sum() / (moved * turned).sum()))
+            left = left - shares[-1] * turned
+        step = self._solve(second, left, small)
+        for (moved, turned), share in zip(self.pairs, reversed(shares), strict=True):
+            step = step - (share + float((turned * step).sum() / (moved * turned).sum())) * moved
+        return step
 
     @property
     def error_of_part(self) -> float:
@@ -296,7 +350,7 @@ class Models:
             if gap <= min(enough, NEAR * value):
                 w = w + step
                 break
-        self.objective, self.sampled = whole, SAMPLED
+        self.objective, self.sampled, self.promised = whole, SAMPLED, 0.0
         return w
 
     def _solve(self, second: Curvature, gradient: np.ndarray, small: float) -> np.ndarray:
@@ -341,13 +395,10 @@ def minimise(objective: Objective, max_iter: int) -> tuple[np.ndarray, int, bool
     Iterations over the part of the rows are not counted. A fit also ends where float32 allows no
     further step; its gradient then tells whether it converged.
     """
-    n, width = objective.X.shape
-    share = np.bincount(objective.y) / n
-    w = np.zeros((objective.n_classes, width))
-    w[:, -1] = np.log(share) - np.log(share).mean()
-    value, gradient, curvature = objective(w)
+    (n, width), (w, value, gradient) = objective.X.shape, objective.start()
     as_at_start, models = True, Models(objective)
-    inverse = 1 / (share + width / n)[:, None]  # of the start's second derivative; small classes are not fitted at once
+    # of the start's second derivative; small classes are not fitted at once
+    inverse = n / (np.bincount(objective.y) + width)[:, None]
     step = -inverse * gradient
     gap = -float((gradient * step).sum()) / 2
     if gap > PAYS * value and n >= PART * FEWEST:
@@ -360,6 +411,7 @@ def minimise(objective: Objective, max_iter: int) -> tuple[np.ndarray, int, bool
         if found is None:
             break
         as_at_start = as_at_start and gap <= NEAR * value and abs(value - found[1] - gap) <= NEAR * gap
+        models.learn(found[0] - w, found[2] - gradient, value - found[1])
         w, value, gradient, curvature = found
         if as_at_start:
             step = -inverse * gradient

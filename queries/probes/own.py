@@ -27,7 +27,7 @@ from actstore.errors import BadInput
 from actstore.intervals import N_RESAMPLES
 from actstore.named import NAME as NAMES
 from actstore.queries.probes.asked import Asked
-from actstore.queries.probes.fit import MAX_ITER, TOL, C, Whitening, fit_all
+from actstore.queries.probes.fit import MAX_ITER, TOL, C, Sides, fit_all
 from actstore.queries.probes.labelled import Labelled, files_in, guesses, labelled, parameters, sql_of
 from actstore.queries.probes.own_figures import EMBED, as_frame, sentence
 from actstore.queries.probes.own_figures import plot as plot
@@ -147,7 +147,7 @@ def _vectors(store: Store, run: str, site: str, rows: Labelled) -> np.ndarray:
 
 def _embedding(X: np.ndarray, asked: Asked, name: str, max_iter: int) -> np.ndarray:
     """bool [n_test], test rows that a probe of the embedding gets right."""
-    whitened = Whitening.of(X[asked.train])(X)
+    whitened = Sides.whitened(X, asked.train)
     return fit_all([(whitened, asked.labels[name])], asked.train, max_iter)[0].right
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from actstore.queries.probes.asked import Asked, above_test
 from actstore.queries.probes.baselines import highest, with_majority
 from actstore.queries.probes.figures import AT, PLACE
-from actstore.queries.probes.fit import Whitening, fit_all
+from actstore.queries.probes.fit import Sides, fit_all
 from actstore.queries.study import Test, mean_row
 
 
@@ -58,5 +58,5 @@ def place_rows(
 
 def _own(X: np.ndarray, y: np.ndarray, train: np.ndarray, max_iter: int) -> np.ndarray:
     """bool [n_test]: test rows of a place that its own probe gets right."""
-    whitened = Whitening.of(X[train])(X)
+    whitened = Sides.whitened(X, train)
     return fit_all([(whitened, y)], train, max_iter)[0].right

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from actstore.queries.probes.fit import MAX_ITER, Whitening, fit_all
+from actstore.queries.probes.fit import MAX_ITER, Sides, fit_all
 from actstore.queries.study import mean_row
 
 LR, BATCH_SIZE, EPOCHS, TEST_SHARE = 1e-3, 64, 5, 0.2  # the notebook's
@@ -50,7 +50,7 @@ def notebook_rows(
     by_row[train_test_split(np.arange(len(X)), test_size=TEST_SHARE, random_state=seed)[1]] = False
     by_tree = (tokens["split"] == "train").to_numpy()
     ys = [tokens[label].to_numpy().astype(np.int64) for label in labels]
-    whitened = Whitening.of(X[by_tree])(X)
+    whitened = Sides.whitened(X, by_tree)
     fits = fit_all([(whitened, y) for y in ys], by_tree, max_iter)
     rows = []
     for label, y, ours in zip(labels, ys, fits, strict=True):

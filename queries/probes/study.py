@@ -45,6 +45,8 @@ from actstore.queries.probes.fit import (
     TOL,
     C,
     Fit,
+    Job,
+    Sides,
     Whitening,
     control_labels,
     fitting,
@@ -442,8 +444,8 @@ def start_site(
         max_iter: see `study`.
         by: see `study`.
     """
-    whiten = Whitening.of(X[asked.train])
-    fits = start_all(pool, jobs_of(whiten(X), asked, seed), asked.train, max_iter)
+    whiten = Whitening.of(X, asked.train)
+    fits = start_all(pool, jobs_of(Sides.of(X, asked.train, whiten), asked, seed), asked.train, max_iter)
     by_place = X if by == BY else None  # other rows need not be kept
     return lambda: _site((fitted.result() for fitted in fits), whiten, by_place, asked, where, seed, max_iter)
 
@@ -482,18 +484,18 @@ CONTROLS = ("shuffled_accuracy", "control_accuracy", "random_directions_accuracy
 FITTED = ("control_accuracy", "accuracy", "shuffled_accuracy", "random_directions_accuracy")  # longest first
 
 
-def jobs_of(whitened: np.ndarray, asked: Asked, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def jobs_of(whitened: Sides, asked: Asked, seed: int) -> list[Job]:
     """What `fit_all` fits for one site, for each label in the order of FITTED.
 
     Args:
-        whitened: float32 [n, d].
+        whitened: the rows.
         asked: the n rows.
         seed: see `study`.
     """
-    jobs: list[tuple[np.ndarray, np.ndarray]] = []
+    jobs, d = list[Job](), whitened.training.shape[1] - 1
     order = shuffle_within(asked.train, seed)
     n_classes = {label: len(np.unique(y[asked.train])) for label, y in asked.labels.items()}
-    projected = {k: random_directions(whitened, k, seed) for k in set(n_classes.values())}
+    projected = {k: whitened.projected(random_directions(d, k, seed)) for k in set(n_classes.values())}
     for label, y in asked.labels.items():
         control = control_labels(asked.types, y, asked.train, seed)
         jobs += [(whitened, control), (whitened, y), (whitened, y[order]), (projected[n_classes[label]], y)]

@@ -23,7 +23,7 @@ from actstore.queries import load as load_query
 from actstore.queries import study
 from actstore.queries.probes.asked import Asked
 from actstore.queries.probes.figures import PAIR
-from actstore.queries.probes.fit import MAX_ITER, TOL, C, Whitening, fit_all, one_thread
+from actstore.queries.probes.fit import MAX_ITER, TOL, C, Sides, fit_all, one_thread
 from actstore.queries.probes.study import jobs_of
 from actstore.store import Store
 from tests.benchmarks import Row, median
@@ -99,7 +99,7 @@ def _fits(store: Store) -> tuple[float, float]:
             train = (tokens["split"] == "train").to_numpy()
             labels = {label: tokens[label].to_numpy().astype(np.int64) for label in PAIR}
             asked = Asked(tokens, tokens["tree_id"].to_numpy(), train, labels, {}, {})
-            jobs = jobs_of(Whitening.of(X[train])(X), asked, seed=0)
+            jobs = jobs_of(Sides.whitened(X, train), asked, seed=0)
             for fits in turn:
                 started = time.perf_counter()
                 fits(jobs, train)
@@ -108,16 +108,14 @@ def _fits(store: Store) -> tuple[float, float]:
     return seconds[fit_all], seconds[_scikit_learn]
 
 
-def _scikit_learn(jobs: list[tuple[np.ndarray, np.ndarray]], train: np.ndarray) -> list[np.ndarray]:
+def _scikit_learn(jobs: list[tuple[Sides, np.ndarray]], train: np.ndarray) -> list[np.ndarray]:
     """As `fit_all`, one fit per core and each on one thread of BLAS, by scikit-learn: test rows that are right."""
 
-    def fit(job: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        X, y = job
+    def fit(job: tuple[Sides, np.ndarray]) -> np.ndarray:
+        (X, X_test), y = (side[:, :-1] for side in (job[0].training, job[0].test)), job[1]
         if (y[train] == y[train][0]).all():
             return y[~train] == y[train][0]
-        return (
-            LogisticRegression(C=C, tol=TOL, max_iter=MAX_ITER).fit(X[train], y[train]).predict(X[~train]) == y[~train]
-        )
+        return LogisticRegression(C=C, tol=TOL, max_iter=MAX_ITER).fit(X, y[train]).predict(X_test) == y[~train]
 
     with warnings.catch_warnings(), one_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         warnings.simplefilter("ignore", ConvergenceWarning)

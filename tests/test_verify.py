@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from dataclasses import replace
 
 import duckdb
@@ -12,7 +13,9 @@ from actstore.commits import log
 from actstore.commits.manifest import manifest_path
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
-from actstore.storage import hashing
+from actstore.storage import hashing, local
+from actstore.upkeep import verify as verifying
+from actstore.upkeep import verify_catalog
 from actstore.upkeep.verify import verify
 from tests.damaged import TREES, committed, damage, flip, shorten
 from tests.test_pipeline import small_model
@@ -89,6 +92,21 @@ def test_verify_opens_the_catalog_once(damageable, monkeypatch):
     monkeypatch.setattr(duckdb, "connect", lambda *about, **more: opened.append(about) or connect(*about, **more))
     assert verify(damageable).findings == []
     assert len(opened) == 1
+
+
+def test_verify_has_as_many_threads_as_there_are_processors(damageable, monkeypatch):
+    """Hashing and the catalog's comparison keep each busy: a further thread takes time from both."""
+    seen = set[int]()
+
+    def seen_in(call):
+        return lambda *about: seen.add(threading.get_ident()) or call(*about)
+
+    monkeypatch.setattr(verifying, "n_processors", lambda: 2)
+    monkeypatch.setattr(local, "hash_of", seen_in(hashing.hash_of))
+    monkeypatch.setattr(verify_catalog, "wrong_with", seen_in(verify_catalog.wrong_with))
+    assert verify(damageable).findings == []
+    assert 1 <= len(seen) <= 2
+    assert threading.get_ident() not in seen
 
 
 def _edit_catalog(store, change):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -144,32 +145,55 @@ def verify_files(
             Finding(CHECKPOINT, "checkpoint", "it is not what the manifests come to; no reader relies on it")
         )
     jobs = [(manifest, file) for manifest in log.live(manifests) for file in manifest.files]
-    small = [job for job in jobs if not isinstance(job[1], Shard)]
-    done, total = sum(file.bytes for _, file in small), sum(file.bytes for _, file in jobs)
-    findings += _files(root, small, quick, lambda n: advance(n, total))
-    findings += [Finding(path, "link", what) for path, what in led_astray(root, (file.path for _, file in jobs))]
-    parts_are_whole = not any(finding.kind == "part" for finding in findings)
-    with ThreadPoolExecutor(1) as beside:  # DuckDB compares the rows while the shards are hashed
-        known = None if broken else manifests
-        of_catalog = beside.submit(_catalog, root, known, is_older, parts_are_whole, quick, catalog)
-        shards = [job for job in jobs if isinstance(job[1], Shard)]
-        findings += _files(root, shards, quick, lambda n: advance(done + n, total))
-        findings += _group(root)
-        findings += of_catalog.result()
-    if not broken:  # else nobody knows what the broken ones name, and no writer removes it
-        findings += _strays(root, manifests)
+    jobs.sort(key=lambda job: isinstance(job[1], Shard))  # stable: the shards last
+    n_small = sum(not isinstance(file, Shard) for _, file in jobs)
+    positions = _positions(root, jobs) if quick else {}
+    total, done = sum(file.bytes for _, file in jobs), 0
+    with _threads() as threads:
+        verdicts = [threads.submit(_wrong_with, root, file, quick, positions) for _, file in jobs[:n_small]]
+        parts = [verdict for (_, file), verdict in zip(jobs, verdicts, strict=False) if isinstance(file, Part)]
+        of_catalog = threads.submit(_catalog, root, None if broken else manifests, is_older, parts, quick, catalog)
+        verdicts += [threads.submit(_wrong_with, root, file, quick, positions) for _, file in jobs[n_small:]]
+        astray = [Finding(path, "link", what) for path, what in led_astray(root, (file.path for _, file in jobs))]
+        # where a manifest is broken, nobody knows what it names, and no writer removes that
+        last = [*_group(root)], [] if broken else [*_strays(root, manifests)]
+        wrong = []
+        for (manifest, file), verdict in zip(jobs, verdicts, strict=True):
+            if what := verdict.result():
+                wrong.append(_finding(manifest, file, what))
+            done += file.bytes
+            advance(done, total)
+        findings += [finding for finding in wrong if finding.kind != "shard"] + astray
+        findings += [finding for finding in wrong if finding.kind == "shard"] + last[0]
+        findings += of_catalog.result() + last[1]
     return Report(findings, len(jobs), total)
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """One thread for each processor, of which one compares the catalog first; two at least.
+
+    Hashing and DuckDB release the interpreter. What has not begun is left out after an error.
+    """
+    threads = ThreadPoolExecutor(max(n_processors(), 2))
+    try:
+        yield threads
+    except BaseException:
+        threads.shutdown(cancel_futures=True)
+        raise
+    threads.shutdown()
 
 
 def _catalog(
     root: Path,
     manifests: list[Manifest] | None,
     is_older: bool,
-    parts_are_whole: bool,
+    parts: list[Future[str]],
     quick: bool,
     catalog: duckdb.DuckDBPyConnection | None,
 ) -> list[Finding]:
     if not quick:
+        parts_are_whole = not any(part.result() for part in parts)
         wrong = verify_catalog.wrong_with(root, manifests, is_older, parts_are_whole, catalog)
         return [Finding(path, kind, what) for path, kind, what in wrong]
     found = [Finding(path, verify_catalog.CATALOG, what) for path, what in verify_catalog.lacking_or_added(root)]
@@ -224,22 +248,6 @@ def _gap(root: Path, first: int, last: int) -> Finding:
     if link := at(root).broken(LOG):
         what += f", since {link}"
     return Finding(manifest_path(first), "manifest", what)
-
-
-def _files(
-    root: Path, jobs: list[tuple[Manifest, File]], quick: bool, advance: Callable[[int], None]
-) -> Iterator[Finding]:
-    """Hash every file, several at a time: hashing releases the interpreter and outruns one read."""
-    positions = _positions(root, jobs) if quick else {}
-    done = 0
-    with ThreadPoolExecutor(max(n_processors(), at(root).at_once)) as pool:
-        for (manifest, file), what in zip(
-            jobs, pool.map(lambda job: _wrong_with(root, job[1], quick, positions), jobs), strict=True
-        ):
-            done += file.bytes
-            advance(done)
-            if what:
-                yield _finding(manifest, file, what)
 
 
 def _group(root: Path) -> Iterator[Finding]:

@@ -21,6 +21,9 @@ from actstore.errors import Damaged, LimitReached
 from actstore.storage.at import at
 from actstore.storage.machine import limit_reached
 
+COLUMNS = """
+select table_name, column_name, if(starts_with(data_type, 'ENUM'), 'VARCHAR', data_type)
+from duckdb_columns() where database_name = 'there' and schema_name = 'main' and not internal order by table_name, column_index"""
 CATALOG, CONFLICT = (
     "catalog",
     "conflict",
@@ -130,7 +133,9 @@ def _rows_that_differ(root: Path, manifests: list[Manifest], connection: duckdb.
         committed = (manifests if held <= len(manifests) else log.manifests(root))[:held]  # a writer went on meanwhile
         committed = log.live(committed)
         shards = [vars(shard) for manifest in committed for shard in manifest.shards]
-        types = dict(part_types.tables()["shards"])
+        types, columns = dict(part_types.tables()["shards"]), dict[str, list[tuple[str, str]]]()
+        for table, name, dtype in connection.execute(COLUMNS).fetchall():
+            columns.setdefault(table, []).append((name, dtype))
         connection.register("shards_committed", pl.DataFrame(shards, schema=types))
         paths: dict[str, list[str]] = {table: [] for table in witness.tables_held(connection)}
         for part in (part for manifest in committed for part in manifest.parts if part.table in paths):
@@ -141,32 +146,34 @@ def _rows_that_differ(root: Path, manifests: list[Manifest], connection: duckdb.
             if parts or (table == "shards" and shards):
                 source = "shards_committed" if table == "shards" else None
                 source = source or tables.source(connection, table, parts, "there.datasets")
-                yield from _differences(connection, table, source)
+                yield from _differences(connection, table, columns[table], source)
             elif n := connection.execute(f"select count(*) from there.{identifier(table)}").fetchall()[0][0]:
                 yield f"the parts lack {n:,} rows of table {table}"
 
 
-def _differences(connection: duckdb.DuckDBPyConnection, table: str, source: str) -> Iterator[str]:
+def _differences(
+    connection: duckdb.DuckDBPyConnection, table: str, columns: list[tuple[str, str]], source: str
+) -> Iterator[str]:
     """Number of a table's rows that only the catalog or only the parts hold.
 
     A sum over hashes of the rows, which needs no memory, says whether rows differ. Only then are
     they counted. An ENUM is compared as text, since to find a text's ENUM takes longer.
 
     Args:
+        columns: name and type of each of the catalog's, see COLUMNS.
         source: SQL for the table's rows in the parts.
     """
     there = tables.names_of(connection, source)
-    described = connection.execute(f"describe there.{identifier(table)}").fetchall()
-    columns = [
-        (name in there, identifier(name), "varchar" if dtype.startswith("ENUM") else dtype)
-        for name, dtype, *_ in described
+    of_parts = [
+        f"{identifier(name) if name in there else 'null'}::{dtype} as {identifier(name)}" for name, dtype in columns
     ]
-    of_parts = ", ".join(f"{name if has else 'null'}::{dtype} as {name}" for has, name, dtype in columns)
-    of_catalog = ", ".join(f"{name}::{dtype} as {name}" for _, name, dtype in columns)
-    committed, held = f"(select {of_parts} from {source})", f"(select {of_catalog} from there.{identifier(table)})"
-    row = f"hash({', '.join(name for _, name, _ in columns)})"
-    digest = f"select count(*), sum(({row} >> 1)::bigint), bit_xor({row}) from"  # integers, so in any order the same
-    if len({connection.execute(f"{digest} {rows}").fetchall()[0] for rows in (held, committed)}) == 1:
+    of_catalog = [f"{identifier(name)}::{dtype} as {identifier(name)}" for name, dtype in columns]
+    committed = f"(select {', '.join(of_parts)} from {source})"
+    held = f"(select {', '.join(of_catalog)} from there.{identifier(table)})"
+    row = f"hash({', '.join(identifier(name) for name, _ in columns)})"
+    digest = "select count(*), sum((row >> 1)::bigint), bit_xor(row)"  # integers, so in any order the same
+    digest += f" from (select {row} as row from"
+    if len({connection.execute(f"{digest} {rows})").fetchall()[0] for rows in (held, committed)}) == 1:
         return
     for left, right, what in ((held, committed, "the parts lack"), (committed, held, "it lacks")):
         n = connection.execute(f"select count(*) from (from {left} except all from {right})").fetchall()[0][0]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -84,7 +86,7 @@ def sections(path: Path, cold_only: bool = False) -> dict[str, list[Row]]:
             errs = _how_it_errs(store, selections[-1])
         cold = _cold(path, raw, Path(folder) / "shards.bin", in_place, selections)
         n_trees = f"{SITE} of {np.unique(every >> 8).size:,} trees"
-        of_cold = {f"Reading {n_trees}, ids at hand, cold": cold}
+        of_cold = {f"Reading {n_trees}, ids at hand, cold": cold + _cold_opening(path, selections[3].ids)}
         with Store(path) as store:
             of_cold["What a look at pages costs a warm gather"] = _looks(store, selections)
         if cold_only:
@@ -218,6 +220,33 @@ def _cold_round(path: Path, raw: Path, shards: Path, lies: np.ndarray, selection
             seconds.append(gather)
         np.testing.assert_array_equal(X, same)
     return seconds
+
+
+def _cold_opening(path: Path, ids: np.ndarray) -> list[Row]:
+    """`actstore info`, and an opening with a first read, with no page of the store's files in memory.
+
+    Python's and the libraries' own files are in memory.
+    """
+    files = [file for file in path.rglob("*") if file.is_file() and file.stat().st_size]
+    info = [sys.executable, "-m", "actstore", "info", str(path)]
+
+    def opening() -> None:
+        with Store(path) as store:
+            store.read(ids, site=SITE)
+
+    actions: dict[str, Callable[[], object]] = {
+        "actstore info": lambda: subprocess.run(info, stdout=subprocess.DEVNULL, check=True),
+        f"open, and read one tree's {len(ids)} tokens": opening,
+    }
+    rows = []
+    for name, action in actions.items():
+        cold, warm = list[float](), list[float]()
+        for _ in range(COLD_ROUNDS):
+            warm.append(timed(action)[0])
+            drop_pages(files)
+            cold.append(timed(action)[0])
+        rows.append(_row(f"{name}: store cold / warm", cold, warm))
+    return rows
 
 
 def _looks(store: Store, selections: list[Selection]) -> list[Row]:

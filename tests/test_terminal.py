@@ -171,6 +171,21 @@ def test_rows_too_wide_to_be_narrowed_come_in_parts_each_after_the_first_column(
     assert rows == [str(n) for n in [*MANY["n"]] * 5]
 
 
+def test_parts_begin_with_what_tells_rows_apart_and_empty_columns_are_only_named(monkeypatch, capsys):
+    narrow(monkeypatch)
+    numbers = {f"number{i}": [12345678901] * 2 for i in range(6)}
+    wide = pl.DataFrame({"run": ["r"] * 2, "site": ["a", "b"], "none": [None] * 2, **numbers})
+    print_table(wide)
+    shown = click.unstyle(capsys.readouterr().out).splitlines()
+    headers = [line.split() for line in shown if line.startswith("run")]
+    assert headers == [["run", "site", *[*numbers][:5]], ["run", "site", *[*numbers][5:]]]
+    assert [line.split()[:2] for line in shown if line.startswith("r ")] == [["r", "a"], ["r", "b"]] * 2
+    assert shown[-1] == "Empty in these rows: none."
+    print_table(wide.with_columns(site=pl.lit("a")))
+    shown = click.unstyle(capsys.readouterr().out).splitlines()
+    assert [line.split()[:2] for line in shown if line.startswith("run")] == [["run", "site"], ["run", "number5"]]
+
+
 def test_a_narrowed_table_keeps_words_whole_and_gives_the_longest_text_the_most_room(monkeypatch, capsys):
     narrow(monkeypatch)
     names = [f"a_name_without_a_blank_{i:02}" for i in range(12)]  # of 25 characters

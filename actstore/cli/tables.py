@@ -31,9 +31,10 @@ def print_table(frame: pl.DataFrame | Rows, fold: bool = False) -> None:
     One row that is wider than the terminal becomes a block, a line for each column. In several
     rows, long texts are wrapped; in more than ROWS_WITH_WHOLE_LISTS, long lists are cut short. If
     that does not suffice, the table comes in parts: some of the columns, then the next ones, each
-    part after the first column. Numbers and short texts are always whole. Without a terminal, lines
-    are as long as they need to be. On a terminal, what is longer than the screen goes through a
-    pager, see terminal.page.
+    part after the first column, or after the first ones that no two rows share. Columns without a
+    value are only named. Numbers and short texts are always whole. Without a terminal, lines are as
+    long as they need to be. On a terminal, what is longer than the screen goes through a pager, see
+    terminal.page.
 
     Args:
         fold: if the table is too wide, fold the headers and leave out columns that do not fit, the
@@ -75,28 +76,45 @@ def _print_in_parts(console: Console, rows: Rows) -> None:
     """Print columns that do not fit beside each other as tables, or as a block if that is shorter."""
     from rich.cells import cell_len
 
-    widths = [max(map(cell_len, column)) for column in _columns(rows)]
+    texts = _columns(rows)
+    widths = [max(map(cell_len, column)) for column in texts]
     if len(rows) == 1 or widths[0] > console.width // 2:
         for row in rows:
             console.print(_block(rows.columns, row))
             console.print()
         return
-    most = console.width - widths[0] - GAP
-    parts, room = [[0]], most
-    for place in range(1, len(widths)):
-        if len(parts[-1]) > 1 and widths[place] > room:
-            parts.append([0])
+    key = _key(texts, widths, console.width // 2)
+    empty = [place for place in range(len(texts)) if place not in key and not any(texts[place][1:])]
+    most = console.width - sum(widths[place] + GAP for place in key)
+    parts, room = [key], most
+    for place in range(len(key), len(widths)):
+        if place in empty:
+            continue
+        if len(parts[-1]) > len(key) and widths[place] > room:
+            parts.append(key)
             room = most
-        parts[-1].append(place)
+        parts[-1] = [*parts[-1], place]
         room -= widths[place] + GAP
     for start in range(0, len(rows), ROWS_TOGETHER):
         together = Rows(rows.columns, rows.types, rows.kinds, [*rows][start : start + ROWS_TOGETHER])
         for part in parts:
             table = _table(together, part)
             for place, column in zip(part, table.columns, strict=True):
-                column.width, column.overflow = min(widths[place], most) if place else widths[0], "fold"
+                column.width, column.overflow = widths[place] if place in key else min(widths[place], most), "fold"
             console.print(table)
             console.print()
+    if empty:
+        console.print(f"Empty in these rows: {', '.join(texts[place][0] for place in empty)}.")
+
+
+def _key(texts: list[list[str]], widths: list[int], room: int) -> list[int]:
+    """The first columns that no two rows share, if they fit; else the first column."""
+    for n in range(1, len(texts)):
+        if sum(widths[:n]) + GAP * (n - 1) > room:
+            break
+        if len({*zip(*texts[:n], strict=True)}) == len(texts[0]):
+            return list(range(n))
+    return [0]
 
 
 def _narrowed(table: Table, rows: Rows, width: int, n_rows: int) -> bool:

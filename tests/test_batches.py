@@ -343,7 +343,7 @@ def test_ids_are_looked_up_in_blocks_and_the_order_is_that_of_one_block(store, q
 
 
 def test_an_ids_share_of_memory_is_small(store, monkeypatch):
-    """A hundred million ids are to fit: before, what is computed of them on the way took 80 bytes each."""
+    """A hundred million ids are to fit: before, what is computed of them on the way took 44 bytes each."""
     monkeypatch.setattr(batching, "IDS_AT_ONCE", 2**12)
     ids = np.repeat(store.sql("select token_id from tokens order by token_id")["token_id"].to_numpy(), 1000)
     store.batches(ids[:10])

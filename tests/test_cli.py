@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
-from actstore.cli import main
+from actstore.cli import main, progress
 from actstore.store import Store
 from tests.stores import files
 
@@ -263,11 +263,15 @@ def test_a_model_whose_configuration_is_wrong_hides_no_other_from_the_list(tmp_p
     )
 
 
-def test_a_model_is_trained_graded_and_its_moments_stored_as_runs_over_the_same_trees(tmp_path):
+def test_a_model_is_trained_graded_and_its_moments_stored_as_runs_over_the_same_trees(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_LINE", 0.0)
+    monkeypatch.setattr(progress, "LONG", 0.0)
     config, out, store = tiny_config(tmp_path), tmp_path / "runs" / "tiny", tmp_path / "tiny.act"
     trained = run("train", config, out, "--grade", "50")
     assert trained.exit_code == 0, trained.output
     assert "tiny.md is its card" in trained.output
+    assert "at this rate the rest takes about" in trained.stderr
+    assert "saved every 25 steps" in trained.stderr
     assert pl.read_ndjson(out / "tiny.jsonl")["step"].to_list() == [25, 30]
 
     weights = out / "tiny.safetensors"

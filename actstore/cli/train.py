@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +47,22 @@ def train(name: str, out: Path, **options: Any) -> None:
     """
     from actstore import verbs
     from actstore.cli.output import Output
-    from actstore.cli.progress import progress
     from actstore.ingest.training.train import kept
 
     click.get_current_context().meta[KEPT] = lambda: kept(out)
-    weights, graded = verbs.train(name, out, **options, progress=progress)
+    weights, graded = verbs.train(name, out, **options, progress=_shown)
     Output().write(graded.shown(), fold=True)
     note(f"{weights}: trained; {weights.with_suffix('.md')} is its card")
+
+
+@contextmanager
+def _shown(what: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+    """A Work that also says how long a training is likely to take, once that is known."""
+    from actstore.cli.progress import foretelling, progress
+
+    goes_on = "Ctrl-C keeps the state that is saved every 25 steps, and the same command goes on"
+    with progress(what, total, unit) as advance:
+        yield foretelling(advance, lambda left: note(f"at this rate the rest takes about {left}; {goes_on}", err=True))
 
 
 @main.command(cls=ModelCommand)

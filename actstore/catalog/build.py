@@ -68,14 +68,14 @@ def publish(root: Path, *, from_nothing: bool = False, wait: Callable[[], None] 
         Busy: another process replaced the catalog meanwhile; its catalog stays.
     """
     place = at(root)
-    with _building(root):
+    with _building(root), ExitStack() as stack:
         discard_beside(place, CATALOG)
         try:
             there = place.token(CATALOG)
             expected = there
         except Damaged:  # not a regular file
             there, expected = None, ANY
-        usable = None if there is None else _held(root, there)
+        usable = None if there is None else _held(root, there, stack)
         held = 0 if from_nothing else usable or 0
         new = manifests(root, after=held, least=held)
         if held and any(_changes_what_is_held(manifest) for manifest in new):
@@ -151,8 +151,11 @@ def _building(root: Path) -> Iterator[None]:
         raise
 
 
-def _held(root: Path, there: str) -> int | None:
+def _held(root: Path, there: str, stack: ExitStack) -> int | None:
     """The present catalog's number of commits, given its hash.
+
+    The catalog stays open as long as the stack: at its end, DuckDB returns all freed memory of the
+    process to the system, and a forward pass may run.
 
     Returns:
         None if the catalog is damaged, 0 if it has other tables than today's.
@@ -160,8 +163,7 @@ def _held(root: Path, there: str) -> int | None:
     try:
         if there not in noted_hashes(root):  # damage must not spread to the next catalog
             return None
-        with attached(root) as connection:
-            return _commits_in(connection)
+        return _commits_in(stack.enter_context(attached(root)))
     except (duckdb.Error, IndexError, FileNotFoundError, Damaged):
         return None
 

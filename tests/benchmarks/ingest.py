@@ -24,7 +24,7 @@ from actstore.ingest.trees.task import TreeSet
 from actstore.storage.machine import keep_freed_memory, share_processors
 from tests.benchmarks import Row, median
 
-SIZES = {4000: (0.92, 4), 20_000: (0.95, 2)}  # trees → least share of the bare forward pass, rounds
+SIZES = {4000: (0.92, 3), 20_000: (0.95, 1)}  # trees → least share of the bare forward pass, rounds
 BATCH_SIZE = 128
 PLAIN = 2048  # trees of the forward pass of another process
 

@@ -188,7 +188,7 @@ def test_chunks_in_another_order_are_asked_for_where_they_lie(reader, tmp_path, 
 def test_a_file_that_was_cut_while_it_was_open_is_damaged(reader, tmp_path, monkeypatch):
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda file, n, start: pread(file, n, start)[: n if n < 2048 else 100])
-    with pytest.raises(Damaged, match=f"cannot read {tmp_path / '0'} of a site .it ends before"):
+    with pytest.raises(Damaged, match=f"cannot read {tmp_path / '0'} of a site .it ends before its rows"):
         reader.gather(IDS)
 
 

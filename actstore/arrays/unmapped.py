@@ -9,8 +9,8 @@ says where the rows lie.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,8 @@ from actstore.errors import ActstoreError, Damaged
 from actstore.storage.machine import limit_reached
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from actstore.arrays.layout import Layout
     from actstore.storage.backend import Storage
 
@@ -46,98 +48,47 @@ def read_rows(
     Raises:
         Damaged, LimitReached: see Shards.find.
     """
-    batch = key >> layout.key_bits
-    chunk = key - (batch << layout.key_bits)
-    if (chunk >= layout.chunks_per_shard).any():
-        return None
-    within = (row - batch * (layout.rows_per_chunk * layout.row_numbers)) * layout.item_bytes
-    starts = chunk * layout.chunk_bytes + within
-    wanted: dict[int, list[tuple[int, int]]] = {}
-    runs = cut(row_pages(layout, batch, starts), pages.LONGEST)
-    for number, start, end in zip(*map(np.ndarray.tolist, runs), strict=True):
-        wanted.setdefault(number, []).append((start, end - start))
-    rows: dict[int, list[int]] = {}
-    for number_of_row, number in enumerate(batch.tolist()):
-        rows.setdefault(number, []).append(number_of_row)
-    found, numbers = [b""] * len(key), list(wanted)
-    for first in range(0, len(numbers), OPEN_AT_ONCE):
-        with ExitStack() as opened:
-            shards = []
-            for number in numbers[first : first + OPEN_AT_ONCE]:
-                shards.append(_Shard(layout, place, paths[number], where, opened))
-                shards[-1].ask([shards[-1].index, *wanted[number]])
-            for number, shard in zip(numbers[first:], shards, strict=False):
-                of_shard = rows[number]
-                places = shard.places(chunk[of_shard], within[of_shard], starts[of_shard])
-                if places is None:
-                    return None
-                for number_of_row, content in zip(of_shard, shard.read(places, layout.row_bytes), strict=True):
-                    found[number_of_row] = content
-    return np.frombuffer(b"".join(found), f"V{layout.row_bytes}")
+    chunk = key & ((1 << layout.key_bits) - 1)
+    return None if (chunk >= layout.chunks_per_shard).any() else _Rows(layout, place, paths, where, key, row).read()
 
 
-class _Shard:
-    """A shard that is open.
+class _Rows:
+    """A few rows, see read_rows."""
 
-    Args:
-        layout, place, where: see read_rows.
-        path: the shard's.
-        opened: closes the shard.
+    def __init__(
+        self, layout: Layout, place: Storage, paths: Mapping[int, str], where: str, key: np.ndarray, row: np.ndarray
+    ) -> None:
+        self._layout, self._place, self._paths, self._where = layout, place, paths, where
+        batch = key >> layout.key_bits
+        self._chunk = key - (batch << layout.key_bits)
+        self._within = (row - batch * (layout.rows_per_chunk * layout.row_numbers)) * layout.item_bytes
+        starts = self._chunk * layout.chunk_bytes + self._within
+        self._starts: list[int] = starts.tolist()  # where rows lie in a shard that actstore packed
+        self._wanted: dict[int, list[tuple[int, int]]] = {}  # batch → start and length of each run of pages
+        runs = cut(row_pages(layout, batch, starts), pages.LONGEST)
+        for number, start, end in zip(*map(np.ndarray.tolist, runs), strict=True):
+            self._wanted.setdefault(number, []).append((start, end - start))
+        self._rows: dict[int, list[int]] = {}  # batch → numbers of its rows
+        for number_of_row, number in enumerate(batch.tolist()):
+            self._rows.setdefault(number, []).append(number_of_row)
+        self._inside = ""  # the path of the shard that is being read
 
-    Attributes:
-        index: start and length of the index, in bytes.
-    """
-
-    def __init__(self, layout: Layout, place: Storage, path: str, where: str, opened: ExitStack) -> None:
-        self._layout, self._where, self._path = layout, where, place.root / path
-        with self._errors():
-            self._descriptor = place.descriptor(path)
-            opened.callback(os.close, self._descriptor)
-            self._size = os.fstat(self._descriptor).st_size
-            index.check_size(layout, self._size, self._path, where)
-        self.index = self._size - layout.index_bytes, layout.index_bytes
-
-    def ask(self, wanted: list[tuple[int, int]]) -> None:
-        """Ask the system for stretches, (start, length) each, and for nothing around them."""
-        if advise := getattr(os, "posix_fadvise", None):  # Linux has it
-            with self._errors():
-                advise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-                for start, length in wanted:
-                    advise(self._descriptor, start, length, os.POSIX_FADV_WILLNEED)
-
-    def places(self, chunk: np.ndarray, within: np.ndarray, packed: np.ndarray) -> list[int] | None:
-        """The byte at which each row starts, by the shard's index; None if a row lies in no chunk.
-
-        Args:
-            chunk: int64 [n]: the rows' chunks.
-            within: int64 [n]: bytes from the start of each row's chunk.
-            packed: int64 [n]: where the rows lie in a shard that actstore packed.
-        """
-        layout, (start, length) = self._layout, self.index
-        [end] = self.read([start], length)
-        of_packed, starts_packed = index.packed(layout)
-        if end == of_packed and self._size == layout.shard_bytes:
-            return packed.tolist()
-        starts = index.chunk_starts(layout, end, self._size, self._path, self._where)[chunk]
-        if (starts < 0).any():
-            return None
-        places: list[int] = (starts * layout.item_bytes + within).tolist()
-        if (starts != starts_packed[chunk]).any():  # other pages were asked for
-            self.ask([(start, layout.row_bytes) for start in places])
-        return places
-
-    def read(self, starts: list[int], length: int) -> list[bytes]:
-        """Read stretches of one length."""
-        with self._errors():
-            found = [os.pread(self._descriptor, length, start) for start in starts]
-            if not all(len(content) == length for content in found):
-                raise ValueError("it ends before they do")
-        return found
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def read(self) -> np.ndarray | None:
+        """See read_rows."""
+        found, numbers = [b""] * len(self._starts), list(self._wanted)
         try:
-            yield
+            for first in range(0, len(numbers), OPEN_AT_ONCE):
+                with ExitStack() as opened:
+                    some = numbers[first : first + OPEN_AT_ONCE]
+                    shards = [self._open(number, opened) for number in some]
+                    for number, (descriptor, size) in zip(some, shards, strict=True):
+                        places = self._places(number, descriptor, size)
+                        if places is None:
+                            return None
+                        for number_of_row, start in zip(self._rows[number], places, strict=True):
+                            found[number_of_row] = os.pread(descriptor, self._layout.row_bytes, start)
+                            if len(found[number_of_row]) < self._layout.row_bytes:
+                                raise ValueError("it ends before its rows do")
         except (ActstoreError, MemoryError):
             raise
         except (OSError, ValueError) as error:
@@ -145,3 +96,44 @@ class _Shard:
             raise limit_reached(error, what) or Damaged(
                 f"{what} ({error}); restore it from a copy of the store"
             ) from error
+        return np.frombuffer(b"".join(found), f"V{self._layout.row_bytes}")
+
+    @property
+    def _path(self) -> Path:
+        return self._place.root / self._inside
+
+    def _open(self, number: int, opened: ExitStack) -> tuple[int, int]:
+        """Descriptor and size of a shard whose pages are asked for."""
+        layout, self._inside = self._layout, self._paths[number]
+        descriptor = self._place.descriptor(self._inside)
+        opened.callback(os.close, descriptor)
+        size = os.fstat(descriptor).st_size
+        if size != layout.shard_bytes:
+            index.check_size(layout, size, self._path, self._where)
+        _ask(descriptor, [(size - layout.index_bytes, layout.index_bytes), *self._wanted[number]])
+        return descriptor, size
+
+    def _places(self, number: int, descriptor: int, size: int) -> list[int] | None:
+        """The byte at which each row of a shard starts, by its index; None if one is in no chunk."""
+        layout, rows, self._inside = self._layout, self._rows[number], self._paths[number]
+        end, (packed, starts) = (
+            os.pread(descriptor, layout.index_bytes, size - layout.index_bytes),
+            index.packed(layout),
+        )
+        if end == packed and size == layout.shard_bytes:
+            return [self._starts[number_of_row] for number_of_row in rows]
+        chunks = index.chunk_starts(layout, end, size, self._path, self._where)[self._chunk[rows]]
+        if (chunks < 0).any():
+            return None
+        places: list[int] = (chunks * layout.item_bytes + self._within[rows]).tolist()
+        if (chunks != starts[self._chunk[rows]]).any():  # other pages were asked for
+            _ask(descriptor, [(start, layout.row_bytes) for start in places])
+        return places
+
+
+def _ask(descriptor: int, wanted: list[tuple[int, int]]) -> None:
+    """Ask the system for stretches of a file, (start, length) each, and for nothing around them."""
+    if advise := getattr(os, "posix_fadvise", None):  # Linux has it
+        advise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        for start, length in wanted:
+            advise(descriptor, start, length, os.POSIX_FADV_WILLNEED)

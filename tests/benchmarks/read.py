@@ -86,7 +86,7 @@ def sections(path: Path, cold_only: bool = False) -> dict[str, list[Row]]:
             errs = _how_it_errs(store, selections[-1])
         cold = _cold(path, raw, Path(folder) / "shards.bin", in_place, selections)
         n_trees = f"{SITE} of {np.unique(every >> 8).size:,} trees"
-        of_cold = {f"Reading {n_trees}, ids at hand, cold": cold + _cold_opening(path, selections[3].ids)}
+        of_cold = {f"Reading {n_trees}, ids at hand, cold": cold + _cold_opening(path, selections[-2].ids)}
         with Store(path) as store:
             of_cold["What a look at pages costs a warm gather"] = _looks(store, selections)
         if cold_only:

@@ -114,7 +114,7 @@ class _Rows:
         return descriptor, size
 
     def _places(self, number: int, descriptor: int, size: int) -> list[int] | None:
-        """The byte at which each row of a shard starts, by its index; None if one is in no chunk."""
+        """The byte at which each row of a shard starts, by its index; None if it is in no chunk."""
         layout, rows, self._inside = self._layout, self._rows[number], self._paths[number]
         end, (packed, starts) = (
             os.pread(descriptor, layout.index_bytes, size - layout.index_bytes),

@@ -20,7 +20,9 @@ from tests import tiny_models
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 IMAGES = os.environ.get("ACTSTORE_IMAGES")  # a folder that takes a picture of each panel: docs/images
-STORE = os.environ.get("ACTSTORE_IMAGES_OF")  # a larger store than the test's own, for these pictures
+STORE = os.environ.get(
+    "ACTSTORE_IMAGES_OF"
+)  # a larger store than the test's own, with studies depth and probes, for these pictures
 SERVE = "from actstore.cli import main; main()"
 
 pytestmark = [
@@ -193,12 +195,11 @@ def look(page):
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] + 1
     assert boxes[0]["width"] > 300
     assert boxes[1]["x"] + boxes[1]["width"] <= 1200, "the second run leaves the page"
-    if not STORE:
-        page.get_by_label("study").select_option("probes")
-        maps = page.locator("svg[aria-label^='Accuracy of the probes']")
-        maps.nth(1).wait_for()
-        fits = "els => els.every(el => el.scrollWidth <= el.clientWidth)"
-        assert maps.locator("..").evaluate_all(fits), "a grid of probes is cut"
+    page.get_by_label("study").select_option("probes")
+    maps = page.locator("svg[aria-label^='Accuracy of the probes']")
+    maps.nth(1).wait_for()
+    fits = "els => els.every(el => el.scrollWidth <= el.clientWidth)"
+    assert maps.locator("..").evaluate_all(fits), "a grid of probes is cut"
     keep(page, "results", 1300)
 
 

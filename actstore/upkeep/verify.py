@@ -149,7 +149,7 @@ def verify_files(
     n_small = sum(not isinstance(file, Shard) for _, file in jobs)
     positions = _positions(root, jobs) if quick else {}
     total, done = sum(file.bytes for _, file in jobs), 0
-    with _threads() as threads:
+    with _threads(at(root).at_once) as threads:
         verdicts = [threads.submit(_wrong_with, root, file, quick, positions) for _, file in jobs[:n_small]]
         parts = [verdict for (_, file), verdict in zip(jobs, verdicts, strict=False) if isinstance(file, Part)]
         of_catalog = threads.submit(_catalog, root, None if broken else manifests, is_older, parts, quick, catalog)
@@ -170,12 +170,15 @@ def verify_files(
 
 
 @contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
+def _threads(at_once: int) -> Iterator[ThreadPoolExecutor]:
     """One thread for each processor, of which one compares the catalog first; two at least.
 
     Hashing and DuckDB release the interpreter. What has not begun is left out after an error.
+
+    Args:
+        at_once: files that are best hashed at the same time, see Storage.
     """
-    threads = ThreadPoolExecutor(max(n_processors(), 2))
+    threads = ThreadPoolExecutor(max(n_processors(), at_once, 2))
     try:
         yield threads
     except BaseException:

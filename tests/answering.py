@@ -22,12 +22,12 @@ class Answering(Ingest):
 
     says: Says | None = None
 
-    def answers(self, drawn, ids, into, advance):
+    def answers(self, drawn, ids, into, advance, *_):
         trees, first = drawn.trees, drawn.start
         right, p = self.says(trees, first)
         graded = graded_as(trees, right, p)
         advance(first + len(trees))
-        return {
+        return lambda: {
             "predictions": tree_paths.prediction_rows(graded, self.plan.run, ids.sequence_id),
             "outcomes": tree_paths.outcome_rows(graded, self.plan.run, ids.sequence_id),
         }
@@ -39,7 +39,7 @@ class Dreaming(Ingest):
 
     dreams: Callable[[Trees, int], list[list[str]]] | None = None
 
-    def answers(self, drawn, ids, into, advance):
+    def answers(self, drawn, ids, into, advance, *_):
         trees = drawn.trees
         rows = [
             (self.plan.run, ids.sequence_id + tree, 0, 3 * trees.n_nodes - 3 + place, word, 0.5, 0.5)
@@ -47,7 +47,7 @@ class Dreaming(Ingest):
             for place, word in enumerate(words)
         ]
         names = ["run", "tree_id", "sample", "position", "token", "p", "p_best"]
-        return {"generations": pl.DataFrame(rows, schema=names, orient="row")}
+        return lambda: {"generations": pl.DataFrame(rows, schema=names, orient="row")}
 
 
 def graded_as(trees: Trees, right: np.ndarray, p: np.ndarray) -> tree_paths.Answers:

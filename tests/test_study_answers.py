@@ -19,6 +19,7 @@ from actstore.queries.dreams.study import _share
 from actstore.queries.last_edge import direction
 from actstore.store import Store
 from tests.answering import Answering, Dreaming, last_step, noise
+from tests.test_figures import assert_legible
 from tests.test_output import lines_at_80
 from tests.test_pipeline import small_model
 
@@ -363,7 +364,9 @@ def test_a_model_that_takes_any_leaf_is_not_said_to_copy(tmp_path):
     assert value(answer, "greedy", "leaf")["value"] == 1
     assert value(answer, "greedy", "leaf_beyond_even")["low"] > 0
     assert value(answer, "greedy", "place_p_even_list")["value"] > 0.01
-    assert len(study.plot(answer).axes) == 3
+    figure = study.plot(answer)
+    assert len(figure.axes) == 3
+    assert_legible(figure)
 
 
 def test_a_model_that_takes_any_node_has_as_many_leaves_as_there_are(tmp_path):

@@ -151,7 +151,7 @@ def percents(axis: Axes, low: float | None = 0.0) -> None:
 
     low = max(0.0, axis.get_ylim()[0]) if low is None else low
     axis.set_ylim(low - MARGIN * (100 - low), 100 + MARGIN * (100 - low))
-    ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, 100).round(9)  # 100.00000000000001 is 100
+    ticks = np.round(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, 100), 9)  # 100.00000000000001 is 100
     axis.set_yticks([tick for tick in ticks if low <= tick <= 100])
 
 

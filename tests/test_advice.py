@@ -258,7 +258,8 @@ ELSEWHERE = {
     "actstore/cli/study.py:say_it",  # test_recording.py, as the next
     "queries/studies.py:warn",
     "queries/study.py:ask",  # test_ablate.py
-    "queries/app/recorded.py:answer_of",  # test_app.py
+    "queries/app/recorded.py:answer_of",  # test_app.py, as the next
+    "queries/app/asked.py:older",
     "queries/report.py:_asked",  # test_report.py
     "actstore/checkup.py:_store",  # test_doctor.py
     "queries/dtype_bill.py:_others",  # test_dtype_bill.py

@@ -21,6 +21,8 @@ from actstore.queries.app import sequence as sequences
 from actstore.store import Store
 from tests import tiny_models
 from tests.planted_answers import DIRECTIONS, N_NODES, OFFSETS, PATTERN, ROOT_AT, TREES, X
+from tests.test_advice import advised_commands
+from tests.test_old_stores import unpack
 
 TREE = 4
 
@@ -111,6 +113,16 @@ def test_the_picture_marks_the_path_the_goal_and_a_wrong_answer(answered):
     assert "| &lt;" not in plain
     assert drawing.sequence(seen, separator, weights).count("<path") == 2, "it names no node"
     assert "is right" not in drawing.about(seen)
+
+
+def test_the_page_of_a_store_of_an_earlier_version_says_what_brings_it_up_to_date(tmp_path):
+    path = unpack("format-2", tmp_path)
+    with Store(path) as store:
+        assert store.catalog_is_older
+        (command,) = advised_commands(asked.older(store))
+    assert CliRunner().invoke(main, command).exit_code == 0
+    with Store(path) as store:
+        assert not store.catalog_is_older
 
 
 def test_what_tokens_say_is_escaped():

@@ -103,6 +103,8 @@ def publish(root: Path, *, from_nothing: bool = False, wait: Callable[[], None] 
             finally:
                 discard_beside(at(temporary.parent), temporary.name)
 
+        if place.at_once > 1:  # a bucket's cache drops the catalog that is replaced, unless it is open
+            stack.close()
         if new or not held or wait:
             place.swap(CATALOG, write, expected, held + len(new))
         return held + len(new) + len(later)

@@ -131,7 +131,7 @@ def test_repair_of_each_pair_mends_both_or_names_what_to_restore(root: Path, mon
     recompute, built = again(root, before), root.parent / "built"
     built.write_bytes(before[tables.CATALOG])
     # other tests build catalogs and compare rows; here one of the same bytes stands for one with the same rows
-    monkeypatch.setattr(build, "_extend", lambda root, path, new, create: copyfile(built, path))
+    monkeypatch.setattr(build, "_extend", lambda root, path, *commits: copyfile(built, path))
     monkeypatch.setattr(verify_catalog, "_rows_that_differ", lambda *about: iter(()))
     for pair in PAIRS:
         for kind in pair:

@@ -209,6 +209,9 @@ def _weights(exposed: np.ndarray, strata: np.ndarray) -> tuple[np.ndarray, np.nd
 def _correlation(sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     """The correlation of two means that may share trees.
 
+    It is at most n / (n + 1) for n trees: one more tree, in which the sides differ, would leave no
+    more. Two sides that are equal in every tree would otherwise have a difference without a width.
+
     Args:
         sides: per mean, its rows, weighted and minus their mean, and the rows' trees.
     """
@@ -219,7 +222,7 @@ def _correlation(sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
         np.bincount(at, weights=rows, minlength=n_trees) for at, (rows, _) in zip(rows_trees, sides, strict=True)
     )
     size = np.sqrt((sums**2).sum() * (others**2).sum())
-    return float((sums * others).sum() / size) if size else 0.0
+    return min(float((sums * others).sum() / size), n_trees / (n_trees + 1)) if size else 0.0
 
 
 def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], n_trees: int, seed: int) -> Interval:

@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import betabinom, binom, binomtest, fisher_exact
 
@@ -163,6 +163,8 @@ def test_a_mean_change_that_few_trees_carry_is_covered():
 # What no interval may be.
 
 
+# each tree's two rows are equal, one exposed and one not
+@example([(0, False, False, 1), (0, False, True, 1), (1, True, False, 0), (1, True, True, 0)])
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.booleans(), st.integers(0, 2)), min_size=1))
 def test_no_interval_is_without_a_width_or_leaves_its_own_estimate_out(rows):
     trees, first, second, strata = (np.array(column) for column in zip(*rows, strict=True))

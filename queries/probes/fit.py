@@ -66,7 +66,8 @@ class Whitening:
         of variance; the largest entry of each is positive. Equal rows (a separator's embedding)
         have one coordinate, which is 0.
         """
-        n, width, first = len(X) if rows is None else int(rows.sum()), X.shape[1], np.float32(X[0])
+        n, width = len(X) if rows is None else int(rows.sum()), X.shape[1]
+        first = np.float32(X[0 if rows is None else rows.argmax()])
         beyond, products = np.zeros(width), np.zeros((width, width))
         with one_thread():
             for _, block in _blocks(X, rows):

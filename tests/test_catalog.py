@@ -248,6 +248,24 @@ except NoRoom as error:
     assert files(copy) == before
 
 
+def test_a_catalog_is_built_without_duckdbs_bar_on_stdout(root: Path, tmp_path: Path) -> None:
+    """DuckDB draws one for `python -c` if a query takes two seconds, also into a pipe."""
+    copy = shutil.copytree(root, tmp_path / "copy.act")
+    code = """
+import sys
+from pathlib import Path
+from actstore.catalog import build
+insert = build._insert
+def inserted(root, connection, *others, **named):
+    print(connection.execute("select current_setting('enable_progress_bar')").fetchall())
+    insert(root, connection, *others, **named)
+build._insert = inserted
+build.publish(Path(sys.argv[1]), from_nothing=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(copy)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[(False,)]\n"
+
+
 # Plain DuckDB.
 
 

@@ -217,6 +217,7 @@ def _extend(
     if create:
         path.unlink(missing_ok=True)
     with duckdb.connect() as connection:
+        connection.execute("set enable_progress_bar = false")  # `python -c` would have it on stdout, even of a pipe
         connection.execute(f"attach {located(path)} as new (storage_version '{STORAGE_VERSION}')")
         connection.execute("use new")
         connection.execute("begin")  # one transaction, comments and all: each commit is an fsync

@@ -38,9 +38,22 @@ if TYPE_CHECKING:
     from actstore.reading.explain import Explanation
 
 
+# a column of a view has the comment of the first of these tables that has it; those of `sequences` differ by task
 SCHEMA = """
-select table_name as "table", column_name as "column", data_type as type, comment
-from duckdb_columns() where database_name = 'store' order by table_oid, column_index
+with columns as (from duckdb_columns() where database_name = 'store'),
+views as (select view_oid as table_oid from duckdb_views() where database_name = 'store' and view_name <> 'sequences'),
+sources as (
+    select column_name, arg_min(comment, list_position(
+        ['edges', 'trees', 'tokens', 'results'], table_name
+    )) as of_source
+    from columns
+    where table_name in ('edges', 'trees', 'tokens', 'results')
+    group by column_name
+)
+select table_name as "table", column_name as "column", data_type as type,
+    if(table_oid in (from views), of_source, comment) as comment
+from columns left join sources using (column_name)
+order by table_oid, column_index
 """
 
 

@@ -155,6 +155,20 @@ def test_info_and_schema_are_short_in_a_table_and_whole_elsewhere(demo_path):
     assert "'separator', 'bar', 'goal', 'colon', 'root', 'path')" in table, "few values are named"
 
 
+def test_a_column_of_a_view_is_explained_as_the_column_that_it_is(demo_path):
+    said = {
+        (row["table"], row["column"]): row["comment"]
+        for row in json.loads(run("schema", demo_path, "-o", "json").stdout)
+    }
+    assert said["edge_targets", "source"] == said["edges", "source"] != ""
+    assert said["edge_targets", "depth"] == said["trees", "depth"]
+    assert said["latest_results", "value"] == said["results", "value"]
+    assert said["edge_targets", "token_id"] == said["tokens", "token_id"]
+    assert {key for key, comment in said.items() if not comment and key[0] != "sequences"} == {
+        ("answer_tokens", "next_node")
+    }
+
+
 def test_a_study_of_much_says_what_it_asks_before_it_begins(demo_path, monkeypatch):
     asked = ["study", demo_path, "depth", "--no-record", "--csv"]
     small = run(*asked)

@@ -547,3 +547,17 @@ def test_a_wide_table_folds_its_headers_and_names_the_columns_that_do_not_fit(mo
     assert table[-1].split() == ["resid_post.0", "12.5", "y" * 50, "7"]
     assert table[0].strip() == "a long"
     assert note == "Too wide for this terminal: text (--csv, --json and --parquet give all columns)."
+
+
+def test_a_query_in_a_table_of_rows_is_its_first_line_and_alone_it_is_whole(monkeypatch):
+    frame = pl.DataFrame(
+        {"study": ["depth"] * 2, "query": ["-- by depth\nselect 1\nfrom trees\norder by 1", "a\nb\nc"]}
+    )
+    shown = [line.split(maxsplit=1) for line in lines_at_80(frame, monkeypatch)[2:]]
+    assert [[part.strip() for part in parts] for parts in shown] == [
+        ["depth", "-- by depth … (4 lines)"],
+        ["depth", "a"],
+        ["b"],
+        ["c"],
+    ]
+    assert [line.split()[-1] for line in lines_at_80(frame[:1], monkeypatch)[3:]] == ["1", "trees", "1"]

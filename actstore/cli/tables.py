@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ROWS_SHOWN = 60  # rows of a printed table; the other formats give every row
 ROWS_PAGED = 2000  # rows of a table in a pager
+LINES_SHOWN = 3  # of a text in one of several rows; of a longer one the first line alone
 ROWS_WITH_WHOLE_LISTS = 10  # in more, a list that is too long is cut, and stays a cell of one line
 ROWS_TOGETHER = 20  # of a table in parts: the other columns of a row come soon after
 LEAST_WIDTH = 16  # of a column that is narrowed: an interval, `[99.05, 100.00]`, stays whole
@@ -32,8 +33,9 @@ def print_table(frame: pl.DataFrame | Rows, fold: bool = False) -> None:
     rows, long texts are wrapped; in more than ROWS_WITH_WHOLE_LISTS, long lists are cut short. If
     that does not suffice, the table comes in parts: some of the columns, then the next ones, each
     part after the first column, or after the first ones that no two rows share. Columns without a
-    value are only named. Numbers and short texts are always whole. Without a terminal, lines are as
-    long as they need to be. On a terminal, what is longer than the screen goes through a pager, see
+    value are only named. Numbers and short texts are always whole. In several rows, a text of more
+    than LINES_SHOWN lines, such as a study's query, is its first line and the number of its lines.
+    Without a terminal, lines are as long as they need to be. On a terminal, what is longer than the screen goes through a pager, see
     terminal.page.
 
     Args:
@@ -45,13 +47,22 @@ def print_table(frame: pl.DataFrame | Rows, fold: bool = False) -> None:
     rows = frame if isinstance(frame, Rows) else of_frame(frame)
     console = Console() if sys.stdout.isatty() else Console(width=10_000, color_system=None)
     pager = terminal.pager()
-    shown = Rows(rows.columns, rows.types, rows.kinds, rows.head(ROWS_PAGED if pager else ROWS_SHOWN))
+    head = rows.head(ROWS_PAGED if pager else ROWS_SHOWN)
+    if len(rows) > 1:
+        head = [tuple(map(_shortened, row)) for row in head]
+    shown = Rows(rows.columns, rows.types, rows.kinds, head)
     if not pager:
         _print(console, shown, len(rows), fold)
         return
     with console.capture() as printed:
         _print(console, shown, len(rows), fold)
     terminal.page(printed.get(), pager)
+
+
+def _shortened(value: Any) -> Any:
+    """A value as it stands in one of several rows, see print_table."""
+    lines = value.splitlines() if isinstance(value, str) else []
+    return f"{lines[0]} … ({len(lines)} lines)" if len(lines) > LINES_SHOWN else value
 
 
 def _print(console: Console, rows: Rows, n_rows: int, fold: bool) -> None:

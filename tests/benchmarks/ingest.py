@@ -20,6 +20,7 @@ from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import execute
 from actstore.ingest.models.load import load
 from actstore.ingest.models.model import Model
+from actstore.ingest.models.passes import Passes, side_by_side
 from actstore.ingest.trees.task import TreeSet
 from actstore.storage.machine import keep_freed_memory, share_processors
 from tests.benchmarks import Row, median
@@ -32,8 +33,8 @@ PLAIN = 2048  # trees of the forward pass of another process
 def speed() -> list[Row]:
     """Trees per second of ingest at the default sites, over those of the bare forward pass, in turns in one process.
 
-    The bare forward pass keeps freed memory, as the ingest does. The last row of a size compares the ingest with a
-    forward pass of another process that does not.
+    The bare forward pass keeps freed memory, as the ingest does. The other rows of a size compare the ingest with bare
+    passes that also run two at once, and with a forward pass of another process that returns freed memory.
     """
     model = load("reproduction")
     return [row for n_trees, wanted in SIZES.items() for row in _speed(model, n_trees, *wanted)]
@@ -51,25 +52,46 @@ def _forward(model: Model, ids: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
+def _at_once(model: Model, ids: torch.Tensor) -> float:
+    """As `_forward`, with as many passes at once as an ingest runs."""
+
+    def run(model: Model, batch: torch.Tensor) -> None:
+        with torch.no_grad():
+            model.bridge(batch)
+
+    with Passes(model, side_by_side(model)) as passes:
+        started = time.perf_counter()
+        for _ in passes.each(run, ids.split(BATCH_SIZE)):
+            pass
+        return time.perf_counter() - started
+
+
 def _speed(model: Model, n_trees: int, goal: float, n_rounds: int) -> list[Row]:
     trees = TreeSet("reproduction", n_trees)
     ids = _ids(model, n_trees)
-    bare, stored, plain = [], [], []
+    bare, at_once, stored, plain = [], [], [], []
     for _ in range(n_rounds):
         first, second = ids.split(n_trees // 2)  # before and after the ingest, since a machine's speed drifts
-        before = _forward(model, first)
+        before, before_at_once = _forward(model, first), _at_once(model, first)
         with tempfile.TemporaryDirectory(dir=".") as folder:
             started = time.perf_counter()
             execute(Ingest(Path(folder) / "bench.act", model, trees, batch_size=BATCH_SIZE))
             stored.append(time.perf_counter() - started)
+        at_once.append(before_at_once + _at_once(model, second))
         bare.append(before + _forward(model, second))
         plain.append(_run("forward", PLAIN) / PLAIN * n_trees)
     ratios = [alone / with_all for alone, with_all in zip(bare, stored, strict=True)]
     ratio, spread = median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
     figure = f"{ratio:.2f} ({spread} in {n_rounds} rounds; {n_trees / median(stored):,.0f} / {n_trees / median(bare):,.0f} trees/s)"
+    of_two = median([alone / with_all for alone, with_all in zip(at_once, stored, strict=True)])
     kept = median(plain) / median(stored)
     return [
         Row(f"ingest, default sites / forward pass alone; {n_trees:,} trees", figure, f"≥ {goal}", ratio >= goal),
+        Row(
+            "the same / forward passes alone, two at once",
+            f"{of_two:.2f} ({n_trees / median(at_once):,.0f} trees/s)",
+            "",
+        ),
         Row(
             "the same / a forward pass that returns freed memory",
             f"{kept:.2f} ({n_trees / median(plain):,.0f} trees/s)",

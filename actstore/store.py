@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from actstore.reading.explain import Explanation
 
 
-# a column of a view has the comment of the first of these tables that has it; those of `sequences` differ by task
+# a column of a view is explained as that of the first of these tables that has it
 SCHEMA = """
 with columns as (from duckdb_columns() where database_name = 'store'),
 views as (select view_oid as table_oid from duckdb_views() where database_name = 'store' and view_name <> 'sequences'),

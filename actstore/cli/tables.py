@@ -35,8 +35,8 @@ def print_table(frame: pl.DataFrame | Rows, fold: bool = False) -> None:
     part after the first column, or after the first ones that no two rows share. Columns without a
     value are only named. Numbers and short texts are always whole. In several rows, a text of more
     than LINES_SHOWN lines, such as a study's query, is its first line and the number of its lines.
-    Without a terminal, lines are as long as they need to be. On a terminal, what is longer than the screen goes through a pager, see
-    terminal.page.
+    Without a terminal, lines are as long as they need to be. On a terminal, what is longer than the
+    screen goes through a pager, see terminal.page.
 
     Args:
         fold: if the table is too wide, fold the headers and leave out columns that do not fit, the

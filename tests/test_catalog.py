@@ -17,12 +17,13 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from actstore.catalog import build, part_types, tables
+from actstore.catalog import build, declared, part_types, tables
 from actstore.commits import log
 from actstore.commits.format import FORMAT_VERSION
 from actstore.errors import BadInput, Damaged, NoRoom
 from actstore.ingest.task import SPLITS
 from actstore.ingest.trees import tokens
+from actstore.sql.session import Session
 from actstore.store import Store
 from actstore.writing.create import create
 from actstore.writing.parts import as_parquet
@@ -411,3 +412,31 @@ def test_a_ctrl_c_while_rows_are_handed_to_duckdb_is_a_ctrl_c() -> None:
         connection.register("new_rows", pa.RecordBatchReader.from_batches(pa.schema([("a", pa.int64())]), rows()))
         with pytest.raises(KeyboardInterrupt), tables.ctrl_c():
             connection.execute("from new_rows")
+
+
+class Stopped:
+    """A connection of DuckDB that a Ctrl-C meets in its first statement."""
+
+    def __enter__(self) -> Stopped:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def execute(self, statement: str) -> None:
+        raise RuntimeError("Query interrupted")  # as DuckDB 2.0 tells it
+
+
+@pytest.mark.parametrize("of", ["columns", "words", "session"])
+def test_a_ctrl_c_in_any_statement_of_duckdb_is_a_ctrl_c(of: str, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duckdb, "connect", lambda *path: Stopped())
+    asks = {
+        "columns": part_types.every_column.__wrapped__,  # what they found before is kept
+        "words": declared._reserved.__wrapped__,
+        "session": lambda: Session(store / "catalog.duckdb"),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        asks[of]()

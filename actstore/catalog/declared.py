@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import duckdb
 import msgspec
 
-from actstore.catalog.tables import column_comments, quoted, schema
+from actstore.catalog.tables import column_comments, ctrl_c, quoted, schema
 from actstore.errors import BadInput
 from actstore.storage.content import Text, as_a
 
@@ -205,7 +205,7 @@ def not_a_name(name: str) -> str:
 @cache
 def _reserved() -> frozenset[str]:
     """The words that SQL does not take for a name."""
-    with duckdb.connect() as connection:
+    with ctrl_c(), duckdb.connect() as connection:
         words = connection.execute("select keyword_name from duckdb_keywords() where keyword_category = 'reserved'")
         return frozenset(word for (word,) in words.fetchall())
 

@@ -7,7 +7,7 @@ from functools import cache
 import duckdb
 import polars as pl
 
-from actstore.catalog.tables import ADDED, DERIVED, OF_TREES, column_comments, schema
+from actstore.catalog.tables import ADDED, DERIVED, OF_TREES, column_comments, ctrl_c, schema
 
 NOT_OF_TREES: dict[str, dict[str, pl.DataType]] = {  # types in parts of other sequences
     "datasets": {"n_positions": pl.Int32()},
@@ -43,7 +43,7 @@ def tables() -> dict[str, dict[str, pl.DataType]]:
 @cache
 def every_column() -> dict[str, dict[str, pl.DataType]]:
     """As `tables`, with the columns ADDED."""
-    with duckdb.connect() as connection:
+    with ctrl_c(), duckdb.connect() as connection:
         connection.execute(schema())
         names = dict.fromkeys(table for table, _ in column_comments())
         types = {table: dict(connection.sql(f"from {table} limit 0").pl().schema) for table in names}

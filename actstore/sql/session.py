@@ -89,11 +89,12 @@ class Session:
         refuse_forked()
         try:
             check_regular(catalog)  # DuckDB 2.0 aborts a process that may open no file more
-            self._connection = duckdb.connect(":memory:")
-            # also at the interpreter's end: functions that outlive it print what they leak
-            self._close = finalize_here(self, self._connection.close)
-            self._file = _attach(self._connection, catalog)
-            self._close_file = finalize_here(self, os.close, self._file)
+            with ctrl_c():
+                self._connection = duckdb.connect(":memory:")
+                # also at the interpreter's end: functions that outlive it print what they leak
+                self._close = finalize_here(self, self._connection.close)
+                self._file = _attach(self._connection, catalog)
+                self._close_file = finalize_here(self, os.close, self._file)
         except (duckdb.Error, OSError, MemoryError) as error:
             self.close()
             store = store or catalog.parent
@@ -104,10 +105,11 @@ class Session:
                     f"{store / CATALOG} cannot be opened ({one_line(error)}); rebuild it with {advised('repair', store)}"
                 )
             ) from error
-        if memory is not None:
-            self._connection.execute(f"set memory_limit = '{memory}B'")
-        for statement in LOCKED:
-            self._connection.execute(statement)
+        with ctrl_c():
+            if memory is not None:
+                self._connection.execute(f"set memory_limit = '{memory}B'")
+            for statement in LOCKED:
+                self._connection.execute(statement)
 
     def close(self) -> None:
         """Close the connection and the catalog's file, once; do nothing in a forked process."""
@@ -171,7 +173,8 @@ class Session:
             body: an expression, or `table` and a query. The query names the store's tables in full,
                 `store.main.tokens`.
         """
-        self._connection.execute(f"create or replace macro memory.main.{signature} as {body}")
+        with ctrl_c():
+            self._connection.execute(f"create or replace macro memory.main.{signature} as {body}")
 
     def add_view(self, name: str, query: str) -> None:
         """Add a view to this session alone.
@@ -180,7 +183,7 @@ class Session:
             name: its full name, `main.latest_results`.
             query: a SELECT over the store's tables.
         """
-        with self._connection.cursor() as cursor:
+        with ctrl_c(), self._connection.cursor() as cursor:
             cursor.execute(SEARCH)
             cursor.execute(f"create or replace view memory.{name} as {query}")
 
@@ -192,7 +195,7 @@ class Session:
             views: for each view's name, a SELECT that names the store's tables in full.
         """
         self.check()
-        with self._connection.cursor() as cursor:
+        with ctrl_c(), self._connection.cursor() as cursor:
             cursor.execute(SEARCH)  # for a view that this session alone has, see add_view
             cursor.execute("begin")
             cursor.execute(f"create schema memory.{name}")

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import actstore
 from actstore import verbs
 from actstore.arrays import staged
-from actstore.arrays.encoding import largest_error, widened
+from actstore.arrays.encoding import largest_error, quantised, widened
 from actstore.arrays.layout import Layout
 from actstore.arrays.metadata import as_written, metadata
 from actstore.arrays.pack import ShardBuffer
@@ -242,6 +242,14 @@ def test_a_vector_with_one_huge_number_loses_the_others_and_its_neighbours_lose_
     found = sealed("int8", [1e6, 1.0, 127.0, 1.0])
     np.testing.assert_array_equal(found[0], [np.float32(1e6 / 127) * 127, 0])
     np.testing.assert_array_equal(found[1], [127, 1])
+
+
+def test_the_largest_float32_is_finite_in_int8() -> None:
+    """A model's mask is often this number."""
+    largest = float(np.finfo(np.float32).max)
+    stored = quantised(torch.tensor([[largest, -largest, 1.0]])).numpy()
+    with np.errstate(over="raise"):
+        np.testing.assert_allclose(decoded(stored), [[largest, -largest, 0]], rtol=1e-6)
 
 
 def test_the_metadata_says_how_int8_is_decoded_and_only_its_own_shape_is_mapped() -> None:

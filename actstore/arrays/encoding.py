@@ -26,6 +26,9 @@ SCALE_BYTES = 4
 MOST = 127  # the largest int8; -128 is left for NaN, and the numbers are as many on both sides of 0
 NAN = -128
 LEAST_SCALE = float(np.finfo(np.float32).tiny)  # below, a float32 has fewer digits, and 0 would divide
+MOST_SCALE = float(
+    np.nextafter(np.finfo(np.float32).max / np.float32(MOST), np.float32(0))
+)  # above, MOST of it is infinite
 TOO_LARGE = {  # the least number whose nearest is infinity: half a step above the largest
     "float16": (2 - 2**-11) * 2.0**15,
     "bfloat16": (2 - 2**-8) * 2.0**127,
@@ -55,6 +58,7 @@ def quantised(activations: torch.Tensor) -> torch.Tensor:
 
     X = activations.float()
     scale = X.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1, keepdim=True).div_(MOST).clamp_(min=LEAST_SCALE)
+    scale.masked_fill_((scale > MOST_SCALE) & (scale < torch.inf), MOST_SCALE)
     numbers = (X / scale).round_().nan_to_num_(nan=NAN).to(torch.int8)
     return torch.cat([scale.contiguous().view(torch.int8), numbers], dim=-1)
 

@@ -125,23 +125,32 @@ def _look_for(address: str | None) -> None:
         ) from error
 
 
-def n_workers(ray: Any, asked: int | None, threads: int, n_tasks: int) -> int:
+def n_workers(ray: Any, asked: int | None, threads: int, n_tasks: int, n_gpus: int = 0) -> int:
     """How many workers to start.
 
     Args:
         asked: as many as the user wants; default: as many as the cluster has room for.
         threads: of each worker.
         n_tasks: more workers than tasks are not started.
+        n_gpus: of each worker.
 
     Raises:
         BadInput: the cluster has no room for so many.
     """
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    room = sum(int(cpus) // threads for cpus in nodes)
-    if room < (asked or 1):
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
+    if sum(gpus) < n_gpus:
         raise BadInput(
-            f"got {asked or 1} workers of {threads} threads each, and the cluster has room for {room} ({len(nodes)} nodes, "
-            f"{int(sum(nodes))} processors): ask for fewer (--workers), or fewer threads (OMP_NUM_THREADS)"
+            f"got --device cuda, and the cluster has no GPU ({len(nodes)} nodes): start Ray on nodes with GPUs (ray start "
+            "--num-gpus N, where Ray does not find them by itself), or leave out --device"
+        )
+    rooms = [n // threads for n in cpus]
+    room = sum(min(of_cpus, n // n_gpus) for of_cpus, n in zip(rooms, gpus, strict=True)) if n_gpus else sum(rooms)
+    if room < (asked or 1):
+        with_gpus = " and a GPU" if n_gpus else ""
+        raise BadInput(
+            f"got {asked or 1} workers of {threads} threads{with_gpus} each, and the cluster has room for {room} ({len(nodes)} "
+            f"nodes, {sum(cpus)} processors, {sum(gpus)} GPUs): ask for fewer (--workers), or fewer threads (OMP_NUM_THREADS)"
         )
     return min(asked or room, n_tasks)
 
@@ -158,7 +167,7 @@ def spread(
     threads: int,
     tasks: Iterable[tuple[Any, ...]],
     at_once: int = 1,
-    n_gpus: float = 0,
+    n_gpus: int = 0,
 ) -> Iterator[tuple[int, Any]]:
     """Have workers do tasks; gives (number of a task, what came of it), in the order of ending.
 
@@ -176,7 +185,7 @@ def spread(
         n_gpus: of each worker.
 
     Raises:
-        ActstoreError: as a task raised it.
+        ActstoreError, OSError: as a task raised it.
         Unreachable: Ray gave up.
     """
     # retries without end: while a dead node still counts as alive, three are spent in seconds
@@ -228,7 +237,7 @@ def _result(ray: Any, done: Any) -> Any:
     try:
         return ray.get(done)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ActstoreError):
+        if isinstance(error.cause, ActstoreError | OSError):  # of a folder that the worker's user may not write, say
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:

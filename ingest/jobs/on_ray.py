@@ -24,7 +24,7 @@ from actstore.commits.manifest import Manifest
 from actstore.errors import BadInput
 from actstore.ingest.jobs.batch import run_batch
 from actstore.ingest.jobs.environment import environment
-from actstore.ingest.jobs.gpu import buffer_sets
+from actstore.ingest.jobs.gpu import buffer_sets, within_memory
 from actstore.ingest.jobs.job import Ingest
 from actstore.ingest.jobs.local import Advance, Done
 from actstore.ingest.jobs.prepare import prepare
@@ -97,10 +97,11 @@ def execute_on_ray(
             return
         defined = pending.definition(log.live(writer.committed), run)
         assert defined is not None
-        threads, n_gpus = torch.get_num_threads(), float(job.device.type == "cuda")
-        n = cluster.n_workers(ray, workers, threads, len(left))
+        threads, n_gpus = torch.get_num_threads(), int(job.device.type == "cuda")
+        n = cluster.n_workers(ray, workers, threads, len(left), n_gpus)
         needed = {name for sites in left.values() for name in sites}
-        where, given = str(absolute(job.store)), anywhere(options)
+        where = str(absolute(job.store))
+        given = anywhere(options) | {"device": job.device.type}  # Ray shows a worker its own GPU alone, as the first
         asked = Asked(where, given, defined.xxh3_128, first, originals, needed, environment(job))
         tasks = [(number, sites, number in held) for number, sites in left.items()]
         progress = Done(job, range(job.n_batches), left, advance)
@@ -132,6 +133,7 @@ class Worker:
 
     Raises:
         BadInput: this process does not see the store, or has other versions or weights.
+        LimitReached: the GPU has too little memory.
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -148,15 +150,16 @@ class Worker:
         cluster.refuse_otherwise(here, environment(self._job), "this process", asked.alike)
         self._published = Published(root, committed)
         self._computing, self._free = threading.Lock(), queue.Queue[Any]()
-        for buffers in buffer_sets(self._job, set(asked.sites), AT_ONCE):
-            self._free.put(buffers)
+        with within_memory(self._job):
+            for buffers in buffer_sets(self._job, set(asked.sites), AT_ONCE):
+                self._free.put(buffers)
 
     def task(self, number: int, sites: Collection[str], is_added: bool) -> bytes:
         """Publish a batch; gives the manifest that would commit it."""
         job = self._job.over(sites, grades=False) if is_added else self._job
         buffers = self._free.get()
         try:
-            with self._computing:
+            with self._computing, within_memory(job):
                 batch = run_batch(job, number, self._asked.first, self._asked.originals, buffers)
                 contents = [*(batch.shards() if is_added else batch.contents())]
             first, kind = batch.first.sequence_id, "site" if is_added else "batch"

@@ -183,6 +183,8 @@ def test_a_web_identity_that_cannot_be_used_is_told(
         ("AWS_SESSION_TOKEN", "token\n", "the setting AWS_SESSION_TOKEN holds a line break"),
         ("AWS_ENDPOINT_URL", "127.0.0.1:9", "AWS_ENDPOINT_URL is no address of a server"),
         ("AWS_ENDPOINT_URL", f"http://{SECRET} @host", "AWS_ENDPOINT_URL is no address of a server"),
+        ("AWS_ENDPOINT_URL", f"http://user:{SECRET}/@host", "AWS_ENDPOINT_URL is no address of a server"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:70000", "AWS_ENDPOINT_URL is no address of a server"),
     ],
 )
 def test_a_setting_that_would_end_in_a_panic_is_told(

@@ -106,7 +106,7 @@ def test_who_may_only_read_reads_and_is_told_when_it_writes(kept: Path, monkeypa
 def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "RETRIES", {**requests.RETRIES, "max_retries": 0})
     for name, what in (("127.0.0.1:9", "refuses connections"), ("nowhere.invalid", "has an unknown name")):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:no-such-secret@{name}")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:and@no-such-secret@{name}")
         assert what in said("info", f"s3://{BUCKET}/x")
 
 

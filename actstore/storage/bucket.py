@@ -344,7 +344,7 @@ class Bucket:
     def _where(self) -> str:
         """The server, without what its address may say of a user."""
         if address := credentials.endpoint(self.scheme):
-            return re.sub(r"//[^/@]*@", "//", address).split("?")[0]
+            return re.sub(r"//.*@", "//", address).split("?")[0]
         return {"s3": "S3", "gs": "Google Cloud Storage", "az": "Azure"}[self.scheme]
 
 

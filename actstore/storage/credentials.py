@@ -77,9 +77,18 @@ def check(scheme: str) -> None:
         raise BadInput(
             f"the setting {broken[0]} holds a line break or another control character; set it again without it"
         )
-    if not SERVER.fullmatch(endpoint(scheme) or "https://cloud"):  # in no variable, which a traceback may show
+    if not _is_server(endpoint(scheme) or "https://cloud"):  # in no variable, which a traceback may show
         named = next((name for name in ENDPOINTS[scheme] if os.environ.get(name)), "endpoint_url")
         raise BadInput(f"the setting {named} is no address of a server; write it as https://HOST or http://HOST:PORT")
+
+
+def _is_server(address: str) -> bool:
+    """Whether a text is an address with a host, and a port that is one, if any."""
+    try:
+        urlsplit(address).port  # noqa: B018 - it raises where the port is none, as of user:a/password@host
+    except ValueError:
+        return False
+    return bool(SERVER.fullmatch(address))
 
 
 def there_are(scheme: str) -> bool:

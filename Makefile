@@ -106,7 +106,7 @@ types: install
 	@# mypy knows folders, not setuptools' package-dir: show it the package as it is installed
 	rm -rf build/types && mkdir -p build/types/actstore
 	ln -s $(CURDIR)/actstore/* $(CURDIR)/ingest $(CURDIR)/queries $(CURDIR)/data build/types/actstore
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p actstore
+	cd build/types && MYPY_CACHE_DIR=$(CURDIR)/.mypy_cache $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p actstore
 
 # ruff's fixes, and its format
 format: install

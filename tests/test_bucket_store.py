@@ -191,6 +191,22 @@ def test_a_head_whose_object_is_gone_is_told_and_mended(root: Path) -> None:
         assert store.sql("select count(*) from tokens").item()
 
 
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty"])
+def test_a_catalog_that_is_not_what_its_head_says_is_found_and_mended(root: Path, how: str) -> None:
+    bucket = Bucket(root)
+    [key] = [key for key in bucket.sizes("") if key.startswith(".actstore/heads/")]
+    content = bucket.get(key).content
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    bucket.put(key, {"cut": content[:middle], "flipped": flipped, "empty": b""}[how])
+    shutil.rmtree(cache.folder(), ignore_errors=True)
+    with pytest.raises(Damaged, match="its content is not what was put in place; mend it with `actstore repair"):
+        Store(root)
+    assert "catalog.duckdb" in [finding.path for finding in verify(root).damage]
+    assert "catalog.duckdb" in repair(root, no_model).mended
+    assert not verify(root).damage
+
+
 def test_a_missing_object_is_told_as_a_missing_file(root: Path) -> None:
     at(root).delete(shards(root)[0])
     with pytest.raises(Damaged, match=r"c/0/0/0.* is missing; commit"):

@@ -24,6 +24,7 @@ FOLDER, LIMIT = "ACTSTORE_CACHE", "ACTSTORE_CACHE_SIZE"  # names of the environm
 MOST_GB = 20.0
 CATALOG, SHARD = ".duckdb", ".shard"  # endings of names
 MOST_NEAR = 3  # files in which pieces of another are looked for
+OTHERWISE = "its content is not what was put in place"
 LEFT_FOR = 86400.0  # seconds after which an unfinished file is that of a process that was killed
 UNFINISHED = (".*.tmp", ".*.lock")
 
@@ -122,7 +123,7 @@ def _put(path: Path, name: str, fetch: Callable[[Path], object]) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)  # before another process can remove it
             if hash_of(descriptor) != name:
-                raise Damaged("its content is not what was put in place")
+                raise Damaged(OTHERWISE)
             os.chmod(temporary, 0o400)
             os.replace(temporary, path)
             _shrink(path, limit())

@@ -452,24 +452,30 @@ class Objects(Storage):
         with tempfile.TemporaryDirectory(prefix="actstore-") as folder:
             to = Path(folder) / "copy"
             with needing_room(to):
-                self._fetch(path, to)
+                head = self._fetch(path, to)
             descriptor = os.open(to, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._compare(path, hash_of(descriptor) if self.committed is not None else "")
+            found = hash_of(descriptor) if head or self.committed is not None else ""
+            if head and found != head.xxh3_128:
+                with self._mending(path):
+                    raise Damaged(cache.OTHERWISE)
+            self._compare(path, found)
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
 
-    def _fetch(self, path: str, to: Path) -> None:
-        """Write a file's content to a file of this machine."""
+    def _fetch(self, path: str, to: Path) -> Head | None:
+        """Write a file's content to a file here; gives the head that led there, if any."""
         self._bucket.fetch(path, to)
         head = Head.of(to.read_bytes()) if to.stat().st_size == HEAD_BYTES else None
         while head:
             try:
-                return self._fetch_content(path, head, to)
+                self._fetch_content(path, head, to)
+                return head
             except FileNotFoundError:
                 head = self._newer(path, head)
+        return None
 
     def _fetch_content(self, path: str, head: Head, to: Path, near: Iterable[Path] = ()) -> None:
         """Write what a head leads to; pieces that near files of this machine have are copied."""

@@ -127,6 +127,15 @@ def test_a_prefix_that_holds_something_else_is_left_alone(kept: Path) -> None:
     assert list(Bucket(root).sizes("")) == ["letter.txt"]
 
 
+def test_no_store_is_made_within_another(kept: Path, tmp_path: Path) -> None:
+    """A writer of the outer store would sweep the inner one's files."""
+    fake(n_trees=1, sites=()).store(beside := tmp_path / "s.act")
+    before, within = list(Bucket(kept).sizes("")), Path(f"{kept}/activations.zarr/within")
+    assert "lies in the store" in said("ingest", within, "--model", "reproduction", "--trees", "1", "--sites", "none")
+    assert "lies in the store" in said("copy", beside, within)
+    assert list(Bucket(kept).sizes("")) == before
+
+
 def test_without_obstore_it_is_said_what_to_install(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
     assert "pip install 'actstore[s3]'" in said("info", kept)

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actstore.errors import BadInput, Damaged, NotStored, TooNew, TooOld, advised
+from actstore.errors import ActstoreError, BadInput, Damaged, NotStored, TooNew, TooOld, advised
 from actstore.storage import sealed
 from actstore.storage.at import at, check_path, scheme
 from actstore.storage.content import Positive, Text, as_a, json_object
@@ -140,9 +140,16 @@ def store_around(path: Path) -> Path | None:
     A damaged store counts as a store.
     """
     if scheme(path):
-        return None
+        prefixes = [prefix for prefix in (path, *path.parents) if len(prefix.parts) > 2]  # not the bucket itself
+        return next((prefix for prefix in prefixes if _has_a_store(prefix)), None)
     place = Path(os.path.realpath(path))
     return next((folder for folder in (place, *place.parents) if _looks_like_a_store(folder)), None)
+
+
+def _has_a_store(prefix: Path) -> bool:
+    with suppress(ActstoreError):  # of a prefix that may not be read
+        return at(prefix).has("store.json")
+    return False
 
 
 def _looks_like_a_store(folder: Path) -> bool:

@@ -359,6 +359,16 @@ def test_an_ingest_that_is_stopped_before_its_first_commit_promises_nothing(tmp_
     assert_one_line(first, 1, "stopped; nothing was committed yet, and the same command starts over")
 
 
+def test_a_ctrl_c_that_python_wraps_while_it_loads_a_class_is_a_ctrl_c(demo_path, monkeypatch):
+    from actstore import store
+
+    def stopped(*_):
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
+
+    monkeypatch.setattr(store, "Store", stopped)
+    assert_one_line(run("tables", demo_path), 1, "actstore: stopped")
+
+
 def test_ctrl_c_keeps_what_was_committed_and_says_how_to_go_on(tmp_path):
     store = tmp_path / "s.act"
     command = [

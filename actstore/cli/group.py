@@ -145,6 +145,9 @@ class Commands(click.Group):
             say(f"actstore: {said}{_goes_on(ctx)}", err=True)
             ctx.exit(1)
         except BaseException as error:  # a library ran out of memory, or could not be loaded with so little
+            if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11 wraps one that comes as a class is made
+                say(f"actstore: stopped{_goes_on(ctx)}", err=True)
+                ctx.exit(1)
             if not (reached := limit_reached(error, f"cannot run {ctx.command_path}")):
                 raise
             say(f"actstore: {reached}{_goes_on(ctx)}", err=True)

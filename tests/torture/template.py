@@ -29,8 +29,11 @@ def fork(work: Callable[[], object]) -> int:
         code = 0
     except KeyboardInterrupt:
         code = STOPPED
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11 wraps one that comes as a class is made
+            code = STOPPED
+        else:
+            traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)

@@ -32,7 +32,19 @@ from actstore.interventions import Edit
 from actstore.named import NAME as NAMES
 from actstore.queries import load
 from actstore.queries.effects import MEASURES, Effect, Effects
-from actstore.queries.figures import GREY, by_site, entitle, heading, legend, most, panels, percents, points
+from actstore.queries.figures import (
+    COLUMN,
+    GREY,
+    PAGE,
+    by_site,
+    entitle,
+    heading,
+    legend,
+    most,
+    panels,
+    percents,
+    points,
+)
 from actstore.queries.last_edge import interval
 from actstore.queries.leace import Erasure
 from actstore.queries.probes.asked import Asked
@@ -390,10 +402,15 @@ COSTS = {
 
 
 def plot(answer: Answer) -> Figure:
-    """Per label: what a probe reads before and after; accuracy lost; log-loss gained; by site."""
+    """Per label: what a probe reads before and after; accuracy lost; log-loss gained; by site.
+
+    The three panels of one label stand in a column. With several labels, each has a row as wide as
+    a page.
+    """
     results = answer.results
     asked = results.filter(metric="read").select("token_role", "label").unique(maintain_order=True).rows()
-    figure, axes = panels(3 * len(asked), 1.5, sharex=True)
+    columns, width = (1, COLUMN) if len(asked) == 1 else (3, PAGE)
+    figure, axes = panels(3 * len(asked), 1.5, columns, width, sharex=True)
     for number, (role, label) in enumerate(asked):
         row = axes[3 * number : 3 * number + 3]
         here = _about(results, role, label)
@@ -413,7 +430,7 @@ def plot(answer: Answer) -> Figure:
         ):
             entitle(axis, title)
             axis.set_ylabel(unit)
-    by_site(axes[-1], sites)
+    by_site(axes[-1], sites, *axes[-columns:-1])
     legend(figure, *axes[:2])
     n = most(results.filter(pl.col("metric").str.starts_with("accuracy_"))["n"])
     heading(

@@ -1,7 +1,7 @@
 """Shared parts of the studies' figures: one style, panels, colour-blind-safe points and intervals.
 
 A figure is as wide as one column of a paper, and its text is 6 to 8 points there. More panels make
-a figure longer, and never smaller; heat maps that would be longer than a page stand in two columns,
+a figure longer, and never smaller; panels that would be longer than a page stand beside each other,
 as wide as a page.
 """
 
@@ -191,15 +191,21 @@ def whole_numbers(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
 
 
-def by_site(axis: Axes, sites: Sequence[str]) -> None:
-    """Name the sites on the x axis, turned where they would not fit beside each other."""
-    room = 0.85 * PER_INCH * _width(axis)
+def by_site(axis: Axes, sites: Sequence[str], *beside: Axes) -> None:
+    """Name the sites on the x axis, turned where they would not fit.
+
+    Args:
+        sites: names, in order.
+        beside: lowest panels of further columns, which get the same names.
+    """
+    room = 0.85 * PER_INCH * _width(axis) / (1 + len(beside))
     turned: dict[str, Any] = {}
     if sum(map(len, sites)) > room:
         longest = max(map(len, sites))
         turned = {"rotation": 60 if longest <= SHORT else 90, "ha": "right", "va": "center", "rotation_mode": "anchor"}
         _lengthen(axis.figure, 0.37 * longest)  # type: ignore[arg-type]
-    axis.set_xticks(range(len(sites)), sites, **turned)
+    for one in (axis, *beside):
+        one.set_xticks(range(len(sites)), sites, **turned)
 
 
 def side_by_side(n: int, width: float = 5.2, height: float = 4.0) -> tuple[Figure, list[Axes]]:

@@ -17,9 +17,11 @@ from matplotlib.text import Text
 
 import actstore
 from actstore.errors import NotStored
-from actstore.queries import figures, study
+from actstore.queries import erase, figures, study
 from actstore.queries.attention.page import draw_patterns
+from actstore.queries.probes.figures import TOKEN_ROLES
 from actstore.store import Store
+from tests.test_probe import made_up as probes_made_up
 
 STUDIES = ["depth", "last-edge", "swap", "dreams", "attention", "probes"]
 SMALLEST = 6  # points
@@ -189,6 +191,26 @@ def test_heat_maps_longer_than_a_page_stand_in_two_columns():
         named = [any(label.get_visible() for label in axis.get_xticklabels()) for axis in axes]
         columns = 1 if width == figures.COLUMN else 2
         assert named == [False] * (len(rows) - columns) + [True] * columns, "names stand once"
+
+
+def test_panels_longer_than_a_page_stand_beside_each_other():
+    sites = ("embed", *(f"resid_post.{layer}" for layer in range(6)))
+    probed = pl.concat([probes_made_up(16, role, sites) for role in TOKEN_ROLES])
+    rows = [
+        {"site": site, "token_role": "path", "label": label, "metric": metric, "value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+        for label in ("goal", "next_node")
+        for site in sites
+        for metric in ("commonest", *erase.READ, *(f"{of}_{cost}" for of in ("accuracy", "loss") for cost in erase.COSTS))
+    ]  # fmt: skip
+    erased = study.result_rows(rows, study="erase", run="r", query="q", params={}, snapshot=1, seed=0)
+    for name, results, n, columns in (("probes", probed, 2 * len(TOKEN_ROLES), 2), ("erase", erased, 6, 3)):
+        figure = study.plot(study.Answer(name, pl.DataFrame(), results, ""))
+        assert_legible(figure)
+        assert figure.get_figwidth() == figures.PAGE
+        assert figure.get_figheight() <= figures.TALLEST
+        named = [[label.get_text() for label in axis.get_xticklabels() if label.get_visible()] for axis in figure.axes]
+        assert named == [[]] * (n - columns) + [list(sites)] * columns, "names stand once, under the lowest panels"
+        assert all(label.get_rotation() == 60 for axis in figure.axes[-columns:] for label in axis.get_xticklabels())
 
 
 def test_a_dark_figure_has_light_text_that_stands_out():

@@ -15,8 +15,10 @@ import polars as pl
 from actstore.intervals import Z_95
 from actstore.queries.figures import (
     COLOURS,
+    COLUMN,
     GREY,
     MARKERS,
+    PAGE,
     by_site,
     entitle,
     heading,
@@ -70,6 +72,7 @@ NOTEBOOK = {
 }
 NOTEBOOK_NODES = 16
 
+MOST_IN_A_COLUMN = 4  # panels; with more, a column would be longer than a page
 ZOOM = 90.0  # percent where the upper panel begins; good probes lie there, squeezed by the whole scale
 
 
@@ -344,7 +347,8 @@ def _range(accuracy: pl.DataFrame) -> str:
 def plot(answer: Answer) -> Figure:
     """Draw the results of one run: a panel per kind of token, or panels by place.
 
-    A second panel below shows the values above 90 %, if there are any.
+    A second panel after it shows the values above 90 %, if there are any. Panels that would be
+    longer than a page stand in two columns, as wide as a page.
     """
     results = answer.results
     if len(by_place(results)):
@@ -354,15 +358,17 @@ def plot(answer: Answer) -> Figure:
     for role in roles:
         values = results.filter(token_role=role, metric="accuracy")["value"]
         drawn += [(role, False), (role, True)] if bool((100 * values > ZOOM).any()) else [(role, False)]
-    figure, axes = panels(len(drawn), 1.6, sharex=True)
+    columns, width, height = (1, COLUMN, 1.6) if len(drawn) <= MOST_IN_A_COLUMN else (2, PAGE, 1.4)
+    figure, axes = panels(len(drawn), height, columns, width, sharex=True)
     for axis, (role, zoomed) in zip(axes, drawn, strict=True):
         of_role = results.filter(token_role=role)
         _panel(axis, of_role)
         percents(axis, ZOOM if zoomed else 0.0)
         n = of_role.filter(metric="accuracy")["n"][0]
-        entitle(axis, f"the same, from {ZOOM:.0f} %" if zoomed else f"{TOKEN_ROLES[role]}, {n:,} rows")
+        shown = TOKEN_ROLES[role] if columns > 1 else "the same"
+        entitle(axis, f"{shown}, from {ZOOM:.0f} %" if zoomed else f"{TOKEN_ROLES[role]}, {n:,} rows")
         axis.set_ylabel("accuracy (%)")
-    by_site(axes[-1], _sites(results))
+    by_site(axes[-1], _sites(results), *axes[-columns:-1])
     legend(figure, *axes)
     heading(
         figure,

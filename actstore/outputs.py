@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,18 @@ def save_figure(path: str | Path, figure: Figure, dpi: float | None = None) -> N
     """Write a figure, whole or not at all, in the format of the file's ending (one of FIGURES)."""
     kind = Path(path).suffix.removeprefix(".")
     replacing(path, lambda target: figure.savefig(target, format=kind, dpi=dpi or "figure"))
+
+
+def save_pages(path: str | Path, figures: Iterable[Figure]) -> None:
+    """Write figures as the pages of a .pdf, whole or not at all."""
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    def write(target: Path) -> None:
+        with PdfPages(target) as pages:
+            for figure in figures:
+                pages.savefig(figure)
+
+    replacing(path, write)
 
 
 def check_file(path: str | Path | None, option: str, endings: Sequence[str] = (), make: bool = False) -> None:

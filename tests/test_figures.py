@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +19,7 @@ from matplotlib.text import Text
 import actstore
 from actstore.errors import NotStored
 from actstore.queries import erase, figures, study
-from actstore.queries.attention.page import draw_patterns
+from actstore.queries.attention.page import draw_patterns, save
 from actstore.queries.probes.figures import TOKEN_ROLES
 from actstore.store import Store
 from tests.test_probe import made_up as probes_made_up
@@ -103,6 +104,15 @@ def test_patterns_of_a_whole_tree_name_each_token(answered: Store):
     figure = draw_patterns(answered, "reproduction", 3)
     assert_legible(figure)
     assert len(figure.axes[0].get_xticklabels()) > 40
+
+
+def test_patterns_of_all_layers_are_pages_of_a_pdf_no_wider_than_a_paper(answered: Store, tmp_path: Path):
+    out = tmp_path / "patterns.pdf"
+    save(answered, "reproduction", 3, str(out))
+    widths = [float(box) for box in re.findall(rb"/MediaBox \[ 0 0 ([\d.]+)", out.read_bytes())]
+    assert len(widths) == 6
+    assert max(widths) <= 72 * figures.PAGE
+    assert b"/Type3" not in out.read_bytes(), "fonts that journals refuse"
 
 
 def test_a_caption_lies_beside_each_figure(answered: Store, tmp_path: Path):
@@ -211,6 +221,18 @@ def test_panels_longer_than_a_page_stand_beside_each_other():
         named = [[label.get_text() for label in axis.get_xticklabels() if label.get_visible()] for axis in figure.axes]
         assert named == [[]] * (n - columns) + [list(sites)] * columns, "names stand once, under the lowest panels"
         assert all(label.get_rotation() == 60 for axis in figure.axes[-columns:] for label in axis.get_xticklabels())
+
+
+def test_a_label_looks_the_same_at_every_token_and_like_no_other():
+    path = probes_made_up(16, "path").filter(label="source").with_columns(label=pl.lit("next_node"))
+    figure = study.plot(study.Answer("probes", pl.DataFrame(), pl.concat([probes_made_up(16), path]), ""))
+    looks: dict[str, set[tuple[str, str]]] = {}
+    for axis in figure.axes:
+        for bars, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            if name in ("source", "target", "next node on the path"):
+                looks.setdefault(name, set()).add((bars[0].get_color(), bars[0].get_marker()))
+    assert {len(of) for of in looks.values()} == {1}
+    assert len(set.union(*looks.values())) == len(looks) == 3
 
 
 def test_a_dark_figure_has_light_text_that_stands_out():

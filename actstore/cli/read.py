@@ -373,7 +373,7 @@ def show(store: Path, tree: int) -> None:
 @store_argument
 @click.argument("tree", type=int)
 @click.option("--run", shell_complete=complete.runs, help="The run to draw; required if the store holds several runs.")
-@click.option("--layer", type=int, help="One layer; default: all layers.")
+@click.option("--layer", type=int, help="One layer; default: all layers, in a .pdf each on a page.")
 @click.option("--head", default=0, show_default=True, help="The head that a figure shows; a page shows all heads.")
 @click.option(
     "--out", metavar="FILE", required=True, help="A figure (.png, .svg, .pdf), or a page for a browser (.html)."

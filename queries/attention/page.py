@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actstore.errors import BadInput, NotStored
-from actstore.outputs import save_figure, write_text
+from actstore.outputs import save_figure, save_pages, write_text
 from actstore.queries.attention.study import pattern_run, pattern_sites
 from actstore.queries.figures import panels, style
 
@@ -34,7 +34,8 @@ select token::varchar as token from tokens semi join held_trees($run) using (tre
 where tree_id = $t order by position
 """
 HTMLS_OWN = "<>&\u2028\u2029"  # the last two end a line of older JavaScript
-TOKEN = 0.125  # inches per token of a drawn pattern, whose names have 7 points
+TOKEN = 0.12  # inches per token of a drawn pattern, whose names have 7 points
+BESIDE = 0.55  # inches beside a pattern: names of tokens, and of the axis; one of 55 tokens is as wide as a page
 DIGITS = 4  # of a weight on the page; an eye cannot tell finer steps of colour apart
 
 
@@ -84,7 +85,7 @@ def draw_patterns(store: Store, run: str, tree_id: int, layer: int | None = None
     if not 0 <= head < n_heads:
         raise BadInput(f"got head {head}; there are {n_heads}, from 0")
     columns = min(len(patterns), 2)
-    side = max(4.0, TOKEN * len(tokens)) + 0.8
+    side = max(4.0, TOKEN * len(tokens)) + BESIDE
     with style():
         figure, axes = panels(len(patterns), side, columns, columns * side, gridspec_kw={"hspace": 0.03})
         figure.set_figheight(figure.get_figheight() + 0.6)  # the scale, and the title
@@ -136,11 +137,20 @@ def script_json(data: object) -> str:
 
 
 def save(store: Store, run: str, tree_id: int, out: str, layer: int | None = None, head: int = 0) -> None:
-    """Write a tree's patterns as a figure (.png, .svg, .pdf) or a page (.html), atomically."""
-    if Path(out).suffix == ".html":
+    """Write a tree's patterns as a figure (.png, .svg, .pdf) or a page (.html), atomically.
+
+    All layers together are wider than the page of a paper; in a .pdf, each layer has a page.
+    """
+    ending = Path(out).suffix
+    if ending == ".html":
         write_text(out, page(store, run, tree_id))
-    else:
-        save_figure(out, draw_patterns(store, run, tree_id, layer, head), dpi=150)
+        return
+    with style():  # its fonts are those that journals take
+        if ending == ".pdf" and layer is None:
+            layers = [int(site.rpartition(".")[2]) for site in pattern_sites(store, pattern_run(store, run))]
+            save_pages(out, (draw_patterns(store, run, tree_id, one, head) for one in layers))
+        else:
+            save_figure(out, draw_patterns(store, run, tree_id, layer, head), dpi=150)
 
 
 PAGE = """<!doctype html>

@@ -362,7 +362,7 @@ def plot(answer: Answer) -> Figure:
     figure, axes = panels(len(drawn), height, columns, width, sharex=True)
     for axis, (role, zoomed) in zip(axes, drawn, strict=True):
         of_role = results.filter(token_role=role)
-        _panel(axis, of_role)
+        _panel(axis, of_role, labels_in(results))
         percents(axis, ZOOM if zoomed else 0.0)
         n = of_role.filter(metric="accuracy")["n"][0]
         shown = TOKEN_ROLES[role] if columns > 1 else "the same"
@@ -378,11 +378,16 @@ def plot(answer: Answer) -> Figure:
     return figure
 
 
-def _panel(axis: Axes, results: pl.DataFrame) -> None:
-    """Draw all labels, controls and the notebook's numbers by site."""
+def _panel(axis: Axes, results: pl.DataFrame, labels: Sequence[str]) -> None:
+    """Draw all labels, controls and the notebook's numbers by site.
+
+    Args:
+        labels: of all panels, in the order of their colours.
+    """
     sites, n_nodes = _sites(results), _params(results)["n_nodes"]
     notebook = notebook_numbers(results, results["token_role"][0])
-    for place, label in enumerate(labels_in(results)):
+    for turn, label in enumerate(labels_in(results)):
+        place = labels.index(label)
         rows = results.filter(label=label, metric="accuracy")
         value, low, high = (100 * rows[column].to_numpy() for column in ("value", "low", "high"))
         shift = 0.08 * (place - 0.5)
@@ -391,7 +396,7 @@ def _panel(axis: Axes, results: pl.DataFrame) -> None:
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         axis.errorbar(x, value, bars, fmt=f"-{marker}", color=colour, capsize=2, elinewidth=0.8, label=LABELS[label])
         guessed = best_baseline(results.filter(label=label, site=sites[0]))[0]
-        alone = "_nolegend_" if place else "the tree alone (highest)"  # one entry for all labels
+        alone = "_nolegend_" if turn else "the tree alone (highest)"  # one entry for all labels
         axis.axhline(guessed, color=colour, linestyle=":", linewidth=1, label=alone)
         numbers = notebook.get(label, {})
         there = [i for i, site in enumerate(sites) if site in numbers]

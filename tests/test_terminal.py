@@ -242,6 +242,15 @@ def test_a_sentence_is_broken_between_words_at_the_end_of_the_line(monkeypatch):
     assert wrapped(words) == words
 
 
+def test_an_indented_line_goes_on_indented(monkeypatch):
+    narrow(monkeypatch)
+    for mark in ("  ", "! "):
+        first, *others = wrapped(f"{mark}{' '.join(MANY['text'])}").splitlines()
+        assert first.startswith(f"{mark}{MANY['text'][0][:1]}")
+        assert others
+        assert all(line.startswith("    ") and line[4] != " " and len(line) <= 80 for line in others)
+
+
 def test_a_command_to_be_copied_and_a_line_under_a_caret_are_not_broken(monkeypatch):
     narrow(monkeypatch)
     command = "`actstore ingest demo.act --model reproduction --trees 2000`"

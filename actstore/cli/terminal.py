@@ -131,9 +131,15 @@ def wrapped(text: str, stream: TextIO | None = None) -> str:
 
 
 def _filled(line: str, columns: int) -> str:
-    """Break a line into lines of so many columns; NUL stands for a blank that is not a place to break."""
+    """Break a line into lines of so many columns, which an indented line indents by two more.
+
+    NUL stands for a blank that is not a place to break.
+    """
     kept = re.sub("`[^`]*`", lambda found: found[0].replace(" ", "\0"), line)
-    return textwrap.fill(kept, columns, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
+    mark = len(line) - len(line.lstrip("! "))  # of a line of `doctor`: two blanks, or `! `
+    more = " " * (mark + 2) if mark else ""
+    filled = textwrap.fill(kept, columns, subsequent_indent=more, break_long_words=False, break_on_hyphens=False)
+    return filled.replace("\0", " ")
 
 
 def place_of(error: OSError) -> str:

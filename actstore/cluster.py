@@ -20,6 +20,8 @@ from actstore.errors import ActstoreError, BadInput, Unreachable
 
 ENGINES = ("local", "ray")
 ANSWERS_WITHIN = 5.0  # seconds, for the head of a cluster
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of gRPC, with no settings
+SETTINGS = b"\x04"  # the type of a server's first frame, after three bytes of its length
 HOW = {
     "threads": "set OMP_NUM_THREADS to one number for all",
     "cpu": "take processors of one kind",
@@ -118,7 +120,11 @@ def _look_for(address: str | None) -> None:
     if not colon or "/" in host or not port.isdecimal():
         raise BadInput(f"got --address {address}; write auto, or HOST:PORT of the cluster's head, and run it on a node")
     try:
-        socket.create_connection((host, int(port)), ANSWERS_WITHIN).close()
+        with socket.create_connection((host, int(port)), ANSWERS_WITHIN) as asked:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                asked.sendall(HELLO)
+                if asked.recv(4)[3:] != SETTINGS:
+                    raise ConnectionError("something else than Ray does")
     except (OSError, OverflowError) as error:
         raise Unreachable(
             f"no Ray cluster answers at {address} ({error}); start one (ray start --head), or name another (--address)"

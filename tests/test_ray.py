@@ -11,6 +11,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from actstore.arrays import staged
 from actstore.arrays.address import Ids
 from actstore.cli import main
 from actstore.commits.manifest import Manifest
-from actstore.errors import BadInput, LimitReached
+from actstore.errors import BadInput, LimitReached, Unreachable
 from actstore.ingest.jobs import on_ray
 from actstore.ingest.jobs.environment import environment
 from actstore.ingest.jobs.job import Ingest
@@ -137,6 +138,26 @@ def test_what_is_no_cluster_is_one_line(tmp_path: Path, options: tuple[str, ...]
     assert (said.exit_code, said.stderr.count("\n")) == (exit_code, 1), said.output
     assert what in said.stderr
     assert not (tmp_path / "s.act").exists()
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad request\r\n\r\n"])
+def test_a_server_that_is_no_cluster_is_told_of_and_not_waited_for(
+    answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="ray is not installed (make install)")
+    monkeypatch.setattr(cluster, "ANSWERS_WITHIN", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            asked, _ = server.accept()
+            asked.sendall(answer)
+            asked.recv(1)  # until the other side closes
+            asked.close()
+
+        Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(Unreachable, match=f"no Ray cluster answers at {address}"), cluster.connected(address):
+            pass
 
 
 def test_without_ray_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

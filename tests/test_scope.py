@@ -15,6 +15,7 @@ from actstore.cli import main
 from actstore.errors import BadInput, NotStored, SeveralRuns
 from actstore.reading.scope import _views
 from actstore.sql.asked import OF_RUNS, Asked
+from actstore.sql.session import Session
 from actstore.store import Store
 from tests.stores import fake
 
@@ -185,6 +186,27 @@ def test_a_read_with_limits_sees_the_same(store):
 
 
 # the note
+
+
+def test_a_query_is_noted_each_time_and_its_runs_are_asked_for_once(store, monkeypatch):
+    rows, asked = Session.rows, []
+    monkeypatch.setattr(
+        Session, "rows", lambda self, query, *of, **more: asked.append(query) or rows(self, query, *of, **more)
+    )
+    with Store(store.path) as fresh:
+        for n_asked in (1, 0):
+            said = notes(lambda: fresh.sql("select count(*) from outcomes"))[1]
+            assert ["of 2 runs" in note or "of 3 runs" in note for note in said] == [True]
+            assert len([query for query in asked if "distinct run" in query]) == n_asked
+            asked.clear()
+        assert notes(lambda: fresh.of("r").sql("select count(*) from outcomes"))[1] == []
+        alone = notes(
+            lambda: fresh.read(
+                "select a.token_id from predictions a join predictions b using (token_id) where a.run = 'trees'",
+                "trees",
+            )
+        )
+        assert alone[1] == []  # one run has answers to its trees
 
 
 MIXED = [

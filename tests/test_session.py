@@ -338,3 +338,36 @@ def test_ctrl_c_ends_a_query_that_would_never_end(root: Path, wait: float) -> No
             assert process.returncode == 0
         finally:
             process.kill()
+
+
+def test_a_session_keeps_few_parses_and_no_long_one(root: Path) -> None:
+    texts = [f"select token_id, {number} as n from tokens" for number in range(session.KEPT + 3)]
+    long = f"select [{', '.join(['1'] * 2000)}]"
+    with Store(root) as store, Store(root) as other:
+        kept, fresh = store._opened.session, other._opened.session
+        for text in [*texts, long, *texts]:
+            fresh._parses.clear()
+            assert kept.parse(text) == fresh.parse(text)
+            assert len(kept._parses) <= session.KEPT
+        assert texts[-1] in kept._parses
+        assert len(kept.parse(long)) > session.LONGEST_KEPT
+        assert long not in kept._parses
+    with pytest.raises(BadInput, match="closed"):
+        kept.parse(texts[-1])
+
+
+def test_a_query_is_parsed_once_and_judged_each_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked = session._interruptible, []
+    monkeypatch.setattr(session, "_interruptible", lambda *of: asked.append(of) or run(*of))
+    query, renamed = "select token_id from tokens where tree_id = $tree", "select tree_id as token_id from tokens"
+    with Store(root) as store:
+        for tree in (1, 3):
+            asked.clear()
+            X, rows = store.read(query, params={"tree": tree})
+            assert len(X) > 0
+            assert (rows["token_id"] // 256).unique().to_list() == [tree]
+        assert len(asked) == 1  # the query itself
+        for _ in range(2):
+            with pytest.raises(BadInput, match="tree_id renamed"):
+                store.read(renamed)
+            assert len(store.sql(renamed)) > 0

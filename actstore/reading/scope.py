@@ -107,13 +107,15 @@ def _ask(
 
 def _note(store: Snapshot, tables: Mapping[str, str], schema: str | None, takes_where: bool) -> None:
     """Warn about tables that hold answers of several runs while the query names no run."""
-    found = {}
+    found = store.session.runs_of  # a snapshot's never change
     for table in set(tables.values()):
-        found[table] = [run for (run,) in store.session.rows(f"select distinct run from {table}", schema=schema)]
-    mixed = {alias: table for alias, table in tables.items() if len(found[table]) > 1}
+        if (table, schema) not in found:
+            rows = store.session.rows(f"select distinct run from {table}", schema=schema)
+            found[table, schema] = [run for (run,) in rows]
+    mixed = {alias: table for alias, table in tables.items() if len(found[table, schema]) > 1}
     if not mixed:
         return
-    runs = [run for run in store.runs() if any(run in found[table] for table in mixed.values())]
+    runs = [run for run in store.runs() if any(run in found[table, schema] for table in mixed.values())]
     condition = " and ".join(f"{alias}.run = '{runs[0]}'" for alias in mixed)
     add = f"add `where {condition}`, or ask" if takes_where else "ask"
     warnings.warn(

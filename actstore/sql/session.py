@@ -50,6 +50,7 @@ T = TypeVar("T")
 # the classes as words: `typing` keeps what it is given, and DuckDB would call that a leak at exit
 Fetch = Callable[["duckdb.DuckDBPyConnection", "duckdb.DuckDBPyRelation", str, dict[str, Any] | None], T]
 Check = Callable[[list[str], list[str]], None]  # takes names and SQL types of a prepared query's columns
+KEPT, LONGEST_KEPT = 64, 100_000  # parses that a session keeps, and the characters of each: 6 MB at most
 LONGEST = 1_000_000  # characters of a query: DuckDB takes seconds to read more, and cannot be interrupted then
 EXPLAIN = re.compile(  # the words before an explained statement, as DuckDB returns them: without a comment
     r"\Aexplain\b\s*(?:analyze\b\s*)?(?:\(\s*(?:analyze|format)\b[^()]*\)\s*)?", re.IGNORECASE
@@ -82,6 +83,8 @@ class Session:
     def __init__(self, catalog: Path, store: Path | None = None, memory: int | None = None) -> None:
         self._process = os.getpid()
         self.schemas: dict[tuple[str, bool], str] = {}  # see reading/scope.py
+        self.runs_of: dict[tuple[str, str | None], list[str]] = {}  # see reading/scope.py
+        self._parses: dict[str, str] = {}  # by query, see parse
         self.tables: dict[str, pa.Table] = {}  # see beside
         self.has_macros = False  # see macros.py
         self.views: dict[str, str] = {}  # declared views: name → SELECT, see sql
@@ -346,16 +349,27 @@ class Session:
         return _raised(error) or BadInput(refusal(error, query, self._tables))
 
     def parse(self, query: str) -> str:
-        """DuckDB's parse of a query, as JSON: `error`, and without an error `statements`."""
+        """DuckDB's parse of a query, as JSON: `error`, and without an error `statements`.
+
+        The last parses are kept, since one query is often asked for each site, or with many
+        parameters.
+        """
         self.check()
+        if (known := self._parses.get(query)) is not None:
+            return known
         if len(query) > LONGEST or not is_unicode(query):
             return '{"error": true}'
         try:
             with self._connection.cursor() as cursor:
                 parsing = "select json_serialize_sql(?)"
-                return _interruptible(cursor, lambda: str(cursor.execute(parsing, [query]).fetchall()[0][0]))
+                found = _interruptible(cursor, lambda: str(cursor.execute(parsing, [query]).fetchall()[0][0]))
         except duckdb.Error:
             return '{"error": true}'
+        if len(found) <= LONGEST_KEPT:
+            if len(self._parses) >= KEPT:
+                self._parses.clear()
+            self._parses[query] = found
+        return found
 
     def _tables(self) -> list[str]:
         """Names of the store's tables and views."""

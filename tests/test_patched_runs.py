@@ -30,6 +30,7 @@ from actstore.ingest.trees.draw import NO_NODE
 from actstore.ingest.trees.task import TreeSet
 from actstore.ingest.trees.tokens import encode, is_arrow, path_at, root_at, word_label
 from actstore.interventions import Edit
+from actstore.queries import select
 from actstore.store import Store
 from actstore.upkeep.repair import repair
 from actstore.upkeep.verify import verify
@@ -133,6 +134,15 @@ def test_a_sequence_that_no_edit_names_is_not_read_but_referred_to_its_base(edit
         assert np.isfinite(X[0, :, 0]).all()
         with pytest.raises(NotStored, match="no edit of the run names: the base run holds it"):
             store.read("select token_id from tokens where tree_id in (4, 5)", "whole", "pattern.2")
+
+
+def test_named_queries_of_a_run_with_edits_ask_its_edited_trees_alone(edited: Path):
+    with Store(edited) as store:
+        held = {run: set(store.sql("from held_trees($run)", {"run": run})["tree_id"]) for run in ("base", "whole")}
+        assert held == {"base": set(range(10)), "whole": {5, 6}}
+        assert set(select(store, "ancestors", run="whole")["tree_id"]) == {5, 6}
+        seen = select(store, "attention_by_goal_distance", run="whole", site="pattern.2", token_role="root")
+        assert seen.filter(pl.col("head") == 0)["n"].sum() == 2 * 5  # a root's five edges, in each of two trees
 
 
 def test_a_window_is_computed_where_the_base_has_what_it_needs(edited: Path):

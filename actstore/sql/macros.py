@@ -28,8 +28,13 @@ MACROS = {  # `{vector}` is array where widths agree and list where they do not
         + case role when 'edge_source' then 0 when 'edge_target' then 1 when 'separator' then 2 when 'next_source' then 3 end""",
     "position_of(token_id)": "(token_id % {positions})::utinyint",
     "held_trees(of_run)": """table
-        select distinct unnest(range(first_tree_id, first_tree_id + n_trees)) as tree_id
-        from store.main.shards where run = of_run""",
+        select tree_id from (
+            select distinct unnest(range(first_tree_id, first_tree_id + n_trees)) as tree_id
+            from store.main.shards where run = of_run
+        )
+        where of_run not in (select run from store.main.interventions) or tree_id in (
+            select sequence_id from store.main.edits join store.main.tokens using (token_id) where edits.run = of_run
+        )""",
 }
 NEED_FUNCTIONS = re.compile(
     r"\b(?:act|attention|logit_lens|probe_direction|batches_of|activations|\w*functions|pg_proc|routines)\b",

@@ -51,7 +51,7 @@ def test_ingest_is_timed_and_its_memory_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(ingest, "SIZES", {20: (0.5, 1), 30: (0.5, 2)})
     monkeypatch.setattr(ingest, "_run", lambda *words: 1.0)  # a process of its own takes five seconds
     monkeypatch.chdir(tmp_path)
-    assert len(ingest.speed()) == 4
+    assert len(ingest.speed()) == 6
     monkeypatch.undo()
     assert 1e8 < ingest._run(tmp_path / "s.act", 2) < 4e9
 

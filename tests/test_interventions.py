@@ -274,6 +274,19 @@ def test_several_keys_are_knocked_out_of_one_token_together(bases: dict[str, Bas
     close(found, theirs, theirs["logits"][found.numbers, root_at(N_NODES) : -1])
 
 
+def test_a_knockout_of_a_head_leaves_the_others_as_edits_before_it_left_them(bases: dict[str, Base]):
+    base = bases["given"]
+    (query,), (key,) = tokens(base, (2, 17)), tokens(base, (2, 3))
+    knocked = Edit("from rows", "pattern.2", "knockout", tables=of_rows(token_id=[query], key_token_id=[key], head=[1]))
+    rows = of_edits.asked(base.store, base.run, knocked, of_edits.site_of(base.model, knocked.at), base.sequences)
+    before = torch.full((1, 2, 18, 18), 0.25)  # rows that an earlier edit made, and whose sum is not 1
+    after = Changes([rows], np.array([2]), base.store).apply(rows.spec.name, before.clone())
+    expected = before.clone()
+    expected[0, 1, 17] = 1 / 17
+    expected[0, 1, 17, 3] = 0
+    assert torch.allclose(after, expected, rtol=1e-6)
+
+
 # a window against the whole
 
 

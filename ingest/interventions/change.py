@@ -109,9 +109,10 @@ class _Change:
         key = self.key.to(x.device)
         heads = torch.arange(x.shape[1], device=x.device) if self.head is None else self.head.to(x.device)[:, None]
         x[row[:, None], heads, position[:, None], key[:, None]] = 0.0
-        queries = torch.unique(torch.stack([row, position], 1), dim=0)
-        left = x[queries[:, 0], :, queries[:, 1]]
-        x[queries[:, 0], :, queries[:, 1]] = left / left.sum(-1, keepdim=True).clamp(min=1e-30)
+        edited = torch.zeros(x.shape[:3], dtype=torch.bool, device=x.device)  # [sequence, head, query]
+        edited[row[:, None], heads, position[:, None]] = True
+        left = x[edited]
+        x[edited] = left / left.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
 def without_directions(x: Tensor, vectors: Tensor) -> Tensor:
